@@ -1,0 +1,7 @@
+"""`python -m megatron_prealign`: the same command line as the installed `megatron-prealign`."""
+
+from megatron_prealign.cli import main
+
+# Megatron-Core's checkpoint writers start helper processes, which import this file again: without the guard they would train.
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""The `megatron-prealign` command: finds the sub-command, turns user errors into one line and exit status 2."""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+from megatron_prealign import __version__
+from megatron_prealign.errors import UserError
+
+# Sub-command -> (module, one line of help). Only the chosen module is imported: each `--help` must answer in under half a second.
+COMMANDS = {
+    "train-tokenizer": ("megatron_prealign.tools.train_tokenizer", "train a byte-level BPE tokenizer on text files"),
+    "preprocess": ("megatron_prealign.tools.preprocess", "turn text files into .bin/.idx token files"),
+    "dictionary": ("megatron_prealign.tools.dictionary", "build the word-translation table and measure its coverage"),
+    "pretrain": ("megatron_prealign.tools.pretrain", "train a model as a recipe says (alone or under torchrun)"),
+    "evaluate": ("megatron_prealign.tools.evaluate", "measure checkpoints and write report.json and report.html"),
+    "doctor": ("megatron_prealign.tools.doctor", "check the installation, one line a part with the fix"),
+}
+
+Options = TypeVar("Options")
+
+
+def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> Options:
+    """Parses `argv` into the dataclass `options`; its docstring and field docstrings are the help text.
+
+    Raises:
+        UserError: an unknown option, a missing one or a value of the wrong type.
+    """
+    from jsonargparse import ArgumentParser
+
+    from megatron_prealign.recipe.load import as_user_error
+
+    parser = ArgumentParser(prog=f"megatron-prealign {command}", description=options.__doc__, exit_on_error=False)
+    parser.add_class_arguments(options)
+    with as_user_error(f"megatron-prealign {command}"):
+        values = parser.parse_args(list(argv))
+        return options(**{field.name: values[field.name] for field in dataclasses.fields(options)})  # type: ignore[arg-type]
+
+
+def usage() -> str:
+    lines = [f"megatron-prealign {__version__}", "", "usage: megatron-prealign COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "megatron-prealign COMMAND --help lists the options of one."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one sub-command and returns the exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[command][0]).main(arguments[1:]) or 0
+    except UserError as error:
+        # Under torchrun every rank meets the same mistake; one line is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); point stdout elsewhere so that the interpreter's exit flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

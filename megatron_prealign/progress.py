@@ -1,0 +1,81 @@
+"""Progress of long work: a tqdm bar with ETA on a terminal, a plain line every few seconds in a log."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+
+class Progress:
+    """Counts work done against a total (or an unknown total) and shows it on standard error.
+
+    On a terminal it is a tqdm bar. Elsewhere it writes one plain line at most every `log_interval_s` seconds, so a log
+    file stays readable. `enabled=False` (ranks other than 0) shows nothing.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        *,
+        unit: str = "it",
+        unit_scale: bool = False,
+        enabled: bool = True,
+        log_interval_s: float = 10.0,
+        stream: TextIO | None = None,
+    ) -> None:
+        from tqdm import tqdm
+
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._log_interval_s = log_interval_s
+        self._enabled = enabled
+        self._last_line_s = time.monotonic()
+        self._bar = tqdm(
+            desc=description,
+            total=total,
+            unit=unit,
+            unit_scale=unit_scale,
+            file=self._stream,
+            dynamic_ncols=True,
+            disable=not (enabled and self._terminal),
+        )
+        self._description, self._total, self._unit, self._unit_scale = description, total, unit, unit_scale
+        self._count = 0
+        self._start_s = time.monotonic()
+
+    def update(self, amount: int = 1) -> None:
+        """Adds `amount` units of finished work."""
+        self._count += amount
+        self._bar.update(amount)
+        if self._enabled and not self._terminal and time.monotonic() - self._last_line_s >= self._log_interval_s:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        from tqdm import tqdm
+
+        self._last_line_s = time.monotonic()
+        line = tqdm.format_meter(
+            self._count,
+            self._total or 0,
+            self._last_line_s - self._start_s,
+            prefix=self._description,
+            unit=self._unit,
+            unit_scale=self._unit_scale,
+            bar_format=None if self._total is None else "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._enabled and not self._terminal and self._count:
+            self._write_line()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,36 @@
+"""What a run is: frozen dataclasses, YAML and validation. Imports no torch."""
+
+from megatron_prealign.recipe.alignment import AlignmentSection
+from megatron_prealign.recipe.checkpoint import CheckpointSection
+from megatron_prealign.recipe.checks import RecipeValueError
+from megatron_prealign.recipe.code_switch import CodeSwitchSection, LabelMode
+from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSource
+from megatron_prealign.recipe.dictionary import DictionarySection
+from megatron_prealign.recipe.load import load_recipe, recipe_to_dict, save_recipe
+from megatron_prealign.recipe.logging import LoggingSection
+from megatron_prealign.recipe.model import ModelSection
+from megatron_prealign.recipe.optimizer import OptimizerSection
+from megatron_prealign.recipe.parallel import ParallelSection
+from megatron_prealign.recipe.recipe import Recipe
+from megatron_prealign.recipe.training import TrainingSection
+
+__all__ = [
+    "AlignmentSection",
+    "CheckpointSection",
+    "CodeSwitchSection",
+    "DataSection",
+    "DataSource",
+    "DictionarySection",
+    "LabelMode",
+    "LoggingSection",
+    "ModelSection",
+    "OptimizerSection",
+    "ParallelSection",
+    "Recipe",
+    "RecipeValueError",
+    "TrainingSection",
+    "ValidationSource",
+    "load_recipe",
+    "recipe_to_dict",
+    "save_recipe",
+]

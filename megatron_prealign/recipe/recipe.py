@@ -1,0 +1,151 @@
+"""The whole recipe and the checks that span its sections."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prealign.recipe.alignment import AlignmentSection
+from megatron_prealign.recipe.checkpoint import CheckpointSection
+from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.code_switch import CodeSwitchSection
+from megatron_prealign.recipe.data import DataSection
+from megatron_prealign.recipe.dictionary import DictionarySection
+from megatron_prealign.recipe.logging import LoggingSection
+from megatron_prealign.recipe.model import ModelSection
+from megatron_prealign.recipe.optimizer import OptimizerSection
+from megatron_prealign.recipe.parallel import ParallelSection
+from megatron_prealign.recipe.training import TrainingSection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run is: everything needed to repeat it."""
+
+    model: ModelSection
+    """The GPT model."""
+    data: DataSection
+    """Training and validation data."""
+    optimizer: OptimizerSection
+    """AdamW and its schedule."""
+    training: TrainingSection
+    """Length, batches, precision."""
+    logging: LoggingSection
+    """The run's folder."""
+    parallel: ParallelSection = ParallelSection()
+    """Layout over devices."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Saving and resuming."""
+    dictionary: DictionarySection | None = None
+    """The word table; needed by alignment and code_switch."""
+    alignment: AlignmentSection | None = None
+    """Alignment phase before language-model training; null leaves it out."""
+    code_switch: CodeSwitchSection | None = None
+    """Code-switching during language-model training; null leaves it out."""
+
+    def __post_init__(self) -> None:
+        self._check_layout()
+        self._check_features()
+
+    def _check_layout(self) -> None:
+        model, parallel = self.model, self.parallel
+        tensor, pipeline, chunks = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.model_chunks,
+        )
+        for field, value in (
+            ("model.num_attention_heads", model.num_attention_heads),
+            ("model.num_query_groups", model.query_groups),
+            ("model.ffn_hidden_size", model.mlp_width),
+        ):
+            require(
+                value % tensor == 0, field, value, f"a multiple of parallel.tensor_model_parallel_size ({tensor})"
+            )
+        require(
+            model.num_layers % (pipeline * chunks) == 0,
+            "model.num_layers",
+            model.num_layers,
+            f"a multiple of parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
+            f"({pipeline} x {chunks} = {pipeline * chunks})",
+        )
+        if parallel.sequence_parallel:
+            require(
+                self.data.seq_length % tensor == 0,
+                "data.seq_length",
+                self.data.seq_length,
+                f"a multiple of parallel.tensor_model_parallel_size ({tensor}) when parallel.sequence_parallel is true",
+            )
+        require(
+            model.max_position_embeddings is None or model.max_position_embeddings >= self.data.seq_length,
+            "model.max_position_embeddings",
+            model.max_position_embeddings,
+            f"at least data.seq_length ({self.data.seq_length})",
+        )
+        require(
+            self.training.global_batch_size % self.training.micro_batch_size == 0,
+            "training.global_batch_size",
+            self.training.global_batch_size,
+            f"a multiple of training.micro_batch_size ({self.training.micro_batch_size})",
+        )
+
+    def _check_features(self) -> None:
+        for name in ("alignment", "code_switch"):
+            require(
+                getattr(self, name) is None or self.dictionary is not None,
+                name,
+                "set",
+                "null, or a dictionary section with the path of the table",
+            )
+        if self.alignment is None:
+            return
+        last = self.model.num_layers + 1
+        require(
+            all(0 <= layer <= last for layer in self.alignment.layers),
+            "alignment.layers",
+            self.alignment.layers,
+            f"layers from 0 to {last} (model.num_layers + 1)",
+        )
+        lm_rows = self.alignment.lm_global_batch_size
+        require(
+            lm_rows % self.training.micro_batch_size == 0,
+            "alignment.lm_global_batch_size",
+            lm_rows,
+            f"a multiple of training.micro_batch_size ({self.training.micro_batch_size})",
+        )
+
+    def check_world_size(self, world_size: int) -> int:
+        """Checks that `world_size` processes can run the recipe; returns the data-parallel size.
+
+        Raises:
+            RecipeValueError: the world size or a batch size does not divide.
+        """
+        model_parallel = self.parallel.model_parallel_size
+        require(
+            world_size % model_parallel == 0,
+            "the number of processes",
+            world_size,
+            f"a multiple of parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({model_parallel}); "
+            "change --nproc-per-node or the parallel section",
+        )
+        data_parallel = world_size // model_parallel
+        micro_batch = self.training.micro_batch_size
+        batches = [("training.global_batch_size", self.training.global_batch_size, micro_batch)]
+        if self.alignment is not None:
+            batches.append(("alignment.lm_global_batch_size", self.alignment.lm_global_batch_size, micro_batch))
+            batches.append(("alignment.groups_per_step", self.alignment.groups_per_step, 1))
+        for field, value, per_rank in batches:
+            require(
+                value % (per_rank * data_parallel) == 0,
+                field,
+                value,
+                f"a multiple of the {'micro batch x ' if per_rank > 1 else ''}data-parallel size "
+                f"({per_rank} x {data_parallel} = {per_rank * data_parallel}) with {world_size} processes",
+            )
+        return data_parallel
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return Path(self.checkpoint.directory or Path(self.logging.run_dir) / "checkpoints")
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.data.cache or Path(self.logging.run_dir) / "cache")

@@ -1,0 +1,64 @@
+"""Packaging. `kernels/` and `tools/` lie at the top level but install inside the package.
+
+`kernels` is also the name of a Hugging Face distribution, so the top-level names must never be installed: hence the explicit
+package list instead of `find_packages()`.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_prealign/__init__.py").read_text()).group(1)
+ROOMS = ["recipe", "runtime", "model", "data", "dictionary", "alignment", "code_switch", "training", "evaluation"]
+
+setup(
+    name="megatron-prealign",
+    version=VERSION,
+    description="Alignment initialisation and in-batch code-switching for multilingual pretraining on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=[
+        "megatron_prealign",
+        *(f"megatron_prealign.{room}" for room in ROOMS),
+        "megatron_prealign.kernels",
+        "megatron_prealign.tools",
+    ],
+    package_dir={"megatron_prealign.kernels": "kernels", "megatron_prealign.tools": "tools"},
+    package_data={"megatron_prealign": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        # Megatron-Core's checkpointing imports psutil without declaring it.
+        "psutil>=5.9",
+        "triton>=3.2; platform_system == 'Linux'",
+        "numpy",
+        "jsonargparse>=4.40",
+        "docstring-parser>=0.15",
+        "pyyaml",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "transformers>=4.46",
+        "safetensors>=0.4",
+        "orjson>=3.9",
+        "tqdm>=4.66",
+        "tensorboard>=2.14",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "types-psutil"],
+        "deepspeed": ["deepspeed>=0.15"],
+        "fast-tokenizer": ["gigatoken>=0.10"],
+    },
+    entry_points={"console_scripts": ["megatron-prealign = megatron_prealign.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
