@@ -49,7 +49,10 @@ class AlignmentSection:
             require(getattr(self, name) >= 0, f"alignment.{name}", getattr(self, name), "0 or more")
         styles = ("constant", "linear", "cosine")
         require(
-            self.lr_decay_style in styles, "alignment.lr_decay_style", self.lr_decay_style, f"one of {', '.join(styles)}"
+            self.lr_decay_style in styles,
+            "alignment.lr_decay_style",
+            self.lr_decay_style,
+            f"one of {', '.join(styles)}",
         )
         require(
             self.stop_at_p_at_1 is None or 0.0 < self.stop_at_p_at_1 <= 1.0,

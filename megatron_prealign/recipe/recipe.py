@@ -57,9 +57,7 @@ class Recipe:
             ("model.num_query_groups", model.query_groups),
             ("model.ffn_hidden_size", model.mlp_width),
         ):
-            require(
-                value % tensor == 0, field, value, f"a multiple of parallel.tensor_model_parallel_size ({tensor})"
-            )
+            require(value % tensor == 0, field, value, f"a multiple of parallel.tensor_model_parallel_size ({tensor})")
         require(
             model.num_layers % (pipeline * chunks) == 0,
             "model.num_layers",

@@ -1,0 +1,63 @@
+"""Fused causal attention for the plain-torch layer specification.
+
+Megatron-Core's local `DotProductAttention` writes the `[batch, heads, sequence, sequence]` scores to memory;
+`scaled_dot_product_attention` does not.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+
+class FusedCausalAttention(MegatronModule):
+    """Causal self-attention by `scaled_dot_product_attention`, grouped queries included."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type is not AttnMaskType.causal:
+            raise ValueError(f"attn_mask_type is {attn_mask_type}, FusedCausalAttention computes causal attention only")
+        if config.context_parallel_size != 1:
+            raise ValueError(f"context_parallel_size is {config.context_parallel_size}, FusedCausalAttention needs 1")
+        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """`query` is `[sequence, batch, heads, channels]`, `key` and `value` have the key/value heads; returns
+        `[sequence, batch, heads * channels]`. `attention_mask` is not applied: the mask is causal, and the alignment
+        phase sends each word's description along in that argument (see `alignment.taps`)."""
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("FusedCausalAttention takes neither packed sequences nor an attention bias")
+        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+        context = F.scaled_dot_product_attention(
+            *heads_first,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,0 +1,44 @@
+"""Builds the model chunks of this process from the recipe."""
+
+from megatron.core.models.gpt import GPTModel
+
+from megatron_prealign.model.config import block_spec, padded_vocab_size, transformer_config
+from megatron_prealign.model.initialise import initialise
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.distributed import Runtime
+
+
+def build_model(recipe: Recipe, runtime: Runtime, *, vocab_size: int) -> list[GPTModel]:
+    """One `GPTModel` per virtual pipeline stage of this process (one in all without virtual stages), initialised.
+
+    Args:
+        vocab_size: true number of token ids; the weights are padded to a multiple that tensor parallelism needs.
+    """
+    config = transformer_config(recipe, runtime)
+    model, parallel = recipe.model, recipe.parallel
+    padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(parallel.model_chunks):
+        vp_stage = stage if virtual else None
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(recipe, config, runtime, vp_stage),
+            vocab_size=padded,
+            max_sequence_length=model.max_position_embeddings or recipe.data.seq_length,
+            pre_process=runtime.is_first_stage and stage == 0,
+            post_process=runtime.is_last_stage and stage == parallel.model_chunks - 1,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            position_embedding_type="rope" if model.family == "llama" else "learned_absolute",
+            rotary_base=model.rotary_base,
+            pg_collection=runtime.groups,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(device=runtime.device, dtype=config.params_dtype))
+    initialise(chunks, model, vocab_size=vocab_size, seed=recipe.training.seed)
+    return chunks
+
+
+def count_parameters(chunks: list[GPTModel]) -> int:
+    """Parameters held by this process."""
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

@@ -1,0 +1,114 @@
+"""From the recipe to Megatron-Core's `TransformerConfig` and layer specification."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.model.attention import FusedCausalAttention
+from megatron_prealign.model.norm import LayerNorm, RMSNorm
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.distributed import Runtime
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """The smallest multiple of `divisible_by * tensor_parallel_size` that holds `vocab_size` ids."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by tanh, as GPT-2 has it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _leave(tensor: torch.Tensor) -> None:
+    """Initialises nothing: `model.initialise` sets every weight afterwards, the same for every layout."""
+
+
+def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
+    """Megatron-Core's configuration for this recipe on this device."""
+    model, parallel = recipe.model, recipe.parallel
+    llama = model.family == "llama"
+    on_gpu = runtime.device.type == "cuda"
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    # Word and language-model microbatches have different shapes; only a pipeline has to be told.
+    mixed_shapes = recipe.alignment is not None and parallel.pipeline_model_parallel_size > 1
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        ffn_hidden_size=model.mlp_width,
+        kv_channels=model.head_channels,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=llama,
+        activation_func=F.silu if llama else gelu_tanh,
+        add_bias_linear=not llama,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        use_cpu_initialization=not on_gpu,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=model.recompute_granularity,
+        recompute_method="uniform" if model.recompute_granularity == "full" else None,
+        recompute_num_layers=model.recompute_num_layers if model.recompute_granularity == "full" else None,
+        # The fused element-wise parts compile at first use, which pays on a GPU only.
+        bias_activation_fusion=on_gpu and llama,
+        bias_dropout_fusion=on_gpu,
+        cross_entropy_loss_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        variable_seq_lengths=mixed_shapes,
+        # Megatron-Core 0.16.1 accepts variable lengths only together with this dispatcher, experts or not.
+        moe_token_dispatcher_type="alltoall" if mixed_shapes else "allgather",
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def block_spec(
+    recipe: Recipe, config: TransformerConfig, runtime: Runtime, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of one model chunk.
+
+    Raises:
+        UserError: Transformer Engine is asked for and not installed.
+    """
+    if recipe.model.transformer_impl == "transformer_engine":
+        try:
+            import transformer_engine  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                "model.transformer_impl is transformer_engine, but Transformer Engine is not installed; "
+                "install it or set model.transformer_impl to local"
+            ) from error
+        return get_gpt_layer_with_transformer_engine_spec()
+    norm = RMSNorm if recipe.model.family == "llama" else LayerNorm
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = FusedCausalAttention
+    # The names that keep checkpoints of both implementations alike were for the fused spec; here norms stand alone.
+    layer.submodules.sharded_state_dict_keys_map = {}
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=runtime.pipeline_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

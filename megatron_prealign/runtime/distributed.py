@@ -1,0 +1,136 @@
+"""Starts and stops a run's processes: device, process groups, seeds, the CPU seam."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import ParallelSection
+
+# On CUDA, cuBLAS must be told before its first use to give the same result twice, which bit-exact resume relies on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands. Passed in wherever it is needed; nothing reads it from a global."""
+
+    device: torch.device
+    groups: "ProcessGroupCollection"  # type: ignore[name-defined]  # noqa: F821
+    parallel: ParallelSection
+    rank: int
+    world_size: int
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.groups.pp.size() - 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "parallel.device is cuda, but torch sees no GPU; set it to auto or cpu, or run `megatron-prealign doctor`"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this node has {torch.cuda.device_count()} GPUs, but process {local_rank} wants one of its own; "
+            f"lower --nproc-per-node to at most {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # Started without torchrun: a group of one, over an in-memory store, needs no free port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def start(parallel: ParallelSection, *, seed: int) -> Runtime:
+    """Joins the process group, builds Megatron-Core's groups for `parallel` and seeds the random states.
+
+    Started under torchrun it uses the environment's RANK and WORLD_SIZE, alone it is a group of one. Call `stop` before
+    calling it again with another layout in the same processes.
+
+    Raises:
+        UserError: no GPU where one is asked for, or a world size the layout does not divide.
+    """
+    device = choose_device(parallel.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    _init_process_group(device, timeout)
+    world_size = dist.get_world_size()
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"the number of processes is {world_size}, expected a multiple of "
+            f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size})"
+        )
+    if device.type == "cpu":
+        from megatron_prealign.runtime import cpu
+
+        cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+    )
+    torch.manual_seed(seed)
+    # Dropout differs between tensor-parallel ranks where activations are split and agrees where they are whole.
+    model_parallel_cuda_manual_seed(seed % 2**31, force_reset_rng=True)
+    return Runtime(
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        parallel=parallel,
+        rank=dist.get_rank(),
+        world_size=world_size,
+    )
+
+
+def stop(*, leave_process_group: bool = False) -> None:
+    """Takes Megatron-Core's groups down and, unless told to leave it, the process group too."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if not leave_process_group and dist.is_initialized():
+        dist.destroy_process_group()
