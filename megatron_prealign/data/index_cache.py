@@ -1,0 +1,206 @@
+"""Named arrays kept in a folder that appears complete or not at all, written once per file system."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prealign.errors import UserError
+
+_FORMAT_VERSION = 1
+_MANIFEST = "index.json"
+_POLL_SECONDS = 0.2
+# File systems that cannot lock say so with one of these.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class IncompleteCacheError(Exception):
+    """A cache folder is missing or not what its manifest says; the text is the reason."""
+
+
+def load_or_build(
+    directory: Path,
+    build: Callable[[], Iterable[tuple[str, np.ndarray]]],
+    *,
+    is_builder: bool,
+    barrier: Callable[[], None],
+    patience_seconds: float = 60.0,
+) -> dict[str, np.ndarray]:
+    """The arrays of the cache folder `directory`, which a builder writes first where it is missing or damaged.
+
+    Every process of a job calls this with the same `directory`, and each calls `barrier` exactly once. One process
+    per node is the builder. Builders of several nodes on one shared disk take turns by a file lock, so the first one
+    builds and the rest find its work; on disks of their own each builds for its node.
+
+    Args:
+        directory: The cache folder. Its name must identify the content, because a complete folder is never rewritten.
+        build: Yields (name, non-empty array); called by a builder only, and only when needed.
+        is_builder: Whether this process may write.
+        barrier: Returns once all processes of the job have called it.
+        patience_seconds: How long to wait, after the barrier, for the folder to show: network file systems may
+            answer from an old directory listing for tens of seconds.
+
+    Returns:
+        The arrays by name, memory-mapped read-only.
+
+    Raises:
+        UserError: the folder cannot be written, or does not show in time on a process that is not the builder.
+    """
+    if is_builder:
+        try:
+            _build_if_needed(directory, build)
+        except Exception as error:
+            # The others wait in the barrier: let them go, or they would hang until the process group times out.
+            barrier()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable folder "
+                    "with enough space"
+                ) from error
+            raise
+    barrier()
+    return _wait_for_arrays(directory, patience_seconds)
+
+
+def load_arrays(directory: Path) -> dict[str, np.ndarray]:
+    """Memory-maps a complete cache folder.
+
+    Raises:
+        IncompleteCacheError: the folder or a file is missing, or a file differs from the manifest in size or header.
+    """
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_bytes())
+        if manifest["format_version"] != _FORMAT_VERSION:
+            raise IncompleteCacheError(f"format version {manifest['format_version']}, expected {_FORMAT_VERSION}")
+        return {name: _load_array(directory / f"{name}.npy", facts) for name, facts in manifest["arrays"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IncompleteCacheError(f"{type(error).__name__}: {error}") from error
+
+
+def _load_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise IncompleteCacheError(f"{path.name} has {size} bytes, expected {facts['bytes']}")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype.str != facts["dtype"] or list(array.shape) != facts["shape"]:
+        raise IncompleteCacheError(
+            f"{path.name} is {array.dtype.str} {list(array.shape)}, expected {facts['dtype']} {facts['shape']}"
+        )
+    # A plain view: indexing single elements through numpy's memmap class is several times slower.
+    return np.asarray(array)
+
+
+def _wait_for_arrays(directory: Path, patience_seconds: float) -> dict[str, np.ndarray]:
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return load_arrays(directory)
+        except IncompleteCacheError as error:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{directory}: no complete sample index cache after {patience_seconds:g} s ({error}); the builder "
+                    "of this node failed, or data.cache is not on a disk that this process shares with it"
+                ) from error
+        time.sleep(_POLL_SECONDS)
+        # Listing the parent makes a network file system look again instead of answering "missing" from memory.
+        if directory.parent.is_dir():
+            os.listdir(directory.parent)
+
+
+def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(directory.parent / f".{directory.name}.lock") as locked:
+        try:
+            load_arrays(directory)
+            return
+        except IncompleteCacheError:
+            pass
+        if locked:
+            # Nobody else is writing, so these were left by a killed builder.
+            for leftover in directory.parent.glob(f".{directory.name}.tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.tmp-", dir=directory.parent))
+        try:
+            os.chmod(temporary, 0o777 & ~_umask())
+            _write_arrays(temporary, build())
+            _publish(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_arrays(directory: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    facts: dict[str, dict[str, Any]] = {}
+    for name, array in arrays:
+        if array.size == 0:
+            raise ValueError(f"array {name} of cache folder {directory.name} is empty: it cannot be memory-mapped")
+        with open(directory / f"{name}.npy", "wb") as file:
+            np.save(file, array, allow_pickle=False)
+            _flush_to_disk(file.fileno(), file.flush)
+            facts[name] = {"bytes": file.tell(), "dtype": array.dtype.str, "shape": list(array.shape)}
+    with open(directory / _MANIFEST, "w", encoding="utf-8") as text_file:
+        json.dump({"format_version": _FORMAT_VERSION, "arrays": facts}, text_file, indent=1)
+        _flush_to_disk(text_file.fileno(), text_file.flush)
+
+
+def _flush_to_disk(descriptor: int, flush: Callable[[], None]) -> None:
+    # Without it, a machine that loses power after the rename could keep the name and lose the content.
+    flush()
+    os.fsync(descriptor)
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    """Renames `temporary` to `directory`; a damaged folder in its place is removed, a complete one is kept."""
+    if directory.exists():
+        try:
+            # Only where locks do not work: another builder was faster, with the same content.
+            load_arrays(directory)
+            return
+        except IncompleteCacheError:
+            # Renamed first, so that the name never shows a folder that is being emptied.
+            damaged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.tmp-", dir=directory.parent))
+            os.rename(directory, damaged / "damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.rename(temporary, directory)
+    except OSError:
+        try:
+            load_arrays(directory)
+        except IncompleteCacheError:
+            pass
+        else:
+            return
+        raise
+
+
+def _umask() -> int:
+    # The process-wide value can only be read by setting it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[bool]:
+    """Holds a lock that the system drops when the process dies; yields False where the file system has no locks.
+
+    Without locks two builders on one shared disk do the same work twice, which is slower and still right.
+    """
+    import fcntl
+
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            locked = False
+        yield locked

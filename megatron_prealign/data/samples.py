@@ -1,0 +1,322 @@
+"""Samples of fixed length: the shuffled, weighted blend for training and plain windows per language for validation."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_prealign.data.index_cache import load_or_build
+from megatron_prealign.data.sources import (
+    OpenSource,
+    check_token_range,
+    open_training_sources,
+    open_validation_sources,
+    read_span,
+)
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.data import DataSection
+from megatron_prealign.runtime.index_builder import (
+    MAX_BLEND_SOURCES,
+    MAX_SEQUENCES,
+    blending_indices,
+    megatron_core_version,
+    sample_indices,
+)
+
+# Positions of the blend counted at a time, so that counting never copies an index of billions of positions at once.
+_COUNT_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """A batch of samples before code-switching and masks."""
+
+    tokens: torch.Tensor
+    """int64 [rows, seq_length + 1]: inputs and, one to the right, labels."""
+    language: torch.Tensor
+    """int64 [rows], index into the run's list of languages."""
+    sample_id: torch.Tensor
+    """int64 [rows], position in the blended order (or in a language's validation windows)."""
+
+
+class TrainSamples:
+    """The training blend: sample i is the same whichever process asks, and in whatever order."""
+
+    def __init__(
+        self, sources: Sequence[OpenSource], arrays: Mapping[str, np.ndarray], *, seq_length: int, num_samples: int
+    ) -> None:
+        self._sources = list(sources)
+        self._seq_length = seq_length
+        self._num_samples = num_samples
+        self._source_of = arrays["blend_source"]
+        self._sample_of = arrays["blend_sample"]
+        self._documents = [arrays.get(f"documents_{number}") for number in range(len(sources))]
+        self._samples = [arrays.get(f"samples_{number}") for number in range(len(sources))]
+        self._shuffle = [arrays.get(f"shuffle_{number}") for number in range(len(sources))]
+
+    @classmethod
+    def build(
+        cls,
+        data: DataSection,
+        *,
+        num_samples: int,
+        seed: int,
+        languages: Sequence[str],
+        cache_dir: Path,
+        is_builder: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+        vocab_size: int | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> "TrainSamples":
+        """Opens the sources and finds or makes the index of the blend.
+
+        A source with fewer samples than its share is repeated in epochs, reshuffled each time. Which samples follow
+        each other depends on the documents' lengths, the weights, `seed`, `num_samples` and the sequence length, not
+        on paths: moved data keeps its order and its cache.
+
+        Args:
+            data: The recipe's section.
+            num_samples: Samples of the whole run.
+            seed: From 0; decides the order.
+            languages: The run's languages, in the order of their ids.
+            cache_dir: Folder of the index cache, on a disk that the processes of a node share.
+            is_builder: True on exactly one process per node.
+            barrier: Returns once all processes of the job have called it; called once, also when building fails.
+            vocab_size: Ids that the model has; None does not check.
+            tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
+
+        Raises:
+            UserError: a source is missing, damaged, too small or does not fit; or the cache cannot be written or is
+                not there on a process that is not a builder.
+        """
+        if num_samples <= 0:
+            raise ValueError(f"num_samples is {num_samples}, expected a number above 0")
+        sources = open_training_sources(
+            data, languages, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size
+        )
+        _check_sizes(sources, data)
+        weights = [source.weight for source in data.sources]
+        arrays = load_or_build(
+            cache_dir / f"blend-{_index_key(sources, weights, data.seq_length, num_samples, seed)}",
+            lambda: _build_arrays(sources, weights, data.seq_length, num_samples, seed),
+            is_builder=is_builder,
+            barrier=barrier,
+        )
+        return cls(sources, arrays, seq_length=data.seq_length, num_samples=num_samples)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def rows(self, indices: Sequence[int]) -> SampleRows:
+        """The samples at positions `indices` of the blend.
+
+        Raises:
+            IndexError: a position below 0 or not below `len(self)`.
+            UserError: a token id outside the vocabulary of the source's tokenizer.
+        """
+        _check_indices(indices, len(self))
+        tokens = np.empty((len(indices), self._seq_length + 1), dtype=np.int64)
+        source_of_row = [int(self._source_of[index]) for index in indices]
+        for row, (index, number) in enumerate(zip(indices, source_of_row, strict=True)):
+            documents, samples, shuffle = self._documents[number], self._samples[number], self._shuffle[number]
+            assert documents is not None and samples is not None and shuffle is not None, number
+            position, offset = samples[int(shuffle[self._sample_of[index]])]
+            read_span(self._sources[number].dataset, documents, int(position), int(offset), tokens[row])
+        check_token_range(tokens, self._sources, source_of_row)
+        return SampleRows(
+            tokens=torch.from_numpy(tokens),
+            language=torch.tensor([self._sources[number].language_id for number in source_of_row], dtype=torch.int64),
+            sample_id=torch.tensor([int(index) for index in indices], dtype=torch.int64),
+        )
+
+    def consumed_per_source(self, num_samples: int) -> dict[str, int]:
+        """For each source's path, how many of the first `num_samples` positions of the blend are its."""
+        if not 0 <= num_samples <= len(self):
+            raise ValueError(f"num_samples is {num_samples}, expected 0 to {len(self)}")
+        counts = _count_per_source(self._source_of[:num_samples], len(self._sources))
+        return {source.path: int(count) for source, count in zip(self._sources, counts, strict=True)}
+
+
+class ValidationSamples:
+    """Held-out text per language: windows in file order that score every token after the first exactly once."""
+
+    def __init__(self, streams: Mapping[str, "_Stream"], *, seq_length: int, max_samples: int) -> None:
+        self._seq_length = seq_length
+        # A window's last token is the next one's first input, so a stream of T tokens has T - 1 labels to score.
+        counts = {
+            language: min(-(-(stream.tokens - 1) // seq_length), max_samples) for language, stream in streams.items()
+        }
+        self._streams = {language: stream for language, stream in streams.items() if counts[language] > 0}
+        self._counts = {language: counts[language] for language in self._streams}
+
+    @classmethod
+    def build(
+        cls,
+        data: DataSection,
+        *,
+        languages: Sequence[str],
+        max_samples: int,
+        vocab_size: int | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> "ValidationSamples":
+        """Opens the validation datasets, or else the documents that `TrainSamples` leaves out.
+
+        Sources of one language are read one after the other, in the recipe's order.
+
+        Args:
+            data: The recipe's section.
+            languages: The run's languages, in the order of their ids.
+            max_samples: Windows per language, at most; the first ones are kept.
+            vocab_size: Ids that the model has; None does not check.
+            tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
+
+        Raises:
+            UserError: a source is missing, damaged or does not fit.
+        """
+        sources = open_validation_sources(
+            data, languages, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size
+        )
+        grouped: dict[str, list[OpenSource]] = {}
+        for source in sources:
+            grouped.setdefault(source.language, []).append(source)
+        ordered = {language: _Stream(grouped[language]) for language in languages if language in grouped}
+        return cls(ordered, seq_length=data.seq_length, max_samples=max_samples)
+
+    @property
+    def languages(self) -> list[str]:
+        """Languages that have at least one window, in the order of their ids."""
+        return list(self._streams)
+
+    def num_samples(self, language: str) -> int:
+        """Windows of one language; 0 for a language without held-out text."""
+        return self._counts.get(language, 0)
+
+    def rows(self, language: str, indices: Sequence[int]) -> tuple[SampleRows, torch.Tensor]:
+        """The windows `indices` of one language and their loss mask.
+
+        Returns:
+            The rows, and a bool [rows, seq_length] that is true where the label is text. The last window of a
+            language may be shorter: it is filled up with end-of-document tokens, which the mask leaves out.
+
+        Raises:
+            KeyError: a language without windows.
+            IndexError: an index below 0 or not below `num_samples(language)`.
+            UserError: a token id outside the vocabulary of the source's tokenizer.
+        """
+        stream = self._streams[language]
+        _check_indices(indices, self._counts[language])
+        tokens = np.full((len(indices), self._seq_length + 1), stream.eod_id, dtype=np.int64)
+        mask = np.zeros((len(indices), self._seq_length), dtype=np.bool_)
+        for row, index in enumerate(indices):
+            start = int(index) * self._seq_length
+            count = min(self._seq_length + 1, stream.tokens - start)
+            stream.read(start, tokens[row, :count])
+            mask[row, : count - 1] = True
+        rows = SampleRows(
+            tokens=torch.from_numpy(tokens),
+            language=torch.full((len(indices),), stream.language_id, dtype=torch.int64),
+            sample_id=torch.tensor([int(index) for index in indices], dtype=torch.int64),
+        )
+        return rows, torch.from_numpy(mask)
+
+
+class _Stream:
+    """The held-out tokens of one language as one long text."""
+
+    def __init__(self, sources: Sequence[OpenSource]) -> None:
+        self._sources = list(sources)
+        self._sequences = [np.arange(source.start, source.stop) for source in sources]
+        # ends[s][k]: tokens of source s up to and including its k-th sequence.
+        self._ends = [np.cumsum(source.lengths, dtype=np.int64) for source in sources]
+        self._source_ends = np.cumsum([source.tokens for source in sources], dtype=np.int64)
+        self.tokens = int(self._source_ends[-1])
+        self.language_id = sources[0].language_id
+        self.eod_id = sources[0].sidecar.eod_id
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copies tokens `start` to `start + len(out)` into `out` (int64)."""
+        filled = 0
+        while filled < len(out):
+            at = start + filled
+            number = int(np.searchsorted(self._source_ends, at, side="right"))
+            inside = at - (int(self._source_ends[number - 1]) if number else 0)
+            count = min(len(out) - filled, int(self._source_ends[number]) - at)
+            ends = self._ends[number]
+            position = int(np.searchsorted(ends, inside, side="right"))
+            offset = inside - (int(ends[position - 1]) if position else 0)
+            part = out[filled : filled + count]
+            read_span(self._sources[number].dataset, self._sequences[number], position, offset, part)
+            check_token_range(part[None, :], self._sources, [number])
+            filled += count
+
+
+def _check_indices(indices: Sequence[int], count: int) -> None:
+    for index in indices:
+        if not 0 <= index < count:
+            raise IndexError(f"sample {index} does not exist, there are {count}")
+
+
+def _check_sizes(sources: Sequence[OpenSource], data: DataSection) -> None:
+    if len(sources) > MAX_BLEND_SOURCES:
+        raise UserError(f"data.sources: {len(sources)} sources, at most {MAX_BLEND_SOURCES} can be blended; merge some")
+    for source in sources:
+        if source.stop > MAX_SEQUENCES:
+            raise UserError(
+                f"{source.path}.idx: {source.stop} documents, at most {MAX_SEQUENCES} can be indexed; split the dataset"
+            )
+        if source.tokens < data.seq_length + 1:
+            held_out = len(source.dataset) - source.stop
+            raise UserError(
+                f"{source.path}: {source.tokens} tokens in {source.stop} training documents ({held_out} more are held "
+                f"out for validation), one sample needs data.seq_length + 1 = {data.seq_length + 1}; add text, lower "
+                "data.seq_length or drop the source"
+            )
+
+
+def _index_key(
+    sources: Sequence[OpenSource], weights: Sequence[float], seq_length: int, num_samples: int, seed: int
+) -> str:
+    """Hash of everything the arrays depend on: lengths and not tokens or paths decide where samples begin."""
+    facts = {
+        "megatron_core": megatron_core_version(),
+        "seq_length": seq_length,
+        "num_samples": num_samples,
+        "seed": seed,
+        "weights": [float(weight) for weight in weights],
+        "lengths": [
+            hashlib.blake2b(np.ascontiguousarray(source.lengths).data, digest_size=16).hexdigest() for source in sources
+        ],
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _build_arrays(
+    sources: Sequence[OpenSource], weights: Sequence[float], seq_length: int, num_samples: int, seed: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    source_of, sample_of = blending_indices(weights, num_samples)
+    yield "blend_source", source_of
+    yield "blend_sample", sample_of
+    counts = _count_per_source(source_of, len(sources))
+    for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+        if count == 0:
+            continue
+        # A seed of its own for each source: with one seed for all, sources of equal size (parallel texts, a language
+        # and its clone) would be shuffled alike, and the same document would come up in both at the same time.
+        source_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        built = sample_indices(
+            source.dataset, sequences=source.stop, num_samples=int(count), seq_length=seq_length, seed=source_seed
+        )
+        yield f"documents_{number}", built.documents
+        yield f"samples_{number}", built.samples
+        yield f"shuffle_{number}", built.shuffle
+
+
+def _count_per_source(source_of: np.ndarray, num_sources: int) -> np.ndarray:
+    counts = np.zeros(num_sources, dtype=np.int64)
+    for start in range(0, len(source_of), _COUNT_CHUNK):
+        counts += np.bincount(source_of[start : start + _COUNT_CHUNK], minlength=num_sources)
+    return counts
