@@ -1,0 +1,107 @@
+"""Opens .bin/.idx token files through Megatron-Core, after checks that tell a user what is wrong with them."""
+
+import struct
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from megatron_prealign.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+_MAGIC = b"MMIDIDX\x00\x00"
+# Magic, version, dtype code, number of sequences, number of document boundaries; little endian, not padded.
+_HEADER = struct.Struct("<9sQBQQ")
+_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+# Megatron-Core's own limit below which it stores ids in 16 bits.
+_UINT16_VOCAB_LIMIT = 65_500
+_AGAIN = "make the dataset again with megatron-prealign preprocess"
+
+
+def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
+    """The type in which ids of a vocabulary are stored."""
+    return numpy.uint16 if vocab_size < _UINT16_VOCAB_LIMIT else numpy.int32
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """`PREFIX.bin`, the tokens."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """`PREFIX.idx`, where each document lies."""
+    return Path(f"{prefix}.idx")
+
+
+def open_indexed(prefix: str | Path) -> "IndexedDataset":
+    """Opens a dataset written by `preprocess` or by Megatron's own tools.
+
+    Args:
+        prefix: path without ending.
+
+    Raises:
+        UserError: a file is missing, the header is wrong, or the files are truncated or do not belong together.
+    """
+    check_indexed(prefix)
+    return import_indexed_dataset().IndexedDataset(str(prefix))
+
+
+def import_indexed_dataset() -> Any:
+    """The module `megatron.core.datasets.indexed_dataset`, without the warnings of an import on a machine without a GPU.
+
+    It imports torch and takes seconds the first time.
+    """
+    with warnings.catch_warnings():
+        # Said once per file of the optimizer, which token files have no use for.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def check_indexed(prefix: str | Path) -> None:
+    """The checks of `open_indexed` alone. Reads the header and a few numbers of the index, not the tokens.
+
+    Raises:
+        UserError: as in `open_indexed`.
+    """
+    tokens, index = bin_path(prefix), idx_path(prefix)
+    for path in (index, tokens):
+        if not path.is_file():
+            hint = "give the prefix without the ending" if str(prefix).endswith((".bin", ".idx", ".json")) else _AGAIN
+            raise UserError(f"{path}: no such file; {hint}")
+    sequences, boundaries, item_bytes = _read_header(index)
+    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    found = index.stat().st_size
+    # Multimodal datasets carry one more byte a sequence.
+    if found not in (expected, expected + sequences):
+        raise UserError(f"{index}: {found:,} bytes, expected {expected:,} for {sequences:,} documents; {_AGAIN}")
+    if sequences == 0:
+        raise UserError(f"{index}: holds no documents; {_AGAIN}")
+    lengths = numpy.memmap(index, numpy.dtype("<i4"), "r", _HEADER.size, (sequences,))
+    pointers = numpy.memmap(index, numpy.dtype("<i8"), "r", _HEADER.size + 4 * sequences, (sequences,))
+    documents = numpy.memmap(index, numpy.dtype("<i8"), "r", _HEADER.size + 12 * sequences, (boundaries,))
+    if boundaries == 0 or documents[0] != 0 or documents[-1] != sequences:
+        raise UserError(f"{index}: its document boundaries do not cover its {sequences:,} sequences; {_AGAIN}")
+    if int(lengths.min()) < 0 or int(pointers[0]) != 0:
+        raise UserError(f"{index}: damaged (a negative length, or the first document is not at 0); {_AGAIN}")
+    expected = int(pointers[-1]) + int(lengths[-1]) * item_bytes
+    found = tokens.stat().st_size
+    if int(lengths.sum(dtype=numpy.int64)) * item_bytes != expected:
+        raise UserError(f"{index}: damaged (its lengths and offsets do not fit together); {_AGAIN}")
+    if found != expected:
+        raise UserError(f"{tokens}: {found:,} bytes, expected {expected:,} as {index.name} says; {_AGAIN}")
+
+
+def _read_header(path: Path) -> tuple[int, int, int]:
+    """(sequences, document boundaries, bytes per token)."""
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise UserError(f"{path}: not a Megatron index file (it starts with {header[:9]!r}); {_AGAIN}")
+    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if version != 1 or code not in _ITEM_BYTES:
+        raise UserError(f"{path}: version {version}, dtype code {code}; expected version 1, codes 1 to 8; {_AGAIN}")
+    return sequences, boundaries, _ITEM_BYTES[code]

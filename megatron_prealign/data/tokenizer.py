@@ -1,0 +1,132 @@
+"""One interface over tokenizers, and `load_tokenizer`, which finds out what kind lies at a path."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+
+from megatron_prealign.errors import UserError
+
+# Tried in this order where the files name no end-of-sequence token.
+EOD_NAMES = ("<eod>", "<|endoftext|>", "</s>")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Ids run from 0 to `vocab_size - 1`.
+
+    Encoding never adds a BOS or EOS token, and the name of a special token inside a text (`<eod>`, `</s>`) is plain
+    text: a document cannot forge the end of a document.
+    """
+
+    path: Path
+    """Where it was loaded from."""
+    vocab_size: int
+    """True number of ids, without padding."""
+    eod_id: int
+    """The end-of-document id."""
+    special_ids: frozenset[int]
+    """Control tokens: never replaced, never cloned, never part of a word."""
+    fingerprint: str
+    """`sha256:<hex>` of everything that decides ids; independent of file names and dates."""
+
+    @abstractmethod
+    def encode(self, text: str, language: str | None = None) -> list[int]:
+        """The ids of `text`, without BOS and EOS. `language` matters to clone tokenizers only."""
+
+    def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+        """The ids of every text; equal to `encode` one by one, but faster."""
+        return [self.encode(text, language) for text in texts]
+
+    @abstractmethod
+    def encode_words(
+        self, words: Sequence[str], language: str | None = None, word_initial: bool = True
+    ) -> list[list[int]]:
+        """The ids of every word as it stands inside a sentence.
+
+        Args:
+            words: bare words, without spaces around them.
+            language: matters to clone tokenizers only.
+            word_initial: True for a word after a space (with the tokenizer's space marker), False for one that directly
+                follows another character, like `apple` in `(apple`.
+        """
+
+    def encode_word(self, word: str, language: str | None = None, word_initial: bool = True) -> list[int]:
+        """`encode_words` for one word."""
+        return self.encode_words([word], language, word_initial)[0]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens by their names."""
+
+    @abstractmethod
+    def word_boundaries(self) -> numpy.ndarray:
+        """uint8 [vocab_size]: bit 0, a word boundary lies before the token; bit 1, one lies after it.
+
+        Bit 0: the token carries the space marker, or its text starts with a non-letter. Bit 1: its text ends with a
+        non-letter. Letters are Unicode's L* and M*; bytes of an incomplete character count as letters; special and
+        unused ids have both bits.
+        """
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a Hugging Face tokenizer folder or a sentencepiece `.model` file.
+
+    A folder that also holds `clone.json` (`{"language": "en_clone"}`) loads as a `CloneTokenizer`.
+
+    Args:
+        path: the folder or file.
+
+    Raises:
+        UserError: nothing there, a broken file, a tokenizer that does not mark where words start, or no end-of-document
+            token.
+    """
+    from megatron_prealign.data.clone import CLONE_FILE, CloneTokenizer, load_clone_language
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such tokenizer; expected a Hugging Face tokenizer folder or a sentencepiece .model file"
+        )
+    base = _load_base(path)
+    check_word_forms(base)
+    if path.is_dir() and (path / CLONE_FILE).exists():
+        return CloneTokenizer(base, load_clone_language(path / CLONE_FILE))
+    return base
+
+
+def _load_base(path: Path) -> Tokenizer:
+    from megatron_prealign.data.huggingface import HuggingFaceTokenizer
+    from megatron_prealign.data.sentencepiece_model import SentencePieceTokenizer
+
+    if path.is_file():
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(path)
+        raise UserError(
+            f"{path}: not a tokenizer; expected a sentencepiece .model file or the folder that holds tokenizer.json"
+        )
+    if (path / "tokenizer.json").exists():
+        return HuggingFaceTokenizer(path)
+    models = sorted(path.glob("*.model"))
+    if len(models) == 1:
+        return SentencePieceTokenizer(models[0])
+    if (path / "tokenizer_config.json").exists() or (path / "vocab.json").exists():
+        return HuggingFaceTokenizer(path)
+    raise UserError(
+        f"{path}: no tokenizer in this folder; expected tokenizer.json (from save_pretrained) or one .model file"
+    )
+
+
+def check_word_forms(tokenizer: Tokenizer) -> None:
+    """Refuses tokenizers that lose the spaces: dictionary words could not be found or replaced.
+
+    Raises:
+        UserError: a word after a space and the same word inside another get the same ids, or no marker in front.
+    """
+    # One letter that every vocabulary has: unknown tokens would look alike for another reason.
+    initial, inner = tokenizer.encode_word("a"), tokenizer.encode_word("a", word_initial=False)
+    if not initial or initial == inner or not tokenizer.word_boundaries()[initial[0]] & 1:
+        raise UserError(
+            f"{tokenizer.path}: this tokenizer does not mark the start of a word in front of it (WordPiece, or spaces "
+            "are thrown away or put behind words); expected byte-level BPE or sentencepiece"
+        )
