@@ -1,0 +1,172 @@
+"""How much of a corpus a dictionary knows, in running words, and how often each word of it occurs.
+
+Code-switching replaces occurrences: its true rate is its ratio times the coverage measured here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prealign.data.indexed import open_indexed
+from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.dictionary.table import (
+    BOUNDARY_AFTER,
+    BOUNDARY_BEFORE,
+    HAS_LETTER,
+    MAX_KEY_TOKENS,
+    DictionaryTable,
+)
+from megatron_prealign.errors import UserError
+
+DEFAULT_MAX_TOKENS = 5_000_000
+# Odd multiplier of the token hash; any works, as every match is checked token by token.
+_HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one corpus showed.
+
+    Attributes:
+        prefix: the dataset.
+        language: its language.
+        tokens: tokens looked at.
+        running_words: words with a letter among them.
+        known_words: those of them the table has a key for.
+        key_count: occurrences of every key of the table `[K]`.
+    """
+
+    prefix: str
+    language: str
+    tokens: int
+    running_words: int
+    known_words: int
+    key_count: NDArray[np.int64]
+
+    @property
+    def share(self) -> float:
+        """Known running words by all running words, 0 to 1."""
+        return self.known_words / self.running_words if self.running_words else 0.0
+
+
+class Words(NamedTuple):
+    """Running words of a token row: where each starts, its length in tokens, and whether it contains a letter `[N]`."""
+
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    has_letter: NDArray[np.bool_]
+
+
+def split_words(tokens: NDArray[Any], row_starts: NDArray[np.int64], word_boundary: NDArray[np.uint8]) -> Words:
+    """Splits tokens into words: a word starts where the token says so, where the one before says so, and with each row.
+
+    Args:
+        tokens: ids of all rows, one row after the other.
+        row_starts: position of the first token of each row.
+        word_boundary: `[vocab_size]` as in `DictionaryTable`.
+    """
+    flags = word_boundary[tokens]
+    starts = (flags & BOUNDARY_BEFORE) != 0
+    starts[1:] |= (flags[:-1] & BOUNDARY_AFTER) != 0
+    starts[row_starts[row_starts < len(tokens)]] = True
+    start = np.flatnonzero(starts)
+    if not len(start):
+        return Words(start, start.copy(), np.zeros(0, dtype=bool))
+    length = np.diff(np.append(start, len(tokens)))
+    has_letter = np.logical_or.reduceat((flags & HAS_LETTER) != 0, start)
+    return Words(start, length, has_letter)
+
+
+def _hash(columns: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One number per row of ids `[N, length]`."""
+    value = np.zeros(len(columns), dtype=np.uint64)
+    for column in columns.T:
+        value = (value ^ (column.astype(np.uint64) + np.uint64(1))) * _HASH_MULTIPLIER
+        value ^= value >> np.uint64(29)
+    return value
+
+
+def match_words(table: DictionaryTable, language_id: int, tokens: NDArray[Any], words: Words) -> NDArray[np.int64]:
+    """The key of every word `[N]` in a language, -1 where the table has none."""
+    found = np.full(len(words.start), -1, dtype=np.int64)
+    key_length = np.diff(table.key_offsets)
+    for length in range(1, MAX_KEY_TOKENS + 1):
+        keys = np.flatnonzero((key_length == length) & (table.key_language == language_id))
+        places = np.flatnonzero(words.length == length)
+        if not len(keys) or not len(places):
+            continue
+        within = np.arange(length)
+        key_columns = table.key_tokens[table.key_offsets[keys][:, None] + within].astype(np.int64)
+        word_columns = tokens[words.start[places][:, None] + within].astype(np.int64)
+        key_hash = _hash(key_columns)
+        order = np.argsort(key_hash, kind="stable")
+        key_hash, keys, key_columns = key_hash[order], keys[order], key_columns[order]
+        place = np.searchsorted(key_hash, (word_hash := _hash(word_columns)))
+        # Keys that share a hash lie side by side: as many steps as the longest such run reach every one of them.
+        for step in range(int(np.unique(key_hash, return_counts=True)[1].max())):
+            candidate = np.minimum(place + step, len(keys) - 1)
+            same = (key_hash[candidate] == word_hash) & (key_columns[candidate] == word_columns).all(axis=1)
+            found[places[same]] = keys[candidate[same]]
+    return found
+
+
+def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int = DEFAULT_MAX_TOKENS) -> Coverage:
+    """Looks for the keys of `table` in a dataset made by `preprocess`.
+
+    Args:
+        max_tokens: at most so many tokens are looked at; documents are drawn from all over a larger dataset.
+
+    Raises:
+        UserError: a missing or damaged dataset, or one made with another tokenizer.
+    """
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more")
+    sidecar = load_sidecar(prefix)
+    table.check_tokenizer(sidecar.tokenizer.fingerprint)
+    tokens, row_starts = _sample(prefix, max_tokens)
+    if len(tokens) and int(tokens.max()) >= table.vocab_size:
+        raise UserError(
+            f"{prefix}.bin: token id {int(tokens.max())}, expected ids below the vocabulary's {table.vocab_size}; "
+            "make the dataset again with megatron-prealign preprocess"
+        )
+    words = split_words(tokens, row_starts, table.word_boundary)
+    language_id = table.language_id(sidecar.language)
+    # A language the table does not have: nothing is known, which is an answer and no mistake.
+    keys = match_words(table, -1 if language_id is None else language_id, tokens, words)
+    known = (keys >= 0) & words.has_letter
+    return Coverage(
+        prefix=str(prefix),
+        language=sidecar.language,
+        tokens=len(tokens),
+        running_words=int(words.has_letter.sum()),
+        known_words=int(known.sum()),
+        key_count=np.bincount(keys[known], minlength=table.num_keys).astype(np.int64),
+    )
+
+
+def _sample(prefix: str | Path, max_tokens: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Tokens of documents drawn from all over the dataset, and where each document starts among them."""
+    dataset = open_indexed(prefix)
+    lengths = np.asarray(dataset.sequence_lengths, dtype=np.int64)
+    documents = np.arange(len(lengths))
+    if lengths.sum() > max_tokens:
+        # A fixed seed: the same corpus gives the same numbers every time.
+        documents = np.random.default_rng(0).permutation(len(lengths))
+        documents = np.sort(documents[: int(np.searchsorted(np.cumsum(lengths[documents]), max_tokens)) + 1])
+    rows = [dataset[int(document)] for document in documents]
+    starts = np.zeros(len(rows), dtype=np.int64)
+    np.cumsum([len(row) for row in rows[:-1]], out=starts[1:])
+    # Only the last document drawn is cut, and one document of the whole corpus may be longer than the limit.
+    return np.concatenate(rows)[:max_tokens], starts
+
+
+def count_groups(table: DictionaryTable, corpora: Sequence[Coverage]) -> DictionaryTable:
+    """The table with `group_count` filled: occurrences of each group's source word, in any spelling, in all corpora."""
+    counts = np.zeros(table.num_groups, dtype=np.int64)
+    for corpus in corpora:
+        np.add.at(counts, table.key_group, corpus.key_count)
+    return replace(table, group_count=counts)

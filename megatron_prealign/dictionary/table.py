@@ -1,0 +1,344 @@
+"""The dictionary as token ids: the one file that alignment and code-switching share.
+
+`table.safetensors` holds three lists: *keys* (token n-grams as they stand in a text, with their candidates),
+*candidates* (token n-grams that may replace a key) and *words* (one spelling of every word of every group, for alignment).
+Ranges and offsets are checked once, on loading, so that nothing that reads the table later has to.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prealign.data.files import write_atomically
+from megatron_prealign.errors import UserError
+
+FORMAT_VERSION = "1"
+MAX_KEY_TOKENS = 8
+BOUNDARY_BEFORE, BOUNDARY_AFTER, HAS_LETTER = 1, 2, 4
+
+# Tensor -> dtype, in the order of the file. Everything is one-dimensional.
+TENSORS: dict[str, type[np.generic]] = {
+    "word_boundary": np.uint8,
+    "key_tokens": np.int32,
+    "key_offsets": np.int64,
+    "key_language": np.int16,
+    "key_group": np.int32,
+    "key_candidate_offsets": np.int64,
+    "candidate_tokens": np.int32,
+    "candidate_offsets": np.int64,
+    "candidate_language": np.int16,
+    "candidate_weight": np.float32,
+    "word_tokens": np.int32,
+    "word_offsets": np.int64,
+    "word_language": np.int16,
+    "word_text": np.uint8,
+    "word_text_offsets": np.int64,
+    "group_offsets": np.int64,
+    "group_count": np.int64,
+}
+
+
+def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the elements of `rows` lie in a ragged array, and the offsets of those rows put together.
+
+    Args:
+        offsets: `[N+1]`, row i is `values[offsets[i]:offsets[i+1]]`.
+        rows: integers `[R]`.
+
+    Returns:
+        `index` and `new_offsets` `[R+1]`, so that `values[index]` are the chosen rows one after the other.
+    """
+    lengths = np.diff(offsets)[rows]
+    new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=new_offsets[1:])
+    index = np.arange(new_offsets[-1], dtype=np.int64) + np.repeat(offsets[:-1][rows] - new_offsets[:-1], lengths)
+    return index, new_offsets
+
+
+@dataclass(frozen=True, eq=False)
+class DictionaryTable:
+    """K keys, C candidates, W words, G groups. Row i of a ragged list is `values[offsets[i]:offsets[i+1]]`.
+
+    Attributes:
+        languages: codes; the index is the language id.
+        tokenizer_fingerprint: of the tokenizer that made the ids.
+        vocab_size: ids are below it.
+        word_boundary: `[vocab_size]`, bit 0 (1): a word boundary lies before this token, bit 1 (2): one lies after it,
+            bit 2 (4): it contains a letter.
+        key_tokens, key_offsets: ids of each key `[K+1]`, 1 to 8 each; only the first token starts a word.
+        key_language: source language `[K]`; a key holds in rows of this language alone.
+        key_group: group of each key `[K]`.
+        key_candidate_offsets: candidates of each key `[K+1]`, at least one, sorted by language.
+        candidate_tokens, candidate_offsets: ids of each candidate `[C+1]`, written in the case of its key.
+        candidate_language: target language `[C]`.
+        candidate_weight: weight in the draw within a key and language `[C]`, above 0.
+        word_tokens, word_offsets: ids of each word as it stands inside a sentence `[W+1]`.
+        word_language: `[W]`.
+        word_text, word_text_offsets: UTF-8 of each word `[W+1]`.
+        group_offsets: words of each group `[G+1]`, the source word first.
+        group_count: occurrences of the source word in the counting corpus `[G]`, 0 if there was none.
+        sources: files the table was built from: `{"path", "pairs", "licence"}` each.
+        path: where the table was loaded from or saved to.
+    """
+
+    languages: tuple[str, ...]
+    tokenizer_fingerprint: str
+    vocab_size: int
+    word_boundary: NDArray[np.uint8]
+    key_tokens: NDArray[np.int32]
+    key_offsets: NDArray[np.int64]
+    key_language: NDArray[np.int16]
+    key_group: NDArray[np.int32]
+    key_candidate_offsets: NDArray[np.int64]
+    candidate_tokens: NDArray[np.int32]
+    candidate_offsets: NDArray[np.int64]
+    candidate_language: NDArray[np.int16]
+    candidate_weight: NDArray[np.float32]
+    word_tokens: NDArray[np.int32]
+    word_offsets: NDArray[np.int64]
+    word_language: NDArray[np.int16]
+    word_text: NDArray[np.uint8]
+    word_text_offsets: NDArray[np.int64]
+    group_offsets: NDArray[np.int64]
+    group_count: NDArray[np.int64]
+    sources: tuple[dict[str, Any], ...] = ()
+    path: Path | None = field(default=None)
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.key_language)
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.candidate_language)
+
+    @property
+    def num_words(self) -> int:
+        return len(self.word_language)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_count)
+
+    def text(self, word: int) -> str:
+        """The spelling of one word."""
+        begin, end = self.word_text_offsets[word : word + 2]
+        return self.word_text[begin:end].tobytes().decode("utf-8")
+
+    def group_words(self, group: int) -> list[tuple[str, str]]:
+        """`(language, word)` of a group, the source word first."""
+        begin, end = (int(bound) for bound in self.group_offsets[group : group + 2])
+        return [(self.languages[self.word_language[word]], self.text(word)) for word in range(begin, end)]
+
+    def language_id(self, language: str) -> int | None:
+        """Id of a language code; None where the table does not have it."""
+        return self.languages.index(language) if language in self.languages else None
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Checks that ids of this table mean the same as those of a tokenizer or dataset.
+
+        Raises:
+            UserError: the fingerprints differ.
+        """
+        if fingerprint != self.tokenizer_fingerprint:
+            raise UserError(
+                f"{self.path or 'dictionary table'}: built with tokenizer {self.tokenizer_fingerprint}, got tokenizer "
+                f"{fingerprint}; build the table again with the tokenizer in use (megatron-prealign dictionary build)"
+            )
+
+    def held_out_groups(self, fraction: float) -> NDArray[np.bool_]:
+        """Groups kept away from training, bool `[G]`, about `fraction` of them.
+
+        It depends on the source word's text alone (case ignored, so that `Polish` goes with `polish`): rebuilding the
+        table, adding languages or changing the training seed moves no word from one side to the other, and a larger
+        fraction only adds to a smaller one.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"fraction is {fraction}, expected 0 to 1")
+        limit = int(fraction * 2**64)
+        held_out = np.zeros(self.num_groups, dtype=bool)
+        for group in range(self.num_groups):
+            word = self.text(int(self.group_offsets[group])).casefold()
+            digest = hashlib.blake2b(word.encode(), digest_size=8, person=b"heldout").digest()
+            held_out[group] = int.from_bytes(digest, "big") < limit
+        return held_out
+
+    def without_groups(self, dropped: NDArray[np.bool_]) -> "DictionaryTable":
+        """The table without the keys and candidates of the `dropped` groups (bool `[G]`); words and groups stay."""
+        if dropped.dtype != bool or dropped.shape != (self.num_groups,):
+            raise ValueError(f"mask is {dropped.dtype} {dropped.shape}, expected bool ({self.num_groups},)")
+        keys = np.flatnonzero(~dropped[self.key_group])
+        tokens, key_offsets = row_indices(self.key_offsets, keys)
+        candidates, key_candidate_offsets = row_indices(self.key_candidate_offsets, keys)
+        candidate_tokens, candidate_offsets = row_indices(self.candidate_offsets, candidates)
+        return replace(
+            self,
+            key_tokens=self.key_tokens[tokens],
+            key_offsets=key_offsets,
+            key_language=self.key_language[keys],
+            key_group=self.key_group[keys],
+            key_candidate_offsets=key_candidate_offsets,
+            candidate_tokens=self.candidate_tokens[candidate_tokens],
+            candidate_offsets=candidate_offsets,
+            candidate_language=self.candidate_language[candidates],
+            candidate_weight=self.candidate_weight[candidates],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table in one step: a reader sees the old file or the whole new one.
+
+        Raises:
+            UserError: the folder does not exist or cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "languages": json.dumps(self.languages, ensure_ascii=False),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "vocab_size": str(self.vocab_size),
+            "sources": json.dumps(self.sources, ensure_ascii=False),
+        }
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in TENSORS}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(path) as temporary:
+                save_file(tensors, temporary, metadata)
+        # safetensors reports a full or read-only disk by its own exception, which is no OSError.
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot write the dictionary table: {error}") from error
+
+
+def load_table(path: str | Path) -> DictionaryTable:
+    """Loads and checks a table.
+
+    Raises:
+        UserError: the file is missing, cut off, of another kind or version, or its contents do not fit together.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such dictionary table; build it with megatron-prealign dictionary build")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("format_version")
+            missing = [name for name in TENSORS if name not in file.keys()]  # noqa: SIM118 (safe_open is no mapping)
+            if version != FORMAT_VERSION or missing:
+                raise _corrupt(path, f"format_version is {version}, missing tensors are {missing or 'none'}")
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+        table = DictionaryTable(
+            languages=tuple(json.loads(metadata["languages"])),
+            tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
+            vocab_size=int(metadata["vocab_size"]),
+            sources=tuple(json.loads(metadata["sources"])),
+            path=path,
+            **tensors,
+        )
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise _corrupt(path, str(error) or type(error).__name__) from error
+    problem = find_problem(table)
+    if problem:
+        raise _corrupt(path, problem)
+    return table
+
+
+def _corrupt(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: not a whole dictionary table of format {FORMAT_VERSION}: {what}; "
+        "build it again with megatron-prealign dictionary build"
+    )
+
+
+def find_problem(table: DictionaryTable) -> str | None:
+    """The first thing in `table` that does not fit together, in words; None when all is well."""
+    for name, dtype in TENSORS.items():
+        values = getattr(table, name)
+        if values.dtype != dtype or values.ndim != 1:
+            return f"{name} is {values.dtype} {values.shape}, expected {np.dtype(dtype)} in one dimension"
+    return _shape_problem(table) or _offsets_problem(table) or _range_problem(table)
+
+
+def _shape_problem(table: DictionaryTable) -> str | None:
+    keys, candidates, words, groups = table.num_keys, table.num_candidates, table.num_words, table.num_groups
+    expected = {
+        "word_boundary": table.vocab_size,
+        "key_offsets": keys + 1,
+        "key_group": keys,
+        "key_candidate_offsets": keys + 1,
+        "candidate_offsets": candidates + 1,
+        "candidate_weight": candidates,
+        "word_offsets": words + 1,
+        "word_text_offsets": words + 1,
+        "group_offsets": groups + 1,
+    }
+    for name, length in expected.items():
+        if len(getattr(table, name)) != length:
+            return f"{name} has {len(getattr(table, name))} elements, expected {length}"
+    return None
+
+
+def _offsets_problem(table: DictionaryTable) -> str | None:
+    # Offsets -> number of elements they divide, fewest and most elements of a row.
+    rules: dict[str, tuple[int, int, int | None]] = {
+        "key_offsets": (len(table.key_tokens), 1, MAX_KEY_TOKENS),
+        "key_candidate_offsets": (table.num_candidates, 1, None),
+        "candidate_offsets": (len(table.candidate_tokens), 1, None),
+        "word_offsets": (len(table.word_tokens), 1, None),
+        "word_text_offsets": (len(table.word_text), 1, None),
+        "group_offsets": (table.num_words, 2, None),
+    }
+    for name, (total, fewest, most) in rules.items():
+        offsets = getattr(table, name)
+        lengths = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != total or (lengths < fewest).any():
+            return f"{name} does not rise from 0 to {total} in steps of at least {fewest}"
+        if most is not None and (lengths > most).any():
+            return f"{name} has a row of {lengths.max()} elements, expected at most {most}"
+    return None
+
+
+def _range_problem(table: DictionaryTable) -> str | None:
+    ranges = {
+        "key_tokens": table.vocab_size,
+        "candidate_tokens": table.vocab_size,
+        "word_tokens": table.vocab_size,
+        "key_language": len(table.languages),
+        "candidate_language": len(table.languages),
+        "word_language": len(table.languages),
+        "key_group": table.num_groups,
+    }
+    for name, limit in ranges.items():
+        values = getattr(table, name)
+        if len(values) and (values.min() < 0 or values.max() >= limit):
+            return f"{name} has values from {values.min()} to {values.max()}, expected 0 to {limit - 1}"
+    if len(table.group_count) and table.group_count.min() < 0:
+        return f"group_count has the value {table.group_count.min()}, expected 0 or more"
+    weights = table.candidate_weight
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        return "candidate_weight has a value that is not above 0"
+    falls = np.diff(table.candidate_language.astype(np.int32)) < 0
+    falls[table.key_candidate_offsets[1:-1] - 1] = False
+    if falls.any():
+        return f"candidate_language is not sorted within a key, at candidate {int(np.argmax(falls)) + 1}"
+    return _key_problem(table)
+
+
+def _key_problem(table: DictionaryTable) -> str | None:
+    """A key that spans a word boundary could never be found in a text, or would be found across two words."""
+    before, after = table.word_boundary & BOUNDARY_BEFORE, table.word_boundary & BOUNDARY_AFTER
+    inner = np.ones(len(table.key_tokens), dtype=bool)
+    inner[table.key_offsets[:-1]] = False
+    index = np.flatnonzero(inner)
+    broken = (before[table.key_tokens[index]] | after[table.key_tokens[index - 1]]) != 0
+    if broken.any():
+        return f"a word starts inside a key, at key token {int(index[np.argmax(broken)])}"
+    return None
