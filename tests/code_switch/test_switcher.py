@@ -1,0 +1,165 @@
+"""The switcher: recipe and dictionary table in, batches out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prealign.code_switch import CodeSwitcher, SwitchedBatch, plain_batch
+from megatron_prealign.dictionary.table import DictionaryTable, load_table
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import CodeSwitchSection
+
+EOD = 0
+# tokens 1..4 are whole English words, 5..6 German, 7..8 Chinese; 1 -> de 5 6, 2 -> de 6 and zh 7, 3 -> zh 8 7
+LANGUAGES = ("en", "de", "zh")
+
+
+def ragged(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.array([each for row in rows for each in row], dtype=np.int32),
+        np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64),
+    )
+
+
+@pytest.fixture
+def table(tmp_path) -> DictionaryTable:
+    key_tokens, key_offsets = ragged([[1], [2], [3]])
+    candidate_tokens, candidate_offsets = ragged([[5, 6], [6], [7], [8, 7]])
+    word_tokens, word_offsets = ragged([[1], [5, 6], [2], [6], [7], [3], [8, 7]])
+    text, text_offsets = ragged([list(word.encode()) for word in ("one", "eins", "two", "zwei", "er", "three", "san")])
+    built = DictionaryTable(
+        languages=LANGUAGES,
+        tokenizer_fingerprint="sha256:0",
+        vocab_size=10,
+        word_boundary=np.array([3, 5, 5, 5, 5, 5, 5, 5, 5, 5], dtype=np.uint8),
+        key_tokens=key_tokens,
+        key_offsets=key_offsets,
+        key_language=np.zeros(3, dtype=np.int16),
+        key_group=np.arange(3, dtype=np.int32),
+        key_candidate_offsets=np.array([0, 1, 3, 4]),
+        candidate_tokens=candidate_tokens,
+        candidate_offsets=candidate_offsets,
+        candidate_language=np.array([1, 1, 2, 2], dtype=np.int16),
+        candidate_weight=np.ones(4, dtype=np.float32),
+        word_tokens=word_tokens,
+        word_offsets=word_offsets,
+        word_language=np.array([0, 1, 0, 1, 2, 0, 2], dtype=np.int16),
+        word_text=text.astype(np.uint8),
+        word_text_offsets=text_offsets,
+        group_offsets=np.array([0, 2, 5, 7]),
+        group_count=np.ones(3, dtype=np.int64),
+    )
+    built.save(tmp_path / "table.safetensors")
+    return load_table(tmp_path / "table.safetensors")
+
+
+def switcher(table: DictionaryTable, languages: tuple[str, ...] = ("en",), **fields: object) -> CodeSwitcher:
+    options = {"seed": 1, "device": "cpu", "eod_id": EOD, "mask_eod": False}
+    options |= {name: fields.pop(name) for name in list(fields) if name in options}
+    return CodeSwitcher(table, CodeSwitchSection(**{"ratio": 1.0, **fields}), languages=languages, **options)
+
+
+def call(
+    switch: CodeSwitcher, rows: list[list[int]], language: list[int] | None = None, consumed: int = 0
+) -> SwitchedBatch:
+    return switch(torch.tensor(rows), torch.tensor(language or [0] * len(rows)), torch.arange(len(rows)), consumed)
+
+
+def test_words_are_switched_and_counted(table: DictionaryTable) -> None:
+    batch = call(switcher(table, language_weights={"de": 1.0}), [[4, 1, 3, 2, 4, 4, 4]])
+    assert batch.tokens.tolist() == [[4, 5, 6, 3, 6, 4]]
+    assert batch.labels.tolist() == [[1, 0, 3, 2, 4, 4]]
+    assert batch.loss_mask.tolist() == [[1, 0, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    # 3 is unknown, as it has Chinese translations only
+    assert batch.counts is not None and batch.counts.tolist() == [6, 2, 2, 0, 2, 0]
+
+
+def test_all_languages_alike_without_weights(table: DictionaryTable) -> None:
+    batch = call(switcher(table), [[2] * 2001])
+    assert batch.counts is not None
+    known, switched, english, german, chinese = batch.counts.tolist()[1:]
+    assert known == switched == german + chinese == 2000 and english == 0
+    # 2000 fair coins: 5 standard deviations
+    assert abs(german - 1000) < 112
+
+
+def test_language_indices_are_those_of_the_data(table: DictionaryTable) -> None:
+    switch = switcher(table, languages=("zh", "en", "fi"))
+    batch = call(switch, [[1, 1, 1]] * 4, language=[0, 1, 2, -1])
+    assert batch.tokens.tolist() == [[1, 1], [5, 6], [1, 1], [1, 1]]
+
+
+def test_ratio_follows_the_schedule(table: DictionaryTable) -> None:
+    switch = switcher(table, ratio=0.0, schedule="linear", final_ratio=1.0, schedule_tokens=100)
+    rows = [[1] * 1001]
+
+    def rate(consumed: int) -> float:
+        batch = call(switch, rows, consumed=consumed)
+        assert batch.counts is not None
+        return int(batch.counts[2]) / 1000
+
+    assert [rate(0), rate(100), rate(0)] == [0.0, 1.0, 0.0]
+    # 5 standard deviations of 1,000 draws with p = 0.25
+    assert abs(rate(25) - 0.25) < 0.07
+
+
+def test_resumed_switcher_continues_alike(table: DictionaryTable) -> None:
+    fields = {"ratio": 0.3, "schedule": "cosine", "final_ratio": 0.7, "schedule_tokens": 1000, "label_mode": "mix"}
+    through, resumed = switcher(table, **fields), switcher(table, **fields)
+    rows = [[1, 2, 3, 4] * 30] * 3
+    for consumed in range(0, 500, 100):
+        last = call(through, rows, consumed=consumed)
+    again = call(resumed, rows, consumed=400)
+    assert all(torch.equal(one, other) for one, other in zip(last, again, strict=True))
+
+
+def test_end_of_document_masked_on_request(table: DictionaryTable) -> None:
+    rows = [[1, EOD, 4, 4]]
+    assert call(switcher(table), rows).loss_mask.tolist() == [[0, 1, 1]]
+    masked = call(switcher(table, mask_eod=True, language_weights={"zh": 1.0}), rows)
+    assert masked.loss_mask.tolist() == [[1, 0, 1]]
+
+
+def test_dropped_groups_are_not_switched(table: DictionaryTable) -> None:
+    kept = table.without_groups(np.array([True, False, False]))
+    batch = call(switcher(kept, language_weights={"de": 1.0}), [[1, 2, 4]])
+    assert batch.tokens.tolist() == [[1, 6]]
+
+
+def test_languages_that_the_table_lacks(table: DictionaryTable) -> None:
+    with pytest.raises(UserError, match=r"language_weights names fi, sv, expected languages of .*: en, de, zh"):
+        switcher(table, language_weights={"fi": 1.0, "de": 1.0, "sv": 1.0})
+    with pytest.raises(UserError, match="language_ratios names fi"):
+        switcher(table, language_ratios={"fi": 0.1})
+    with pytest.raises(UserError, match="replaces words of en, the data is in de, zh"):
+        switcher(table, languages=("de", "zh"))
+
+
+def test_table_with_end_of_document_in_a_key(table: DictionaryTable) -> None:
+    broken = replace(table, key_tokens=np.array([1, EOD, 3], dtype=np.int32))
+    with pytest.raises(UserError, match=r"key_tokens\[1\] is the special token 0"):
+        switcher(broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_plain_batch(dtype: torch.dtype) -> None:
+    tokens = torch.tensor([[1, EOD, 3, 4], [5, 6, 7, EOD]], dtype=dtype)
+    batch = plain_batch(tokens, EOD, mask_eod=True)
+    assert batch.tokens.tolist() == [[1, EOD, 3], [5, 6, 7]]
+    assert batch.labels.tolist() == [[EOD, 3, 4], [6, 7, EOD]]
+    assert batch.loss_mask.tolist() == [[1, 0, 1], [1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2]] * 2
+    assert batch.counts is None
+    assert bool((plain_batch(tokens, EOD, mask_eod=False).loss_mask == 1).all())
+    assert [each.dtype for each in batch[:4]] == [torch.int64, torch.int64, torch.float32, torch.int64]
+
+
+def test_plain_batch_equals_ratio_zero(table: DictionaryTable) -> None:
+    rows = [[1, 2, EOD, 3, 4]] * 2
+    switched = call(switcher(table, ratio=0.0, mask_eod=True), rows)
+    plain = plain_batch(torch.tensor(rows), EOD, mask_eod=True)
+    assert all(torch.equal(one, other) for one, other in zip(switched[:4], plain[:4], strict=True))
+    assert all(one.dtype == other.dtype for one, other in zip(switched[:4], plain[:4], strict=True))
