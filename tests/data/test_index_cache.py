@@ -1,0 +1,206 @@
+"""Tests of the cache folder: complete or absent, built once, never believed when damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_prealign.data import index_cache
+from megatron_prealign.data.index_cache import IncompleteCacheError, load_arrays, load_or_build
+from megatron_prealign.errors import UserError
+
+ARRAYS = {"first": np.arange(50, dtype=np.int16), "second": np.arange(12, dtype=np.int64).reshape(6, 2)}
+
+
+class Builds:
+    """A build function that counts its calls."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.count = 0
+        self.seconds = seconds
+
+    def __call__(self) -> Iterator[tuple[str, np.ndarray]]:
+        self.count += 1
+        for name, array in ARRAYS.items():
+            time.sleep(self.seconds)
+            yield name, array
+
+
+def load(directory: Path, build: Callable[[], Iterator[tuple[str, np.ndarray]]], **overrides) -> dict[str, np.ndarray]:
+    options = {"is_builder": True, "barrier": lambda: None, "patience_seconds": 0.0} | overrides
+    return load_or_build(directory, build, **options)
+
+
+def assert_right(arrays: dict[str, np.ndarray]) -> None:
+    assert list(arrays) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+def visible(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_second_call_loads(tmp_path):
+    builds = Builds()
+    assert_right(load(tmp_path / "deep" / "cache", builds))
+    assert_right(load(tmp_path / "deep" / "cache", builds))
+    assert builds.count == 1
+    assert visible(tmp_path / "deep") == ["cache"]
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "second.npy", (folder / "second.npy").stat().st_size - 8)
+
+
+def grow(folder: Path) -> None:
+    with open(folder / "second.npy", "ab") as file:
+        file.write(b"\0" * 8)
+
+
+def other_shape(folder: Path) -> None:
+    np.save(folder / "second.npy", np.arange(12, dtype=np.int64).reshape(2, 6))
+
+
+def half_manifest(folder: Path) -> None:
+    os.truncate(folder / "index.json", 20)
+
+
+def other_version(folder: Path) -> None:
+    manifest = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(manifest | {"format_version": 99}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        grow,
+        other_shape,
+        half_manifest,
+        other_version,
+        lambda folder: (folder / "first.npy").unlink(),
+        lambda folder: (folder / "index.json").unlink(),
+        lambda folder: (folder / "index.json").write_text("[]"),
+    ],
+)
+def test_damaged_folder_is_rebuilt_by_a_builder_and_refused_by_others(tmp_path, damage):
+    directory = tmp_path / "cache"
+    load(directory, Builds())
+    damage(directory)
+    with pytest.raises(IncompleteCacheError):
+        load_arrays(directory)
+    with pytest.raises(UserError, match="no complete sample index cache"):
+        load(directory, Builds(), is_builder=False)
+    builds = Builds()
+    assert_right(load(directory, builds))
+    assert builds.count == 1
+    assert visible(tmp_path) == ["cache"]
+
+
+def test_killed_builder_leaves_nothing_that_is_believed(tmp_path):
+    directory = tmp_path / "cache"
+    script = (
+        "import sys, time, numpy as np\n"
+        "from pathlib import Path\n"
+        "from megatron_prealign.data.index_cache import load_or_build\n"
+        "def build():\n"
+        "    yield 'first', np.arange(50, dtype=np.int16)\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(60)\n"
+        "load_or_build(Path(sys.argv[1]), build, is_builder=True, barrier=lambda: None)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    finally:
+        process.kill()
+        process.stdout.close()
+    assert not directory.exists()
+    assert len(visible(tmp_path)) == 1
+    # Its lock died with it: the next builder neither waits nor keeps the leftover.
+    assert_right(load(directory, Builds()))
+    assert visible(tmp_path) == ["cache"]
+
+
+def build_in_threads(directory: Path, count: int) -> list[Builds]:
+    """Several builders at once: file locks hold between threads too, as each opens the lock file for itself."""
+    builds = [Builds(seconds=0.1) for _ in range(count)]
+    results: list[dict[str, np.ndarray]] = []
+    threads = [threading.Thread(target=lambda b=b: results.append(load(directory, b))) for b in builds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(results) == count
+    for arrays in results:
+        assert_right(arrays)
+    return builds
+
+
+def test_builders_on_one_disk_build_once(tmp_path):
+    assert sum(builds.count for builds in build_in_threads(tmp_path / "cache", 3)) == 1
+
+
+def test_builders_without_locks_all_succeed(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert sum(builds.count for builds in build_in_threads(tmp_path / "cache", 3)) >= 1
+    assert visible(tmp_path) == ["cache"]
+
+
+def test_others_wait_for_a_late_folder(tmp_path):
+    thread = threading.Timer(0.3, lambda: load(tmp_path / "cache", Builds()))
+    thread.start()
+    builds = Builds()
+    assert_right(load(tmp_path / "cache", builds, is_builder=False, patience_seconds=20.0))
+    thread.join(timeout=30)
+    assert builds.count == 0
+
+
+def test_barrier_comes_once_and_after_the_build(tmp_path):
+    calls = []
+    load(tmp_path / "cache", Builds(), barrier=lambda: calls.append((tmp_path / "cache").is_dir()))
+    assert calls == [True]
+
+
+def test_failing_builder_still_meets_the_barrier(tmp_path):
+    def build() -> Iterator[tuple[str, np.ndarray]]:
+        yield "first", ARRAYS["first"]
+        raise RuntimeError("broken")
+
+    calls = []
+    with pytest.raises(RuntimeError, match="broken"):
+        load(tmp_path / "cache", build, barrier=lambda: calls.append(1))
+    assert calls == [1]
+    assert visible(tmp_path) == []
+
+
+def test_unwritable_folder_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write the sample index cache .*set data\.cache"):
+        load(tmp_path / "file" / "cache", Builds())
+
+
+def test_folder_can_be_read_by_the_group(tmp_path):
+    # mkdtemp makes folders for the owner alone; on a shared disk others resume the run.
+    load(tmp_path / "cache", Builds())
+    mask = index_cache._umask()
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o777 & ~mask
