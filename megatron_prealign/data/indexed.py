@@ -50,7 +50,7 @@ def open_indexed(prefix: str | Path) -> "IndexedDataset":
 
 
 def import_indexed_dataset() -> Any:
-    """The module `megatron.core.datasets.indexed_dataset`, without the warnings of an import on a machine without a GPU.
+    """The module `megatron.core.datasets.indexed_dataset`, without the warnings that its import gives on a CPU.
 
     It imports torch and takes seconds the first time.
     """

@@ -10,7 +10,7 @@ import numpy
 
 from megatron_prealign.data.boundaries import vocabulary_flags
 from megatron_prealign.data.huggingface import METASPACE, piece_content
-from megatron_prealign.data.tokenizer import EOD_NAMES, Tokenizer
+from megatron_prealign.data.tokenizer import EOD_NAMES, Tokenizer, no_word_marker
 from megatron_prealign.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ class SentencePieceTokenizer(Tokenizer):
             {self.eod_id}
             | {i for i in ids if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)}
         )
-        self.fingerprint = _fingerprint(self._read_proto(), self.eod_id)
+        proto = self._read_proto()
+        if proto.trainer_spec.treat_whitespace_as_suffix:
+            raise no_word_marker(path)
+        self.fingerprint = _fingerprint(proto, self.eod_id)
 
     def _find_eod(self) -> int:
         if self._processor.eos_id() >= 0:

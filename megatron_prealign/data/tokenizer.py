@@ -126,7 +126,12 @@ def check_word_forms(tokenizer: Tokenizer) -> None:
     # One letter that every vocabulary has: unknown tokens would look alike for another reason.
     initial, inner = tokenizer.encode_word("a"), tokenizer.encode_word("a", word_initial=False)
     if not initial or initial == inner or not tokenizer.word_boundaries()[initial[0]] & 1:
-        raise UserError(
-            f"{tokenizer.path}: this tokenizer does not mark the start of a word in front of it (WordPiece, or spaces "
-            "are thrown away or put behind words); expected byte-level BPE or sentencepiece"
-        )
+        raise no_word_marker(tokenizer.path)
+
+
+def no_word_marker(path: Path) -> UserError:
+    """The error about a tokenizer with which words of a dictionary cannot be found."""
+    return UserError(
+        f"{path}: this tokenizer does not mark the start of a word in front of it (WordPiece, or spaces are thrown "
+        "away or put behind words); expected byte-level BPE or sentencepiece"
+    )

@@ -1,0 +1,251 @@
+"""Preprocessing: Megatron-Core reads what was written, workers change nothing, and mistakes leave no files."""
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron_prealign.tools.arguments import join_values, underscored
+
+from megatron_prealign.cli import main
+from megatron_prealign.data import preprocess as module
+from megatron_prealign.data import readers
+from megatron_prealign.data.indexed import open_indexed
+from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_prealign.data.train_tokenizer import train_tokenizer
+from megatron_prealign.errors import UserError
+
+WORDS = [
+    "the",
+    "dog's",
+    "owner",
+    "counts",
+    "14",
+    "apples",
+    "die",
+    "Äpfel",
+    "собака",
+    "и",
+    "яблоко",
+    "犬と林檎。",
+    "<eod>",
+]
+
+
+def documents(count: int, seed: int) -> list[str]:
+    generator = numpy.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, size)) for size in generator.integers(1, 60, count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preprocess")
+    lines = [json.dumps({"text": text, "body": text.upper()}) for text in documents(300, 1)]
+    (path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (path / "b.txt.gz").write_bytes(gzip.compress("\n\n".join(documents(200, 2)).encode()))
+    train_tokenizer([path / "a.jsonl"], path / "tok", 320, show_progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder / "tok")
+
+
+def run(folder: Path, out: Path, *arguments: str) -> int:
+    """The command with defaults; later options win over earlier ones."""
+    return main(
+        ["preprocess", "--tokenizer", str(folder / "tok"), "--output", str(out), "--language", "de", *arguments]
+    )
+
+
+def test_megatron_core_reads_the_tokens_back(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    inputs = [folder / "a.jsonl", folder / "b.txt.gz"]
+    result = preprocess(inputs, folder / "tok", tmp_path / "new/de", "de", show_progress=False)
+    texts = [*documents(300, 1), *documents(200, 2)]
+    expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
+    dataset = IndexedDataset(str(tmp_path / "new/de"))
+    assert dataset.index.dtype == numpy.uint16
+    assert [row.tolist() for row in dataset] == expected
+    assert dataset.document_indices.tolist() == list(range(501))
+    assert all(tokenizer.eod_id not in row[:-1] for row in expected)
+    sidecar = load_sidecar(tmp_path / "new/de")
+    assert sidecar == result.sidecar
+    assert (sidecar.documents, sidecar.tokens) == (500, sum(map(len, expected)))
+    assert sidecar.bytes == sum(len(text.encode()) for text in texts)
+    assert (sidecar.language, sidecar.eod_id, sidecar.append_eod, sidecar.bos) == ("de", 0, True, False)
+    assert sidecar.tokenizer.fingerprint == tokenizer.fingerprint
+    assert sidecar.tokenizer.vocab_size == 320
+    assert [(item.path, item.bytes) for item in sidecar.inputs] == [(str(p), p.stat().st_size) for p in inputs]
+    assert result.words == sum(len(text.split()) for text in texts)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["de.bin", "de.idx", "de.json"]
+
+
+def test_workers_do_not_change_a_byte(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small blocks, so that there are many more than can be in flight.
+    small = readers.read_blocks
+
+    def read_small(path: Path) -> Iterator[readers.Block]:
+        return small(path, 700)
+
+    monkeypatch.setattr(module, "read_blocks", read_small)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": ""}\nx\n{"text": "b"}\n')
+    for workers in (1, 2):
+        inputs = [folder / "a.jsonl", bad, folder / "b.txt.gz"]
+        out = tmp_path / f"w{workers}"
+        preprocess(inputs, folder / "tok", out, "de", on_error="skip", workers=workers, show_progress=False)
+    for ending in ("bin", "idx", "json"):
+        assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w2.{ending}").read_bytes()
+    sidecar = load_sidecar(tmp_path / "w2")
+    assert (sidecar.documents, sidecar.skipped_count) == (502, 2)
+    assert [problem.where for problem in sidecar.skipped] == [f"{bad}:2", f"{bad}:3"]
+    with pytest.raises(UserError, match=r"bad\.jsonl:3: not JSON"):
+        preprocess([bad, folder / "a.jsonl"], folder / "tok", tmp_path / "w3", "de", workers=2, show_progress=False)
+    assert not list(tmp_path.glob("*w3*"))
+
+
+def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(folder / "a.jsonl"), str(folder / "b.txt.gz")]
+    assert run(folder, tmp_path / "x", "--input", *files, "--workers", "1") == 0
+    printed = capsys.readouterr().out
+    for part in ("documents        500", "tokens per word", "MB/s", "skipped          0"):
+        assert part in printed
+    assert run(folder, tmp_path / "y", "--input", files[0], "--text-key=body", "--workers=1") == 0
+    assert open_indexed(tmp_path / "y")[0].tolist() != open_indexed(tmp_path / "x")[0].tolist()
+
+
+def test_empty_documents_are_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n{"text": " \\n\\t "}\n{"text": "x"}\n')
+    assert run(folder, tmp_path / "x", "--input", str(path), "--workers", "1") == 0
+    assert f"{path}:2: empty document" in capsys.readouterr().out
+    sidecar = load_sidecar(tmp_path / "x")
+    assert (sidecar.documents, sidecar.skipped_count) == (1, 2)
+
+
+def test_clone_language(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "tok").mkdir()
+    for path in (folder / "tok").iterdir():
+        (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tok/clone.json").write_text('{"language": "en_clone"}')
+    for language in ("en", "en_clone"):
+        preprocess([folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, language, show_progress=False)
+    plain, clone = open_indexed(tmp_path / "en"), open_indexed(tmp_path / "en_clone")
+    for text, row, cloned in zip(documents(300, 1), plain, clone, strict=True):
+        assert row.tolist() == [*tokenizer.encode(text), 0]
+        assert cloned.tolist() == [*(index + 320 for index in tokenizer.encode(text)), 0]
+
+
+BAD_FILES = {
+    "not JSON": ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ":2: not JSON"),
+    "not an object": ("bad.jsonl", b"[1]\n", ":1: a JSON array"),
+    "no text": ("bad.jsonl", b'{"txt": "a"}\n', ":1: no key 'text'"),
+    "not a string": ("bad.jsonl", b'{"text": ["a"]}\n', ":1: the value of 'text' is a JSON array"),
+    "not UTF-8": ("bad.txt", b"caf\xe9\n", ":1: not UTF-8"),
+    "empty": ("bad.jsonl", b"", ": empty file"),
+    "only blank": ("bad.txt", b"\n \n", "no document left of 1 input files"),
+    "cut gzip": ("bad.txt.gz", gzip.compress(b"text " * 5000)[:-20], ":1: the gzip data ends too early"),
+    "unknown ending": ("bad.csv", b"a,b", "unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_inputs_end_with_status_2_and_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    name, content, message = BAD_FILES[kind]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("good")
+    good = [] if kind == "only blank" else [str(tmp_path / "good.txt")]
+    assert run(folder, tmp_path / "x", "--input", *good, str(tmp_path / name), "--workers", "1") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "good.txt"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{tmp}/missing.jsonl"], "missing.jsonl: no such file"),
+        (["--workers", "0"], "workers is 0; expected at least 1"),
+        (["--language", " "], "language code is empty"),
+        (["--output", "{tmp}/x.bin"], "expected a path without ending"),
+        (["--output", "{tmp}"], "is a folder"),
+        (["--tokenizer", "{tmp}/none"], "no such tokenizer"),
+        (["--on-error", "ignore"], "on_error"),
+        (["--inputs", "x"], "inputs"),
+    ],
+)
+def test_bad_options(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert run(folder, tmp_path / "x", "--input", str(folder / "a.jsonl"), "--workers", "1", *filled) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_the_cast(folder: Path, tmp_path: Path) -> None:
+    # 65,536 + 3 would become 3 in 16 bits without a word.
+    for ids in ([5, 65_539], [-1], [400]):
+        with pytest.raises(UserError, match=r"a:1: the tokenizer gave ids from .* expected 0 to 399"):
+            module._check_document(numpy.array(ids), 400, "a:1")
+    module._check_document(numpy.array([0, 399]), 400, "a:1")
+
+
+def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_sidecar", interrupt)
+    assert run(folder, tmp_path / "x", "--input", str(folder / "a.jsonl"), "--workers", "1") == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["preprocess", "train-tokenizer"])
+def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
+    code = f"""
+import sys
+from megatron_prealign.cli import main
+try:
+    main(["{command}", "--help"])
+except SystemExit:
+    pass
+heavy = {{"torch", "numpy", "transformers", "tokenizers", "sentencepiece"}} & set(sys.modules)
+sys.exit(f"loaded {{heavy}}" if heavy else 0)
+"""
+    start_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--input" in done.stdout
+    # Measured 0.2 s; the promise is 0.5 s, doubled twice for a machine under load.
+    assert time.monotonic() - start_s < 2.0
+
+
+def test_argument_spellings() -> None:
+    assert join_values(["--a", "1", "--input", "x", "y z", "--b=2", "--input=w"], "--input") == [
+        "--a",
+        "1",
+        "--b=2",
+        '--input=["x", "y z", "w"]',
+    ]
+    assert join_values(["--a", "1"], "--input") == ["--a", "1"]
+    assert underscored(["--text-key", "a-b", "--on-error=x-y", "-h", "c-d"]) == [
+        "--text_key",
+        "a-b",
+        "--on_error=x-y",
+        "-h",
+        "c-d",
+    ]
