@@ -1,0 +1,1 @@
+"""Phase 1: word batches, layer taps and the contrastive objective."""

@@ -33,11 +33,16 @@ class _Count:
     def task_done(self) -> None: ...
 
 
-def _write_bucket(index: int, bucket: Any) -> Any:
+def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> Any:
     """Writes and fsyncs one file; returns Megatron-Core's write results."""
     results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     FileSystemWriterAsync.write_preloaded_data(
-        [], local_proc_idx=index, write_bucket=bucket, results_queue=results, count_queue=_Count(), use_fsync=True
+        transforms,
+        local_proc_idx=index,
+        write_bucket=bucket,
+        results_queue=results,
+        count_queue=_Count(),
+        use_fsync=True,
     )
     _, written = results.get_nowait()
     if isinstance(written, Exception):
@@ -45,10 +50,10 @@ def _write_bucket(index: int, bucket: Any) -> Any:
     return written
 
 
-def _write_all(buckets: Sequence[Any], timeout_s: float) -> dict[int, Any]:
+def _write_all(transforms: list[Any], buckets: Sequence[Any], timeout_s: float) -> dict[int, Any]:
     pool = ThreadPoolExecutor(max_workers=_WRITER_THREADS, thread_name_prefix="checkpoint-writer")
     try:
-        futures = [pool.submit(_write_bucket, index, bucket) for index, bucket in enumerate(buckets)]
+        futures = [pool.submit(_write_bucket, transforms, index, bucket) for index, bucket in enumerate(buckets)]
         return {index: future.result(timeout=timeout_s) for index, future in enumerate(futures)}
     except FutureTimeoutError as error:
         raise TimeoutError(f"the file system did not take the checkpoint within {timeout_s:.0f} s") from error
@@ -70,8 +75,9 @@ def save_sharded(state: dict[str, Any], directory: Path, *, timeout_s: float) ->
     error: Exception | None = None
     if request.async_fn is not None:
         try:
-            buckets = request.preload_fn()
-            request.async_fn_args[2].put(_write_all(buckets, timeout_s))
+            # `async_fn` would start the writer processes: its first bound argument is all that is needed of it.
+            transforms = request.async_fn.args[0]
+            request.async_fn_args[2].put(_write_all(transforms, request.preload_fn(), timeout_s))
         except Exception as caught:
             error = caught
     all_ranks_ok(error, f"saving the checkpoint {directory}")

@@ -14,13 +14,16 @@ _IMPORT_NOISE = (
 )
 
 
+logger = logging.getLogger("megatron_prealign")
+
+
 def configure(rank: int | None = None) -> None:
     """Sends the package's log to standard error: INFO on rank 0, WARNING with the rank's number on the others."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    package = logging.getLogger("megatron_prealign")
+    package = logger
     package.handlers[:] = [handler]
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     package.propagate = False

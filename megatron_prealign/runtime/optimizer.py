@@ -19,7 +19,7 @@ def _use_own_adam() -> None:
     """
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         return
-    megatron_optimizer.Adam = FusedAdamW
+    megatron_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True

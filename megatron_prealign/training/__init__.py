@@ -1,0 +1,1 @@
+"""The loop, its phases, callbacks, metrics and checkpoints."""

@@ -1,0 +1,171 @@
+"""Looks at every layer's word representations while the model runs, and lets losses on them join the backward pass.
+
+A forward hook on the embedding, on every transformer layer and on the final norm pools each word's subword states and hands the
+result to an observer. What the observer returns becomes a loss of that layer: an autograd function passes the layer's output
+on unchanged and gives the loss a gradient of one in the backward pass (the way Megatron-Core attaches its auxiliary losses).
+So every pipeline stage contributes its own layers and nothing extra travels along the pipe.
+
+Layers are numbered as Hugging Face numbers hidden states: 0 is the embedding output, i the output of block i, the last one
+taken after the final norm; the output embedding is number `num_layers + 1`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_prealign.alignment.words import WordBatch
+from megatron_prealign.runtime.distributed import Runtime
+
+# (layer, words [slots, hidden], the batch) -> a loss to attach, or None.
+Observer = Callable[[int, torch.Tensor, WordBatch], torch.Tensor | None]
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on the first argument; the second one, a scalar loss, gets a gradient of one."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(loss)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (loss,) = ctx.saved_tensors
+        return gradient, torch.ones_like(loss)
+
+
+class _NoLoss(torch.autograd.Function):
+    """A zero that depends on its argument: ends the graph of the last stage where the attached losses are all there is."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        ctx.shape, ctx.dtype = output.shape, output.dtype
+        return torch.zeros((), device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=gradient.device)
+
+
+def no_loss(output: torch.Tensor) -> torch.Tensor:
+    """A differentiable zero at the end of `output`'s graph."""
+    return _NoLoss.apply(output)
+
+
+class LayerTaps:
+    """Hooks on the model chunks of this process, active inside `with taps.observing(observer):`."""
+
+    def __init__(self, chunks: Sequence[GPTModel], runtime: Runtime, num_layers: int) -> None:
+        self._chunks = chunks
+        self._runtime = runtime
+        self._num_layers = num_layers
+        self._observer: Observer | None = None
+        # The batch travels with its microbatch: blocks get its pooling weights as their attention mask (causal attention has no
+        # other use for it), which recomputation hands back to them during the backward pass, when another microbatch may
+        # already be in its forward pass. Same storage, same batch.
+        self._batches: dict[int, WordBatch] = {}
+        # The embedding and the final norm are never recomputed, so for them the microbatch in its forward pass is the one.
+        self._current: WordBatch | None = None
+        # What the observer returned for the output embedding of the last `run_words` on the last stage.
+        self.output_embedding_loss: torch.Tensor | None = None
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Registers the hooks for the time of the `with` block; outside it the model runs as if there were none."""
+        handles = []
+        self._observer = observer
+        for chunk in self._chunks:
+            if chunk.pre_process:
+                handles.append(chunk.embedding.register_forward_hook(self._outer_hook(0)))
+            for layer in chunk.decoder.layers:
+                if layer.layer_number < self._num_layers:
+                    handles.append(layer.register_forward_hook(self._block_hook, with_kwargs=True))
+            if chunk.post_process:
+                handles.append(chunk.decoder.final_layernorm.register_forward_hook(self._outer_hook(self._num_layers)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._observer = None
+            self._batches.clear()
+
+    def begin_step(self) -> None:
+        """Forgets the batches of the last step."""
+        self._batches.clear()
+
+    def run_words(self, chunk: torch.nn.Module, model: GPTModel, batch: WordBatch) -> torch.Tensor:
+        """Forward pass of a word batch through one chunk (`model` is `chunk` without its wrapper); returns its hidden states.
+
+        On the last stage the logits, `[slots, tokens, vocabulary]`, are not computed: no loss needs them.
+        """
+        self._batches[batch.pooling.data_ptr()] = batch
+        self._current = batch
+        self.output_embedding_loss = None
+        post_process, model.post_process = model.post_process, False
+        try:
+            output = chunk(batch.tokens, batch.position_ids, batch.pooling)
+            if post_process:
+                self._observe_output_embedding(model, batch)
+        finally:
+            model.post_process = post_process
+            self._current = None
+        return output
+
+    def _block_hook(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        batch = None if mask is None else self._batches.get(mask.data_ptr())
+        if batch is None:
+            return output
+        hidden = self._observe(int(module.layer_number), output[0], batch)
+        return (hidden, *output[1:])
+
+    def _outer_hook(self, layer: int) -> Callable[..., torch.Tensor]:
+        def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output if self._current is None else self._observe(layer, output, self._current)
+
+        return hook
+
+    def _observe(self, layer: int, hidden: torch.Tensor, batch: WordBatch) -> torch.Tensor:
+        """`hidden` is `[tokens, slots, hidden]`, split along tokens under sequence parallelism."""
+        if self._observer is None:
+            return hidden
+        loss = self._observer(layer, self._pool(hidden, batch.pooling), batch)
+        if loss is None or not loss.requires_grad:
+            return hidden
+        # The pipeline frees what it has sent, which a view would not survive.
+        return make_viewless_tensor(_AttachLoss.apply(hidden, loss), requires_grad=True, keep_graph=True)
+
+    def _pool(self, hidden: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
+        """Mean of each word's subword states, float32 `[slots, hidden]`."""
+        if not self._runtime.parallel.sequence_parallel:
+            return (hidden.float() * pooling.t()[..., None]).sum(dim=0)
+        # Each rank pools its tokens and the parts are summed: slots x hidden travel instead of tokens x slots x hidden.
+        tokens = hidden.shape[0]
+        start = self._runtime.tensor_rank * tokens
+        part = (hidden.float() * pooling[:, start : start + tokens].t()[..., None]).sum(dim=0)
+        return reduce_from_tensor_model_parallel_region(part, group=self._runtime.groups.tp)
+
+    def _observe_output_embedding(self, model: GPTModel, batch: WordBatch) -> None:
+        if self._observer is None:
+            return
+        self.output_embedding_loss = self._observer(self._num_layers + 1, self._output_rows(model, batch), batch)
+
+    def _output_rows(self, model: GPTModel, batch: WordBatch) -> torch.Tensor:
+        """Mean of each word's rows of the output embedding (split over tensor-parallel ranks), float32 `[slots, hidden]`."""
+        weight = (
+            model.shared_embedding_or_output_weight()
+            if model.share_embeddings_and_output_weights
+            else model.output_layer.weight
+        )
+        first = self._runtime.tensor_rank * weight.shape[0]
+        local = batch.tokens - first
+        here = (local >= 0) & (local < weight.shape[0])
+        rows = torch.nn.functional.embedding(local.clamp(0, weight.shape[0] - 1), weight).float()
+        pooled = (rows * (batch.pooling * here)[..., None]).sum(dim=1)
+        return reduce_from_tensor_model_parallel_region(pooled, group=self._runtime.groups.tp)

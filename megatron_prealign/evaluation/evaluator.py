@@ -1,0 +1,102 @@
+"""Measures a model: validation loss per language and word retrieval per layer."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from megatron_prealign.data.samples import ValidationSamples
+from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.evaluation.retrieval import retrieval_p_at_1, word_pairs
+from megatron_prealign.evaluation.validation import validation_losses
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.training.callbacks import Callback
+from megatron_prealign.training.progress_log import MetricsFile
+
+if TYPE_CHECKING:
+    from megatron_prealign.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+# Longer words say little about a layer's word space and would make every batch of words as wide.
+_MAX_WORD_TOKENS = 8
+
+
+class Evaluator:
+    """What a recipe can measure: losses where there is held-out text, retrieval where there is a dictionary."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        validation: ValidationSamples,
+        table: DictionaryTable | None,
+        held_out: np.ndarray | None,
+    ) -> None:
+        """`held_out`: bool `[groups]`, the groups that training leaves out; measured apart from the others."""
+        self._recipe = recipe
+        self._runtime = runtime
+        self._validation = validation
+        self._pairs: dict[str, list[Any]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
+        if table is not None and held_out is not None:
+            limit = recipe.training.retrieval_words
+            for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
+                self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=_MAX_WORD_TOKENS)
+
+    def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+        """`validation_loss` per language and the two retrieval measures. Takes part: all ranks."""
+        for chunk in chunks:
+            chunk.eval()
+        result: dict[str, Any] = {
+            "validation_loss": validation_losses(
+                self._runtime,
+                chunks,
+                self._validation,
+                micro_batch_size=self._recipe.training.micro_batch_size,
+                seq_length=self._recipe.data.seq_length,
+            )
+        }
+        for name, pairs in self._pairs.items():
+            result[name] = retrieval_p_at_1(self._runtime, chunks, pairs, num_layers=self._recipe.model.num_layers)
+        for chunk in chunks:
+            chunk.train()
+        return result
+
+
+class Evaluate(Callback):
+    """Measures every `interval` steps and at the end of each phase; writes metrics.jsonl and tells the phase."""
+
+    def __init__(self, evaluator: Evaluator, metrics: MetricsFile, interval: int | None) -> None:
+        self._evaluator = evaluator
+        self._metrics = metrics
+        self._interval = interval
+
+    def on_step(self, trainer: "Trainer") -> None:
+        over = trainer.phase.is_over(trainer.state)
+        if self._interval is not None and trainer.state.phase_step % self._interval == 0 and not over:
+            self._evaluate(trainer)
+
+    def on_phase_end(self, trainer: "Trainer") -> None:
+        self._evaluate(trainer)
+
+    def _evaluate(self, trainer: "Trainer") -> None:
+        state = trainer.state
+        result = self._evaluator.measure(trainer.chunks)
+        trainer.phase.saw_evaluation(state, result)
+        self._metrics.write(
+            {
+                "kind": "evaluation",
+                "phase": trainer.phase.name,
+                "step": state.step,
+                "tokens": state.tokens,
+                "seconds": round(state.seconds, 3),
+                **result,
+            }
+        )
+        losses = ", ".join(f"{language} {loss:.4f}" for language, loss in result["validation_loss"].items())
+        logger.info("evaluation at step %d: loss %s", state.step, losses or "none (no held-out text)")
+        for pair, values in result["word_retrieval_p_at_1"].items():
+            logger.info("  word retrieval %s by layer: %s", pair, " ".join(f"{value:.2f}" for value in values))

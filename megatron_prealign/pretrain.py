@@ -1,0 +1,250 @@
+"""Puts the rooms together: from a recipe to a trained model. The command `pretrain` calls `pretrain()` and nothing else."""
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_prealign import __version__
+from megatron_prealign.alignment.words import WordSampler
+from megatron_prealign.code_switch.switcher import CodeSwitcher, SwitchedBatch, plain_batch
+from megatron_prealign.data.samples import SampleRows, TrainSamples, ValidationSamples
+from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_prealign.dictionary.table import DictionaryTable, load_table
+from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
+from megatron_prealign.model.build import build_model, count_parameters
+from megatron_prealign.model.config import padded_vocab_size
+from megatron_prealign.recipe import Recipe, RecipeValueError, save_recipe
+from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
+from megatron_prealign.runtime.distributed import Runtime, start, stop
+from megatron_prealign.runtime.engine import wrap_data_parallel
+from megatron_prealign.runtime.optimizer import build_optimizer
+from megatron_prealign.training.alignment_phase import AlignmentPhase
+from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
+from megatron_prealign.training.checkpoint import CheckpointStore
+from megatron_prealign.training.language_model_phase import LanguageModelPhase
+from megatron_prealign.training.phase import Phase
+from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
+from megatron_prealign.training.rows import RowReader
+from megatron_prealign.training.saving import SaveCheckpoints
+from megatron_prealign.training.state import TrainState
+from megatron_prealign.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Materials:
+    """What a run reads from disk, opened and checked."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    table: DictionaryTable | None
+    held_out: np.ndarray | None
+    train: TrainSamples
+    validation: ValidationSamples
+
+
+def open_materials(recipe: Recipe, runtime: Runtime) -> Materials:
+    """Opens tokenizer, dictionary and data. Takes part: all ranks; the sample index is built by one rank per node.
+
+    Raises:
+        UserError: anything is missing, damaged or does not fit together.
+    """
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} ids; "
+            "raise it or leave it out"
+        )
+    table, held_out = None, None
+    if recipe.dictionary is not None:
+        table = load_table(recipe.dictionary.table)
+        table.check_tokenizer(tokenizer.fingerprint)
+        held_out = table.held_out_groups(recipe.dictionary.held_out_fraction)
+    train = TrainSamples.build(
+        recipe.data,
+        num_samples=num_samples(recipe),
+        seed=recipe.training.seed,
+        languages=recipe.data.languages,
+        cache_dir=recipe.cache_dir,
+        is_builder=int(os.environ.get("LOCAL_RANK", "0")) == 0,
+        barrier=dist.barrier,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    validation = ValidationSamples.build(
+        recipe.data,
+        languages=recipe.data.languages,
+        max_samples=recipe.training.eval_samples,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    return Materials(tokenizer, vocab_size, table, held_out, train, validation)
+
+
+def num_samples(recipe: Recipe) -> int:
+    """Rows of the blend that all phases together can consume."""
+    training, alignment = recipe.training, recipe.alignment
+    if training.train_tokens is not None:
+        # Rows of the alignment phase count towards the same total.
+        return -(-training.train_tokens // recipe.data.seq_length)
+    assert training.train_iters is not None
+    rows = training.train_iters * training.global_batch_size
+    return rows + (alignment.train_iters * alignment.lm_global_batch_size if alignment is not None else 0)
+
+
+def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list[Phase]:
+    """The alignment phase, if the recipe has one, and language-model training."""
+    eod_id, mask_eod = materials.tokenizer.eod_id, recipe.data.eod_mask_loss
+
+    def plain(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
+        return plain_batch(rows.tokens, eod_id=eod_id, mask_eod=mask_eod)
+
+    reader = partial(RowReader, materials.train, runtime, micro_batch_size=recipe.training.micro_batch_size)
+    phases: list[Phase] = []
+    if recipe.alignment is not None:
+        assert materials.table is not None and materials.held_out is not None
+        sampler = WordSampler(
+            materials.table,
+            held_out=materials.held_out,
+            groups_per_step=recipe.alignment.groups_per_step,
+            max_word_tokens=recipe.alignment.max_word_tokens,
+            seed=recipe.training.seed,
+        )
+        phases.append(AlignmentPhase(recipe, runtime, reader(make_batch=plain), sampler))
+    make_batch: Callable[[SampleRows, int], SwitchedBatch] = plain
+    target_languages: Sequence[str] | None = None
+    if recipe.code_switch is not None:
+        assert materials.table is not None and materials.held_out is not None
+        switcher = CodeSwitcher(
+            materials.table.without_groups(materials.held_out),
+            recipe.code_switch,
+            seed=recipe.training.seed,
+            languages=recipe.data.languages,
+            device=runtime.device,
+            eod_id=eod_id,
+            mask_eod=mask_eod,
+        )
+        target_languages = materials.table.languages
+
+        def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
+            return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens)
+
+        make_batch = switched
+    phases.append(LanguageModelPhase(recipe, runtime, reader(make_batch=make_batch), target_languages=target_languages))
+    return phases
+
+
+def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:
+    """Trains as the recipe says, resuming from the run's newest checkpoint if there is one. Takes part: all processes.
+
+    Args:
+        leave_process_group: keep torch's process group for the caller, who started it.
+        callbacks: called after the run's own ones.
+
+    Raises:
+        UserError: a mistake in the recipe or the files; raised on all ranks.
+    """
+    runtime = start(recipe.parallel, seed=recipe.training.seed)
+    try:
+        return _pretrain(recipe, runtime, callbacks)
+    finally:
+        stop(leave_process_group=leave_process_group)
+
+
+def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -> TrainState:
+    on_every_rank("checking the recipe", lambda: _check_world_size(recipe, runtime))
+    on_rank_zero("preparing logging.run_dir", lambda: _prepare_run_dir(recipe))
+    materials = on_every_rank("opening the data", lambda: open_materials(recipe, runtime))
+    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials))
+    models = on_every_rank("building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocab_size))
+    chunks = wrap_data_parallel(models, recipe.parallel)
+    optimizer = build_optimizer(recipe, chunks)
+    padded = padded_vocab_size(
+        materials.vocab_size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
+    )
+    store = CheckpointStore(
+        recipe,
+        runtime,
+        vocab_size=materials.vocab_size,
+        padded_vocab_size=padded,
+        tokenizer_fingerprint=materials.tokenizer.fingerprint,
+    )
+    state = on_every_rank("resuming", lambda: store.resume(chunks, optimizer))
+    if state is None:
+        state = TrainState()
+        if recipe.checkpoint.load is not None:
+            load = recipe.checkpoint.load
+            on_every_rank("loading weights", lambda: store.load_weights(chunks, optimizer, load))
+    logger.info(
+        "%d processes on %s, %.1f million parameters on this one, %d ids (%d padded)",
+        runtime.world_size,
+        runtime.device,
+        count_parameters(models) / 1e6,
+        materials.vocab_size,
+        padded,
+    )
+    metrics = MetricsFile(Path(recipe.logging.run_dir) / "metrics.jsonl", enabled=runtime.rank == 0)
+    evaluator = Evaluator(recipe, runtime, materials.validation, materials.table, materials.held_out)
+    trainer = Trainer(
+        recipe,
+        runtime,
+        chunks,
+        optimizer,
+        phases,
+        [
+            StopOnSignal(),
+            ProgressLog(recipe, metrics, padded_vocab_size=padded),
+            Evaluate(evaluator, metrics, recipe.training.eval_interval),
+            SaveCheckpoints(store, materials.train, recipe.checkpoint.save_interval),
+            GarbageCollection(recipe.training.garbage_collection_interval),
+            *callbacks,
+        ],
+        state,
+    )
+    trainer.train()
+    return state
+
+
+def _check_world_size(recipe: Recipe, runtime: Runtime) -> None:
+    try:
+        recipe.check_world_size(runtime.world_size)
+    except RecipeValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _prepare_run_dir(recipe: Recipe) -> None:
+    import json
+
+    run_dir = Path(recipe.logging.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        recipe.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, run_dir / "recipe.yaml")
+        (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; choose another folder") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it runs on, and the machine."""
+    found = {"megatron-prealign": __version__, "python": platform.python_version(), "machine": platform.platform()}
+    for name in ("torch", "megatron-core", "triton", "transformers", "tokenizers", "sentencepiece"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,113 @@
+"""Language-model training on the blend, with code-switching if the recipe says so."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedule_length
+from megatron_prealign.training.meter import Meter
+from megatron_prealign.training.phase import Phase, ScheduleSettings
+from megatron_prealign.training.rows import RowMicrobatch, RowReader, idle_rows, row_loss_sum
+from megatron_prealign.training.state import TrainState
+
+
+class LanguageModelPhase(Phase):
+    """Next-token prediction."""
+
+    name = "language_model"
+
+    def __init__(
+        self, recipe: Recipe, runtime: Runtime, reader: RowReader, *, target_languages: Sequence[str] | None
+    ) -> None:
+        """
+        Args:
+            target_languages: languages that code-switching can switch to, in the order of its counts; None without it.
+        """
+        self._recipe = recipe
+        self._runtime = runtime
+        self._reader = reader
+        self._target_languages = target_languages
+        self.fresh_optimizer = recipe.alignment is None or not recipe.alignment.keep_optimizer
+        sizes = {"loss": 1}
+        if target_languages is not None:
+            sizes["counts"] = 3 + len(target_languages)
+        self._meter = Meter(sizes, runtime)
+        self._microbatches = 0
+
+    def total_iters(self, state: TrainState) -> int:
+        training = self._recipe.training
+        if training.train_iters is not None:
+            return training.train_iters
+        assert training.train_tokens is not None
+        left = training.train_tokens - state.phase_start_tokens
+        iters = left // (training.global_batch_size * self._recipe.data.seq_length)
+        if iters < 1:
+            raise UserError(
+                f"training.train_tokens is {training.train_tokens}, of which the alignment phase took {state.phase_start_tokens}: "
+                f"less than one step of {training.global_batch_size} x {self._recipe.data.seq_length} tokens is left; raise it"
+            )
+        return iters
+
+    def schedule_settings(self, state: TrainState) -> ScheduleSettings:
+        section = self._recipe.optimizer
+        return ScheduleSettings(
+            lr=section.lr,
+            min_lr=section.min_lr,
+            decay_style=section.lr_decay_style,
+            warmup_iters=section.lr_warmup_iters,
+            decay_iters=self.total_iters(state),
+        )
+
+    def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
+        training = self._recipe.training
+        batches, counts = self._reader.read(
+            state.consumed_samples, training.global_batch_size, state.tokens - state.phase_start_tokens
+        )
+        # Every stage reads the same rows; one of them counts.
+        if counts is not None and self._runtime.is_last_stage:
+            self._meter.add("counts", counts)
+        self._microbatches = schedule_length(self._runtime, len(batches))
+        run_schedule(
+            self._runtime,
+            chunks,
+            self._forward_step,
+            batches,
+            idle=lambda: idle_rows(self._runtime),
+            shape=(self._recipe.data.seq_length, training.micro_batch_size),
+            mixed_shapes=self._microbatches != len(batches),
+        )
+
+    def _forward_step(
+        self, microbatches: Iterator[RowMicrobatch], chunk: torch.nn.Module
+    ) -> tuple[torch.Tensor, LossFunction]:
+        output, loss_of = row_loss_sum(chunk, next(microbatches))
+
+        def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss = loss_of(losses)
+            self._meter.add("loss", loss)
+            # Megatron-Core averages over microbatches and data-parallel ranks; `loss` is already the step's mean.
+            return loss * (self._microbatches * self._runtime.data_size), {}
+
+        return output, loss_function
+
+    def advance(self, state: TrainState) -> None:
+        rows = self._recipe.training.global_batch_size
+        state.consumed_samples += rows
+        state.tokens += rows * self._recipe.data.seq_length
+
+    def metrics(self, steps: int) -> dict[str, Any]:
+        sums = self._meter.drain()
+        loss = sums["loss"][0] / steps
+        values: dict[str, Any] = {"loss": loss, "lm_loss": loss}
+        if self._target_languages is not None:
+            running, known, switched, *by_language = sums["counts"]
+            values["known_word_rate"] = known / max(running, 1.0)
+            values["switched_word_rate"] = switched / max(running, 1.0)
+            values["switched_words"] = {
+                language: int(count) for language, count in zip(self._target_languages, by_language, strict=True)
+            }
+        return values

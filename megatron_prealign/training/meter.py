@@ -1,0 +1,42 @@
+"""Sums metrics on the device between two log lines, so that no training step waits for the host."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from megatron_prealign.runtime.distributed import Runtime
+
+
+class Meter:
+    """Named sums in one float64 vector on the device.
+
+    Each rank adds its own part: what a value means is its sum over data-parallel ranks and pipeline stages (tensor-parallel
+    ranks add the same and are counted once).
+    """
+
+    def __init__(self, sizes: Mapping[str, int], runtime: Runtime) -> None:
+        """`sizes` maps each name to its number of entries."""
+        self._runtime = runtime
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for name, size in sizes.items():
+            self._slices[name] = slice(start, start + size)
+            start += size
+        self._sums = torch.zeros(start, dtype=torch.float64, device=runtime.device)
+
+    def add(self, name: str, value: torch.Tensor, index: int | None = None) -> None:
+        """Adds a scalar (at `index`, or to a name of size one) or a vector of the name's size."""
+        where = self._slices[name]
+        if index is not None:
+            where = slice(where.start + index, where.start + index + 1)
+        self._sums[where] += value.detach()
+
+    def drain(self) -> dict[str, list[float]]:
+        """The sums since the last call, over all ranks. Takes part: all ranks (two collectives, one host sync)."""
+        sums = self._sums.clone()
+        dist.all_reduce(sums, group=self._runtime.groups.dp)
+        dist.all_reduce(sums, group=self._runtime.groups.pp)
+        self._sums.zero_()
+        values = sums.tolist()
+        return {name: values[where] for name, where in self._slices.items()}

@@ -1,0 +1,164 @@
+"""One log line, one line of metrics.jsonl and TensorBoard scalars every few steps."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_prealign.model.flops import peak_flops, training_flops_per_token
+from megatron_prealign.progress import Progress
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from megatron_prealign.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Appends JSON lines to `RUN/metrics.jsonl`; rank 0 only."""
+
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self._path = path
+        self._enabled = enabled
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._enabled:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class ProgressLog(Callback):
+    """Loss, learning rate, gradient norm, speed, switched words, memory; MFU when the device's peak is known."""
+
+    def __init__(self, recipe: Recipe, metrics: MetricsFile, *, padded_vocab_size: int) -> None:
+        self._recipe = recipe
+        self._metrics = metrics
+        self._flops_per_token = training_flops_per_token(
+            recipe.model, vocab_size=padded_vocab_size, seq_length=recipe.data.seq_length
+        )
+        self._writer: Any = None
+        self._bar: Progress | None = None
+
+    def on_start(self, trainer: "Trainer") -> None:
+        self._enabled = trainer.runtime.rank == 0
+        if self._enabled and self._recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(Path(self._recipe.logging.run_dir) / "tensorboard"))
+        self._mark(trainer)
+
+    def _mark(self, trainer: "Trainer") -> None:
+        self._since_s = time.perf_counter()
+        self._since_tokens = trainer.state.tokens
+        self._since_step = trainer.state.step
+
+    def on_step(self, trainer: "Trainer") -> None:
+        self._show_progress(trainer)
+        if trainer.state.step % self._recipe.logging.log_interval == 0:
+            self._log(trainer)
+
+    def on_phase_end(self, trainer: "Trainer") -> None:
+        if trainer.state.step > self._since_step:
+            self._log(trainer)
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_end(self, trainer: "Trainer") -> None:
+        if trainer.state.step > self._since_step:
+            self._log(trainer)
+
+    def on_close(self, trainer: "Trainer") -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _show_progress(self, trainer: "Trainer") -> None:
+        """A bar with ETA on a terminal; in a log file the log lines themselves, which carry the ETA, are enough."""
+        import sys
+
+        if not self._enabled or not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            phase, state = trainer.phase, trainer.state
+            self._bar = Progress(phase.name, phase.total_iters(state), unit="step")
+            self._bar.update(state.phase_step - 1)
+        self._bar.update()
+
+    def _log(self, trainer: "Trainer") -> None:
+        """Takes part: all ranks (the metrics are summed over them)."""
+        state, phase = trainer.state, trainer.phase
+        values = phase.metrics(state.step - self._since_step)
+        elapsed_s = max(time.perf_counter() - self._since_s, 1e-9)
+        tokens_per_second = (state.tokens - self._since_tokens) / elapsed_s
+        record = {
+            "kind": "train",
+            "phase": phase.name,
+            "step": state.step,
+            "phase_step": state.phase_step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            **values,
+            "learning_rate": trainer.learning_rate,
+            "grad_norm": trainer.grad_norm,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "memory_gb": round(_memory_gb(trainer.runtime.device), 3),
+        }
+        if trainer.runtime.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name())
+            if peak is not None:
+                per_gpu = tokens_per_second * self._flops_per_token / trainer.runtime.world_size
+                record["mfu"] = round(per_gpu / peak, 4)
+        if self._enabled:
+            steps_left = phase.total_iters(state) - state.phase_step
+            eta_s = steps_left * elapsed_s / (state.step - self._since_step)
+            logger.info(_line(record, phase.total_iters(state), eta_s))
+            self._metrics.write(record)
+            self._to_tensorboard(record)
+        self._mark(trainer)
+
+    def _to_tensorboard(self, record: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for name, value in record.items():
+            if name in ("kind", "phase", "step", "phase_step"):
+                continue
+            entries = (
+                enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
+            )
+            for key, scalar in [(name, value)] if entries is None else [(f"{name}/{k}", v) for k, v in entries]:
+                if isinstance(scalar, int | float):
+                    self._writer.add_scalar(f"{record['phase']}/{key}", scalar, record["step"])
+
+
+def _memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
+    parts = [f"{record['phase']} {record['phase_step']}/{total}", f"loss {record['loss']:.4f}"]
+    if record["phase"] == "alignment" and record.get("lm_loss") is not None:
+        parts.append(f"lm loss {record['lm_loss']:.4f}")
+    if "switched_word_rate" in record:
+        parts.append(f"switched {record['switched_word_rate']:.2%}")
+    parts.append(f"lr {record['learning_rate']:.2e}")
+    if record["grad_norm"] is not None:
+        parts.append(f"grad norm {record['grad_norm']:.3f}")
+    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    parts.append(f"memory {record['memory_gb']:.2f} GB")
+    minutes, seconds = divmod(round(eta_s), 60)
+    parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    return " | ".join(parts)

@@ -1,0 +1,115 @@
+"""The training loop: runs a list of phases, one optimizer step after another."""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.runtime.optimizer import build_schedule, reset_optimizer
+from megatron_prealign.training.callbacks import Callback
+from megatron_prealign.training.phase import Phase
+from megatron_prealign.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Owns the model chunks, the optimizer and the state; phases bring the work, callbacks everything periodic."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        phases: Sequence[Phase],
+        callbacks: Sequence[Callback],
+        state: TrainState,
+    ) -> None:
+        self.recipe = recipe
+        self.runtime = runtime
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.phases = phases
+        self.callbacks = callbacks
+        self.state = state
+        self.grad_norm: float | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self.phases[self.state.phase]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def train(self) -> None:
+        """Runs from wherever `state` stands to the end of the last phase, or until a stop is requested."""
+        with ExitStack() as closing:
+            for callback in self.callbacks:
+                closing.callback(callback.on_close, self)
+            self._notify("on_start")
+            while True:
+                self._run_phase()
+                if self.state.stop_requested or self.state.phase + 1 == len(self.phases):
+                    break
+                self.state.next_phase()
+                if self.phase.fresh_optimizer:
+                    reset_optimizer(self.optimizer)
+            self._notify("on_end")
+
+    def _run_phase(self) -> None:
+        phase, state = self.phase, self.state
+        schedule = self._schedule(phase)
+        phase.begin(state, self.chunks)
+        try:
+            if phase.is_over(state):
+                # Resumed from the checkpoint of the phase's end: its end was seen by the run that wrote it.
+                return
+            for chunk in self.chunks:
+                chunk.train()
+            while not phase.is_over(state) and not state.stop_requested:
+                self._step(phase, schedule)
+                self._notify("on_step")
+            if phase.is_over(state):
+                self._notify("on_phase_end")
+        finally:
+            phase.end()
+
+    def _schedule(self, phase: Phase) -> OptimizerParamScheduler:
+        settings = phase.schedule_settings(self.state)
+        schedule = build_schedule(
+            self.optimizer,
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            decay_style=settings.decay_style,
+            warmup_iters=settings.warmup_iters,
+            decay_iters=settings.decay_iters,
+            weight_decay=self.recipe.optimizer.weight_decay,
+        )
+        schedule.step(self.state.phase_step)
+        return schedule
+
+    def _step(self, phase: Phase, schedule: OptimizerParamScheduler) -> None:
+        start_s = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # Before the update, not after it: the first step of a warm-up then moves the weights too.
+        schedule.step(1)
+        phase.forward_backward(self.state, self.chunks)
+        _, self.grad_norm, _ = self.optimizer.step()
+        phase.advance(self.state)
+        self.state.phase_step += 1
+        self.state.step += 1
+        self.state.seconds += time.perf_counter() - start_s
+
+    def _notify(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
