@@ -1,7 +1,7 @@
 """Packaging. `kernels/` and `tools/` lie at the top level but install inside the package.
 
-`kernels` is also the name of a Hugging Face distribution, so the top-level names must never be installed: hence the explicit
-package list instead of `find_packages()`.
+`kernels` is also the name of a Hugging Face distribution, so the top-level names must never be installed: hence the
+explicit package list instead of `find_packages()`.
 """
 
 import re
@@ -49,7 +49,16 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "types-psutil"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "types-tqdm",
+            "types-psutil",
+        ],
         "deepspeed": ["deepspeed>=0.15"],
         "fast-tokenizer": ["gigatoken>=0.10"],
     },

@@ -10,7 +10,8 @@ from typing import TypeVar
 from megatron_prealign import __version__
 from megatron_prealign.errors import UserError
 
-# Sub-command -> (module, one line of help). Only the chosen module is imported: each `--help` must answer in under half a second.
+# Sub-command -> (module, one line of help). Only the chosen module is imported: each `--help` must answer in under
+# half a second.
 COMMANDS = {
     "train-tokenizer": ("megatron_prealign.tools.train_tokenizer", "train a byte-level BPE tokenizer on text files"),
     "preprocess": ("megatron_prealign.tools.preprocess", "turn text files into .bin/.idx token files"),
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); point stdout elsewhere so that the interpreter's exit flush is quiet.
+        # The reader of our output went away (`| head`); point stdout elsewhere so that the interpreter's exit flush is
+        # quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

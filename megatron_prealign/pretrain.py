@@ -1,4 +1,5 @@
-"""Puts the rooms together: from a recipe to a trained model. The command `pretrain` calls `pretrain()` and nothing else."""
+"""Puts the rooms together: from a recipe to a trained model. The command `pretrain` calls `pretrain()` and nothing
+else."""
 
 import logging
 import os
@@ -64,8 +65,8 @@ def open_materials(recipe: Recipe, runtime: Runtime) -> Materials:
     vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} ids; "
-            "raise it or leave it out"
+            f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has "
+            f"{tokenizer.vocab_size} ids; raise it or leave it out"
         )
     table, held_out = None, None
     if recipe.dictionary is not None:

@@ -62,7 +62,9 @@ class Progress:
             prefix=self._description,
             unit=self._unit,
             unit_scale=self._unit_scale,
-            bar_format=None if self._total is None else "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]",
+            bar_format=None
+            if self._total is None
+            else "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]",
         )
         self._stream.write(line + "\n")
         self._stream.flush()

@@ -1,4 +1,5 @@
-"""Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is queued."""
+"""Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
+queued."""
 
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     if recipe.dictionary is not None:
         load_table(recipe.dictionary.table).check_tokenizer(first.tokenizer.fingerprint)
     tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
-    return f"the recipe is sound: {len(sidecars)} datasets, {tokens:,} training tokens, {len(recipe.data.languages)} languages"
+    languages = ", ".join(recipe.data.languages)
+    return f"the recipe is sound: {len(sidecars)} datasets, {tokens:,} training tokens, languages {languages}"
 
 
 def _check_source(source: DataSource | ValidationSource) -> Sidecar:
@@ -52,6 +54,7 @@ def _check_source(source: DataSource | ValidationSource) -> Sidecar:
     sidecar = load_sidecar(source.path)
     if sidecar.language != source.language:
         raise UserError(
-            f"{source.path} is in language {sidecar.language}, but the recipe says {source.language}; change one of the two"
+            f"{source.path} is in language {sidecar.language}, but the recipe says {source.language}; "
+            "change one of the two"
         )
     return sidecar

@@ -1,7 +1,7 @@
 """The contrastive objective of the alignment phase (METHOD.md section 2; PreAlign, arXiv 2407.16222, mended).
 
-Multi-positive InfoNCE over the words of the whole global batch: the anchors are this rank's words, the candidates are the
-words of every data-parallel rank. Each rank returns its anchors' part; the parts of all ranks sum to the loss.
+Multi-positive InfoNCE over the words of the whole global batch: the anchors are this rank's words, the candidates are
+the words of every data-parallel rank. Each rank returns its anchors' part; the parts of all ranks sum to the loss.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class WordGroups:
 
 
 def gather_words(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`[slots, hidden]` of every rank as `[ranks * slots, hidden]`; backward sums over ranks and gives each its part."""
+    """`[slots, hidden]` of every rank as `[ranks * slots, hidden]`; backward sums over ranks and gives each its
+    part."""
     if group.size() == 1:
         return own
     # The very operation sequence parallelism needs along its first dimension, over another group.
@@ -68,7 +69,8 @@ def contrastive_loss(
 
 
 def _mean_similarity_penalty(every: torch.Tensor, groups: WordGroups, *, ranks: int) -> torch.Tensor:
-    """This rank's share of `max(0, mean over i != j of s_ij)`: every rank computes the same value and gives 1/ranks of it."""
+    """This rank's share of `max(0, mean over i != j of s_ij)`: every rank computes the same value and gives 1/ranks of
+    it."""
     valid = (groups.every >= 0).float()
     words = valid.sum()
     total = (every * valid[:, None]).sum(dim=0)

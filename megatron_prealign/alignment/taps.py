@@ -1,12 +1,13 @@
 """Looks at every layer's word representations while the model runs, and lets losses on them join the backward pass.
 
-A forward hook on the embedding, on every transformer layer and on the final norm pools each word's subword states and hands the
-result to an observer. What the observer returns becomes a loss of that layer: an autograd function passes the layer's output
-on unchanged and gives the loss a gradient of one in the backward pass (the way Megatron-Core attaches its auxiliary losses).
-So every pipeline stage contributes its own layers and nothing extra travels along the pipe.
+A forward hook on the embedding, on every transformer layer and on the final norm pools each word's subword states and
+hands the result to an observer. What the observer returns becomes a loss of that layer: an autograd function passes
+the layer's output on unchanged and gives the loss a gradient of one in the backward pass (the way Megatron-Core
+attaches its auxiliary losses). So every pipeline stage contributes its own layers and nothing extra travels along the
+pipe.
 
-Layers are numbered as Hugging Face numbers hidden states: 0 is the embedding output, i the output of block i, the last one
-taken after the final norm; the output embedding is number `num_layers + 1`.
+Layers are numbered as Hugging Face numbers hidden states: 0 is the embedding output, i the output of block i, the last
+one taken after the final norm; the output embedding is number `num_layers + 1`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,8 @@ class _AttachLoss(torch.autograd.Function):
 
 
 class _NoLoss(torch.autograd.Function):
-    """A zero that depends on its argument: ends the graph of the last stage where the attached losses are all there is."""
+    """A zero that depends on its argument: ends the graph of the last stage where the attached losses are all there
+    is."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
@@ -65,11 +67,12 @@ class LayerTaps:
         self._runtime = runtime
         self._num_layers = num_layers
         self._observer: Observer | None = None
-        # The batch travels with its microbatch: blocks get its pooling weights as their attention mask (causal attention has no
-        # other use for it), which recomputation hands back to them during the backward pass, when another microbatch may
-        # already be in its forward pass. Same storage, same batch.
+        # The batch travels with its microbatch: blocks get its pooling weights as their attention mask (causal
+        # attention has no other use for it), which recomputation hands back to them during the backward pass, when
+        # another microbatch may already be in its forward pass. Same storage, same batch.
         self._batches: dict[int, WordBatch] = {}
-        # The embedding and the final norm are never recomputed, so for them the microbatch in its forward pass is the one.
+        # The embedding and the final norm are never recomputed, so for them the microbatch in its forward pass is the
+        # one.
         self._current: WordBatch | None = None
         # What the observer returned for the output embedding of the last `run_words` on the last stage.
         self.output_embedding_loss: torch.Tensor | None = None
@@ -100,7 +103,8 @@ class LayerTaps:
         self._batches.clear()
 
     def run_words(self, chunk: torch.nn.Module, model: GPTModel, batch: WordBatch) -> torch.Tensor:
-        """Forward pass of a word batch through one chunk (`model` is `chunk` without its wrapper); returns its hidden states.
+        """Forward pass of a word batch through one chunk (`model` is `chunk` without its wrapper); returns its hidden
+        states.
 
         On the last stage the logits, `[slots, tokens, vocabulary]`, are not computed: no loss needs them.
         """
@@ -157,7 +161,8 @@ class LayerTaps:
         self.output_embedding_loss = self._observer(self._num_layers + 1, self._output_rows(model, batch), batch)
 
     def _output_rows(self, model: GPTModel, batch: WordBatch) -> torch.Tensor:
-        """Mean of each word's rows of the output embedding (split over tensor-parallel ranks), float32 `[slots, hidden]`."""
+        """Mean of each word's rows of the output embedding (split over tensor-parallel ranks), float32 `[slots,
+        hidden]`."""
         weight = (
             model.shared_embedding_or_output_weight()
             if model.share_embeddings_and_output_weights

@@ -1,7 +1,7 @@
 """Draws the words of each alignment step from the dictionary.
 
-The draw depends on (seed, step) alone. Every rank draws the whole global batch and keeps its part, so all ranks know which
-words belong together without a message, and the batch is the same under any layout.
+The draw depends on (seed, step) alone. Every rank draws the whole global batch and keeps its part, so all ranks know
+which words belong together without a message, and the batch is the same under any layout.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ def pad_words(words: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.n
 
 
 class WordSampler:
-    """Draws `groups_per_step` groups a step, and of each its source word and one word of every target language it has."""
+    """Draws `groups_per_step` groups a step, and of each its source word and one word of every target language it
+    has."""
 
     def __init__(
         self,
@@ -76,9 +77,9 @@ class WordSampler:
         self.groups = np.flatnonzero((words_left >= 2) & (languages_left >= 2) & ~held_out)
         if len(self.groups) < groups_per_step:
             raise UserError(
-                f"alignment.groups_per_step is {groups_per_step}, but the dictionary has {len(self.groups)} groups with words in "
-                f"two languages of at most alignment.max_word_tokens ({max_word_tokens}) tokens outside the held-out share "
-                f"(of {len(table.group_offsets) - 1}); lower it or build a larger table"
+                f"alignment.groups_per_step is {groups_per_step}, but the dictionary has {len(self.groups)} groups "
+                f"with words in two languages of at most alignment.max_word_tokens ({max_word_tokens}) tokens outside "
+                f"the held-out share (of {len(table.group_offsets) - 1}); lower it or build a larger table"
             )
         self.slots_per_group = len(table.languages)
 
@@ -96,7 +97,8 @@ class WordSampler:
 
         Args:
             ranks: data-parallel size; divides `groups_per_step`.
-            multiple: the padded word length is a multiple of this (the tensor-parallel size under sequence parallelism).
+            multiple: the padded word length is a multiple of this (the tensor-parallel size under sequence
+                parallelism).
         """
         random = np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
         drawn = random.choice(self.groups, size=self.groups_per_step, replace=False)
@@ -121,7 +123,8 @@ class WordSampler:
         )
 
     def _slots(self, drawn: np.ndarray, random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-        """One slot per group and language: the word's tokens (empty where the group lacks the language) and the group's number."""
+        """One slot per group and language: the word's tokens (empty where the group lacks the language) and the
+        group's number."""
         table = self.table
         empty = np.zeros(0, dtype=np.int64)
         words: list[np.ndarray] = []

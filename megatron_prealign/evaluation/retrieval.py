@@ -81,7 +81,8 @@ def retrieval_p_at_1(
 ) -> dict[str, list[float]]:
     """Share of source words whose nearest target by cosine is their translation, per language pair and layer.
 
-    Layers: the embedding output, every block (the last after the final norm), the output embedding. Takes part: all ranks.
+    The layers are the embedding output, every block (the last after the final norm) and the output embedding. Takes
+    part: all ranks.
     """
     words = [word for pair in pairs for word in (*pair.source, *pair.target)]
     if not words:
@@ -111,7 +112,8 @@ def _gather(runtime: Runtime, own: torch.Tensor) -> torch.Tensor:
 def _representations(
     runtime: Runtime, chunks: Sequence[torch.nn.Module], words: Sequence[np.ndarray], num_layers: int
 ) -> dict[int, torch.Tensor]:
-    """Mean subword state of this rank's share of `words` at every layer of this stage: layer -> float32 `[share, hidden]`."""
+    """Mean subword state of this rank's share of `words` at every layer of this stage: layer -> float32 `[share,
+    hidden]`."""
     collected: dict[int, list[torch.Tensor]] = {}
 
     def collect(layer: int, states: torch.Tensor, batch: WordBatch) -> None:

@@ -2,7 +2,8 @@
 
 from megatron_prealign.recipe import ModelSection
 
-# Dense bf16 peak without sparsity, in FLOP/s, by the name that torch.cuda.get_device_name() contains. Source: the vendors' data sheets.
+# Dense bf16 peak without sparsity, in FLOP/s, by the name that torch.cuda.get_device_name() contains. Source: the
+# vendors' data sheets.
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -30,7 +31,8 @@ def forward_flops_per_token(model: ModelSection, *, vocab_size: int, seq_length:
 
 
 def training_flops_per_token(model: ModelSection, *, vocab_size: int, seq_length: int) -> float:
-    """Forward and backward: three times the forward pass (recomputation is not counted, as model FLOPs utilisation demands)."""
+    """Forward and backward: three times the forward pass (recomputation is not counted, as model FLOPs utilisation
+    demands)."""
     return 3.0 * forward_flops_per_token(model, vocab_size=vocab_size, seq_length=seq_length)
 
 

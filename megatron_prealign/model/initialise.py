@@ -1,8 +1,8 @@
 """Initial weights that depend on the seed and the parameter's name alone, never on the parallel layout.
 
-Each parameter is drawn whole, from a generator seeded by (seed, name, layer), and every rank keeps its part. So TP2, PP2 and
-one process start from the same model, and a run can change its layout without changing the experiment. CPU and CUDA
-generators differ, so the same seed gives other weights on the other kind of device.
+Each parameter is drawn whole, from a generator seeded by (seed, name, layer), and every rank keeps its part. So TP2,
+PP2 and one process start from the same model, and a run can change its layout without changing the experiment. CPU and
+CUDA generators differ, so the same seed gives other weights on the other kind of device.
 """
 
 import hashlib
@@ -21,10 +21,11 @@ RESIDUAL_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def initialise(chunks: Sequence[GPTModel], model: ModelSection, *, vocab_size: int, seed: int) -> None:
-    """Draws every matrix of `chunks` from a normal distribution; norms stay ones, biases zeros, padded vocabulary rows zero.
+    """Draws every matrix of `chunks` from a normal distribution; norms stay ones, biases zeros, padded vocabulary rows
+    zero.
 
-    The matrices that write to the residual stream have standard deviation `init_method_std / sqrt(2 * num_layers)`, as in
-    Megatron-Core.
+    The matrices that write to the residual stream have standard deviation `init_method_std / sqrt(2 * num_layers)`, as
+    in Megatron-Core.
     """
     with torch.no_grad():
         for chunk in chunks:

@@ -1,7 +1,7 @@
 """Norms for the plain-torch layer specification.
 
-Megatron-Core's `WrappedTorchNorm` refuses sequence parallelism, because under it each tensor-parallel rank sees only its part
-of the sequence and the gradients of the norm's weights must be summed over the ranks. Marking the weights
+Megatron-Core's `WrappedTorchNorm` refuses sequence parallelism, because under it each tensor-parallel rank sees only
+its part of the sequence and the gradients of the norm's weights must be summed over the ranks. Marking the weights
 `sequence_parallel` makes Megatron-Core do that sum in `finalize_model_grads`.
 """
 

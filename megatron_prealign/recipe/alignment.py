@@ -32,7 +32,8 @@ class AlignmentSection:
     temperature: float = 0.1
     """Temperature tau of the contrastive loss."""
     layers: list[int] = field(default_factory=list)
-    """Layers to align: 0 is the embedding output, i the output of block i, num_layers + 1 the output embedding; empty means all."""
+    """Layers to align: 0 is the embedding output, i the output of block i, num_layers + 1 the output embedding; empty
+    means all."""
     max_word_tokens: int = 8
     """Words with more subword tokens are left out of the phase."""
     stop_at_p_at_1: float | None = None

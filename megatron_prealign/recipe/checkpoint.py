@@ -10,7 +10,8 @@ class CheckpointSection:
     """Saving and resuming."""
 
     directory: str | None = None
-    """Folder of the checkpoints; null means `checkpoints` inside logging.run_dir. A run resumes from what it finds there."""
+    """Folder of the checkpoints; null means `checkpoints` inside logging.run_dir. A run resumes from what it finds
+    there."""
     save_interval: int | None = None
     """Optimizer steps between two saves; null saves at the end of each phase only."""
     keep: int = 2

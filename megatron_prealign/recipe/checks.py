@@ -2,7 +2,8 @@
 
 
 class RecipeValueError(ValueError):
-    """A field of a recipe has a value that cannot work. `load_recipe` turns it into a `UserError` with the file's name."""
+    """A field of a recipe has a value that cannot work. `load_recipe` turns it into a `UserError` with the file's
+    name."""
 
 
 def require(condition: bool, field: str, got: object, expected: str) -> None:

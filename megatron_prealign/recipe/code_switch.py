@@ -15,7 +15,8 @@ class CodeSwitchSection:
     ratio: float
     """Probability that an occurrence of a word the table knows is replaced (the authors: 0.05)."""
     label_mode: LabelMode = "input_only"
-    """What replaced words do to the labels: input_only keeps the original word, codeswitch predicts the translation, no_predict scores neither, mix draws one of the first two per word."""
+    """What replaced words do to the labels: input_only keeps the original word, codeswitch predicts the translation,
+    no_predict scores neither, mix draws one of the first two per word."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the ratio moves to final_ratio over schedule_tokens tokens of the phase."""
     final_ratio: float | None = None
@@ -23,7 +24,8 @@ class CodeSwitchSection:
     schedule_tokens: int | None = None
     """Tokens over which a linear or cosine schedule runs."""
     language_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of each target language in the draw; empty means all languages of the table alike, a language left out is never drawn."""
+    """Weight of each target language in the draw; empty means all languages of the table alike, a language left out is
+    never drawn."""
     language_ratios: dict[str, float] = field(default_factory=dict)
     """Ratio of single target languages, where it differs from `ratio`."""
 

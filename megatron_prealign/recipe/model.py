@@ -27,7 +27,8 @@ class ModelSection:
     max_position_embeddings: int | None = None
     """Longest sequence the model can take, in tokens; null means data.seq_length."""
     vocab_size: int | None = None
-    """True number of token ids; null means the tokenizer's. The weights are padded to a multiple that tensor parallelism needs."""
+    """True number of token ids; null means the tokenizer's. The weights are padded to a multiple that tensor
+    parallelism needs."""
     make_vocab_size_divisible_by: int = 128
     """The padded vocabulary is a multiple of this times tensor_model_parallel_size."""
     share_embeddings_and_output_weights: bool = False

@@ -19,7 +19,8 @@ class TrainingSection:
     train_iters: int | None = None
     """Optimizer steps of language-model training."""
     train_tokens: int | None = None
-    """Total of tokens over all phases, an alternative to train_iters: language-model training gets what alignment left."""
+    """Total of tokens over all phases, an alternative to train_iters: language-model training gets what alignment
+    left."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations; the optimizer keeps fp32 master weights either way."""
     eval_interval: int | None = None

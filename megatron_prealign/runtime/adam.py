@@ -1,8 +1,9 @@
-"""AdamW for runs without Transformer Engine and Apex, in the form Megatron-Core's distributed optimizer can save and load.
+"""AdamW for runs without Transformer Engine and Apex, in the form Megatron-Core's distributed optimizer can save and
+load.
 
-torch's AdamW keeps `step` as a tensor in every parameter's state; Megatron-Core 0.16.1 then fails to load sharded optimizer
-state (`KeyError: 'step'`). The fused optimizers of Transformer Engine and Apex keep `step` in the parameter group. This
-class does the same, over torch's own fused kernel.
+torch's AdamW keeps `step` as a tensor in every parameter's state; Megatron-Core 0.16.1 then fails to load sharded
+optimizer state (`KeyError: 'step'`). The fused optimizers of Transformer Engine and Apex keep `step` in the parameter
+group. This class does the same, over torch's own fused kernel.
 """
 
 from collections.abc import Callable

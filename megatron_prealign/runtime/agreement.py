@@ -54,5 +54,6 @@ def on_every_rank(what: str, work: Callable[[], Result], group: dist.ProcessGrou
 
 
 def on_rank_zero(what: str, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result | None:
-    """Runs `work` on the group's first rank only; the others wait and learn of a failure. Returns None on the others."""
+    """Runs `work` on the group's first rank only; the others wait and learn of a failure. Returns None on the
+    others."""
     return on_every_rank(what, lambda: work() if dist.get_rank(group) == 0 else None, group)

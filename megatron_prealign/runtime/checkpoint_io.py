@@ -1,8 +1,8 @@
 """Writes and reads sharded state through Megatron-Core's `dist_checkpointing`, without its helper processes.
 
 Megatron-Core 0.16.1 writes through forked processes and a manager process, and waits without end when one of them dies.
-Here each rank writes its own files in threads of its own process, so an error comes back as an error, and a file system that
-stops answering ends in a timeout.
+Here each rank writes its own files in threads of its own process, so an error comes back as an error, and a file
+system that stops answering ends in a timeout.
 """
 
 import queue
@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_prealign.runtime.agreement import all_ranks_ok
 
-# Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same DP only).
+# Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same
+# DP only).
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _WRITER_THREADS = 2
 

@@ -71,7 +71,8 @@ def enable() -> None:
 
 
 class _SharedGeneratorTracker:
-    """Silences the RNG tracker's warning that the CPU state moved inside a fork: here it is the very state being forked."""
+    """Silences the RNG tracker's warning that the CPU state moved inside a fork: here it is the very state being
+    forked."""
 
     @staticmethod
     def install(megatron_random: Any) -> None:

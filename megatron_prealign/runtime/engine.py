@@ -53,8 +53,8 @@ def run_schedule(
     """Runs forward (and backward) over `microbatches` through the pipeline, then finalises the gradients once.
 
     Args:
-        microbatches: what this data-parallel rank works on; the same number on every rank. A loss is averaged over them by
-            Megatron-Core, so a forward step that wants a sum multiplies by `schedule_length(...)`.
+        microbatches: what this data-parallel rank works on; the same number on every rank. A loss is averaged over
+            them by Megatron-Core, so a forward step that wants a sum multiplies by `schedule_length(...)`.
         idle: makes a microbatch without any loss. The interleaved schedule wants a multiple of the pipeline size.
         shape: tokens and rows of a microbatch, unless `mixed_shapes`.
         mixed_shapes: microbatches differ in shape, so stages tell each other theirs before they send.

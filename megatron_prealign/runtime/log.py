@@ -5,7 +5,8 @@ import os
 import sys
 import warnings
 
-# Megatron-Core says at every import that Transformer Engine and Apex are missing, up to seven times a process; `doctor` says it once.
+# Megatron-Core says at every import that Transformer Engine and Apex are missing, up to seven times a process;
+# `doctor` says it once.
 _IMPORT_NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",

@@ -14,8 +14,8 @@ from megatron_prealign.runtime.adam import FusedAdamW
 def _use_own_adam() -> None:
     """Makes Megatron-Core take `FusedAdamW` for the fused optimizer it did not find.
 
-    Without Transformer Engine and Apex, 0.16.1 falls back to torch.optim.AdamW, whose sharded state it cannot load. The flags
-    set here are the ones it sets itself when it finds Apex: `step` is then looked for in the parameter group.
+    Without Transformer Engine and Apex, 0.16.1 falls back to torch.optim.AdamW, whose sharded state it cannot load.
+    The flags set here are the ones it sets itself when it finds Apex: `step` is then looked for in the parameter group.
     """
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         return

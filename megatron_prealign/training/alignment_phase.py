@@ -88,7 +88,8 @@ class AlignmentPhase(Phase):
         )
 
     def _layer_loss(self, layer: int, words: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
-        """The loss to attach to one layer, scaled so that Megatron-Core's averaging over data-parallel ranks leaves its sum."""
+        """The loss to attach to one layer, scaled so that Megatron-Core's averaging over data-parallel ranks leaves
+        its sum."""
         # With full recomputation the first forward pass keeps no graph; the loss belongs to the second one.
         if not torch.is_grad_enabled():
             return None
@@ -110,8 +111,8 @@ class AlignmentPhase(Phase):
         if penalty is not None:
             self._meter.add("similarity_penalty", penalty * weight)
             loss = loss + section.gamma * penalty
-        # An unweighted output embedding still joins the graph with weight 0: overlapped gradient reduction waits for every
-        # parameter, and without rows of the blend nothing else touches this one.
+        # An unweighted output embedding still joins the graph with weight 0: overlapped gradient reduction waits for
+        # every parameter, and without rows of the blend nothing else touches this one.
         return loss * (weight * self._runtime.data_size)
 
     def _forward_step(

@@ -1,7 +1,8 @@
 """Checkpoints: written beside, renamed when complete, found again by a `latest` file.
 
-A checkpoint is a folder `step_00000400` with the sharded state (Megatron-Core's `dist_checkpointing`), `state.json` (what a
-reader wants to know without loading tensors), `recipe.yaml` and a copy of the tokenizer. It loads in any parallel layout.
+A checkpoint is a folder `step_00000400` with the sharded state (Megatron-Core's `dist_checkpointing`), `state.json`
+(what a reader wants to know without loading tensors), `recipe.yaml` and a copy of the tokenizer. It loads in any
+parallel layout.
 """
 
 import json
@@ -150,7 +151,8 @@ class CheckpointStore:
         phase: str,
         consumed: dict[str, int],
     ) -> Path:
-        """Writes everything needed to resume. Takes part: all ranks. `consumed`: samples taken from each source so far."""
+        """Writes everything needed to resume. Takes part: all ranks. `consumed`: samples taken from each source so
+        far."""
         final = self.directory / step_name(state.step)
         working = self.directory / f".{final.name}.incomplete"
         on_rank_zero(f"preparing {working}", lambda: _fresh_folder(working))

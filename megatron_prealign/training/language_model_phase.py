@@ -47,8 +47,9 @@ class LanguageModelPhase(Phase):
         iters = left // (training.global_batch_size * self._recipe.data.seq_length)
         if iters < 1:
             raise UserError(
-                f"training.train_tokens is {training.train_tokens}, of which the alignment phase took {state.phase_start_tokens}: "
-                f"less than one step of {training.global_batch_size} x {self._recipe.data.seq_length} tokens is left; raise it"
+                f"training.train_tokens is {training.train_tokens}, of which the alignment phase took "
+                f"{state.phase_start_tokens}: less than one step of {training.global_batch_size} x "
+                f"{self._recipe.data.seq_length} tokens is left; raise it"
             )
         return iters
 

@@ -11,8 +11,8 @@ from megatron_prealign.runtime.distributed import Runtime
 class Meter:
     """Named sums in one float64 vector on the device.
 
-    Each rank adds its own part: what a value means is its sum over data-parallel ranks and pipeline stages (tensor-parallel
-    ranks add the same and are counted once).
+    Each rank adds its own part: what a value means is its sum over data-parallel ranks and pipeline stages
+    (tensor-parallel ranks add the same and are counted once).
     """
 
     def __init__(self, sizes: Mapping[str, int], runtime: Runtime) -> None:

@@ -22,7 +22,8 @@ class ScheduleSettings:
 
 
 class Phase(ABC):
-    """One phase of a run. The trainer calls `begin` once, then `forward_backward` and `advance` step by step, then `end`."""
+    """One phase of a run. The trainer calls `begin` once, then `forward_backward` and `advance` step by step, then
+    `end`."""
 
     name: str
     fresh_optimizer: bool = True

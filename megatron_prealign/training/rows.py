@@ -20,8 +20,9 @@ class RowMicrobatch:
     """Model inputs of one microbatch, `[rows, seq_length]` each.
 
     Attributes:
-        scored_tokens: tokens with a loss in the whole step over all ranks, a float scalar on the device. Dividing each rank's
-            sum by it makes every token weigh the same whatever the layout and however code-switching spread the masks.
+        scored_tokens: tokens with a loss in the whole step over all ranks, a float scalar on the device. Dividing each
+            rank's sum by it makes every token weigh the same whatever the layout and however code-switching spread the
+            masks.
     """
 
     tokens: torch.Tensor
@@ -46,7 +47,8 @@ class RowReader:
         self, first_sample: int, rows: int, consumed_tokens: int
     ) -> tuple[list[RowMicrobatch], torch.Tensor | None]:
         """Microbatches of `rows` rows over all ranks, from position `first_sample` of the blend, and the sum of their
-        code-switching counts (None without code-switching). Takes part: the data-parallel group (one small all-reduce)."""
+        code-switching counts (None without code-switching). Takes part: the data-parallel group (one small
+        all-reduce)."""
         runtime, size = self._runtime, self._micro_batch_size
         per_round = size * runtime.data_size
         batches, counts = [], None
@@ -85,8 +87,9 @@ def idle_rows(runtime: Runtime) -> RowMicrobatch:
 def row_loss_sum(
     chunk: torch.nn.Module, batch: RowMicrobatch
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Forward pass of one chunk. Returns its output and, for the last stage, the function that sums the masked losses of it
-    and divides by the scored tokens of the step: summed over microbatches and ranks that is the mean loss per token."""
+    """Forward pass of one chunk. Returns its output and, for the last stage, the function that sums the masked losses
+    of it and divides by the scored tokens of the step: summed over microbatches and ranks that is the mean loss per
+    token."""
     labels = batch.labels if unwrap(chunk).post_process else None
     output = chunk(batch.tokens, batch.position_ids, None, labels=labels)
     return output, lambda losses: (losses.float() * batch.loss_mask).sum() / batch.scored_tokens
