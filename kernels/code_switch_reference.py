@@ -110,8 +110,7 @@ def code_switch_reference(
     """
     _check_inputs(tokens, language, sample_id, table, seed, thresholds, label_mode)
     words = _find_words(tokens, language, table)
-    key, found = lookup(table, words.columns)
-    known = found & words.short
+    key, known = lookup(table, words.columns, words.short)
     random = _random_words(tokens, sample_id, seed)
     switched, target, candidate = _decide(table, key, known, random, thresholds)
     follows = random[3] < 1 << 31 if label_mode == "mix" else None
@@ -204,8 +203,10 @@ def _decide(
     decision, language_draw, candidate_draw = (each.reshape(-1) for each in random[:3])
     entry = draw(table.key_entries, table.entry_bound, key.view(-1), language_draw, table.entry_steps)
     target = table.entry_language.index_select(0, entry)
-    candidate = draw(table.entry_candidates, table.candidate_bound, entry, candidate_draw, table.candidate_steps)
     switched = known & (decision < thresholds.index_select(0, target)).view(shape)
+    # the few switched words draw from their own entry, all else from entry 0, which stays in cache
+    entry = entry * switched.view(-1)
+    candidate = draw(table.entry_candidates, table.candidate_bound, entry, candidate_draw, table.candidate_steps)
     return switched, target.view(shape), candidate.view(shape)
 
 

@@ -95,18 +95,21 @@ def _slots(hashed: Tensor, slot_bits: int) -> tuple[Tensor, Tensor]:
     return (hashed >> (64 - slot_bits)) & mask, (hashed >> (64 - 2 * slot_bits)) & mask
 
 
-def lookup(table: NgramTable, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def lookup(table: NgramTable, columns: Sequence[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Finds words in the table.
 
     Args:
         table: the table.
         columns: len(table.multipliers) packed int64 columns of one shape.
+        wanted: bool, shaped as a column: where there is a word to look up.
 
     Returns:
-        key (int32, some valid row of the key lists also where nothing was found) and found (bool), shaped as a column.
+        key (int32, some valid row of the key lists also where nothing was found) and found (bool, False where not
+        wanted), shaped as a column.
     """
     shape = columns[0].shape
-    hashed = hash_columns(columns, table.multipliers)
+    # what is not wanted looks into slot 0: one line of cache instead of a random one
+    hashed = hash_columns(columns, table.multipliers) * wanted
     first, second = _slots(hashed, table.slot_bits)
     # hashes of keys are distinct, so a word whose hash is not in its first slot can only be in its second
     in_first = table.slot_hash.index_select(0, first.view(-1)).view(shape) == hashed
@@ -114,7 +117,7 @@ def lookup(table: NgramTable, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor
     first *= in_first
     second ^= first
     key = table.slot_key.index_select(0, second.view(-1))
-    found = torch.ones(shape, dtype=torch.bool, device=hashed.device)
+    found = wanted.clone()
     for column, stored in zip(columns, table.key_columns, strict=True):
         found &= stored.index_select(0, key).view(shape) == column
     return key.view(shape), found

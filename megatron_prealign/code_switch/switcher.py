@@ -52,7 +52,7 @@ def plain_batch(tokens: Tensor, eod_id: int, mask_eod: bool) -> SwitchedBatch:
 
 
 class CodeSwitcher:
-    """Applies the dictionary to batches as the recipe's `code_switch` section says. Has no state that a resume needs."""
+    """Applies the dictionary to batches as the recipe says. A resume needs none of its state."""
 
     languages: tuple[str, ...]
     """The table's languages, in the order of `SwitchedBatch.counts[3:]`."""

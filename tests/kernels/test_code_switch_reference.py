@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from code_switch_oracle import Dictionary, switch_row
+from code_switch_oracle import Dictionary, philox, switch_row
 
 from megatron_prealign.kernels import (
     LABEL_MODES,
@@ -256,6 +256,35 @@ def test_ratio_zero_and_no_keys_are_the_identity() -> None:
 
 def test_threshold_ends() -> None:
     assert (ratio_threshold(0.0), ratio_threshold(0.5), ratio_threshold(1.0)) == (0, 1 << 31, 1 << 32)
+
+
+def test_threshold_is_exclusive() -> None:
+    drawn = philox((0, 0, 0, 0), (7, 0))[0]
+    kept = switch([[1, 2]], edge(), thresholds=[0, drawn], seed=7)
+    switched = switch([[1, 2]], edge(), thresholds=[0, drawn + 1], seed=7)
+    assert (kept.tokens.tolist(), switched.tokens.tolist()) == ([[1]], [[9]])
+
+
+def test_no_step_reads_data_back() -> None:
+    rows, dictionary, options = random_case(8)
+    built = build_ngram_table(**dictionary.arrays())
+    # tensors of the meta device have shapes but no data: .item(), nonzero and boolean indexing raise there
+    table = built._replace(
+        **{name: each.to("meta") for name, each in built._asdict().items() if isinstance(each, torch.Tensor)}
+    )
+    for mode in LABEL_MODES:
+        output = code_switch_reference(
+            torch.tensor(rows, device="meta"),
+            torch.zeros(6, dtype=torch.int64, device="meta"),
+            torch.zeros(6, dtype=torch.int64, device="meta"),
+            table,
+            seed=1,
+            thresholds=torch.tensor(options["thresholds"], device="meta"),
+            label_mode=mode,
+            pad_id=EOD,
+            eod_id=EOD,
+        )
+        assert all(each.shape == (6, len(rows[0]) - 1) for each in output[:4])
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.5])

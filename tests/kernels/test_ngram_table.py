@@ -10,11 +10,16 @@ from code_switch_oracle import Dictionary, choose
 from megatron_prealign.kernels.ngram_table import (
     LANGUAGE_SHIFT,
     TOKEN_BITS,
+    NgramTable,
     build_ngram_table,
     draw,
     hash_columns,
     lookup,
 )
+
+
+def find(table: NgramTable, columns: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return lookup(table, columns, torch.ones_like(columns[0], dtype=torch.bool))
 
 
 def packed(language: int, tokens: tuple[int, ...], columns: int) -> list[torch.Tensor]:
@@ -61,14 +66,22 @@ def columns_of(rows: np.ndarray) -> list[torch.Tensor]:
 def test_every_key_is_found_and_no_other_word() -> None:
     rows, arrays = random_keys(3000, vocabulary=60)
     table = build_ngram_table(**arrays)
-    key, found = lookup(table, columns_of(rows))
+    key, found = find(table, columns_of(rows))
     assert bool(found.all())
     assert torch.equal(key.long(), torch.arange(len(rows)))
     known = {tuple(row) for row in rows.tolist()}
     others, _ = random_keys(3000, vocabulary=60, seed=1)
-    _, found = lookup(table, columns_of(others))
+    _, found = find(table, columns_of(others))
     assert found.tolist() == [tuple(row) in known for row in others.tolist()]
     assert 0 < sum(found.tolist()) < len(others)
+
+
+def test_only_wanted_words_are_found() -> None:
+    rows, arrays = random_keys(100, vocabulary=60)
+    wanted = torch.arange(100) % 3 == 0
+    key, found = lookup(build_ngram_table(**arrays), columns_of(rows), wanted)
+    assert torch.equal(found, wanted)
+    assert torch.equal(key.long()[wanted], torch.arange(100)[wanted])
 
 
 def test_load_is_at_most_half() -> None:
@@ -83,7 +96,7 @@ def test_language_is_part_of_the_key() -> None:
     table = build_ngram_table(**small({(0, (1,)): [(1, (3,), 1.0)], (1, (1, 2)): [(0, (4,), 1.0)]}, (1.0, 1.0)))
     columns = len(table.multipliers)
     found = {
-        (language, tokens): bool(lookup(table, packed(language, tokens, columns))[1])
+        (language, tokens): bool(find(table, packed(language, tokens, columns))[1])
         for language in (-1, 0, 1)
         for tokens in ((1,), (1, 2))
     }
@@ -98,14 +111,14 @@ def test_equal_hashes_do_not_match() -> None:
     forged = table._replace(
         slot_hash=hashed.expand(len(table.slot_hash)).clone(), slot_key=torch.zeros_like(table.slot_key)
     )
-    assert not bool(lookup(forged, stranger)[1])
-    assert bool(lookup(forged, packed(0, (1, 2), len(table.multipliers)))[1])
+    assert not bool(find(forged, stranger)[1])
+    assert bool(find(forged, packed(0, (1, 2), len(table.multipliers)))[1])
 
 
 def test_no_keys() -> None:
     table = build_ngram_table(**small({}))
     assert table.num_keys == 0
-    assert not bool(lookup(table, packed(0, (1,), len(table.multipliers)))[1])
+    assert not bool(find(table, packed(0, (1,), len(table.multipliers)))[1])
 
 
 def test_keys_without_a_drawable_candidate_are_unknown() -> None:
@@ -117,7 +130,7 @@ def test_keys_without_a_drawable_candidate_are_unknown() -> None:
     }
     table = build_ngram_table(**small(keys, (0.0, 1.0, 0.0)))
     assert table.num_keys == 1
-    assert [bool(lookup(table, packed(0, (token,), 1))[1]) for token in (1, 3, 4, 5)] == [False, False, True, False]
+    assert [bool(find(table, packed(0, (token,), 1))[1]) for token in (1, 3, 4, 5)] == [False, False, True, False]
     assert table.entry_language.tolist()[:1] == [1]
 
 
@@ -151,7 +164,7 @@ def test_a_hundred_thousand_keys_build_fast() -> None:
     table = build_ngram_table(**arrays)
     # 0.1 s measured; a Python loop over keys or candidates would take longer than the bound on a slow, busy machine
     assert time.perf_counter() - started < 5
-    key, found = lookup(table, columns_of(rows))
+    key, found = find(table, columns_of(rows))
     assert bool(found.all()) and torch.equal(key.long(), torch.arange(len(rows)))
 
 
