@@ -85,7 +85,8 @@ class TrainSamples:
             languages: The run's languages, in the order of their ids.
             cache_dir: Folder of the index cache, on a disk that the processes of a node share.
             is_builder: True on exactly one process per node.
-            barrier: Returns once all processes of the job have called it; called once, also when building fails.
+            barrier: Returns once all processes of the job have called it. Called once, also when the builder fails,
+                but not by a process that refuses a source.
             vocab_size: Ids that the model has; None does not check.
             tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
 

@@ -238,6 +238,15 @@ def test_held_out_documents_are_scored_once_and_never_trained_on(folder, tmp_pat
     assert len(trained) > 0.9 * sum(len(d) - 1 for d in ENGLISH[:-held_out])
 
 
+def test_held_out_share_does_not_suffer_from_floating_point(folder, tmp_path):
+    # 0.07 * 100 is 7.000000000000001, and still means seven documents.
+    documents = make_documents(100, 1, seed=3)
+    data = section(folder, {"english": 1.0}, validation_fraction=0.07)
+    data = replace(data, sources=[DataSource(path=write_dataset(tmp_path / "hundred", documents, "en"), language="en")])
+    first, labels = scored_labels(ValidationSamples.build(data, languages=LANGUAGES, max_samples=999), "en")
+    assert first + labels == np.concatenate(documents[-7:]).tolist()
+
+
 def test_validation_fraction_of_zero_holds_nothing_out(folder):
     validation = ValidationSamples.build(section(folder, {"english": 1.0}), languages=LANGUAGES, max_samples=5)
     assert validation.languages == [] and validation.num_samples("en") == 0
