@@ -1,0 +1,353 @@
+"""Draws the report's figures with matplotlib, without a display and without its global state."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.evaluation.run_record import ALIGNMENT, Measurement, RunRecord
+
+Runs = Mapping[str, tuple[RunRecord, Measurement]]
+
+INK, MUTED, GRID = "#1f2328", "#5b6470", "#d8dee4"
+# one colour a run, told apart by colour-blind readers too; dark mode swaps each for the one at the same place
+RUN_COLOURS = ("#0072b2", "#d55e00", "#00835f", "#b8578a", "#8c6d1f", "#3b97cb", "#6a3d9a", "#707070")
+RUN_COLOURS_DARK = ("#58a6e0", "#ff8c42", "#3fca9b", "#e59ac5", "#d6b656", "#8fd0f5", "#b08ce0", "#a8a8a8")
+# first to last layer, ten steps of matplotlib's plasma, without the ends that vanish on white or on black
+LAYER_COLOURS = (
+    *("#1b068d", "#43039e", "#6600a7", "#8606a6", "#a31e9a"),
+    *("#bd3786", "#d14e72", "#e3685f", "#f1834c", "#fb9f3a"),
+)
+LAYER_COLOURS_DARK = (
+    *("#9613a1", "#ae2892", "#c23c81", "#d45270", "#e26660"),
+    *("#ef7e50", "#f89540", "#fdb130", "#fccd25", "#f4ed27"),
+)
+MAX_POINTS = 400
+MAX_COLUMNS = 2
+MAX_LAYER_LABELS = 8
+
+
+def mean_over_pairs(by_pair: Mapping[str, Sequence[float]]) -> list[float]:
+    """Mean over language pairs of P@1, layer by layer; empty for no pairs."""
+    return [sum(layer) / len(layer) for layer in zip(*by_pair.values(), strict=True)]
+
+
+def layer_names(count: int) -> list[str]:
+    """Names of `count` layers: embedding output, blocks 1 to count - 2, output embedding."""
+    return ["emb", *(str(block) for block in range(1, count - 1)), "out"][:count]
+
+
+def short_count(value: float, _position: object = None) -> str:
+    """1600000 as 1.6M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:g}"
+
+
+def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points: means over equal runs of neighbours, points that are not finite left out."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    width = math.ceil(len(finite) / limit) if finite else 1
+    buckets = [finite[start : start + width] for start in range(0, len(finite), width)]
+    return [(bucket[-1][0], sum(y for _, y in bucket) / len(bucket)) for bucket in buckets]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    settings = {
+        # text stays text: small files, the reader's own fonts, and run names in any script
+        "svg.fonttype": "none",
+        "svg.hashsalt": "megatron-prealign",
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 4,
+        "grid.linewidth": 0.7,
+        # a dollar sign in a run's name is a dollar sign
+        "text.parse_math": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+        **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), MUTED),
+        "grid.color": GRID,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _figure(
+    panels: int, *, columns: int = MAX_COLUMNS, panel_width: float = 4.4, height: float = 3.2
+) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, panels)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(max(panel_width * columns, 6.0), height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    return figure, axes[:panels]
+
+
+def _run_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    styles = {}
+    for index, name in enumerate(names):
+        turn, colour = divmod(index, len(RUN_COLOURS))
+        styles[name] = {"color": RUN_COLOURS[colour], "marker": "os^D"[turn % 4]}
+    return styles
+
+
+def _legend(figure: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    from matplotlib.lines import Line2D
+
+    # matplotlib hides labels that start with an underscore
+    labels = [f" {label}" if label.startswith("_") else label for label in entries]
+    handles = [Line2D([], [], **style) for style in entries.values()]
+    columns = max(1, min(len(labels), int(figure.get_figwidth() * 11 / (6 + max(map(len, labels), default=1)))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=9)
+
+
+def _alignment_ends(axis: Any, runs: Runs, styles: Mapping[str, Mapping[str, Any]]) -> bool:
+    found = False
+    for name, (record, _) in runs.items():
+        if record.alignment_end_tokens:
+            axis.axvline(record.alignment_end_tokens, color=styles[name]["color"], linestyle=":", linewidth=1.0)
+            found = True
+    return found
+
+
+def _tokens_axis(axis: Any) -> None:
+    axis.xaxis.set_major_formatter(short_count)
+    axis.set_xlabel("tokens seen")
+    axis.set_xlim(left=0)
+
+
+def _fit_late_values(axis: Any, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """Sets the y range by what comes after the first tenth, so that the start does not flatten the rest."""
+    end = max((x for curve in curves for x, _ in curve), default=0.0)
+    late = [y for curve in curves for x, y in curve if x >= end / 10]
+    if len(late) > 1 and max(late) > min(late):
+        margin = 0.06 * (max(late) - min(late))
+        axis.set_ylim(min(late) - margin, max(late) + margin)
+
+
+def _loss_points(record: RunRecord, measurement: Measurement, language: str) -> list[tuple[float, float]]:
+    points = {point.tokens: point.validation_loss.get(language, math.nan) for point in record.evaluations}
+    points[measurement.tokens] = measurement.validation_loss.get(language, math.nan)
+    return thin(sorted(points.items()))
+
+
+def _draw_loss_panels(axes: Sequence[Any], runs: Runs, languages: Sequence[str]) -> bool:
+    styles = _run_styles(list(runs))
+    aligned = False
+    for axis, language in zip(axes, languages, strict=True):
+        curves = [_loss_points(record, measurement, language) for record, measurement in runs.values()]
+        for name, curve in zip(runs, curves, strict=True):
+            if curve:
+                axis.plot(*zip(*curve, strict=True), **styles[name])
+        _fit_late_values(axis, curves)
+        aligned = _alignment_ends(axis, runs, styles) or aligned
+        axis.set_title(f"Validation loss: {language}")
+        axis.set_ylabel("nats per token")
+        _tokens_axis(axis)
+    return aligned
+
+
+def _draw_by_layer(axis: Any, runs: Runs) -> bool:
+    styles = _run_styles(list(runs))
+    depth, held_out = 0, False
+    for name, (_, measurement) in runs.items():
+        shares = mean_over_pairs(measurement.word_retrieval_p_at_1)
+        unseen = mean_over_pairs(measurement.word_retrieval_p_at_1_held_out)
+        axis.plot(range(len(shares)), shares, **styles[name])
+        if unseen:
+            axis.plot(range(len(unseen)), unseen, linestyle="--", **{**styles[name], "marker": ""})
+            held_out = True
+        depth = max(depth, len(shares))
+    names = layer_names(depth)
+    step = math.ceil(depth / 14)
+    ticks = sorted({*range(0, depth - 1, step), depth - 1})
+    axis.set_xticks(ticks, [names[tick] for tick in ticks])
+    axis.set_xlabel("layer")
+    axis.set_ylabel("P@1")
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_title("Word retrieval by layer")
+    return held_out
+
+
+def _entries(runs: Runs, *, aligned: bool = False, held_out: bool = False) -> dict[str, dict[str, Any]]:
+    entries = _run_styles(list(runs))
+    if aligned:
+        entries["end of alignment"] = {"color": MUTED, "linestyle": ":", "linewidth": 1.0}
+    if held_out:
+        entries["words never trained on"] = {"color": MUTED, "linestyle": "--"}
+    return entries
+
+
+def _languages(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(language for _, measurement in runs.values() for language in measurement.validation_loss))
+
+
+def _has_retrieval(runs: Runs) -> bool:
+    return any(measurement.word_retrieval_p_at_1 for _, measurement in runs.values())
+
+
+def draw_main(runs: Runs) -> Any | None:
+    """Validation loss of each language and P@1 by layer in one figure, for a README; None without either."""
+    languages = _languages(runs)
+    panels = len(languages) + _has_retrieval(runs)
+    if not panels:
+        return None
+    with _style():
+        figure, axes = _figure(panels, columns=3)
+        aligned = _draw_loss_panels(axes[: len(languages)], runs, languages)
+        held_out = _has_retrieval(runs) and _draw_by_layer(axes[-1], runs)
+        _legend(figure, _entries(runs, aligned=aligned, held_out=held_out))
+    return figure
+
+
+def draw_validation_loss(runs: Runs) -> Any | None:
+    """One panel a language, one line a run, over tokens; None when nothing was evaluated."""
+    languages = _languages(runs)
+    if not languages:
+        return None
+    with _style():
+        figure, axes = _figure(len(languages))
+        aligned = _draw_loss_panels(axes, runs, languages)
+        _legend(figure, _entries(runs, aligned=aligned))
+    return figure
+
+
+def draw_by_layer(runs: Runs) -> Any | None:
+    """P@1 at the end over layers, one line a run, dashed for held-out words; None without a measurement."""
+    if not _has_retrieval(runs):
+        return None
+    with _style():
+        figure, (axis,) = _figure(1, panel_width=7.5)
+        held_out = _draw_by_layer(axis, runs)
+        _legend(figure, _entries(runs, held_out=held_out))
+    return figure
+
+
+def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
+    """P@1 over tokens, one panel a run, one line a layer; None when no run measured it."""
+    curves: dict[str, list[tuple[int, list[float]]]] = {}
+    for name, (record, measurement) in runs.items():
+        points = {point.tokens: mean_over_pairs(point.word_retrieval_p_at_1) for point in record.evaluations}
+        points[measurement.tokens] = mean_over_pairs(measurement.word_retrieval_p_at_1)
+        measured = [(tokens, layers) for tokens, layers in sorted(points.items()) if layers]
+        if measured:
+            curves[name] = measured
+    if not curves:
+        return None
+    with _style():
+        figure, axes = _figure(len(curves))
+        depth = max(len(layers) for points in curves.values() for _, layers in points)
+        colours = [LAYER_COLOURS[round(layer * 9 / max(depth - 1, 1))] for layer in range(depth)]
+        for axis, (name, measured) in zip(axes, curves.items(), strict=True):
+            for layer in range(depth):
+                line = thin([(tokens, layers[layer]) for tokens, layers in measured if layer < len(layers)])
+                if line:
+                    axis.plot(*zip(*line, strict=True), color=colours[layer], marker="o", markersize=3)
+            if end := runs[name][0].alignment_end_tokens:
+                axis.axvline(end, color=MUTED, linestyle=":", linewidth=1.0)
+            axis.set_title(name)
+            axis.set_ylabel("P@1")
+            axis.set_ylim(-0.03, 1.03)
+            _tokens_axis(axis)
+        shown = sorted({round(place * (depth - 1) / (MAX_LAYER_LABELS - 1)) for place in range(MAX_LAYER_LABELS)})
+        names = layer_names(depth)
+        _legend(figure, {f"layer {names[layer]}": {"color": colours[layer]} for layer in shown})
+    return figure
+
+
+def draw_training_loss(runs: Runs) -> Any | None:
+    """Language-model loss and, where a run has it, mean alignment loss, over tokens; None when nothing was logged."""
+    language_model: dict[str, list[tuple[float, float]]] = {}
+    alignment: dict[str, list[tuple[float, float]]] = {}
+    for name, (record, _) in runs.items():
+        losses: list[tuple[float, float]] = []
+        contrastive: list[tuple[float, float]] = []
+        for point in record.train:
+            if point.lm_loss is not None:
+                losses.append((point.tokens, point.lm_loss))
+            elif point.phase != ALIGNMENT:
+                losses.append((point.tokens, point.loss))
+            if point.alignment_loss:
+                # over steps: words alone move no token count
+                contrastive.append((point.phase_step, sum(point.alignment_loss) / len(point.alignment_loss)))
+        language_model[name], alignment[name] = thin(losses), thin(contrastive)
+    panels = [curves for curves in (language_model, alignment) if any(curves.values())]
+    if not panels:
+        return None
+    with _style():
+        figure, axes = _figure(len(panels), panel_width=5.2)
+        styles = _run_styles(list(runs))
+        for axis, curves in zip(axes, panels, strict=True):
+            for name, curve in curves.items():
+                if curve:
+                    axis.plot(*zip(*curve, strict=True), **{**styles[name], "marker": "", "linewidth": 1.4})
+            if curves is language_model:
+                _fit_late_values(axis, list(curves.values()))
+                axis.set_title("Training loss")
+                _tokens_axis(axis)
+            else:
+                axis.set_title("Alignment loss, mean over layers")
+                axis.set_xlabel("step of the alignment phase")
+            axis.set_ylabel("nats per token" if curves is language_model else "nats per pair")
+        _legend(figure, {name: {"color": style["color"]} for name, style in styles.items()})
+    return figure
+
+
+def to_svg(figure: Any, prefix: str) -> str:
+    """The figure as an `<svg>` element to put into a page; `prefix` keeps its ids apart from other figures'.
+
+    Its colours become CSS variables (`css_variables`), so that they follow the page's light or dark mode.
+    """
+    buffer = StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = text.replace("xlink:href=", "href=")
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'href="#', f'href="#{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
+    for variable, (light, _) in css_variables().items():
+        text = re.sub(f"{light}(?![0-9a-f])", f"var({variable})", text)
+    return re.sub(r"<svg [^>]*?viewBox", '<svg role="img" class="plot" viewBox', text, count=1)
+
+
+def css_variables() -> dict[str, tuple[str, str]]:
+    """CSS variable -> its colour in light and in dark mode."""
+    runs = zip(RUN_COLOURS, RUN_COLOURS_DARK, strict=True)
+    layers = zip(LAYER_COLOURS, LAYER_COLOURS_DARK, strict=True)
+    return {
+        "--ink": (INK, "#e6edf3"),
+        "--muted": (MUTED, "#9aa4af"),
+        "--grid": (GRID, "#30363d"),
+        **{f"--run-{index}": pair for index, pair in enumerate(runs)},
+        **{f"--layer-{index}": pair for index, pair in enumerate(layers)},
+    }
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Writes the figure with a white ground, wide enough for a README."""
+    with _style():
+        figure.savefig(path, format="png", dpi=144, facecolor="white")

@@ -1,0 +1,259 @@
+"""Turns measured runs into report.json, report.html, report.png and a table for the terminal."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.data.files import write_all_atomically
+from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation import plots
+from megatron_prealign.evaluation.plots import Runs, mean_over_pairs
+from megatron_prealign.evaluation.report_page import render_page
+from megatron_prealign.evaluation.run_record import EvaluationPoint, Measurement, RunRecord
+
+FORMAT_VERSION = 1
+
+DEFINITIONS = {
+    "validation_loss": "Mean negative log-likelihood of a held-out token in nats, no word switched; lower is better.",
+    "perplexity": "Exponential of the validation loss: among how many equally likely tokens the model chooses.",
+    "word_retrieval_p_at_1": (
+        "Share of dictionary words whose nearest neighbour by cosine, among all candidate words of the other "
+        "language, is a translation; from 0 to 1, one number a layer, mean over the language pairs."
+    ),
+    "word_retrieval_p_at_1_held_out": "The same over words that neither alignment nor code-switching ever trained on.",
+    "after_alignment": "Word retrieval at the last evaluation of the alignment phase, before language-model training.",
+    "layers": (
+        "emb is the embedding output, 1 to L the blocks' outputs (the last after the final norm), out the output "
+        "embedding."
+    ),
+    "tokens": "Tokens trained on, all phases together.",
+    "seconds": "Wall-clock seconds of training, all phases together.",
+}
+
+
+def build_report(runs: Runs) -> dict[str, Any]:
+    """The content of report.json; values that are not finite are None.
+
+    Raises:
+        UserError: no runs.
+    """
+    if not runs:
+        raise UserError("the report got no runs; name at least one run folder")
+    entries = {name: _run_entry(record, measurement) for name, (record, measurement) in runs.items()}
+    last, _ = list(runs.values())[-1]
+    report = {
+        "format_version": FORMAT_VERSION,
+        "runs": entries,
+        "differences": differences(entries),
+        "recipe": last.recipe,
+        "recipe_differences": recipe_differences({name: record.recipe for name, (record, _) in runs.items()}),
+        "versions": last.versions,
+        "definitions": DEFINITIONS,
+    }
+    # one pass through JSON: what a caller gets is what a reader of the file gets, and dates of a YAML become text
+    plain: dict[str, Any] = json.loads(json.dumps(_finite(report), default=str))
+    return plain
+
+
+def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -> dict[str, Any]:
+    """Writes report.json, report.html and report.png into the folder `output`, all or none.
+
+    Args:
+        runs: name -> the run's record and what its final model was measured to be; the first is what the others are
+            compared with.
+        output: folder of the report, made when absent.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        UserError: no runs, or `output` cannot be written to.
+    """
+    report = build_report(runs)
+    figures = {
+        "validation-loss": plots.draw_validation_loss(runs),
+        "by-layer": plots.draw_by_layer(runs),
+        "over-tokens": plots.draw_retrieval_over_tokens(runs),
+        "training-loss": plots.draw_training_loss(runs),
+    }
+    svgs = {name: plots.to_svg(figure, name) for name, figure in figures.items() if figure is not None}
+    page = render_page(report, svgs)
+    main = plots.draw_main(runs)
+    targets = [output / "report.json", output / "report.html", *([output / "report.png"] if main else [])]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with write_all_atomically(targets) as temporary:
+            temporary[0].write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary[1].write_text(page, encoding="utf-8")
+            if main:
+                plots.save_png(main, temporary[2])
+    except OSError as error:
+        raise UserError(f"{output}: the report cannot be written: {error.strerror}; choose another --output") from error
+    return report
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """The report as a plain-text table, one line a run, and the differences from the first run below it."""
+    runs = report["runs"]
+    languages = list(dict.fromkeys(language for run in runs.values() for language in run["validation_loss"]))
+    header = ["run", *(f"loss {language}" for language in languages), "P@1 emb", "P@1 mean", "P@1 out"]
+    held_out = any(run["word_retrieval_p_at_1_held_out"] for run in runs.values())
+    header += [*(["held-out mean"] if held_out else []), "tokens", "time"]
+    rows = []
+    for name, run in runs.items():
+        shares, unseen = run["word_retrieval_p_at_1"], run["word_retrieval_p_at_1_held_out"]
+        rows.append(
+            [
+                name,
+                *(_decimal(run["validation_loss"].get(language), 3) for language in languages),
+                _decimal(shares[0] if shares else None, 2),
+                _decimal(_mean(shares), 2),
+                _decimal(shares[-1] if shares else None, 2),
+                *([_decimal(_mean(unseen), 2)] if held_out else []),
+                plots.short_count(run["tokens"]),
+                _duration(run["seconds"]),
+            ]
+        )
+    lines = _align([header, *rows])
+    lines.insert(1, "-" * len(lines[0]))
+    first = next(iter(runs))
+    for name, change in report["differences"].items():
+        parts = [f"loss {lang} {_signed(delta, 3)}" for lang, delta in change["validation_loss"].items()]
+        if change["word_retrieval_p_at_1_mean"] is not None:
+            parts.append(f"P@1 mean {_signed(change['word_retrieval_p_at_1_mean'], 2)}")
+        lines.append(f"{name} against {first}: {', '.join(parts) or 'nothing measured in both'}")
+    return "\n".join(lines)
+
+
+def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What every run but the first measured, minus what the first measured, where both measured it.
+
+    `perplexity_ratio` is the run's perplexity over the first run's.
+    """
+    names = list(entries)
+    base = entries[names[0]]
+    result = {}
+    for name in names[1:]:
+        run = entries[name]
+        loss = {
+            language: run["validation_loss"][language] - base["validation_loss"][language]
+            for language in run["validation_loss"]
+            if language in base["validation_loss"]
+        }
+        shares, base_shares = run["word_retrieval_p_at_1"], base["word_retrieval_p_at_1"]
+        mean, base_mean = _mean(shares), _mean(base_shares)
+        result[name] = {
+            "validation_loss": loss,
+            "perplexity_ratio": {language: _exponential(delta) for language, delta in loss.items()},
+            # layer by layer means something between models of the same depth only
+            "word_retrieval_p_at_1": (
+                [share - other for share, other in zip(shares, base_shares, strict=True)]
+                if len(shares) == len(base_shares)
+                else None
+            ),
+            "word_retrieval_p_at_1_mean": None if mean is None or base_mean is None else mean - base_mean,
+            "tokens": run["tokens"] - base["tokens"],
+            "seconds": run["seconds"] - base["seconds"],
+        }
+    return result
+
+
+def recipe_differences(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Dotted recipe key -> run -> value, for the keys on which the runs differ; None where a run has no such key."""
+    flat = {name: _flatten(recipe) for name, recipe in recipes.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    result = {}
+    for key in keys:
+        values = {name: run.get(key) for name, run in flat.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            result[key] = values
+    return result
+
+
+def _run_entry(record: RunRecord, measurement: Measurement) -> dict[str, Any]:
+    aligned = record.after_alignment
+    return {
+        "path": str(record.path),
+        "validation_loss": measurement.validation_loss,
+        "word_retrieval_p_at_1": mean_over_pairs(measurement.word_retrieval_p_at_1),
+        "word_retrieval_p_at_1_by_pair": measurement.word_retrieval_p_at_1,
+        "word_retrieval_p_at_1_held_out": mean_over_pairs(measurement.word_retrieval_p_at_1_held_out),
+        "word_retrieval_p_at_1_held_out_by_pair": measurement.word_retrieval_p_at_1_held_out,
+        "after_alignment": (mean_over_pairs(aligned.word_retrieval_p_at_1) or None) if aligned else None,
+        "tokens": measurement.tokens,
+        "seconds": measurement.seconds,
+        "recipe": record.recipe,
+        "versions": record.versions,
+        "history": [_history_entry(point) for point in record.evaluations],
+    }
+
+
+def _history_entry(point: EvaluationPoint) -> dict[str, Any]:
+    return {
+        "phase": point.phase,
+        "step": point.step,
+        "tokens": point.tokens,
+        "seconds": point.seconds,
+        "validation_loss": point.validation_loss,
+        "word_retrieval_p_at_1": mean_over_pairs(point.word_retrieval_p_at_1),
+        "word_retrieval_p_at_1_held_out": mean_over_pairs(point.word_retrieval_p_at_1_held_out),
+    }
+
+
+def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _exponential(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _decimal(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:+.{digits}f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,276 @@
+"""Renders the report as one HTML file that fetches nothing."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from megatron_prealign.evaluation.plots import css_variables, layer_names, short_count
+
+CAPTIONS = {
+    "validation-loss": (
+        "Validation loss over training",
+        "Held-out text of each language. The frame is fitted to what comes after the first tenth of the tokens; a "
+        "dotted line marks the end of an alignment phase.",
+    ),
+    "by-layer": (
+        "Word retrieval by layer, at the end",
+        "Share of words whose nearest neighbour in the other language is a translation. Dashed: words not trained on.",
+    ),
+    "over-tokens": (
+        "Word retrieval over training",
+        "One panel a run, one line a layer; the dotted line marks the end of the alignment phase.",
+    ),
+    "training-loss": (
+        "Training loss",
+        "Loss on the training batches, which code-switching makes harder to predict: compare models by validation "
+        "loss. Neighbouring steps are averaged.",
+    ),
+}
+
+STYLE = """
+:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  --ground: #ffffff; --panel: #f6f8fa; --good: #00724d; --bad: #b3261e; LIGHT }
+@media (prefers-color-scheme: dark) { :root {
+  --ground: #0f1318; --panel: #171c23; --good: #4fd1a5; --bad: #ff8a80; DARK } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 68rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.55 var(--font) }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem }
+h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem }
+p { max-width: 46rem; margin: .5rem 0 } .lead { font-size: 1.08rem }
+.note, figcaption { color: var(--muted); font-size: .9rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; width: 100% }
+th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top;
+  white-space: nowrap }
+th { font-weight: 600; color: var(--muted); white-space: normal; vertical-align: bottom }
+th.text { text-align: left } thead th { border-bottom: 2px solid var(--grid) }
+th:first-child, td:first-child { text-align: left; color: var(--ink) }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere;
+  font-family: ui-monospace, monospace; font-size: .85rem }
+.good { color: var(--good) } .bad { color: var(--bad) }
+.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
+figure { margin: 1.25rem 0 2.25rem } svg.plot { display: block; width: 100%; height: auto }
+figure.narrow svg.plot { max-width: 46rem }
+dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
+details { border-top: 1px solid var(--grid); padding: .6rem 0 } summary { cursor: pointer; font-weight: 600 }
+pre { background: var(--panel); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem;
+  line-height: 1.45 }
+""".strip()
+
+
+def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """The page of a report (as `build_report` makes it) with `figures`: name of `CAPTIONS` -> `<svg>` element."""
+    variables = css_variables()
+    style = STYLE.replace("LIGHT", "; ".join(f"{name}: {light}" for name, (light, _) in variables.items()))
+    style = style.replace("DARK", "; ".join(f"{name}: {dark}" for name, (_, dark) in variables.items()))
+    parts = [
+        "<h1>Training report</h1>",
+        _lead(report),
+        "<h2>Runs</h2>",
+        _runs_table(report["runs"]),
+        _differences_table(report),
+        *(_figure(name, svg) for name, svg in figures.items()),
+        _layers_table(report["runs"]),
+        _pairs_table(report["runs"]),
+        _recipe_differences_table(report),
+        "<h2>What the numbers mean</h2>",
+        _definitions(report["definitions"]),
+        _sources(report["runs"]),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Training report: {escape(', '.join(report['runs']))}</title>\n<style>\n{style}\n</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    runs, changes = report["runs"], report["differences"]
+    first = next(iter(runs))
+    sentences = []
+    for name, change in changes.items():
+        parts = [
+            f"{delta:+.3f} on {escape(lang)}" for lang, delta in change["validation_loss"].items() if delta is not None
+        ]
+        if not parts:
+            continue
+        sentence = f"<b>{escape(name)}</b> against <b>{escape(first)}</b>: validation loss {', '.join(parts)}"
+        if change["word_retrieval_p_at_1_mean"] is not None:
+            before, after = (_mean(runs[run]["word_retrieval_p_at_1"]) for run in (first, name))
+            sentence += f"; word retrieval, mean over layers, {_decimal(before, 2)} to {_decimal(after, 2)}"
+        sentences.append(f'<p class="lead">{sentence}.</p>')
+    if len(runs) == 1:
+        run = runs[first]
+        losses = ", ".join(f"{_decimal(loss, 3)} on {escape(lang)}" for lang, loss in run["validation_loss"].items())
+        subject = f"<b>{escape(first)}</b> after {short_count(run['tokens'])} tokens"
+        sentences.append(f'<p class="lead">{subject}: validation loss {losses or "not measured"}.</p>')
+    return "\n".join(sentences)
+
+
+def _runs_table(runs: Mapping[str, Any]) -> str:
+    languages = list(dict.fromkeys(language for run in runs.values() for language in run["validation_loss"]))
+    held_out = any(run["word_retrieval_p_at_1_held_out"] for run in runs.values())
+    header = ["Run"]
+    for language in languages:
+        header += [f"loss {language}", f"perplexity {language}"]
+    header += ["P@1 emb", "P@1 mean", "P@1 out", *(["P@1 held-out mean"] if held_out else []), "tokens", "time"]
+    rows = []
+    for index, (name, run) in enumerate(runs.items()):
+        cells = [_run_name(name, index)]
+        for language in languages:
+            loss = run["validation_loss"].get(language)
+            cells += [_decimal(loss, 3), _decimal(math.exp(loss), 1) if loss is not None and loss < 700 else "–"]
+        shares = run["word_retrieval_p_at_1"]
+        cells += [_decimal(shares[0] if shares else None, 2), _decimal(_mean(shares), 2)]
+        cells += [_decimal(shares[-1] if shares else None, 2)]
+        if held_out:
+            cells.append(_decimal(_mean(run["word_retrieval_p_at_1_held_out"]), 2))
+        rows.append([*cells, short_count(run["tokens"]), _duration(run["seconds"])])
+    return _table(header, rows)
+
+
+def _differences_table(report: Mapping[str, Any]) -> str:
+    changes = report["differences"]
+    if not changes:
+        return ""
+    names = list(report["runs"])
+    languages = list(dict.fromkeys(language for change in changes.values() for language in change["validation_loss"]))
+    header = ["Run"]
+    for language in languages:
+        header += [f"loss {language}", f"perplexity {language}"]
+    header += ["P@1 mean", "tokens", "time"]
+    rows = []
+    for name, change in changes.items():
+        cells = [_run_name(name, names.index(name))]
+        for language in languages:
+            delta, ratio = change["validation_loss"].get(language), change["perplexity_ratio"].get(language)
+            percent = None if ratio is None else 100 * (ratio - 1)
+            cells += [_change(delta, 3, lower_is_better=True), _change(percent, 1, lower_is_better=True, unit="%")]
+        cells.append(_change(change["word_retrieval_p_at_1_mean"], 2, lower_is_better=False))
+        sign = "-" if change["tokens"] < 0 else "+"
+        cells.append("0" if change["tokens"] == 0 else sign + short_count(abs(change["tokens"])))
+        cells.append(("-" if change["seconds"] < 0 else "+") + _duration(abs(change["seconds"])))
+        rows.append(cells)
+    return f"<h2>Against {escape(names[0])}</h2>\n{_table(header, rows)}"
+
+
+def _figure(name: str, svg: str) -> str:
+    title, caption = CAPTIONS[name]
+    svg = svg.replace("<svg ", f'<svg aria-label="{escape(title)}" ', 1)
+    kind = ' class="narrow"' if name == "by-layer" else ""
+    return f"<h2>{title}</h2>\n<figure{kind}>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def _layers_table(runs: Mapping[str, Any]) -> str:
+    depth = max((len(run["word_retrieval_p_at_1"]) for run in runs.values()), default=0)
+    if not depth:
+        return ""
+    rows = []
+    for index, (name, run) in enumerate(runs.items()):
+        for when, shares in (
+            ("after alignment", run["after_alignment"]),
+            ("end", run["word_retrieval_p_at_1"]),
+            ("end, held-out words", run["word_retrieval_p_at_1_held_out"]),
+        ):
+            if shares:
+                cells = [_decimal(share, 2) for share in shares]
+                rows.append([f"{_run_name(name, index)}, {when}", *cells, *["–"] * (depth - len(shares))])
+    return f"<h2>P@1, every layer</h2>\n{_table(['Run', *layer_names(depth)], rows)}"
+
+
+def _pairs_table(runs: Mapping[str, Any]) -> str:
+    pairs = list(dict.fromkeys(pair for run in runs.values() for pair in run["word_retrieval_p_at_1_by_pair"]))
+    if len(pairs) < 2:
+        return ""
+    rows = [
+        [
+            _run_name(name, index),
+            *(_decimal(_mean(run["word_retrieval_p_at_1_by_pair"].get(pair, [])), 2) for pair in pairs),
+        ]
+        for index, (name, run) in enumerate(runs.items())
+    ]
+    return f"<h2>P@1 by language pair, mean over layers</h2>\n{_table(['Run', *pairs], rows)}"
+
+
+def _recipe_differences_table(report: Mapping[str, Any]) -> str:
+    names = list(report["runs"])
+    if len(names) < 2:
+        return ""
+    if not report["recipe_differences"]:
+        return "<h2>Recipes</h2>\n<p>The recipes of the runs are the same.</p>"
+    rows = [
+        [escape(key), *(f"<code>{_yaml_value(values[name])}</code>" for name in names)]
+        for key, values in report["recipe_differences"].items()
+    ]
+    return f"<h2>Where the recipes differ</h2>\n{_table(['Field', *names], rows, cell_class='text')}"
+
+
+def _definitions(definitions: Mapping[str, str]) -> str:
+    items = (f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>" for name, text in definitions.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _sources(runs: Mapping[str, Any]) -> str:
+    import yaml
+
+    parts = ["<h2>Recipes and versions</h2>"]
+    for name, run in runs.items():
+        recipe = (
+            yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True) if run["recipe"] else "no recipe.yaml\n"
+        )
+        versions = yaml.safe_dump(run["versions"], allow_unicode=True) if run["versions"] else "no versions.json\n"
+        parts.append(
+            f"<details><summary>{escape(name)}</summary>\n<pre>{escape(recipe)}</pre>\n<pre>{escape(versions)}</pre></details>"
+        )
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], cell_class: str = "") -> str:
+    """`header` is plain text, `rows` are HTML."""
+    kind = f' class="{cell_class}"' if cell_class else ""
+    head = "".join(f"<th{kind if column else ''}>{escape(text)}</th>" for column, text in enumerate(header))
+    lines = (
+        "<tr>" + "".join(f"<td{kind if column else ''}>{cell}</td>" for column, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _run_name(name: str, index: int) -> str:
+    return f'<span class="key" style="background: var(--run-{index % 8})"></span>{escape(name)}'
+
+
+def _change(value: float | None, digits: int, *, lower_is_better: bool, unit: str = "") -> str:
+    if value is None:
+        return "–"
+    text = f"{value:+.{digits}f}{unit}"
+    if float(f"{value:.{digits}f}") == 0:
+        return text
+    return f'<span class="{"good" if (value < 0) == lower_is_better else "bad"}">{text}</span>'
+
+
+def _yaml_value(value: Any) -> str:
+    return escape(json.dumps(value, ensure_ascii=False))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _decimal(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

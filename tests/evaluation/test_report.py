@@ -1,0 +1,309 @@
+"""Run folders in, report.json, report.html, report.png and the table out."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation import plots
+from megatron_prealign.evaluation.report import build_report, recipe_differences, report_table, write_report
+from megatron_prealign.evaluation.report_page import render_page
+from megatron_prealign.evaluation.run_record import Measurement, RunRecord, load_run
+
+TRAIN = {
+    "kind": "train",
+    "phase": "language_model",
+    "step": 1,
+    "phase_step": 1,
+    "tokens": 1000,
+    "seconds": 1.0,
+    "loss": 5.0,
+    "lm_loss": 5.0,
+    "learning_rate": 1e-3,
+    "grad_norm": 1.0,
+    "tokens_per_second": 1000.0,
+    "memory_gb": 0.5,
+}
+EVALUATION = {
+    "kind": "evaluation",
+    "phase": "language_model",
+    "step": 1,
+    "tokens": 1000,
+    "seconds": 1.0,
+    "validation_loss": {"en": 5.0, "de": 6.0},
+    "word_retrieval_p_at_1": {"en-de": [0.5, 0.4, 0.3], "en-fr": [0.3, 0.2, 0.1]},
+    "word_retrieval_p_at_1_held_out": {},
+}
+
+
+def write_run(folder: Path, lines: list[dict], recipe: str = "model: {num_layers: 1}\n") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "versions.json").write_text('{"torch": "2.13.0"}')
+    return folder
+
+
+def aligned_lines() -> list[dict]:
+    """Two alignment evaluations, then two of language-model training."""
+    lines: list[dict] = []
+    for step in (1, 2):
+        lines.append(
+            {**TRAIN, "phase": "alignment", "step": step, "phase_step": step, "tokens": 100 * step, "seconds": step}
+            | {"lm_loss": None, "alignment_loss": [1.0, 2.0, 3.0]}
+        )
+        lines.append(
+            {**EVALUATION, "phase": "alignment", "step": step, "tokens": 100 * step, "seconds": step}
+            | {"word_retrieval_p_at_1": {"en-de": [0.25 * step] * 3}}
+        )
+    for step in (3, 4):
+        lines.append({**TRAIN, "step": step, "tokens": 1000 * step, "seconds": 10 * step})
+        lines.append({**EVALUATION, "step": step, "tokens": 1000 * step, "seconds": 10 * step})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunRecord, Measurement]]:
+    tmp_path = tmp_path_factory.mktemp("runs")
+    joint = load_run(write_run(tmp_path / "joint", [TRAIN, EVALUATION, {**TRAIN, "step": 2, "tokens": 2000}]))
+    aligned = load_run(
+        write_run(tmp_path / "aligned", aligned_lines(), "model: {num_layers: 1}\nalignment: {lr: 0.1}\n")
+    )
+    better = replace(
+        aligned.last_measurement(),
+        validation_loss={"en": 4.5, "de": 5.0},
+        word_retrieval_p_at_1={"en-de": [1.0, 0.8, 0.6], "en-fr": [0.8, 0.6, 0.4]},
+        word_retrieval_p_at_1_held_out={"en-de": [0.2, 0.1, 0.0]},
+    )
+    return {"joint": (joint, joint.last_measurement()), "aligned": (aligned, better)}
+
+
+@pytest.fixture(scope="module")
+def written(runs: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A report folder and what `write_report` returned; drawing takes a second, so tests share it."""
+    folder = tmp_path_factory.mktemp("report") / "made" / "here"
+    return folder, write_report(runs, folder)
+
+
+def test_a_repeated_step_of_a_resumed_run_is_read_from_its_later_line(tmp_path: Path) -> None:
+    later = [{**TRAIN, "loss": 4.0}, {**EVALUATION, "validation_loss": {"en": 3.0}}]
+    other_phase = {**TRAIN, "phase": "alignment", "loss": 9.0}
+    record = load_run(write_run(tmp_path, [{**TRAIN, "step": 2}, TRAIN, EVALUATION, *later, other_phase]))
+    assert [(point.phase, point.step, point.loss) for point in record.train] == [
+        ("alignment", 1, 9.0),
+        ("language_model", 1, 4.0),
+        ("language_model", 2, 5.0),
+    ]
+    assert [point.validation_loss for point in record.evaluations] == [{"en": 3.0}]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 100])
+def test_a_line_cut_by_a_kill_is_left_out_at_the_end_and_before_the_resumed_part(tmp_path: Path, cut: int) -> None:
+    whole, half = json.dumps(TRAIN), json.dumps({**TRAIN, "step": 2})[:cut]
+    after = json.dumps({**TRAIN, "step": 3})
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{half}")
+    assert [point.step for point in load_run(tmp_path).train] == [1]
+    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{half}\n{after}\n")
+    assert [point.step for point in load_run(tmp_path).train] == [1, 3]
+
+
+def test_a_half_utf8_character_at_the_end_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps(TRAIN).encode() + b'\n{"kind": "tr\xc3')
+    assert len(load_run(tmp_path).train) == 1
+
+
+def test_mistakes_name_the_place(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        load_run(tmp_path / "nowhere")
+    broken = {key: value for key, value in EVALUATION.items() if key != "tokens"}
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: .*tokens"):
+        load_run(write_run(tmp_path / "missing_field", [TRAIN, broken]))
+    with pytest.raises(UserError, match=r"recipe\.yaml: not YAML"):
+        load_run(write_run(tmp_path / "bad_recipe", [TRAIN], "model: [1"))
+    with pytest.raises(UserError, match="no evaluation in metrics"):
+        load_run(write_run(tmp_path / "unmeasured", [TRAIN])).last_measurement()
+    with pytest.raises(UserError, match="no runs"):
+        write_report({}, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_report_json_holds_what_was_measured(written: tuple[Path, dict]) -> None:
+    folder, returned = written
+    report = json.loads((folder / "report.json").read_text())
+    assert report == returned
+    aligned = report["runs"]["aligned"]
+    assert aligned["validation_loss"] == {"en": 4.5, "de": 5.0}
+    # means of two numbers with one decimal: exact to rounding of the last bit
+    assert aligned["word_retrieval_p_at_1"] == pytest.approx([0.9, 0.7, 0.5], abs=1e-12)
+    assert aligned["word_retrieval_p_at_1_by_pair"]["en-fr"] == [0.8, 0.6, 0.4]
+    assert aligned["word_retrieval_p_at_1_held_out"] == [0.2, 0.1, 0.0]
+    assert aligned["after_alignment"] == [0.5, 0.5, 0.5]
+    assert report["runs"]["joint"]["after_alignment"] is None
+    assert (aligned["tokens"], aligned["seconds"]) == (4000, 40.0)
+    assert aligned["recipe"] == report["recipe"] == {"model": {"num_layers": 1}, "alignment": {"lr": 0.1}}
+    assert report["versions"] == {"torch": "2.13.0"}
+    assert [point["tokens"] for point in aligned["history"]] == [100, 200, 3000, 4000]
+    assert report["recipe_differences"] == {"alignment.lr": {"joint": None, "aligned": 0.1}}
+
+
+def test_differences_are_against_the_first_run(runs: dict) -> None:
+    change = build_report(runs)["differences"]
+    assert list(change) == ["aligned"]
+    assert change["aligned"]["validation_loss"] == {"en": -0.5, "de": -1.0}
+    assert change["aligned"]["perplexity_ratio"]["de"] == pytest.approx(math.exp(-1.0), rel=1e-12)  # same formula
+    assert change["aligned"]["word_retrieval_p_at_1"] == pytest.approx([0.5, 0.4, 0.3], abs=1e-12)  # float rounding
+    assert change["aligned"]["tokens"] == 3000
+
+
+def test_runs_that_measured_different_things_still_compare_where_they_can(runs: dict) -> None:
+    record, measurement = runs["aligned"]
+    deeper = replace(measurement, validation_loss={"en": 4.0}, word_retrieval_p_at_1={"en-de": [0.5] * 7})
+    bare = replace(measurement, validation_loss={}, word_retrieval_p_at_1={}, word_retrieval_p_at_1_held_out={})
+    report = build_report({**runs, "deeper": (record, deeper), "bare": (record, bare)})
+    assert report["differences"]["deeper"]["validation_loss"] == {"en": -1.0}
+    assert report["differences"]["deeper"]["word_retrieval_p_at_1"] is None
+    assert report["differences"]["bare"]["word_retrieval_p_at_1_mean"] is None
+    assert "nothing measured in both" in report_table(report)
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects ids, references and text."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "hr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href"):
+                self.references.append(value or "")
+            self.references += re.findall(r"url\(([^)]*)\)", value or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_well_formed_file_that_fetches_nothing(written: tuple[Path, dict]) -> None:
+    text = (written[0] / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert text.count("<svg ") == 4
+    assert page.references and all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    assert "http" not in text and "@import" not in text
+    assert "prefers-color-scheme: dark" in text
+    # every fixed colour of the figures became a variable, else dark mode would draw ink on black
+    figures = text[text.index("<svg") :]
+    assert not re.findall(r"#[0-9a-f]{6}\b", figures)
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert used <= set(re.findall(r"(--[\w-]+):", text))
+
+
+def test_the_same_runs_give_the_same_bytes(written: tuple[Path, dict], runs: dict, tmp_path: Path) -> None:
+    write_report(runs, tmp_path)
+    for name in ("report.json", "report.html", "report.png"):
+        assert (written[0] / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.png"]
+
+
+def test_hostile_names_and_values_stay_text(runs: dict, tmp_path: Path) -> None:
+    record, measurement = runs["aligned"]
+    record = replace(record, recipe={"note": "</pre><script>alert(1)</script>"})
+    odd = replace(measurement, validation_loss={"<i>": math.nan, "en": 2000.0})
+    report = write_report({"_$x^{<b>": (record, odd), "名前": runs["joint"]}, tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in text and "<i>" not in text and "{<b>" not in text
+    assert report["runs"]["_$x^{<b>"]["validation_loss"] == {"<i>": None, "en": 2000.0}
+    assert "NaN" not in (tmp_path / "report.json").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+
+
+def test_an_output_that_cannot_be_written_is_a_user_error_and_leaves_nothing(runs: dict, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(runs, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_failing_plot_leaves_the_old_report(runs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: f"old {name}".encode() for name in ("report.json", "report.html", "report.png")}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+
+    def fail(figure: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise MemoryError
+
+    monkeypatch.setattr(plots, "save_png", fail)
+    with pytest.raises(MemoryError):
+        write_report({"aligned": runs["aligned"]}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_single_run_needs_no_comparison(runs: dict) -> None:
+    report = build_report({"aligned": runs["aligned"]})
+    assert report["differences"] == {} and report["recipe_differences"] == {}
+    page = render_page(report, {})
+    assert "Against" not in page and "differ" not in page and "after 4k tokens: validation loss 4.500 on en" in page
+    assert len(report_table(report).splitlines()) == 3
+
+
+def test_the_table_is_aligned_and_complete(runs: dict) -> None:
+    lines = report_table(build_report(runs)).splitlines()
+    assert " ".join(lines[0].split()) == "run loss en loss de P@1 emb P@1 mean P@1 out held-out mean tokens time"
+    assert lines[2].split() == ["joint", "5.000", "6.000", "0.40", "0.30", "0.20", "-", "1k", "0m01s"]
+    assert lines[3].split() == ["aligned", "4.500", "5.000", "0.90", "0.70", "0.50", "0.10", "4k", "0m40s"]
+    assert len(lines[0]) == len(lines[1]) == len(lines[2]) == len(lines[3])
+    assert lines[4] == "aligned against joint: loss en -0.500, loss de -1.000, P@1 mean +0.40"
+
+
+def test_thinning_keeps_means_ends_and_the_limit() -> None:
+    points = [(float(x), float(x % 2)) for x in range(10_000)]
+    thinned = plots.thin(points, limit=100)
+    assert len(thinned) == 100 and thinned[-1][0] == 9999.0
+    assert {y for _, y in thinned} == {0.5}
+    assert plots.thin([(0.0, math.nan), (1.0, 2.0)]) == [(1.0, 2.0)]
+    assert plots.thin([]) == []
+
+
+def test_layers_are_named_from_both_ends() -> None:
+    assert plots.layer_names(5) == ["emb", "1", "2", "3", "out"]
+    assert plots.layer_names(2) == ["emb", "out"]
+
+
+def test_recipes_differ_by_dotted_field_also_where_one_lacks_a_section() -> None:
+    recipes = {
+        "a": {"model": {"width": 1, "depth": 2}, "sources": [1, 2]},
+        "b": {"model": {"width": 1, "depth": 3}, "sources": [1, 2]},
+        "c": {"model": {"width": 1, "depth": 2}, "sources": [2], "alignment": {"lr": 1}},
+    }
+    assert recipe_differences(recipes) == {
+        "model.depth": {"a": 2, "b": 3, "c": 2},
+        "sources": {"a": [1, 2], "b": [1, 2], "c": [2]},
+        "alignment.lr": {"a": None, "b": None, "c": 1},
+    }
