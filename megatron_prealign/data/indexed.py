@@ -39,8 +39,8 @@ def idx_path(prefix: str | Path) -> Path:
 def open_indexed(prefix: str | Path) -> "IndexedDataset":
     """Opens a dataset written by `preprocess` or by Megatron's own tools.
 
-    Its rows are views of a memory map that Megatron-Core closes together with the dataset: reading a row of a dataset that
-    is gone (`open_indexed(prefix)[0].tolist()`) ends the process by a segmentation fault. Keep the dataset, or copy.
+    Its rows are views of a memory map that Megatron-Core closes together with the dataset: reading a row of a dataset
+    that is gone (`open_indexed(prefix)[0].tolist()`) ends the process by a segmentation fault. Keep the dataset.
 
     Args:
         prefix: path without ending.

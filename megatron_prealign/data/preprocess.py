@@ -92,17 +92,21 @@ class _BlockTokeniser:
     def __call__(self, block: Block) -> _Tokenised:
         eod, dtype = self.tokenizer.eod_id, token_dtype(self.tokenizer.vocab_size)
         problems = Problems()
-        arrays: list[numpy.ndarray] = []
-        text_bytes = words = 0
+        texts: list[str] = []
+        places: list[str] = []
         for text, where in parse_block(block, self.text_key, self.on_error, problems):
             if not text or text.isspace():
                 problems.add(where, "empty document")
                 continue
-            ids = numpy.array([*self.tokenizer.encode(text, self.language), eod], dtype=numpy.int64)
+            texts.append(text)
+            places.append(where)
+        arrays: list[numpy.ndarray] = []
+        for row, where in zip(self.tokenizer.encode_batch(texts, self.language), places, strict=True):
+            ids = numpy.array([*row, eod], dtype=numpy.int64)
             _check_document(ids, self.tokenizer.vocab_size, where)
             arrays.append(ids.astype(dtype))
-            text_bytes += len(text.encode("utf-8"))
-            words += len(text.split())
+        text_bytes = sum(len(text.encode("utf-8")) for text in texts)
+        words = sum(len(text.split()) for text in texts)
         lengths = numpy.array([len(array) for array in arrays], dtype=numpy.int64)
         return _Tokenised(numpy.concatenate([numpy.empty(0, dtype), *arrays]), lengths, text_bytes, words, problems)
 
@@ -139,7 +143,7 @@ def preprocess(
         language: language code of all the documents.
         text_key: key of the text in each JSON object.
         on_error: `stop` at the first bad document or file, or `skip` it and list it in the sidecar.
-        workers: processes that tokenise; with 1 this process does.
+        workers: processes that tokenise; with 1 this process does, and a Hugging Face tokenizer may use its own threads.
         show_progress: whether to write a progress bar to standard error.
 
     Raises:
@@ -263,6 +267,8 @@ def _start_worker(tokenizer_path: str, language: str, text_key: str, on_error: O
     global _worker
     # Ctrl-C reaches every process of the terminal; the parent alone decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes share the cores already; the library's threads in each would only get in their way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = _BlockTokeniser(load_tokenizer(tokenizer_path), language, text_key, on_error)
 
 

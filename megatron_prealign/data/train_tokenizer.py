@@ -63,7 +63,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOD],
-        # All bytes, also those that this text lacks; the library's own order of them changes from run to run.
+        # All bytes, also those that this text lacks; sorted, as the library lists them in another order every run.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
