@@ -143,7 +143,7 @@ def preprocess(
         language: language code of all the documents.
         text_key: key of the text in each JSON object.
         on_error: `stop` at the first bad document or file, or `skip` it and list it in the sidecar.
-        workers: processes that tokenise; with 1 this process does, and a Hugging Face tokenizer may use its own threads.
+        workers: processes that tokenise; with 1 this process does, where a Hugging Face tokenizer uses its own threads.
         show_progress: whether to write a progress bar to standard error.
 
     Raises:

@@ -56,12 +56,13 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
-        return self._processor.encode(list(texts))
+        return self._processor.encode(list(texts), num_threads=1)
 
     def encode_words(
         self, words: Sequence[str], language: str | None = None, word_initial: bool = True
     ) -> list[list[int]]:
-        return self._bare.encode([" " + word for word in words] if word_initial else list(words))
+        # The library's default of one thread per core would multiply with our worker processes.
+        return self._bare.encode([" " + word for word in words] if word_initial else list(words), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. sentencepiece itself drops control pieces; here they appear by name."""
