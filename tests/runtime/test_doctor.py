@@ -1,0 +1,235 @@
+"""The doctor on this machine, and on broken ones made for it: fake packages, old versions, hangs and crashes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from megatron_prealign.tools.doctor import main
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.runtime import doctor
+from megatron_prealign.runtime.probe import ProbeError, probe, run_command
+
+
+def put_module(folder: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def pretend_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name not in versions:
+            return real(name)
+        if (pretended := versions[name]) is None:
+            raise metadata.PackageNotFoundError(name)
+        return pretended
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+def put_command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_this_machine_can_run_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["--json"])
+    findings = {finding["part"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert list(findings) == list(doctor.CHECKS)
+    failed = {part: finding for part, finding in findings.items() if finding["status"] == "fail"}
+    assert not failed and status == 0
+    assert findings["Megatron-Core"]["found"].startswith("0.16.")
+    assert findings["gloo"]["status"] == "ok"
+
+
+def test_one_line_a_part_and_status_1_on_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash() -> doctor.Finding:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"Python": doctor.check_python, "broken": crash})
+    assert main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("ok    Python") and lines[1].startswith("fail  broken")
+    assert "RuntimeError: first line" in lines[1] and "second line" not in lines[1]
+
+
+def test_warnings_alone_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", {"x": lambda: doctor.Finding("x", "warn", "so so")})
+    assert main([]) == 0
+
+
+def test_a_hanging_check_is_a_finding_and_the_others_still_answer() -> None:
+    start = time.monotonic()
+    checks = {"stuck": lambda: time.sleep(30) or doctor.Finding("stuck", "ok", ""), "Python": doctor.check_python}
+    stuck, python = doctor.run_checks(checks, deadline_s=0.5)
+    assert (stuck.status, python.status) == ("fail", "ok")
+    assert "no answer within 0.5 s" in stuck.found
+    assert time.monotonic() - start < 10.0  # 0.5 s by design; the rest is for a busy machine
+
+
+def test_an_apex_without_fused_adam_is_named_as_the_wrong_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_module(tmp_path, "apex", "", monkeypatch)
+    finding = doctor.check_apex()
+    assert finding.status == "fail"
+    assert "PyPI" in finding.found and "not NVIDIA's" in finding.found and "uninstall" in finding.fix
+
+
+def test_the_right_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_module(tmp_path, "apex", "", monkeypatch)
+    (tmp_path / "apex" / "optimizers.py").write_text("class FusedAdam: pass\n")
+    assert doctor.check_apex().status == "ok"
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.17.0", "0.17.0rc1", "1.0"])
+def test_a_megatron_core_outside_the_range_fails(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_versions(monkeypatch, {"megatron-core": version})
+    finding = doctor.check_megatron_core()
+    assert finding.status == "fail" and version in finding.found and "megatron-core>=0.16.1,<0.17" in finding.fix
+
+
+def test_absent_or_old_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_versions(
+        monkeypatch, {"psutil": None, "torch": "2.5.1+cu121", "tokenizers": "0.19.1", "sentencepiece": None}
+    )
+    assert doctor.check_psutil().status == "fail" and "pip install psutil" in doctor.check_psutil().fix
+    assert doctor.check_torch().status == "fail" and "2.5.1" in doctor.check_torch().found
+    finding = doctor.check_tokenizer_libraries()
+    assert finding.status == "fail"
+    assert "not installed: sentencepiece" in finding.found and "tokenizers 0.19.1 (needs 0.20)" in finding.found
+    assert '"tokenizers>=0.20"' in finding.fix and '"sentencepiece>=0.2"' in finding.fix
+
+
+def test_an_unreadable_version_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_versions(monkeypatch, {"torch": "unknown"})
+    (finding,) = doctor.run_checks({"torch": doctor.check_torch})
+    assert finding.status == "fail" and "'unknown'" in finding.found
+
+
+def test_an_old_triton_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_module(tmp_path, "triton", "__version__ = '3.1.0'", monkeypatch)
+    finding = doctor.check_triton()
+    assert finding.status == "warn" and "3.1.0" in finding.found and "plain torch" in finding.found
+
+
+def test_optional_packages_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_module(tmp_path, "transformer_engine", "raise OSError('libcudart.so.12 is missing')", monkeypatch)
+    put_module(tmp_path, "deepspeed", "raise RuntimeError('no CUDA_HOME')", monkeypatch)
+    engine = doctor.check_transformer_engine()
+    assert engine.status == "fail" and "libcudart.so.12 is missing" in engine.found
+    assert doctor.check_deepspeed().status == "warn"
+
+
+def test_a_gpu_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_command(tmp_path, "nvidia-smi", 'echo "NVIDIA H200, 570.10"; echo "NVIDIA H200, 570.10"', monkeypatch)
+    monkeypatch.setattr(doctor, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
+    finding = doctor.check_gpus()
+    assert finding.status == "fail"
+    assert "2 x NVIDIA H200, driver 570.10" in finding.found and "CPU build" in finding.found
+    monkeypatch.setattr(
+        doctor, "probe", lambda code: {"names": [], "usable": False, "cuda": "13.0", "why": ["too old"]}
+    )
+    assert "too old" in doctor.check_gpus().found
+    monkeypatch.setattr(doctor, "probe", lambda code: {"version": None})
+    assert doctor.check_nccl().status == "fail"
+
+
+def test_a_broken_nvidia_smi_counts_as_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_command(tmp_path, "nvidia-smi", "echo cannot talk to the driver >&2; exit 9", monkeypatch)
+    monkeypatch.setattr(doctor, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
+    assert doctor.check_gpus().status == "warn"
+
+
+def test_gloo_on_an_interface_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchif0")
+    finding = doctor.check_gloo()
+    assert finding.status == "fail" and "GLOO_SOCKET_IFNAME" in finding.fix
+
+
+@pytest.mark.parametrize(("free_gib", "disk", "memory"), [(0.5, "fail", "warn"), (5, "warn", "ok"), (50, "ok", "ok")])
+def test_space(free_gib: float, disk: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=int(free_gib * 2**30), total=100 * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert doctor.check_disk().status == disk
+    assert doctor.check_shared_memory().status == memory
+
+
+def test_a_probe_sees_our_modules_and_ignores_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_module(tmp_path, "noisy_part", "print('hello', end='')\nvalue = 7", monkeypatch)
+    assert probe("import noisy_part; answer(value=noisy_part.value); print('bye')") == {"value": 7}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise ValueError('why')", "ValueError: why"),
+        ("import os; os.abort()", "SIGABRT"),
+        ("import sys; sys.exit(3)", "status 3"),
+        ("pass", "status 0 and no message"),
+    ],
+)
+def test_a_failing_probe_says_why(code: str, message: str) -> None:
+    with pytest.raises(ProbeError, match=message):
+        probe(code)
+
+
+def test_a_hanging_probe_is_ended_with_its_children(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time, pathlib\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(mark)!r}).write_text(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    start = time.monotonic()
+    with pytest.raises(ProbeError, match="no answer within 3 s"):
+        probe(code, timeout_s=3.0)
+    assert time.monotonic() - start < 20.0  # 3 s by design; the rest is for a busy machine
+    child = int(mark.read_text())
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the probe's child is still running")
+
+
+def test_a_command_that_is_not_there_is_a_probe_error() -> None:
+    with pytest.raises(ProbeError, match="no-such-command"):
+        run_command(["no-such-command"], timeout_s=1.0)
+
+
+def test_json_takes_a_value_or_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", {"Python": doctor.check_python})
+    for arguments in (["--json"], ["--json", "true"], ["--json=true"]):
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)[0]["part"] == "Python"
+    assert main(["--json", "false"]) == 0
+    assert capsys.readouterr().out.startswith("ok")
+    with pytest.raises(UserError):
+        main(["--jsn"])
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys\nfrom megatron_prealign.tools.doctor import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "import megatron_prealign.runtime.doctor\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'megatron', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "--json" in result.stdout

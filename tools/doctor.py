@@ -1,0 +1,42 @@
+"""`megatron-prealign doctor`: one line a part of the installation, and the fix where one is needed."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prealign.cli import parse_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Checks the installation: one line a part, with the fix. Exit status 1 if something that is needed is broken."""
+
+    json: bool = False
+    """Print the findings as a JSON list instead."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs all checks; returns 1 if one failed, else 0."""
+    options = parse_options(DoctorOptions, "doctor", _with_value(argv))
+    from megatron_prealign.runtime.doctor import CHECKS, run_checks
+
+    findings = []
+    width = max(map(len, CHECKS))
+    for finding in run_checks():
+        findings.append(finding)
+        if not options.json:
+            fix = f" -> {finding.fix}" if finding.fix else ""
+            print(f"{finding.status:<4}  {finding.part:<{width}}  {finding.found}{fix}", flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    return int(any(finding.status == "fail" for finding in findings))
+
+
+def _with_value(argv: Sequence[str]) -> list[str]:
+    """Writes a bare `--json` as `--json=true`, since jsonargparse wants a value after a boolean option."""
+    followers = [*argv, ""][1:]
+    return [
+        "--json=true" if option == "--json" and follower.lower() not in ("true", "false") else option
+        for option, follower in zip(argv, followers, strict=True)
+    ]
