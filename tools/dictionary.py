@@ -20,7 +20,7 @@ class BuildOptions:
     """Builds the word-translation table (table.safetensors) from word lists."""
 
     input: list[str]
-    """Word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de), one or more; a word gets its translations from all of them."""
+    """Word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de), one or more; translations of a word join."""
     tokenizer: str
     """Hugging Face tokenizer folder or sentencepiece model file, the one the corpora were preprocessed with."""
     output: str
@@ -30,7 +30,8 @@ class BuildOptions:
     format: Literal["auto", "pairs", "words", "tsv", "space"] = "auto"
     """Format of the inputs; auto looks at each file.
 
-    pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}, tsv two columns, space two words (MUSE).
+    pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}, tsv two columns, space two words
+    (MUSE).
     """
     corpus: list[str] = field(default_factory=list)
     """Prefixes of preprocessed datasets in the source languages: coverage is measured and words are counted in them."""
@@ -80,7 +81,7 @@ def build(argv: Sequence[str]) -> int:
     report = BuildReport()
     tokenizer = load_tokenizer(options.tokenizer)
     groups, sources = read_groups(inputs, report, options.on_error)
-    table = build_table(groups, tokenizer, settings, report, sources=sources, progress=True)
+    table = build_table(groups, tokenizer, settings, report, sources=sources, show_progress=True)
     corpora = [measure_coverage(table, prefix, options.max_tokens) for prefix in options.corpus]
     table = count_groups(table, corpora)
     table.save(options.output)

@@ -1,7 +1,9 @@
 """Builds the dictionary table: word lists → groups → case variants → token sequences → keys with candidates."""
 
+import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +15,9 @@ from megatron_prealign.dictionary.groups import GroupBuilder, Groups
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.readers import DictionaryInput, OnError, ReadErrors, read_entries
 from megatron_prealign.dictionary.table import MAX_KEY_TOKENS, DictionaryTable
-from megatron_prealign.dictionary.variants import VARIANTS, Variant, apply_case, source_variant
+from megatron_prealign.dictionary.variants import CASES, Case, apply_case, source_variant
 from megatron_prealign.errors import UserError
+from megatron_prealign.progress import Progress
 
 UNKNOWN = "pairs with a word the tokenizer does not know"
 LONG_SOURCE = f"pairs with a source of more than {MAX_KEY_TOKENS} tokens"
@@ -56,6 +59,24 @@ class BuildReport:
 
 
 @dataclass
+class _Spelling:
+    """Words in one case: S groups have it, with P pairs of T different translations."""
+
+    group: NDArray[np.int64]
+    """[S]"""
+    sources: list[str]
+    """[S]"""
+    targets: list[str]
+    """[T]"""
+    target_language: NDArray[np.int16]
+    """[T]"""
+    pair_source: NDArray[np.int64]
+    """[P], index into `sources`."""
+    pair_target: NDArray[np.int64]
+    """[P], index into `targets`."""
+
+
+@dataclass
 class _Keys:
     """Keys of one case variant, or of all of them put together (K keys, C candidates)."""
 
@@ -89,28 +110,46 @@ def build_table(
     report: BuildReport,
     *,
     sources: Sequence[dict[str, Any]] = (),
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> DictionaryTable:
     """The table of `groups` in the ids of `tokenizer`; its `group_count` is 0 until a corpus is counted.
 
     Raises:
         UserError: no pair is left.
     """
-    lexicon = SequenceLexicon(tokenizer, groups.languages, progress)
+    lexicon = SequenceLexicon(tokenizer, groups.languages)
     word_boundary = letter_boundaries(tokenizer)
-    # As the word stands inside a sentence: this spelling decides which pairs are kept and is what alignment sees.
-    plain = lexicon.encode(groups.texts, groups.text_language, word_initial=True)
-    groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
-    if not len(groups.source):
-        raise UserError(
-            "dictionary: no pair is left after the rules ("
-            + ", ".join(f"{count} {name}" for name, count in report.rules.items() if count)
-            + "); check the languages, the columns and the tokenizer"
-        )
-    parts = [_variant_keys(groups, variant, lexicon, word_boundary, settings, report.rules) for variant in VARIANTS]
+    with _without_garbage_collection(), Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
+        # As the word stands inside a sentence: this spelling decides which pairs are kept and is what alignment sees.
+        plain = lexicon.encode(groups.texts, groups.text_language, True, progress)
+        groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
+        if not len(groups.source):
+            raise UserError(
+                "dictionary: no pair is left after the rules ("
+                + ", ".join(f"{count} {name}" for name, count in report.rules.items() if count)
+                + "); check the languages, the columns and the tokenizer"
+            )
+        parts = []
+        for case in CASES:
+            spelling = _spell(groups, case)
+            for word_initial in (True, False):
+                variant = _encode_variant(groups, spelling, word_initial, lexicon, progress)
+                parts.append(_usable_keys(variant, lexicon, word_boundary, settings, report.rules))
     keys = _unique_keys(_join(parts), groups, report.rules)
     report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
     return _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary, sources)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    # Millions of small lists and no cycles: looking for cycles among them doubled the time of a build.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _keep_pairs(
@@ -151,53 +190,62 @@ def _keep_pairs(
     )
 
 
-def _variant_keys(
-    groups: Groups,
-    variant: Variant,
+def _spell(groups: Groups, case: Case) -> _Spelling:
+    """Source words and translations in one case; every different translation is spelled once."""
+    texts, languages, text_language = groups.texts, groups.languages, groups.text_language
+    spelled = [source_variant(texts[text], languages[text_language[text]], case) for text in groups.source]
+    written = np.fromiter((spelling is not None for spelling in spelled), bool, len(spelled))
+    pairs = np.flatnonzero(written[groups.pair_group])
+    targets, pair_target = np.unique(groups.pair_target[pairs], return_inverse=True)
+    return _Spelling(
+        group=np.flatnonzero(written),
+        sources=[spelling for spelling in spelled if spelling is not None],
+        targets=[apply_case(texts[text], languages[text_language[text]], case) for text in targets],
+        target_language=text_language[targets],
+        # Groups that are not written have no pairs left: counting those that are gives a pair its place among them.
+        pair_source=(np.cumsum(written) - 1)[groups.pair_group[pairs]],
+        pair_target=pair_target,
+    )
+
+
+def _encode_variant(
+    groups: Groups, spelling: _Spelling, word_initial: bool, lexicon: SequenceLexicon, progress: Progress
+) -> _Keys:
+    source_language = groups.text_language[groups.source[spelling.group]]
+    targets = lexicon.encode(spelling.targets, spelling.target_language, word_initial, progress)
+    return _Keys(
+        group=spelling.group,
+        sequence=lexicon.encode(spelling.sources, source_language, word_initial, progress),
+        candidate_key=spelling.pair_source,
+        candidate_sequence=targets[spelling.pair_target],
+        candidate_language=spelling.target_language[spelling.pair_target],
+    )
+
+
+def _usable_keys(
+    keys: _Keys,
     lexicon: SequenceLexicon,
     word_boundary: NDArray[np.uint8],
     settings: BuildSettings,
     rules: Counter[str],
 ) -> _Keys:
-    """Keys of all groups in one spelling, each with the candidates in the same spelling."""
-    texts, languages = groups.texts, groups.languages
-    spellings = [
-        source_variant(texts[text], languages[groups.text_language[text]], variant.case) for text in groups.source
-    ]
-    spelled = np.fromiter((spelling is not None for spelling in spellings), bool, len(spellings))
-    written = np.flatnonzero(spelled)
-    pairs = np.flatnonzero(spelled[groups.pair_group])
-    target = groups.pair_target[pairs]
-    target_language = groups.text_language[target]
-    key_sequence = lexicon.encode(
-        [spelling for spelling in spellings if spelling is not None],
-        groups.text_language[groups.source[written]],
-        variant.word_initial,
-    )
-    candidate_sequence = lexicon.encode(
-        [
-            apply_case(texts[text], languages[language], variant.case)
-            for text, language in zip(target, target_language, strict=True)
-        ],
-        target_language,
-        variant.word_initial,
-    )
+    """Keys that can be found in a text as one word and have a candidate."""
     lengths, usable = np.diff(lexicon.sequences()[1]), lexicon.usable()
-    single = usable & (lengths <= MAX_KEY_TOKENS) & lexicon.single_word(word_boundary)
-    place = np.zeros(len(spellings), dtype=np.int64)
-    place[written] = np.arange(len(written))
-    candidate_key = place[groups.pair_group[pairs]]
-    good = usable[candidate_sequence] & (lengths[candidate_sequence] <= settings.max_target_tokens)
+    single = (usable & (lengths <= MAX_KEY_TOKENS) & lexicon.single_word(word_boundary))[keys.sequence]
+    good = (usable & (lengths <= settings.max_target_tokens))[keys.candidate_sequence]
     if settings.drop_identical:
-        good &= candidate_sequence != key_sequence[candidate_key]
-    filled = np.zeros(len(written), dtype=bool)
-    filled[candidate_key[good]] = True
-    rules[SPLIT_KEY] += int((~single[key_sequence]).sum())
-    rules[EMPTY_KEY] += int((single[key_sequence] & ~filled).sum())
-    return _take_keys(
-        _Keys(written, key_sequence, candidate_key[good], candidate_sequence[good], target_language[good]),
-        np.flatnonzero(filled & single[key_sequence]),
+        good &= keys.candidate_sequence != keys.sequence[keys.candidate_key]
+    filled = np.zeros(len(keys.group), dtype=bool)
+    filled[keys.candidate_key[good]] = True
+    rules[SPLIT_KEY] += int((~single).sum())
+    rules[EMPTY_KEY] += int((single & ~filled).sum())
+    keys = replace(
+        keys,
+        candidate_key=keys.candidate_key[good],
+        candidate_sequence=keys.candidate_sequence[good],
+        candidate_language=keys.candidate_language[good],
     )
+    return _take_keys(keys, np.flatnonzero(filled & single))
 
 
 def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:

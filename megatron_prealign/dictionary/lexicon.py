@@ -1,7 +1,7 @@
 """Token sequences of words, every different sequence stored once, so that sequences compare as integers."""
 
-from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,27 +31,27 @@ class SequenceLexicon:
     Two words have the same number exactly if their ids are the same, whatever their languages and spellings.
     """
 
-    def __init__(self, tokenizer: Tokenizer, languages: Sequence[str], progress: bool = False) -> None:
-        """`progress` shows on standard error how many words have been encoded."""
+    def __init__(self, tokenizer: Tokenizer, languages: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._languages = tuple(languages)
         self._numbers: dict[tuple[int, ...], int] = {}
-        self._tokens, self._ends = array("i"), array("q", [0])
+        # Sequences numbered since the arrays below were made; only `sequences` turns them into arrays.
+        self._new_rows: list[tuple[int, ...]] = []
+        self._tokens, self._offsets = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
         self._known: dict[tuple[int, bool, str], int] = {}
-        self._progress = progress
 
-    def encode(self, words: Sequence[str], language_ids: NDArray[np.int16], word_initial: bool) -> NDArray[np.int64]:
+    def encode(
+        self, words: Sequence[str], language_ids: NDArray[np.int16], word_initial: bool, progress: Progress
+    ) -> NDArray[np.int64]:
         """The number of each word's sequence `[len(words)]`; words met before are not encoded again."""
         keys = [(int(language), word_initial, word) for language, word in zip(language_ids, words, strict=True)]
         missing: dict[int, dict[str, None]] = {}
         for key in keys:
             if key not in self._known:
                 missing.setdefault(key[0], {})[key[2]] = None
-        with Progress(
-            "tokenise words", sum(map(len, missing.values())), unit="words", enabled=self._progress
-        ) as progress:
-            for language, new_words in missing.items():
-                self._encode_new(language, list(new_words), word_initial, progress)
+        for language, new_words in missing.items():
+            self._encode_new(language, list(new_words), word_initial, progress)
+        progress.update(len(words) - sum(map(len, missing.values())))
         return np.fromiter((self._known[key] for key in keys), np.int64, len(keys))
 
     def _encode_new(self, language: int, words: list[str], word_initial: bool, progress: Progress) -> None:
@@ -66,14 +66,18 @@ class SequenceLexicon:
         number = self._numbers.get(row)
         if number is None:
             number = self._numbers[row] = len(self._numbers)
-            self._tokens.extend(row)
-            self._ends.append(len(self._tokens))
+            self._new_rows.append(row)
         return number
 
     def sequences(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """All sequences by number: `tokens` and `offsets`."""
-        # Copies: an array.array with a view on it could not grow any more.
-        return np.array(self._tokens, dtype=np.int32), np.array(self._ends, dtype=np.int64)
+        if self._new_rows:
+            lengths = np.fromiter(map(len, self._new_rows), np.int64, len(self._new_rows))
+            tokens = np.fromiter(chain.from_iterable(self._new_rows), np.int32, int(lengths.sum()))
+            self._offsets = np.append(self._offsets, self._offsets[-1] + np.cumsum(lengths))
+            self._tokens = np.append(self._tokens, tokens)
+            self._new_rows.clear()
+        return self._tokens, self._offsets
 
     def usable(self) -> NDArray[np.bool_]:
         """Per sequence: not empty and without special tokens (an unknown word is one)."""

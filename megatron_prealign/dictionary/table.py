@@ -1,8 +1,8 @@
 """The dictionary as token ids: the one file that alignment and code-switching share.
 
 `table.safetensors` holds three lists: *keys* (token n-grams as they stand in a text, with their candidates),
-*candidates* (token n-grams that may replace a key) and *words* (one spelling of every word of every group, for alignment).
-Ranges and offsets are checked once, on loading, so that nothing that reads the table later has to.
+*candidates* (token n-grams that may replace a key) and *words* (one spelling of every word of every group, for
+alignment). Ranges and offsets are checked once, on loading, so that nothing that reads the table later has to.
 """
 
 import hashlib
@@ -195,8 +195,7 @@ class DictionaryTable:
         Raises:
             UserError: the folder does not exist or cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path = Path(path)
         metadata = {
@@ -210,9 +209,9 @@ class DictionaryTable:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(path) as temporary:
-                save_file(tensors, temporary, metadata)
-        # safetensors reports a full or read-only disk by its own exception, which is no OSError.
-        except (OSError, SafetensorError) as error:
+                # safetensors' own save_file makes files that only their owner can read, whatever the umask says.
+                temporary.write_bytes(save(tensors, metadata))
+        except OSError as error:
             raise UserError(f"{path}: cannot write the dictionary table: {error}") from error
 
 

@@ -1,47 +1,35 @@
 """Case variants of words: how a word is written at the start of a sentence and in capitals."""
 
+import re
 import unicodedata
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 Case = Literal["as_is", "capitalised", "upper"]
 
 
-class Variant(NamedTuple):
-    """One way in which a dictionary word can stand in a text."""
-
-    case: Case
-    word_initial: bool
-
-
 # Earlier ones win where two of them give the same tokens: what the dictionary spells out beats what we derive from it.
-VARIANTS = (
-    Variant("as_is", True),
-    Variant("as_is", False),
-    Variant("capitalised", True),
-    Variant("capitalised", False),
-    Variant("upper", True),
-    Variant("upper", False),
-)
+CASES: tuple[Case, ...] = ("as_is", "capitalised", "upper")
 
 # Languages that tell a dotted from a dotless i: their capital of "i" is "İ".
 _DOTTED_I = frozenset({"tr", "az", "kk_latn", "crh", "tt_latn"})
+
+
+# Python maps modern Georgian to Mtavruli capitals, which running text does not use: the script counts as caseless.
+_GEORGIAN = re.compile("[\u10d0-\u10ff]")
 
 
 def _is_letter(character: str) -> bool:
     return unicodedata.category(character)[0] == "L"
 
 
-def _georgian(character: str) -> bool:
-    # Python maps modern Georgian to Mtavruli capitals, which running text does not use: the script counts as caseless.
-    return "\u10d0" <= character <= "\u10ff"
-
-
 def upper(word: str, language: str) -> str:
     """`word` in capitals by the rules of `language`; scripts without case come back unchanged."""
     if language in _DOTTED_I:
         word = word.replace("i", "İ")
-    return "".join(character if _georgian(character) else character.upper() for character in word)
+    if _GEORGIAN.search(word):
+        return "".join(character if _GEORGIAN.match(character) else character.upper() for character in word)
+    return word.upper()
 
 
 def capitalise(word: str, language: str) -> str:
@@ -55,14 +43,9 @@ def capitalise(word: str, language: str) -> str:
             # Dutch writes ij as one letter: IJs, IJsland.
             return word[:index] + "IJ" + word[index + 2 :]
         else:
-            capital = character if _georgian(character) else character.title()
+            capital = character if _GEORGIAN.match(character) else character.title()
         return word[:index] + capital + word[index + 1 :]
     return word
-
-
-def is_lower(word: str) -> bool:
-    """True where every letter that has a case is lower case, and there is one."""
-    return word.islower()
 
 
 _TRANSFORMS: dict[Case, Callable[[str, str], str]] = {
@@ -84,12 +67,12 @@ def source_variant(word: str, language: str, case: Case) -> str | None:
     """
     if case == "as_is":
         return word
-    if case == "capitalised" and not is_lower(word):
+    if case == "capitalised" and not word.islower():
         return None
     changed = apply_case(word, language, case)
     if changed == word:
         return None
     # "a" in capitals is "A", which is also how it starts a sentence: the sentence start is by far the more frequent.
-    if case == "upper" and is_lower(word) and changed == capitalise(word, language):
+    if case == "upper" and word.islower() and changed == capitalise(word, language):
         return None
     return changed

@@ -1,0 +1,70 @@
+"""A small real tokenizer, a clone of it, and datasets made with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+
+TRAINING_TEXT = [
+    "The apple and the house are red. An apple tree, a bank, the Bank of the river; Polish people polish the table.",
+    "Der Apfel und das Haus sind rot. Ein Apfelbaum, eine Bank, das Ufer; die Tische und der Straßenbahn, straße.",
+    "la pomme et la maison sont rouges, une banque, le fleuve",
+    "苹果 银行 房子 りんご 家",
+    "яблоко дом банк",
+]
+
+
+def save_bpe(folder: Path, *, vocab_size: int = 700) -> Path:
+    """A byte-level BPE tokenizer folder as `train-tokenizer` writes it."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = HuggingFace(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eod>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT * 3, trainer)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bpe(tmp_path_factory.mktemp("bpe") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def clone_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = save_bpe(tmp_path_factory.mktemp("clone") / "tokenizer")
+    (folder / "clone.json").write_text('{"language": "en_clone"}')
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[[Tokenizer, list[str], str], Path]:
+    """Writes documents as PREFIX.bin, .idx and .json; returns the prefix."""
+    from megatron_prealign.data.preprocess import preprocess
+
+    def make(tokenizer: Tokenizer, documents: list[str], language: str) -> Path:
+        import json
+
+        source = tmp_path / f"{language}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        prefix = tmp_path / f"data_{language}"
+        preprocess([str(source)], str(tokenizer.path), str(prefix), language, "text", "stop", 1)
+        return prefix
+
+    return make

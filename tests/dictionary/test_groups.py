@@ -1,0 +1,68 @@
+"""Pairs join groups, and every rule counts what it takes."""
+
+from megatron_prealign.dictionary import groups as rules
+from megatron_prealign.dictionary.groups import GroupBuilder, clean
+
+
+def groups_of(builder: GroupBuilder) -> dict[str, list[str]]:
+    built = builder.build()
+    result: dict[str, list[str]] = {built.texts[source]: [] for source in built.source}
+    for group, target in zip(built.pair_group, built.pair_target, strict=True):
+        language = built.languages[built.text_language[target]]
+        result[built.texts[built.source[group]]].append(f"{language}:{built.texts[target]}")
+    return result
+
+
+def test_files_join_by_source_language_and_word():
+    builder = GroupBuilder()
+    assert builder.add([["bank", "Bank"], ["apple", "Apfel"], ["bank", "Ufer"]], ("en", "de")) == 3
+    assert builder.add([["bank", "banque", "银行"]], ("en", "fr", "zh")) == 2
+    builder.add([["bank", "bench"]], ("de", "en"))
+    assert builder.build().languages == ("en", "de", "fr", "zh")
+    # German "bank" is another group than English "bank"; translations lie by language, then in the files' order.
+    built = builder.build()
+    assert [built.texts[i] for i in built.source] == ["bank", "apple", "bank"]
+    assert [built.texts[i] for i in built.pair_target] == ["Bank", "Ufer", "banque", "银行", "Apfel", "bench"]
+    assert built.pair_group.tolist() == [0, 0, 0, 0, 1, 2]
+
+
+def test_case_makes_groups_of_their_own():
+    builder = GroupBuilder()
+    builder.add([["polish", "polieren"], ["Polish", "polnisch"]], ("en", "de"))
+    assert groups_of(builder) == {"polish": ["de:polieren"], "Polish": ["de:polnisch"]}
+
+
+def test_every_rule_is_counted():
+    builder = GroupBuilder()
+    entries = [
+        ["apple", "Apfel"],
+        [" apple ", "Apfel"],
+        ["apple", ""],
+        ["apple tree", "Apfelbaum"],
+        ["apple", "der\u00a0 Apfel"],
+        ["&", "und"],
+        ["dash", "---"],
+        ["cafe\u0301", "Ka\u00adffee"],
+    ]
+    builder.add(entries, ("en", "de"))
+    assert groups_of(builder) == {"apple": ["de:Apfel", "de:der Apfel"], "café": ["de:Kaffee"]}
+    assert dict(builder.counts) == {
+        rules.READ: 8,
+        rules.DUPLICATE: 1,
+        rules.EMPTY: 1,
+        rules.MULTI_WORD_SOURCE: 1,
+        rules.WITHOUT_LETTER: 2,
+        # "der\u00a0 Apfel", "cafe\u0301" and "Ka\u00adffee"
+        rules.CLEANED: 3,
+    }
+
+
+def test_cleaning_keeps_joiners_that_are_spelling():
+    assert clean("می\u200cخواهم") == "می\u200cخواهم"
+    assert clean("\ufeff\u200ein \x00 a\u200b\n") == "in a"
+
+
+def test_identical_strings_stay_for_the_tokenizer_to_judge():
+    builder = GroupBuilder()
+    builder.add([["apple", "apple"]], ("en", "en_clone"))
+    assert groups_of(builder) == {"apple": ["en_clone:apple"]}
