@@ -25,7 +25,8 @@ LONG_TARGET = "pairs with a translation of too many tokens"
 IDENTICAL = "pairs whose words are the same tokens"
 SURPLUS = "pairs beyond the translations of one language"
 KEPT = "pairs kept"
-SPLIT_KEY = "case variants that are not one word to the tokenizer"
+SPLIT_KEY = "case variants that are several words or more than 8 tokens to the tokenizer"
+MARKED_KEY = "case variants found without their space, which is a token of its own"
 EMPTY_KEY = "case variants without a usable translation"
 TAKEN_KEY = "case variants that another word has already"
 KEYLESS = "groups without a key (for alignment alone)"
@@ -231,13 +232,19 @@ def _usable_keys(
 ) -> _Keys:
     """Keys that can be found in a text as one word and have a candidate."""
     lengths, usable = np.diff(lexicon.sequences()[1]), lexicon.usable()
-    single = (usable & (lengths <= MAX_KEY_TOKENS) & lexicon.single_word(word_boundary))[keys.sequence]
+    inner_starts = lexicon.word_starts(word_boundary)
+    single = (usable & (lengths <= MAX_KEY_TOKENS) & (inner_starts == 0))[keys.sequence]
+    # Where the tokenizer keeps the space as a token of its own, the word begins behind it: its key without the space
+    # finds it, and the space stays in the text. So this spelling needs no key.
+    bare_marker = (lexicon.first_tokens() == lexicon.space_token) & (inner_starts == 1)
+    marked = ~single & bare_marker[keys.sequence]
     good = (usable & (lengths <= settings.max_target_tokens))[keys.candidate_sequence]
     if settings.drop_identical:
         good &= keys.candidate_sequence != keys.sequence[keys.candidate_key]
     filled = np.zeros(len(keys.group), dtype=bool)
     filled[keys.candidate_key[good]] = True
-    rules[SPLIT_KEY] += int((~single).sum())
+    rules[MARKED_KEY] += int(marked.sum())
+    rules[SPLIT_KEY] += int((~single & ~marked).sum())
     rules[EMPTY_KEY] += int((single & ~filled).sum())
     keys = replace(
         keys,

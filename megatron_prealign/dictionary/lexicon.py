@@ -34,6 +34,9 @@ class SequenceLexicon:
     def __init__(self, tokenizer: Tokenizer, languages: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._languages = tuple(languages)
+        marker = tokenizer.encode_word("")
+        self.space_token = marker[0] if len(marker) == 1 else -1
+        """The token that is nothing but the space before a word; -1 if there is none."""
         self._numbers: dict[tuple[int, ...], int] = {}
         # Sequences numbered since the arrays below were made; only `sequences` turns them into arrays.
         self._new_rows: list[tuple[int, ...]] = []
@@ -86,14 +89,22 @@ class SequenceLexicon:
         lengths = np.diff(offsets)
         return (lengths > 0) & (_count_in_rows(special, offsets) == 0)
 
-    def single_word(self, word_boundary: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Per sequence: only its first token starts a word."""
+    def word_starts(self, word_boundary: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Per sequence: how many words start in it behind its first token; 0 makes it one word."""
         tokens, offsets = self.sequences()
         starts = np.zeros(len(tokens), dtype=bool)
         starts[1:] = (word_boundary[tokens[1:]] & BOUNDARY_BEFORE) | (word_boundary[tokens[:-1]] & BOUNDARY_AFTER) != 0
         lengths = np.diff(offsets)
         starts[offsets[:-1][lengths > 0]] = False
-        return _count_in_rows(starts, offsets) == 0
+        return _count_in_rows(starts, offsets)
+
+    def first_tokens(self) -> NDArray[np.int32]:
+        """The first token of every sequence, -1 where it is empty."""
+        tokens, offsets = self.sequences()
+        first = np.full(len(offsets) - 1, -1, dtype=np.int32)
+        filled = np.diff(offsets) > 0
+        first[filled] = tokens[offsets[:-1][filled]]
+        return first
 
     def rows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The chosen sequences one after the other: `tokens` and `offsets` `[len(numbers)+1]`."""

@@ -13,10 +13,13 @@ TRAINING_TEXT = [
     "la pomme et la maison sont rouges, une banque, le fleuve",
     "苹果 银行 房子 りんご 家",
     "яблоко дом банк",
+    # Spellings of the tests as whole tokens, so that what they count does not hang on the order of merges.
+    " RED ROT BANK UFER APPLE APFEL HOUSE HAUS POLISH Red Rot Haus Gebäude Polish polnisch POLNISCH polieren POLIEREN",
+    "(red (rot (house (haus (Red (Rot (House (RED (ROT (HOUSE (HAUS (BANK (UFER (POLISH (polish (APPLE (Apple (apple",
 ]
 
 
-def save_bpe(folder: Path, *, vocab_size: int = 700) -> Path:
+def save_bpe(folder: Path, *, vocab_size: int = 900) -> Path:
     """A byte-level BPE tokenizer folder as `train-tokenizer` writes it."""
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -1,0 +1,162 @@
+"""From pairs to keys and candidates, on a real tokenizer."""
+
+import re
+
+import numpy as np
+import pytest
+
+from megatron_prealign.data.tokenizer import Tokenizer
+from megatron_prealign.dictionary import build as rules
+from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.groups import GroupBuilder
+from megatron_prealign.dictionary.table import HAS_LETTER, DictionaryTable, find_problem
+from megatron_prealign.errors import UserError
+
+
+def make(tokenizer: Tokenizer, *lists: tuple[str, list[list[str]]], **settings) -> tuple[DictionaryTable, BuildReport]:
+    report = BuildReport()
+    builder = GroupBuilder(counts=report.rules)
+    for languages, entries in lists:
+        builder.add(entries, languages.split("-"))
+    table = build_table(builder.build(), tokenizer, BuildSettings(**settings), report)
+    assert find_problem(table) is None
+    return table, report
+
+
+def translations(table: DictionaryTable, tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """Every key's text with the texts of its candidates, spaces as they are."""
+    result = {}
+    for key in range(table.num_keys):
+        text = tokenizer.decode(table.key_tokens[slice(*table.key_offsets[key : key + 2])].tolist())
+        assert text not in result
+        result[text] = [
+            table.languages[table.candidate_language[candidate]]
+            + ":"
+            + tokenizer.decode(
+                table.candidate_tokens[slice(*table.candidate_offsets[candidate : candidate + 2])].tolist()
+            )
+            for candidate in range(*table.key_candidate_offsets[key : key + 2])
+        ]
+    return result
+
+
+def test_a_word_has_six_keys_whose_candidates_follow_case_and_space(tokenizer):
+    table, _ = make(tokenizer, ("en-de", [["apple", "Apfel"], ["red", "rot"]]))
+    assert translations(table, tokenizer) == {
+        " apple": ["de: Apfel"],
+        "apple": ["de:Apfel"],
+        " Apple": ["de: Apfel"],
+        "Apple": ["de:Apfel"],
+        " APPLE": ["de: APFEL"],
+        "APPLE": ["de:APFEL"],
+        " red": ["de: rot"],
+        "red": ["de:rot"],
+        " Red": ["de: Rot"],
+        "Red": ["de:Rot"],
+        " RED": ["de: ROT"],
+        "RED": ["de:ROT"],
+    }
+    # Keys of a group lie together.
+    assert table.key_group.tolist() == [0] * 6 + [1] * 6
+
+
+def test_candidates_are_sorted_by_language_and_scripts_without_case_stay(tokenizer):
+    table, _ = make(
+        tokenizer,
+        ("en-zh", [["bank", "银行"]]),
+        ("en-de", [["bank", "Bank"], ["bank", "Ufer"]]),
+    )
+    assert table.languages == ("en", "zh", "de")
+    # "Bank" and "Bank" would be the same tokens where the English word is capitalised: that candidate goes.
+    assert translations(table, tokenizer) == {
+        " bank": ["zh: 银行", "de: Bank", "de: Ufer"],
+        "bank": ["zh:银行", "de:Bank", "de:Ufer"],
+        " Bank": ["zh: 银行", "de: Ufer"],
+        "Bank": ["zh:银行", "de:Ufer"],
+        " BANK": ["zh: 银行", "de: UFER"],
+        "BANK": ["zh:银行", "de:UFER"],
+    }
+    assert table.group_words(0) == [("en", "bank"), ("zh", "银行"), ("de", "Bank"), ("de", "Ufer")]
+
+
+def test_what_the_dictionary_spells_beats_what_is_derived(tokenizer):
+    entries = [["polish", "polieren"], ["Polish", "polnisch"]]
+    for order in (entries, entries[::-1]):
+        table, report = make(tokenizer, ("en-de", order))
+        found = translations(table, tokenizer)
+        assert found[" polish"] == ["de: polieren"]
+        assert found[" Polish"] == ["de: polnisch"]
+        # " Polish", "Polish" derived from "polish", and two times POLISH.
+        assert report.rules[rules.TAKEN_KEY] == 4
+
+
+def test_identical_tokens_are_dropped_but_a_clone_is_not_identical(tokenizer, clone_tokenizer):
+    _, report = make(tokenizer, ("en-de", [["bank", "bank"], ["apple", "Apfel"]]))
+    assert report.rules[rules.IDENTICAL] == 1
+    table, report = make(clone_tokenizer, ("en-en_clone", [["apple", "apple"], ["house", "house"]]))
+    assert report.rules[rules.IDENTICAL] == 0
+    offset = clone_tokenizer.vocab_size // 2
+    assert table.num_keys == table.num_candidates == 12
+    # Every candidate is its key, token by token, in the other half of the vocabulary.
+    assert np.array_equal(table.candidate_tokens, table.key_tokens + offset)
+    assert np.array_equal(table.candidate_offsets, table.key_offsets)
+    kept, report = make(tokenizer, ("en-de", [["bank", "bank"], ["apple", "Apfel"]]), drop_identical=False)
+    assert report.rules[rules.IDENTICAL] == 0 and kept.num_groups == 2
+
+
+def test_words_are_spelled_once_as_inside_a_sentence(tokenizer):
+    table, _ = make(tokenizer, ("en-de", [["apple", "Apfel"], ["house", "Haus"], ["house", "das Haus"]]))
+    words = [
+        tokenizer.decode(table.word_tokens[slice(*table.word_offsets[word : word + 2])].tolist())
+        for word in range(table.num_words)
+    ]
+    assert words == [" apple", " Apfel", " house", " Haus", " das Haus"]
+    assert [table.text(word) for word in range(table.num_words)] == ["apple", "Apfel", "house", "Haus", "das Haus"]
+    assert table.group_offsets.tolist() == [0, 2, 5]
+    assert table.word_language.tolist() == [0, 1, 0, 1, 1]
+
+
+def test_limits(tokenizer):
+    entries = [["bank", f"Bank {letter}"] for letter in "abcdef"]
+    table, report = make(tokenizer, ("en-de", entries), ("en-fr", [["bank", "banque"]]), max_translations=2)
+    assert table.group_words(0) == [("en", "bank"), ("de", "Bank a"), ("de", "Bank b"), ("fr", "banque")]
+    assert (report.rules[rules.SURPLUS], report.rules[rules.KEPT]) == (4, 3)
+    long = "x" * 9
+    assert len(tokenizer.encode_word(long)) > 8
+    table, report = make(
+        tokenizer, ("en-de", [["apple", "Apfel"], ["apple", "z" * 9], [long, "Haus"]]), max_target_tokens=8
+    )
+    assert (report.rules[rules.LONG_SOURCE], report.rules[rules.LONG_TARGET]) == (1, 1)
+    assert table.num_groups == 1
+    with pytest.raises(UserError, match="--max-translations is 0, expected 1 or more"):
+        BuildSettings(max_translations=0)
+
+
+def test_a_source_that_is_two_words_to_the_tokenizer_has_no_key_but_stays_for_alignment(tokenizer):
+    table, report = make(tokenizer, ("en-de", [["e-mail", "Brief"], ["apple", "Apfel"]]))
+    assert table.num_groups == 2
+    assert set(table.key_group.tolist()) == {1}
+    assert report.rules[rules.KEYLESS] == 1
+    assert report.rules[rules.SPLIT_KEY] == 6
+
+
+def test_a_space_that_is_a_token_of_its_own_is_no_part_of_a_key(tokenizer):
+    space = tokenizer.encode_word("")
+    assert tokenizer.encode_word("żaba") == [*space, *tokenizer.encode_word("żaba", word_initial=False)]
+    table, report = make(tokenizer, ("pl-de", [["żaba", "Haus"]]))
+    # Three cases, found in " żaba" and in "(żaba" alike.
+    assert translations(table, tokenizer) == {"żaba": ["de:Haus"], "Żaba": ["de:Haus"], "ŻABA": ["de:HAUS"]}
+    assert (report.rules[rules.MARKED_KEY], report.rules[rules.SPLIT_KEY]) == (3, 0)
+
+
+def test_letters_are_marked(tokenizer):
+    table, _ = make(tokenizer, ("en-de", [["apple", "Apfel"]]))
+    for text, letter in (("a", True), (",", False), ("1", False), ("é", True)):
+        assert bool(table.word_boundary[tokenizer.encode(text)[0]] & HAS_LETTER) == letter
+    assert not table.word_boundary[tokenizer.eod_id] & HAS_LETTER
+    assert np.array_equal(table.word_boundary & 3, tokenizer.word_boundaries())
+
+
+def test_nothing_left_is_an_error_that_says_why(tokenizer):
+    with pytest.raises(UserError, match=re.escape(f"1 {rules.IDENTICAL}")):
+        make(tokenizer, ("en-de", [["bank", "bank"]]))

@@ -1,0 +1,64 @@
+"""`megatron-prealign dictionary` from end to end."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_prealign.cli import main
+from megatron_prealign.dictionary.table import load_table
+
+
+def test_build_and_coverage(tokenizer, tmp_path, make_dataset, capsys):
+    (tmp_path / "de.tsv").write_text("apple\tApfel\nhouse\tHaus\nbroken\n")
+    (tmp_path / "zh.jsonl").write_text('{"src_text": "apple", "tgt_text": "苹果"}\n')
+    corpus = str(make_dataset(tokenizer, ["The apple, a house, apple"], "en"))
+    capsys.readouterr()
+    output = str(tmp_path / "table.safetensors")
+    arguments = ["dictionary", "build", "--input", f"{tmp_path}/de.tsv", f"{tmp_path}/zh.jsonl:en-zh"]
+    arguments += ["--tokenizer", str(tokenizer.path), "--output", output, "--corpus", corpus]
+    arguments += ["--languages", "en-de", "--licence", "CC0-1.0"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {tmp_path}/de.tsv:3: got 1 column") and "Traceback" not in captured.err
+    assert not (tmp_path / "table.safetensors").exists()
+
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert f"skipped {tmp_path}/de.tsv:3: got 1 column" in printed
+    assert "           2  groups\n" in printed and "          12  keys\n" in printed
+    assert "(en): 60.0% (3 of 5 running words" in printed
+    table = load_table(output)
+    assert table.group_count.tolist() == [2, 1]
+    assert table.group_words(0) == [("en", "apple"), ("de", "Apfel"), ("zh", "苹果")]
+    assert table.sources[1] == {"path": f"{tmp_path}/zh.jsonl", "pairs": 1, "licence": "CC0-1.0"}
+
+    assert main(["dictionary", "coverage", "--table", output, "--corpus", corpus]) == 0
+    assert "(en): 60.0% (3 of 5 running words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "coverage   share of the running words"),
+        ([], 2, "usage: megatron-prealign dictionary ACTION"),
+        (["bulid"], 2, "unknown action 'bulid', expected one of build, coverage"),
+        (["build", "--input", "a.tsv", "--tokenizer", "t", "--output", "o"], 2, "no languages given"),
+        (["build", "--inptu", "a.tsv"], 2, "megatron-prealign dictionary build"),
+    ],
+)
+def test_help_and_mistakes(arguments, status, text, capsys):
+    assert main(["dictionary", *arguments]) == status
+    captured = capsys.readouterr()
+    assert text in captured.out + captured.err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from megatron_prealign.cli import main\n"
+        "try: main(['dictionary', 'build', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,114 @@
+"""Running words of a corpus that a table knows, against a count by hand and against a plain loop."""
+
+import numpy as np
+import pytest
+
+from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.coverage import count_groups, match_words, measure_coverage, split_words
+from megatron_prealign.dictionary.groups import GroupBuilder
+from megatron_prealign.errors import UserError
+
+
+def build(tokenizer, pairs, languages=("en", "de")):
+    builder = GroupBuilder()
+    builder.add(pairs, languages)
+    return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+
+
+def test_counted_by_hand(tokenizer, make_dataset):
+    table = build(tokenizer, [["apple", "Apfel"], ["house", "Haus"], ["the", "der"], ["app", "App"]])
+    documents = [
+        'The apple, (apple) and "Apple" - APPLE! apples 123 apple',
+        "apple\nhouse. 42 houses",
+        "the",
+    ]
+    # Known: The apple apple Apple APPLE apple | apple house | the. Unknown: and apples houses. Not words: - 123 42 etc.
+    coverage = measure_coverage(table, make_dataset(tokenizer, documents, "en"))
+    assert (coverage.known_words, coverage.running_words) == (9, 12)
+    assert coverage.share == 0.75
+    assert count_groups(table, [coverage]).group_count.tolist() == [6, 1, 2, 0]
+    assert count_groups(table, [coverage, coverage]).group_count.tolist() == [12, 2, 4, 0]
+
+
+def test_only_the_source_language_counts(tokenizer, make_dataset):
+    table = build(tokenizer, [["apple", "Apfel"]])
+    german = measure_coverage(table, make_dataset(tokenizer, ["apple Apfel"], "de"))
+    assert (german.known_words, german.running_words) == (0, 2)
+    unheard = measure_coverage(table, make_dataset(tokenizer, ["apple"], "fr"))
+    assert (unheard.known_words, unheard.running_words, unheard.share) == (0, 1, 0.0)
+
+
+def test_another_tokenizer_is_refused(tokenizer, clone_tokenizer, make_dataset):
+    table = build(tokenizer, [["apple", "Apfel"]])
+    prefix = make_dataset(clone_tokenizer, ["apple"], "en")
+    with pytest.raises(UserError) as error:
+        measure_coverage(table, prefix)
+    assert tokenizer.fingerprint in str(error.value) and clone_tokenizer.fingerprint in str(error.value)
+
+
+def test_a_sample_of_a_larger_corpus(tokenizer, make_dataset):
+    table = build(tokenizer, [["apple", "Apfel"]])
+    prefix = make_dataset(tokenizer, ["apple house"] * 200, "en")
+    whole = measure_coverage(table, prefix)
+    assert (whole.known_words, whole.running_words) == (200, 400)
+    sample = measure_coverage(table, prefix, max_tokens=whole.tokens // 4)
+    assert sample.tokens == whole.tokens // 4
+    # The cut may split one word.
+    assert abs(sample.running_words - 100) <= 1 and abs(sample.known_words - 50) <= 1
+    # One document longer than the limit is cut, not refused.
+    assert measure_coverage(table, prefix, max_tokens=1).tokens == 1
+    with pytest.raises(UserError, match="--max-tokens is 0"):
+        measure_coverage(table, prefix, max_tokens=0)
+
+
+def test_missing_corpus(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        measure_coverage(build(tokenizer, [["apple", "Apfel"]]), tmp_path / "none")
+
+
+def test_matching_equals_a_plain_loop(tokenizer):
+    """Random tokens over a small alphabet, so that keys of every length occur and overlap."""
+    pairs = [[word, "Haus"] for word in ("a", "ab", "abc", "abcd", "q", "qq", "qqq", "qqqqqqqq", "x", "xq")]
+    table = build(tokenizer, pairs)
+    random = np.random.default_rng(7)
+    choice = np.unique(np.concatenate([table.key_tokens, tokenizer.encode(" . a 1"), [tokenizer.eod_id]]))
+    rows = [random.choice(choice, size=int(size)) for size in random.integers(1, 40, size=200)]
+    starts = np.cumsum([0, *map(len, rows[:-1])])
+    tokens = np.concatenate(rows)
+    keys = {
+        tuple(table.key_tokens[slice(*table.key_offsets[key : key + 2])].tolist()): key for key in range(table.num_keys)
+    }
+    expected_words, expected_keys, expected_letters = [], [], []
+    position = 0
+    for row in rows:
+        word: list[int] = []
+        for index, token in enumerate(row.tolist()):
+            if index and (table.word_boundary[token] & 1 or table.word_boundary[row[index - 1]] & 2):
+                expected_words.append((position - len(word), len(word)))
+                expected_keys.append(keys.get(tuple(word), -1))
+                expected_letters.append(any(table.word_boundary[part] & 4 for part in word))
+                word = []
+            word.append(token)
+            position += 1
+        expected_words.append((position - len(word), len(word)))
+        expected_keys.append(keys.get(tuple(word), -1))
+        expected_letters.append(any(table.word_boundary[part] & 4 for part in word))
+    words = split_words(tokens, starts, table.word_boundary)
+    assert list(zip(words.start.tolist(), words.length.tolist(), strict=True)) == expected_words
+    assert words.has_letter.tolist() == expected_letters
+    found = match_words(table, 0, tokens, words)
+    assert found.tolist() == expected_keys
+    assert (found >= 0).sum() > 50
+    assert (match_words(table, 1, tokens, words) == -1).all()
+
+
+def test_keys_with_the_same_hash_are_told_apart(tokenizer, monkeypatch):
+    table = build(tokenizer, [["apple", "Apfel"], ["house", "Haus"], ["red", "rot"]])
+    tokens = np.array(tokenizer.encode("The red house, red apple"))
+    words = split_words(tokens, np.zeros(1, dtype=np.int64), table.word_boundary)
+    found = match_words(table, 0, tokens, words)
+    assert (found >= 0).sum() == 4
+    monkeypatch.setattr(
+        "megatron_prealign.dictionary.coverage._hash", lambda columns: np.zeros(len(columns), dtype=np.uint64)
+    )
+    assert np.array_equal(match_words(table, 0, tokens, words), found)
