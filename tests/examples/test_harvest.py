@@ -25,9 +25,8 @@ def harvest() -> ModuleType:
 
 def sentence(topic: str, verb: str) -> str:
     """Prose with one word (topic and verb in one) that no other sentence has."""
-    return (
-        f"This is the part that will {verb} all of the {topic} in the garden, and then it returns to the {verb} house."
-    )
+    unique = f"{topic.replace(' ', '')}{verb}"
+    return f"This is the part that will {verb} all of the {topic} in the garden, and it returns to the {unique} hut."
 
 
 def put_package(folder: Path, name: str, files: dict[str, str]) -> None:
