@@ -286,9 +286,10 @@ def draw_training_loss(runs: Runs) -> Any | None:
                 losses.append((point.tokens, point.lm_loss))
             elif point.phase != ALIGNMENT:
                 losses.append((point.tokens, point.loss))
-            if point.alignment_loss:
+            # a layer that is not aligned has no loss
+            if aligned := [loss for loss in point.alignment_loss if math.isfinite(loss)]:
                 # over steps: words alone move no token count
-                contrastive.append((point.phase_step, sum(point.alignment_loss) / len(point.alignment_loss)))
+                contrastive.append((point.phase_step, sum(aligned) / len(aligned)))
         language_model[name], alignment[name] = thin(losses), thin(contrastive)
     panels = [curves for curves in (language_model, alignment) if any(curves.values())]
     if not panels:
@@ -305,7 +306,7 @@ def draw_training_loss(runs: Runs) -> Any | None:
                 axis.set_title("Training loss")
                 _tokens_axis(axis)
             else:
-                axis.set_title("Alignment loss, mean over layers")
+                axis.set_title("Alignment loss, mean over aligned layers")
                 axis.set_xlabel("step of the alignment phase")
             axis.set_ylabel("nats per token" if curves is language_model else "nats per pair")
         _legend(figure, {name: {"color": style["color"]} for name, style in styles.items()})

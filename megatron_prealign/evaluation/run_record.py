@@ -30,7 +30,7 @@ class TrainPoint:
     loss: float
     lm_loss: float | None
     alignment_loss: tuple[float, ...]
-    """One contrastive loss a layer; empty outside the alignment phase."""
+    """One contrastive loss a layer, NaN for a layer that is not aligned; empty outside the alignment phase."""
     learning_rate: float
     grad_norm: float
     tokens_per_second: float

@@ -307,3 +307,21 @@ def test_recipes_differ_by_dotted_field_also_where_one_lacks_a_section() -> None
         "sources": {"a": [1, 2], "b": [1, 2], "c": [2]},
         "alignment.lr": {"a": None, "b": None, "c": 1},
     }
+
+
+def test_the_alignment_loss_is_the_mean_over_the_layers_that_are_aligned(tmp_path: Path) -> None:
+    lines = [
+        {
+            **TRAIN,
+            "phase": "alignment",
+            "phase_step": step,
+            "step": step,
+            "lm_loss": None,
+            "alignment_loss": [None, 2.0, 4.0],
+        }
+        for step in (1, 2)
+    ]
+    record = load_run(write_run(tmp_path, [*lines, EVALUATION]))
+    figure = plots.draw_training_loss({"subset": (record, record.last_measurement())})
+    (axis,) = [axis for axis in figure.axes if "Alignment" in axis.get_title(loc="left")]
+    assert axis.lines[0].get_xydata().tolist() == [[1.0, 3.0], [2.0, 3.0]]
