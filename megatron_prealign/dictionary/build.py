@@ -288,7 +288,6 @@ def _unique_keys(keys: _Keys, groups: Groups, rules: Counter[str]) -> _Keys:
     identity = language * (keys.sequence.max(initial=0) + 1) + keys.sequence
     _, first = np.unique(identity, return_index=True)
     rules[TAKEN_KEY] += len(keys.group) - len(first)
-    first.sort()
     keys = _take_keys(keys, first[np.argsort(keys.group[first], kind="stable")])
     columns = (keys.candidate_key, keys.candidate_language.astype(np.int64), keys.candidate_sequence)
     # A stable sort by key and language keeps the file's order of translations, here and below.

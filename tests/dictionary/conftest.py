@@ -15,6 +15,7 @@ TRAINING_TEXT = [
     "яблоко дом банк",
     # Spellings of the tests as whole tokens, so that what they count does not hang on the order of merges.
     " RED ROT BANK UFER APPLE APFEL HOUSE HAUS POLISH Red Rot Haus Gebäude Polish polnisch POLNISCH polieren POLIEREN",
+    "it's 's rouges rouges",
     "(red (rot (house (haus (Red (Rot (House (RED (ROT (HOUSE (HAUS (BANK (UFER (POLISH (polish (APPLE (Apple (apple",
 ]
 
@@ -47,6 +48,21 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def metaspace_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Knows only the characters it was trained on; all others become the unknown token."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import models, pre_tokenizers, trainers
+
+    tokenizer = HuggingFace(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(TRAINING_TEXT * 3, trainer)
+    folder = tmp_path_factory.mktemp("metaspace")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

@@ -132,12 +132,39 @@ def test_limits(tokenizer):
         BuildSettings(max_translations=0)
 
 
+def test_limits_hold_in_every_case(tokenizer):
+    lengths = {word: len(tokenizer.encode_word(word)) for word in ("Maison", "MAISON", "rougesrouges", "ROUGESROUGES")}
+    assert lengths["Maison"] <= 4 < lengths["MAISON"] and lengths["rougesrouges"] <= 8 < lengths["ROUGESROUGES"]
+    entries = [["house", "maison"], ["rougesrouges", "Haus"]]
+    table, report = make(tokenizer, ("en-fr", entries), max_target_tokens=4)
+    assert set(translations(table, tokenizer)) == {
+        f"{space}{word}" for word in ("house", "House", "rougesrouges", "Rougesrouges") for space in ("", " ")
+    }
+    assert (report.rules[rules.EMPTY_KEY], report.rules[rules.SPLIT_KEY]) == (2, 2)
+
+
+def test_translations_of_a_language_keep_the_order_of_the_files(tokenizer):
+    table, _ = make(tokenizer, ("en-de", [["apple", "Haus"], ["bank", "Ufer"], ["bank", "Haus"], ["bank", "rot"]]))
+    assert translations(table, tokenizer)[" bank"] == ["de: Ufer", "de: Haus", "de: rot"]
+
+
+def test_words_the_tokenizer_does_not_know_are_dropped(metaspace_tokenizer):
+    entries = [["apple", "Apfel"], ["apple", "تفاح"], ["ظ", "Haus"]]
+    table, report = make(metaspace_tokenizer, ("en-de", entries))
+    assert report.rules[rules.UNKNOWN] == 2
+    assert table.num_groups == 1
+    for name in ("key_tokens", "candidate_tokens", "word_tokens"):
+        assert not np.isin(getattr(table, name), list(metaspace_tokenizer.special_ids)).any()
+
+
 def test_a_source_that_is_two_words_to_the_tokenizer_has_no_key_but_stays_for_alignment(tokenizer):
-    table, report = make(tokenizer, ("en-de", [["e-mail", "Brief"], ["apple", "Apfel"]]))
-    assert table.num_groups == 2
-    assert set(table.key_group.tolist()) == {1}
-    assert report.rules[rules.KEYLESS] == 1
-    assert report.rules[rules.SPLIT_KEY] == 6
+    # The boundary of "-" lies on both its sides, that of "'s" only before it.
+    entries = [["e-mail", "Brief"], ["it's", "es"], ["apple", "Apfel"]]
+    table, report = make(tokenizer, ("en-de", entries))
+    assert table.num_groups == 3
+    assert set(table.key_group.tolist()) == {2}
+    assert report.rules[rules.KEYLESS] == 2
+    assert report.rules[rules.SPLIT_KEY] == 12
 
 
 def test_a_space_that_is_a_token_of_its_own_is_no_part_of_a_key(tokenizer):

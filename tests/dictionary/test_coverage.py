@@ -1,5 +1,7 @@
 """Running words of a corpus that a table knows, against a count by hand and against a plain loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,13 @@ def test_counted_by_hand(tokenizer, make_dataset):
     assert coverage.share == 0.75
     assert count_groups(table, [coverage]).group_count.tolist() == [6, 1, 2, 0]
     assert count_groups(table, [coverage, coverage]).group_count.tolist() == [12, 2, 4, 0]
+
+
+def test_a_key_without_a_letter_is_no_running_word(tokenizer, make_dataset):
+    table = build(tokenizer, [["apple", "Apfel"]])
+    blind = replace(table, word_boundary=table.word_boundary & 3)
+    coverage = measure_coverage(blind, make_dataset(tokenizer, ["apple"], "en"))
+    assert (coverage.known_words, coverage.running_words) == (0, 0)
 
 
 def test_only_the_source_language_counts(tokenizer, make_dataset):
