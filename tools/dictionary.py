@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.tools.arguments import join_values, underscored
-
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.tools.arguments import join_values, underscored
 
 if TYPE_CHECKING:
     from megatron_prealign.dictionary.build import BuildReport

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prealign.tools.arguments import join_values, underscored
-
 from megatron_prealign.cli import parse_options
+from megatron_prealign.tools.arguments import join_values, underscored
 
 
 @dataclass(frozen=True, kw_only=True)

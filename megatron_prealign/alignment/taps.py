@@ -114,11 +114,11 @@ class LayerTaps:
         post_process, model.post_process = model.post_process, False
         try:
             output = chunk(batch.tokens, batch.position_ids, batch.pooling)
-            if post_process:
-                self._observe_output_embedding(model, batch)
         finally:
             model.post_process = post_process
             self._current = None
+        if post_process:
+            self._observe_output_embedding(model, batch)
         return output
 
     def _block_hook(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -42,6 +42,7 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
     on_gpu = runtime.device.type == "cuda"
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     # Word and language-model microbatches have different shapes; only a pipeline has to be told.
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     mixed_shapes = recipe.alignment is not None and parallel.pipeline_model_parallel_size > 1
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -78,7 +79,13 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # NCCL keeps a tensor's memory until it is sent; gloo reads it while it sends, and the interleaved schedule does not
+        # wait for that (seen here as losses wrong by 6e-4 in one step of five).
+        deallocate_pipeline_outputs=on_gpu or not interleaved,
+        # With two stages, each one's next is also its previous: batched sends and receives of the interleaved schedule
+        # would then meet the wrong partner (seen as a hang in 0.16.1), one direction at a time they cannot.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         variable_seq_lengths=mixed_shapes,
         # Megatron-Core 0.16.1 accepts variable lengths only together with this dispatcher, experts or not.
         moe_token_dispatcher_type="alltoall" if mixed_shapes else "allgather",

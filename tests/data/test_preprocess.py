@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron_prealign.tools.arguments import join_values, underscored
 
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
@@ -22,6 +21,7 @@ from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.errors import UserError
+from megatron_prealign.tools.arguments import join_values, underscored
 
 WORDS = [
     "the",

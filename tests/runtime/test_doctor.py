@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from megatron_prealign.tools.doctor import main
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime import doctor
 from megatron_prealign.runtime.probe import ProbeError, probe, run_command
+from megatron_prealign.tools.doctor import main
 
 
 def put_module(folder: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,96 @@
+"""A tiny real corpus, tokenizer and dictionary for tests: Python's own documentation and its English-Clone."""
+
+import json
+import pydoc_data.topics
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.data.train_tokenizer import train_tokenizer
+from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.readers import parse_input
+from megatron_prealign.recipe import Recipe, load_recipe
+
+VOCAB_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Where the tiny files lie."""
+
+    folder: Path
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.folder / "tokenizer")
+
+    @property
+    def table(self) -> str:
+        return str(self.folder / "table.safetensors")
+
+    def values(self, run_dir: Path) -> dict[str, Any]:
+        """A small recipe with both phases, as plain values for a test to change."""
+        return {
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "make_vocab_size_divisible_by": 16,
+            },
+            "data": {
+                "tokenizer": self.tokenizer,
+                "seq_length": 32,
+                "cache": str(self.folder / "cache"),
+                "sources": [
+                    {"path": str(self.folder / "en"), "language": "en", "weight": 0.8},
+                    {"path": str(self.folder / "en_clone"), "language": "en_clone", "weight": 0.2},
+                ],
+                "validation_fraction": 0.1,
+            },
+            "dictionary": {"table": self.table},
+            "alignment": {"train_iters": 5, "groups_per_step": 16, "lr": 1e-3, "lm_global_batch_size": 4},
+            "code_switch": {"ratio": 0.3},
+            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 2},
+            "training": {
+                "seed": 3,
+                "micro_batch_size": 2,
+                "global_batch_size": 8,
+                "train_iters": 5,
+                "precision": "fp32",
+                "eval_samples": 6,
+                "retrieval_words": 50,
+            },
+            "logging": {"run_dir": str(run_dir), "log_interval": 1, "tensorboard": False},
+        }
+
+
+def recipe_of(values: dict[str, Any], folder: Path) -> Recipe:
+    """Parses plain values through the same door as a user's YAML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "test_recipe.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return load_recipe(["--config", str(path)])
+
+
+def make_tiny(folder: Path) -> Tiny:
+    """Writes the corpus, trains the tokenizer, preprocesses both languages and builds the table."""
+    texts = [text for _, text in sorted(pydoc_data.topics.topics.items())][:60]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    tiny = Tiny(folder)
+    train_tokenizer([str(corpus)], tiny.tokenizer, VOCAB_SIZE, "en_clone", show_progress=False)
+    for language in ("en", "en_clone"):
+        preprocess([str(corpus)], tiny.tokenizer, str(folder / language), language, show_progress=False)
+    words = Counter(re.findall(r"[a-z]{3,}", " ".join(texts)))
+    word_list = folder / "words.tsv"
+    word_list.write_text("".join(f"{word}\t{word}\n" for word, _ in words.most_common(300)), encoding="utf-8")
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    report = BuildReport()
+    groups, _ = read_groups([parse_input(f"{word_list}:en-en_clone", None, "auto", "")], report)
+    build_table(groups, tokenizer, BuildSettings(), report).save(tiny.table)
+    return tiny

@@ -1,0 +1,48 @@
+"""What the tests of whole runs share: run a recipe on a number of processes, read back its losses and weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import recipe_of
+from workers import WorkerPool
+
+
+def train(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in a worker: trains as the recipe says; returns the final counters."""
+    from megatron_prealign.pretrain import pretrain
+
+    return pretrain(recipe_of(values, Path(folder)), leave_process_group=True).to_dict()
+
+
+def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Runs in one worker: all tensors of a checkpoint, whole, whatever layout wrote it; padded vocabulary rows cut off."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_prealign.runtime import cpu
+
+    cpu.enable()
+    tensors = dist_checkpointing.load_plain_tensors(checkpoint)
+    return {
+        name: tensor[:vocab_size] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith("optimizer")
+    }
+
+
+def run(workers: WorkerPool, world_size: int, values: dict[str, Any], folder: Path) -> None:
+    """Trains on `world_size` processes; the run's files lie in the recipe's run_dir."""
+    workers.run(world_size, train, values, str(folder))
+
+
+def records(run_dir: Path, kind: str = "train") -> dict[tuple[str, int], dict[str, Any]]:
+    """(phase, step) -> the last such line of metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["phase"], line["step"]): line for line in lines if line["kind"] == kind}
+
+
+def weights(workers: WorkerPool, run_dir: Path, vocab_size: int) -> dict[str, torch.Tensor]:
+    """The weights of the run's newest checkpoint."""
+    newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+    return workers.run(1, read_weights, str(run_dir / "checkpoints" / newest), vocab_size)[0]

@@ -1,0 +1,110 @@
+"""The same run under every parallel layout: same losses, same alignment losses per layer, same final weights."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import records, run, weights
+from tiny import VOCAB_SIZE, Tiny
+from workers import WorkerPool
+
+# Sums run in another order under another layout; in fp32 five steps of Adam at lr 1e-3 stay well inside this.
+TOLERANCE = 1e-4
+
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"use_distributed_optimizer": False}),
+    "dp2_overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "sp_tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "sp_tp2_dp2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2_tied": {"family": "gpt2", "share_embeddings_and_output_weights": True, "num_query_groups": 4},
+}
+
+
+def values_for(tiny: Tiny, folder: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(folder))
+    values["model"].update(model)
+    values["parallel"] = {"device": "cpu", **parallel}
+    return values
+
+
+@pytest.fixture(scope="module")
+def reference(
+    workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[Any, Any], dict[str, torch.Tensor]]]:
+    """Each family trained in one process."""
+    found = {}
+    for family, model in FAMILIES.items():
+        folder = tmp_path_factory.mktemp(f"one_{family}")
+        run(workers, 1, values_for(tiny, folder, model, {}), folder)
+        found[family] = (folder, weights(workers, folder, 2 * VOCAB_SIZE))
+    return found
+
+
+def assert_same_run(folder: Path, reference_folder: Path) -> None:
+    """Losses of every step, alignment losses of every layer, and the evaluations."""
+    got, expected = records(folder), records(reference_folder)
+    assert got.keys() == expected.keys()
+    assert len(got) == 10
+    for step, line in expected.items():
+        for name in ("loss", "lm_loss", "grad_norm"):
+            assert got[step][name] == pytest.approx(line[name], rel=TOLERANCE), (step, name)
+        if line["phase"] == "alignment":
+            assert got[step]["alignment_loss"] == pytest.approx(line["alignment_loss"], rel=TOLERANCE), step
+        assert got[step].get("switched_words") == line.get("switched_words"), step
+    for step, line in records(reference_folder, "evaluation").items():
+        evaluation = records(folder, "evaluation")[step]
+        assert evaluation["validation_loss"] == pytest.approx(line["validation_loss"], rel=TOLERANCE)
+        # A near tie may fall the other way: one word of fifty.
+        for pair, values in line["word_retrieval_p_at_1"].items():
+            assert evaluation["word_retrieval_p_at_1"][pair] == pytest.approx(values, abs=0.021)
+
+
+def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        difference = (got[name] - tensor).abs().max().item()
+        assert difference <= TOLERANCE * max(1.0, tensor.abs().max().item()), (name, difference)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree_with_one_process(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], layout: str
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    run(workers, world_size, values_for(tiny, tmp_path, {}, parallel), tmp_path)
+    folder, expected = reference["llama"]
+    assert_same_run(tmp_path, folder)
+    assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "sp_tp2"])
+def test_tied_gpt2_agrees_with_one_process(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], layout: str
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    run(workers, world_size, values_for(tiny, tmp_path, FAMILIES["gpt2_tied"], parallel), tmp_path)
+    folder, expected = reference["gpt2_tied"]
+    assert_same_run(tmp_path, folder)
+    assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
+
+
+@pytest.mark.parametrize(("recompute", "layout"), [("full", "pp2"), ("full", "vpp2"), ("selective", "sp_tp2")])
+def test_recomputation_changes_nothing(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], recompute: str, layout: str
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    values = values_for(tiny, tmp_path, {"recompute_granularity": recompute}, parallel)
+    run(workers, world_size, values, tmp_path)
+    folder, expected = reference["llama"]
+    assert_same_run(tmp_path, folder)
+    assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
