@@ -125,11 +125,7 @@ def build_table(
         plain = lexicon.encode(groups.texts, groups.text_language, True, progress)
         groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
         if not len(groups.source):
-            raise UserError(
-                "dictionary: no pair is left after the rules ("
-                + ", ".join(f"{count} {name}" for name, count in report.rules.items() if count)
-                + "); check the languages, the columns and the tokenizer"
-            )
+            raise _nothing_left(report)
         parts = []
         for case in CASES:
             spelling = _spell(groups, case)
@@ -139,6 +135,15 @@ def build_table(
     keys = _unique_keys(_join(parts), groups, report.rules)
     report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
     return _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary, sources)
+
+
+def _nothing_left(report: BuildReport) -> UserError:
+    reasons = [f"{count} {name}" for name, count in report.rules.items() if count]
+    if report.errors.count:
+        reasons.append(f"{report.errors.count} lines skipped, the first {report.errors.first[0]}")
+    return UserError(
+        f"dictionary: no pair is left ({'; '.join(reasons)}); check the format, the languages and the tokenizer"
+    )
 
 
 @contextmanager

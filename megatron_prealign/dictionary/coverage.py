@@ -126,7 +126,7 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more")
     sidecar = load_sidecar(prefix)
-    table.check_tokenizer(sidecar.tokenizer.fingerprint)
+    table.check_tokenizer(sidecar.tokenizer.fingerprint, f"dataset {prefix}")
     tokens, row_starts = _sample(prefix, max_tokens)
     if len(tokens) and int(tokens.max()) >= table.vocab_size:
         raise UserError(

@@ -21,6 +21,7 @@ OnError = Literal["stop", "skip"]
 MAX_LISTED_ERRORS = 100
 LANGUAGES_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(-[A-Za-z][A-Za-z0-9_]*)+")
 WORDS_SEPARATOR = "$"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,8 @@ def _text_of(record: dict[str, object], key: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise ValueError(f'"{key}" is {value!r}, expected a string')
+    if _SURROGATE.search(value):
+        raise ValueError(f'"{key}" is {value!r}, which holds half of a \\u pair and is no text')
     return value
 
 

@@ -139,16 +139,16 @@ class DictionaryTable:
         """Id of a language code; None where the table does not have it."""
         return self.languages.index(language) if language in self.languages else None
 
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Checks that ids of this table mean the same as those of a tokenizer or dataset.
+    def check_tokenizer(self, fingerprint: str, whose: str = "the tokenizer in use") -> None:
+        """Checks that ids of this table mean the same as those of a tokenizer or dataset, called `whose` in the message.
 
         Raises:
             UserError: the fingerprints differ.
         """
         if fingerprint != self.tokenizer_fingerprint:
             raise UserError(
-                f"{self.path or 'dictionary table'}: built with tokenizer {self.tokenizer_fingerprint}, got tokenizer "
-                f"{fingerprint}; build the table again with the tokenizer in use (megatron-prealign dictionary build)"
+                f"{self.path or 'dictionary table'}: built with tokenizer {self.tokenizer_fingerprint}, but {whose} has "
+                f"{fingerprint}; build the table with the same tokenizer (megatron-prealign dictionary build)"
             )
 
     def held_out_groups(self, fraction: float) -> NDArray[np.bool_]:

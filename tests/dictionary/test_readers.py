@@ -62,6 +62,10 @@ def test_bad_lines_name_file_and_line(tmp_path, bad, message):
         ("not json", ":2: not JSON (Expecting value at column 1)"),
         ('{"source": "apple"}', ":2: no \"src_text\" among the keys ['source']"),
         ('{"src_text": "apple", "tgt_text": 3}', ':2: "tgt_text" is 3, expected a string'),
+        (
+            r'{"src_text": "a\ud83d", "tgt_text": "b"}',
+            r""":2: "src_text" is 'a\ud83d', which holds half of a \u pair""",
+        ),
         ('["apple"]', ":2: got a JSON list, expected an object"),
     ],
 )
