@@ -140,7 +140,8 @@ class DictionaryTable:
         return self.languages.index(language) if language in self.languages else None
 
     def check_tokenizer(self, fingerprint: str, whose: str = "the tokenizer in use") -> None:
-        """Checks that ids of this table mean the same as those of a tokenizer or dataset, called `whose` in the message.
+        """Checks that ids of this table mean the same as those of a tokenizer or dataset, called `whose` in the
+        message.
 
         Raises:
             UserError: the fingerprints differ.
