@@ -148,8 +148,8 @@ class DictionaryTable:
         """
         if fingerprint != self.tokenizer_fingerprint:
             raise UserError(
-                f"{self.path or 'dictionary table'}: built with tokenizer {self.tokenizer_fingerprint}, but {whose} has "
-                f"{fingerprint}; build the table with the same tokenizer (megatron-prealign dictionary build)"
+                f"{self.path or 'dictionary table'}: built with tokenizer {self.tokenizer_fingerprint}, but {whose} "
+                f"has {fingerprint}; build the table with the same tokenizer (megatron-prealign dictionary build)"
             )
 
     def held_out_groups(self, fraction: float) -> NDArray[np.bool_]:
