@@ -1,7 +1,7 @@
 """A pool of worker processes that the multi-process tests share: importing Megatron-Core takes seconds a process.
 
-Each task joins a gloo group of as many workers as it wants through a file, runs, and leaves the group again. A task that
-does not answer in time ends the workers and fails, it never hangs the suite.
+Each task joins a gloo group of as many workers as it wants through a file, runs, and leaves the group again. A task
+that does not answer in time ends the workers and fails, it never hangs the suite.
 """
 
 import contextlib

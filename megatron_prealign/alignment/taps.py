@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_prealign.alignment.words import WordBatch
@@ -121,12 +122,12 @@ class LayerTaps:
             self._observe_output_embedding(model, batch)
         return output
 
-    def _block_hook(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _block_hook(self, module: TransformerLayer, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         mask = kwargs.get("attention_mask")
         batch = None if mask is None else self._batches.get(mask.data_ptr())
         if batch is None:
             return output
-        hidden = self._observe(int(module.layer_number), output[0], batch)
+        hidden = self._observe(module.layer_number, output[0], batch)
         return (hidden, *output[1:])
 
     def _outer_hook(self, layer: int) -> Callable[..., torch.Tensor]:

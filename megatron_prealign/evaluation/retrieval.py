@@ -131,7 +131,7 @@ def _representations(
             return output, lambda losses: (loss_of(losses), {})
         return taps.run_words(chunk, unwrap(chunk), batch), lambda hidden: (no_loss(hidden), {})
 
-    batches = _word_batches(runtime, words)
+    batches: list[WordBatch | RowMicrobatch] = [*_word_batches(runtime, words)]
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -142,7 +142,7 @@ def _representations(
             forward_step,
             batches,
             idle=lambda: idle_rows(runtime),
-            shape=tuple(batches[0].tokens.t().shape),
+            shape=(batches[0].tokens.shape[1], batches[0].tokens.shape[0]),
             mixed_shapes=True,
             forward_only=True,
         )

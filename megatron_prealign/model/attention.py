@@ -52,9 +52,11 @@ class FusedCausalAttention(MegatronModule):
         phase sends each word's description along in that argument (see `alignment.taps`)."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("FusedCausalAttention takes neither packed sequences nor an attention bias")
-        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
         context = F.scaled_dot_product_attention(
-            *heads_first,
+            # [sequence, batch, heads, channels] -> [batch, heads, sequence, channels]
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
             scale=self.softmax_scale,

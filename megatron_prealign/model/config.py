@@ -79,8 +79,8 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # NCCL keeps a tensor's memory until it is sent; gloo reads it while it sends, and the interleaved schedule does not
-        # wait for that (seen here as losses wrong by 6e-4 in one step of five).
+        # NCCL keeps a tensor's memory until it is sent; gloo reads it while it sends, and the interleaved schedule
+        # does not wait for that (seen here as losses wrong by 6e-4 in one step of five).
         deallocate_pipeline_outputs=on_gpu or not interleaved,
         # With two stages, each one's next is also its previous: batched sends and receives of the interleaved schedule
         # would then meet the wrong partner (seen as a hang in 0.16.1), one direction at a time they cannot.

@@ -66,4 +66,5 @@ class DataSection:
     @property
     def languages(self) -> list[str]:
         """All languages of the blend and of the validation sets, in order of first mention."""
-        return list(dict.fromkeys([source.language for source in [*self.sources, *self.validation]]))
+        sources: list[DataSource | ValidationSource] = [*self.sources, *self.validation]
+        return list(dict.fromkeys(source.language for source in sources))

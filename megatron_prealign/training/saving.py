@@ -21,7 +21,8 @@ class SaveCheckpoints(Callback):
 
     def on_step(self, trainer: "Trainer") -> None:
         due = self._interval is not None and trainer.state.step % self._interval == 0
-        # A phase's last step is saved by `on_phase_end`, after the evaluation there: a run killed in between repeats it.
+        # A phase's last step is saved by `on_phase_end`, after the evaluation there: a run killed in between repeats
+        # it.
         if (due or trainer.state.stop_requested) and not trainer.phase.is_over(trainer.state):
             self._save(trainer)
 

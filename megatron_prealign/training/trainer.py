@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -26,7 +26,7 @@ class Trainer:
         self,
         recipe: Recipe,
         runtime: Runtime,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         phases: Sequence[Phase],
         callbacks: Sequence[Callback],

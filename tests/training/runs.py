@@ -17,7 +17,8 @@ def train(values: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Runs in one worker: all tensors of a checkpoint, whole, whatever layout wrote it; padded vocabulary rows cut off."""
+    """Runs in one worker: all tensors of a checkpoint, whole, whatever layout wrote it; padded vocabulary rows cut
+    off."""
     from megatron.core import dist_checkpointing
 
     from megatron_prealign.runtime import cpu

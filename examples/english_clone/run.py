@@ -1,0 +1,96 @@
+"""The demo: English against English-Clone, joint training against PreAlign, from raw text to the report.
+
+Every step is a command a user would type, and it is printed before it runs. A step whose output is there is passed over,
+so an interrupted demo goes on where it was.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DEMO = Path("runs/demo")
+DATA = DEMO / "data"
+PROCESSES = 2
+
+
+def run(command: Sequence[str], made: Path | None = None) -> None:
+    """Runs one command; passes it over when `made`, its last output, is there already."""
+    if made is not None and made.exists():
+        print(f"# {made} is there", flush=True)
+        return
+    print(f"$ {shlex.join(command)}", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // PROCESSES)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def megatron_prealign(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_prealign", *arguments]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    return [*launcher, "-m", "megatron_prealign", *arguments]
+
+
+def prepare() -> None:
+    """Harvests the text, trains the tokenizer, preprocesses both languages and builds the dictionary."""
+    harvest = [sys.executable, str(HERE / "harvest.py"), "--output", str(DATA), "--max-bytes", "8000000"]
+    run(harvest, DATA / "words.tsv")
+    tokenizer = DATA / "tokenizer"
+    train_text = str(DATA / "train.jsonl")
+    run(
+        megatron_prealign(
+            *("train-tokenizer", "--input", train_text, "--output", str(tokenizer)),
+            *("--vocab-size", "4096", "--clone-language", "en_clone"),
+        ),
+        tokenizer,
+    )
+    for split in ("train", "validation"):
+        for language in ("en", "en_clone"):
+            prefix = DATA / f"{split}_{language}"
+            run(
+                megatron_prealign(
+                    *("preprocess", "--input", str(DATA / f"{split}.jsonl"), "--tokenizer", str(tokenizer)),
+                    *("--output", str(prefix), "--language", language),
+                ),
+                prefix.with_suffix(".json"),
+            )
+    table = DATA / "table.safetensors"
+    run(
+        megatron_prealign(
+            *("dictionary", "build", "--input", f"{DATA / 'words.tsv'}:en-en_clone"),
+            *("--tokenizer", str(tokenizer), "--output", str(table), "--corpus", str(DATA / "train_en")),
+        ),
+        table,
+    )
+
+
+def main() -> int:
+    """Runs the whole demo in the current folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.parse_args()
+    start_s = time.monotonic()
+    prepare()
+    base = ["--config", str(HERE / "base.yaml")]
+    # Training resumes by itself; a finished run only finds that it is finished.
+    run(torchrun("pretrain", *base))
+    run(torchrun("pretrain", *base, "--config", str(HERE / "prealign.yaml")))
+    run(
+        megatron_prealign(
+            *("evaluate", "--run", f"joint={DEMO / 'joint'}", f"prealign={DEMO / 'prealign'}", "--output", str(DEMO))
+        )
+    )
+    print(f"done in {(time.monotonic() - start_s) / 60:.1f} minutes; open {DEMO / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
