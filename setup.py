@@ -59,8 +59,6 @@ setup(
             "types-tqdm",
             "types-psutil",
         ],
-        "deepspeed": ["deepspeed>=0.15"],
-        "fast-tokenizer": ["gigatoken>=0.10"],
     },
     entry_points={"console_scripts": ["megatron-prealign = megatron_prealign.cli:main"]},
     classifiers=[

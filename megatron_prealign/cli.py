@@ -27,17 +27,22 @@ Options = TypeVar("Options")
 def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> Options:
     """Parses `argv` into the dataclass `options`; its docstring and field docstrings are the help text.
 
+    Options may be written with dashes or underscores; an option that takes several values takes them one after another.
+
     Raises:
         UserError: an unknown option, a missing one or a value of the wrong type.
     """
-    from jsonargparse import ArgumentParser
+    from megatron_prealign.arguments import join_values, underscored
+    from megatron_prealign.recipe.load import as_user_error, new_parser
 
-    from megatron_prealign.recipe.load import as_user_error
-
-    parser = ArgumentParser(prog=f"megatron-prealign {command}", description=options.__doc__, exit_on_error=False)
+    arguments = underscored(argv)
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        if str(field.type).startswith("list["):
+            arguments = join_values(arguments, f"--{field.name}")
+    parser = new_parser(command, options.__doc__ or "")
     parser.add_class_arguments(options)
     with as_user_error(f"megatron-prealign {command}"):
-        values = parser.parse_args(list(argv))
+        values = parser.parse_args(arguments)
         return options(**{field.name: values[field.name] for field in dataclasses.fields(options)})  # type: ignore[arg-type]
 
 

@@ -44,35 +44,92 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokenizer and the number of ids the model has for it."""
+
+    tokenizer: Tokenizer
+    size: int
+    """True number of ids."""
+    padded_size: int
+    """Rows of the embedding, a multiple that tensor parallelism needs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """The word table and the groups kept out of training."""
+
+    table: DictionaryTable
+    held_out: np.ndarray
+    """bool `[groups]`."""
+
+
+@dataclass(frozen=True, eq=False)
 class Materials:
     """What a run reads from disk, opened and checked."""
 
-    tokenizer: Tokenizer
-    vocab_size: int
-    table: DictionaryTable | None
-    held_out: np.ndarray | None
+    vocabulary: Vocabulary
+    dictionary: Dictionary | None
     train: TrainSamples
     validation: ValidationSamples
 
 
-def open_materials(recipe: Recipe, runtime: Runtime) -> Materials:
-    """Opens tokenizer, dictionary and data. Takes part: all ranks; the sample index is built by one rank per node.
+def open_vocabulary(recipe: Recipe) -> Vocabulary:
+    """Opens the tokenizer.
+
+    Raises:
+        UserError: it is missing or damaged, or has more ids than the model.
+    """
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    size = recipe.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {size}, but the tokenizer {recipe.data.tokenizer} has "
+            f"{tokenizer.vocab_size} ids; raise it or leave it out"
+        )
+    padded = padded_vocab_size(
+        size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
+    )
+    return Vocabulary(tokenizer, size, padded)
+
+
+def open_dictionary(recipe: Recipe, vocabulary: Vocabulary) -> Dictionary | None:
+    """Opens the recipe's table, if it names one.
+
+    Raises:
+        UserError: it is missing, damaged or of another tokenizer.
+    """
+    if recipe.dictionary is None:
+        return None
+    table = load_table(recipe.dictionary.table)
+    table.check_tokenizer(vocabulary.tokenizer.fingerprint)
+    return Dictionary(table, table.held_out_groups(recipe.dictionary.held_out_fraction))
+
+
+def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples:
+    """Opens the held-out text of every language.
+
+    Raises:
+        UserError: a dataset is missing, damaged or does not fit.
+    """
+    return ValidationSamples.build(
+        recipe.data,
+        languages=recipe.data.languages,
+        max_samples=recipe.training.eval_samples,
+        vocab_size=vocabulary.size,
+        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
+    )
+
+
+def open_materials(recipe: Recipe) -> Materials:
+    """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index.
 
     Raises:
         UserError: anything is missing, damaged or does not fit together.
     """
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has "
-            f"{tokenizer.vocab_size} ids; raise it or leave it out"
-        )
-    table, held_out = None, None
-    if recipe.dictionary is not None:
-        table = load_table(recipe.dictionary.table)
-        table.check_tokenizer(tokenizer.fingerprint)
-        held_out = table.held_out_groups(recipe.dictionary.held_out_fraction)
+    vocabulary = open_vocabulary(recipe)
+    dictionary = open_dictionary(recipe, vocabulary)
+    validation = open_validation(recipe, vocabulary)
+    # Last: it has a barrier inside, which a rank that failed before would not reach.
     train = TrainSamples.build(
         recipe.data,
         num_samples=num_samples(recipe),
@@ -81,17 +138,10 @@ def open_materials(recipe: Recipe, runtime: Runtime) -> Materials:
         cache_dir=recipe.cache_dir,
         is_builder=int(os.environ.get("LOCAL_RANK", "0")) == 0,
         barrier=dist.barrier,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=vocabulary.size,
+        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
     )
-    validation = ValidationSamples.build(
-        recipe.data,
-        languages=recipe.data.languages,
-        max_samples=recipe.training.eval_samples,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-    )
-    return Materials(tokenizer, vocab_size, table, held_out, train, validation)
+    return Materials(vocabulary, dictionary, train, validation)
 
 
 def num_samples(recipe: Recipe) -> int:
@@ -107,7 +157,7 @@ def num_samples(recipe: Recipe) -> int:
 
 def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list[Phase]:
     """The alignment phase, if the recipe has one, and language-model training."""
-    eod_id, mask_eod = materials.tokenizer.eod_id, recipe.data.eod_mask_loss
+    eod_id, mask_eod = materials.vocabulary.tokenizer.eod_id, recipe.data.eod_mask_loss
 
     def plain(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
         return plain_batch(rows.tokens, eod_id=eod_id, mask_eod=mask_eod)
@@ -115,10 +165,10 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     reader = partial(RowReader, materials.train, runtime, micro_batch_size=recipe.training.micro_batch_size)
     phases: list[Phase] = []
     if recipe.alignment is not None:
-        assert materials.table is not None and materials.held_out is not None
+        assert materials.dictionary is not None
         sampler = WordSampler(
-            materials.table,
-            held_out=materials.held_out,
+            materials.dictionary.table,
+            held_out=materials.dictionary.held_out,
             groups_per_step=recipe.alignment.groups_per_step,
             max_word_tokens=recipe.alignment.max_word_tokens,
             seed=recipe.training.seed,
@@ -127,9 +177,9 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     make_batch: Callable[[SampleRows, int], SwitchedBatch] = plain
     target_languages: Sequence[str] | None = None
     if recipe.code_switch is not None:
-        assert materials.table is not None and materials.held_out is not None
+        assert materials.dictionary is not None
         switcher = CodeSwitcher(
-            materials.table.without_groups(materials.held_out),
+            materials.dictionary.table.without_groups(materials.dictionary.held_out),
             recipe.code_switch,
             seed=recipe.training.seed,
             languages=recipe.data.languages,
@@ -137,7 +187,7 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
             eod_id=eod_id,
             mask_eod=mask_eod,
         )
-        target_languages = materials.table.languages
+        target_languages = materials.dictionary.table.languages
 
         def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
             return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens)
@@ -145,6 +195,26 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
         make_batch = switched
     phases.append(LanguageModelPhase(recipe, runtime, reader(make_batch=make_batch), target_languages=target_languages))
     return phases
+
+
+def open_store(recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary) -> CheckpointStore:
+    """The run's checkpoints."""
+    return CheckpointStore(
+        recipe,
+        runtime,
+        vocab_size=vocabulary.size,
+        padded_vocab_size=vocabulary.padded_size,
+        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
+    )
+
+
+def open_evaluator(
+    recipe: Recipe, runtime: Runtime, validation: ValidationSamples, dictionary: Dictionary | None
+) -> Evaluator:
+    """What can be measured of the run's model."""
+    if dictionary is None:
+        return Evaluator(recipe, runtime, validation, None, None)
+    return Evaluator(recipe, runtime, validation, dictionary.table, dictionary.held_out)
 
 
 def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:
@@ -165,23 +235,16 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
 
 
 def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -> TrainState:
-    on_every_rank("checking the recipe", lambda: _check_world_size(recipe, runtime))
+    on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
     on_rank_zero("preparing logging.run_dir", lambda: _prepare_run_dir(recipe))
-    materials = on_every_rank("opening the data", lambda: open_materials(recipe, runtime))
+    materials = on_every_rank("opening the data", lambda: open_materials(recipe))
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials))
-    models = on_every_rank("building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocab_size))
+    models = on_every_rank(
+        "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+    )
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
-    padded = padded_vocab_size(
-        materials.vocab_size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
-    )
-    store = CheckpointStore(
-        recipe,
-        runtime,
-        vocab_size=materials.vocab_size,
-        padded_vocab_size=padded,
-        tokenizer_fingerprint=materials.tokenizer.fingerprint,
-    )
+    store = open_store(recipe, runtime, materials.vocabulary)
     state = on_every_rank("resuming", lambda: store.resume(chunks, optimizer))
     if state is None:
         state = TrainState()
@@ -193,11 +256,11 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         runtime.world_size,
         runtime.device,
         count_parameters(models) / 1e6,
-        materials.vocab_size,
-        padded,
+        materials.vocabulary.size,
+        materials.vocabulary.padded_size,
     )
     metrics = MetricsFile(Path(recipe.logging.run_dir) / "metrics.jsonl", enabled=runtime.rank == 0)
-    evaluator = Evaluator(recipe, runtime, materials.validation, materials.table, materials.held_out)
+    evaluator = open_evaluator(recipe, runtime, materials.validation, materials.dictionary)
     trainer = Trainer(
         recipe,
         runtime,
@@ -206,7 +269,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         phases,
         [
             StopOnSignal(),
-            ProgressLog(recipe, metrics, padded_vocab_size=padded),
+            ProgressLog(recipe, metrics, padded_vocab_size=materials.vocabulary.padded_size),
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
             SaveCheckpoints(store, materials.train, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),
@@ -218,7 +281,12 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     return state
 
 
-def _check_world_size(recipe: Recipe, runtime: Runtime) -> None:
+def check_world_size(recipe: Recipe, runtime: Runtime) -> None:
+    """Checks that the processes there are can run the recipe.
+
+    Raises:
+        UserError: they cannot.
+    """
     try:
         recipe.check_world_size(runtime.world_size)
     except RecipeValueError as error:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
-from megatron_prealign.tools.arguments import join_values, underscored
 
 if TYPE_CHECKING:
     from megatron_prealign.dictionary.build import BuildReport
@@ -61,8 +60,7 @@ class CoverageOptions:
 
 
 def build(argv: Sequence[str]) -> int:
-    arguments = join_values(join_values(underscored(argv), "--input"), "--corpus")
-    options = parse_options(BuildOptions, "dictionary build", arguments)
+    options = parse_options(BuildOptions, "dictionary build", argv)
 
     from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
@@ -91,7 +89,7 @@ def build(argv: Sequence[str]) -> int:
 
 
 def coverage(argv: Sequence[str]) -> int:
-    options = parse_options(CoverageOptions, "dictionary coverage", join_values(underscored(argv), "--corpus"))
+    options = parse_options(CoverageOptions, "dictionary coverage", argv)
 
     from megatron_prealign.dictionary.coverage import measure_coverage
     from megatron_prealign.dictionary.table import load_table

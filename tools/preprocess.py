@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prealign.cli import parse_options
-from megatron_prealign.tools.arguments import join_values, underscored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class PreprocessOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command with the arguments behind its name."""
-    options = parse_options(PreprocessOptions, "preprocess", join_values(underscored(argv), "--input"))
+    options = parse_options(PreprocessOptions, "preprocess", argv)
 
     import os
 

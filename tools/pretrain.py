@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_prealign.recipe.load import as_user_error, recipe_from_namespace, recipe_parser
+from megatron_prealign.recipe.load import as_user_error, recipe_from_namespace, recipe_name, recipe_parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,13 +14,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--world_size", type=int | None, default=None, help="with --validate: processes the run will have"
     )
-    with as_user_error("recipe"):
+    with as_user_error(recipe_name(argv)):
         values = parser.instantiate(parser.parse_args(list(argv)))
         recipe = recipe_from_namespace(values)
     if values.validate:
         from megatron_prealign.validate import validate
 
-        with as_user_error("recipe"):
+        with as_user_error(recipe_name(argv)):
             print(validate(recipe, values.world_size))
         return 0
     from megatron_prealign.runtime import log

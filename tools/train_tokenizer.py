@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prealign.cli import parse_options
-from megatron_prealign.tools.arguments import join_values, underscored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class TrainTokenizerOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command with the arguments behind its name."""
-    options = parse_options(TrainTokenizerOptions, "train-tokenizer", join_values(underscored(argv), "--input"))
+    options = parse_options(TrainTokenizerOptions, "train-tokenizer", argv)
 
     from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.data.train_tokenizer import train_tokenizer

@@ -1,7 +1,7 @@
 """The demo: English against English-Clone, joint training against PreAlign, from raw text to the report.
 
-Every step is a command a user would type, and it is printed before it runs. A step whose output is there is passed over,
-so an interrupted demo goes on where it was.
+Every step is a command a user would type, and it is printed before it runs. A step whose output is there is passed
+over, so an interrupted demo goes on where it was.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Recipes from YAML files and `--section.field value` overrides, by jsonargparse."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.checks import RecipeValueError
+from megatron_prealign.recipe.explain import explain
 from megatron_prealign.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,23 +22,26 @@ def as_user_error(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (ArgumentError, RecipeValueError) as error:
-        cause: BaseException | None = error
-        # A section's own check surfaces wrapped by jsonargparse: its text alone is the clear line.
-        while cause is not None and not isinstance(cause, RecipeValueError):
-            cause = cause.__cause__ or cause.__context__
-        message = re.sub(r"\s*\n\s*", " ", str(cause or error)).strip()
-        raise UserError(f"{where}: {message}") from error
+    except (ArgumentError, RecipeValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {explain(error)}") from error
+    except ValueError as error:
+        # A check of an optional section surfaces inside jsonargparse's complaint about the union.
+        if not isinstance(error.__cause__ or error.__context__, RecipeValueError):
+            raise
+        raise UserError(f"{where}: {explain(error)}") from error
+
+
+def recipe_name(arguments: Sequence[str]) -> str:
+    """What to call the recipe in a message: `recipe` and the files that `arguments` name by --config."""
+    files = [value for name, value in zip(arguments, arguments[1:], strict=False) if name == "--config"]
+    files += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    return " ".join(["recipe", *files])
 
 
 def recipe_parser(command: str) -> "ArgumentParser":
-    """A jsonargparse parser for the recipe's sections plus `--config FILE` (may be given several times, later wins)."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog=f"megatron-prealign {command}",
-        exit_on_error=False,
-        description="Options are the fields of the recipe; a later --config or option overrides an earlier one.",
+    """A parser for the recipe's sections plus `--config FILE` (may be given several times, later wins)."""
+    parser = new_parser(
+        command, "Options are the fields of the recipe; a later --config or option overrides an earlier one."
     )
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(Recipe)
@@ -57,7 +60,7 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
         UserError: a missing file, an unknown key, a wrong type or values that do not fit together.
     """
     parser = recipe_parser(command)
-    with as_user_error("recipe"):
+    with as_user_error(recipe_name(arguments)):
         return recipe_from_namespace(parser.instantiate(parser.parse_args(list(arguments))))
 
 

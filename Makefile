@@ -1,0 +1,46 @@
+# `make demo`, `make test` and `make checks` install what they need into .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test checks lint types format clean
+
+help:
+	@echo "make demo     English and English-Clone, joint training against PreAlign, to runs/demo/report.html"
+	@echo "make test     all tests"
+	@echo "make checks   format, lint, types, tests: what CI runs"
+	@echo "make format   put the code into format"
+	@echo "make clean    remove .venv, caches and build output (runs/ stays)"
+
+install: $(STAMP)
+
+# Whatever the installation depends on makes it stale; torch comes first so that nothing else pulls another build of it.
+$(STAMP): setup.py constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/english_clone/run.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+checks: lint types test
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

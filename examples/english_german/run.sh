@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Text in two languages and a word list -> tokenizer, token files, table, two runs, report. The commands of the README, in order.
+# Usage: run.sh EN.jsonl.gz DE.jsonl.gz EN-DE.tsv.gz [PROCESSES]
+set -euo pipefail
+if [ $# -lt 3 ]; then
+  echo "usage: $0 EN.jsonl.gz DE.jsonl.gz EN-DE.tsv.gz [PROCESSES]" >&2
+  exit 2
+fi
+english=$1 german=$2 words=$3 processes=${4:-2}
+here=$(dirname "$0")
+data=runs/english_german/data
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+mkdir -p "$data"
+
+[ -d "$data/tokenizer" ] || megatron-prealign train-tokenizer --input "$english" "$german" --output "$data/tokenizer" --vocab-size 6000
+[ -f "$data/en.json" ] || megatron-prealign preprocess --input "$english" --tokenizer "$data/tokenizer" --output "$data/en" --language en
+[ -f "$data/de.json" ] || megatron-prealign preprocess --input "$german" --tokenizer "$data/tokenizer" --output "$data/de" --language de
+[ -f "$data/table.safetensors" ] || megatron-prealign dictionary build --input "$words:en-de" --tokenizer "$data/tokenizer" \
+  --output "$data/table.safetensors" --corpus "$data/en"
+
+train() { torchrun --standalone --nproc-per-node "$processes" -m megatron_prealign pretrain "$@"; }
+train --config "$here/base.yaml"
+train --config "$here/base.yaml" --config "$here/prealign.yaml"
+megatron-prealign evaluate --run joint=runs/english_german/joint prealign=runs/english_german/prealign --output runs/english_german

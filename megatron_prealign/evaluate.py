@@ -1,0 +1,74 @@
+"""Measures trained runs from their checkpoints and writes the report. The command `evaluate` calls
+`evaluate_runs()`."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.evaluation.report import write_report
+from megatron_prealign.evaluation.run_record import Measurement, load_run
+from megatron_prealign.model.build import build_model
+from megatron_prealign.pretrain import (
+    check_world_size,
+    open_dictionary,
+    open_evaluator,
+    open_store,
+    open_validation,
+    open_vocabulary,
+)
+from megatron_prealign.recipe import ParallelSection, load_recipe
+from megatron_prealign.runtime.agreement import on_every_rank
+from megatron_prealign.runtime.distributed import start, stop
+from megatron_prealign.training.checkpoint import read_state, resolve_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_runs(
+    runs: Mapping[str, Path], output: Path, parallel: ParallelSection, *, leave_process_group: bool = False
+) -> dict[str, Any] | None:
+    """Measures each run's newest checkpoint and writes report.json, report.html and report.png into `output`.
+
+    Takes part: all processes; rank 0 returns the report, the others None.
+
+    Args:
+        runs: name in the report -> the run's folder.
+        parallel: layout to evaluate in; it need not be the one the run was trained in.
+        leave_process_group: keep torch's process group for the caller, who started it.
+
+    Raises:
+        UserError: a run, its checkpoint or its data is missing or damaged.
+    """
+    measured, rank = {}, 0
+    for number, (name, folder) in enumerate(runs.items()):
+        last = number + 1 == len(runs)
+        measured[name], rank = _measure(folder, parallel, leave_process_group=leave_process_group or not last)
+    if rank:
+        return None
+    return write_report({name: (load_run(folder), measured[name]) for name, folder in runs.items()}, output)
+
+
+def _measure(folder: Path, parallel: ParallelSection, *, leave_process_group: bool) -> tuple[Measurement, int]:
+    """Measures one run; returns the measurement and this process's rank. Takes part: all processes."""
+    checkpoint = resolve_checkpoint(folder)
+    saved = load_recipe(["--config", str(checkpoint / "recipe.yaml")])
+    recipe = replace(saved, parallel=parallel)
+    runtime = start(parallel, seed=recipe.training.seed)
+    try:
+        on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
+        vocabulary = on_every_rank("opening the tokenizer", lambda: open_vocabulary(recipe))
+        dictionary = on_every_rank("opening the dictionary", lambda: open_dictionary(recipe, vocabulary))
+        validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
+        build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
+        models = on_every_rank("building the model", build)
+        store = open_store(recipe, runtime, vocabulary)
+        on_every_rank("loading weights", lambda: store.load_weights(models, None, checkpoint))
+        logger.info("measuring %s", checkpoint)
+        result = open_evaluator(recipe, runtime, validation, dictionary).measure(models)
+        state = read_state(checkpoint)["train_state"]
+        return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank
+    finally:
+        stop(leave_process_group=leave_process_group)

@@ -1,0 +1,97 @@
+"""Turns what jsonargparse says about a recipe into one line: which field, what it is, what is expected.
+
+jsonargparse nests its complaints, one layer for every section and union; the chain of exceptions behind the last one
+holds the pieces. Texts that are not recognised pass through, folded to one line.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from megatron_prealign.recipe.checks import RecipeValueError
+from megatron_prealign.recipe.recipe import Recipe
+
+_KEY = re.compile(r'Parser key "([^"]+)":\s*')
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+_SECTION = "a section with fields of its own"
+_NO_SECTION = (
+    r"Not a valid subclass of \S+ Got value: (.+?) Subclass types",
+    r"Expected a dot import path string: (.+)",
+    r"Unable to load config [\"'](.+?)[\"']",
+)
+
+
+def explain(error: BaseException) -> str:
+    """One line about `error`, which jsonargparse or a section's own check raised."""
+    chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, RecipeValueError):
+            return str(cause)
+        mark = getattr(cause, "problem_mark", None)
+        if mark is not None:
+            return f"line {mark.line + 1}, column {mark.column + 1}: not YAML, {getattr(cause, 'problem', cause)}"
+    keys = dict.fromkeys(match[1] for cause in chain if (match := _KEY.match(str(cause))))
+    leaf = next((text for cause in reversed(chain) if (text := _one_line(_KEY.sub("", str(cause))))), "unknown error")
+    return _rephrase(leaf, ".".join(keys))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text).strip()
+
+
+def _rephrase(leaf: str, field: str) -> str:
+    if match := re.match(r"Expected a (.+?)\. Got value: (.*)", leaf):
+        return f"{field} is {match[2]}, expected {_type_name(match[1])}"
+    if match := re.match(r"Option '(.+?)' is not accepted", leaf):
+        return _unknown(f"{field}.{match[1]}" if field else match[1])
+    if match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", leaf):
+        return _unknown(f"{match[1]}.{match[2]}")
+    if match := re.match(r"the following arguments are required: (.+)", leaf):
+        missing = [f"{field}.{name}" if field else name for name in match[1].split(", ")]
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, expected a value"
+    if match := re.match(r"Unexpected config:(.*)", leaf):
+        return f"the file is {match[1].strip() or 'empty'}, expected sections such as `model:` and `data:`"
+    for pattern in _NO_SECTION:
+        if match := re.match(pattern, leaf):
+            return f"{field} is {match[1]}, expected {_SECTION}"
+    return f"{field}: {leaf}" if field else leaf
+
+
+def _type_name(text: str) -> str:
+    if match := re.match(r"typing\.Literal\[(.+)\]", text):
+        return f"one of {match[1]}"
+    match = re.match(r"<class '(?:.*\.)?(.+)'>", text)
+    return _TYPES.get(match[1], _SECTION) if match else text
+
+
+def _unknown(field: str) -> str:
+    """The message about a field that no section has, with the fields it may have been meant to be."""
+    *path, name = field.split(".")
+    # `foo.bar` where there is no section `foo`: that is what is wrong.
+    while (section := _section(path)) is None:
+        *path, name = path
+    names = [each.name for each in fields(section)]
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"{'.'.join([*path, name])} is unknown, expected {close[0] if close else f'one of {", ".join(names)}'}"
+
+
+def _section(path: list[str]) -> typing.Any:
+    """The dataclass of the section at `path` of the recipe, None where there is none."""
+    kind: typing.Any = Recipe
+    for name in path:
+        kind = typing.get_type_hints(kind).get(name) if is_dataclass(kind) else None
+        while kind is not None and not is_dataclass(kind):
+            # `Section | None` and `list[Item]`.
+            arguments = typing.get_args(kind)
+            is_wrapper = isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, list)
+            kind = arguments[0] if is_wrapper else None
+    return kind
