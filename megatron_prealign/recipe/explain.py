@@ -81,7 +81,8 @@ def _unknown(field: str) -> str:
         *path, name = path
     names = [each.name for each in fields(section)]
     close = difflib.get_close_matches(name, names, n=1)
-    return f"{'.'.join([*path, name])} is unknown, expected {close[0] if close else f'one of {", ".join(names)}'}"
+    expected = close[0] if close else f"one of {', '.join(names)}"
+    return f"{'.'.join([*path, name])} is unknown, expected {expected}"
 
 
 def _section(path: list[str]) -> typing.Any:

@@ -38,6 +38,13 @@ def recipe_name(arguments: Sequence[str]) -> str:
     return " ".join(["recipe", *files])
 
 
+def new_parser(command: str, description: str) -> "ArgumentParser":
+    """An empty parser for `megatron-prealign COMMAND` that raises its errors instead of ending the process."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"megatron-prealign {command}", exit_on_error=False, description=description)
+
+
 def recipe_parser(command: str) -> "ArgumentParser":
     """A parser for the recipe's sections plus `--config FILE` (may be given several times, later wins)."""
     parser = new_parser(
