@@ -162,7 +162,7 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     def plain(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
         return plain_batch(rows.tokens, eod_id=eod_id, mask_eod=mask_eod)
 
-    reader = partial(RowReader, materials.train, runtime, micro_batch_size=recipe.training.micro_batch_size)
+    reader = partial(RowReader, materials.train, runtime)
     phases: list[Phase] = []
     if recipe.alignment is not None:
         assert materials.dictionary is not None
@@ -173,7 +173,11 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
             max_word_tokens=recipe.alignment.max_word_tokens,
             seed=recipe.training.seed,
         )
-        phases.append(AlignmentPhase(recipe, runtime, reader(make_batch=plain), sampler))
+        phases.append(
+            AlignmentPhase(
+                recipe, runtime, reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain), sampler
+            )
+        )
     make_batch: Callable[[SampleRows, int], SwitchedBatch] = plain
     target_languages: Sequence[str] | None = None
     if recipe.code_switch is not None:
@@ -193,7 +197,14 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
             return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens)
 
         make_batch = switched
-    phases.append(LanguageModelPhase(recipe, runtime, reader(make_batch=make_batch), target_languages=target_languages))
+    phases.append(
+        LanguageModelPhase(
+            recipe,
+            runtime,
+            reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch),
+            target_languages=target_languages,
+        )
+    )
     return phases
 
 

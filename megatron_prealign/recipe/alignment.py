@@ -31,6 +31,8 @@ class AlignmentSection:
     """Weight of the penalty on a positive mean similarity of all pairs."""
     temperature: float = 0.1
     """Temperature tau of the contrastive loss."""
+    lm_micro_batch_size: int | None = None
+    """Rows of the blend in one forward pass on one data-parallel rank; null means training.micro_batch_size."""
     layers: list[int] = field(default_factory=list)
     """Layers to align: 0 is the embedding output, i the output of block i, num_layers + 1 the output embedding; empty
     means all."""
@@ -46,8 +48,9 @@ class AlignmentSection:
             require(getattr(self, name) > 0, f"alignment.{name}", getattr(self, name), "a number above 0")
         for name in ("lr", "temperature"):
             require(getattr(self, name) > 0, f"alignment.{name}", getattr(self, name), "a number above 0")
-        for name in ("alpha", "lm_weight", "gamma", "lm_global_batch_size", "min_lr", "lr_warmup_iters"):
+        for name in ("alpha", "lm_weight", "gamma", "lm_global_batch_size", "lr_warmup_iters"):
             require(getattr(self, name) >= 0, f"alignment.{name}", getattr(self, name), "0 or more")
+        require(0 <= self.min_lr <= self.lr, "alignment.min_lr", self.min_lr, f"from 0 to alignment.lr ({self.lr})")
         styles = ("constant", "linear", "cosine")
         require(
             self.lr_decay_style in styles,
@@ -60,5 +63,11 @@ class AlignmentSection:
             "alignment.stop_at_p_at_1",
             self.stop_at_p_at_1,
             "null or a number above 0 and at most 1",
+        )
+        require(
+            self.lm_micro_batch_size is None or self.lm_micro_batch_size > 0,
+            "alignment.lm_micro_batch_size",
+            self.lm_micro_batch_size,
+            "null or a number above 0",
         )
         require(len(self.layers) == len(set(self.layers)), "alignment.layers", self.layers, "every layer once")

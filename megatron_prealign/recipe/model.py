@@ -51,8 +51,20 @@ class ModelSection:
     """Blocks per recomputed unit when recompute_granularity is full."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "make_vocab_size_divisible_by",
+            "rotary_base",
+            "layernorm_epsilon",
+            "init_method_std",
+            "recompute_num_layers",
+        ):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a number above 0")
+        for name in ("num_query_groups", "ffn_hidden_size", "kv_channels", "max_position_embeddings", "vocab_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.{name}", value, "null or a number above 0")
         if self.kv_channels is None:
             require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -61,7 +73,7 @@ class ModelSection:
                 f"a multiple of model.num_attention_heads ({self.num_attention_heads}), or set model.kv_channels",
             )
         require(
-            self.num_query_groups is None or self.num_attention_heads % max(self.num_query_groups, 1) == 0,
+            self.num_query_groups is None or self.num_attention_heads % self.num_query_groups == 0,
             "model.num_query_groups",
             self.num_query_groups,
             f"a divisor of model.num_attention_heads ({self.num_attention_heads})",

@@ -102,12 +102,21 @@ class Recipe:
             self.alignment.layers,
             f"layers from 0 to {last} (model.num_layers + 1)",
         )
-        lm_rows = self.alignment.lm_global_batch_size
+        rows, per_pass = self.alignment.lm_global_batch_size, self.alignment_micro_batch_size
         require(
-            lm_rows % self.training.micro_batch_size == 0,
+            rows % per_pass == 0,
             "alignment.lm_global_batch_size",
-            lm_rows,
-            f"a multiple of training.micro_batch_size ({self.training.micro_batch_size})",
+            rows,
+            f"a multiple of alignment.lm_micro_batch_size (null: training.micro_batch_size) ({per_pass})",
+        )
+        tokens = self.training.train_tokens
+        rows = self.alignment.train_iters * lm_rows + self.training.global_batch_size
+        require(
+            tokens is None or tokens >= rows * self.data.seq_length,
+            "training.train_tokens",
+            tokens,
+            f"at least {rows * self.data.seq_length}: alignment.train_iters x alignment.lm_global_batch_size x "
+            "data.seq_length and one step of training.global_batch_size x data.seq_length",
         )
 
     def check_world_size(self, world_size: int) -> int:
@@ -116,6 +125,7 @@ class Recipe:
         Raises:
             RecipeValueError: the world size or a batch size does not divide.
         """
+        require(world_size > 0, "the number of processes", world_size, "a number above 0")
         model_parallel = self.parallel.model_parallel_size
         require(
             world_size % model_parallel == 0,
@@ -128,7 +138,8 @@ class Recipe:
         micro_batch = self.training.micro_batch_size
         batches = [("training.global_batch_size", self.training.global_batch_size, micro_batch)]
         if self.alignment is not None:
-            batches.append(("alignment.lm_global_batch_size", self.alignment.lm_global_batch_size, micro_batch))
+            rows = self.alignment.lm_global_batch_size
+            batches.append(("alignment.lm_global_batch_size", rows, self.alignment_micro_batch_size))
             batches.append(("alignment.groups_per_step", self.alignment.groups_per_step, 1))
         for field, value, per_rank in batches:
             require(
@@ -139,6 +150,12 @@ class Recipe:
                 f"({per_rank} x {data_parallel} = {per_rank * data_parallel}) with {world_size} processes",
             )
         return data_parallel
+
+    @property
+    def alignment_micro_batch_size(self) -> int:
+        """Rows of the blend in one forward pass of the alignment phase."""
+        own = self.alignment.lm_micro_batch_size if self.alignment is not None else None
+        return own or self.training.micro_batch_size
 
     @property
     def checkpoint_dir(self) -> Path:
