@@ -1,0 +1,187 @@
+"""Recipes from YAML and options: precedence, messages of one line, round trip, no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe_values import write_recipe
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import load_recipe, save_recipe
+
+
+def error_of(arguments: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    # Names of classes and of jsonargparse's ways say nothing to a user.
+    for jargon in ("<class", "Union", "class_path", "Namespace", "Parser key", "megatron_prealign.recipe"):
+        assert jargon not in message
+    return message
+
+
+def test_later_config_and_options_win(tmp_path: Path) -> None:
+    first = write_recipe(tmp_path, name="first.yaml")
+    second = tmp_path / "second.yaml"
+    second.write_text("optimizer: {lr: 0.5}\nmodel: {num_layers: 8}\nalignment: {alpha: 0.5}\n")
+    recipe = load_recipe(["--config", first, "--config", str(second), "--model.num_layers", "12"])
+    assert recipe.optimizer.lr == 0.5
+    assert recipe.model.num_layers == 12
+    assert recipe.model.hidden_size == 32
+    assert recipe.alignment is not None
+    assert (recipe.alignment.alpha, recipe.alignment.groups_per_step) == (0.5, 16)
+    # Order decides, not the kind of source.
+    recipe = load_recipe(["--config", first, "--model.num_layers", "12", "--config", str(second)])
+    assert recipe.model.num_layers == 8
+
+
+def test_options_reach_optional_sections_and_lists(tmp_path: Path) -> None:
+    config = write_recipe(tmp_path)
+    recipe = load_recipe(["--config", config, "--alignment.train_iters", "7", "--alignment.layers", "[0, 2]"])
+    assert recipe.alignment is not None
+    assert (recipe.alignment.train_iters, recipe.alignment.layers) == (7, [0, 2])
+    assert load_recipe(["--config", config, "--alignment", "null"]).alignment is None
+    recipe = load_recipe(["--config", config, "--data.sources", '[{"path": "x", "language": "y", "weight": 2}]'])
+    assert [(each.path, each.language, each.weight) for each in recipe.data.sources] == [("x", "y", 2.0)]
+    absent = write_recipe(tmp_path, {"code_switch": None}, "absent.yaml")
+    assert load_recipe(["--config", absent]).code_switch is None
+    recipe = load_recipe(["--config", absent, "--code_switch.ratio", "0.5"])
+    assert recipe.code_switch is not None
+    assert recipe.code_switch.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.foo": 1}, "model.foo is unknown, expected one of num_layers, hidden_size, "),
+        ({"model.num_layer": 1}, "model.num_layer is unknown, expected num_layers"),
+        ({"foo": {"a": 1}}, "foo is unknown, expected one of model, data, optimizer, "),
+        ({"alignement": {"lr": 1}}, "alignement is unknown, expected alignment"),
+        ({"alignment": {"foo": 1}}, "alignment.foo is unknown, expected one of train_iters, groups_per_step, "),
+        ({"alignment.foo": 1}, "alignment.foo is unknown, expected one of train_iters, groups_per_step, "),
+        (
+            {"data.sources": [{"path": "a", "language": "b", "wait": 1}]},
+            "data.sources.wait is unknown, expected weight",
+        ),
+        ({"alignment": {"train_iters": 1}}, "alignment.groups_per_step, alignment.lr are not set, expected a value"),
+        ({"alignment": [1]}, "alignment is [1], expected a section with fields of its own"),
+        ({"alignment.train_iters": "many"}, "alignment.train_iters is many, expected a whole number"),
+        ({"alignment.layers": ["first"]}, "alignment.layers is first, expected a whole number"),
+        ({"alignment.train_iters": 0}, "alignment.train_iters is 0, expected a number above 0"),
+        ({"code_switch.ratio": 1.5}, "code_switch.ratio is 1.5, expected a number from 0 to 1"),
+        ({"code_switch.label_mode": "all"}, "code_switch.label_mode is all, expected one of 'input_only', "),
+        ({"code_switch.language_weights": {"de": "x"}}, "code_switch.language_weights is x, expected a number"),
+        ({"dictionary.held_out_fraction": 2}, "dictionary.held_out_fraction is 2.0, expected at least 0 and below 1"),
+        ({"model.num_layers": "two"}, "model.num_layers is two, expected a whole number"),
+        ({"model.num_layers": 2.5}, "model.num_layers is 2.5, expected a whole number"),
+        ({"model.family": "bert"}, "model.family is bert, expected one of 'llama', 'gpt2'"),
+        ({"model": "small"}, "model is small, expected a section with fields of its own"),
+        ({"model.num_layers": 0}, "model.num_layers is 0, expected a number above 0"),
+        ({"training.eval_interval": "x"}, "training.eval_interval is x, expected a whole number"),
+        ({"data.eod_mask_loss": "maybe"}, "data.eod_mask_loss is maybe, expected true or false"),
+        ({"data.sources": "en"}, "data.sources is en, expected a list"),
+        ({"data.sources": ["en"]}, "data.sources is en, expected a section with fields of its own"),
+        ({"data.sources": [{"path": "a"}]}, "data.sources.language is not set, expected a value"),
+        # YAML reads the code of Norwegian as a truth value.
+        ({"data.sources": [{"path": "a", "language": False}]}, "data.sources.language is False, expected text"),
+        (
+            {"data.sources": [{"path": "a", "language": "b", "weight": "x"}]},
+            "data.sources.weight is x, expected a number",
+        ),
+        ({"data.tokenizer": None}, "data.tokenizer is not set, expected a value"),
+        ({"optimizer": None}, "optimizer.lr is not set, expected a value"),
+    ],
+)
+def test_messages_name_file_field_value_and_expectation(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = write_recipe(tmp_path, changes)
+    assert error_of(["--config", config]).startswith(f"recipe {config}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {num_layers: 2\nfoo: [", "line 2, column 4: not YAML, did not find expected ',' or '}'"),
+        ("model:\n\tnum_layers: 2\n", "line 2, column 1: not YAML, found character that cannot start any token"),
+        ("", "the file is empty, expected sections such as `model:` and `data:`"),
+        ("hello\n", "the file is hello, expected sections such as `model:` and `data:`"),
+        ("- 1\n", "the file is - 1, expected sections such as `model:` and `data:`"),
+    ],
+)
+def test_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "broken.yaml"
+    config.write_text(text)
+    assert error_of(["--config", str(config)]) == f"recipe {config}: {message}"
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    config = tmp_path / "picture.yaml"
+    config.write_bytes(b"\xff\xfe\x00\x80")
+    assert error_of([f"--config={config}"]).startswith(f"recipe {config}: ")
+
+
+def test_config_that_is_not_a_file(tmp_path: Path) -> None:
+    assert "is not a file" in error_of(["--config", str(tmp_path)])
+    missing = error_of(["--config", str(tmp_path / "missing.yaml")])
+    assert "does not exist" in missing
+    assert "missing.yaml" in missing
+    assert "--config: expected one argument" in error_of(["--config"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.foo", "1"], "--model.foo"),
+        (["--model.num_layers", "x"], "model.num_layers is x, expected a whole number"),
+        (["--model.num_layers=0"], "model.num_layers is 0, expected a number above 0"),
+        (["--alignment.train_iters", "x"], "alignment.train_iters is x, expected a whole number"),
+        (["--alignment.foo", "1"], "alignment.foo is unknown"),
+        (["stray"], "stray"),
+    ],
+)
+def test_messages_about_options(tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in error_of(["--config", write_recipe(tmp_path), *options])
+
+
+def test_nothing_given_names_every_required_field() -> None:
+    message = error_of([])
+    for field in ("model.num_layers", "data.sources", "optimizer.lr", "training.seed", "logging.run_dir"):
+        assert field in message
+    assert message.endswith("are not set, expected a value")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dictionary": None, "alignment": None, "code_switch": None},
+        {
+            "data.validation": [{"path": "v", "language": "日本語"}],
+            "alignment.layers": [0, 5],
+            "alignment.stop_at_p_at_1": 0.9,
+            "code_switch.language_weights": {"de": 0.5, "fr": 1e-5},
+            "parallel.tensor_model_parallel_size": 2,
+            "training.train_iters": None,
+            "training.train_tokens": 10**12,
+            "optimizer.adam_eps": 1e-15,
+            "checkpoint.load": "elsewhere",
+        },
+    ],
+)
+def test_saved_recipe_loads_as_an_equal_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe = load_recipe(["--config", write_recipe(tmp_path, changes)])
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(["--config", str(tmp_path / "saved.yaml")]) == recipe
+
+
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from megatron_prealign.recipe import load_recipe, save_recipe; import pathlib; "
+        "save_recipe(load_recipe(sys.argv[1:]), pathlib.Path(sys.argv[2] + '.saved')); "
+        "print([name for name in ('torch', 'numpy', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, "--config", write_recipe(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,245 @@
+"""Each field of each section: what it refuses, and that the refusal names field, value and expectation."""
+
+from typing import Any
+
+import pytest
+
+from megatron_prealign.recipe import (
+    AlignmentSection,
+    CheckpointSection,
+    CodeSwitchSection,
+    DataSection,
+    DataSource,
+    DictionarySection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RecipeValueError,
+    TrainingSection,
+    ValidationSource,
+)
+
+EN = DataSource(path="en", language="en")
+# Section -> class and the fields it cannot do without.
+SECTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model": (ModelSection, {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4}),
+    "data": (DataSection, {"tokenizer": "tok", "sources": [EN], "seq_length": 16}),
+    "optimizer": (OptimizerSection, {"lr": 0.001}),
+    "training": (TrainingSection, {"seed": 1, "micro_batch_size": 2, "global_batch_size": 4, "train_iters": 3}),
+    "logging": (LoggingSection, {"run_dir": "run"}),
+    "parallel": (ParallelSection, {}),
+    "checkpoint": (CheckpointSection, {}),
+    "dictionary": (DictionarySection, {"table": "t"}),
+    "alignment": (AlignmentSection, {"train_iters": 5, "groups_per_step": 8, "lr": 0.001}),
+    "code_switch": (CodeSwitchSection, {"ratio": 0.05}),
+}
+ABOVE_0 = "a number above 0"
+NULL_OR_ABOVE_0 = "null or a number above 0"
+NAN = float("nan")
+
+# Section, field, value that is refused, expectation in the message.
+REFUSED: list[tuple[str, str, Any, str]] = [
+    *[
+        ("model", field, value, ABOVE_0)
+        for field in ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by")
+        for value in (0, -4)
+    ],
+    *[
+        ("model", field, value, NULL_OR_ABOVE_0)
+        for field in ("num_query_groups", "ffn_hidden_size", "kv_channels", "max_position_embeddings", "vocab_size")
+        for value in (0, -2)
+    ],
+    *[
+        ("model", field, 0, ABOVE_0)
+        for field in ("rotary_base", "layernorm_epsilon", "init_method_std", "recompute_num_layers")
+    ],
+    ("model", "hidden_size", 30, "a multiple of model.num_attention_heads (4), or set model.kv_channels"),
+    ("model", "num_query_groups", 3, "a divisor of model.num_attention_heads (4)"),
+    ("model", "num_query_groups", 8, "a divisor of model.num_attention_heads (4)"),
+    ("model", "hidden_dropout", 1.0, "at least 0 and below 1"),
+    ("model", "attention_dropout", -0.1, "at least 0 and below 1"),
+    ("data", "seq_length", 0, ABOVE_0),
+    ("data", "validation_fraction", 1.0, "at least 0 and below 1"),
+    ("data", "validation_fraction", -0.1, "at least 0 and below 1"),
+    ("optimizer", "lr", 0.0, ABOVE_0),
+    ("optimizer", "lr", NAN, ABOVE_0),
+    ("optimizer", "min_lr", 0.002, "from 0 to optimizer.lr (0.001)"),
+    ("optimizer", "min_lr", -1.0, "from 0 to optimizer.lr (0.001)"),
+    ("optimizer", "lr_warmup_iters", -1, "0 or more"),
+    ("optimizer", "weight_decay", -0.1, "0 or more"),
+    ("optimizer", "clip_grad", -1.0, "0 or more"),
+    ("optimizer", "adam_beta1", 1.0, "from 0 to below 1"),
+    ("optimizer", "adam_beta2", -0.1, "from 0 to below 1"),
+    ("optimizer", "adam_eps", 0.0, ABOVE_0),
+    *[
+        ("training", field, 0, ABOVE_0)
+        for field in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words")
+    ],
+    ("training", "train_iters", 0, NULL_OR_ABOVE_0),
+    ("training", "eval_interval", 0, NULL_OR_ABOVE_0),
+    ("training", "seed", -1, "from 0 to 2^63 - 1"),
+    ("training", "seed", 2**63, "from 0 to 2^63 - 1"),
+    ("training", "garbage_collection_interval", -1, "0 or more"),
+    ("logging", "log_interval", 0, ABOVE_0),
+    ("parallel", "tensor_model_parallel_size", 0, ABOVE_0),
+    ("parallel", "pipeline_model_parallel_size", -1, ABOVE_0),
+    ("parallel", "virtual_pipeline_model_parallel_size", 1, "null or a number above 1"),
+    (
+        "parallel",
+        "virtual_pipeline_model_parallel_size",
+        2,
+        "null, because parallel.pipeline_model_parallel_size is 1",
+    ),
+    ("parallel", "sequence_parallel", True, "false, because parallel.tensor_model_parallel_size is 1"),
+    (
+        "parallel",
+        "overlap_param_gather",
+        True,
+        "false, unless parallel.use_distributed_optimizer and parallel.overlap_grad_reduce are true",
+    ),
+    ("parallel", "distributed_timeout_minutes", 0.0, ABOVE_0),
+    ("checkpoint", "save_interval", 0, NULL_OR_ABOVE_0),
+    ("checkpoint", "keep", 0, ABOVE_0),
+    ("checkpoint", "timeout_minutes", 0.0, ABOVE_0),
+    ("dictionary", "held_out_fraction", 1.0, "at least 0 and below 1"),
+    ("dictionary", "held_out_fraction", -0.1, "at least 0 and below 1"),
+    *[("alignment", field, 0, ABOVE_0) for field in ("train_iters", "groups_per_step", "max_word_tokens")],
+    *[("alignment", field, 0.0, ABOVE_0) for field in ("lr", "temperature")],
+    *[
+        ("alignment", field, -1, "0 or more")
+        for field in ("alpha", "lm_weight", "gamma", "lm_global_batch_size", "lr_warmup_iters")
+    ],
+    ("alignment", "min_lr", -1.0, "from 0 to alignment.lr (0.001)"),
+    ("alignment", "min_lr", 0.002, "from 0 to alignment.lr (0.001)"),
+    ("alignment", "lr_decay_style", "exponential", "one of constant, linear, cosine"),
+    ("alignment", "stop_at_p_at_1", 0.0, "null or a number above 0 and at most 1"),
+    ("alignment", "stop_at_p_at_1", 1.1, "null or a number above 0 and at most 1"),
+    ("alignment", "layers", [1, 1], "every layer once"),
+    ("code_switch", "ratio", 1.5, "a number from 0 to 1"),
+    ("code_switch", "ratio", -0.1, "a number from 0 to 1"),
+]
+
+
+def build(section: str, **fields: Any) -> Any:
+    kind, required = SECTIONS[section]
+    return kind(**{**required, **fields})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_required_fields_are_enough(section: str) -> None:
+    build(section)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "expected"), REFUSED, ids=[f"{row[0]}.{row[1]}={row[2]}" for row in REFUSED]
+)
+def test_refusal_names_field_value_and_expectation(section: str, field: str, value: Any, expected: str) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build(section, **{field: value})
+    assert str(caught.value) == f"{section}.{field} is {value}, expected {expected}"
+
+
+@pytest.mark.parametrize(("iters", "tokens"), [(None, None), (3, 100)])
+def test_exactly_one_length_of_training(iters: int | None, tokens: int | None) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("training", train_iters=iters, train_tokens=tokens)
+    expected = f"training is train_iters {iters} and train_tokens {tokens}, expected exactly one of the two to be set"
+    assert str(caught.value) == expected
+    assert build("training", train_iters=None, train_tokens=100).train_tokens == 100
+
+
+def test_train_tokens_must_be_above_0() -> None:
+    with pytest.raises(RecipeValueError, match=r"^training.train_tokens is 0, expected null or a number above 0$"):
+        build("training", train_iters=None, train_tokens=0)
+
+
+def test_sources_are_there_once_and_have_weight() -> None:
+    with pytest.raises(RecipeValueError, match="^data.sources is empty, expected at least one source$"):
+        build("data", sources=[])
+    with pytest.raises(RecipeValueError, match=r"^data.sources is \['en', 'en'\], expected every path once$"):
+        build("data", sources=[EN, EN])
+    with pytest.raises(RecipeValueError, match=r"^data.sources\[en\].weight is 0.0, expected a number above 0$"):
+        DataSource(path="en", language="en", weight=0.0)
+
+
+def test_validation_languages_are_named_once() -> None:
+    twice = [ValidationSource(path="a", language="de"), ValidationSource(path="b", language="de")]
+    with pytest.raises(RecipeValueError, match=r"^data.validation is \['de', 'de'\], expected every language once$"):
+        build("data", validation=twice)
+
+
+def test_languages_are_in_order_of_first_mention() -> None:
+    sources = [DataSource(path="1", language="fr"), EN, DataSource(path="3", language="fr")]
+    section = build("data", sources=sources, validation=[ValidationSource(path="4", language="de")])
+    assert section.languages == ["fr", "en", "de"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule": "linear"},
+        {"schedule": "cosine", "final_ratio": 0.1},
+        {"schedule": "linear", "schedule_tokens": 5},
+        {"final_ratio": 0.1},
+        {"schedule_tokens": 5},
+    ],
+)
+def test_ratio_schedule_needs_both_fields_or_neither(fields: dict[str, Any]) -> None:
+    with pytest.raises(RecipeValueError, match="^code_switch.schedule is .*both fields for a linear or cosine"):
+        build("code_switch", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"final_ratio": 2.0, "schedule_tokens": 5}, "code_switch.final_ratio is 2.0, expected a number from 0 to 1"),
+        ({"final_ratio": 0.0, "schedule_tokens": 0}, "code_switch.schedule_tokens is 0, expected a number above 0"),
+    ],
+)
+def test_ratio_schedule_values(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("code_switch", schedule="linear", **fields)
+    assert str(caught.value) == message
+
+
+def test_language_weights_and_ratios_name_the_language() -> None:
+    with pytest.raises(RecipeValueError, match=r"^code_switch.language_weights.de is 0.0, expected a number above 0$"):
+        build("code_switch", language_weights={"fr": 1.0, "de": 0.0})
+    with pytest.raises(RecipeValueError, match=r"^code_switch.language_ratios.de is 1.1, expected a number from 0"):
+        build("code_switch", language_ratios={"de": 1.1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "width"),
+    [
+        # 8/3 of 48 is 128 exactly; of 32 it is 85.3, rounded up to 128; GPT-2 has four times the hidden size.
+        ({"hidden_size": 48}, 128),
+        ({"hidden_size": 32}, 128),
+        ({"hidden_size": 96}, 256),
+        ({"hidden_size": 32, "family": "gpt2"}, 128),
+        ({"hidden_size": 48, "family": "gpt2"}, 192),
+        ({"hidden_size": 48, "ffn_hidden_size": 7}, 7),
+    ],
+)
+def test_width_of_the_mlp(fields: dict[str, Any], width: int) -> None:
+    assert build("model", **fields).mlp_width == width
+
+
+def test_heads_groups_and_channels() -> None:
+    model = build("model")
+    assert (model.query_groups, model.head_channels) == (4, 8)
+    # With channels of its own a head need not divide the hidden size.
+    model = build("model", hidden_size=30, kv_channels=16, num_query_groups=1)
+    assert (model.query_groups, model.head_channels) == (1, 16)
+
+
+def test_model_parallel_size() -> None:
+    parallel = build(
+        "parallel",
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=3,
+        virtual_pipeline_model_parallel_size=4,
+    )
+    assert (parallel.model_parallel_size, parallel.model_chunks) == (6, 4)
+    assert build("parallel").model_chunks == 1

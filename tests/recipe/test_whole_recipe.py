@@ -1,0 +1,156 @@
+"""Checks that span the sections of a recipe, and the number of processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe_values import write_recipe
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import Recipe, RecipeValueError, load_recipe
+
+TP = "parallel.tensor_model_parallel_size"
+PP = "parallel.pipeline_model_parallel_size"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+
+
+def load(folder: Path, changes: dict[str, Any]) -> Recipe:
+    return load_recipe(["--config", write_recipe(folder, changes)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {TP: 8, "model.num_query_groups": 4},
+            "model.num_attention_heads is 4, expected a multiple of parallel.tensor_model_parallel_size (8)",
+        ),
+        ({TP: 4}, "model.num_query_groups is 2, expected a multiple of parallel.tensor_model_parallel_size (4)"),
+        (
+            {TP: 2, "model.ffn_hidden_size": 33},
+            "model.ffn_hidden_size is 33, expected a multiple of parallel.tensor_model_parallel_size (2)",
+        ),
+        (
+            {PP: 3},
+            "model.num_layers is 4, expected a multiple of parallel.pipeline_model_parallel_size x "
+            "virtual_pipeline_model_parallel_size (3 x 1 = 3)",
+        ),
+        (
+            {PP: 2, VPP: 3},
+            "model.num_layers is 4, expected a multiple of parallel.pipeline_model_parallel_size x "
+            "virtual_pipeline_model_parallel_size (2 x 3 = 6)",
+        ),
+        (
+            {TP: 2, "parallel.sequence_parallel": True, "data.seq_length": 15},
+            "data.seq_length is 15, expected a multiple of parallel.tensor_model_parallel_size (2) when "
+            "parallel.sequence_parallel is true",
+        ),
+        (
+            {"model.max_position_embeddings": 8},
+            "model.max_position_embeddings is 8, expected at least data.seq_length (16)",
+        ),
+        (
+            {"training.global_batch_size": 7},
+            "training.global_batch_size is 7, expected a multiple of training.micro_batch_size (2)",
+        ),
+        (
+            {"alignment.lm_global_batch_size": 5},
+            "alignment.lm_global_batch_size is 5, expected a multiple of training.micro_batch_size (2)",
+        ),
+        (
+            {"alignment.layers": [0, 6]},
+            "alignment.layers is [0, 6], expected layers from 0 to 5 (model.num_layers + 1)",
+        ),
+        (
+            {"alignment.layers": [-1]},
+            "alignment.layers is [-1], expected layers from 0 to 5 (model.num_layers + 1)",
+        ),
+        (
+            {"dictionary": None, "code_switch": None},
+            "alignment is set, expected null, or a dictionary section with the path of the table",
+        ),
+        (
+            {"dictionary": None, "alignment": None},
+            "code_switch is set, expected null, or a dictionary section with the path of the table",
+        ),
+        (
+            # 5 alignment steps of 4 rows and one step of 8 rows, 16 tokens each: 28 rows.
+            {"training.train_iters": None, "training.train_tokens": 28 * 16 - 1},
+            "training.train_tokens is 447, expected at least 448: alignment.train_iters x "
+            "alignment.lm_global_batch_size x data.seq_length and one step of training.global_batch_size x data.seq_length",
+        ),
+    ],
+)
+def test_sections_that_do_not_fit_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, changes)
+    assert str(caught.value) == f"recipe {tmp_path / 'recipe.yaml'}: {message}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {TP: 2, PP: 2},
+        {PP: 2, VPP: 2},
+        {TP: 2, "parallel.sequence_parallel": True},
+        {"alignment.layers": [0, 3, 5]},
+        {"dictionary": None, "alignment": None, "code_switch": None},
+        {"alignment.lm_global_batch_size": 0},
+        {"model.max_position_embeddings": 16},
+        {"training.train_iters": None, "training.train_tokens": 28 * 16},
+    ],
+)
+def test_sound_recipes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    load(tmp_path, changes)
+
+
+def test_world_size_gives_the_data_parallel_size(tmp_path: Path) -> None:
+    assert load(tmp_path, {}).check_world_size(1) == 1
+    assert load(tmp_path, {}).check_world_size(2) == 2
+    assert load(tmp_path, {TP: 2, PP: 2}).check_world_size(8) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        (
+            {TP: 2, PP: 2},
+            6,
+            "the number of processes is 6, expected a multiple of parallel.tensor_model_parallel_size x "
+            "pipeline_model_parallel_size (4); change --nproc-per-node or the parallel section",
+        ),
+        ({}, 0, "the number of processes is 0, expected a number above 0"),
+        (
+            {"alignment": None},
+            8,
+            "training.global_batch_size is 8, expected a multiple of the micro batch x data-parallel size (2 x 8 = 16) "
+            "with 8 processes",
+        ),
+        (
+            {"training.global_batch_size": 16},
+            4,
+            "alignment.lm_global_batch_size is 4, expected a multiple of the micro batch x data-parallel size "
+            "(2 x 4 = 8) with 4 processes",
+        ),
+        (
+            {"alignment.groups_per_step": 3},
+            2,
+            "alignment.groups_per_step is 3, expected a multiple of the data-parallel size (1 x 2 = 2) with "
+            "2 processes",
+        ),
+    ],
+)
+def test_world_size_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], world_size: int, message: str) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        load(tmp_path, changes).check_world_size(world_size)
+    assert str(caught.value) == message
+
+
+def test_folders_lie_in_the_run_unless_named(tmp_path: Path) -> None:
+    recipe = load(tmp_path, {})
+    assert recipe.checkpoint_dir == Path("run/checkpoints")
+    assert recipe.cache_dir == Path("run/cache")
+    recipe = load(tmp_path, {"checkpoint.directory": "elsewhere", "data.cache": "fast"})
+    assert recipe.checkpoint_dir == Path("elsewhere")
+    assert recipe.cache_dir == Path("fast")
