@@ -110,12 +110,12 @@ class Recipe:
             f"a multiple of alignment.lm_micro_batch_size (null: training.micro_batch_size) ({per_pass})",
         )
         tokens = self.training.train_tokens
-        rows = self.alignment.train_iters * lm_rows + self.training.global_batch_size
+        needed = (self.alignment.train_iters * rows + self.training.global_batch_size) * self.data.seq_length
         require(
-            tokens is None or tokens >= rows * self.data.seq_length,
+            tokens is None or tokens >= needed,
             "training.train_tokens",
             tokens,
-            f"at least {rows * self.data.seq_length}: alignment.train_iters x alignment.lm_global_batch_size x "
+            f"at least {needed}: alignment.train_iters x alignment.lm_global_batch_size x "
             "data.seq_length and one step of training.global_batch_size x data.seq_length",
         )
 
