@@ -110,6 +110,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
         ("alignment", field, -1, "0 or more")
         for field in ("alpha", "lm_weight", "gamma", "lm_global_batch_size", "lr_warmup_iters")
     ],
+    ("alignment", "lm_micro_batch_size", 0, NULL_OR_ABOVE_0),
     ("alignment", "min_lr", -1.0, "from 0 to alignment.lr (0.001)"),
     ("alignment", "min_lr", 0.002, "from 0 to alignment.lr (0.001)"),
     ("alignment", "lr_decay_style", "exponential", "one of constant, linear, cosine"),

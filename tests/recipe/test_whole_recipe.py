@@ -55,7 +55,13 @@ def load(folder: Path, changes: dict[str, Any]) -> Recipe:
         ),
         (
             {"alignment.lm_global_batch_size": 5},
-            "alignment.lm_global_batch_size is 5, expected a multiple of training.micro_batch_size (2)",
+            "alignment.lm_global_batch_size is 5, expected a multiple of alignment.lm_micro_batch_size (null: "
+            "training.micro_batch_size) (2)",
+        ),
+        (
+            {"alignment.lm_micro_batch_size": 3},
+            "alignment.lm_global_batch_size is 4, expected a multiple of alignment.lm_micro_batch_size (null: "
+            "training.micro_batch_size) (3)",
         ),
         (
             {"alignment.layers": [0, 6]},
@@ -77,7 +83,8 @@ def load(folder: Path, changes: dict[str, Any]) -> Recipe:
             # 5 alignment steps of 4 rows and one step of 8 rows, 16 tokens each: 28 rows.
             {"training.train_iters": None, "training.train_tokens": 28 * 16 - 1},
             "training.train_tokens is 447, expected at least 448: alignment.train_iters x "
-            "alignment.lm_global_batch_size x data.seq_length and one step of training.global_batch_size x data.seq_length",
+            "alignment.lm_global_batch_size x data.seq_length and one step of training.global_batch_size x "
+            "data.seq_length",
         ),
     ],
 )
@@ -132,6 +139,12 @@ def test_world_size_gives_the_data_parallel_size(tmp_path: Path) -> None:
             4,
             "alignment.lm_global_batch_size is 4, expected a multiple of the micro batch x data-parallel size "
             "(2 x 4 = 8) with 4 processes",
+        ),
+        (
+            {"training.global_batch_size": 16, "alignment.lm_micro_batch_size": 1},
+            8,
+            "alignment.lm_global_batch_size is 4, expected a multiple of the data-parallel size (1 x 8 = 8) with "
+            "8 processes",
         ),
         (
             {"alignment.groups_per_step": 3},
