@@ -39,9 +39,11 @@ def recipe_name(arguments: Sequence[str]) -> str:
 
 
 def new_parser(command: str, description: str) -> "ArgumentParser":
-    """An empty parser for `megatron-prealign COMMAND` that raises its errors instead of ending the process."""
-    from jsonargparse import ArgumentParser
+    """An empty parser for `megatron-prealign COMMAND`: fields are explained by their docstrings, and errors are raised
+    instead of ending the process."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(prog=f"megatron-prealign {command}", exit_on_error=False, description=description)
 
 
