@@ -1,0 +1,142 @@
+"""`pretrain --validate`: finds what does not fit, without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import VOCAB_SIZE, Tiny
+
+from megatron_prealign import cli
+from megatron_prealign.dictionary.table import load_table
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "megatron", "megatron.core"):
+    sys.modules[name] = None
+from megatron_prealign.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def values(tiny: Tiny, tmp_path: Path) -> dict[str, Any]:
+    return tiny.values(tmp_path / "run")
+
+
+def write(values: dict[str, Any], folder: Path) -> str:
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+def refusal(
+    values: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...] = ()
+) -> str:
+    assert cli.main(["pretrain", "--config", write(values, folder), "--validate", *options]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    return output.err
+
+
+def moved(prefix: Path, folder: Path) -> Path:
+    """A copy of a dataset that a test may damage."""
+    for ending in (".bin", ".idx", ".json"):
+        shutil.copy(f"{prefix}{ending}", folder / f"{prefix.name}{ending}")
+    return folder / prefix.name
+
+
+def test_sound_recipe_needs_no_torch(tiny: Tiny, values: dict[str, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, "pretrain", "--config", write(values, tmp_path), "--validate"]
+    done = subprocess.run([*command, "--world_size", "2"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    tokens = sum(json.loads(Path(f"{tiny.folder}/{name}.json").read_text())["tokens"] for name in ("en", "en_clone"))
+    assert done.stdout == (f"the recipe is sound: 2 datasets, {tokens:,} training tokens, languages en, en_clone\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_language(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values["data"]["sources"][1]["language"] = "de"
+    message = refusal(values, tmp_path, capsys)
+    assert "en_clone is in language en_clone, but the recipe says de" in message
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
+def test_missing_file(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    prefix = moved(tiny.folder / "en", tmp_path)
+    Path(f"{prefix}{ending}").unlink()
+    values["data"]["sources"][0]["path"] = str(prefix)
+    message = refusal(values, tmp_path, capsys)
+    assert f"{prefix}{ending}" in message
+    assert "megatron-prealign preprocess" in message
+
+
+def test_validation_sources_are_checked_too(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["data"]["validation"] = [{"path": str(tmp_path / "nowhere"), "language": "en"}]
+    assert f"{tmp_path / 'nowhere'}.bin does not exist" in refusal(values, tmp_path, capsys)
+
+
+def test_dataset_of_another_tokenizer(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = moved(tiny.folder / "en_clone", tmp_path)
+    sidecar = json.loads(Path(f"{prefix}.json").read_text())
+    sidecar["tokenizer"]["fingerprint"] = "sha256:other"
+    Path(f"{prefix}.json").write_text(json.dumps(sidecar))
+    values["data"]["sources"][1]["path"] = str(prefix)
+    message = refusal(values, tmp_path, capsys)
+    assert f"{prefix} was made with another tokenizer" in message
+    assert str(tiny.folder / "en") in message
+
+
+def test_tokenizer_that_is_not_there(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["data"]["tokenizer"] = str(tmp_path / "gone")
+    assert f"data.tokenizer is {tmp_path / 'gone'}, which does not exist" in refusal(values, tmp_path, capsys)
+
+
+def test_table_of_another_tokenizer(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.safetensors"
+    replace(load_table(tiny.table), tokenizer_fingerprint="sha256:other").save(path)
+    values["dictionary"]["table"] = str(path)
+    message = refusal(values, tmp_path, capsys)
+    assert f"{path}: built with tokenizer sha256:other" in message
+
+
+def test_missing_table(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values["dictionary"]["table"] = str(tmp_path / "gone.safetensors")
+    assert "gone.safetensors: no such dictionary table" in refusal(values, tmp_path, capsys)
+
+
+def test_vocabulary_too_small(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values["model"]["vocab_size"] = 2 * VOCAB_SIZE - 1
+    message = refusal(values, tmp_path, capsys)
+    assert f"model.vocab_size is {2 * VOCAB_SIZE - 1}, but the data's tokenizer has {2 * VOCAB_SIZE} ids" in message
+    values["model"]["vocab_size"] = 2 * VOCAB_SIZE
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        ("3", "training.global_batch_size is 8, expected a multiple of the micro batch x data-parallel size"),
+        ("0", "the number of processes is 0, expected a number above 0"),
+        ("two", "world_size is two, expected a whole number"),
+    ],
+)
+def test_world_size_that_does_not_fit(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: str, message: str
+) -> None:
+    assert message in refusal(values, tmp_path, capsys, ("--world_size", world_size))
