@@ -45,8 +45,7 @@ def pad_words(words: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.n
 
 
 class WordSampler:
-    """Draws `groups_per_step` groups a step, and of each its source word and one word of every target language it
-    has."""
+    """Draws `groups_per_step` groups a step, and of each group one word of every language it has."""
 
     def __init__(
         self,
@@ -68,29 +67,24 @@ class WordSampler:
         self.table = table
         self.groups_per_step = groups_per_step
         self.seed = seed
+        self.slots_per_group = len(table.languages)
         length = np.diff(table.word_offsets)
-        self._usable = (length > 0) & (length <= max_word_tokens)
-        words_left = (
-            np.add.reduceat(self._usable.astype(np.int64), table.group_offsets[:-1]) if len(length) else np.zeros(0)
-        )
-        languages_left = self._languages_left()
-        self.groups = np.flatnonzero((words_left >= 2) & (languages_left >= 2) & ~held_out)
+        count = len(table.group_offsets) - 1
+        group_of_word = np.repeat(np.arange(count), np.diff(table.group_offsets))
+        usable = np.flatnonzero((length > 0) & (length <= max_word_tokens))
+        # One place per (group, language) that has usable words; the words of a place lie together in `_words`.
+        place = group_of_word[usable] * self.slots_per_group + table.word_language[usable]
+        order = np.argsort(place, kind="stable")
+        self._words = usable[order]
+        self._places, self._first, self._count = np.unique(place[order], return_index=True, return_counts=True)
+        languages_left = np.bincount(self._places // self.slots_per_group, minlength=count)
+        self.groups = np.flatnonzero((languages_left >= 2) & ~held_out)
         if len(self.groups) < groups_per_step:
             raise UserError(
                 f"alignment.groups_per_step is {groups_per_step}, but the dictionary has {len(self.groups)} groups "
                 f"with words in two languages of at most alignment.max_word_tokens ({max_word_tokens}) tokens outside "
-                f"the held-out share (of {len(table.group_offsets) - 1}); lower it or build a larger table"
+                f"the held-out share (of {count}); lower it or build a larger table"
             )
-        self.slots_per_group = len(table.languages)
-
-    def _languages_left(self) -> np.ndarray:
-        """Number of languages with a usable word, per group."""
-        table = self.table
-        count = len(table.group_offsets) - 1
-        group_of_word = np.repeat(np.arange(count), np.diff(table.group_offsets))
-        present = np.zeros((count, len(table.languages)), dtype=bool)
-        present[group_of_word[self._usable], table.word_language[self._usable]] = True
-        return present.sum(axis=1)
 
     def draw(self, step: int, *, rank: int, ranks: int, multiple: int, device: torch.device) -> WordBatch:
         """The batch of this rank for one step.
@@ -102,43 +96,34 @@ class WordSampler:
         """
         random = np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
         drawn = random.choice(self.groups, size=self.groups_per_step, replace=False)
-        words, group_ids = self._slots(drawn, random)
-        longest = max(len(word) for word in words)
-        width = -(-longest // multiple) * multiple
-        every = torch.from_numpy(group_ids)
-        sizes = torch.bincount(every[every >= 0]).double()
+        words = self._choose_words(drawn, random)
+        offsets = self.table.word_offsets
+        lengths = np.where(words >= 0, offsets[words + 1] - offsets[words], 0)
+        width = -(-int(lengths.max()) // multiple) * multiple
+        numbers = np.repeat(np.arange(len(drawn)), self.slots_per_group)
+        every = torch.from_numpy(np.where(words >= 0, numbers, -1))
+        sizes = np.bincount(numbers[words >= 0]).astype(np.float64)
         per_rank = len(words) // ranks
         own = slice(rank * per_rank, (rank + 1) * per_rank)
-        tokens, pooling = pad_words(words[own], width)
+        column = np.arange(width)
+        inside = column < lengths[own, None]
+        tokens = self.table.word_tokens[np.where(inside, offsets[words[own], None] + column, 0)]
+        pooling = inside / np.maximum(lengths[own, None], 1)
         return WordBatch(
-            tokens=torch.from_numpy(tokens).to(device),
+            tokens=torch.from_numpy(np.where(inside, tokens, 0).astype(np.int64)).to(device),
             position_ids=torch.arange(width, device=device).expand(per_rank, width).contiguous(),
-            pooling=torch.from_numpy(pooling).to(device),
+            pooling=torch.from_numpy(pooling.astype(np.float32)).to(device),
             groups=WordGroups(
                 every=every.to(device),
                 own=every[own].to(device),
-                pairs=(sizes * (sizes - 1)).sum().float().to(device),
+                pairs=torch.tensor((sizes * (sizes - 1)).sum(), dtype=torch.float32, device=device),
             ),
-            global_tokens=sum(len(word) for word in words),
+            global_tokens=int(lengths.sum()),
         )
 
-    def _slots(self, drawn: np.ndarray, random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-        """One slot per group and language: the word's tokens (empty where the group lacks the language) and the
-        group's number."""
-        table = self.table
-        empty = np.zeros(0, dtype=np.int64)
-        words: list[np.ndarray] = []
-        group_ids = np.full((len(drawn), self.slots_per_group), -1, dtype=np.int64)
-        for number, group in enumerate(drawn):
-            members = np.arange(table.group_offsets[group], table.group_offsets[group + 1])
-            members = members[self._usable[members]]
-            languages = table.word_language[members]
-            for language in range(self.slots_per_group):
-                choices = members[languages == language]
-                if len(choices) == 0:
-                    words.append(empty)
-                    continue
-                word = choices[random.integers(len(choices))]
-                words.append(table.word_tokens[table.word_offsets[word] : table.word_offsets[word + 1]])
-                group_ids[number, language] = number
-        return words, group_ids.reshape(-1)
+    def _choose_words(self, drawn: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """One word of each language of each drawn group, int64 `[groups * languages]`; -1 where there is none."""
+        wanted = (drawn[:, None] * self.slots_per_group + np.arange(self.slots_per_group)).reshape(-1)
+        at = np.minimum(np.searchsorted(self._places, wanted), len(self._places) - 1)
+        pick = self._first[at] + (random.random(len(wanted)) * self._count[at]).astype(np.int64)
+        return np.where(self._places[at] == wanted, self._words[pick], -1)

@@ -91,6 +91,10 @@ def start(parallel: ParallelSection, *, seed: int) -> Runtime:
         UserError: no GPU where one is asked for, or a world size the layout does not divide.
     """
     device = choose_device(parallel.device)
+    if parallel.tensor_model_parallel_size > 1:
+        # Lets Megatron-Core's tensor-parallel communication start before the kernel it overlaps with. CUDA reads it
+        # once.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
