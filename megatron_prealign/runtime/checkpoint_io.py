@@ -6,9 +6,9 @@ system that stops answering ends in a timeout.
 """
 
 import queue
+import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,30 @@ def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> Any:
 
 
 def _write_all(transforms: list[Any], buckets: Sequence[Any], timeout_s: float) -> dict[int, Any]:
-    pool = ThreadPoolExecutor(max_workers=_WRITER_THREADS, thread_name_prefix="checkpoint-writer")
-    try:
-        futures = [pool.submit(_write_bucket, transforms, index, bucket) for index, bucket in enumerate(buckets)]
-        return {index: future.result(timeout=timeout_s) for index, future in enumerate(futures)}
-    except FutureTimeoutError as error:
-        raise TimeoutError(f"the file system did not take the checkpoint within {timeout_s:.0f} s") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+
+    def write(index: int, bucket: Any) -> None:
+        try:
+            results.put((index, _write_bucket(transforms, index, bucket)))
+        except Exception as error:
+            results.put((index, error))
+
+    for index, bucket in enumerate(buckets):
+        # The interpreter joins the threads of a pool when it ends, and a write that never returns would keep the
+        # process alive after the timeout: these threads end with it.
+        name = f"checkpoint-writer-{index}"
+        threading.Thread(target=write, args=(index, bucket), name=name, daemon=True).start()
+    deadline_s = time.monotonic() + timeout_s
+    written: dict[int, Any] = {}
+    while len(written) < len(buckets):
+        try:
+            index, result = results.get(timeout=max(0.0, deadline_s - time.monotonic()))
+        except queue.Empty as error:
+            raise TimeoutError(f"the file system did not take the checkpoint within {timeout_s:.0f} s") from error
+        if isinstance(result, Exception):
+            raise result
+        written[index] = result
+    return written
 
 
 def save_sharded(state: dict[str, Any], directory: Path, *, timeout_s: float) -> None:
