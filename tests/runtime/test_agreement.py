@@ -1,0 +1,111 @@
+"""One rank's failure reaches every rank; without one, everyone gets the result."""
+
+import pytest
+from workers import WorkerError, WorkerPool
+
+from megatron_prealign.errors import UserError
+
+
+def work_on_every_rank(user_errors: tuple[int, ...], other_errors: tuple[int, ...]) -> int:
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import on_every_rank
+
+    rank = dist.get_rank()
+
+    def work() -> int:
+        if rank in user_errors:
+            raise UserError(f"no file on rank {rank}")
+        if rank in other_errors:
+            raise ZeroDivisionError(f"oops on rank {rank}")
+        return 10 + rank
+
+    return on_every_rank("opening the data", work)
+
+
+def work_on_rank_zero(fail: bool) -> tuple[int | None, int]:
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import on_rank_zero
+
+    calls = []
+
+    def work() -> int:
+        calls.append(dist.get_rank())
+        if fail:
+            raise UserError("the disk is full")
+        return 5
+
+    return on_rank_zero("preparing the folder", work), len(calls)
+
+
+def work_in_halves(failing: int) -> tuple[int | None, str | None]:
+    """Ranks 0,1 and 2,3 agree among themselves; `failing` fails in its half."""
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import RankError, on_every_rank, on_rank_zero
+
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rank = dist.get_rank()
+    half = halves[rank // 2]
+
+    def work() -> None:
+        if rank == failing:
+            raise ValueError("broken")
+
+    caught = None
+    try:
+        on_every_rank("working", work, half)
+    except (ValueError, RankError) as error:
+        caught = f"{type(error).__name__}: {error}"
+    return on_rank_zero("asking", lambda: rank, half), caught
+
+
+def failures(caught: pytest.ExceptionInfo[WorkerError]) -> dict[int, tuple[str, str]]:
+    return {rank: (kind, message) for rank, (kind, message, _) in caught.value.failures.items()}
+
+
+def test_results_come_back_where_nothing_fails(workers: WorkerPool) -> None:
+    assert workers.run(2, work_on_every_rank, (), ()) == [10, 11]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_users_mistake_of_one_rank_is_everyones(workers: WorkerPool, failing: int) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, work_on_every_rank, (failing,), (), timeout_s=30)
+    assert failures(caught) == dict.fromkeys((0, 1), ("UserError", f"no file on rank {failing}"))
+
+
+def test_other_errors_stay_with_their_rank_and_are_told_to_the_others(workers: WorkerPool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, work_on_every_rank, (), (1,), timeout_s=30)
+    assert failures(caught) == {
+        0: ("RankError", "opening the data failed on rank 1: ZeroDivisionError: oops on rank 1"),
+        1: ("ZeroDivisionError", "oops on rank 1"),
+    }
+
+
+def test_each_failing_rank_keeps_its_own_error(workers: WorkerPool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, work_on_every_rank, (0,), (1,), timeout_s=30)
+    assert failures(caught) == {
+        0: ("UserError", "no file on rank 0"),
+        1: ("ZeroDivisionError", "oops on rank 1"),
+    }
+
+
+def test_rank_zero_works_alone(workers: WorkerPool) -> None:
+    assert workers.run(2, work_on_rank_zero, False) == [(5, 1), (None, 0)]
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, work_on_rank_zero, True, timeout_s=30)
+    assert failures(caught) == dict.fromkeys((0, 1), ("UserError", "the disk is full"))
+
+
+def test_groups_agree_among_themselves(workers: WorkerPool) -> None:
+    told = "RankError: working failed on rank 1: ValueError: broken"
+    assert workers.run(4, work_in_halves, 3, timeout_s=60) == [
+        (0, None),
+        (None, None),
+        (2, told),
+        (None, "ValueError: broken"),
+    ]

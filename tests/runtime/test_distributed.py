@@ -1,0 +1,112 @@
+"""Devices, process groups and the start of a run."""
+
+from typing import Any
+
+import pytest
+import torch
+from workers import WorkerError, WorkerPool
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import ParallelSection
+from megatron_prealign.runtime.distributed import choose_device
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, local_rank: int = 0) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "local_rank", "device"),
+    [
+        ("auto", 0, 0, "cpu"),
+        ("auto", 2, 1, "cuda:1"),
+        ("cpu", 2, 0, "cpu"),
+        ("cpu", 2, 5, "cpu"),
+        ("cuda", 2, 0, "cuda:0"),
+    ],
+)
+def test_device_is_the_process_own(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, gpus: int, local_rank: int, device: str
+) -> None:
+    pretend_gpus(monkeypatch, gpus, local_rank)
+    assert str(choose_device(wanted)) == device
+
+
+def test_no_gpu_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"^parallel.device is cuda, but torch sees no GPU; set it to auto or cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    pretend_gpus(monkeypatch, 2, local_rank=2)
+    with pytest.raises(UserError, match=r"this node has 2 GPUs, but process 2 .* lower --nproc-per-node to at most 2"):
+        choose_device(wanted)
+
+
+def where(**layout: Any) -> dict[str, Any]:
+    from megatron_prealign.runtime.distributed import start
+
+    runtime = start(ParallelSection(device="cpu", **layout), seed=1)
+    return {
+        "rank": runtime.rank,
+        "world_size": runtime.world_size,
+        "place": (runtime.pipeline_rank, runtime.data_rank, runtime.tensor_rank),
+        "data_size": runtime.data_size,
+        "ends": (runtime.is_first_stage, runtime.is_last_stage),
+        "draw": torch.rand(2).tolist(),
+    }
+
+
+def start_with(tensor: int, pipeline: int) -> dict[str, Any]:
+    return where(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+
+
+def alone() -> dict[str, Any]:
+    """As without torchrun: no RANK, no process group."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.distributed import start, stop
+
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    start(ParallelSection(device="cpu"), seed=1)
+    stop()
+    gone = not dist.is_initialized()
+    answer = where()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    stop(leave_process_group=True)
+    return {**answer, "gone": gone, "left": dist.is_initialized(), "total": total.item()}
+
+
+def test_ranks_know_their_place(workers: WorkerPool) -> None:
+    places = [each["place"] for each in workers.run(4, start_with, 2, 2)]
+    # Tensor-parallel ranks are neighbours, pipeline stages are furthest apart.
+    assert places == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
+    answers = workers.run(4, start_with, 2, 1)
+    assert [each["place"] for each in answers] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert {each["data_size"] for each in answers} == {2}
+    assert {each["ends"] for each in answers} == {(True, True)}
+    assert [each["ends"] for each in workers.run(2, start_with, 1, 2)] == [(True, False), (False, True)]
+
+
+def test_layout_that_the_processes_do_not_fill(workers: WorkerPool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, start_with, 3, 1, timeout_s=30)
+    for kind, message, _ in caught.value.failures.values():
+        assert kind == "UserError"
+        assert message.startswith("the number of processes is 2, expected a multiple of")
+
+
+def test_one_process_needs_no_launcher(workers: WorkerPool) -> None:
+    answer = workers.run(1, alone)[0]
+    assert (answer["rank"], answer["world_size"], answer["total"]) == (0, 1, 1.0)
+    assert answer["gone"]
+    assert answer["left"]
