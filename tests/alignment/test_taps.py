@@ -1,0 +1,258 @@
+"""Layer taps: what they see, what they leave behind, and the gradients of the losses they attach."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_weights import llama
+from model_builds import SEQ_LENGTH, build, disturb, recipe_values, tokens, weights
+from workers import WorkerPool
+
+LAYERS = 4
+# Words of one to four tokens and an empty slot.
+WORDS = [[3, 17, 5], [9], [], [22, 4, 31, 8], [30, 2], [39]]
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def word_batch(multiple: int = 1) -> Any:
+    from megatron_prealign.alignment.objective import WordGroups
+    from megatron_prealign.alignment.words import WordBatch, pad_words
+
+    width = -(-max(map(len, WORDS)) // multiple) * multiple
+    ids, pooling = pad_words([np.array(word, dtype=np.int64) for word in WORDS], width)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return WordBatch(
+        tokens=torch.from_numpy(ids),
+        position_ids=torch.arange(width).expand(len(WORDS), width).contiguous(),
+        pooling=torch.from_numpy(pooling),
+        groups=WordGroups(every=nothing, own=nothing, pairs=torch.zeros(())),
+        global_tokens=sum(map(len, WORDS)),
+    )
+
+
+def tapped(values: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A model with random weights everywhere, its taps and a word batch."""
+    from megatron_prealign.alignment.taps import LayerTaps
+
+    recipe, runtime, chunks = build(values)
+    for chunk in chunks:
+        # Dropping in TP2 shards of the same random numbers would be another model: only one process disturbs.
+        if runtime.world_size == 1:
+            disturb(chunk)
+    multiple = 2 if recipe.parallel.sequence_parallel else 1
+    return chunks[0], LayerTaps(chunks, runtime, LAYERS), word_batch(multiple)
+
+
+def observed_states(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+    """Runs in workers: the model's weights, and the states of the words by layer."""
+    chunk, taps, batch = tapped(values)
+    states: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), taps.observing(lambda layer, words, _: states.update({layer: words.clone()})):
+        taps.run_words(chunk, chunk, batch)
+    return weights(chunk), states
+
+
+def what_stays() -> dict[str, Any]:
+    """Runs in a worker: hooks and outputs before, inside and after a `with` block."""
+    chunk, taps, batch = tapped(recipe_values("llama"))
+    rows = tokens()
+    positions = torch.arange(SEQ_LENGTH).expand_as(rows)
+    calls: list[int] = []
+    computed: list[Any] = []
+    counting = chunk.output_layer.register_forward_hook(lambda module, args, output: computed.append(output[0].shape))
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in chunk.modules()) - 1
+
+    answers: dict[str, Any] = {"before": hooks()}
+    with torch.no_grad():
+        plain = chunk(rows, positions, None)
+        computed.clear()
+        with taps.observing(lambda layer, words, _: calls.append(layer)):
+            answers["inside"] = hooks()
+            hidden = taps.run_words(chunk, chunk, batch)
+            answers["word_calls"] = calls.copy()
+            answers["word_output"] = tuple(hidden.shape)
+            answers["logits_of_words"] = len(computed)
+            calls.clear()
+            answers["rows_equal"] = torch.equal(chunk(rows, positions, None), plain)
+            answers["row_calls"] = calls.copy()
+        answers["after"] = hooks()
+        taps.run_words(chunk, chunk, batch)
+        answers["calls_after"] = calls.copy()
+        try:
+            with taps.observing(fail):
+                taps.run_words(chunk, chunk, batch)
+        except ZeroDivisionError:
+            answers["after_error"] = (hooks(), chunk.post_process)
+        answers["rows_equal_after"] = torch.equal(chunk(rows, positions, None), plain)
+    counting.remove()
+    return answers
+
+
+def fail(layer: int, words: torch.Tensor, batch: Any) -> None:
+    raise ZeroDivisionError
+
+
+def layer_weight(layer: int) -> float:
+    return 0.5 + 0.25 * layer
+
+
+def loss_of(layer: int, words: torch.Tensor) -> torch.Tensor:
+    """Some loss that no layer shares with another."""
+    return layer_weight(layer) * (words.float() * torch.linspace(-1, 1, words.shape[-1])).tanh().square().sum()
+
+
+def by_hand(chunk: Any, batch: Any) -> dict[int, torch.Tensor]:
+    """The words' states from a plain forward pass, with the graph, word by word."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: outputs.update({layer: output[0] if isinstance(output, tuple) else output})
+
+    handles = [chunk.embedding.register_forward_hook(keep(0))]
+    handles += [layer.register_forward_hook(keep(layer.layer_number)) for layer in chunk.decoder.layers]
+    # The last block's state is taken after the final norm, so this one overwrites it.
+    handles.append(chunk.decoder.final_layernorm.register_forward_hook(keep(LAYERS)))
+    chunk(batch.tokens, batch.position_ids, None)
+    for handle in handles:
+        handle.remove()
+    nothing = torch.zeros(chunk.config.hidden_size)
+    states = {
+        layer: torch.stack([hidden[: len(word), slot].mean(0) if word else nothing for slot, word in enumerate(WORDS)])
+        for layer, hidden in outputs.items()
+    }
+    rows = chunk.embedding.word_embeddings.weight if chunk.share_embeddings_and_output_weights else None
+    rows = chunk.output_layer.weight if rows is None else rows
+    states[LAYERS + 1] = torch.stack([rows[word].mean(0) if word else nothing for word in WORDS])
+    return states
+
+
+def gradients(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Runs in a worker: every parameter's gradient by attached losses, and by adding the losses up by hand."""
+    from megatron_prealign.alignment.taps import no_loss
+
+    chunk, taps, batch = tapped(values)
+
+    def take() -> dict[str, torch.Tensor]:
+        found = {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in chunk.named_parameters()
+        }
+        chunk.zero_grad(set_to_none=True)
+        return found
+
+    def observe(layer: int, words: torch.Tensor, _: Any) -> torch.Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        # Layer 2 has no loss, layer 3 one that depends on nothing.
+        return None if layer == 2 else torch.ones(()) if layer == 3 else loss_of(layer, words)
+
+    with taps.observing(observe):
+        output = taps.run_words(chunk, chunk, batch)
+        (no_loss(output) + taps.output_embedding_loss).backward()
+    attached = take()
+    states = by_hand(chunk, batch)
+    torch.stack([loss_of(layer, states[layer]) for layer in (0, 1, LAYERS, LAYERS + 1)]).sum().backward()
+    return attached, take()
+
+
+def hand_made(values: dict[str, Any]) -> dict[int, torch.Tensor]:
+    chunk, _, batch = tapped(values)
+    with torch.no_grad():
+        return by_hand(chunk, batch)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gpt2", False)])
+def test_pooled_states_are_means_of_hidden_states(workers: WorkerPool, family: str, tied: bool) -> None:
+    values = recipe_values(family, {"share_embeddings_and_output_weights": tied})
+    _, states = workers.run(1, observed_states, values)[0]
+    expected = workers.run(1, hand_made, values)[0]
+    assert sorted(states) == sorted(expected) == list(range(LAYERS + 2))
+    for layer, words in states.items():
+        assert words.dtype is torch.float32
+        # A weighted sum against a mean: rounding.
+        torch.testing.assert_close(words, expected[layer], rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_the_hidden_states_of_transformers(workers: WorkerPool) -> None:
+    """Each word alone and without padding through transformers' Llama with the same weights."""
+    ours, states = workers.run(1, observed_states, recipe_values("llama"))[0]
+    model = llama(ours, max_position_embeddings=SEQ_LENGTH)
+    for slot, word in enumerate(WORDS):
+        if not word:
+            continue
+        with torch.no_grad():
+            hidden = model(torch.tensor([word]), output_hidden_states=True).hidden_states
+        assert len(hidden) == LAYERS + 1
+        for layer, state in enumerate(hidden):
+            torch.testing.assert_close(states[layer][slot], state[0].mean(0), **TOLERANCE)
+        rows = model.lm_head.weight[word].mean(0)
+        torch.testing.assert_close(states[LAYERS + 1][slot], rows, **TOLERANCE)
+
+
+def test_empty_slots_are_zero(workers: WorkerPool) -> None:
+    _, states = workers.run(1, observed_states, recipe_values("llama"))[0]
+    for words in states.values():
+        assert torch.count_nonzero(words[WORDS.index([])]) == 0
+        assert torch.count_nonzero(words) > 0
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_ranks_see_the_states_of_one_process(workers: WorkerPool, sequence_parallel: bool) -> None:
+    values = recipe_values("llama")
+    # As drawn: `disturb` would give the shards other numbers.
+    expected = workers.run(1, undisturbed_states, values)[0]
+    values["parallel"] = {
+        "device": "cpu",
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": sequence_parallel,
+    }
+    for states in workers.run(2, undisturbed_states, values):
+        assert sorted(states) == sorted(expected)
+        for layer, words in states.items():
+            torch.testing.assert_close(words, expected[layer], rtol=1e-4, atol=1e-7)
+
+
+def undisturbed_states(values: dict[str, Any]) -> dict[int, torch.Tensor]:
+    from megatron_prealign.alignment.taps import LayerTaps
+
+    recipe, runtime, chunks = build(values)
+    taps = LayerTaps(chunks, runtime, LAYERS)
+    states: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), taps.observing(lambda layer, words, _: states.update({layer: words.clone()})):
+        taps.run_words(chunks[0], chunks[0], word_batch(2 if recipe.parallel.sequence_parallel else 1))
+    return states
+
+
+def test_nothing_stays_behind(workers: WorkerPool) -> None:
+    answers = workers.run(1, what_stays)[0]
+    assert answers["before"] == answers["after"] == 0
+    # Embedding, every block but the last, and the final norm in its place.
+    assert answers["inside"] == LAYERS + 1
+    assert answers["word_calls"] == list(range(LAYERS + 2))
+    assert answers["calls_after"] == []
+    assert answers["after_error"] == (0, True)
+    assert answers["rows_equal_after"]
+
+
+def test_words_have_no_logits_and_rows_are_not_observed(workers: WorkerPool) -> None:
+    answers = workers.run(1, what_stays)[0]
+    assert answers["logits_of_words"] == 0
+    assert answers["word_output"] == (max(map(len, WORDS)), len(WORDS), 32)
+    assert answers["row_calls"] == []
+    assert answers["rows_equal"]
+
+
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+def test_attached_losses_have_the_gradients_of_their_sum(workers: WorkerPool, recompute: str | None) -> None:
+    values = recipe_values("llama", {"recompute_granularity": recompute})
+    attached, expected = workers.run(1, gradients, values)[0]
+    assert attached.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Every parameter below the final norm takes part, none by accident of a zero gradient.
+        assert torch.count_nonzero(gradient) > 0, name
+        # The same sums in another order.
+        torch.testing.assert_close(attached[name], gradient, **TOLERANCE)
