@@ -61,12 +61,18 @@ FUNCTION_WORDS = frozenset(
 )
 ASCII_LETTERS = re.compile(r"[A-Za-z]+")
 # a word of prose: not part of a dotted or underscored name, a call, a path or a contraction
-PROSE_WORD = re.compile(r"(?<![\w.'’/\\@#$%&*=<>-])[A-Za-z]{2,}(?![\w'’/\\@=<(-])(?!\.\w)")
+PROSE_WORD = re.compile(r"(?<![\w.'’/\\@#$%&*=<>-])[A-Za-z]+(?![\w'’/\\@=<(-])(?!\.\w)")
 DOCTEST = re.compile(r"^\s*(>>>|\.\.\. |In \[\d+\]:|\$ )")
 TABLE = re.compile(r"^\s*([-=~^+|*#`_.:\s]{3,}$|\|.*\|\s*$|\+[-=]{2,})")
 DIRECTIVE = re.compile(r"^\s*\.\. [\w:-]+::|^\s*:[\w-]+:\s*$")
 CODE_DIRECTIVE = re.compile(r"^\s*\.\. (code|sourcecode|plot|ipython|math|test|doctest|parsed-literal|\w*-?table|auto)")
 FENCE = re.compile(r"^\s*(```|~~~)")
+CODE_CHARACTER = re.compile(r"[_=<>\[\]{}\\/#@$%&~^|+0-9]")
+BULLET = re.compile(r"^\s*([-*+•]|\d+[.)])\s+")
+# :class:`~package.module.Name` is read as Name, `text <target>`_ as text
+ROLE = re.compile(r":[\w:+.-]+:`~?(?:[\w.]*\.)?([^`<>]*?)(?:\s*<[^`]*>)?`")
+LINK = re.compile(r"`([^`<>]+?)\s*<[^`]*>`_*")
+MARKUP = re.compile(r"[`*|]+|(?<=\w)_(?=\W|$)")
 
 
 @dataclass
@@ -137,12 +143,21 @@ def without_code(text: str) -> str:
     return "\n".join(kept)
 
 
+def plain(paragraph: str) -> str:
+    """One line without bullets and inline markup, as a reader of the rendered page sees it."""
+    text = " ".join(BULLET.sub("", line).strip() for line in paragraph.splitlines())
+    text = MARKUP.sub("", LINK.sub(r"\1", ROLE.sub(r"\1", text)))
+    return " ".join(text.split())
+
+
 def clean(docstring: str, seen: set[bytes]) -> str:
     """The English paragraphs of a docstring that are not among `seen` yet (they are added); may be empty."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", without_code(inspect.cleandoc(docstring))):
-        paragraph = paragraph.strip("\n")
         if not is_english_prose(paragraph):
+            continue
+        paragraph = plain(paragraph)
+        if len(CODE_CHARACTER.findall(paragraph)) > 0.02 * len(paragraph):
             continue
         # copied paragraphs are common in documentation; one on both sides of the split would be trained on
         mark = digest(normalised(paragraph))
@@ -269,11 +284,11 @@ def split(documents: dict[bytes, str], seed: int) -> tuple[list[str], list[str]]
 
 
 def frequent_words(texts: Sequence[str], count: int) -> list[str]:
-    """The `count` most frequent lower-case words of prose, most frequent first; other cases count too."""
+    """The `count` most frequent words of prose in the case they stand in, most frequent first."""
     counts: Counter[str] = Counter()
     for text in texts:
         # CamelCase is a name, not a word
-        counts.update(word.lower() for word in PROSE_WORD.findall(text) if word.isupper() or word[1:].islower())
+        counts.update(word for word in PROSE_WORD.findall(text) if word.isupper() or word[1:].islower() or not word[1:])
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]]
 
 

@@ -190,10 +190,10 @@ def test_docstrings_are_found_in_nested_and_conditional_definitions(harvest: Mod
     assert list(harvest.docstrings(source.encode(), "x.py")) == bodies
 
 
-def test_words_are_lower_case_prose_in_order_of_count(harvest: ModuleType) -> None:
+def test_words_are_prose_in_their_case_in_order_of_count(harvest: ModuleType) -> None:
     text = "The cat, the CAT and The Dog. A dog's a.b np.zeros x_y CamelCase call() don't café e2e /usr/bin end."
-    assert harvest.frequent_words([text, "cat"], 10) == ["cat", "the", "and", "dog", "end"]
-    assert harvest.frequent_words([text], 1) == ["the"]
+    assert harvest.frequent_words([text, "cat"], 10) == ["The", "cat", "A", "CAT", "Dog", "and", "end", "the"]
+    assert harvest.frequent_words([text, "the"], 1) == ["The"]
 
 
 def test_the_dictionary_comes_from_the_training_text_alone(harvest: ModuleType, package: str, tmp_path: Path) -> None:
@@ -224,3 +224,16 @@ def test_mistakes_are_one_line(
     with pytest.raises(SystemExit):
         harvest.main(["--output", str(tmp_path), "--max-bytes", "0"])
     assert "--max-bytes is 0" in capsys.readouterr().err
+
+
+def test_a_paragraph_reads_as_on_the_rendered_page(harvest: ModuleType) -> None:
+    text = "- The *first* :class:`~package.module.Name` and\n  a ``literal`` or `the page <https://example.org>`_ of name_."
+    assert harvest.plain(text) == "The first Name and a literal or the page of name."
+
+
+def test_a_paragraph_full_of_names_and_signs_is_left_out(harvest: ModuleType) -> None:
+    names = (
+        "The value of first_value and of second_value is what third_value and fourth_value are for in this_function."
+    )
+    assert harvest.is_english_prose(names)
+    assert harvest.clean(names, set()) == ""
