@@ -227,7 +227,7 @@ def test_mistakes_are_one_line(
 
 
 def test_a_paragraph_reads_as_on_the_rendered_page(harvest: ModuleType) -> None:
-    text = "- The *first* :class:`~package.module.Name` and\n  a ``literal`` or `the page <https://example.org>`_ of name_."
+    text = "- The *first* :class:`~package.Name` and\n  a ``literal`` or `the page <https://example.org>`_ of name_."
     assert harvest.plain(text) == "The first Name and a literal or the page of name."
 
 
