@@ -1,0 +1,156 @@
+"""Validation loss against a plain loop over the windows, and in every layout; the evaluator around it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Tiny, recipe_of
+from workers import WorkerPool
+
+SEQ_LENGTH = 96
+
+
+def values_for(tiny: Tiny, folder: Path, **parallel: Any) -> dict[str, Any]:
+    """Windows that fill neither the last microbatch nor the last window."""
+    values = copy.deepcopy(tiny.values(folder))
+    values["data"]["seq_length"] = SEQ_LENGTH
+    values["training"].update(micro_batch_size=3, global_batch_size=12, eval_samples=100_000)
+    values["alignment"].update(lm_global_batch_size=12)
+    values["parallel"] = {"device": "cpu", **parallel}
+    return values
+
+
+def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
+    from megatron_prealign.model.build import build_model
+    from megatron_prealign.pretrain import open_dictionary, open_validation, open_vocabulary
+    from megatron_prealign.runtime.distributed import start
+
+    recipe = recipe_of(values, Path(folder))
+    runtime = start(recipe.parallel, seed=recipe.training.seed)
+    vocabulary = open_vocabulary(recipe)
+    chunks = build_model(recipe, runtime, vocab_size=vocabulary.size)
+    return recipe, runtime, chunks, open_validation(recipe, vocabulary), open_dictionary(recipe, vocabulary)
+
+
+def measured(values: dict[str, Any], folder: str) -> dict[str, float]:
+    """Runs in workers."""
+    from megatron_prealign.evaluation.validation import validation_losses
+
+    recipe, runtime, chunks, samples, _ = opened(values, folder)
+    return validation_losses(
+        runtime,
+        chunks,
+        samples,
+        micro_batch_size=recipe.training.micro_batch_size,
+        seq_length=recipe.data.seq_length,
+    )
+
+
+def by_hand(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in a worker: one window at a time through the model, torch's cross entropy over its text."""
+    _, _, (chunk,), samples, _ = opened(values, folder)
+    losses: dict[str, float] = {}
+    windows, last = {}, {}
+    for language in samples.languages:
+        total, count = 0.0, 0
+        windows[language] = samples.num_samples(language)
+        for index in range(windows[language]):
+            rows, mask = samples.rows(language, [index])
+            inputs, labels = rows.tokens[0, :-1], rows.tokens[0, 1:]
+            with torch.no_grad():
+                logits = chunk(inputs[None], torch.arange(len(inputs))[None], None)[0]
+            each = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+            total += each[mask[0]].sum().item()
+            count += int(mask.sum())
+        losses[language], last[language] = total / count, int(mask.sum())
+    return {"losses": losses, "windows": windows, "last": last}
+
+
+def evaluation(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in a worker: the evaluator's result, and what it leaves of the model."""
+    from megatron_prealign.evaluation.evaluator import Evaluator
+
+    recipe, runtime, chunks, samples, dictionary = opened(values, folder)
+    chunks[0].train()
+    evaluator = Evaluator(
+        recipe,
+        runtime,
+        samples,
+        dictionary.table if dictionary else None,
+        dictionary.held_out if dictionary else None,
+    )
+    first = evaluator.measure(chunks)
+    return {
+        "result": first,
+        "again": evaluator.measure(chunks),
+        "training": chunks[0].training,
+        "held_out": int(dictionary.held_out.sum()) if dictionary else 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    folder = tmp_path_factory.mktemp("by_hand")
+    answer = workers.run(1, by_hand, values_for(tiny, folder), str(folder))[0]
+    assert list(answer["losses"]) == ["en", "en_clone"]
+    # What the test is about: a last round and a last window that are not full.
+    assert all(windows % 6 for windows in answer["windows"].values())
+    assert all(last < SEQ_LENGTH for last in answer["last"].values())
+    return answer["losses"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2}),
+    ],
+    ids=["one", "dp2", "pp2", "tp2"],
+)
+def test_loss_is_the_mean_over_all_text(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, expected: dict[str, float], ranks: int, parallel: dict[str, Any]
+) -> None:
+    for losses in workers.run(ranks, measured, values_for(tiny, tmp_path, **parallel), str(tmp_path)):
+        # fp32 losses summed in another order.
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_samples_are_limited(workers: WorkerPool, tiny: Tiny, tmp_path: Path, expected: dict[str, float]) -> None:
+    values = values_for(tiny, tmp_path)
+    values["training"]["eval_samples"] = 2
+    losses = workers.run(1, measured, values, str(tmp_path))[0]
+    answer = workers.run(1, by_hand, values, str(tmp_path))[0]
+    assert answer["windows"] == {"en": 2, "en_clone": 2}
+    assert losses == pytest.approx(answer["losses"], rel=1e-6)
+    assert losses != pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluator_measures_everything_and_leaves_the_model_in_training(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path
+) -> None:
+    values = values_for(tiny, tmp_path)
+    values["model"].update(hidden_dropout=0.5, attention_dropout=0.5)
+    values["training"]["eval_samples"] = 4
+    answer = workers.run(1, evaluation, values, str(tmp_path))[0]
+    result = answer["result"]
+    assert set(result["validation_loss"]) == {"en", "en_clone"}
+    for name in ("word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out"):
+        assert list(result[name]) == ["en-en_clone"]
+        assert len(result[name]["en-en_clone"]) == 6
+    # Dropout sleeps: measuring twice gives the same, bit for bit.
+    assert answer["again"] == result
+    assert answer["training"]
+
+
+def test_without_a_dictionary_there_is_no_retrieval(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(tiny, tmp_path)
+    for section in ("dictionary", "alignment", "code_switch"):
+        del values[section]
+    values["training"]["eval_samples"] = 2
+    values["data"]["validation_fraction"] = 0.0
+    result = workers.run(1, evaluation, values, str(tmp_path))[0]["result"]
+    assert result["word_retrieval_p_at_1"] == result["word_retrieval_p_at_1_held_out"] == {}
