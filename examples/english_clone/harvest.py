@@ -60,8 +60,6 @@ FUNCTION_WORDS = frozenset(
     )
 )
 ASCII_LETTERS = re.compile(r"[A-Za-z]+")
-# a word of prose: not part of a dotted or underscored name, a call, a path or a contraction
-PROSE_WORD = re.compile(r"(?<![\w.'’/\\@#$%&*=<>-])[A-Za-z]+(?![\w'’/\\@=<(-])(?!\.\w)")
 DOCTEST = re.compile(r"^\s*(>>>|\.\.\. |In \[\d+\]:|\$ )")
 TABLE = re.compile(r"^\s*([-=~^+|*#`_.:\s]{3,}$|\|.*\|\s*$|\+[-=]{2,})")
 DIRECTIVE = re.compile(r"^\s*\.\. [\w:-]+::|^\s*:[\w-]+:\s*$")
@@ -284,12 +282,15 @@ def split(documents: dict[bytes, str], seed: int) -> tuple[list[str], list[str]]
 
 
 def frequent_words(texts: Sequence[str], count: int) -> list[str]:
-    """The `count` most frequent words of prose in the case they stand in, most frequent first."""
+    """The `count` most frequent words as they stand between spaces, in their case and with their punctuation.
+
+    The clone has every token of English but one, so its dictionary may be as broad as the text.
+    """
     counts: Counter[str] = Counter()
     for text in texts:
-        # CamelCase is a name, not a word
-        counts.update(word for word in PROSE_WORD.findall(text) if word.isupper() or word[1:].islower() or not word[1:])
-    return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]]
+        counts.update(text.split())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [word for word, _ in ordered if WORD.search(word)][:count]
 
 
 def write(output: Path, train: Sequence[str], validation: Sequence[str], words: Sequence[str]) -> None:

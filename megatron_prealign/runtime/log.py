@@ -2,18 +2,22 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 
-# Megatron-Core says at every import that Transformer Engine and Apex are missing, up to seven times a process;
-# `doctor` says it once.
-_IMPORT_NOISE = (
+# What Megatron-Core 0.16.1 and its use of torch say in every process of every run, and no user can act on. That the fused
+# libraries are missing is said once, by `doctor`.
+_NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
     "Converting a tensor with requires_grad=True to a scalar",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`load_state_dict` is deprecated",
 )
-
 
 logger = logging.getLogger("megatron_prealign")
 
@@ -24,9 +28,8 @@ def configure(rank: int | None = None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    package = logger
-    package.handlers[:] = [handler]
-    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    package.propagate = False
-    for message in _IMPORT_NOISE:
-        warnings.filterwarnings("ignore", message=message)
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=re.escape(message))

@@ -190,10 +190,10 @@ def test_docstrings_are_found_in_nested_and_conditional_definitions(harvest: Mod
     assert list(harvest.docstrings(source.encode(), "x.py")) == bodies
 
 
-def test_words_are_prose_in_their_case_in_order_of_count(harvest: ModuleType) -> None:
-    text = "The cat, the CAT and The Dog. A dog's a.b np.zeros x_y CamelCase call() don't café e2e /usr/bin end."
-    assert harvest.frequent_words([text, "cat"], 10) == ["The", "cat", "A", "CAT", "Dog", "and", "end", "the"]
-    assert harvest.frequent_words([text, "the"], 1) == ["The"]
+def test_words_are_as_they_stand_in_order_of_count(harvest: ModuleType) -> None:
+    text = "The cat, the (cat) and The dog. -- 12 cat,"
+    assert harvest.frequent_words([text], 10) == ["The", "cat,", "(cat)", "and", "dog.", "the"]
+    assert harvest.frequent_words([text, "the the"], 1) == ["the"]
 
 
 def test_the_dictionary_comes_from_the_training_text_alone(harvest: ModuleType, package: str, tmp_path: Path) -> None:
