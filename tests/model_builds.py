@@ -1,6 +1,7 @@
 """Small models for tests; the functions run in workers."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,40 @@ def disturbed_logits(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], t
     with torch.no_grad():
         logits = chunk(rows, positions, None)
     return weights(chunk), logits[..., :VOCAB_SIZE].clone()
+
+
+def states_by_hand(
+    chunk: Any, ids: torch.Tensor, positions: torch.Tensor, lengths: list[int], num_layers: int
+) -> dict[int, torch.Tensor]:
+    """Mean state of each word at every layer, word by word from one plain forward pass, with its graph.
+
+    Args:
+        ids: `[slots, tokens]`.
+        positions: `[slots, tokens]`.
+        lengths: tokens of each word; 0 for an empty slot, whose mean is 0.
+    """
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: outputs.update({layer: output[0] if isinstance(output, tuple) else output})
+
+    handles = [chunk.embedding.register_forward_hook(keep(0))]
+    handles += [layer.register_forward_hook(keep(layer.layer_number)) for layer in chunk.decoder.layers]
+    # The last block's state is taken after the final norm, so this one overwrites it.
+    handles.append(chunk.decoder.final_layernorm.register_forward_hook(keep(num_layers)))
+    chunk(ids, positions, None)
+    for handle in handles:
+        handle.remove()
+    nothing = torch.zeros(chunk.config.hidden_size)
+    states = {
+        layer: torch.stack(
+            [hidden[:length, slot].mean(0) if length else nothing for slot, length in enumerate(lengths)]
+        )
+        for layer, hidden in outputs.items()
+    }
+    rows = chunk.embedding.word_embeddings.weight if chunk.share_embeddings_and_output_weights else None
+    rows = chunk.output_layer.weight if rows is None else rows
+    states[num_layers + 1] = torch.stack(
+        [rows[ids[slot, :length]].mean(0) if length else nothing for slot, length in enumerate(lengths)]
+    )
+    return states

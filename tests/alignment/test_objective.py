@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_losses import contrastive_loops
 from workers import WorkerPool
 
 TAU = 0.1
@@ -53,21 +54,9 @@ def losses(words: torch.Tensor, groups: list[int], with_penalty: bool) -> dict[s
 
 
 def loops(words: torch.Tensor, groups: list[int]) -> dict[str, Any]:
-    """METHOD.md section 2, written as it is read."""
+    """Loss, penalty and their gradients by plain loops."""
     words = words.double().requires_grad_()
-    unit = words / words.norm(dim=1, keepdim=True)
-    valid = [index for index, group in enumerate(groups) if group >= 0]
-    total, pairs, similarity, ordered = torch.zeros((), dtype=torch.float64), 0, torch.zeros(()).double(), 0
-    for i in valid:
-        others = [a for a in valid if a != i]
-        for j in others:
-            similarity = similarity + unit[i] @ unit[j]
-            ordered += 1
-            if groups[i] == groups[j]:
-                denominator = sum(torch.exp(unit[i] @ unit[a] / TAU) for a in others)
-                total = total - torch.log(torch.exp(unit[i] @ unit[j] / TAU) / denominator)
-                pairs += 1
-    loss, penalty = total / max(pairs, 1), (similarity / ordered).clamp(min=0.0)
+    loss, penalty, _ = contrastive_loops(words, groups, TAU)
     return {
         "loss": loss.item(),
         "gradient": torch.autograd.grad(loss, words, retain_graph=True)[0],

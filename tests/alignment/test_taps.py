@@ -1,13 +1,12 @@
 """Layer taps: what they see, what they leave behind, and the gradients of the losses they attach."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from huggingface_weights import llama
-from model_builds import SEQ_LENGTH, build, disturb, recipe_values, tokens, weights
+from model_builds import SEQ_LENGTH, build, disturb, recipe_values, states_by_hand, tokens, weights
 from workers import WorkerPool
 
 LAYERS = 4
@@ -106,28 +105,7 @@ def loss_of(layer: int, words: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(chunk: Any, batch: Any) -> dict[int, torch.Tensor]:
-    """The words' states from a plain forward pass, with the graph, word by word."""
-    outputs: dict[int, torch.Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        return lambda module, args, output: outputs.update({layer: output[0] if isinstance(output, tuple) else output})
-
-    handles = [chunk.embedding.register_forward_hook(keep(0))]
-    handles += [layer.register_forward_hook(keep(layer.layer_number)) for layer in chunk.decoder.layers]
-    # The last block's state is taken after the final norm, so this one overwrites it.
-    handles.append(chunk.decoder.final_layernorm.register_forward_hook(keep(LAYERS)))
-    chunk(batch.tokens, batch.position_ids, None)
-    for handle in handles:
-        handle.remove()
-    nothing = torch.zeros(chunk.config.hidden_size)
-    states = {
-        layer: torch.stack([hidden[: len(word), slot].mean(0) if word else nothing for slot, word in enumerate(WORDS)])
-        for layer, hidden in outputs.items()
-    }
-    rows = chunk.embedding.word_embeddings.weight if chunk.share_embeddings_and_output_weights else None
-    rows = chunk.output_layer.weight if rows is None else rows
-    states[LAYERS + 1] = torch.stack([rows[word].mean(0) if word else nothing for word in WORDS])
-    return states
+    return states_by_hand(chunk, batch.tokens, batch.position_ids, [len(word) for word in WORDS], LAYERS)
 
 
 def gradients(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

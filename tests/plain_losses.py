@@ -1,0 +1,43 @@
+"""The method's losses written as they are read, slowly: what tests hold the product's forms against."""
+
+import torch
+import torch.nn.functional as F
+
+
+def contrastive_loops(
+    words: torch.Tensor, groups: list[int], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """METHOD.md section 2 for one layer by two loops in float64: loss, similarity penalty, ordered positive pairs.
+
+    Args:
+        words: `[slots, hidden]`.
+        groups: number of each slot's group, -1 for an empty slot.
+    """
+    words = words.double()
+    valid = [index for index, group in enumerate(groups) if group >= 0]
+    unit = {index: words[index] / words[index].norm() for index in valid}
+    zero = torch.zeros((), dtype=torch.float64)
+    total, similarity, pairs, ordered = zero, zero, 0, 0
+    for i in valid:
+        cosine = {a: unit[i] @ unit[a] for a in valid if a != i}
+        denominator = sum((torch.exp(value / temperature) for value in cosine.values()), zero)
+        for j, value in cosine.items():
+            similarity, ordered = similarity + value, ordered + 1
+            if groups[i] == groups[j]:
+                total, pairs = total - torch.log(torch.exp(value / temperature) / denominator), pairs + 1
+    return total / max(pairs, 1), (similarity / max(ordered, 1)).clamp(min=0.0), pairs
+
+
+def next_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, vocab_size: int | None = None
+) -> torch.Tensor:
+    """Mean cross entropy in float64 over the positions where `mask` is not 0.
+
+    Args:
+        logits: `[rows, sequence, vocabulary]`, padded columns included unless `vocab_size` cuts them off.
+        labels: `[rows, sequence]`.
+        mask: `[rows, sequence]`.
+    """
+    logits = logits[..., :vocab_size].double()
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return (each * mask.flatten()).sum() / mask.sum()

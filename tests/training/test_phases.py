@@ -1,0 +1,314 @@
+"""One step of each phase against the method's losses on a plain forward pass: gradients, metrics, counters."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_builds import disturb, states_by_hand
+from plain_losses import contrastive_loops, next_token_loss
+from tiny import Tiny, recipe_of
+from workers import WorkerError, WorkerPool
+
+LAYERS = 4
+# fp32 sums in another order; the loops are float64.
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
+
+
+def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
+    """Recipe, runtime, materials, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
+    from megatron_prealign.model.build import build_model
+    from megatron_prealign.pretrain import build_phases, open_materials
+    from megatron_prealign.runtime.distributed import start
+    from megatron_prealign.runtime.engine import wrap_data_parallel
+
+    recipe = recipe_of(values, Path(folder))
+    runtime = start(recipe.parallel, seed=recipe.training.seed)
+    materials = open_materials(recipe)
+    models = build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+    for model in models:
+        disturb(model)
+    chunks = wrap_data_parallel(models, recipe.parallel)
+    return recipe, runtime, materials, build_phases(recipe, runtime, materials), chunks
+
+
+def step(phase: Any, state: Any, chunks: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Gradients and metrics of one step by the product."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    phase.begin(state, chunks)
+    phase.forward_backward(state, chunks)
+    phase.end()
+    gradients = {name: each.main_grad.clone() for name, each in chunks[0].module.named_parameters()}
+    return gradients, phase.metrics(1)
+
+
+def plain_gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }
+
+
+def rows_loss(model: Any, batch: Any) -> torch.Tensor:
+    logits = model(batch.tokens, batch.position_ids, None)
+    return next_token_loss(logits, batch.labels, batch.loss_mask)
+
+
+def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in a worker: step 3 of the alignment phase, by the product and by hand."""
+    from megatron_prealign.alignment.words import WordSampler
+    from megatron_prealign.code_switch.switcher import plain_batch
+    from megatron_prealign.training.state import TrainState
+
+    recipe, runtime, materials, phases, chunks = opened(values, folder)
+    section = recipe.alignment
+    state = TrainState(phase_step=3, step=3, consumed_samples=12)
+    gradients, metrics = step(phases[0], state, chunks)
+    before = copy.copy(state)
+    phases[0].advance(state)
+    sampler = WordSampler(
+        materials.dictionary.table,
+        held_out=materials.dictionary.held_out,
+        groups_per_step=section.groups_per_step,
+        max_word_tokens=section.max_word_tokens,
+        seed=recipe.training.seed,
+    )
+    words = sampler.draw(3, rank=0, ranks=1, multiple=1, device=torch.device("cpu"))
+    model = chunks[0].module
+    lengths = (words.pooling > 0).sum(dim=1).tolist()
+    states = states_by_hand(model, words.tokens, words.position_ids, lengths, LAYERS)
+    layers = section.layers or list(range(LAYERS + 2))
+    losses, penalties = {}, {}
+    for layer in layers:
+        losses[layer], penalties[layer], _ = contrastive_loops(
+            states[layer], words.groups.every.tolist(), section.temperature
+        )
+    aligned = torch.stack(list(losses.values())).mean()
+    penalty = torch.stack(list(penalties.values())).mean()
+    lm_loss = torch.zeros(())
+    if section.lm_global_batch_size:
+        rows = materials.train.rows(range(12, 12 + section.lm_global_batch_size))
+        lm_loss = rows_loss(model, plain_batch(rows.tokens, materials.vocabulary.tokenizer.eod_id, False))
+    total = section.alpha * aligned + section.gamma * penalty + section.lm_weight * lm_loss
+    return {
+        "gradients": gradients,
+        "metrics": metrics,
+        "expected_gradients": plain_gradients(model, total),
+        "expected_loss": total.item(),
+        "expected_lm_loss": lm_loss.item(),
+        "expected_layers": {layer: loss.item() for layer, loss in losses.items()},
+        "penalty": penalty.item(),
+        "consumed": state.consumed_samples - before.consumed_samples,
+        "tokens": state.tokens - before.tokens,
+        "expected_tokens": section.lm_global_batch_size * recipe.data.seq_length + sum(lengths),
+    }
+
+
+def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in a worker: a later step of language-model training, by the product and by hand."""
+    from megatron_prealign.code_switch.switcher import CodeSwitcher, plain_batch
+    from megatron_prealign.training.state import TrainState
+
+    recipe, runtime, materials, phases, chunks = opened(values, folder)
+    eod_id, size = materials.vocabulary.tokenizer.eod_id, recipe.training.global_batch_size
+    # Rows in which a document ends.
+    start = next(at for at in range(20, 400) if (materials.train.rows([at]).tokens[:, :-1] == eod_id).any())
+    state = TrainState(phase=1, phase_step=2, step=7, tokens=5000, phase_start_tokens=1000, consumed_samples=start)
+    gradients, metrics = step(phases[-1], state, chunks)
+    mask_eod = recipe.data.eod_mask_loss
+    rows = materials.train.rows(range(start, start + size))
+    if recipe.code_switch is None:
+        batch = plain_batch(rows.tokens, eod_id, mask_eod)
+    else:
+        switcher = CodeSwitcher(
+            materials.dictionary.table.without_groups(materials.dictionary.held_out),
+            recipe.code_switch,
+            seed=recipe.training.seed,
+            languages=recipe.data.languages,
+            device="cpu",
+            eod_id=eod_id,
+            mask_eod=mask_eod,
+        )
+        batch = switcher(rows.tokens, rows.language, rows.sample_id, 4000)
+    loss = rows_loss(chunks[0].module, batch)
+    phases[-1].advance(state)
+    return {
+        "gradients": gradients,
+        "metrics": metrics,
+        "expected_gradients": plain_gradients(chunks[0].module, loss),
+        "expected_loss": loss.item(),
+        "counts": None if batch.counts is None else batch.counts.tolist(),
+        "changed": int((batch.tokens != rows.tokens[:, :-1]).sum()),
+        "unscored": int((batch.loss_mask == 0).sum()),
+        "consumed": state.consumed_samples - start,
+        "tokens": state.tokens,
+    }
+
+
+def assert_same_gradients(answer: dict[str, Any]) -> None:
+    got, expected = answer["gradients"], answer["expected_gradients"]
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(
+            got[name] / scale, gradient / scale, msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE
+        )
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"alpha": 0.5, "gamma": 0.3, "lm_weight": 0.7, "layers": [0, 2, 5], "temperature": 0.2},
+        {"lm_global_batch_size": 12, "lm_micro_batch_size": 4, "gamma": 2.0, "layers": [4]},
+    ],
+    ids=["defaults", "weights_and_layers", "last_block"],
+)
+def test_alignment_step_is_the_methods(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, section: dict[str, Any]
+) -> None:
+    values = tiny.values(tmp_path)
+    values["alignment"].update(section)
+    answer = workers.run(1, alignment_step, values, str(tmp_path))[0]
+    assert_same_gradients(answer)
+    metrics = answer["metrics"]
+    # fp32 against float64.
+    assert metrics["loss"] == pytest.approx(answer["expected_loss"], rel=1e-5)
+    assert metrics["lm_loss"] == pytest.approx(answer["expected_lm_loss"], rel=1e-5)
+    by_layer = metrics["alignment_loss"]
+    assert len(by_layer) == LAYERS + 2
+    assert {layer: loss for layer, loss in enumerate(by_layer) if loss is not None} == pytest.approx(
+        answer["expected_layers"], rel=1e-5
+    )
+    assert answer["consumed"] == values["alignment"]["lm_global_batch_size"]
+    assert answer["tokens"] == answer["expected_tokens"]
+
+
+def test_alignment_on_words_alone(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path)
+    values["alignment"].update(lm_global_batch_size=0)
+    answer = workers.run(1, alignment_step, values, str(tmp_path))[0]
+    assert_same_gradients(answer)
+    assert answer["metrics"]["lm_loss"] is None
+    assert answer["metrics"]["loss"] == pytest.approx(answer["expected_loss"], rel=1e-5)
+    assert answer["consumed"] == 0
+
+
+@pytest.mark.parametrize("mask_eod", [False, True])
+@pytest.mark.parametrize("switching", [True, False])
+def test_language_model_step_is_the_methods(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, switching: bool, mask_eod: bool
+) -> None:
+    values = tiny.values(tmp_path)
+    values["data"]["eod_mask_loss"] = mask_eod
+    values["training"]["train_iters"] = 60
+    if not switching:
+        del values["code_switch"]
+    answer = workers.run(1, language_model_step, values, str(tmp_path))[0]
+    assert_same_gradients(answer)
+    metrics = answer["metrics"]
+    assert metrics["loss"] == metrics["lm_loss"] == pytest.approx(answer["expected_loss"], rel=1e-5)
+    assert answer["consumed"] == 8
+    assert answer["tokens"] == 5000 + 8 * 32
+    if not switching:
+        assert answer["changed"] == 0
+        assert (answer["unscored"] > 0) == mask_eod
+        assert set(metrics) == {"loss", "lm_loss"}
+        return
+    running, known, switched, *by_language = answer["counts"]
+    assert answer["changed"] >= switched > 0
+    assert metrics["known_word_rate"] == known / running
+    assert metrics["switched_word_rate"] == switched / running
+    assert metrics["switched_words"] == dict(zip(["en", "en_clone"], by_language, strict=True))
+
+
+def total_iters(training: dict[str, Any], spent: int, values: dict[str, Any], folder: str) -> int:
+    """Runs in a worker: steps of language-model training after the alignment phase took `spent` tokens."""
+    from types import SimpleNamespace
+
+    from megatron_prealign.training.language_model_phase import LanguageModelPhase
+    from megatron_prealign.training.state import TrainState
+
+    values["training"].update(training)
+    runtime: Any = SimpleNamespace(device=torch.device("cpu"))
+    reader: Any = None
+    phase = LanguageModelPhase(recipe_of(values, Path(folder)), runtime, reader, target_languages=None)
+    state = TrainState(tokens=spent + 99, phase_start_tokens=spent)
+    assert phase.schedule_settings(state).decay_iters == phase.total_iters(state)
+    return phase.total_iters(state)
+
+
+# One step is 8 rows of 32 tokens.
+STEP_TOKENS = 256
+
+
+@pytest.mark.parametrize(
+    ("training", "spent", "steps"),
+    [
+        ({"train_iters": 7}, 10_000, 7),
+        ({"train_iters": None, "train_tokens": 20 * STEP_TOKENS}, 0, 20),
+        ({"train_iters": None, "train_tokens": 20 * STEP_TOKENS}, 5 * STEP_TOKENS, 15),
+        # One token too many is a step less: the total is never passed.
+        ({"train_iters": None, "train_tokens": 20 * STEP_TOKENS}, 5 * STEP_TOKENS + 1, 14),
+        ({"train_iters": None, "train_tokens": 20 * STEP_TOKENS + STEP_TOKENS - 1}, 0, 20),
+    ],
+)
+def test_token_budget(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, training: dict[str, Any], spent: int, steps: int
+) -> None:
+    assert workers.run(1, total_iters, training, spent, tiny.values(tmp_path), str(tmp_path))[0] == steps
+
+
+def test_alignment_may_not_eat_the_whole_budget(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    training = {"train_iters": None, "train_tokens": 20 * STEP_TOKENS}
+    spent = 19 * STEP_TOKENS + 1
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, total_iters, training, spent, tiny.values(tmp_path), str(tmp_path))
+    kind, message, _ = caught.value.failures[0]
+    assert kind == "UserError"
+    assert f"training.train_tokens is {20 * STEP_TOKENS}, of which the alignment phase took {spent}" in message
+
+
+def read_rows(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in workers: this rank's microbatches of 8 rows from row 4 on, and those rows by one process."""
+    from megatron_prealign.code_switch.switcher import plain_batch
+    from megatron_prealign.training.rows import RowReader
+
+    _, runtime, materials, _, _ = opened(values, folder)
+    seen: list[int] = []
+
+    def make_batch(rows: Any, consumed_tokens: int) -> Any:
+        seen.append(consumed_tokens)
+        batch = plain_batch(rows.tokens, 0, False)
+        # Each row scores another number of tokens.
+        mask = (torch.arange(batch.tokens.shape[1]) < rows.sample_id[:, None]).float()
+        return batch._replace(loss_mask=mask, counts=rows.sample_id)
+
+    reader = RowReader(materials.train, runtime, micro_batch_size=2, make_batch=make_batch)
+    batches, counts = reader.read(4, 8, 77)
+    return {
+        "tokens": [batch.tokens for batch in batches],
+        "scored": [batch.scored_tokens.item() for batch in batches],
+        "counts": counts.tolist(),
+        "seen": seen,
+        "all": materials.train.rows(range(4, 12)).tokens[:, :-1],
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_of_a_step_are_divided_over_ranks(workers: WorkerPool, tiny: Tiny, tmp_path: Path, ranks: int) -> None:
+    answers = workers.run(ranks, read_rows, tiny.values(tmp_path), str(tmp_path))
+    # Rank after rank in each round, so that the order of the blend does not depend on the number of ranks.
+    rounds = zip(*(answer["tokens"] for answer in answers), strict=True)
+    assert torch.equal(torch.cat([part for each in rounds for part in each]), answers[0]["all"])
+    for answer in answers:
+        # Rows 4 to 11 score as many tokens as their number, over all ranks.
+        assert answer["scored"] == [float(sum(range(4, 12)))] * (4 // ranks)
+        assert answer["seen"] == [77] * (4 // ranks)
+    totals = [sum(column) for column in zip(*(answer["counts"] for answer in answers), strict=True)]
+    assert sum(totals) == sum(range(4, 12))
