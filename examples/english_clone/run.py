@@ -81,8 +81,9 @@ def main() -> int:
     prepare()
     base = ["--config", str(HERE / "base.yaml")]
     # Training resumes by itself; a finished run only finds that it is finished.
-    run(torchrun("pretrain", *base))
-    run(torchrun("pretrain", *base, "--config", str(HERE / "prealign.yaml")))
+    for recipe in (base, [*base, "--config", str(HERE / "prealign.yaml")]):
+        run(megatron_prealign("pretrain", *recipe, "--validate", "--world_size", str(PROCESSES)))
+        run(torchrun("pretrain", *recipe))
     run(
         megatron_prealign(
             *("evaluate", "--run", f"joint={DEMO / 'joint'}", f"prealign={DEMO / 'prealign'}", "--output", str(DEMO))

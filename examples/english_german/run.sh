@@ -18,7 +18,11 @@ mkdir -p "$data"
 [ -f "$data/table.safetensors" ] || megatron-prealign dictionary build --input "$words:en-de" --tokenizer "$data/tokenizer" \
   --output "$data/table.safetensors" --corpus "$data/en"
 
-train() { torchrun --standalone --nproc-per-node "$processes" -m megatron_prealign pretrain "$@"; }
+train() {
+  # Says what is wrong with a recipe in one line, before any process starts.
+  megatron-prealign pretrain "$@" --validate --world_size "$processes"
+  torchrun --standalone --nproc-per-node "$processes" -m megatron_prealign pretrain "$@"
+}
 train --config "$here/base.yaml"
 train --config "$here/base.yaml" --config "$here/prealign.yaml"
 megatron-prealign evaluate --run joint=runs/english_german/joint prealign=runs/english_german/prealign --output runs/english_german

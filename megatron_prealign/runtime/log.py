@@ -6,8 +6,8 @@ import re
 import sys
 import warnings
 
-# What Megatron-Core 0.16.1 and its use of torch say in every process of every run, and no user can act on. That the fused
-# libraries are missing is said once, by `doctor`.
+# What Megatron-Core 0.16.1 and its use of torch say in every process of every run, and no user can act on. That the
+# fused libraries are missing is said once, by `doctor`.
 _NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
