@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.dictionary.table import DictionaryTable
@@ -75,8 +76,11 @@ class Evaluate(Callback):
         self._interval = interval
 
     def on_step(self, trainer: "Trainer") -> None:
-        over = trainer.phase.is_over(trainer.state)
-        if self._interval is not None and trainer.state.phase_step % self._interval == 0 and not over:
+        state = trainer.state
+        # A run that was asked to stop has little time left, and saving comes first; a phase's end evaluates by itself.
+        if state.stop_requested or trainer.phase.is_over(state):
+            return
+        if self._interval is not None and state.phase_step % self._interval == 0:
             self._evaluate(trainer)
 
     def on_phase_end(self, trainer: "Trainer") -> None:
@@ -84,7 +88,10 @@ class Evaluate(Callback):
 
     def _evaluate(self, trainer: "Trainer") -> None:
         state = trainer.state
-        result = self._evaluator.measure(trainer.chunks)
+        # The measures of all ranks agree but for rounding; a phase that ends at a goal must end on all of them.
+        shared = [self._evaluator.measure(trainer.chunks)]
+        dist.broadcast_object_list(shared, src=0)
+        result = shared[0]
         trainer.phase.saw_evaluation(state, result)
         self._metrics.write(
             {

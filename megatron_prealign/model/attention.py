@@ -5,11 +5,13 @@ Megatron-Core's local `DotProductAttention` writes the `[batch, heads, sequence,
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -52,14 +54,24 @@ class FusedCausalAttention(MegatronModule):
         phase sends each word's description along in that argument (see `alignment.taps`)."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("FusedCausalAttention takes neither packed sequences nor an attention bias")
-        context = F.scaled_dot_product_attention(
-            # [sequence, batch, heads, channels] -> [batch, heads, sequence, channels]
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        grouped = query.shape[2] != key.shape[2]
+        if grouped and query.dtype is torch.float32:
+            # The fused kernels that share key/value heads take half precision only.
+            key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
+            grouped = False
+        dropout = self.dropout if self.training else 0.0
+        # Tensor-parallel ranks hold other heads and must drop other scores; under sequence parallelism all of the block
+        # runs in that random state already.
+        fork = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if fork else nullcontext():
+            context = F.scaled_dot_product_attention(
+                # [sequence, batch, heads, channels] -> [batch, heads, sequence, channels]
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=grouped,
+            )
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,5 +1,8 @@
 """Builds the model chunks of this process from the recipe."""
 
+from typing import Any
+
+import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_prealign.model.config import block_spec, padded_vocab_size, transformer_config
@@ -34,9 +37,30 @@ def build_model(recipe: Recipe, runtime: Runtime, *, vocab_size: int) -> list[GP
             pg_collection=runtime.groups,
             vp_stage=vp_stage,
         )
+        if chunk.post_process:
+            _mask_padded_logits(chunk, vocab_size, runtime.tensor_rank)
         chunks.append(chunk.to(device=runtime.device, dtype=config.params_dtype))
     initialise(chunks, model, vocab_size=vocab_size, seed=recipe.training.seed)
     return chunks
+
+
+def _mask_padded_logits(chunk: GPTModel, vocab_size: int, tensor_rank: int) -> None:
+    """Gives the ids that only pad the vocabulary no probability.
+
+    Their number depends on the tensor-parallel size; left in, they would add to every token's loss (measured: 5.98 at
+    TP1 against 6.26 at TP2 for 330 ids padded to 384 and 512) and make the model depend on its layout.
+    """
+    rows = chunk.output_layer.output_size_per_partition
+    first_padded = max(0, vocab_size - tensor_rank * rows)
+    if first_padded >= rows:
+        return
+
+    def mask(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        logits[..., first_padded:] = torch.finfo(logits.dtype).min
+        return logits, bias
+
+    chunk.output_layer.register_forward_hook(mask)
 
 
 def count_parameters(chunks: list[GPTModel]) -> int:

@@ -1,6 +1,7 @@
 """From the recipe to Megatron-Core's `TransformerConfig` and layer specification."""
 
 import copy
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,9 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
     llama = model.family == "llama"
     on_gpu = runtime.device.type == "cuda"
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    # Word and language-model microbatches have different shapes; only a pipeline has to be told.
+    # Megatron-Core's fused element-wise parts are compiled at first use, which needs Triton and pays on a GPU only.
+    fuse = on_gpu and importlib.util.find_spec("triton") is not None
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    mixed_shapes = recipe.alignment is not None and parallel.pipeline_model_parallel_size > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -72,10 +73,9 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         recompute_granularity=model.recompute_granularity,
         recompute_method="uniform" if model.recompute_granularity == "full" else None,
         recompute_num_layers=model.recompute_num_layers if model.recompute_granularity == "full" else None,
-        # The fused element-wise parts compile at first use, which pays on a GPU only.
-        bias_activation_fusion=on_gpu and llama,
-        bias_dropout_fusion=on_gpu,
-        cross_entropy_loss_fusion=on_gpu,
+        bias_activation_fusion=fuse and llama,
+        bias_dropout_fusion=fuse,
+        cross_entropy_loss_fusion=fuse,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -86,9 +86,6 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         # would then meet the wrong partner (seen as a hang in 0.16.1), one direction at a time they cannot.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        variable_seq_lengths=mixed_shapes,
-        # Megatron-Core 0.16.1 accepts variable lengths only together with this dispatcher, experts or not.
-        moe_token_dispatcher_type="alltoall" if mixed_shapes else "allgather",
         finalize_model_grads_func=finalize_model_grads,
     )
 
@@ -115,7 +112,5 @@ def block_spec(
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = FusedCausalAttention
-    # The names that keep checkpoints of both implementations alike were for the fused spec; here norms stand alone.
-    layer.submodules.sharded_state_dict_keys_map = {}
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=runtime.pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

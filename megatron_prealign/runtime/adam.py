@@ -44,7 +44,7 @@ class FusedAdamW(torch.optim.Optimizer):
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-            steps = torch.tensor(float(group["step"]), device=parameters[0].device)
+            steps = torch.full((), float(group["step"]), device=parameters[0].device)
             torch._fused_adamw_(
                 parameters,
                 [p.grad for p in parameters],

@@ -119,9 +119,10 @@ def start(parallel: ParallelSection, *, seed: int) -> Runtime:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
-    torch.manual_seed(seed)
-    # Dropout differs between tensor-parallel ranks where activations are split and agrees where they are whole.
-    model_parallel_cuda_manual_seed(seed % 2**31, force_reset_rng=True)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed + 100 * stage)
+    # Stages draw their own dropout, as in Megatron-LM; tensor-parallel ranks agree where activations are whole.
+    model_parallel_cuda_manual_seed((seed + 100 * stage) % 2**31, force_reset_rng=True)
     return Runtime(
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),

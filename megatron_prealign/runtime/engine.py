@@ -34,6 +34,17 @@ def wrap_data_parallel(chunks: Sequence[GPTModel], parallel: ParallelSection) ->
     return wrapped
 
 
+def gather_parameters(chunks: Sequence[torch.nn.Module]) -> None:
+    """Brings every rank's parameters up to date; needed before they are read outside a forward pass.
+
+    With `overlap_param_gather` each rank holds only its own updated shard until the next forward pass fetches the rest.
+    Takes part: the data-parallel group.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The `GPTModel` inside a data-parallel wrapper, or the model itself."""
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk

@@ -12,7 +12,7 @@ from megatron_prealign.alignment.taps import LayerTaps, no_loss
 from megatron_prealign.alignment.words import WordBatch, WordSampler
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedule_length, unwrap
+from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, schedule_length, unwrap
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.phase import Phase, ScheduleSettings
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, idle_rows, row_loss_sum
@@ -67,6 +67,8 @@ class AlignmentPhase(Phase):
         self._word_tokens = words.global_tokens
         self._microbatches = schedule_length(self._runtime, 1 + len(rows))
         self._taps.begin_step()
+        # The taps read the output embedding before any forward pass of it could fetch its update.
+        gather_parameters(chunks)
         run_schedule(
             self._runtime,
             chunks,

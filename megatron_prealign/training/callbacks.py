@@ -51,7 +51,8 @@ class GarbageCollection(Callback):
 class StopOnSignal(Callback):
     """SIGTERM or SIGINT on any rank makes all ranks save and end after the same step.
 
-    The flag is summed over ranks without waiting for it: the answer of one step is read after the next.
+    The flag is summed over ranks in the background and read a step later, when the gradient norm has brought the host
+    up to date anyway.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -73,7 +74,7 @@ class StopOnSignal(Callback):
             work.wait()
             if float(flag) > 0:
                 trainer.state.stop_requested = True
-        flag = torch.tensor(float(self._received), device=trainer.runtime.device)
+        flag = torch.full((), float(self._received), device=trainer.runtime.device)
         self._pending = (dist.all_reduce(flag, async_op=True), flag)
 
     def on_close(self, trainer: "Trainer") -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,16 @@ class MetricsFile:
         self._enabled = enabled
 
     def write(self, record: dict[str, Any]) -> None:
-        if self._enabled:
+        if not self._enabled:
+            return
+        try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            # The other ranks are already in the next step: a full disk must not end the run here.
+            logger.warning(
+                "%s cannot be written (%s); the metrics of step %d are lost", self._path, error, record["step"]
+            )
 
 
 class ProgressLog(Callback):
@@ -53,7 +59,7 @@ class ProgressLog(Callback):
         self._mark(trainer)
 
     def _mark(self, trainer: "Trainer") -> None:
-        self._since_s = time.perf_counter()
+        self._since_s = trainer.state.seconds
         self._since_tokens = trainer.state.tokens
         self._since_step = trainer.state.step
 
@@ -95,7 +101,7 @@ class ProgressLog(Callback):
         """Takes part: all ranks (the metrics are summed over them)."""
         state, phase = trainer.state, trainer.phase
         values = phase.metrics(state.step - self._since_step)
-        elapsed_s = max(time.perf_counter() - self._since_s, 1e-9)
+        elapsed_s = max(state.seconds - self._since_s, 1e-9)
         tokens_per_second = (state.tokens - self._since_tokens) / elapsed_s
         record = {
             "kind": "train",

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from megatron_prealign.data.samples import TrainSamples
+from megatron_prealign.runtime.engine import gather_parameters
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.checkpoint import CheckpointStore
 
@@ -33,6 +34,7 @@ class SaveCheckpoints(Callback):
         state = trainer.state
         if state.step == self._saved_step:
             return
+        gather_parameters(trainer.chunks)
         self._store.save(
             trainer.chunks,
             trainer.optimizer,

@@ -1,6 +1,7 @@
 """The training loop: runs a list of phases, one optimizer step after another."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.optimizer import build_schedule, reset_optimizer
@@ -105,10 +107,20 @@ class Trainer:
         schedule.step(1)
         phase.forward_backward(self.state, self.chunks)
         _, self.grad_norm, _ = self.optimizer.step()
+        self._check_finite()
         phase.advance(self.state)
         self.state.phase_step += 1
         self.state.step += 1
         self.state.seconds += time.perf_counter() - start_s
+
+    def _check_finite(self) -> None:
+        """Ends a run that has diverged before it can overwrite its last good checkpoint. The norm is on the host
+        already."""
+        if self.grad_norm is not None and not math.isfinite(self.grad_norm):
+            raise UserError(
+                f"training diverged: the gradient norm of step {self.state.step + 1} is {self.grad_norm}; the last checkpoint "
+                f"in {self.recipe.checkpoint_dir} is from before it; lower the learning rate or look at the data there"
+            )
 
     def _notify(self, event: str) -> None:
         for callback in self.callbacks:

@@ -43,7 +43,7 @@ def records(run_dir: Path, kind: str = "train") -> dict[tuple[str, int], dict[st
     return {(line["phase"], line["step"]): line for line in lines if line["kind"] == kind}
 
 
-def weights(workers: WorkerPool, run_dir: Path, vocab_size: int) -> dict[str, torch.Tensor]:
-    """The weights of the run's newest checkpoint."""
-    newest = (run_dir / "checkpoints" / "latest").read_text().strip()
-    return workers.run(1, read_weights, str(run_dir / "checkpoints" / newest), vocab_size)[0]
+def weights(workers: WorkerPool, run_dir: Path, vocab_size: int, name: str | None = None) -> dict[str, torch.Tensor]:
+    """The weights of the run's newest checkpoint, or of the one called `name`."""
+    name = name or (run_dir / "checkpoints" / "latest").read_text().strip()
+    return workers.run(1, read_weights, str(run_dir / "checkpoints" / name), vocab_size)[0]

@@ -108,3 +108,17 @@ def test_recomputation_changes_nothing(
     folder, expected = reference["llama"]
     assert_same_run(tmp_path, folder)
     assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
+
+
+def test_overlapped_parameter_gather_saves_what_the_optimizer_wrote(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path
+) -> None:
+    """A save between two evaluations meets parameters that only their owners have updated yet."""
+    found = {}
+    for layout in ("dp2", "dp2_overlap"):
+        values = values_for(tiny, tmp_path / layout, {}, LAYOUTS[layout][1])
+        values["training"]["train_iters"] = 3
+        values["checkpoint"] = {"save_interval": 1, "keep": 10}
+        run(workers, 2, values, tmp_path / layout)
+        found[layout] = weights(workers, tmp_path / layout, 2 * VOCAB_SIZE, "step_00000007")
+    assert_same_weights(found["dp2_overlap"], found["dp2"])
