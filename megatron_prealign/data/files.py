@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from megatron_prealign.errors import UserError
+
 
 @contextmanager
 def write_atomically(target: Path) -> Iterator[Path]:
@@ -28,7 +30,26 @@ def write_atomically(target: Path) -> Iterator[Path]:
 def write_all_atomically(targets: list[Path]) -> Iterator[list[Path]]:
     """Like `write_atomically` for files that belong together: none is renamed before all are written.
 
-    The renames themselves happen from the last target to the first, so name the file that makes the group valid first.
+    The renames themselves happen in the order of `targets`: name the file that tells a reader that the others are there
+    last.
     """
     with ExitStack() as stack:
-        yield [stack.enter_context(write_atomically(target)) for target in targets]
+        # The stack ends its blocks from the last entered to the first.
+        yield [stack.enter_context(write_atomically(target)) for target in reversed(targets)][::-1]
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Makes `folder` and its parents.
+
+    Args:
+        what: the option that named it, for the message.
+
+    Raises:
+        UserError: it cannot be made: a file is in the way, or the disk or the permissions refuse.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{what}: the folder {folder} cannot be made ({error.strerror}); choose another path"
+        ) from error

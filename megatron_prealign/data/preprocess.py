@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from megatron_prealign.data.files import write_all_atomically
+from megatron_prealign.data.files import make_folder, write_all_atomically
 from megatron_prealign.data.indexed import bin_path, idx_path, import_indexed_dataset, token_dtype
 from megatron_prealign.data.readers import (
     Block,
@@ -161,10 +161,10 @@ def preprocess(
     indexed_dataset = import_indexed_dataset()
     start_s = time.monotonic()
     totals = _Totals()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(output).parent, "output")
     with (
-        # The index first, which makes it the last to be renamed: without it no reader takes the rest for a dataset.
-        write_all_atomically([idx_path(output), bin_path(output), sidecar_path(output)]) as (idx, tokens, facts),
+        # The sidecar last: no command takes files without it for a dataset.
+        write_all_atomically([bin_path(output), idx_path(output), sidecar_path(output)]) as (tokens, idx, facts),
         Progress("preprocess", total_bytes, unit="B", unit_scale=True, enabled=show_progress) as progress,
     ):
         builder = indexed_dataset.IndexedDatasetBuilder(str(tokens), dtype=token_dtype(loaded.vocab_size))

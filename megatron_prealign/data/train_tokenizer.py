@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_prealign.data.clone import save_clone_language
-from megatron_prealign.data.files import write_atomically
+from megatron_prealign.data.files import make_folder, write_atomically
 from megatron_prealign.data.readers import OnError, Problems, check_inputs, read_documents
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
@@ -53,6 +53,8 @@ def train_tokenizer(
         raise UserError(f"output {target}: is a file; expected the path of a new folder")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"output {target}: the folder is not empty; give a new one, or remove it first")
+    # Before the hours that a large corpus takes.
+    make_folder(target.parent, "output")
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -74,7 +76,6 @@ def train_tokenizer(
         raise UserError(
             f"the text yields only {found} tokens, expected {vocab_size}; give more text or --vocab-size {found}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(target) as folder:
         folder.mkdir()
         tokenizer.save(str(folder / "tokenizer.json"))

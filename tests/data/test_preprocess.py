@@ -12,6 +12,7 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_prealign.arguments import join_values, underscored
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
 from megatron_prealign.data import readers
@@ -21,7 +22,6 @@ from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.errors import UserError
-from megatron_prealign.tools.arguments import join_values, underscored
 
 WORDS = [
     "the",

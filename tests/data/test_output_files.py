@@ -1,0 +1,45 @@
+"""Output files: the order in which a group appears, and outputs that cannot be made."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import Tiny
+
+from megatron_prealign import cli
+from megatron_prealign.data.files import write_all_atomically
+
+
+def test_the_last_target_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    appeared = []
+    replace = os.replace
+
+    def watch(source: Path, target: Path) -> None:
+        appeared.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    with write_all_atomically([tmp_path / name for name in ("first", "second", "last")]) as paths:
+        for path, name in zip(paths, ("first", "second", "last"), strict=True):
+            path.write_text(name)
+    assert appeared == ["first", "second", "last"]
+    assert [(tmp_path / name).read_text() for name in appeared] == appeared
+
+
+@pytest.mark.parametrize("command", ["preprocess", "train-tokenizer"])
+@pytest.mark.parametrize("inside", ["out", "deep/out"])
+def test_output_below_a_file(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, inside: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    output = tmp_path / "file" / inside
+    options = {
+        "preprocess": ["--tokenizer", tiny.tokenizer, "--language", "en", "--workers", "1"],
+        "train-tokenizer": ["--vocab-size", "300"],
+    }[command]
+    corpus = str(tiny.folder / "corpus.jsonl")
+    assert cli.main([command, "--input", corpus, "--output", str(output), *options]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert message.startswith(f"error: output: the folder {output.parent} cannot be made (")
+    assert "choose another path" in message
