@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from megatron_prealign import __version__
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, user_error_of
 
 # Sub-command -> (module, one line of help). Only the chosen module is imported: each `--help` must answer in under
 # half a second.
@@ -68,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(COMMANDS[command][0]).main(arguments[1:]) or 0
     except UserError as error:
-        # Under torchrun every rank meets the same mistake; one line is enough.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return _report(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -79,3 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        mistake = user_error_of(error)
+        if mistake is None:
+            raise
+        return _report(mistake)
+
+
+def _report(error: UserError) -> int:
+    """Prints the line and returns the exit status."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr)
+    elif not error.agreed:
+        # Nobody else knows of it.
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
+    return error.exit_status

@@ -9,3 +9,16 @@ class UserError(Exception):
     """
 
     exit_status = 2
+    agreed = False
+    """Whether rank 0 prints this same message, so that the other ranks need not."""
+
+
+def user_error_of(error: OSError) -> UserError | None:
+    """What the operating system refused as a line for the user; None where it names no file, which is for us to
+    mend."""
+    if error.filename is None or error.strerror is None:
+        return None
+    return UserError(
+        f"{error.filename}: {error.strerror} ({type(error).__name__}); check this path, its permissions and the space "
+        "left on its disk"
+    )

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,17 +126,53 @@ def with_command(monkeypatch: pytest.MonkeyPatch, main: Any) -> None:
     monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_command", "a test"))
 
 
-def test_only_rank_zero_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("rank", "agreed", "printed"),
+    [
+        ("0", True, "error: the file is gone\n"),
+        ("0", False, "error: the file is gone\n"),
+        ("1", True, ""),
+        ("3", False, "error: rank 3: the file is gone\n"),
+    ],
+)
+def test_what_all_ranks_know_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, agreed: bool, printed: str
+) -> None:
     def main(argv: Sequence[str]) -> int:
-        raise UserError("the file is gone")
+        error = UserError("the file is gone")
+        error.agreed = agreed
+        raise error
 
     with_command(monkeypatch, main)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", rank)
     assert cli.main(["probe"]) == 2
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv("RANK", "0")
+    assert capsys.readouterr().err == printed
+
+
+def test_file_that_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    def main(argv: Sequence[str]) -> int:
+        (tmp_path / "file" / "below").mkdir()
+        return 0
+
+    with_command(monkeypatch, main)
     assert cli.main(["probe"]) == 2
-    assert capsys.readouterr().err == "error: the file is gone\n"
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'file' / 'below'}: Not a directory (NotADirectoryError); check this path, its permissions "
+        "and the space left on its disk\n"
+    )
+
+
+def test_system_error_without_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise ConnectionResetError("by peer")
+
+    with_command(monkeypatch, main)
+    with pytest.raises(ConnectionResetError):
+        cli.main(["probe"])
 
 
 def test_status_of_a_command_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,50 @@ def work_in_halves(failing: int) -> tuple[int | None, str | None]:
     return on_rank_zero("asking", lambda: rank, half), caught
 
 
+def agreed_errors(messages: dict[int, str]) -> tuple[str, bool]:
+    """The message that each rank raises, and whether rank 0 raises the same."""
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import all_ranks_ok
+
+    rank = dist.get_rank()
+    try:
+        all_ranks_ok(UserError(messages[rank]) if rank in messages else None, "opening the data")
+    except UserError as error:
+        return str(error), error.agreed
+    return "", False
+
+
+def open_a_missing_file(failing: int) -> None:
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import on_every_rank
+
+    on_every_rank("reading", lambda: Path("/no/such/file").read_text() if dist.get_rank() == failing else "")
+
+
+def wait_for_rank_zero(patience_s: float | None, work_s: float) -> str:
+    """Rank 0 works for longer than the default group's timeout; the others wait over the control group, if any."""
+    import time
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import on_rank_zero, open_control_group
+
+    # Gloo takes its timeout when a group is made, so the short default is one made here.
+    short = dist.new_group(timeout=timedelta(seconds=1))
+    if patience_s is not None:
+        open_control_group(timedelta(seconds=patience_s))
+    try:
+        on_rank_zero("building", lambda: time.sleep(work_s), None if patience_s is not None else short)
+    except RuntimeError as error:
+        return type(error).__name__
+    return "done"
+
+
 def failures(caught: pytest.ExceptionInfo[WorkerError]) -> dict[int, tuple[str, str]]:
     return {rank: (kind, message) for rank, (kind, message, _) in caught.value.failures.items()}
 
@@ -109,3 +153,30 @@ def test_groups_agree_among_themselves(workers: WorkerPool) -> None:
         (2, told),
         (None, "ValueError: broken"),
     ]
+
+
+def test_rank_zero_is_known_to_say_it(workers: WorkerPool) -> None:
+    assert workers.run(2, agreed_errors, {1: "gone"}, timeout_s=30) == [("gone", True)] * 2
+    assert workers.run(2, agreed_errors, {0: "gone", 1: "gone"}, timeout_s=30) == [("gone", True)] * 2
+    # Rank 0 says something else: rank 1 must speak for itself.
+    answers = workers.run(2, agreed_errors, {0: "gone", 1: "damaged"}, timeout_s=30)
+    assert answers == [("gone", True), ("damaged", False)]
+
+
+def test_file_that_the_system_refuses_one_rank_is_everyones_mistake(workers: WorkerPool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, open_a_missing_file, 1, timeout_s=30)
+    for kind, message in failures(caught).values():
+        assert kind == "UserError"
+        assert message.startswith("/no/such/file: No such file or directory (FileNotFoundError); check this path")
+
+
+def test_control_group_outlasts_the_timeout_of_a_collective(workers: WorkerPool) -> None:
+    # 1 s is the timeout without it; 2.5 s of work is clearly longer, 60 s of patience clearly enough.
+    assert workers.run(2, wait_for_rank_zero, 60.0, 2.5, timeout_s=60) == ["done", "done"]
+    assert workers.run(2, wait_for_rank_zero, None, 2.5, timeout_s=60)[1] != "done"
+
+
+def test_control_group_of_a_group_that_is_gone_is_not_used(workers: WorkerPool) -> None:
+    workers.run(2, wait_for_rank_zero, 60.0, 0.0, timeout_s=60)
+    assert workers.run(2, work_on_every_rank, (), ()) == [10, 11]
