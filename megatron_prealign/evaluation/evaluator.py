@@ -74,6 +74,7 @@ class Evaluate(Callback):
         self._evaluator = evaluator
         self._metrics = metrics
         self._interval = interval
+        self._measured_step = -1
 
     def on_step(self, trainer: "Trainer") -> None:
         state = trainer.state
@@ -84,10 +85,13 @@ class Evaluate(Callback):
             self._evaluate(trainer)
 
     def on_phase_end(self, trainer: "Trainer") -> None:
-        self._evaluate(trainer)
+        # A phase that has reached its goal was measured by `on_step` a moment ago.
+        if trainer.state.step != self._measured_step:
+            self._evaluate(trainer)
 
     def _evaluate(self, trainer: "Trainer") -> None:
         state = trainer.state
+        self._measured_step = state.step
         # The measures of all ranks agree but for rounding; a phase that ends at a goal must end on all of them.
         shared = [self._evaluator.measure(trainer.chunks)]
         dist.broadcast_object_list(shared, src=0)
