@@ -207,6 +207,8 @@ def test_language_model_step_is_the_methods(
     values = tiny.values(tmp_path)
     values["data"]["eod_mask_loss"] = mask_eod
     values["training"]["train_iters"] = 60
+    # The ratio depends on the tokens of this phase: 0.25 after 4,000.
+    values["code_switch"] = {"ratio": 0.0, "schedule": "linear", "final_ratio": 0.5, "schedule_tokens": 8000}
     if not switching:
         del values["code_switch"]
     answer = workers.run(1, language_model_step, values, str(tmp_path))[0]

@@ -1,0 +1,282 @@
+"""What callbacks take from the process they give back; whole runs seen through a callback."""
+
+import copy
+import gc
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from runs import records
+from tiny import Tiny, recipe_of
+from workers import WorkerError, WorkerPool
+
+from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Rows of the alignment phase and of a step of language-model training, and the length of a row.
+ALIGNMENT_ROWS, ROWS, SEQ_LENGTH = 4, 8, 32
+
+
+def trainer_at(step: int) -> Any:
+    return SimpleNamespace(state=SimpleNamespace(step=step))
+
+
+@pytest.fixture
+def collections(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Counts full collections that are asked for; leaves the collector as it was."""
+    made: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda *args: made.append(1) or 0)
+    was_enabled = gc.isenabled()
+    yield made
+    (gc.enable if was_enabled else gc.disable)()
+
+
+def test_garbage_is_collected_at_the_interval_only(collections: list[int]) -> None:
+    gc.enable()
+    callback = GarbageCollection(3)
+    assert gc.isenabled()
+    callback.on_start(trainer_at(0))
+    assert not gc.isenabled()
+    at = []
+    for step in range(1, 10):
+        before = len(collections)
+        callback.on_step(trainer_at(step))
+        at += [step] * (len(collections) - before)
+    assert at == [3, 6, 9]
+    callback.on_close(trainer_at(9))
+    assert gc.isenabled()
+
+
+def test_garbage_collection_off_is_left_off(collections: list[int]) -> None:
+    gc.disable()
+    callback = GarbageCollection(3)
+    callback.on_start(trainer_at(0))
+    callback.on_close(trainer_at(0))
+    assert not gc.isenabled()
+
+
+def test_interval_0_leaves_the_collector_alone(collections: list[int]) -> None:
+    gc.enable()
+    callback = GarbageCollection(0)
+    callback.on_start(trainer_at(0))
+    assert gc.isenabled()
+    callback.on_step(trainer_at(100))
+    assert collections == []
+    callback.on_close(trainer_at(100))
+    assert gc.isenabled()
+
+
+def test_signal_handlers_are_put_back() -> None:
+    def mine(number: int, frame: Any) -> None: ...
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        signal.signal(signal.SIGTERM, mine)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        callback = StopOnSignal()
+        callback.on_start(trainer_at(0))
+        assert all(signal.getsignal(number) == callback._receive for number in SIGNALS)
+        # Now a signal only leaves a note.
+        signal.raise_signal(signal.SIGTERM)
+        callback.on_close(trainer_at(0))
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Watch(Callback):
+    """Writes down what a run does; fails at a step if told to."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.events: list[str] = []
+        self.steps: list[dict[str, Any]] = []
+        self._fail_at = fail_at
+
+    def on_start(self, trainer: Any) -> None:
+        self.events.append("start")
+
+    def on_step(self, trainer: Any) -> None:
+        optimizer = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])[0].optimizer
+        self.steps.append(
+            {
+                "phase": trainer.phase.name,
+                "step": trainer.state.step,
+                "phase_step": trainer.state.phase_step,
+                "lr": trainer.learning_rate,
+                "adam_step": optimizer.param_groups[0]["step"],
+                "consumed": trainer.state.consumed_samples,
+                "tokens": trainer.state.tokens,
+                "training": all(chunk.training for chunk in trainer.chunks),
+                "collecting": gc.isenabled(),
+            }
+        )
+        if trainer.state.step == self._fail_at:
+            raise ZeroDivisionError("on purpose")
+
+    def on_phase_end(self, trainer: Any) -> None:
+        self.events.append(f"end of {trainer.phase.name} at {trainer.state.step}")
+
+    def on_end(self, trainer: Any) -> None:
+        self.events.append("end")
+
+    def on_close(self, trainer: Any) -> None:
+        self.events.append("close")
+
+
+def watched(values: dict[str, Any], folder: str, fail_at: int | None) -> dict[str, Any]:
+    """Runs in a worker."""
+    from megatron_prealign.pretrain import pretrain
+
+    gc.enable()
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    watch, error, final = Watch(fail_at), None, None
+    try:
+        state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[watch])
+        final = state.to_dict()
+    except ZeroDivisionError as caught:
+        error = str(caught)
+    return {
+        "events": watch.events,
+        "steps": watch.steps,
+        "error": error,
+        "state": final,
+        "handlers_back": handlers == [signal.getsignal(number) for number in SIGNALS],
+        "collecting": gc.isenabled(),
+    }
+
+
+def values_for(tiny: Tiny, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(folder))
+    values["parallel"] = {"device": "cpu"}
+    for name, changes in sections.items():
+        values.setdefault(name, {}).update(changes)
+    return values
+
+
+@pytest.fixture(scope="module")
+def two_phases(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("two_phases")
+    values = values_for(
+        tiny,
+        folder,
+        alignment={"lr_warmup_iters": 2, "lr_decay_style": "linear", "min_lr": 1e-4},
+        optimizer={"lr_decay_style": "cosine"},
+        training={"eval_interval": 2},
+    )
+    answer = workers.run(1, watched, values, str(folder), None)[0]
+    return {**answer, "folder": folder}
+
+
+def test_phases_follow_each_other(two_phases: dict[str, Any]) -> None:
+    assert two_phases["events"] == [
+        "start",
+        "end of alignment at 5",
+        "end of language_model at 10",
+        "end",
+        "close",
+    ]
+    steps = two_phases["steps"]
+    assert [step["step"] for step in steps] == list(range(1, 11))
+    assert [(step["phase"], step["phase_step"]) for step in steps] == [
+        *(("alignment", number) for number in range(1, 6)),
+        *(("language_model", number) for number in range(1, 6)),
+    ]
+    # Also after an evaluation in between.
+    assert all(step["training"] for step in steps)
+    assert not any(step["collecting"] for step in steps)
+
+
+def test_each_phase_has_its_own_learning_rate_and_a_fresh_optimizer(two_phases: dict[str, Any]) -> None:
+    steps = two_phases["steps"]
+    decayed = [1e-3 - 9e-4 * done / 3 for done in (1, 2, 3)]
+    cosine = [1e-3 * 0.75, 1e-3 * 0.25, 0.0]
+    # 5 steps each: two of warm-up, three of decay. Double precision, in another order.
+    expected = [5e-4, 1e-3, *decayed, 5e-4, 1e-3, *cosine]
+    assert [step["lr"] for step in steps] == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    assert [step["adam_step"] for step in steps] == [1, 2, 3, 4, 5] * 2
+
+
+def test_samples_and_tokens_are_counted_through(two_phases: dict[str, Any]) -> None:
+    steps = two_phases["steps"]
+    consumed = [ALIGNMENT_ROWS * number for number in range(1, 6)]
+    # The second phase goes on where the first one stopped: no row comes twice.
+    assert [step["consumed"] for step in steps] == consumed + [consumed[-1] + ROWS * number for number in range(1, 6)]
+    grown = [after["tokens"] - before["tokens"] for before, after in zip(steps, steps[1:], strict=False)]
+    assert all(each >= ALIGNMENT_ROWS * SEQ_LENGTH + 16 * 2 for each in grown[:4])
+    assert grown[4:] == [ROWS * SEQ_LENGTH] * 5
+    state = two_phases["state"]
+    assert state["phase_start_tokens"] == steps[4]["tokens"]
+    assert (state["phase"], state["phase_step"], state["step"]) == (1, 5, 10)
+
+
+def test_evaluations_come_at_the_interval_and_at_each_end(two_phases: dict[str, Any]) -> None:
+    found = [line for line in records(two_phases["folder"], "evaluation")]
+    assert found == [("alignment", step) for step in (2, 4, 5)] + [("language_model", step) for step in (7, 9, 10)]
+
+
+def test_process_is_given_back(two_phases: dict[str, Any]) -> None:
+    assert two_phases["handlers_back"]
+    assert two_phases["collecting"]
+
+
+def test_process_is_given_back_after_an_error(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    answer = workers.run(1, watched, values_for(tiny, tmp_path), str(tmp_path), 2)[0]
+    assert answer["error"] == "on purpose"
+    assert answer["events"] == ["start", "close"]
+    assert answer["handlers_back"]
+    assert answer["collecting"]
+
+
+def test_optimizer_may_be_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(
+        tiny, tmp_path, alignment={"keep_optimizer": True, "train_iters": 2}, training={"train_iters": 2}
+    )
+    steps = workers.run(1, watched, values, str(tmp_path), None)[0]["steps"]
+    assert [step["adam_step"] for step in steps] == [1, 2, 3, 4]
+
+
+def test_alignment_stops_at_its_goal(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(
+        tiny, tmp_path, alignment={"stop_at_p_at_1": 1e-6}, training={"eval_interval": 2, "train_iters": 2}
+    )
+    answer = workers.run(1, watched, values, str(tmp_path), None)[0]
+    assert answer["events"][1:3] == ["end of alignment at 2", "end of language_model at 4"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    # The evaluation that ended the phase is the one of its end.
+    assert sum('"evaluation"' in line and '"alignment"' in line for line in lines) == 1
+    # The goal was that phase's own.
+    assert not answer["state"]["phase_done"]
+
+
+def test_goal_that_is_not_reached_stops_nothing(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(
+        tiny, tmp_path, alignment={"stop_at_p_at_1": 1.0}, training={"eval_interval": 1, "train_iters": 1}
+    )
+    answer = workers.run(1, watched, values, str(tmp_path), None)[0]
+    assert answer["events"][1] == "end of alignment at 5"
+
+
+def test_total_of_tokens_is_spent_and_not_passed(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    step = ROWS * SEQ_LENGTH
+    values = values_for(tiny, tmp_path, training={"train_iters": None, "train_tokens": 9 * step})
+    state = workers.run(1, watched, values, str(tmp_path), None)[0]["state"]
+    assert 8 * step < state["tokens"] <= 9 * step
+    # The words of the alignment phase count: its five steps are more than the 2.5 steps their rows are.
+    assert state["phase_start_tokens"] > 5 * ALIGNMENT_ROWS * SEQ_LENGTH
+    assert state["phase_step"] == (9 * step - state["phase_start_tokens"]) // step
+
+
+def test_nothing_left_for_language_model_training_is_the_users_mistake(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path
+) -> None:
+    needed = (5 * ALIGNMENT_ROWS + ROWS) * SEQ_LENGTH
+    values = values_for(tiny, tmp_path, training={"train_iters": None, "train_tokens": needed})
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, watched, values, str(tmp_path), None)
+    kind, message, _ = caught.value.failures[0]
+    assert kind == "UserError"
+    assert message.startswith(f"training.train_tokens is {needed}, of which the alignment phase took ")

@@ -1,0 +1,48 @@
+"""Sums over steps, data-parallel ranks and pipeline stages; tensor-parallel ranks count once."""
+
+from typing import Any
+
+import pytest
+import torch
+from workers import WorkerPool
+
+
+def drained(layout: dict[str, int]) -> list[dict[str, list[float]]]:
+    """Runs in workers: two drains, each rank adding what tells its data-parallel rank and stage apart."""
+    from megatron_prealign.recipe import ParallelSection
+    from megatron_prealign.runtime.distributed import start
+    from megatron_prealign.training.meter import Meter
+
+    runtime = start(ParallelSection(device="cpu", **layout), seed=1)
+    meter = Meter({"loss": 1, "layers": 3, "counts": 2}, runtime)
+    unit = 1 + 10 * runtime.data_rank + 100 * runtime.pipeline_rank
+    for _ in range(2):
+        meter.add("loss", torch.tensor(0.5 * unit, requires_grad=True))
+    meter.add("layers", torch.tensor(float(unit)), index=2)
+    meter.add("counts", torch.tensor([unit, 2**40]))
+    first = meter.drain()
+    meter.add("layers", torch.tensor(1.0), index=0)
+    return [first, meter.drain()]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "total"),
+    [
+        (1, {}, 1),
+        (2, {}, 1 + 11),
+        (2, {"tensor_model_parallel_size": 2}, 1),
+        (2, {"pipeline_model_parallel_size": 2}, 1 + 101),
+        (4, {"pipeline_model_parallel_size": 2}, 1 + 11 + 101 + 111),
+    ],
+    ids=["one", "dp2", "tp2", "pp2", "dp2_pp2"],
+)
+def test_sums_over_ranks(workers: WorkerPool, ranks: int, layout: dict[str, Any], total: int) -> None:
+    adders = ranks // layout.get("tensor_model_parallel_size", 1)
+    for first, second in workers.run(ranks, drained, layout):
+        assert first == {
+            "loss": [float(total)],
+            "layers": [0.0, 0.0, float(total)],
+            # Whole numbers stay whole far above what fp32 holds.
+            "counts": [float(total), float(adders * 2**40)],
+        }
+        assert second == {"loss": [0.0], "layers": [float(adders), 0.0, 0.0], "counts": [0.0, 0.0]}
