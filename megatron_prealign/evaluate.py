@@ -12,16 +12,16 @@ from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.model.build import build_model
 from megatron_prealign.pretrain import (
-    check_world_size,
     open_dictionary,
     open_evaluator,
     open_store,
     open_validation,
     open_vocabulary,
 )
-from megatron_prealign.recipe import ParallelSection, load_recipe
+from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
+from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.runtime.agreement import on_every_rank
-from megatron_prealign.runtime.distributed import start, stop
+from megatron_prealign.runtime.distributed import running
 from megatron_prealign.training.checkpoint import read_state, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -42,23 +42,32 @@ def evaluate_runs(
     Raises:
         UserError: a run, its checkpoint or its data is missing or damaged.
     """
+    # Measuring takes minutes a run: whatever is missing in any of them is said first.
+    records = {name: load_run(folder) for name, folder in runs.items()}
+    checkpoints = {name: _find_checkpoint(folder, parallel) for name, folder in runs.items()}
     measured, rank = {}, 0
-    for number, (name, folder) in enumerate(runs.items()):
+    for number, (name, (checkpoint, recipe)) in enumerate(checkpoints.items()):
         last = number + 1 == len(runs)
-        measured[name], rank = _measure(folder, parallel, leave_process_group=leave_process_group or not last)
+        measured[name], rank = _measure(checkpoint, recipe, leave_process_group=leave_process_group or not last)
     if rank:
         return None
-    return write_report({name: (load_run(folder), measured[name]) for name, folder in runs.items()}, output)
+    return write_report({name: (records[name], measured[name]) for name in runs}, output)
 
 
-def _measure(folder: Path, parallel: ParallelSection, *, leave_process_group: bool) -> tuple[Measurement, int]:
-    """Measures one run; returns the measurement and this process's rank. Takes part: all processes."""
+def _find_checkpoint(folder: Path, parallel: ParallelSection) -> tuple[Path, Recipe]:
+    """The run's newest checkpoint, and its recipe in the layout `parallel`."""
     checkpoint = resolve_checkpoint(folder)
     saved = load_recipe(["--config", str(checkpoint / "recipe.yaml")])
-    recipe = replace(saved, parallel=parallel)
-    runtime = start(parallel, seed=recipe.training.seed)
-    try:
-        on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
+    with as_user_error(f"{folder} cannot be measured in this layout"):
+        return checkpoint, replace(saved, parallel=parallel)
+
+
+def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> tuple[Measurement, int]:
+    """Measures one run; returns the measurement and this process's rank. Takes part: all processes.
+
+    The number of processes need not divide the batch sizes of training: nothing here makes a training batch.
+    """
+    with running(recipe.parallel, seed=recipe.training.seed, leave_process_group=leave_process_group) as runtime:
         vocabulary = on_every_rank("opening the tokenizer", lambda: open_vocabulary(recipe))
         dictionary = on_every_rank("opening the dictionary", lambda: open_dictionary(recipe, vocabulary))
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
@@ -70,5 +79,3 @@ def _measure(folder: Path, parallel: ParallelSection, *, leave_process_group: bo
         result = open_evaluator(recipe, runtime, validation, dictionary).measure(models)
         state = read_state(checkpoint)["train_state"]
         return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank
-    finally:
-        stop(leave_process_group=leave_process_group)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_prealign import __version__
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.code_switch.switcher import CodeSwitcher, SwitchedBatch, plain_batch
-from megatron_prealign.data.samples import SampleRows, TrainSamples, ValidationSamples
+from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
@@ -26,7 +25,7 @@ from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.model.config import padded_vocab_size
 from megatron_prealign.recipe import Recipe, RecipeValueError, save_recipe
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
-from megatron_prealign.runtime.distributed import Runtime, start, stop
+from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer
 from megatron_prealign.training.alignment_phase import AlignmentPhase
@@ -124,24 +123,30 @@ def open_materials(recipe: Recipe) -> Materials:
     """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index.
 
     Raises:
-        UserError: anything is missing, damaged or does not fit together.
+        UserError: anything is missing, damaged or does not fit together; raised on all ranks.
     """
+    vocabulary, dictionary, validation, plan = on_every_rank("opening the data", lambda: _open_files(recipe))
+    is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    on_every_rank("building the sample index", lambda: plan.write_index() if is_builder else None)
+    train = on_every_rank("opening the sample index", plan.open)
+    return Materials(vocabulary, dictionary, train, validation)
+
+
+def _open_files(recipe: Recipe) -> tuple[Vocabulary, Dictionary | None, ValidationSamples, TrainPlan]:
+    """What each rank opens by itself."""
     vocabulary = open_vocabulary(recipe)
     dictionary = open_dictionary(recipe, vocabulary)
     validation = open_validation(recipe, vocabulary)
-    # Last: it has a barrier inside, which a rank that failed before would not reach.
-    train = TrainSamples.build(
+    plan = TrainPlan.read(
         recipe.data,
         num_samples=num_samples(recipe),
         seed=recipe.training.seed,
         languages=recipe.data.languages,
         cache_dir=recipe.cache_dir,
-        is_builder=int(os.environ.get("LOCAL_RANK", "0")) == 0,
-        barrier=dist.barrier,
         vocab_size=vocabulary.size,
         tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
     )
-    return Materials(vocabulary, dictionary, train, validation)
+    return vocabulary, dictionary, validation, plan
 
 
 def num_samples(recipe: Recipe) -> int:
@@ -238,17 +243,19 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
     Raises:
         UserError: a mistake in the recipe or the files; raised on all ranks.
     """
-    runtime = start(recipe.parallel, seed=recipe.training.seed)
-    try:
+    with running(
+        recipe.parallel,
+        seed=recipe.training.seed,
+        patience_minutes=recipe.checkpoint.timeout_minutes,
+        leave_process_group=leave_process_group,
+    ) as runtime:
         return _pretrain(recipe, runtime, callbacks)
-    finally:
-        stop(leave_process_group=leave_process_group)
 
 
 def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -> TrainState:
     on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
     on_rank_zero("preparing logging.run_dir", lambda: _prepare_run_dir(recipe))
-    materials = on_every_rank("opening the data", lambda: open_materials(recipe))
+    materials = open_materials(recipe)
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)

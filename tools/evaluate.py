@@ -38,12 +38,14 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.evaluate import evaluate_runs
     from megatron_prealign.evaluation.report import report_table
     from megatron_prealign.recipe import ParallelSection
+    from megatron_prealign.recipe.load import as_user_error
 
-    parallel = ParallelSection(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        device=options.device,
-    )
+    with as_user_error("megatron-prealign evaluate"):
+        parallel = ParallelSection(
+            tensor_model_parallel_size=options.tensor_model_parallel_size,
+            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+            device=options.device,
+        )
     report = evaluate_runs(runs, Path(options.output), parallel)
     if report is not None:
         print(report_table(report))

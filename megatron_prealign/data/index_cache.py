@@ -26,48 +26,52 @@ class IncompleteCacheError(Exception):
     """A cache folder is missing or not what its manifest says; the text is the reason."""
 
 
-def load_or_build(
-    directory: Path,
-    build: Callable[[], Iterable[tuple[str, np.ndarray]]],
-    *,
-    is_builder: bool,
-    barrier: Callable[[], None],
-    patience_seconds: float = 60.0,
-) -> dict[str, np.ndarray]:
-    """The arrays of the cache folder `directory`, which a builder writes first where it is missing or damaged.
+def build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> None:
+    """Writes the cache folder `directory` where it is missing or damaged.
 
-    Every process of a job calls this with the same `directory`, and each calls `barrier` exactly once. One process
-    per node is the builder. Builders of several nodes on one shared disk take turns by a file lock, so the first one
-    builds and the rest find its work; on disks of their own each builds for its node.
+    One process per node calls this. Builders of several nodes on one shared disk take turns by a file lock, so the
+    first one builds and the rest find its work; on disks of their own each builds for its node.
 
     Args:
         directory: The cache folder. Its name must identify the content, because a complete folder is never rewritten.
-        build: Yields (name, non-empty array); called by a builder only, and only when needed.
-        is_builder: Whether this process may write.
-        barrier: Returns once all processes of the job have called it.
-        patience_seconds: How long to wait, after the barrier, for the folder to show: network file systems may
-            answer from an old directory listing for tens of seconds.
-
-    Returns:
-        The arrays by name, memory-mapped read-only.
+        build: Yields (name, non-empty array); called only when needed.
 
     Raises:
-        UserError: the folder cannot be written, or does not show in time on a process that is not the builder.
+        UserError: the folder cannot be written.
     """
-    if is_builder:
+    try:
+        _build_if_needed(directory, build)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable folder "
+            "with enough space"
+        ) from error
+
+
+def wait_for_arrays(directory: Path, patience_seconds: float = 60.0) -> dict[str, np.ndarray]:
+    """The arrays of the cache folder `directory` by name, memory-mapped read-only. Call it after the builder is done.
+
+    Args:
+        patience_seconds: How long to wait for the folder to show: network file systems may answer from an old
+            directory listing for tens of seconds.
+
+    Raises:
+        UserError: the folder does not show in time.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while True:
         try:
-            _build_if_needed(directory, build)
-        except Exception as error:
-            # The others wait in the barrier: let them go, or they would hang until the process group times out.
-            barrier()
-            if isinstance(error, OSError):
+            return load_arrays(directory)
+        except IncompleteCacheError as error:
+            if time.monotonic() >= deadline:
                 raise UserError(
-                    f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable folder "
-                    "with enough space"
+                    f"{directory}: no complete sample index cache after {patience_seconds:g} s ({error}); the builder "
+                    "of this node failed, or data.cache is not on a disk that this process shares with it"
                 ) from error
-            raise
-    barrier()
-    return _wait_for_arrays(directory, patience_seconds)
+        time.sleep(_POLL_SECONDS)
+        # Listing the parent makes a network file system look again instead of answering "missing" from memory.
+        if directory.parent.is_dir():
+            os.listdir(directory.parent)
 
 
 def load_arrays(directory: Path) -> dict[str, np.ndarray]:
@@ -96,23 +100,6 @@ def _load_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
         )
     # A plain view: indexing single elements through numpy's memmap class is several times slower.
     return np.asarray(array)
-
-
-def _wait_for_arrays(directory: Path, patience_seconds: float) -> dict[str, np.ndarray]:
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            return load_arrays(directory)
-        except IncompleteCacheError as error:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"{directory}: no complete sample index cache after {patience_seconds:g} s ({error}); the builder "
-                    "of this node failed, or data.cache is not on a disk that this process shares with it"
-                ) from error
-        time.sleep(_POLL_SECONDS)
-        # Listing the parent makes a network file system look again instead of answering "missing" from memory.
-        if directory.parent.is_dir():
-            os.listdir(directory.parent)
 
 
 def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> None:

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_prealign.data.index_cache import load_or_build
+from megatron_prealign.data.index_cache import build_if_needed, wait_for_arrays
 from megatron_prealign.data.sources import (
     OpenSource,
     check_token_range,
@@ -43,6 +43,83 @@ class SampleRows:
     """int64 [rows], position in the blended order (or in a language's validation windows)."""
 
 
+@dataclass(frozen=True, eq=False)
+class TrainPlan:
+    """The sources of the training blend and where its index belongs: opened and checked, the index not yet made.
+
+    A job of several processes reads the plan on all, lets one per node write the index, and then opens it on all. No
+    step waits for another process, so a job can agree after each that it succeeded everywhere.
+    """
+
+    sources: Sequence[OpenSource]
+    weights: Sequence[float]
+    seq_length: int
+    num_samples: int
+    seed: int
+    directory: Path
+    """Folder of the index."""
+
+    @classmethod
+    def read(
+        cls,
+        data: DataSection,
+        *,
+        num_samples: int,
+        seed: int,
+        languages: Sequence[str],
+        cache_dir: Path,
+        vocab_size: int | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> "TrainPlan":
+        """Opens and checks the sources.
+
+        A source with fewer samples than its share is repeated in epochs, reshuffled each time. Which samples follow
+        each other depends on the documents' lengths, the weights, `seed`, `num_samples` and the sequence length, not
+        on paths: moved data keeps its order and its cache.
+
+        Args:
+            data: The recipe's section.
+            num_samples: Samples of the whole run.
+            seed: From 0; decides the order.
+            languages: The run's languages, in the order of their ids.
+            cache_dir: Folder of the index cache, on a disk that the processes of a node share.
+            vocab_size: Ids that the model has; None does not check.
+            tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
+
+        Raises:
+            UserError: a source is missing, damaged, too small or does not fit.
+        """
+        if num_samples <= 0:
+            raise ValueError(f"num_samples is {num_samples}, expected a number above 0")
+        sources = open_training_sources(
+            data, languages, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size
+        )
+        _check_sizes(sources, data)
+        weights = [source.weight for source in data.sources]
+        key = _index_key(sources, weights, data.seq_length, num_samples, seed)
+        return cls(sources, weights, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}")
+
+    def write_index(self) -> None:
+        """Makes the index where it is missing or damaged; called on exactly one process per node.
+
+        Raises:
+            UserError: the cache cannot be written.
+        """
+        build_if_needed(
+            self.directory,
+            lambda: _build_arrays(self.sources, self.weights, self.seq_length, self.num_samples, self.seed),
+        )
+
+    def open(self) -> "TrainSamples":
+        """Maps the index, once it is written.
+
+        Raises:
+            UserError: it is not there.
+        """
+        arrays = wait_for_arrays(self.directory)
+        return TrainSamples(self.sources, arrays, seq_length=self.seq_length, num_samples=self.num_samples)
+
+
 class TrainSamples:
     """The training blend: sample i is the same whichever process asks, and in whatever order."""
 
@@ -67,47 +144,21 @@ class TrainSamples:
         seed: int,
         languages: Sequence[str],
         cache_dir: Path,
-        is_builder: bool = True,
-        barrier: Callable[[], None] = lambda: None,
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
     ) -> "TrainSamples":
-        """Opens the sources and finds or makes the index of the blend.
-
-        A source with fewer samples than its share is repeated in epochs, reshuffled each time. Which samples follow
-        each other depends on the documents' lengths, the weights, `seed`, `num_samples` and the sequence length, not
-        on paths: moved data keeps its order and its cache.
-
-        Args:
-            data: The recipe's section.
-            num_samples: Samples of the whole run.
-            seed: From 0; decides the order.
-            languages: The run's languages, in the order of their ids.
-            cache_dir: Folder of the index cache, on a disk that the processes of a node share.
-            is_builder: True on exactly one process per node.
-            barrier: Returns once all processes of the job have called it. Called once, also when the builder fails,
-                but not by a process that refuses a source.
-            vocab_size: Ids that the model has; None does not check.
-            tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
-
-        Raises:
-            UserError: a source is missing, damaged, too small or does not fit; or the cache cannot be written or is
-                not there on a process that is not a builder.
-        """
-        if num_samples <= 0:
-            raise ValueError(f"num_samples is {num_samples}, expected a number above 0")
-        sources = open_training_sources(
-            data, languages, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size
+        """`TrainPlan.read`, then its index, for a process of its own. A job of several takes the steps one by one."""
+        plan = TrainPlan.read(
+            data,
+            num_samples=num_samples,
+            seed=seed,
+            languages=languages,
+            cache_dir=cache_dir,
+            vocab_size=vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint,
         )
-        _check_sizes(sources, data)
-        weights = [source.weight for source in data.sources]
-        arrays = load_or_build(
-            cache_dir / f"blend-{_index_key(sources, weights, data.seq_length, num_samples, seed)}",
-            lambda: _build_arrays(sources, weights, data.seq_length, num_samples, seed),
-            is_builder=is_builder,
-            barrier=barrier,
-        )
-        return cls(sources, arrays, seq_length=data.seq_length, num_samples=num_samples)
+        plan.write_index()
+        return plan.open()
 
     def __len__(self) -> int:
         return self._num_samples

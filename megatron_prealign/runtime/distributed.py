@@ -1,6 +1,8 @@
 """Starts and stops a run's processes: device, process groups, seeds, the CPU seam."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,9 +11,14 @@ import torch.distributed as dist
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection
+from megatron_prealign.runtime.agreement import open_control_group
 
 # On CUDA, cuBLAS must be told before its first use to give the same result twice, which bit-exact resume relies on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Least time that ranks wait for work that one of them does alone, such as the sample index of a large corpus. A rank
+# that dies ends the wait at once: its connections close.
+_PATIENCE_MINUTES = 120.0
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,33 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def start(parallel: ParallelSection, *, seed: int) -> Runtime:
+@contextmanager
+def running(
+    parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0, leave_process_group: bool = False
+) -> Iterator[Runtime]:
+    """`start`, and `stop` when the block ends well.
+
+    When it does not, only Megatron-Core's groups are dropped: other ranks may wait in a collective that this one will
+    never join, and to take the process group down would wait for them under NCCL instead of telling the user.
+    """
+    runtime = start(parallel, seed=seed, patience_minutes=patience_minutes)
+    try:
+        yield runtime
+    except BaseException:
+        stop(leave_process_group=True)
+        raise
+    stop(leave_process_group=leave_process_group)
+
+
+def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0) -> Runtime:
     """Joins the process group, builds Megatron-Core's groups for `parallel` and seeds the random states.
 
     Started under torchrun it uses the environment's RANK and WORLD_SIZE, alone it is a group of one. Call `stop` before
     calling it again with another layout in the same processes.
+
+    Args:
+        patience_minutes: the longest that one rank may work alone (`checkpoint.timeout_minutes`) while the others wait
+            to agree; training's own collectives keep `parallel.distributed_timeout_minutes`.
 
     Raises:
         UserError: no GPU where one is asked for, or a world size the layout does not divide.
@@ -105,6 +134,9 @@ def start(parallel: ParallelSection, *, seed: int) -> Runtime:
             f"the number of processes is {world_size}, expected a multiple of "
             f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size})"
         )
+    # A minute more than the work, so that the rank whose time is up is the one to tell.
+    patience = max(parallel.distributed_timeout_minutes, patience_minutes, _PATIENCE_MINUTES) + 1.0
+    open_control_group(timedelta(minutes=patience))
     if device.type == "cpu":
         from megatron_prealign.runtime import cpu
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_prealign.data import index_cache
-from megatron_prealign.data.index_cache import IncompleteCacheError, load_arrays, load_or_build
+from megatron_prealign.data.index_cache import IncompleteCacheError, build_if_needed, load_arrays, wait_for_arrays
 from megatron_prealign.errors import UserError
 
 ARRAYS = {"first": np.arange(50, dtype=np.int16), "second": np.arange(12, dtype=np.int64).reshape(6, 2)}
@@ -34,9 +34,15 @@ class Builds:
             yield name, array
 
 
-def load(directory: Path, build: Callable[[], Iterator[tuple[str, np.ndarray]]], **overrides) -> dict[str, np.ndarray]:
-    options = {"is_builder": True, "barrier": lambda: None, "patience_seconds": 0.0} | overrides
-    return load_or_build(directory, build, **options)
+def load(
+    directory: Path,
+    build: Callable[[], Iterator[tuple[str, np.ndarray]]],
+    is_builder: bool = True,
+    patience_seconds: float = 0.0,
+) -> dict[str, np.ndarray]:
+    if is_builder:
+        build_if_needed(directory, build)
+    return wait_for_arrays(directory, patience_seconds)
 
 
 def assert_right(arrays: dict[str, np.ndarray]) -> None:
@@ -112,12 +118,12 @@ def test_killed_builder_leaves_nothing_that_is_believed(tmp_path):
     script = (
         "import sys, time, numpy as np\n"
         "from pathlib import Path\n"
-        "from megatron_prealign.data.index_cache import load_or_build\n"
+        "from megatron_prealign.data.index_cache import build_if_needed\n"
         "def build():\n"
         "    yield 'first', np.arange(50, dtype=np.int16)\n"
         "    print('written', flush=True)\n"
         "    time.sleep(60)\n"
-        "load_or_build(Path(sys.argv[1]), build, is_builder=True, barrier=lambda: None)\n"
+        "build_if_needed(Path(sys.argv[1]), build)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE, text=True)
     try:
@@ -175,21 +181,13 @@ def test_others_wait_for_a_late_folder(tmp_path):
     assert builds.count == 0
 
 
-def test_barrier_comes_once_and_after_the_build(tmp_path):
-    calls = []
-    load(tmp_path / "cache", Builds(), barrier=lambda: calls.append((tmp_path / "cache").is_dir()))
-    assert calls == [True]
-
-
-def test_failing_builder_still_meets_the_barrier(tmp_path):
+def test_failing_builder_leaves_nothing(tmp_path):
     def build() -> Iterator[tuple[str, np.ndarray]]:
         yield "first", ARRAYS["first"]
         raise RuntimeError("broken")
 
-    calls = []
     with pytest.raises(RuntimeError, match="broken"):
-        load(tmp_path / "cache", build, barrier=lambda: calls.append(1))
-    assert calls == [1]
+        load(tmp_path / "cache", build)
     assert visible(tmp_path) == []
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prealign.data.samples import TrainSamples, ValidationSamples
+from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSource
@@ -438,7 +438,11 @@ def build_on_rank(rank: int, folder: Path, results: Path) -> None:
     rows = {}
     for layout, (caches, builders) in LAYOUTS.items():
         cache_dir = results / caches[rank]
-        samples = build(data, cache_dir, 70, is_builder=builders[rank], barrier=dist.barrier)
+        plan = TrainPlan.read(data, num_samples=70, seed=SEED, languages=LANGUAGES, cache_dir=cache_dir)
+        if builders[rank]:
+            plan.write_index()
+        dist.barrier()
+        samples = plan.open()
         rows[layout] = samples.rows(range(70)).tokens
     torch.save(rows, results / f"{rank}.pt")
     dist.barrier()

@@ -1,0 +1,74 @@
+"""The command `evaluate`: layouts that do not fit, what is missing, other numbers of processes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import run
+from tiny import Tiny
+from workers import WorkerPool
+
+from megatron_prealign import cli
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps; its global batch of 8 rows does not divide by 3 processes."""
+    folder = tmp_path_factory.mktemp("trained")
+    values = tiny.values(folder / "run")
+    values["alignment"] = None
+    values["training"].update(train_iters=3, eval_samples=4, retrieval_words=10)
+    run(workers, 1, values, folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("3", "model.num_attention_heads is 4, expected a multiple of parallel.tensor_model_parallel_size (3)"),
+        ("0", "parallel.tensor_model_parallel_size is 0, expected a number above 0"),
+    ],
+)
+def test_layout_that_the_model_does_not_fit(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, message: str
+) -> None:
+    arguments = ["evaluate", "--run", f"a={trained}", "--output", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*arguments, "--tensor-model-parallel-size", tensor]) == 2
+    output = capsys.readouterr().err
+    assert len(output.splitlines()) == 1
+    assert message in output
+
+
+def test_missing_metrics_are_found_before_measuring(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_prealign import evaluate
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "checkpoints").symlink_to(trained / "checkpoints")
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("measured before the runs were read")
+
+    monkeypatch.setattr(evaluate, "_measure", refuse)
+    assert cli.main(["evaluate", "--run", f"a={trained}", f"b={bare}", "--output", str(tmp_path / "report")]) == 2
+    assert f"{bare}: no metrics.jsonl there" in capsys.readouterr().err
+
+
+def measure(run_dir: str, output: str) -> dict[str, Any] | None:
+    from megatron_prealign.evaluate import evaluate_runs
+    from megatron_prealign.recipe import ParallelSection
+
+    return evaluate_runs({"a": Path(run_dir)}, Path(output), ParallelSection(device="cpu"), leave_process_group=True)
+
+
+def test_number_of_processes_that_no_batch_divides(trained: Path, workers: WorkerPool, tmp_path: Path) -> None:
+    alone = workers.run(1, measure, str(trained), str(tmp_path / "1"))[0]
+    of_three = workers.run(3, measure, str(trained), str(tmp_path / "3"))
+    assert of_three[1:] == [None, None]
+    for language, loss in alone["runs"]["a"]["validation_loss"].items():
+        # Sums of a few thousand float32 losses in another order.
+        assert of_three[0]["runs"]["a"]["validation_loss"][language] == pytest.approx(loss, rel=1e-5)
+    assert os.path.exists(tmp_path / "3" / "report.json")
