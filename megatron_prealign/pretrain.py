@@ -4,11 +4,13 @@ else."""
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import torch
 from megatron_prealign import __version__
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.code_switch.switcher import CodeSwitcher, SwitchedBatch, plain_batch
+from megatron_prealign.data.files import write_atomically
 from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
@@ -263,12 +266,17 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
     store = open_store(recipe, runtime, materials.vocabulary)
-    state = on_every_rank("resuming", lambda: store.resume(chunks, optimizer))
+    names = [phase.name for phase in phases]
+    state = on_every_rank(
+        "resuming", lambda: store.resume(chunks, optimizer, phases=names, num_samples=len(materials.train))
+    )
     if state is None:
         state = TrainState()
         if recipe.checkpoint.load is not None:
             load = recipe.checkpoint.load
             on_every_rank("loading weights", lambda: store.load_weights(chunks, optimizer, load))
+    # Only now: a run that is refused must not change what its folder says of the run that is there.
+    on_rank_zero("writing into logging.run_dir", lambda: _record_run(recipe))
     logger.info(
         "%d processes on %s, %.1f million parameters on this one, %d ids (%d padded)",
         runtime.world_size,
@@ -312,14 +320,30 @@ def check_world_size(recipe: Recipe, runtime: Runtime) -> None:
 
 
 def _prepare_run_dir(recipe: Recipe) -> None:
+    run_dir = Path(recipe.logging.run_dir)
+    with _writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        recipe.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        # Found out now and not after the data and the model are there.
+        with TemporaryFile(dir=run_dir):
+            pass
+
+
+def _record_run(recipe: Recipe) -> None:
     import json
 
     run_dir = Path(recipe.logging.run_dir)
+    with _writing_to(run_dir):
+        with write_atomically(run_dir / "recipe.yaml") as path:
+            save_recipe(recipe, path)
+        with write_atomically(run_dir / "versions.json") as path:
+            path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _writing_to(run_dir: Path) -> Iterator[None]:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        recipe.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run_dir / "recipe.yaml")
-        (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+        yield
     except OSError as error:
         raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; choose another folder") from error
 

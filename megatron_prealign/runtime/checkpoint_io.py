@@ -5,25 +5,75 @@ Here each rank writes its own files in threads of its own process, so an error c
 system that stops answering ends in a timeout.
 """
 
+import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prealign.runtime.agreement import all_ranks_ok
+from megatron_prealign.errors import UserError
+from megatron_prealign.runtime.agreement import all_ranks_ok, on_every_rank, on_rank_zero
 
 # Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same
-# DP only).
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# DP only), gathered over gloo on the first data-parallel rank alone: the others need no host memory for the whole
+# stage's state while saving.
+OPTIMIZER_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+_BACKEND = CheckpointingConfig("torch_dist", 1)
 _WRITER_THREADS = 2
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors_as_mistakes(checkpoint: Path) -> Iterator[None]:
+    """Turns what a full, read-only or broken disk raises while `checkpoint` is written into a `UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be written: {reason}; the previous checkpoint stays, mend the disk or "
+            "choose another checkpoint.directory and start the same command again"
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+    """The reason, if `error` comes from the disk. torch reports a short write as a RuntimeError of its own."""
+    text = str(error)
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        error = error.__cause__ or error.__context__
+    return "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in text else None
 
 
 class _Count:
@@ -78,39 +128,128 @@ def _write_all(transforms: list[Any], buckets: Sequence[Any], timeout_s: float) 
     return written
 
 
-def save_sharded(state: dict[str, Any], directory: Path, *, timeout_s: float) -> None:
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's way of planning a save; keeps what is needed to complete it here."""
+
+    writer: FileSystemWriterAsync
+    global_metadata: Any
+
+    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
+        self.writer, self.global_metadata = writer, save_state_dict_ret[1]
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+
+def save_sharded(state: dict[str, Any], directory: Path, *, timeout_s: float, name: Path | None = None) -> None:
     """Saves `state` (sharded tensors and plain values) into the existing, empty folder `directory`.
 
     Takes part: all ranks. Every rank raises if any rank's write fails or times out; the folder is then incomplete.
+    Megatron-Core writes its small files on the first rank between collectives, where an error leaves the other ranks
+    waiting: here each is written by itself, and the ranks agree afterwards.
+
+    Args:
+        name: what messages call the checkpoint, when it is not `directory`.
+
+    Raises:
+        UserError: the disk is full, read-only, not shared by all ranks, or did not answer within `timeout_s`.
     """
+    name = name or directory
+    sharded, common = save_preprocess(state)
+    on_every_rank(f"saving {name}", lambda: _check_folder(directory, name))
+    on_rank_zero(f"saving {name}", lambda: _write_common(common, directory, name))
     # The module-level queue would otherwise start a manager process to carry results between processes.
     filesystem_async._results_queue = queue.Queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_WRITER_THREADS)
-    request = dist_checkpointing.save(
-        state, str(directory), sharded_strategy=strategy, validate_access_integrity=True, async_sharded_save=True
-    )
+    strategy = _Strategy(_BACKEND.sharded_backend, _BACKEND.sharded_backend_version, thread_count=_WRITER_THREADS)
+    request = strategy.async_save(sharded, directory)
+    written: dict[int, Any] = {}
     error: Exception | None = None
-    if request.async_fn is not None:
-        try:
-            # `async_fn` would start the writer processes: its first bound argument is all that is needed of it.
-            transforms = request.async_fn.args[0]
-            request.async_fn_args[2].put(_write_all(transforms, request.preload_fn(), timeout_s))
-        except Exception as caught:
-            error = caught
-    all_ranks_ok(error, f"saving the checkpoint {directory}")
-    for finalize in request.finalize_fns:
-        finalize()
-    dist.barrier()
+    try:
+        if request.async_fn is not None:
+            with disk_errors_as_mistakes(name):
+                # `async_fn` would start the writer processes: its first bound argument is all that is needed of it.
+                written = _write_all(request.async_fn.args[0], request.preload_fn(), timeout_s)
+    except Exception as caught:
+        error = caught
+    all_ranks_ok(error, f"saving the checkpoint {name}")
+    own = list(chain.from_iterable(written.values()))
+    results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, results)
+    on_rank_zero(f"saving {name}", lambda: _write_metadata(strategy, results, directory, name))
+
+
+def _check_folder(directory: Path, name: Path) -> None:
+    if not directory.is_dir():
+        raise UserError(
+            f"checkpoint {name} cannot be written: process {dist.get_rank()} does not see {directory}; "
+            "checkpoint.directory must lie on a disk that all nodes share"
+        )
+
+
+def _write_common(common: dict[str, Any], directory: Path, name: Path) -> None:
+    with disk_errors_as_mistakes(name), (directory / COMMON_STATE_FNAME).open("wb") as file:
+        torch.save(common, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_metadata(strategy: _Strategy, results: Any, directory: Path, name: Path) -> None:
+    with disk_errors_as_mistakes(name):
+        strategy.writer.finish(strategy.global_metadata, results)
+        # Last: nothing takes a folder without it for a checkpoint.
+        save_config(_BACKEND, str(directory))
+        sync(directory / CONFIG_FNAME)
+
+
+def check_files(directory: Path) -> None:
+    """Checks that the files of a checkpoint are there, readable and as long as they were written. Needs no other rank.
+
+    `load_sharded` would find out only between collectives, where an error on one rank leaves the others waiting.
+
+    Raises:
+        Exception: what reading them raises, of many kinds; a ValueError that names the file that is too short.
+    """
+    load_common(directory)
+    ends: dict[str, int] = {}
+    for place in FileSystemReader(str(directory)).read_metadata().storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for file, end in sorted(ends.items()):
+        size = (directory / file).stat().st_size
+        if size < end:
+            raise ValueError(f"{file} has {size} bytes, expected {end}")
+
+
+@contextmanager
+def read_errors_as_mistakes(directory: Path, advice: str) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint raises into one line that names it and ends with `advice`."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, CheckpointException) as error:
+        # torch's own exception is no `Exception`, and its text is a traceback of every rank.
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = error.failures[min(error.failures)][0]
+        first_line = (str(cause).strip().splitlines() or ["no message"])[0]
+        raise UserError(
+            f"{directory} cannot be read ({type(cause).__name__}: {first_line}); it is damaged or incomplete, {advice}"
+        ) from error
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fills `state` (built for this run's layout) from a folder written by `save_sharded` in any layout.
 
-    Takes part: all ranks.
+    Takes part: all ranks. Call `check_files` before it.
     """
     return dist_checkpointing.load(state, str(directory))
 
 
 def load_common(directory: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint, without its tensors. Needs no other rank."""
+    """The plain values of a checkpoint, without its tensors. Needs no other rank.
+
+    Raises:
+        FileNotFoundError: they are not there.
+    """
+    # Megatron-Core's own answer to a missing file is an AttributeError.
+    if not (directory / COMMON_STATE_FNAME).is_file():
+        raise FileNotFoundError(f"{COMMON_STATE_FNAME} is missing")
     return dist_checkpointing.load_common_state_dict(str(directory))

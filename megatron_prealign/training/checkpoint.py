@@ -8,33 +8,61 @@ parallel layout.
 import json
 import logging
 import os
-import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe, recipe_to_dict, save_recipe
-from megatron_prealign.runtime.agreement import on_rank_zero
-from megatron_prealign.runtime.checkpoint_io import OPTIMIZER_METADATA, load_sharded, save_sharded
+from megatron_prealign.runtime import random_state
+from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
+from megatron_prealign.runtime.checkpoint_io import (
+    OPTIMIZER_METADATA,
+    check_files,
+    disk_errors_as_mistakes,
+    load_sharded,
+    read_errors_as_mistakes,
+    save_sharded,
+    sync,
+)
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
+from megatron_prealign.training.retention import prune, remove_unfinished, step_name, working_name
+from megatron_prealign.training.run_identity import check_model, check_run, facts_of_run
 from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
+_SUMMARY_FIELDS = {
+    "vocab_size": int,
+    "padded_vocab_size": int,
+    "tokenizer_fingerprint": str,
+    "model": dict,
+    "run": dict,
+    "train_state": dict,
+    "phase": str,
+    "layout": dict,
+}
+_RUN_FIELDS = ("phases", "seq_length", "precision", "use_distributed_optimizer", "seed", "num_samples", "sources")
+# Weights of a model may lie in the same folder: they are no part of the tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "clone.json",
+    "chat_template*",
+)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -79,41 +107,45 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
+    file = checkpoint / "state.json"
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{checkpoint / 'state.json'} is damaged ({error}); use another checkpoint") from error
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        _check_summary(summary)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
+    return summary
 
 
-def _layout(runtime: Runtime) -> dict[str, int]:
+def _check_summary(summary: Any) -> None:
+    if not isinstance(summary, dict):
+        raise ValueError(f"it holds a {type(summary).__name__}, expected an object")
+    for name, kind in _SUMMARY_FIELDS.items():
+        if not isinstance(summary.get(name), kind):
+            raise ValueError(f"{name} is {summary.get(name, 'missing')!r}, expected {kind.__name__}")
+    missing = [name for name in _RUN_FIELDS if name not in summary["run"]]
+    if missing:
+        raise ValueError(f"run lacks {', '.join(missing)}")
+    for source in summary["run"]["sources"]:
+        if not isinstance(source, dict) or not {"path", "language", "weight"} <= source.keys():
+            raise ValueError(f"run.sources holds {source!r}, expected path, language and weight")
+    TrainState.from_dict(summary["train_state"])
+
+
+def _layout(runtime: Runtime) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": runtime.parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": runtime.parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": runtime.parallel.model_chunks,
         "data_parallel_size": runtime.data_size,
+        "device": runtime.device.type,
     }
 
 
 def _random_state(runtime: Runtime) -> ShardedObject:
     """This rank's random states; one object per rank, since dropout differs between ranks."""
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
     shape = (runtime.groups.pp.size(), runtime.groups.tp.size(), runtime.data_size)
     rank = (runtime.pipeline_rank, runtime.tensor_rank, runtime.data_rank)
-    return ShardedObject("random_state", states, shape, rank, replica_id=0)
-
-
-def _restore_random_state(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    return ShardedObject("random_state", random_state.capture(), shape, rank, replica_id=0)
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -149,84 +181,127 @@ class CheckpointStore:
         state: TrainState,
         *,
         phase: str,
+        phases: Sequence[str],
+        num_samples: int,
         consumed: dict[str, int],
     ) -> Path:
-        """Writes everything needed to resume. Takes part: all ranks. `consumed`: samples taken from each source so
-        far."""
+        """Writes everything needed to resume. Takes part: all ranks.
+
+        Args:
+            phase: Name of the current phase.
+            phases: Names of all phases of the run, in order.
+            num_samples: Rows of the training blend.
+            consumed: Samples taken from each source so far.
+
+        Raises:
+            UserError: the disk is full, read-only, or did not answer in time; raised on all ranks, and the checkpoint
+                before it stays.
+        """
         final = self.directory / step_name(state.step)
-        working = self.directory / f".{final.name}.incomplete"
-        on_rank_zero(f"preparing {working}", lambda: _fresh_folder(working))
+        working = self.directory / working_name(state.step)
+        self._on_disk(final, "preparing", lambda: self._fresh_folder(working))
         model = _model_state(chunks)
         content = {
             **model,
             "optimizer": optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA),
             "random_state": _random_state(self._runtime),
         }
-        save_sharded(content, working, timeout_s=self._recipe.checkpoint.timeout_minutes * 60)
+        save_sharded(content, working, timeout_s=self._recipe.checkpoint.timeout_minutes * 60, name=final)
         summary = {
             **self._identity,
+            "run": facts_of_run(self._recipe, phases=phases, num_samples=num_samples),
             "train_state": state.to_dict(),
             "phase": phase,
             "layout": _layout(self._runtime),
             "consumed_samples_per_source": consumed,
         }
-        on_rank_zero(f"completing {final}", lambda: self._complete(working, final, summary))
+        self._on_disk(final, "completing", lambda: self._complete(working, final, summary))
         logger.info("saved %s", final)
         return final
 
+    def _on_disk(self, final: Path, what: str, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            with disk_errors_as_mistakes(final):
+                work()
+
+        on_rank_zero(f"{what} {final}", guarded)
+
+    def _fresh_folder(self, working: Path) -> None:
+        remove_unfinished(self.directory)
+        working.mkdir(parents=True)
+
     def _complete(self, working: Path, final: Path, summary: dict[str, Any]) -> None:
         save_recipe(self._recipe, working / "recipe.yaml")
-        _copy_tokenizer(Path(self._recipe.data.tokenizer), working / "tokenizer")
+        tokenizer = _copy_tokenizer(Path(self._recipe.data.tokenizer), working / "tokenizer")
         (working / "state.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
-        for file in working.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        # The sharded files were synced by the ranks that wrote them.
+        for path in (working / "recipe.yaml", *tokenizer, working / "tokenizer", working / "state.json", working):
+            sync(path)
+        abandoned = self.directory / f".{final.name}.abandoned.incomplete"
         if final.exists():
             # A run that was resumed from an older checkpoint reaches this step again.
-            shutil.rmtree(final)
+            os.replace(final, abandoned)
         os.replace(working, final)
         pointer = self.directory / f".{LATEST}.incomplete"
         pointer.write_text(final.name + "\n", encoding="utf-8")
-        _sync(pointer)
+        sync(pointer)
         os.replace(pointer, self.directory / LATEST)
-        _sync(self.directory)
-        self._prune(final)
+        sync(self.directory)
+        remove_unfinished(self.directory)
+        prune(self.directory, final, self._recipe.checkpoint.keep)
 
-    def _prune(self, newest: Path) -> None:
-        complete = sorted(path for path in self.directory.glob("step_*") if (path / "state.json").exists())
-        older = [path for path in complete if path != newest]
-        for path in older[: max(0, len(older) - self._recipe.checkpoint.keep + 1)]:
-            shutil.rmtree(path)
-
-    def resume(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> TrainState | None:
+    def resume(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        *,
+        phases: Sequence[str],
+        num_samples: int,
+    ) -> TrainState | None:
         """Loads the newest checkpoint of this run, if there is one. Takes part: all ranks.
 
+        Args:
+            phases: Names of all phases of the run, in order; the state's `phase` is a position in it.
+            num_samples: Rows of the training blend.
+
         Raises:
-            UserError: it is of another model or tokenizer, or damaged.
+            UserError: it is of another model, tokenizer, phase, number format or order of the data, or damaged.
         """
         checkpoint = latest_checkpoint(self.directory)
         if checkpoint is None:
             return None
         summary = read_state(checkpoint)
-        self._check_identity(checkpoint, summary)
+        check_model(checkpoint, summary, self._identity)
+        mine = facts_of_run(self._recipe, phases=phases, num_samples=num_samples)
+        phase = check_run(checkpoint, summary, mine)
+        on_every_rank(f"reading {checkpoint}", lambda: self._reading(checkpoint, lambda: check_files(checkpoint)))
+        self._reading(checkpoint, lambda: self._load_all(chunks, optimizer, checkpoint, summary["layout"]))
+        logger.info("resumed from %s", checkpoint)
+        return TrainState.from_dict({**summary["train_state"], "phase": phase})
+
+    def _load_all(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        checkpoint: Path,
+        saved_layout: dict[str, Any],
+    ) -> None:
         model = _model_state(chunks)
         content = {
             **model,
             "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=OPTIMIZER_METADATA),
         }
-        same_layout = summary["layout"] == _layout(self._runtime)
+        same_layout = saved_layout == _layout(self._runtime)
         if same_layout:
             content["random_state"] = _random_state(self._runtime)
         else:
             logger.warning("the layout changed since %s: dropout draws anew, everything else continues", checkpoint)
-        loaded = self._read(content, checkpoint)
+        loaded = load_sharded(content, checkpoint)
         _load_weights(chunks, loaded)
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
         if same_layout:
-            _restore_random_state(loaded["random_state"])
-        logger.info("resumed from %s", checkpoint)
-        return TrainState.from_dict(summary["train_state"])
+            random_state.restore(loaded["random_state"])
 
     def load_weights(
         self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, path: str | Path
@@ -237,50 +312,17 @@ class CheckpointStore:
             UserError: it is of another model or tokenizer, or damaged.
         """
         checkpoint = resolve_checkpoint(path)
-        self._check_identity(checkpoint, read_state(checkpoint))
-        _load_weights(chunks, self._read(_model_state(chunks), checkpoint))
+        check_model(checkpoint, read_state(checkpoint), self._identity)
+        on_every_rank(f"reading {checkpoint}", lambda: self._reading(checkpoint, lambda: check_files(checkpoint)))
+        self._reading(checkpoint, lambda: _load_weights(chunks, load_sharded(_model_state(chunks), checkpoint)))
         if optimizer is not None:
             optimizer.reload_model_params()
         logger.info("took the weights of %s", checkpoint)
 
-    def _read(self, content: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-        from megatron.core.dist_checkpointing.core import CheckpointingException
-
-        try:
-            return load_sharded(content, checkpoint)
-        except (CheckpointingException, OSError, EOFError, RuntimeError, ValueError) as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"{checkpoint} cannot be read ({type(error).__name__}: {first_line}); it is damaged or incomplete, "
-                f"write the name of an older step_* folder into {checkpoint.parent / LATEST}"
-            ) from error
-
-    def _check_identity(self, checkpoint: Path, summary: dict[str, Any]) -> None:
-        # What only says how to compute or how to lay out does not have to agree.
-        free = {
-            "hidden_dropout",
-            "attention_dropout",
-            "transformer_impl",
-            "make_vocab_size_divisible_by",
-            "init_method_std",
-        }
-        free |= {"recompute_granularity", "recompute_num_layers"}
-        saved = {**summary["model"], "vocab_size": summary["vocab_size"], "tokenizer": summary["tokenizer_fingerprint"]}
-        mine = {
-            **self._identity["model"],
-            "vocab_size": self._identity["vocab_size"],
-            "tokenizer": self._identity["tokenizer_fingerprint"],
-        }
-        different = [
-            f"{name} {saved.get(name)} (recipe: {mine[name]})"
-            for name in mine
-            if name not in free and saved.get(name) != mine[name]
-        ]
-        if different:
-            raise UserError(
-                f"{checkpoint} is of another model: {', '.join(different)}; "
-                "make the recipe agree, or set checkpoint.directory (or logging.run_dir) to a new folder"
-            )
+    def _reading(self, checkpoint: Path, work: Callable[[], None]) -> None:
+        advice = f"write the name of an older step_* folder into {checkpoint.parent / LATEST}"
+        with read_errors_as_mistakes(checkpoint, advice):
+            work()
 
 
 def _load_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -288,23 +330,11 @@ def _load_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> 
         unwrap(chunk).load_state_dict(loaded[f"model{index}"])
 
 
-def _fresh_folder(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def _copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Copies the tokenizer's own files; returns the copies."""
     if source.is_dir():
-        shutil.copytree(source, target)
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
     else:
-        target.mkdir()
-        shutil.copy2(source, target / source.name)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files = [source]
+    target.mkdir()
+    return [Path(shutil.copy2(file, target / file.name)) for file in files]

@@ -40,6 +40,8 @@ class SaveCheckpoints(Callback):
             trainer.optimizer,
             state,
             phase=trainer.phase.name,
+            phases=[phase.name for phase in trainer.phases],
+            num_samples=len(self._samples),
             consumed=self._samples.consumed_per_source(state.consumed_samples),
         )
         self._saved_step = state.step

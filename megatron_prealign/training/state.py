@@ -1,6 +1,6 @@
 """Where a run stands: everything a resumed run must know besides weights, optimizer and random states."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -37,6 +37,19 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
+        """The counters that `to_dict` gave.
+
+        Raises:
+            ValueError: one is missing, unknown or not a number.
+        """
+        kinds = {field.name: field.type for field in fields(cls) if field.name != "stop_requested"}
+        if values.keys() != kinds.keys():
+            different = ", ".join(sorted(values.keys() ^ kinds.keys()))
+            raise ValueError(f"train_state does not hold the counters of a run: {different} missing or unknown")
+        for name, value in values.items():
+            # A whole number of seconds may be written without a point.
+            if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
+                raise ValueError(f"train_state.{name} is {value!r}, expected {kinds[name]}")
         return cls(**values)
 
     def next_phase(self) -> None:

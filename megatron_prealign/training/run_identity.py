@@ -1,0 +1,137 @@
+"""What a run and its checkpoint must agree on, so that going on repeats nothing and skips nothing."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+# What only says how to compute or how to lay out does not have to agree.
+_FREE_MODEL_FIELDS = {
+    "hidden_dropout",
+    "attention_dropout",
+    "transformer_impl",
+    "make_vocab_size_divisible_by",
+    "init_method_std",
+    "recompute_granularity",
+    "recompute_num_layers",
+}
+_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
+
+
+def facts_of_run(recipe: Recipe, *, phases: Sequence[str], num_samples: int) -> dict[str, Any]:
+    """What decides a run's course besides its model, as plain values for `state.json`.
+
+    Args:
+        phases: Names of the run's phases, in order.
+        num_samples: Rows of the training blend.
+    """
+    return {
+        "phases": list(phases),
+        "seq_length": recipe.data.seq_length,
+        "precision": recipe.training.precision,
+        "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
+        "seed": recipe.training.seed,
+        "num_samples": num_samples,
+        "sources": [
+            {"path": source.path, "language": source.language, "weight": source.weight}
+            for source in recipe.data.sources
+        ],
+    }
+
+
+def check_model(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Checks that the weights fit.
+
+    Args:
+        summary: The checkpoint's `state.json`.
+        mine: The run's `vocab_size`, `tokenizer_fingerprint` and `model`.
+
+    Raises:
+        UserError: they are of another model or tokenizer.
+    """
+    saved = {**summary["model"], "vocab_size": summary["vocab_size"], "tokenizer": summary["tokenizer_fingerprint"]}
+    wanted = {**mine["model"], "vocab_size": mine["vocab_size"], "tokenizer": mine["tokenizer_fingerprint"]}
+    different = [
+        f"{name} {saved.get(name)} (recipe: {value})"
+        for name, value in wanted.items()
+        if name not in _FREE_MODEL_FIELDS and saved.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"{checkpoint} is of another model: {', '.join(different)}; make the recipe agree, or {_NEW_RUN}"
+        )
+
+
+def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> int:
+    """Checks that the run can go on from the checkpoint; returns the number of the saved phase in the run's list.
+
+    Args:
+        summary: The checkpoint's `state.json`.
+        mine: `facts_of_run` of the run that wants to go on.
+
+    Raises:
+        UserError: the phase is not in the run, or another sequence length, precision, kind of optimizer, or order of
+            the data.
+    """
+    saved = summary["run"]
+    if summary["phase"] not in mine["phases"]:
+        raise UserError(
+            f"{checkpoint} was saved in phase {summary['phase']}, which the recipe does not have (it has "
+            f"{', '.join(mine['phases'])}); give the recipe its section {summary['phase']} again, or {_NEW_RUN}"
+        )
+    state = [
+        _difference(field, saved[name], mine[name])
+        for name, field in (
+            ("seq_length", "data.seq_length"),
+            ("precision", "training.precision"),
+            ("use_distributed_optimizer", "parallel.use_distributed_optimizer"),
+        )
+        if saved[name] != mine[name]
+    ]
+    if state:
+        raise UserError(
+            f"{checkpoint} cannot go on with this recipe: {', '.join(state)}; make the recipe agree, or {_NEW_RUN} and "
+            "checkpoint.load to this one"
+        )
+    _check_order(checkpoint, summary, mine)
+    return int(mine["phases"].index(summary["phase"]))
+
+
+def _check_order(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
+    saved = summary["run"]
+    order = []
+    if saved["seed"] != mine["seed"]:
+        order.append(_difference("training.seed", saved["seed"], mine["seed"]))
+    if saved["num_samples"] != mine["num_samples"]:
+        what = "rows of the whole run (from training.train_iters or train_tokens, and alignment)"
+        order.append(_difference(what, saved["num_samples"], mine["num_samples"]))
+    saved_paths, paths = ([source["path"] for source in run["sources"]] for run in (saved, mine))
+    # The same paths in another order are another blend; other paths may be the same data, moved.
+    shuffled = saved_paths != paths and set(saved_paths) == set(paths)
+    if shuffled or _shares(saved) != _shares(mine):
+        order.append(_difference("data.sources", _listed(saved), _listed(mine)))
+    if order:
+        rows = summary["train_state"]["consumed_samples"]
+        raise UserError(
+            f"{checkpoint} cannot go on with this recipe, the order of the data would change and rows be repeated or "
+            f"skipped after the first {rows}: {', '.join(order)}; make the recipe agree, or {_NEW_RUN}"
+        )
+    if saved_paths != paths:
+        logger.warning("data.sources moved since %s was saved: taken to be the same data", checkpoint)
+
+
+def _difference(field: str, saved: Any, mine: Any) -> str:
+    return f"{field} {saved} (recipe: {mine})"
+
+
+def _shares(run: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(source["language"], source["weight"]) for source in run["sources"]]
+
+
+def _listed(run: dict[str, Any]) -> str:
+    return "[" + ", ".join(f"{s['path']} {s['language']} x {s['weight']}" for s in run["sources"]) + "]"

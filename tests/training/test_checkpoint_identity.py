@@ -1,0 +1,101 @@
+"""A run goes on only from a checkpoint of the same phases, numbers and order of data."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Tiny, recipe_of
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.training.run_identity import check_run, facts_of_run
+
+CHECKPOINT = Path("run/checkpoints/step_00000007")
+PHASES = ["alignment", "language_model"]
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> dict[str, Any]:
+    return facts_of_run(recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path), phases=PHASES, num_samples=60)
+
+
+def summary_of(facts: dict[str, Any], phase: str = "language_model") -> dict[str, Any]:
+    return {"run": copy.deepcopy(facts), "phase": phase, "train_state": {"consumed_samples": 24}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "mine", "phase", "position"),
+    [
+        (PHASES, PHASES, "alignment", 0),
+        (PHASES, PHASES, "language_model", 1),
+        # With train_tokens the rows stay the same when the section comes or goes.
+        (["language_model"], PHASES, "language_model", 1),
+        (PHASES, ["language_model"], "language_model", 0),
+    ],
+)
+def test_phase_is_found_by_its_name(
+    facts: dict[str, Any], saved: list[str], mine: list[str], phase: str, position: int
+) -> None:
+    summary = summary_of({**facts, "phases": saved}, phase)
+    assert check_run(CHECKPOINT, summary, {**facts, "phases": mine}) == position
+
+
+def test_phase_that_the_recipe_lacks_is_refused(facts: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_run(CHECKPOINT, summary_of(facts, "alignment"), {**facts, "phases": ["language_model"]})
+    assert str(caught.value).startswith(
+        f"{CHECKPOINT} was saved in phase alignment, which the recipe does not have (it has language_model); "
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "mine", "expected"),
+    [
+        ("seq_length", 32, 64, "data.seq_length 32 (recipe: 64)"),
+        ("precision", "fp32", "bf16", "training.precision fp32 (recipe: bf16)"),
+        ("use_distributed_optimizer", True, False, "parallel.use_distributed_optimizer True (recipe: False)"),
+        ("seed", 3, 4, "training.seed 3 (recipe: 4)"),
+        ("num_samples", 60, 80, "alignment) 60 (recipe: 80)"),
+    ],
+)
+def test_difference_is_named_with_both_values(
+    facts: dict[str, Any], name: str, saved: object, mine: object, expected: str
+) -> None:
+    assert facts[name] == saved
+    with pytest.raises(UserError) as caught:
+        check_run(CHECKPOINT, summary_of(facts), {**facts, name: mine})
+    message = str(caught.value)
+    assert message.startswith(f"{CHECKPOINT} cannot go on with this recipe")
+    assert expected in message
+    assert message.count("(recipe:") == 1
+    assert "\n" not in message
+
+
+def changed(facts: dict[str, Any], change: str) -> dict[str, Any]:
+    facts = copy.deepcopy(facts)
+    first = facts["sources"][0]
+    if change == "weight":
+        first["weight"] = 0.7
+    elif change == "language":
+        first["language"] = "de"
+    elif change == "one more":
+        facts["sources"].append({"path": "more", "language": "en", "weight": 1.0})
+    elif change == "swapped paths":
+        first["path"], facts["sources"][1]["path"] = facts["sources"][1]["path"], first["path"]
+    return facts
+
+
+@pytest.mark.parametrize("change", ["weight", "language", "one more", "swapped paths"])
+def test_other_blend_is_refused(facts: dict[str, Any], change: str) -> None:
+    with pytest.raises(UserError, match=r"after the first 24: data\.sources \[.*en x 0\.8"):
+        check_run(CHECKPOINT, summary_of(facts), changed(facts, change))
+
+
+def test_moved_data_is_the_same_blend(facts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    moved = copy.deepcopy(facts)
+    for source in moved["sources"]:
+        source["path"] = "elsewhere/" + Path(source["path"]).name
+    with caplog.at_level(logging.WARNING):
+        assert check_run(CHECKPOINT, summary_of(facts), moved) == 1
+    assert "data.sources moved" in caplog.text
