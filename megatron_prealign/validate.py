@@ -1,12 +1,14 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
-from pathlib import Path
-
+from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
+from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.dictionary.alignment_groups import alignment_groups
+from megatron_prealign.dictionary.switchable import check_table
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
+from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
@@ -21,36 +23,30 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     """
     if world_size is not None:
         recipe.check_world_size(world_size)
-    if not Path(recipe.data.tokenizer).exists():
-        raise UserError(
-            f"data.tokenizer is {recipe.data.tokenizer}, which does not exist; expected a tokenizer folder or file"
-        )
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources: list[DataSource | ValidationSource] = [*recipe.data.sources, *recipe.data.validation]
     sidecars = {source.path: _check_source(source) for source in sources}
-    first_path, first = next(iter(sidecars.items()))
     for path, sidecar in sidecars.items():
-        if sidecar.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        if sidecar.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"{path} was made with another tokenizer ({sidecar.tokenizer.path}) than {first_path} "
-                f"({first.tokenizer.path}); preprocess both with data.tokenizer ({recipe.data.tokenizer})"
+                f"{path} was made with another tokenizer ({sidecar.tokenizer.path}) than data.tokenizer "
+                f"({recipe.data.tokenizer}); preprocess it with that one, or correct the recipe"
             )
     vocab_size = recipe.model.vocab_size
-    if vocab_size is not None and vocab_size < first.tokenizer.vocab_size:
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size is {vocab_size}, but the data's tokenizer has {first.tokenizer.vocab_size} ids; "
-            "raise it or leave it out"
+            f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} "
+            "ids; raise it or leave it out"
         )
     if recipe.dictionary is not None:
-        load_table(recipe.dictionary.table).check_tokenizer(first.tokenizer.fingerprint)
+        _check_dictionary(recipe, recipe.dictionary, tokenizer.fingerprint)
     tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
     languages = ", ".join(recipe.data.languages)
     return f"the recipe is sound: {len(sidecars)} datasets, {tokens:,} training tokens, languages {languages}"
 
 
 def _check_source(source: DataSource | ValidationSource) -> Sidecar:
-    for ending in (".bin", ".idx"):
-        if not Path(source.path + ending).exists():
-            raise UserError(f"{source.path}{ending} does not exist; make it with `megatron-prealign preprocess`")
+    check_indexed(source.path)
     sidecar = load_sidecar(source.path)
     if sidecar.language != source.language:
         raise UserError(
@@ -58,3 +54,23 @@ def _check_source(source: DataSource | ValidationSource) -> Sidecar:
             "change one of the two"
         )
     return sidecar
+
+
+def _check_dictionary(recipe: Recipe, section: DictionarySection, fingerprint: str) -> None:
+    table = load_table(section.table)
+    table.check_tokenizer(fingerprint)
+    languages = recipe.data.languages
+    if not set(table.languages) & set(languages):
+        raise UserError(
+            f"the dictionary table {section.table} is of {', '.join(table.languages)}, but the data is in "
+            f"{', '.join(languages)}; build the table for the data's languages"
+        )
+    if recipe.alignment is not None:
+        alignment_groups(
+            table,
+            held_out=table.held_out_groups(section.held_out_fraction),
+            groups_per_step=recipe.alignment.groups_per_step,
+            max_word_tokens=recipe.alignment.max_word_tokens,
+        )
+    if recipe.code_switch is not None:
+        check_table(table, recipe.code_switch, languages)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from megatron_prealign.alignment.objective import WordGroups
+from megatron_prealign.dictionary.alignment_groups import alignment_groups
 from megatron_prealign.dictionary.table import DictionaryTable
-from megatron_prealign.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,23 +68,10 @@ class WordSampler:
         self.groups_per_step = groups_per_step
         self.seed = seed
         self.slots_per_group = len(table.languages)
-        length = np.diff(table.word_offsets)
-        count = len(table.group_offsets) - 1
-        group_of_word = np.repeat(np.arange(count), np.diff(table.group_offsets))
-        usable = np.flatnonzero((length > 0) & (length <= max_word_tokens))
-        # One place per (group, language) that has usable words; the words of a place lie together in `_words`.
-        place = group_of_word[usable] * self.slots_per_group + table.word_language[usable]
-        order = np.argsort(place, kind="stable")
-        self._words = usable[order]
-        self._places, self._first, self._count = np.unique(place[order], return_index=True, return_counts=True)
-        languages_left = np.bincount(self._places // self.slots_per_group, minlength=count)
-        self.groups = np.flatnonzero((languages_left >= 2) & ~held_out)
-        if len(self.groups) < groups_per_step:
-            raise UserError(
-                f"alignment.groups_per_step is {groups_per_step}, but the dictionary has {len(self.groups)} groups "
-                f"with words in two languages of at most alignment.max_word_tokens ({max_word_tokens}) tokens outside "
-                f"the held-out share (of {count}); lower it or build a larger table"
-            )
+        found = alignment_groups(
+            table, held_out=held_out, groups_per_step=groups_per_step, max_word_tokens=max_word_tokens
+        )
+        self._words, self._places, self._first, self._count, self.groups = found
 
     def draw(self, step: int, *, rank: int, ranks: int, multiple: int, device: torch.device) -> WordBatch:
         """The batch of this rank for one step.

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_prealign.code_switch.schedule import RatioSchedule
+from megatron_prealign.dictionary.switchable import check_table
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import NgramTable, build_ngram_table, code_switch_reference, ratio_threshold
@@ -85,7 +85,7 @@ class CodeSwitcher:
         self.languages = tuple(table.languages)
         self._section, self._seed = section, seed
         self._eod_id, self._mask_eod = eod_id, mask_eod
-        self._check(table, languages)
+        check_table(table, section, languages)
         self._table = _device_table(table, section, eod_id, device)
         # entry 0 is for rows of unknown language (-1)
         ids = [-1, *(self.languages.index(each) if each in self.languages else -1 for each in languages)]
@@ -124,22 +124,6 @@ class CodeSwitcher:
                 # fill_ hands the number over with the launch; a copy from host memory would wait for the device
                 self._thresholds[index].fill_(new)
         self._current = wanted
-
-    def _check(self, table: DictionaryTable, languages: Sequence[str]) -> None:
-        where = f"the dictionary table{f' {table.path}' if table.path else ''}"
-        for name in ("language_weights", "language_ratios"):
-            unknown = [each for each in getattr(self._section, name) if each not in self.languages]
-            if unknown:
-                raise UserError(
-                    f"code_switch.{name} names {', '.join(unknown)}, expected languages of {where}: "
-                    f"{', '.join(self.languages)}; correct the recipe or build the table with these languages"
-                )
-        sources = [self.languages[index] for index in np.unique(table.key_language)]
-        if sources and not set(sources) & set(languages):
-            raise UserError(
-                f"code_switch: {where} replaces words of {', '.join(sources)}, the data is in {', '.join(languages)}: "
-                "nothing would ever be switched; add a source of that language or build the table the other way round"
-            )
 
 
 def _device_table(

@@ -1,6 +1,7 @@
 """`pretrain --validate`: finds what does not fit, without torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from tiny import VOCAB_SIZE, Tiny
 
 from megatron_prealign import cli
+from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.dictionary.table import load_table
 
 WITHOUT_TORCH = """
@@ -82,7 +84,7 @@ def test_validation_sources_are_checked_too(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values["data"]["validation"] = [{"path": str(tmp_path / "nowhere"), "language": "en"}]
-    assert f"{tmp_path / 'nowhere'}.bin does not exist" in refusal(values, tmp_path, capsys)
+    assert f"{tmp_path / 'nowhere'}.idx: no such file" in refusal(values, tmp_path, capsys)
 
 
 def test_dataset_of_another_tokenizer(
@@ -95,14 +97,14 @@ def test_dataset_of_another_tokenizer(
     values["data"]["sources"][1]["path"] = str(prefix)
     message = refusal(values, tmp_path, capsys)
     assert f"{prefix} was made with another tokenizer" in message
-    assert str(tiny.folder / "en") in message
+    assert f"than data.tokenizer ({tiny.tokenizer})" in message
 
 
 def test_tokenizer_that_is_not_there(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values["data"]["tokenizer"] = str(tmp_path / "gone")
-    assert f"data.tokenizer is {tmp_path / 'gone'}, which does not exist" in refusal(values, tmp_path, capsys)
+    assert f"{tmp_path / 'gone'}: no such tokenizer" in refusal(values, tmp_path, capsys)
 
 
 def test_table_of_another_tokenizer(
@@ -120,10 +122,15 @@ def test_missing_table(values: dict[str, Any], tmp_path: Path, capsys: pytest.Ca
     assert "gone.safetensors: no such dictionary table" in refusal(values, tmp_path, capsys)
 
 
-def test_vocabulary_too_small(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vocabulary_too_small(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values["model"]["vocab_size"] = 2 * VOCAB_SIZE - 1
     message = refusal(values, tmp_path, capsys)
-    assert f"model.vocab_size is {2 * VOCAB_SIZE - 1}, but the data's tokenizer has {2 * VOCAB_SIZE} ids" in message
+    assert (
+        f"model.vocab_size is {2 * VOCAB_SIZE - 1}, but the tokenizer {tiny.tokenizer} has {2 * VOCAB_SIZE} ids"
+        in message
+    )
     values["model"]["vocab_size"] = 2 * VOCAB_SIZE
     assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
 
@@ -140,3 +147,61 @@ def test_world_size_that_does_not_fit(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: str, message: str
 ) -> None:
     assert message in refusal(values, tmp_path, capsys, ("--world_size", world_size))
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_truncated_dataset(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    prefix = moved(tiny.folder / "en", tmp_path)
+    path = Path(f"{prefix}{ending}")
+    os.truncate(path, path.stat().st_size - 2)
+    values["data"]["sources"][0]["path"] = str(prefix)
+    message = refusal(values, tmp_path, capsys)
+    assert f"{path}: " in message and "bytes, expected" in message
+
+
+def test_tokenizer_that_the_data_was_not_made_with(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # All sidecars agree with each other, only data.tokenizer is another one.
+    other = tmp_path / "other"
+    train_tokenizer([str(tiny.folder / "corpus.jsonl")], other, VOCAB_SIZE - 1, "en_clone", show_progress=False)
+    values["data"]["tokenizer"] = str(other)
+    message = refusal(values, tmp_path, capsys)
+    assert f"was made with another tokenizer ({tiny.tokenizer}) than data.tokenizer ({other})" in message
+
+
+def test_table_of_other_languages(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.safetensors"
+    replace(load_table(tiny.table), languages=["fr", "it"]).save(path)
+    values["dictionary"]["table"] = str(path)
+    message = refusal(values, tmp_path, capsys)
+    assert f"the dictionary table {path} is of fr, it, but the data is in en, en_clone" in message
+
+
+def test_code_switch_of_a_language_that_the_table_lacks(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["code_switch"]["language_ratios"] = {"de": 0.5}
+    assert "code_switch.language_ratios names de, expected languages of" in refusal(values, tmp_path, capsys)
+
+
+def test_dictionary_with_too_few_groups(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_prealign.alignment.words import WordSampler
+
+    table = load_table(tiny.table)
+    held_out = table.held_out_groups(0.05)
+    limits = {"held_out": held_out, "max_word_tokens": 8}
+    count = len(WordSampler(table, groups_per_step=1, seed=0, **limits).groups)
+    values["dictionary"]["held_out_fraction"] = 0.05
+    values["alignment"]["groups_per_step"] = count
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+    capsys.readouterr()
+    values["alignment"]["groups_per_step"] = count + 1
+    message = refusal(values, tmp_path, capsys)
+    assert f"alignment.groups_per_step is {count + 1}, but the dictionary has {count} groups" in message
