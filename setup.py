@@ -40,6 +40,8 @@ setup(
         "docstring-parser>=0.15",
         "pyyaml",
         "sentencepiece>=0.2",
+        # sentencepiece's own model files are read through sentencepiece_model_pb2, which needs it undeclared.
+        "protobuf>=3.20",
         "tokenizers>=0.20",
         "transformers>=4.46",
         "safetensors>=0.4",

@@ -132,18 +132,19 @@ def check_psutil() -> Finding:
 
 
 def check_triton() -> Finding:
-    fallback = "code-switching falls back to plain torch, slower"
+    """Megatron-Core's fused element-wise parts are compiled by torch through Triton, on a GPU only."""
+    why = "Megatron-Core's fused parts cannot be compiled for the GPU"
     version = installed_version("triton")
     if version is None and not is_importable("triton"):
-        return Finding("Triton", "warn", f"not installed; {fallback}", 'pip install "triton>=3.2" (Linux)')
+        if not _nvidia_gpus():
+            return Finding("Triton", "ok", "not installed; not needed without a GPU")
+        return Finding("Triton", "fail", f"not installed; {why}", 'pip install "triton>=3.2" (Linux)')
     answer = probe("import triton; answer(version=triton.__version__)")
     if release(answer["version"]) < (3, 2):
-        return Finding(
-            "Triton",
-            "warn",
-            f"{answer['version']}, needs 3.2 or later; {fallback}",
-            "upgrade torch, which brings its Triton",
-        )
+        found, fix = f"{answer['version']}, needs 3.2 or later", "upgrade torch, which brings its Triton"
+        if not _nvidia_gpus():
+            return Finding("Triton", "warn", f"{found} on a machine with a GPU", fix)
+        return Finding("Triton", "fail", f"{found}; {why}", fix)
     return Finding("Triton", "ok", str(answer["version"]))
 
 
@@ -157,7 +158,10 @@ def check_compiler() -> Finding:
     if not _nvidia_gpus():
         return Finding("C compiler", "ok", "none; not needed without a GPU")
     return Finding(
-        "C compiler", "warn", "none; Triton cannot start a kernel without one", "install gcc, or set CC to a C compiler"
+        "C compiler",
+        "fail",
+        "none; Triton cannot start a kernel without one, so the first step on the GPU fails",
+        "install gcc, or set CC to a C compiler",
     )
 
 
@@ -266,7 +270,10 @@ def check_nccl() -> Finding:
 
 
 def check_tokenizer_libraries() -> Finding:
-    return _libraries("tokenizer libraries", {"tokenizers": "0.20", "transformers": "4.46", "sentencepiece": "0.2"})
+    return _libraries(
+        "tokenizer libraries",
+        {"tokenizers": "0.20", "transformers": "4.46", "sentencepiece": "0.2", "protobuf": "3.20"},
+    )
 
 
 def check_libraries() -> Finding:

@@ -119,10 +119,35 @@ def test_an_unreadable_version_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
     assert finding.status == "fail" and "'unknown'" in finding.found
 
 
-def test_an_old_triton_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(doctor, "_nvidia_gpus", lambda: [("NVIDIA H200", "570.10")] * count)
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "warn"), (1, "fail")])
+def test_an_old_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
+    pretend_gpus(monkeypatch, gpus)
     put_module(tmp_path, "triton", "__version__ = '3.1.0'", monkeypatch)
     finding = doctor.check_triton()
-    assert finding.status == "warn" and "3.1.0" in finding.found and "plain torch" in finding.found
+    assert finding.status == status and "3.1.0" in finding.found and "upgrade torch" in finding.fix
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "ok"), (1, "fail")])
+def test_no_triton(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
+    pretend_gpus(monkeypatch, gpus)
+    pretend_versions(monkeypatch, {"triton": None})
+    monkeypatch.setattr(doctor, "is_importable", lambda module: False)
+    finding = doctor.check_triton()
+    assert finding.status == status and "not installed" in finding.found
+    assert ("triton>=3.2" in finding.fix) == (status == "fail")
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "ok"), (1, "fail")])
+def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
+    pretend_gpus(monkeypatch, gpus)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    finding = doctor.check_compiler()
+    assert finding.status == status
+    assert ("install gcc" in finding.fix) == (status == "fail")
 
 
 def test_optional_packages_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
