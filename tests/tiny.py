@@ -56,7 +56,7 @@ class Tiny:
             "dictionary": {"table": self.table},
             "alignment": {"train_iters": 5, "groups_per_step": 16, "lr": 1e-3, "lm_global_batch_size": 4},
             "code_switch": {"ratio": 0.3},
-            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 2},
+            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
             "training": {
                 "seed": 3,
                 "micro_batch_size": 2,

@@ -43,6 +43,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_layout()
+        self._check_schedules()
         self._check_features()
 
     def _check_layout(self) -> None:
@@ -84,6 +85,19 @@ class Recipe:
             self.training.global_batch_size,
             f"a multiple of training.micro_batch_size ({self.training.micro_batch_size})",
         )
+
+    def _check_schedules(self) -> None:
+        phases = [("optimizer", self.optimizer.lr_warmup_iters, "training", self.training.train_iters)]
+        if self.alignment is not None:
+            phases.append(("alignment", self.alignment.lr_warmup_iters, "alignment", self.alignment.train_iters))
+        for section, warmup, phase, steps in phases:
+            require(
+                # Without a warm-up there is nothing to finish; with a token budget the steps are not known here.
+                warmup == 0 or steps is None or warmup < steps,
+                f"{section}.lr_warmup_iters",
+                warmup,
+                f"less than {phase}.train_iters ({steps}), or the peak learning rate is never reached",
+            )
 
     def _check_features(self) -> None:
         for name in ("alignment", "code_switch"):

@@ -22,6 +22,31 @@ def load(folder: Path, changes: dict[str, Any]) -> Recipe:
     ("changes", "message"),
     [
         (
+            {"optimizer.lr_warmup_iters": 3},
+            "optimizer.lr_warmup_iters is 3, expected less than training.train_iters (3)",
+        ),
+        (
+            {"alignment.lr_warmup_iters": 5},
+            "alignment.lr_warmup_iters is 5, expected less than alignment.train_iters (5)",
+        ),
+    ],
+)
+def test_warm_up_that_never_ends(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, changes)
+    assert message in str(caught.value)
+
+
+def test_warm_up_that_may_end(tmp_path: Path) -> None:
+    load(tmp_path, {"optimizer.lr_warmup_iters": 2, "alignment.lr_warmup_iters": 4})
+    # Steps that follow from a token budget are not known to the recipe.
+    load(tmp_path, {"optimizer.lr_warmup_iters": 50, "training.train_iters": None, "training.train_tokens": 10**6})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
             {TP: 8, "model.num_query_groups": 4},
             "model.num_attention_heads is 4, expected a multiple of parallel.tensor_model_parallel_size (8)",
         ),

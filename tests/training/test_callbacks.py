@@ -164,7 +164,7 @@ def two_phases(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPat
         tiny,
         folder,
         alignment={"lr_warmup_iters": 2, "lr_decay_style": "linear", "min_lr": 1e-4},
-        optimizer={"lr_decay_style": "cosine"},
+        optimizer={"lr_decay_style": "cosine", "lr_warmup_iters": 2},
         training={"eval_interval": 2},
     )
     answer = workers.run(1, watched, values, str(folder), None)[0]
@@ -254,7 +254,11 @@ def test_alignment_stops_at_its_goal(workers: WorkerPool, tiny: Tiny, tmp_path: 
 
 def test_goal_that_is_not_reached_stops_nothing(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(
-        tiny, tmp_path, alignment={"stop_at_p_at_1": 1.0}, training={"eval_interval": 1, "train_iters": 1}
+        tiny,
+        tmp_path,
+        alignment={"stop_at_p_at_1": 1.0},
+        optimizer={"lr_warmup_iters": 0},
+        training={"eval_interval": 1, "train_iters": 1},
     )
     answer = workers.run(1, watched, values, str(tmp_path), None)[0]
     assert answer["events"][1] == "end of alignment at 5"
