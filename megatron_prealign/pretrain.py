@@ -324,6 +324,8 @@ def _prepare_run_dir(recipe: Recipe) -> None:
     with _writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         recipe.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        if recipe.logging.tensorboard:
+            (run_dir / "tensorboard").mkdir(exist_ok=True)
         # Found out now and not after the data and the model are there.
         with TemporaryFile(dir=run_dir):
             pass

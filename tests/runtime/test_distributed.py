@@ -65,6 +65,18 @@ def start_with(tensor: int, pipeline: int) -> dict[str, Any]:
     return where(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
 
 
+def patience_of(checkpoint_minutes: float) -> tuple[float, str]:
+    """Minutes that ranks wait for each other to agree, and over what."""
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime import agreement
+    from megatron_prealign.runtime.distributed import start
+
+    start(ParallelSection(device="cpu"), seed=1, patience_minutes=checkpoint_minutes)
+    assert agreement._control is not None
+    return agreement._control[2].total_seconds() / 60, dist.get_backend(agreement.control_group())
+
+
 def alone() -> dict[str, Any]:
     """As without torchrun: no RANK, no process group."""
     import os
@@ -110,3 +122,9 @@ def test_one_process_needs_no_launcher(workers: WorkerPool) -> None:
     assert (answer["rank"], answer["world_size"], answer["total"]) == (0, 1, 1.0)
     assert answer["gone"]
     assert answer["left"]
+
+
+def test_ranks_wait_longer_than_one_may_work_alone(workers: WorkerPool) -> None:
+    # At least two hours for the sample index, and always more than a save may take.
+    assert workers.run(2, patience_of, 30.0) == [(121.0, "gloo")] * 2
+    assert workers.run(2, patience_of, 300.0) == [(301.0, "gloo")] * 2

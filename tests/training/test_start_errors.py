@@ -68,3 +68,16 @@ def test_failed_run_leaves_the_process_group(tiny: Tiny, workers: WorkerPool, tm
     values["data"]["tokenizer"] = str(tmp_path / "gone")
     left = workers.run(1, fail_and_look, values, str(tmp_path), leave)
     assert left == [{"group": True, "megatron": False}]
+
+
+def test_tensorboard_folder_that_is_a_file(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "run")
+    values["logging"]["tensorboard"] = True
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, train, values, str(tmp_path), timeout_s=PROMPT_S)
+    found = failures(caught)
+    assert found[0] == found[1]
+    assert found[0][0] == "UserError"
+    assert str(tmp_path / "run" / "tensorboard") in found[0][1]
