@@ -23,8 +23,8 @@ DEFINITIONS = {
         "language, is a translation; from 0 to 1, one number a layer, mean over the language pairs."
     ),
     "word_retrieval_p_at_1_held_out": (
-        "The same over words whose entries were kept out of alignment and code-switching. Their pieces may stand in other "
-        "words, and they are fewer, so compare the runs on it and not the two measures."
+        "The same over words whose entries were kept out of alignment and code-switching. Their pieces may stand in "
+        "other words, and they are fewer, so compare the runs on it and not the two measures."
     ),
     "after_alignment": "Word retrieval at the last evaluation of the alignment phase, before language-model training.",
     "layers": (
