@@ -118,8 +118,9 @@ class Trainer:
         already."""
         if self.grad_norm is not None and not math.isfinite(self.grad_norm):
             raise UserError(
-                f"training diverged: the gradient norm of step {self.state.step + 1} is {self.grad_norm}; the last checkpoint "
-                f"in {self.recipe.checkpoint_dir} is from before it; lower the learning rate or look at the data there"
+                f"training diverged: the gradient norm of step {self.state.step + 1} is {self.grad_norm}; the last "
+                f"checkpoint in {self.recipe.checkpoint_dir} is from before it; lower the learning rate or look at the "
+                "data there"
             )
 
     def _notify(self, event: str) -> None:
