@@ -1,6 +1,7 @@
 """A tiny real corpus, tokenizer and dictionary for tests: Python's own documentation and its English-Clone."""
 
 import json
+import os
 import pydoc_data.topics
 import re
 from collections import Counter
@@ -73,7 +74,8 @@ class Tiny:
 def recipe_of(values: dict[str, Any], folder: Path) -> Recipe:
     """Parses plain values through the same door as a user's YAML."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "test_recipe.yaml"
+    # Ranks write it at the same time: each its own, or one would read what another has just emptied.
+    path = folder / f"test_recipe_{os.getpid()}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     return load_recipe(["--config", str(path)])
 
