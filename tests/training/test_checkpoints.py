@@ -1,0 +1,268 @@
+"""Checkpoints: which are kept and found, and what a broken or interrupted one does."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import records, run, weights
+from tiny import VOCAB_SIZE, Tiny, recipe_of
+from workers import WorkerError, WorkerPool
+
+
+def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+    """Language-model training alone, five steps."""
+    values = copy.deepcopy(tiny.values(folder))
+    del values["alignment"]
+    values["parallel"] = {"device": "cpu"}
+    values["training"]["eval_samples"] = 2
+    values["checkpoint"] = checkpoint
+    return values
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def mistake(caught: pytest.ExceptionInfo[WorkerError]) -> str:
+    """The one message of a UserError that all ranks raise."""
+    kinds = {kind for kind, _, _ in caught.value.failures.values()}
+    messages = {message for _, message, _ in caught.value.failures.values()}
+    assert kinds == {"UserError"}, caught.value
+    assert len(messages) == 1
+    return messages.pop()
+
+
+@pytest.fixture(scope="module")
+def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two processes with a checkpoint of every step. Tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(workers, 2, values_for(tiny, folder, save_interval=1, keep=100), folder)
+    return folder
+
+
+def copied(trained: Path, folder: Path, newest: int | None = None) -> Path:
+    """A copy of the run, as it was after step `newest`."""
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    if newest is not None:
+        for step in range(newest + 1, 6):
+            shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+        (folder / "checkpoints" / "latest").write_text(f"step_{newest:08d}\n")
+    return folder
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_the_newest_are_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path, keep: int) -> None:
+    run(workers, 1, values_for(tiny, tmp_path, save_interval=1, keep=keep), tmp_path)
+    assert steps_in(tmp_path) == ["latest", *(f"step_{step:08d}" for step in range(6 - keep, 6))]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000005"
+
+
+def test_without_an_interval_only_the_end_is_saved(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(tiny, tmp_path, directory=str(tmp_path / "elsewhere"))
+    run(workers, 1, values, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["latest", "step_00000005"]
+
+
+def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
+    checkpoint = trained / "checkpoints" / "step_00000003"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["train_state"]["step"] == 3
+    assert state["train_state"]["consumed_samples"] == 24
+    assert state["phase"] == "language_model"
+    assert state["layout"]["data_parallel_size"] == 2
+    assert state["vocab_size"] == 2 * VOCAB_SIZE
+    # Each source's share of the 24 rows so far.
+    assert sum(state["consumed_samples_per_source"].values()) == 24
+    assert list(state["consumed_samples_per_source"]) == [str(tiny.folder / "en"), str(tiny.folder / "en_clone")]
+    assert (checkpoint / "recipe.yaml").exists()
+    for file in Path(tiny.tokenizer).iterdir():
+        assert (checkpoint / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+
+
+def found(function: str, path: str) -> str | None:
+    """Runs in a worker: what `latest_checkpoint` or `resolve_checkpoint` finds."""
+    from megatron_prealign.training import checkpoint
+
+    answer = getattr(checkpoint, function)(Path(path))
+    return None if answer is None else str(answer)
+
+
+def test_checkpoint_is_found_by_itself_its_folder_or_its_run(workers: WorkerPool, trained: Path) -> None:
+    checkpoints = trained / "checkpoints"
+    newest = str(checkpoints / "step_00000005")
+    assert workers.run(1, found, "latest_checkpoint", str(checkpoints)) == [newest]
+    assert workers.run(1, found, "resolve_checkpoint", str(checkpoints)) == [newest]
+    assert workers.run(1, found, "resolve_checkpoint", str(trained)) == [newest]
+    third = str(checkpoints / "step_00000003")
+    assert workers.run(1, found, "resolve_checkpoint", third) == [third]
+
+
+def test_where_there_is_no_checkpoint(workers: WorkerPool, tmp_path: Path) -> None:
+    assert workers.run(1, found, "latest_checkpoint", str(tmp_path)) == [None]
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, found, "resolve_checkpoint", str(tmp_path))
+    assert mistake(caught) == (
+        f"{tmp_path} holds no complete checkpoint; expected a step_* folder, a folder with `latest`, or a run's folder"
+    )
+
+
+@pytest.mark.parametrize("function", ["latest_checkpoint", "resolve_checkpoint"])
+def test_latest_that_names_nothing(workers: WorkerPool, tmp_path: Path, function: str) -> None:
+    (tmp_path / "latest").write_text("step_00000009\n")
+    # A folder without state.json was never completed.
+    (tmp_path / "step_00000009").mkdir()
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, found, function, str(tmp_path))
+    message = mistake(caught)
+    assert message.startswith(f"{tmp_path / 'latest'} names step_00000009, which is not a complete checkpoint there")
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut_data", "empty_data", "no_data", "no_metadata", "cut_metadata", "no_common", "cut_common"]
+)
+def test_damaged_checkpoint_is_named(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, damage: str
+) -> None:
+    copied(trained, tmp_path, newest=2)
+    checkpoint = tmp_path / "checkpoints" / "step_00000002"
+    kind, what = damage.split("_")
+    files = {
+        "data": max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size),
+        "metadata": checkpoint / ".metadata",
+        "common": checkpoint / "common.pt",
+    }
+    file = files[what]
+    if kind == "no":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if kind == "cut" else b"")
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, resume_only, values_for(tiny, tmp_path), str(tmp_path), timeout_s=60)
+    message = mistake(caught)
+    assert message.startswith(f"{checkpoint} cannot be read (")
+    assert "\n" not in message
+    assert f"write the name of an older step_* folder into {tmp_path / 'checkpoints' / 'latest'}" in message
+
+
+def resume_only(values: dict[str, Any], folder: str) -> None:
+    """Runs in workers: `pretrain`, on what must fail."""
+    from megatron_prealign.pretrain import pretrain
+
+    pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"train_state": {}}'])
+def test_damaged_state_is_named(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, text: str) -> None:
+    copied(trained, tmp_path, newest=2)
+    state = tmp_path / "checkpoints" / "step_00000002" / "state.json"
+    state.write_text(text)
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, resume_only, values_for(tiny, tmp_path), str(tmp_path), timeout_s=60)
+    assert mistake(caught).startswith(f"{state} is damaged")
+
+
+def test_checkpoint_of_another_tokenizer_is_refused(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
+    copied(trained, tmp_path, newest=2)
+    path = tmp_path / "checkpoints" / "step_00000002" / "state.json"
+    state = json.loads(path.read_text())
+    state["tokenizer_fingerprint"] = "sha256:other"
+    path.write_text(json.dumps(state))
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, resume_only, values_for(tiny, tmp_path), str(tmp_path))
+    message = mistake(caught)
+    assert "is of another model: tokenizer sha256:other (recipe: sha256:" in message
+
+
+def test_unfinished_folders_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+    copied(trained, tmp_path, newest=3)
+    checkpoints = tmp_path / "checkpoints"
+    # What a killed save leaves: of a step to come, and of a far one.
+    for name in (".step_00000004.incomplete", ".step_00000099.incomplete"):
+        shutil.copytree(checkpoints / "step_00000003", checkpoints / name)
+    (tmp_path / "metrics.jsonl").unlink()
+    run(workers, 2, values_for(tiny, tmp_path, save_interval=1, keep=2), tmp_path)
+    assert [step for _, step in records(tmp_path)] == [4, 5]
+    assert [name for name in steps_in(tmp_path) if name.startswith("step")] == ["step_00000004", "step_00000005"]
+    expected = weights(workers, trained, 2 * VOCAB_SIZE)
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def run_until_the_disk_is_full(values: dict[str, Any], folder: str, step: int) -> None:
+    """Runs in workers: from `step` on rank 1 cannot write tensors."""
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_prealign.pretrain import pretrain
+
+    real = FileSystemWriterAsync.write_preloaded_data
+
+    def write(
+        transforms: Any, local_proc_idx: int, write_bucket: Any, results_queue: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if f"step_{step:08d}" in str(write_bucket[0]) and dist.get_rank() == 1:
+            results_queue.put((local_proc_idx, OSError(28, "No space left on device")))
+            return
+        real(transforms, local_proc_idx, write_bucket, results_queue, *args, **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    try:
+        pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(real)
+
+
+def test_failed_save_leaves_the_one_before(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+    values = values_for(tiny, tmp_path, save_interval=1, keep=1)
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, run_until_the_disk_is_full, values, str(tmp_path), 3, timeout_s=60)
+    message = mistake(caught)
+    assert message.startswith(f"checkpoint {tmp_path / 'checkpoints' / 'step_00000003'} cannot be written: No space")
+    assert steps_in(tmp_path) == [".step_00000003.incomplete", "latest", "step_00000002"]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+    # With room again the same command goes on, and ends where the run ends that never failed.
+    run(workers, 2, values, tmp_path)
+    assert steps_in(tmp_path) == ["latest", "step_00000005"]
+    expected = weights(workers, trained, 2 * VOCAB_SIZE)
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_of_another_run_are_a_start(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, precision: str
+) -> None:
+    """One step at a rate of almost nothing shows which weights it started from, master weights included."""
+    values = values_for(tiny, tmp_path, load=str(trained))
+    values["training"].update(train_iters=1, seed=77, precision=precision)
+    values["optimizer"] = {"lr": 1e-12}
+    run(workers, 1, values, tmp_path)
+    assert [step for _, step in records(tmp_path)] == [1]
+    expected = weights(workers, trained, 2 * VOCAB_SIZE)
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        # The rate moves a weight by 1e-12 at most; bf16 rounds to 8 bits once.
+        rounded = expected[name].to(tensor.dtype)
+        torch.testing.assert_close(tensor, rounded, rtol=0, atol=1e-9)
+
+
+def test_own_checkpoint_comes_before_weights_of_another_run(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
+    copied(trained, tmp_path, newest=4)
+    (tmp_path / "metrics.jsonl").unlink()
+    values = values_for(tiny, tmp_path, load=str(tmp_path / "not_even_there"))
+    run(workers, 1, values, tmp_path)
+    assert [step for _, step in records(tmp_path)] == [5]
+
+
+def test_weights_that_are_not_there(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, resume_only, values_for(tiny, tmp_path, load=str(tmp_path / "gone")), str(tmp_path))
+    assert mistake(caught).startswith(f"{tmp_path / 'gone'} holds no complete checkpoint")
