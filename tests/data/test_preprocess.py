@@ -230,7 +230,6 @@ sys.exit(f"loaded {{heavy}}" if heavy else 0)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--input" in done.stdout
-    # Measured 0.2 s; the promise is 0.5 s, doubled twice for a machine under load.
 
 
 def test_argument_spellings() -> None:

@@ -1,7 +1,5 @@
 """The hashed table: every key found, nothing else found, weights as given, wrong arrays refused."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -158,12 +156,9 @@ def test_draw_follows_the_weights() -> None:
     assert (drawn - first).tolist() == expected
 
 
-def test_a_hundred_thousand_keys_build_fast() -> None:
+def test_a_hundred_thousand_keys_are_all_found() -> None:
     rows, arrays = random_keys(100_000, vocabulary=50_000)
-    started = time.perf_counter()
     table = build_ngram_table(**arrays)
-    # 0.1 s measured; a Python loop over keys or candidates would take longer than the bound on a slow, busy machine
-    assert time.perf_counter() - started < 5
     key, found = find(table, columns_of(rows))
     assert bool(found.all()) and torch.equal(key.long(), torch.arange(len(rows)))
 
