@@ -1,0 +1,261 @@
+"""Whatever is wrong with a checkpoint or its disk, every rank ends with one line, and the run that is there stays."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import records, run, train
+from tiny import Tiny, recipe_of
+from workers import WorkerError, WorkerPool
+
+STEPS = 2
+
+
+def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+    """Language-model training alone, two steps."""
+    values = copy.deepcopy(tiny.values(folder))
+    del values["alignment"]
+    values["parallel"] = {"device": "cpu"}
+    values["optimizer"]["lr_warmup_iters"] = 1
+    values["training"].update(eval_samples=2, train_iters=STEPS)
+    values["checkpoint"] = {"save_interval": 1, "keep": 9, **checkpoint}
+    return values
+
+
+def refusal(workers: WorkerPool, function: Callable[..., Any], *arguments: Any) -> str:
+    """The one line with which both ranks end."""
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, function, *arguments)
+    failures = {(kind, message) for kind, message, _ in caught.value.failures.values()}
+    assert set(caught.value.failures) == {0, 1}
+    assert len(failures) == 1, caught.value
+    kind, message = failures.pop()
+    assert kind == "UserError", caught.value
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two processes that has a checkpoint of step 1 as its newest. Tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(workers, 2, values_for(tiny, folder), folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000002")
+    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
+    (folder / "metrics.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path, dirs_exist_ok=True))
+
+
+def zeros_from(file: Path, start: int) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:start] + bytes(len(data) - start))
+
+
+def damage_data(checkpoint: Path) -> str:
+    for file in checkpoint.glob("*.distcp"):
+        zeros_from(file, 0)
+    return "cannot be read ("
+
+
+def cut_data(checkpoint: Path) -> str:
+    file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1])
+    return f"{file.name} has {size - 1} bytes, expected {size}"
+
+
+def drop_common(checkpoint: Path) -> str:
+    (checkpoint / "common.pt").unlink()
+    return "common.pt is missing"
+
+
+def cut_metadata(checkpoint: Path) -> str:
+    file = checkpoint / ".metadata"
+    file.write_bytes(file.read_bytes()[:100])
+    return "cannot be read ("
+
+
+def clear_metadata(checkpoint: Path) -> str:
+    (checkpoint / ".metadata").write_bytes(b"")
+    return "cannot be read ("
+
+
+@pytest.mark.parametrize("damage", [damage_data, cut_data, drop_common, cut_metadata, clear_metadata])
+def test_damage_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, damage: Callable[[Path], str]) -> None:
+    checkpoint = copied / "checkpoints" / "step_00000001"
+    expected = damage(checkpoint)
+    message = refusal(workers, train, values_for(tiny, copied), str(copied))
+    assert message.startswith(f"{checkpoint} cannot be read (")
+    assert expected in message
+    assert f"write the name of an older step_* folder into {copied / 'checkpoints' / 'latest'}" in message
+
+
+def without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "empty": (lambda state: {}, "vocab_size is 'missing', expected int"),
+    "no model": (without("model"), "model is 'missing', expected dict"),
+    "no run": (lambda state: {**state, "run": {}}, "run lacks phases, seq_length"),
+    "sources": (lambda state: {**state, "run": {**state["run"], "sources": [1]}}, "run.sources holds 1"),
+    "counters": (lambda state: {**state, "train_state": {"step": 1}}, "phase_step"),
+    "text": (
+        lambda state: {**state, "train_state": {**state["train_state"], "tokens": "9"}},
+        "train_state.tokens is '9'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_damaged_state_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, case: str) -> None:
+    file = copied / "checkpoints" / "step_00000001" / "state.json"
+    change, expected = STATES[case]
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    message = refusal(workers, train, values_for(tiny, copied), str(copied))
+    assert message.startswith(f"{file} is damaged (")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "expected"),
+    [
+        ("parallel", "use_distributed_optimizer", False, "parallel.use_distributed_optimizer True (recipe: False)"),
+        ("training", "precision", "bf16", "training.precision fp32 (recipe: bf16)"),
+        ("training", "seed", 4, "training.seed 3 (recipe: 4)"),
+        ("training", "train_iters", 3, "alignment) 16 (recipe: 24)"),
+        ("data", "seq_length", 16, "data.seq_length 32 (recipe: 16)"),
+    ],
+)
+def test_other_recipe_is_refused_and_not_written_down(
+    workers: WorkerPool, tiny: Tiny, copied: Path, section: str, field: str, value: object, expected: str
+) -> None:
+    (copied / "versions.json").write_text("{}")
+    before = {name: (copied / name).read_bytes() for name in ("recipe.yaml", "versions.json")}
+    values = values_for(tiny, copied)
+    values[section][field] = value
+    assert expected in refusal(workers, train, values, str(copied))
+    assert {name: (copied / name).read_bytes() for name in before} == before
+    # The recipe that wrote it goes on.
+    run(workers, 2, values_for(tiny, copied), copied)
+    assert [step for _, step in records(copied)] == [2]
+    assert (copied / "versions.json").read_text() != "{}"
+
+
+def test_alignment_added_later_does_not_shift_the_phase(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    """With train_tokens the blend keeps its rows when an alignment section comes."""
+    values = values_for(tiny, tmp_path)
+    del values["training"]["train_iters"]
+    # Room for 5 steps of alignment with 4 rows and 3 of language modelling with 8, 32 tokens each.
+    values["training"]["train_tokens"] = (5 * 4 + 3 * 8) * 32
+    run(workers, 2, values, tmp_path)
+    last = max(step for _, step in records(tmp_path))
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "latest").write_text(f"step_{last - 1:08d}\n")
+    (tmp_path / "metrics.jsonl").unlink()
+    values["alignment"] = tiny.values(tmp_path)["alignment"]
+    run(workers, 2, values, tmp_path)
+    assert list(records(tmp_path)) == [("language_model", last)]
+
+
+def train_on_a_bad_disk(values: dict[str, Any], folder: str, which: str, step: int) -> None:
+    """Runs in workers: from `step` on, rank 0 cannot write one kind of file."""
+    import megatron_prealign.runtime.checkpoint_io as io
+    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.training import checkpoint
+
+    holder: Any = {
+        "common.pt": (io.torch, "save"),
+        ".metadata": (io.FileSystemWriterAsync, "finish"),
+        "metadata.json": (io, "save_config"),
+        "recipe.yaml": (checkpoint, "save_recipe"),
+    }[which]
+    module, name = holder
+    real = getattr(module, name)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        target = {"common.pt": lambda: getattr(args[1], "name", ""), ".metadata": lambda: args[0].path}.get(
+            which, lambda: args[1]
+        )()
+        if f"step_{step:08d}" in str(target):
+            if which == "common.pt":
+                raise RuntimeError("PytorchStreamWriter failed writing file data.pkl: file write failed")
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    setattr(module, name, full)
+    try:
+        pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+    finally:
+        setattr(module, name, real)
+
+
+@pytest.mark.parametrize("which", ["common.pt", ".metadata", "metadata.json", "recipe.yaml"])
+def test_full_disk_under_the_first_rank_ends_all(workers: WorkerPool, tiny: Tiny, copied: Path, which: str) -> None:
+    values = values_for(tiny, copied, keep=1)
+    message = refusal(workers, train_on_a_bad_disk, values, str(copied), which, 2)
+    reason = "the disk took only a part of a file" if which == "common.pt" else "No space left on device"
+    checkpoints = copied / "checkpoints"
+    assert message.startswith(f"checkpoint {checkpoints / 'step_00000002'} cannot be written: {reason}")
+    assert "the previous checkpoint stays" in message
+    assert (checkpoints / "latest").read_text().strip() == "step_00000001"
+    run(workers, 2, values, copied)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000002"]
+
+
+def test_steps_of_a_branch_that_was_left_do_not_push_out_the_new_one(
+    workers: WorkerPool, tiny: Tiny, copied: Path
+) -> None:
+    checkpoints = copied / "checkpoints"
+    for name in ("step_00000002", "step_00000008", ".step_00000099.incomplete"):
+        shutil.copytree(checkpoints / "step_00000001", checkpoints / name)
+    run(workers, 2, values_for(tiny, copied, keep=2), copied)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+    state = json.loads((checkpoints / "step_00000002" / "state.json").read_text())
+    assert state["train_state"]["step"] == 2
+
+
+def test_only_the_tokenizers_own_files_are_copied(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer_and_model"
+    shutil.copytree(tiny.tokenizer, folder)
+    own = {file.name for file in folder.iterdir()}
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
+        (folder / name).write_bytes(b"weights")
+    values = values_for(tiny, tmp_path)
+    values["data"]["tokenizer"] = str(folder)
+    run(workers, 1, values, tmp_path)
+    copies = {file.name for file in (tmp_path / "checkpoints" / "step_00000002" / "tokenizer").iterdir()}
+    assert copies == own
+
+
+def test_device_is_part_of_the_layout(workers: WorkerPool, tiny: Tiny, copied: Path) -> None:
+    """A GPU's random states cannot go on on a CPU: such a checkpoint counts as one of another layout."""
+    file = copied / "checkpoints" / "step_00000001" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["layout"]["device"] == "cpu"
+    state["layout"]["device"] = "cuda"
+    file.write_text(json.dumps(state))
+    [(random_states_read, step), _] = workers.run(2, train_and_watch, values_for(tiny, copied), str(copied))
+    assert (random_states_read, step) == (0, 2)
+
+
+def train_and_watch(values: dict[str, Any], folder: str) -> tuple[int, int]:
+    """Runs in workers: how often random states were restored, and the last step."""
+    from megatron_prealign.runtime import random_state
+
+    real, restored = random_state.restore, []
+    random_state.restore = lambda states: restored.append(states)
+    try:
+        step = train(values, folder)["step"]
+        return len(restored), step
+    finally:
+        random_state.restore = real
