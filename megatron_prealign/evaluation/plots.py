@@ -193,7 +193,7 @@ def _entries(runs: Runs, *, aligned: bool = False, held_out: bool = False) -> di
     if aligned:
         entries["end of alignment"] = {"color": MUTED, "linestyle": ":", "linewidth": 1.0}
     if held_out:
-        entries["words never trained on"] = {"color": MUTED, "linestyle": "--"}
+        entries["held-out words"] = {"color": MUTED, "linestyle": "--"}
     return entries
 
 

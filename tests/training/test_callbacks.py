@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from runs import records
 from tiny import Tiny, recipe_of
+from whole_runs import records
 from workers import WorkerError, WorkerPool
 
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import records, run, train
 from tiny import Tiny, recipe_of
+from whole_runs import records, run, train
 from workers import WorkerError, WorkerPool
 
 STEPS = 2

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import records, run, weights
 from tiny import VOCAB_SIZE, Tiny, recipe_of
+from whole_runs import records, run, weights
 from workers import WorkerError, WorkerPool
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import run
 from tiny import Tiny
+from whole_runs import run
 from workers import WorkerPool
 
 from megatron_prealign import cli

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import records, run, weights
 from tiny import VOCAB_SIZE, Tiny
+from whole_runs import records, run, weights
 from workers import WorkerPool
 
 # Sums run in another order under another layout; in fp32 five steps of Adam at lr 1e-3 stay well inside this.

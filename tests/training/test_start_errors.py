@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import train
 from tiny import Tiny, recipe_of
+from whole_runs import train
 from workers import WorkerError, WorkerPool
 
 # A rank that waits for one that failed would sit there for parallel.distributed_timeout_minutes, 10; what is tested
