@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install demo test checks lint types format clean
 
 help:
+	@echo "make install  set .venv up (PYTHON=python3.12 chooses another Python)"
 	@echo "make demo     English and English-Clone, joint training against PreAlign, to runs/demo/report.html"
 	@echo "make test     all tests"
 	@echo "make checks   format, lint, types, tests: what CI runs"

@@ -1,6 +1,8 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
+from pathlib import Path
+
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.tokenizer import load_tokenizer
@@ -40,9 +42,27 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
         )
     if recipe.dictionary is not None:
         _check_dictionary(recipe, recipe.dictionary, tokenizer.fingerprint)
-    tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
-    languages = ", ".join(recipe.data.languages)
-    return f"the recipe is sound: {len(sidecars)} datasets, {tokens:,} training tokens, languages {languages}"
+    for source in recipe.data.sources:
+        if sidecars[source.path].tokens <= recipe.data.seq_length:
+            raise UserError(
+                f"{source.path} has {sidecars[source.path].tokens} tokens, one sample needs data.seq_length + 1 = "
+                f"{recipe.data.seq_length + 1}; add text, lower data.seq_length or drop the source"
+            )
+    if recipe.checkpoint.load is not None and not Path(recipe.checkpoint.load).exists():
+        raise UserError(
+            f"checkpoint.load is {recipe.checkpoint.load}, which does not exist; expected a checkpoint's folder"
+        )
+    return _summary(recipe, sum(sidecars[source.path].tokens for source in recipe.data.sources))
+
+
+def _summary(recipe: Recipe, tokens: int) -> str:
+    training = recipe.training
+    budget = f"{training.train_tokens:,} tokens" if training.train_tokens else f"{training.train_iters:,} steps"
+    parts = [name for name in ("alignment", "code_switch") if getattr(recipe, name) is not None]
+    return (
+        f"the recipe is sound: {budget} of training on sources of {tokens:,} tokens, languages "
+        f"{', '.join(recipe.data.languages)}, {' and '.join(parts) or 'neither alignment nor code_switch'}"
+    )
 
 
 def _check_source(source: DataSource | ValidationSource) -> Sidecar:

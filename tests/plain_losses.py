@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def contrastive_loops(
     words: torch.Tensor, groups: list[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """METHOD.md section 2 for one layer by two loops in float64: loss, similarity penalty, ordered positive pairs.
+    """The contrastive loss of one layer by two loops in float64: loss, similarity penalty, ordered positive pairs.
 
     Args:
         words: `[slots, hidden]`.

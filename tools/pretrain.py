@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from megatron_prealign.arguments import underscored
+from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.load import as_user_error, recipe_from_namespace, recipe_name, recipe_parser
 
 
@@ -14,13 +16,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--world_size", type=int | None, default=None, help="with --validate: processes the run will have"
     )
-    with as_user_error(recipe_name(argv)):
-        values = parser.instantiate(parser.parse_args(list(argv)))
+    arguments = underscored(argv)
+    with as_user_error(recipe_name(arguments)):
+        values = parser.instantiate(parser.parse_args(arguments))
         recipe = recipe_from_namespace(values)
+    if values.world_size is not None and not values.validate:
+        raise UserError("--world_size is for --validate; a run takes the number of processes from torchrun")
     if values.validate:
         from megatron_prealign.validate import validate
 
-        with as_user_error(recipe_name(argv)):
+        with as_user_error(recipe_name(arguments)):
             print(validate(recipe, values.world_size))
         return 0
     from megatron_prealign.runtime import log

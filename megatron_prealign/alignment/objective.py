@@ -1,4 +1,4 @@
-"""The contrastive objective of the alignment phase (METHOD.md section 2; PreAlign, arXiv 2407.16222, mended).
+"""The contrastive objective of the alignment phase (PreAlign, arXiv 2407.16222, mended).
 
 Multi-positive InfoNCE over the words of the whole global batch: the anchors are this rank's words, the candidates are
 the words of every data-parallel rank. Each rank returns its anchors' part; the parts of all ranks sum to the loss.

@@ -60,6 +60,8 @@ class DataSection:
         )
         paths = [source.path for source in self.sources]
         require(len(paths) == len(set(paths)), "data.sources", paths, "every path once")
+        both = sorted(set(paths) & {source.path for source in self.validation})
+        require(not both, "data.validation", both, "datasets that are not in data.sources: they would be trained on")
         languages = [source.language for source in self.validation]
         require(len(languages) == len(set(languages)), "data.validation", languages, "every language once")
 

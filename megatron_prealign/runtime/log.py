@@ -17,9 +17,16 @@ _NOISE = (
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
     "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 )
 
 logger = logging.getLogger("megatron_prealign")
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """False for what the memory-efficient save of the optimizer makes Megatron-Core say: only one rank holds the
+    moments."""
+    return "common state dict differs from rank 0" not in record.getMessage()
 
 
 def configure(rank: int | None = None) -> None:
@@ -31,5 +38,6 @@ def configure(rank: int | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+    logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(_is_worth_saying)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=re.escape(message))

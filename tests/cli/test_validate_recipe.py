@@ -58,8 +58,33 @@ def test_sound_recipe_needs_no_torch(tiny: Tiny, values: dict[str, Any], tmp_pat
     done = subprocess.run([*command, "--world_size", "2"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     tokens = sum(json.loads(Path(f"{tiny.folder}/{name}.json").read_text())["tokens"] for name in ("en", "en_clone"))
-    assert done.stdout == (f"the recipe is sound: 2 datasets, {tokens:,} training tokens, languages en, en_clone\n")
+    assert done.stdout == (
+        f"the recipe is sound: {values['training']['train_iters']} steps of training on sources of {tokens:,} tokens, "
+        "languages en, en_clone, alignment and code_switch\n"
+    )
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_set_that_is_trained_on(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = values["data"]["sources"][0]["path"]
+    values["data"]["validation"] = [{"path": path, "language": "en"}]
+    assert f"data.validation is ['{path}'], expected datasets that are not in data.sources" in refusal(
+        values, tmp_path, capsys
+    )
+
+
+def test_less_text_than_one_sample(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values["data"]["seq_length"] = 100_000_000
+    assert "one sample needs data.seq_length + 1 = 100000001" in refusal(values, tmp_path, capsys)
+
+
+def test_weights_to_load_that_are_not_there(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["checkpoint"] = {"load": "nowhere"}
+    assert "checkpoint.load is nowhere, which does not exist" in refusal(values, tmp_path, capsys)
 
 
 def test_wrong_language(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
