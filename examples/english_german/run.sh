@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text in two languages and a word list -> tokenizer, token files, table, two runs, report. The commands of the README, in order.
+# Text in two languages and a word list -> tokenizer, token files, table, two runs, report.
 # Usage: run.sh EN.jsonl.gz DE.jsonl.gz EN-DE.tsv.gz [PROCESSES]
 set -euo pipefail
 if [ $# -lt 3 ]; then
