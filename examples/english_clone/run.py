@@ -59,7 +59,8 @@ def prepare() -> None:
             run(
                 megatron_prealign(
                     *("preprocess", "--input", str(DATA / f"{split}.jsonl"), "--tokenizer", str(tokenizer)),
-                    *("--output", str(prefix), "--language", language),
+                    # The files are so small that starting more workers takes longer than the work.
+                    *("--output", str(prefix), "--language", language, "--workers", "1"),
                 ),
                 prefix.with_suffix(".json"),
             )
