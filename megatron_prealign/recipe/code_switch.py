@@ -13,7 +13,10 @@ class CodeSwitchSection:
     """In-batch code-switching (PreAlign, arXiv 2407.16222, stage 2)."""
 
     ratio: float
-    """Probability that an occurrence of a word the table knows is replaced (the authors: 0.05)."""
+    """Share of the words to replace (the authors: 0.05); `ratio_of` says of which words."""
+    ratio_of: Literal["occurrences", "words"] = "occurrences"
+    """occurrences: `ratio` is the probability that an occurrence of a word the table knows is replaced. words: it is the
+    share of all running words, reached by dividing by the coverage measured on the training data at the start."""
     label_mode: LabelMode = "input_only"
     """What replaced words do to the labels: input_only keeps the original word, codeswitch predicts the translation,
     no_predict scores neither, mix draws one of the first two per word."""
@@ -28,6 +31,20 @@ class CodeSwitchSection:
     never drawn."""
     language_ratios: dict[str, float] = field(default_factory=dict)
     """Ratio of single target languages, where it differs from `ratio`."""
+    source_languages: list[str] = field(default_factory=list)
+    """Only rows of these languages are switched; empty means every language the table has keys for."""
+    candidate_weights: Literal["table", "uniform"] = "table"
+    """How a translation is drawn among those of one language: by the weights in the table, or all alike."""
+    min_word_length: int = 1
+    """Shortest source word that is replaced, in characters."""
+    max_word_length: int | None = None
+    """Longest source word that is replaced, in characters; null means any."""
+    case: Literal["follow", "keep", "exact"] = "follow"
+    """follow: a word is found in any case (the, The, THE) and its translation is written in the same. keep: found in any
+    case, the translation is written as in the dictionary. exact: found only as the dictionary writes it."""
+    lookahead: int | None = None
+    """Tokens read beyond a sample's end to fill a row that translations made shorter, instead of padding it; null means
+    the highest ratio times data.seq_length, 0 turns it off."""
 
     def __post_init__(self) -> None:
         require(0.0 <= self.ratio <= 1.0, "code_switch.ratio", self.ratio, "a number from 0 to 1")
@@ -35,6 +52,21 @@ class CodeSwitchSection:
             require(0.0 <= ratio <= 1.0, f"code_switch.language_ratios.{language}", ratio, "a number from 0 to 1")
         for language, weight in self.language_weights.items():
             require(weight > 0, f"code_switch.language_weights.{language}", weight, "a number above 0")
+        repeated = sorted({each for each in self.source_languages if self.source_languages.count(each) > 1})
+        require(not repeated, "code_switch.source_languages", repeated, "every language once")
+        require(self.min_word_length > 0, "code_switch.min_word_length", self.min_word_length, "a number above 0")
+        require(
+            self.max_word_length is None or self.max_word_length >= self.min_word_length,
+            "code_switch.max_word_length",
+            self.max_word_length,
+            f"null or at least code_switch.min_word_length = {self.min_word_length}",
+        )
+        require(
+            self.lookahead is None or self.lookahead >= 0,
+            "code_switch.lookahead",
+            self.lookahead,
+            "null or a number, at least 0",
+        )
         moving = self.schedule != "constant"
         require(
             moving == (self.final_ratio is not None) and moving == (self.schedule_tokens is not None),
@@ -54,3 +86,12 @@ class CodeSwitchSection:
             self.schedule_tokens,
             "a number above 0",
         )
+
+    @property
+    def highest_ratio(self) -> float:
+        """The highest ratio that any language reaches during the run."""
+        return max(self.ratio, self.final_ratio or 0.0, *self.language_ratios.values())
+
+    def lookahead_tokens(self, seq_length: int) -> int:
+        """Tokens to read beyond the end of a sample of `seq_length` tokens."""
+        return round(self.highest_ratio * seq_length) if self.lookahead is None else self.lookahead
