@@ -36,11 +36,14 @@ class SampleRows:
     """A batch of samples before code-switching and masks."""
 
     tokens: torch.Tensor
-    """int64 [rows, seq_length + 1]: inputs and, one to the right, labels."""
+    """int64 [rows, seq_length + 1 + lookahead]: inputs and, one to the right, labels; behind them what follows."""
     language: torch.Tensor
     """int64 [rows], index into the run's list of languages."""
     sample_id: torch.Tensor
     """int64 [rows], position in the blended order (or in a language's validation windows)."""
+    word_starts: torch.Tensor | None = None
+    """bool, shape of `tokens`: where a segmenter says that a word starts; all false in rows of a source without one. None
+    if no source of the run has one, and for validation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,8 @@ class TrainPlan:
     seed: int
     directory: Path
     """Folder of the index."""
+    lookahead: int = 0
+    """Tokens that each row has behind its sample; the index does not depend on it."""
 
     @classmethod
     def read(
@@ -70,6 +75,7 @@ class TrainPlan:
         cache_dir: Path,
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
+        lookahead: int = 0,
     ) -> "TrainPlan":
         """Opens and checks the sources.
 
@@ -85,10 +91,14 @@ class TrainPlan:
             cache_dir: Folder of the index cache, on a disk that the processes of a node share.
             vocab_size: Ids that the model has; None does not check.
             tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
+            lookahead: Tokens to read behind every sample, from 0: those that follow in the same source's shuffled order
+                of documents, and behind its last document those of its first.
 
         Raises:
             UserError: a source is missing, damaged, too small or does not fit.
         """
+        if lookahead < 0:
+            raise ValueError(f"lookahead is {lookahead}, expected a number from 0")
         if num_samples <= 0:
             raise ValueError(f"num_samples is {num_samples}, expected a number above 0")
         sources = open_training_sources(
@@ -97,7 +107,7 @@ class TrainPlan:
         _check_sizes(sources, data)
         weights = [source.weight for source in data.sources]
         key = _index_key(sources, weights, data.seq_length, num_samples, seed)
-        return cls(sources, weights, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}")
+        return cls(sources, weights, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}", lookahead)
 
     def write_index(self) -> None:
         """Makes the index where it is missing or damaged; called on exactly one process per node.
@@ -117,17 +127,29 @@ class TrainPlan:
             UserError: it is not there.
         """
         arrays = wait_for_arrays(self.directory)
-        return TrainSamples(self.sources, arrays, seq_length=self.seq_length, num_samples=self.num_samples)
+        return TrainSamples(
+            self.sources,
+            arrays,
+            seq_length=self.seq_length,
+            num_samples=self.num_samples,
+            lookahead=self.lookahead,
+        )
 
 
 class TrainSamples:
     """The training blend: sample i is the same whichever process asks, and in whatever order."""
 
     def __init__(
-        self, sources: Sequence[OpenSource], arrays: Mapping[str, np.ndarray], *, seq_length: int, num_samples: int
+        self,
+        sources: Sequence[OpenSource],
+        arrays: Mapping[str, np.ndarray],
+        *,
+        seq_length: int,
+        num_samples: int,
+        lookahead: int = 0,
     ) -> None:
         self._sources = list(sources)
-        self._seq_length = seq_length
+        self._row_tokens = seq_length + 1 + lookahead
         self._num_samples = num_samples
         self._source_of = arrays["blend_source"]
         self._sample_of = arrays["blend_sample"]
@@ -146,6 +168,7 @@ class TrainSamples:
         cache_dir: Path,
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
+        lookahead: int = 0,
     ) -> "TrainSamples":
         """`TrainPlan.read`, then its index, for a process of its own. A job of several takes the steps one by one."""
         plan = TrainPlan.read(
@@ -156,6 +179,7 @@ class TrainSamples:
             cache_dir=cache_dir,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            lookahead=lookahead,
         )
         plan.write_index()
         return plan.open()
@@ -171,18 +195,23 @@ class TrainSamples:
             UserError: a token id outside the vocabulary of the source's tokenizer.
         """
         _check_indices(indices, len(self))
-        tokens = np.empty((len(indices), self._seq_length + 1), dtype=np.int64)
+        tokens = np.empty((len(indices), self._row_tokens), dtype=np.int64)
+        marked = any(source.words is not None for source in self._sources)
+        word_starts = np.zeros(tokens.shape, dtype=np.bool_) if marked else None
         source_of_row = [int(self._source_of[index]) for index in indices]
         for row, (index, number) in enumerate(zip(indices, source_of_row, strict=True)):
             documents, samples, shuffle = self._documents[number], self._samples[number], self._shuffle[number]
             assert documents is not None and samples is not None and shuffle is not None, number
             position, offset = samples[int(shuffle[self._sample_of[index]])]
-            read_span(self._sources[number].dataset, documents, int(position), int(offset), tokens[row])
+            source = self._sources[number]
+            bits = None if word_starts is None else word_starts[row]
+            read_span(source.dataset, documents, int(position), int(offset), tokens[row], source.words, bits)
         check_token_range(tokens, self._sources, source_of_row)
         return SampleRows(
             tokens=torch.from_numpy(tokens),
             language=torch.tensor([self._sources[number].language_id for number in source_of_row], dtype=torch.int64),
             sample_id=torch.tensor([int(index) for index in indices], dtype=torch.int64),
+            word_starts=None if word_starts is None else torch.from_numpy(word_starts),
         )
 
     def consumed_per_source(self, num_samples: int) -> dict[str, int]:

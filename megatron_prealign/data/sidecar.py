@@ -60,6 +60,8 @@ class Sidecar:
     """All documents and files that were passed over."""
     inputs: list[InputRecord] = field(default_factory=list)
     """The files that were read."""
+    segmenter: str | None = None
+    """Who marked the words of PREFIX.words; None if there is no such file."""
     format_version: int = FORMAT_VERSION
     """Version of this file's layout."""
 
@@ -124,11 +126,20 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of the dataclass `kind` out of `data`, plain ones checked for their type; unknown keys are ignored."""
     values: dict[str, Any] = {}
     for item in fields(kind):
+        optional = item.type == (str | None)
+        if optional and data.get(item.name) is None:
+            # Also absent: files written before the field was there.
+            values[item.name] = None
+            continue
         if item.name not in data:
             raise UserError(f"{where}: field {item.name!r} is missing; make the dataset again")
         value = data[item.name]
         # Field types are real classes here, as this module has no postponed annotations; generic ones are lists.
-        expected: Any = item.type if item.type in (str, int, bool) else list if item.type != TokenizerRecord else dict
+        expected: Any = item.type if item.type in (str, int, bool) else list
+        if optional:
+            expected = str
+        elif item.type == TokenizerRecord:
+            expected = dict
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise UserError(
                 f"{where}: field {item.name!r} is {value!r}, expected {expected.__name__}; make the dataset again"

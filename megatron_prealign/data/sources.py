@@ -1,7 +1,7 @@
 """The datasets of a recipe opened, checked against each other and divided into training and held-out documents."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
+from megatron_prealign.data.word_bitmap import WordBitmap
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSource
 
@@ -35,6 +36,8 @@ class OpenSource:
     """First sequence of the range."""
     stop: int
     """One past the last sequence of the range."""
+    words: WordBitmap | None = None
+    """Where words start in the whole files, if a segmenter marked them; validation never opens it."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -66,7 +69,7 @@ def open_training_sources(
         UserError: a file is missing or damaged, or the sidecars contradict the recipe or each other.
     """
     sidecars = _checked_sidecars(data, tokenizer_fingerprint, vocab_size)
-    opened = [_open(source, sidecars[source.path], languages) for source in data.sources]
+    opened = [_with_words(_open(source, sidecars[source.path], languages)) for source in data.sources]
     if data.validation:
         return opened
     return [replace(source, stop=_first_held_out(source, data.validation_fraction)) for source in opened]
@@ -90,23 +93,47 @@ def open_validation_sources(
     return [replace(source, start=_first_held_out(source, data.validation_fraction)) for source in opened]
 
 
-def read_span(dataset: "IndexedDataset", sequences: np.ndarray, position: int, offset: int, out: np.ndarray) -> None:
+def read_span(
+    dataset: "IndexedDataset",
+    sequences: np.ndarray,
+    position: int,
+    offset: int,
+    out: np.ndarray,
+    words: WordBitmap | None = None,
+    word_starts: np.ndarray | None = None,
+) -> None:
     """Fills `out` from the token stream that the sequences of `dataset` in the order of `sequences` form.
+
+    Past the end of the stream the reading goes on at its beginning.
 
     Args:
         dataset: The reader.
-        sequences: Sequence numbers, int [n].
+        sequences: Sequence numbers, int [n]; at least one of them has tokens.
         position: Index into `sequences` where the span starts.
         offset: Token of that sequence where the span starts.
         out: int64 [tokens], written in place.
+        words: The bitmap of the dataset.
+        word_starts: bool [tokens], written in place if there is a bitmap: whether a word starts there.
     """
-    lengths = dataset.sequence_lengths
+    for sequence, inside, part in _pieces(dataset.sequence_lengths, sequences, position, offset, len(out)):
+        count = part.stop - part.start
+        out[part] = dataset.get(sequence, offset=inside, length=count)
+        if words is not None and word_starts is not None:
+            # Pointers count bytes of the .bin.
+            first = int(dataset.index.sequence_pointers[sequence]) // dataset.index.dtype_size
+            word_starts[part] = words.read(first + inside, count)
+
+
+def _pieces(
+    lengths: np.ndarray, sequences: np.ndarray, position: int, offset: int, tokens: int
+) -> Iterator[tuple[int, int, slice]]:
+    """(sequence, its first token, place among `tokens`) of every sequence that a span meets."""
     filled = 0
-    while filled < len(out):
-        sequence = int(sequences[position])
-        count = min(int(lengths[sequence]) - offset, len(out) - filled)
+    while filled < tokens:
+        sequence = int(sequences[position % len(sequences)])
+        count = min(int(lengths[sequence]) - offset, tokens - filled)
         if count > 0:
-            out[filled : filled + count] = dataset.get(sequence, offset=offset, length=count)
+            yield sequence, offset, slice(filled, filled + count)
             filled += count
         position, offset = position + 1, 0
 
@@ -197,6 +224,13 @@ def _open(source: DataSource | ValidationSource, sidecar: Sidecar, languages: Se
             f"{sidecar.documents} and {sidecar.tokens}; the files are not of one dataset, preprocess again"
         )
     return opened
+
+
+def _with_words(source: OpenSource) -> OpenSource:
+    segmenter = source.sidecar.segmenter
+    if segmenter is None:
+        return source
+    return replace(source, words=WordBitmap(source.path, source.sidecar.tokens, segmenter))
 
 
 def _first_held_out(source: OpenSource, fraction: float) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -49,6 +50,18 @@ def test_sidecar_round_trip(tmp_path: Path, sidecar: Sidecar) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["de.v1.json"]
 
 
+def test_segmenter_in_the_sidecar(tmp_path: Path, sidecar: Sidecar) -> None:
+    named = replace(sidecar, segmenter="jieba")
+    save_sidecar(named, tmp_path / "zh")
+    assert load_sidecar(tmp_path / "zh") == named
+    data = json.loads((tmp_path / "zh.json").read_text())
+    assert data.pop("segmenter") == "jieba"
+    for older in (data, {**data, "segmenter": None}):
+        (tmp_path / "zh.json").write_text(json.dumps(older))
+        assert load_sidecar(tmp_path / "zh") == sidecar
+    assert sidecar.segmenter is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -59,6 +72,7 @@ def test_sidecar_round_trip(tmp_path: Path, sidecar: Sidecar) -> None:
         ({"tokenizer": {"path": "x"}}, "tokenizer: field 'fingerprint' is missing"),
         ({"tokenizer": "x"}, "field 'tokenizer' is 'x'"),
         ({"skipped": ["x"]}, "skipped: 'x' is not a JSON object"),
+        ({"segmenter": 1}, "field 'segmenter' is 1, expected str"),
         ({"eod_id": ...}, "field 'eod_id' is missing"),
     ],
 )

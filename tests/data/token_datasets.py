@@ -1,0 +1,89 @@
+"""Small datasets whose every token tells where it stands, and the training blend of them rebuilt by plain means."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_prealign.data.samples import TrainSamples
+from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, save_sidecar
+from megatron_prealign.recipe.data import DataSection, DataSource
+
+EOD = 0
+SEED = 1234
+VOCAB_SIZE = 90_000
+Documents = list[np.ndarray]
+
+
+def make_documents(count: int, first_id: int, seed: int) -> Documents:
+    """Documents whose ids occur nowhere else: first_id, first_id + 1, ... throughout, each ending with `EOD`."""
+    lengths = np.random.default_rng(seed).integers(0, 40, size=count)
+    starts = first_id + np.concatenate([[0], np.cumsum(lengths)])
+    return [np.append(np.arange(start, start + length), EOD) for start, length in zip(starts, lengths, strict=False)]
+
+
+def write_dataset(
+    prefix: Path, documents: Documents, language: str, vocab_size: int = VOCAB_SIZE, fingerprint: str = "sha256:aa"
+) -> str:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16 if vocab_size < 65_500 else np.int32)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    tokens = sum(len(document) for document in documents)
+    tokenizer = TokenizerRecord(path="somewhere", fingerprint=fingerprint, vocab_size=vocab_size)
+    save_sidecar(
+        Sidecar(
+            language=language,
+            tokenizer=tokenizer,
+            eod_id=EOD,
+            documents=len(documents),
+            tokens=tokens,
+            bytes=4 * tokens,
+        ),
+        prefix,
+    )
+    return str(prefix)
+
+
+ENGLISH = make_documents(60, 1, seed=1)
+GERMAN = make_documents(25, 20_000, seed=2)
+LATIN = make_documents(25, 40_000, seed=2)
+LANGUAGES = ["de", "en", "la"]
+
+
+def section(folder: Path, weights: dict[str, float], seq_length: int = 16, **options) -> DataSection:
+    codes = {"english": "en", "german": "de", "latin": "la"}
+    return DataSection(
+        tokenizer="tokenizer",
+        sources=[DataSource(path=str(folder / name), language=codes[name], weight=w) for name, w in weights.items()],
+        seq_length=seq_length,
+        **{"validation_fraction": 0.0} | options,
+    )
+
+
+def build(data: DataSection, cache_dir: Path, num_samples: int = 40, **options) -> TrainSamples:
+    return TrainSamples.build(
+        data, **{"num_samples": num_samples, "seed": SEED, "languages": LANGUAGES, "cache_dir": cache_dir} | options
+    )
+
+
+def source_seed(number: int) -> int:
+    return int(np.random.SeedSequence([SEED, number]).generate_state(1)[0])
+
+
+def plain_epoch(documents: Documents, seq_length: int, seed: int, lookahead: int = 0) -> list[np.ndarray]:
+    """One epoch by the book: shuffle documents, join them, cut windows that share one token, shuffle the windows.
+
+    With `lookahead` every window has so many more tokens of the joined documents, which go round in a circle.
+    """
+    random = np.random.RandomState(seed)
+    order = np.arange(len(documents), dtype=np.int32)
+    random.shuffle(order)
+    stream = np.concatenate([documents[number] for number in order])
+    around = np.concatenate([stream, stream])
+    starts = range(0, len(stream) - seq_length, seq_length)
+    windows = [around[start : start + seq_length + 1 + lookahead] for start in starts]
+    order = np.arange(len(windows), dtype=np.uint32)
+    random.shuffle(order)
+    return [windows[number] for number in order]
