@@ -35,6 +35,7 @@ def word_table(
         key_offsets=np.array([0, 1]),
         key_language=np.array([languages.index(groups[0][0][0])], dtype=np.int16),
         key_group=np.zeros(1, dtype=np.int32),
+        key_form=np.full(1, 4, dtype=np.uint8),
         key_candidate_offsets=np.array([0, 1]),
         candidate_tokens=np.array(candidate[1], dtype=np.int32),
         candidate_offsets=np.array([0, len(candidate[1])]),

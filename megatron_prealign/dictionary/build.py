@@ -14,7 +14,7 @@ from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.groups import GroupBuilder, Groups
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.readers import DictionaryInput, OnError, ReadErrors, read_entries
-from megatron_prealign.dictionary.table import MAX_KEY_TOKENS, DictionaryTable
+from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
 from megatron_prealign.dictionary.variants import CASES, Case, apply_case, source_variant
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
@@ -83,6 +83,7 @@ class _Keys:
 
     group: NDArray[np.int64]
     sequence: NDArray[np.int64]
+    form: NDArray[np.uint8]
     candidate_key: NDArray[np.int64]
     candidate_sequence: NDArray[np.int64]
     candidate_language: NDArray[np.int16]
@@ -127,10 +128,11 @@ def build_table(
         if not len(groups.source):
             raise _nothing_left(report)
         parts = []
-        for case in CASES:
+        for number, case in enumerate(CASES):
             spelling = _spell(groups, case)
             for word_initial in (True, False):
-                variant = _encode_variant(groups, spelling, word_initial, lexicon, progress)
+                form = number | (FORM_WORD_INITIAL if word_initial else 0)
+                variant = _encode_variant(groups, spelling, form, lexicon, progress)
                 parts.append(_usable_keys(variant, lexicon, word_boundary, settings, report.rules))
     keys = _unique_keys(_join(parts), groups, report.rules)
     report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
@@ -215,13 +217,15 @@ def _spell(groups: Groups, case: Case) -> _Spelling:
 
 
 def _encode_variant(
-    groups: Groups, spelling: _Spelling, word_initial: bool, lexicon: SequenceLexicon, progress: Progress
+    groups: Groups, spelling: _Spelling, form: int, lexicon: SequenceLexicon, progress: Progress
 ) -> _Keys:
+    word_initial = bool(form & FORM_WORD_INITIAL)
     source_language = groups.text_language[groups.source[spelling.group]]
     targets = lexicon.encode(spelling.targets, spelling.target_language, word_initial, progress)
     return _Keys(
         group=spelling.group,
         sequence=lexicon.encode(spelling.sources, source_language, word_initial, progress),
+        form=np.full(len(spelling.group), form, dtype=np.uint8),
         candidate_key=spelling.pair_source,
         candidate_sequence=targets[spelling.pair_target],
         candidate_language=spelling.target_language[spelling.pair_target],
@@ -269,6 +273,7 @@ def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
     return _Keys(
         keys.group[chosen],
         keys.sequence[chosen],
+        keys.form[chosen],
         candidate_key[kept],
         keys.candidate_sequence[kept],
         keys.candidate_language[kept],
@@ -281,6 +286,7 @@ def _join(parts: Sequence[_Keys]) -> _Keys:
     return _Keys(
         np.concatenate([part.group for part in parts]),
         np.concatenate([part.sequence for part in parts]),
+        np.concatenate([part.form for part in parts]),
         np.concatenate([part.candidate_key + first for part, first in zip(parts, begin, strict=True)]),
         np.concatenate([part.candidate_sequence for part in parts]),
         np.concatenate([part.candidate_language for part in parts]),
@@ -336,6 +342,7 @@ def _assemble(
         key_offsets=key_offsets,
         key_language=groups.text_language[groups.source[keys.group]],
         key_group=keys.group.astype(np.int32),
+        key_form=keys.form,
         key_candidate_offsets=_offsets(np.bincount(keys.candidate_key, minlength=len(keys.group))),
         candidate_tokens=candidate_tokens,
         candidate_offsets=candidate_offsets,

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.tokenizer import Tokenizer
-from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER, row_indices
+from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER, count_in_rows, row_indices
 from megatron_prealign.progress import Progress
 
 # Large enough for the tokenizers library to use all cores, small enough for progress to move.
@@ -87,7 +87,7 @@ class SequenceLexicon:
         tokens, offsets = self.sequences()
         special = np.isin(tokens, np.fromiter(self._tokenizer.special_ids, np.int64))
         lengths = np.diff(offsets)
-        return (lengths > 0) & (_count_in_rows(special, offsets) == 0)
+        return (lengths > 0) & (count_in_rows(special, offsets) == 0)
 
     def word_starts(self, word_boundary: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Per sequence: how many words start in it behind its first token; 0 makes it one word."""
@@ -96,7 +96,7 @@ class SequenceLexicon:
         starts[1:] = (word_boundary[tokens[1:]] & BOUNDARY_BEFORE) | (word_boundary[tokens[:-1]] & BOUNDARY_AFTER) != 0
         lengths = np.diff(offsets)
         starts[offsets[:-1][lengths > 0]] = False
-        return _count_in_rows(starts, offsets)
+        return count_in_rows(starts, offsets)
 
     def first_tokens(self) -> NDArray[np.int32]:
         """The first token of every sequence, -1 where it is empty."""
@@ -111,9 +111,3 @@ class SequenceLexicon:
         tokens, offsets = self.sequences()
         index, new_offsets = row_indices(offsets, numbers)
         return tokens[index], new_offsets
-
-
-def _count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    total = np.zeros(len(marks) + 1, dtype=np.int64)
-    np.cumsum(marks, out=total[1:])
-    return total[offsets[1:]] - total[offsets[:-1]]

@@ -1,34 +1,164 @@
-"""Whether a table can do what a recipe's `code_switch` section asks for. Imports no torch."""
+"""What of a table a recipe's `code_switch` section asks for, and whether the table has it. Imports no torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.dictionary.table import FORM_CASE, FORM_WORD_INITIAL, DictionaryTable, count_in_rows, row_indices
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection
 
 
 def check_table(table: DictionaryTable, section: CodeSwitchSection, languages: Sequence[str]) -> None:
-    """Checks the languages of the section and of the data against those of the table.
+    """Checks the languages of the section and of the data against those of the table, and that keys are left.
 
     Args:
         languages: the data's languages.
 
     Raises:
-        UserError: the section names a language that the table lacks, or the table has no words of the data's.
+        UserError: the section names a language that the table lacks, the table has no words of the data's, or the
+            section leaves none of its keys.
     """
-    where = f"the dictionary table{f' {table.path}' if table.path else ''}"
     for name in ("language_weights", "language_ratios"):
         unknown = [each for each in getattr(section, name) if each not in table.languages]
         if unknown:
             raise UserError(
-                f"code_switch.{name} names {', '.join(unknown)}, expected languages of {where}: "
+                f"code_switch.{name} names {', '.join(unknown)}, expected languages of {_name(table)}: "
                 f"{', '.join(table.languages)}; correct the recipe or build the table with these languages"
             )
-    sources = [table.languages[index] for index in np.unique(table.key_language)]
-    if sources and not set(sources) & set(languages):
+    _choose(table, section)
+    sources = section.source_languages or _key_languages(table)
+    if not set(sources) & set(languages):
+        chosen = " (code_switch.source_languages)" if section.source_languages else ""
         raise UserError(
-            f"code_switch: {where} replaces words of {', '.join(sources)}, the data is in {', '.join(languages)}: "
-            "nothing would ever be switched; add a source of that language or build the table the other way round"
+            f"code_switch: {_name(table)} replaces words of {', '.join(sources)}{chosen}, the data is in "
+            f"{', '.join(languages)}: nothing would ever be switched; add a source of that language or build the table "
+            "the other way round"
         )
+
+
+def select_keys(table: DictionaryTable, section: CodeSwitchSection) -> DictionaryTable:
+    """The table with the keys and candidates that `section` asks for; words and groups stay.
+
+    `source_languages`, `min_word_length` and `max_word_length` (characters of the group's source word) and `case`
+    choose keys. With `case: keep` a key that is not written as in the dictionary gets the candidates of the one that
+    is: the key of the same group and language, after a space or bare like itself, the first one should there be
+    several. A key without such a partner goes, as do candidates that are now the same tokens as their key, which they
+    would replace by itself. `candidate_weights: uniform` makes every weight 1.
+
+    Raises:
+        UserError: `source_languages` names a language that the table has no keys for, or no key is left.
+    """
+    keys, partner = _choose(table, section)
+    chosen = table.with_keys(keys, partner)
+    if (keys != partner).any():
+        chosen = _without_unchanged(chosen, keys != partner)
+        if not chosen.num_keys:
+            raise _nothing_left(table, section)
+    if section.candidate_weights == "uniform":
+        chosen = replace(chosen, candidate_weight=np.ones_like(chosen.candidate_weight))
+    return chosen
+
+
+def _name(table: DictionaryTable) -> str:
+    return f"the dictionary table{f' {table.path}' if table.path else ''}"
+
+
+def _key_languages(table: DictionaryTable) -> list[str]:
+    return [table.languages[index] for index in np.unique(table.key_language)]
+
+
+def _choose(table: DictionaryTable, section: CodeSwitchSection) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The keys that `section` leaves, and for each of them the key whose candidates it gets."""
+    keep = _of_languages(table, section.source_languages)
+    if section.min_word_length > 1 or section.max_word_length is not None:
+        length = _source_length(table)[table.key_group]
+        keep &= length >= section.min_word_length
+        if section.max_word_length is not None:
+            keep &= length <= section.max_word_length
+    if section.case == "exact":
+        keep &= table.key_form & FORM_CASE == 0
+    partner = np.arange(table.num_keys)
+    if section.case == "keep":
+        partner = _partners(table)
+        keep &= partner >= 0
+    keys = np.flatnonzero(keep)
+    if not len(keys):
+        raise _nothing_left(table, section)
+    return keys, partner[keys]
+
+
+def _nothing_left(table: DictionaryTable, section: CodeSwitchSection) -> UserError:
+    fields = ("source_languages", "min_word_length", "max_word_length", "case")
+    settings = ", ".join(f"{name} {getattr(section, name) or 'any'}" for name in fields)
+    return UserError(
+        f"code_switch: none of the {table.num_keys} keys of {_name(table)} is left ({settings}), expected one or more; "
+        "loosen these fields or build a larger table"
+    )
+
+
+def _of_languages(table: DictionaryTable, languages: Sequence[str]) -> NDArray[np.bool_]:
+    """The keys of these source languages, bool `[K]`; all keys for none."""
+    if not languages:
+        return np.ones(table.num_keys, dtype=bool)
+    found = _key_languages(table)
+    unknown = [each for each in languages if each not in found]
+    if unknown:
+        raise UserError(
+            f"code_switch.source_languages names {', '.join(unknown)}, expected languages whose words {_name(table)} "
+            f"can replace: {', '.join(found) or 'none'}; correct the recipe or build the table with words of these"
+        )
+    return np.isin(table.key_language, [table.languages.index(each) for each in languages])
+
+
+def _source_length(table: DictionaryTable) -> NDArray[np.int64]:
+    """Characters of each group's source word `[G]`."""
+    characters = np.zeros(len(table.word_text) + 1, dtype=np.int64)
+    # Every character of UTF-8 has one byte that is not 0b10......
+    np.cumsum(table.word_text & 0xC0 != 0x80, out=characters[1:])
+    first = table.group_offsets[:-1]
+    return characters[table.word_text_offsets[first + 1]] - characters[table.word_text_offsets[first]]
+
+
+def _partners(table: DictionaryTable) -> NDArray[np.int64]:
+    """For each key the one of its group, language and place in the word that the dictionary spells out, or -1 `[K]`."""
+    identity = (table.key_group.astype(np.int64) * len(table.languages) + table.key_language) * 2
+    identity += table.key_form & FORM_WORD_INITIAL != 0
+    as_is = table.key_form & FORM_CASE == 0
+    spelled = np.flatnonzero(as_is)
+    known, first = np.unique(identity[spelled], return_index=True)
+    partner = np.full(table.num_keys, -1, dtype=np.int64)
+    if len(known):
+        place = np.minimum(np.searchsorted(known, identity), len(known) - 1)
+        partner = np.where(known[place] == identity, spelled[first[place]], -1)
+    partner[spelled] = spelled
+    return partner
+
+
+def _without_unchanged(table: DictionaryTable, changed: NDArray[np.bool_]) -> DictionaryTable:
+    """Drops candidates that are their key's own tokens from the `changed` keys (bool `[K]`), then keys without any."""
+    candidate_key = np.repeat(np.arange(table.num_keys), np.diff(table.key_candidate_offsets))
+    candidates = np.flatnonzero(changed[candidate_key])
+    keys = candidate_key[candidates]
+    same_length = np.diff(table.candidate_offsets)[candidates] == np.diff(table.key_offsets)[keys]
+    candidates, keys = candidates[same_length], keys[same_length]
+    index, offsets = row_indices(table.candidate_offsets, candidates)
+    key_index, _ = row_indices(table.key_offsets, keys)
+    different = count_in_rows(table.candidate_tokens[index] != table.key_tokens[key_index], offsets)
+    keep = np.ones(table.num_candidates, dtype=bool)
+    keep[candidates[different == 0]] = False
+    left = np.bincount(candidate_key[keep], minlength=table.num_keys)
+    tokens, candidate_offsets = row_indices(table.candidate_offsets, np.flatnonzero(keep))
+    key_candidate_offsets = np.zeros(table.num_keys + 1, dtype=np.int64)
+    np.cumsum(left, out=key_candidate_offsets[1:])
+    thinned = replace(
+        table,
+        key_candidate_offsets=key_candidate_offsets,
+        candidate_tokens=table.candidate_tokens[tokens],
+        candidate_offsets=candidate_offsets,
+        candidate_language=table.candidate_language[keep],
+        candidate_weight=table.candidate_weight[keep],
+    )
+    return thinned.with_keys(np.flatnonzero(left))

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from megatron_prealign.data.files import write_atomically
 from megatron_prealign.errors import UserError
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 MAX_KEY_TOKENS = 8
 BOUNDARY_BEFORE, BOUNDARY_AFTER, HAS_LETTER = 1, 2, 4
+# Bits of `key_form`. The case is 0 (as the dictionary writes the word), 1 (capitalised) or 2 (upper).
+FORM_CASE, FORM_WORD_INITIAL = 3, 4
 
 # Tensor -> dtype, in the order of the file. Everything is one-dimensional.
 TENSORS: dict[str, type[np.generic]] = {
@@ -28,6 +30,7 @@ TENSORS: dict[str, type[np.generic]] = {
     "key_offsets": np.int64,
     "key_language": np.int16,
     "key_group": np.int32,
+    "key_form": np.uint8,
     "key_candidate_offsets": np.int64,
     "candidate_tokens": np.int32,
     "candidate_offsets": np.int64,
@@ -60,6 +63,13 @@ def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray
     return index, new_offsets
 
 
+def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many `marks` are set in each row of a ragged array with these `offsets` `[N+1]`."""
+    total = np.zeros(len(marks) + 1, dtype=np.int64)
+    np.cumsum(marks, out=total[1:])
+    return total[offsets[1:]] - total[offsets[:-1]]
+
+
 @dataclass(frozen=True, eq=False)
 class DictionaryTable:
     """K keys, C candidates, W words, G groups. Row i of a ragged list is `values[offsets[i]:offsets[i+1]]`.
@@ -73,6 +83,8 @@ class DictionaryTable:
         key_tokens, key_offsets: ids of each key `[K+1]`, 1 to 8 each; only the first token starts a word.
         key_language: source language `[K]`; a key holds in rows of this language alone.
         key_group: group of each key `[K]`.
+        key_form: how each key is written `[K]`: bits 0 and 1 its case (0 as the dictionary writes the word, 1
+            capitalised, 2 upper), bit 2 (4) set where the word stands after a space, clear where it is bare.
         key_candidate_offsets: candidates of each key `[K+1]`, at least one, sorted by language.
         candidate_tokens, candidate_offsets: ids of each candidate `[C+1]`, written in the case of its key.
         candidate_language: target language `[C]`.
@@ -94,6 +106,7 @@ class DictionaryTable:
     key_offsets: NDArray[np.int64]
     key_language: NDArray[np.int16]
     key_group: NDArray[np.int32]
+    key_form: NDArray[np.uint8]
     key_candidate_offsets: NDArray[np.int64]
     candidate_tokens: NDArray[np.int32]
     candidate_offsets: NDArray[np.int64]
@@ -173,9 +186,19 @@ class DictionaryTable:
         """The table without the keys and candidates of the `dropped` groups (bool `[G]`); words and groups stay."""
         if dropped.dtype != bool or dropped.shape != (self.num_groups,):
             raise ValueError(f"mask is {dropped.dtype} {dropped.shape}, expected bool ({self.num_groups},)")
-        keys = np.flatnonzero(~dropped[self.key_group])
+        return self.with_keys(np.flatnonzero(~dropped[self.key_group]))
+
+    def with_keys(self, keys: NDArray[Any], candidates_of: NDArray[Any] | None = None) -> "DictionaryTable":
+        """The table with the chosen keys and their candidates alone; words and groups stay.
+
+        Args:
+            keys: integers `[R]`, the keys to keep in that order.
+            candidates_of: integers `[R]`, the keys whose candidates these get; their own by default.
+        """
         tokens, key_offsets = row_indices(self.key_offsets, keys)
-        candidates, key_candidate_offsets = row_indices(self.key_candidate_offsets, keys)
+        candidates, key_candidate_offsets = row_indices(
+            self.key_candidate_offsets, keys if candidates_of is None else candidates_of
+        )
         candidate_tokens, candidate_offsets = row_indices(self.candidate_offsets, candidates)
         return replace(
             self,
@@ -183,6 +206,7 @@ class DictionaryTable:
             key_offsets=key_offsets,
             key_language=self.key_language[keys],
             key_group=self.key_group[keys],
+            key_form=self.key_form[keys],
             key_candidate_offsets=key_candidate_offsets,
             candidate_tokens=self.candidate_tokens[candidate_tokens],
             candidate_offsets=candidate_offsets,
@@ -273,6 +297,7 @@ def _shape_problem(table: DictionaryTable) -> str | None:
         "word_boundary": table.vocab_size,
         "key_offsets": keys + 1,
         "key_group": keys,
+        "key_form": keys,
         "key_candidate_offsets": keys + 1,
         "candidate_offsets": candidates + 1,
         "candidate_weight": candidates,
@@ -322,6 +347,8 @@ def _range_problem(table: DictionaryTable) -> str | None:
             return f"{name} has values from {values.min()} to {values.max()}, expected 0 to {limit - 1}"
     if len(table.group_count) and table.group_count.min() < 0:
         return f"group_count has the value {table.group_count.min()}, expected 0 or more"
+    if (table.key_form > (FORM_CASE | FORM_WORD_INITIAL)).any() or (table.key_form & FORM_CASE == FORM_CASE).any():
+        return "key_form has a value that names no case, expected 0, 1, 2, 4, 5 or 6"
     weights = table.candidate_weight
     if not (np.isfinite(weights).all() and (weights > 0).all()):
         return "candidate_weight has a value that is not above 0"

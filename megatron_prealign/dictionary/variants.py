@@ -9,6 +9,7 @@ Case = Literal["as_is", "capitalised", "upper"]
 
 
 # Earlier ones win where two of them give the same tokens: what the dictionary spells out beats what we derive from it.
+# A case's place here is its number in the table's `key_form`.
 CASES: tuple[Case, ...] = ("as_is", "capitalised", "upper")
 
 # Languages that tell a dotted from a dotless i: their capital of "i" is "İ".

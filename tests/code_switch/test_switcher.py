@@ -38,6 +38,7 @@ def table(tmp_path) -> DictionaryTable:
         key_offsets=key_offsets,
         key_language=np.zeros(3, dtype=np.int16),
         key_group=np.arange(3, dtype=np.int32),
+        key_form=np.full(3, 4, dtype=np.uint8),
         key_candidate_offsets=np.array([0, 1, 3, 4]),
         candidate_tokens=candidate_tokens,
         candidate_offsets=candidate_offsets,

@@ -23,6 +23,10 @@ def make(tokenizer: Tokenizer, *lists: tuple[str, list[list[str]]], **settings) 
     return table, report
 
 
+def key_rows(table: DictionaryTable) -> list[list[int]]:
+    return [table.key_tokens[slice(*table.key_offsets[key : key + 2])].tolist() for key in range(table.num_keys)]
+
+
 def translations(table: DictionaryTable, tokenizer: Tokenizer) -> dict[str, list[str]]:
     """Every key's text with the texts of its candidates, spaces as they are."""
     result = {}
@@ -56,6 +60,10 @@ def test_a_word_has_six_keys_whose_candidates_follow_case_and_space(tokenizer):
         " RED": ["de: ROT"],
         "RED": ["de:ROT"],
     }
+    forms = {
+        form: tokenizer.decode(row) for form, row in zip(table.key_form[:6].tolist(), key_rows(table), strict=False)
+    }
+    assert forms == {4: " apple", 0: "apple", 5: " Apple", 1: "Apple", 6: " APPLE", 2: "APPLE"}
     # Keys of a group lie together.
     assert table.key_group.tolist() == [0] * 6 + [1] * 6
 

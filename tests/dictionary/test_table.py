@@ -66,10 +66,10 @@ def test_foreign_and_damaged_files(table, tmp_path):
 
 
 def test_another_format_version(table, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_prealign.dictionary.table.FORMAT_VERSION", "2")
+    monkeypatch.setattr("megatron_prealign.dictionary.table.FORMAT_VERSION", "1")
     table.save(tmp_path / "t")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="format_version is 2"):
+    with pytest.raises(UserError, match="format_version is 1"):
         load_table(tmp_path / "t")
 
 
@@ -94,12 +94,14 @@ def changed(array: np.ndarray, index: int, value: int) -> np.ndarray:
         ("key_group", 0, 99, "key_group has values"),
         ("candidate_weight", 0, 0, "candidate_weight has a value that is not above 0"),
         ("group_count", 0, -1, "group_count has the value -1"),
+        ("key_form", 0, 3, "key_form has a value that names no case"),
+        ("key_form", 0, 8, "key_form has a value that names no case"),
     ],
 )
 def test_every_broken_content_is_found(table, tmp_path, name, index, value, message):
     broken = replace(table, **{name: changed(getattr(table, name), index, value)})
     broken.save(tmp_path / "t")
-    with pytest.raises(UserError, match=f"not a whole dictionary table of format 1: {message}"):
+    with pytest.raises(UserError, match=f"not a whole dictionary table of format 2: {message}"):
         load_table(tmp_path / "t")
 
 
@@ -107,6 +109,7 @@ def test_broken_shapes_types_and_keys(table):
     assert "vocab" not in (find_problem(table) or "")
     assert "word_boundary has" in (find_problem(replace(table, vocab_size=table.vocab_size + 1)) or "")
     assert "key_group has" in (find_problem(replace(table, key_group=table.key_group[:-1])) or "")
+    assert "key_form has" in (find_problem(replace(table, key_form=table.key_form[:-1])) or "")
     assert "expected int32" in (find_problem(replace(table, key_tokens=table.key_tokens.astype(np.int64))) or "")
     # A comma inside a key: two words.
     longest = int(np.argmax(np.diff(table.key_offsets)))

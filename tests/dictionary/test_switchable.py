@@ -1,0 +1,169 @@
+"""The keys and candidates of a table that a recipe's `code_switch` section asks for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.groups import GroupBuilder
+from megatron_prealign.dictionary.switchable import check_table, select_keys
+from megatron_prealign.dictionary.table import TENSORS, DictionaryTable, find_problem
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import CodeSwitchSection
+
+EN_DE = [["apple", "apfel"], ["house", "Haus"], ["house", "rot"], ["bank", "Bank"], ["bank", "ufer"], ["it", "Es"]]
+FR_DE = [["maison", "Haus"], ["été", "Sommer"]]
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer) -> DictionaryTable:
+    builder = GroupBuilder()
+    builder.add(EN_DE, ("en", "de"))
+    builder.add(FR_DE, ("fr", "de"))
+    return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+
+
+def select(table: DictionaryTable, **fields: object) -> DictionaryTable:
+    selected = select_keys(table, CodeSwitchSection(ratio=0.1, **fields))
+    assert find_problem(selected) is None
+    for name in TENSORS:
+        if not name.startswith(("key_", "candidate_")):
+            assert np.array_equal(getattr(selected, name), getattr(table, name)), name
+    return selected
+
+
+def texts(table: DictionaryTable, tokenizer) -> dict[str, list[str]]:
+    """Every key's text with the texts of its candidates, spaces as they are."""
+
+    def spell(tokens: np.ndarray, offsets: np.ndarray, row: int) -> str:
+        return tokenizer.decode(tokens[slice(*offsets[row : row + 2])].tolist())
+
+    return {
+        spell(table.key_tokens, table.key_offsets, key): [
+            spell(table.candidate_tokens, table.candidate_offsets, candidate)
+            for candidate in range(*table.key_candidate_offsets[key : key + 2])
+        ]
+        for key in range(table.num_keys)
+    }
+
+
+def sources(table: DictionaryTable) -> set[str]:
+    return {table.group_words(group)[0][1] for group in table.key_group.tolist()}
+
+
+def test_the_default_section_leaves_the_table_as_it_is(table):
+    selected = select(table)
+    assert all(np.array_equal(getattr(selected, name), getattr(table, name)) for name in TENSORS)
+
+
+def test_source_languages(table):
+    assert sources(select(table, source_languages=["fr"])) == {"maison", "été"}
+    both = select(table, source_languages=["fr", "en"])
+    assert np.array_equal(both.key_tokens, table.key_tokens)
+    # German words are translations alone.
+    for unknown in ("de", "it"):
+        with pytest.raises(UserError, match=rf"source_languages names {unknown}, .* can replace: en, fr;"):
+            select(table, source_languages=["en", unknown])
+
+
+def test_word_length_counts_characters(table):
+    # été is three characters of five bytes.
+    assert sources(select(table, max_word_length=3)) == {"it", "été"}
+    assert sources(select(table, min_word_length=3, max_word_length=4)) == {"été", "bank"}
+    assert sources(select(table, min_word_length=6)) == {"maison"}
+    with pytest.raises(UserError, match=r"none of the \d+ keys of the dictionary table is left .*min_word_length 7,"):
+        select(table, min_word_length=7)
+
+
+def test_exact_finds_words_only_as_the_dictionary_writes_them(table, tokenizer):
+    full, exact = texts(table, tokenizer), texts(select(table, case="exact"), tokenizer)
+    words = {word for word, _ in EN_DE + FR_DE}
+    assert set(exact) == {space + word for word in words for space in ("", " ")} & set(full)
+    assert all(exact[key] == full[key] for key in exact)
+
+
+def test_keep_writes_the_translation_as_the_dictionary_does(table, tokenizer):
+    kept = texts(select(table, case="keep"), tokenizer)
+    assert kept[" Apple"] == kept[" APPLE"] == kept[" apple"] == [" apfel"]
+    assert kept["Apple"] == kept["APPLE"] == kept["apple"] == ["apfel"]
+    assert kept[" HOUSE"] == [" Haus", " rot"]
+    # "Bank" for "Bank" would change nothing; in capitals it does.
+    assert kept[" Bank"] == [" ufer"]
+    assert kept[" BANK"] == [" Bank", " ufer"]
+    assert set(kept) == set(texts(table, tokenizer))
+
+
+def test_keep_drops_keys_that_have_no_other_candidate(tokenizer):
+    builder = GroupBuilder()
+    builder.add([["bank", "Bank"], ["bank", "BANK"]], ("en", "de"))
+    table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+    assert " BANK" not in texts(table, tokenizer)
+    builder.add([["red", "RED"]], ("en", "de"))
+    table = build_table(builder.build(), tokenizer, BuildSettings(drop_identical=False), BuildReport())
+    kept = texts(select(table, case="keep"), tokenizer)
+    assert " RED" not in kept and kept[" Red"] == [" RED"]
+
+
+def without(table: DictionaryTable, key: int) -> DictionaryTable:
+    return table.with_keys(np.delete(np.arange(table.num_keys), key))
+
+
+def test_keep_needs_a_partner_of_the_same_group_and_place(table, tokenizer):
+    first = [*texts(table, tokenizer)].index(" apple")
+    kept = texts(select(without(table, first), case="keep"), tokenizer)
+    assert " Apple" not in kept and " APPLE" not in kept
+    assert kept["Apple"] == ["apfel"]
+
+
+def test_keep_takes_the_first_of_several_partners(table, tokenizer):
+    names = [*texts(table, tokenizer)]
+    # "HOUSE" becomes a second key that is written as in the dictionary, in front of " house" or behind it.
+    form = table.key_form.copy()
+    form[names.index(" HOUSE")] = form[names.index(" house")]
+    doubled = replace(table, key_form=form)
+    kept = texts(select(doubled, case="keep"), tokenizer)
+    assert kept[" House"] == [" Haus", " rot"]
+    assert kept[" HOUSE"] == [" HAUS", " ROT"]
+    order = np.arange(table.num_keys)
+    swap = [names.index(" HOUSE"), names.index(" house")]
+    order[swap] = order[swap[::-1]]
+    kept = texts(select(doubled.with_keys(order), case="keep"), tokenizer)
+    assert kept[" House"] == [" HAUS", " ROT"]
+    # Another source language's key is no partner.
+    language = table.key_language.copy()
+    language[names.index(" house")] = table.language_id("fr")
+    kept = texts(select(replace(table, key_language=language), case="keep"), tokenizer)
+    assert " House" not in kept
+
+
+def test_uniform_weights(table):
+    weighted = replace(table, candidate_weight=np.arange(1, table.num_candidates + 1, dtype=np.float32))
+    assert np.array_equal(select(weighted).candidate_weight, weighted.candidate_weight)
+    uniform = select(weighted, candidate_weights="uniform").candidate_weight
+    assert uniform.dtype == np.float32 and (uniform == 1).all()
+    # The weights travel with their candidates.
+    exact = select(weighted, case="exact")
+    index = [weighted.candidate_weight.tolist().index(weight) for weight in exact.candidate_weight.tolist()]
+    assert np.array_equal(exact.candidate_language, weighted.candidate_language[index])
+    assert len(index) == len(set(index)) == exact.num_candidates < weighted.num_candidates
+
+
+def test_check_table(table):
+    def check(languages: tuple[str, ...] = ("en", "de"), **fields: object) -> None:
+        check_table(table, CodeSwitchSection(ratio=0.1, **fields), languages)
+
+    check()
+    check(source_languages=["en"], case="keep")
+    with pytest.raises(UserError, match=r"replaces words of en, fr, the data is in de: nothing would ever be switched"):
+        check(("de",))
+    with pytest.raises(
+        UserError, match=r"replaces words of fr \(code_switch.source_languages\), the data is in en, de"
+    ):
+        check(source_languages=["fr"])
+    with pytest.raises(UserError, match="source_languages names de"):
+        check(source_languages=["de"])
+    with pytest.raises(UserError, match="min_word_length 9"):
+        check(min_word_length=9)
+    with pytest.raises(UserError, match="none of the 0 keys"):
+        check_table(table.with_keys(np.zeros(0, dtype=np.int64)), CodeSwitchSection(ratio=0.1), ("en",))
