@@ -9,7 +9,8 @@ from megatron_prealign.cli import parse_options
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """Turns text files into PREFIX.bin, PREFIX.idx (Megatron-Core's format) and PREFIX.json (what they hold)."""
+    """Turns text files into PREFIX.bin, PREFIX.idx (Megatron-Core's format) and PREFIX.json (what they hold). With a
+    segmenter also PREFIX.words, one bit a token: does a word start here?"""
 
     input: list[str]
     """Files to read, one or more: .jsonl (one object a line) or .txt (documents separated by blank lines), also .gz."""
@@ -23,6 +24,9 @@ class PreprocessOptions:
     """Key of the text in each JSON object."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a bad document or a damaged file; skipped ones are listed in PREFIX.json."""
+    segmenter: str | None = None
+    """Who finds the words of a script without spaces: jieba (Chinese), sudachi (Japanese), newmm (Thai), icu (any), all
+    from the extra megatron-prealign[segmenters], or module:Class for one of your own; by default nobody."""
     workers: int | None = None
     """Processes that tokenise; by default one for each CPU core this process may use."""
 
@@ -47,9 +51,11 @@ def main(argv: Sequence[str]) -> int:
         options.text_key,
         options.on_error,
         workers,
+        segmenter=options.segmenter,
     )
     facts = result.sidecar
-    print(f"wrote {options.output}.bin, .idx and .json")
+    bitmap = "" if facts.segmenter is None else f", .words (by {facts.segmenter})"
+    print(f"wrote {options.output}.bin, .idx{bitmap} and .json")
     print(f"documents        {facts.documents:,}")
     print(f"tokens           {facts.tokens:,} (with one end-of-document token each)")
     print(f"text             {facts.bytes:,} bytes, {facts.bytes / result.seconds / 1e6:.2f} MB/s")

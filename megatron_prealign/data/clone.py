@@ -44,10 +44,24 @@ class CloneTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         return self._shift(self.base.encode_batch(texts), language)
 
+    def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
+        ids, spans = self.base.encode_with_offsets(text)
+        return self._shift([ids], language)[0], spans
+
     def encode_words(
         self, words: Sequence[str], language: str | None = None, word_initial: bool = True
     ) -> list[list[int]]:
         return self._shift(self.base.encode_words(words, None, word_initial), language)
+
+    def encode_word_rows(
+        self, words: Sequence[str], language: str | None = None, word_initial: bool = True
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        ids, offsets = self.base.encode_word_rows(words, None, word_initial)
+        self.word_encoder = self.base.word_encoder
+        if language == self.language:
+            special = numpy.isin(ids, list(self.base.special_ids))
+            ids = numpy.where(special, ids, ids + self.base.vocab_size).astype(numpy.int32)
+        return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """The base text of `ids`; each run of clone ids stands between `CLONE_OPEN` and `CLONE_CLOSE`."""

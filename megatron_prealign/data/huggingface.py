@@ -12,6 +12,7 @@ import orjson
 
 from megatron_prealign.data.boundaries import byte_level_alphabet, vocabulary_flags
 from megatron_prealign.data.tokenizer import EOD_NAMES, Tokenizer
+from megatron_prealign.data.word_lines import WordLines
 from megatron_prealign.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ class HuggingFaceTokenizer(Tokenizer):
         data = _read_definition(path)
         config = _read_config(path)
         # Padding, truncation and dropout would make ids depend on the batch, the length or chance.
-        data.update(truncation=None, padding=None)
+        # The post-processor adds special tokens, which nobody here asks for, and cuts white space off the offsets.
+        data.update(truncation=None, padding=None, post_processor=None)
         if data["model"].get("dropout"):
             data["model"]["dropout"] = None
         self._definition = data
         self._tokenizer = _build(data, path)
+        self._word_lines: dict[bool, WordLines] = {}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self._vocabulary = vocabulary
@@ -68,6 +71,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         return _batch(self._tokenizer, list(texts))
 
+    def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, numpy.array(encoding.offsets, dtype=numpy.int64).reshape(-1, 2)
+
     def encode_words(
         self, words: Sequence[str], language: str | None = None, word_initial: bool = True
     ) -> list[list[int]]:
@@ -76,6 +83,24 @@ class HuggingFaceTokenizer(Tokenizer):
         # A prefix that a normaliser puts before any text would come on top of the space; a pre-tokeniser's would not.
         tokenizer = self._bare if _has_type(self._definition.get("normalizer"), "Prepend") else self._tokenizer
         return _batch(tokenizer, [" " + word for word in words])
+
+    def encode_word_rows(
+        self, words: Sequence[str], language: str | None = None, word_initial: bool = True
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        if word_initial not in self._word_lines:
+            prefix, tokenizer, definition = " ", self._tokenizer, self._definition
+            if not word_initial:
+                prefix, tokenizer = "", self._bare
+                definition = _without_prefix(copy.deepcopy(definition))
+            self._word_lines[word_initial] = WordLines(
+                tokenizer, definition, prefix, lambda sample: self.encode_words(sample, word_initial=word_initial)
+            )
+        found = self._word_lines[word_initial].encode(words)
+        if found is None:
+            self.word_encoder = "tokenizers, word by word"
+            return super().encode_word_rows(words, language, word_initial)
+        ids, offsets, self.word_encoder = found
+        return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +26,10 @@ from megatron_prealign.data.readers import (
     parse_block,
     read_blocks,
 )
+from megatron_prealign.data.segmenters import Segmenter, checked_word_starts, open_segmenter
 from megatron_prealign.data.sidecar import InputRecord, Sidecar, TokenizerRecord, sidecar_path, write_sidecar
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_prealign.data.word_bitmap import BitmapWriter, token_word_starts, words_path
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 
@@ -62,6 +65,8 @@ class _Tokenised:
     text_bytes: int
     words: int
     problems: Problems
+    word_starts: numpy.ndarray | None
+    """bool, one for each of `ids`; None without a segmenter."""
 
 
 @dataclass
@@ -88,6 +93,15 @@ class _BlockTokeniser:
     language: str
     text_key: str
     on_error: OnError
+    segmenter: Segmenter | None
+    segmenter_name: str | None
+
+    @classmethod
+    def open(
+        cls, tokenizer: Tokenizer, language: str, text_key: str, on_error: OnError, segmenter_name: str | None
+    ) -> "_BlockTokeniser":
+        segmenter = None if segmenter_name is None else open_segmenter(segmenter_name, language)
+        return cls(tokenizer, language, text_key, on_error, segmenter, segmenter_name)
 
     def __call__(self, block: Block) -> _Tokenised:
         eod, dtype = self.tokenizer.eod_id, token_dtype(self.tokenizer.vocab_size)
@@ -100,15 +114,30 @@ class _BlockTokeniser:
                 continue
             texts.append(text)
             places.append(where)
+        rows, word_starts = self._encode(texts, places)
         arrays: list[numpy.ndarray] = []
-        for row, where in zip(self.tokenizer.encode_batch(texts, self.language), places, strict=True):
+        for row, where in zip(rows, places, strict=True):
             ids = numpy.array([*row, eod], dtype=numpy.int64)
             _check_document(ids, self.tokenizer.vocab_size, where)
             arrays.append(ids.astype(dtype))
         text_bytes = sum(len(text.encode("utf-8")) for text in texts)
         words = sum(len(text.split()) for text in texts)
         lengths = numpy.array([len(array) for array in arrays], dtype=numpy.int64)
-        return _Tokenised(numpy.concatenate([numpy.empty(0, dtype), *arrays]), lengths, text_bytes, words, problems)
+        ids_of_all = numpy.concatenate([numpy.empty(0, dtype), *arrays])
+        return _Tokenised(ids_of_all, lengths, text_bytes, words, problems, word_starts)
+
+    def _encode(self, texts: list[str], places: list[str]) -> tuple[list[list[int]], numpy.ndarray | None]:
+        """The ids of every text, and where words start among them with one end-of-document token each."""
+        if self.segmenter is None or self.segmenter_name is None:
+            return self.tokenizer.encode_batch(texts, self.language), None
+        rows: list[list[int]] = []
+        bits = [numpy.empty(0, dtype=numpy.bool_)]
+        for text, where in zip(texts, places, strict=True):
+            ids, spans = self.tokenizer.encode_with_offsets(text, self.language)
+            starts = checked_word_starts(self.segmenter, self.segmenter_name, text, where)
+            rows.append(ids)
+            bits += [token_word_starts(text, spans, starts), numpy.ones(1, dtype=numpy.bool_)]
+        return rows, numpy.concatenate(bits)
 
 
 def _check_document(ids: numpy.ndarray, vocab_size: int, where: str) -> None:
@@ -131,6 +160,7 @@ def preprocess(
     on_error: OnError = "stop",
     workers: int = 1,
     show_progress: bool = True,
+    segmenter: str | None = None,
 ) -> PreprocessResult:
     """Writes `OUTPUT.bin`, `OUTPUT.idx` and `OUTPUT.json`. The bytes do not depend on `workers`.
 
@@ -145,9 +175,11 @@ def preprocess(
         on_error: `stop` at the first bad document or file, or `skip` it and list it in the sidecar.
         workers: processes that tokenise; with 1 this process does, where a Hugging Face tokenizer uses its own threads.
         show_progress: whether to write a progress bar to standard error.
+        segmenter: who marks the words in `OUTPUT.words`, a name for `segmenters.open_segmenter`; None writes no such
+            file. The ids are the same.
 
     Raises:
-        UserError: bad options, inputs or documents; a tokenizer that cannot be used; nothing left to write.
+        UserError: bad options, inputs or documents; an unusable tokenizer or segmenter; nothing left to write.
     """
     total_bytes = check_inputs(inputs)
     if workers < 1:
@@ -156,32 +188,20 @@ def preprocess(
         raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
     _check_output(output)
     loaded = load_tokenizer(tokenizer)
-    tokenise = _BlockTokeniser(loaded, language, text_key, on_error)
+    tokenise = _BlockTokeniser.open(loaded, language, text_key, on_error, segmenter)
     # Megatron-Core imports torch, several seconds; only after everything that a user can mistype is checked.
-    indexed_dataset = import_indexed_dataset()
+    import_indexed_dataset()
     start_s = time.monotonic()
-    totals = _Totals()
     make_folder(Path(output).parent, "output")
+    # The sidecar last: no command takes files without it for a dataset.
+    outputs = [bin_path(output), idx_path(output), words_path(output), sidecar_path(output)]
+    if segmenter is None:
+        outputs.remove(words_path(output))
     with (
-        # The sidecar last: no command takes files without it for a dataset.
-        write_all_atomically([bin_path(output), idx_path(output), sidecar_path(output)]) as (tokens, idx, facts),
+        write_all_atomically(outputs) as temporary,
         Progress("preprocess", total_bytes, unit="B", unit_scale=True, enabled=show_progress) as progress,
     ):
-        builder = indexed_dataset.IndexedDatasetBuilder(str(tokens), dtype=token_dtype(loaded.vocab_size))
-        try:
-            blocks = _read_all(inputs, on_error, totals.problems)
-            for block, result in _in_order(blocks, tokenise, str(tokenizer), workers):
-                _write(builder, result)
-                totals.add(result)
-                progress.update(block.disk_bytes)
-            if totals.documents == 0:
-                raise UserError(
-                    f"no document left of {len(inputs)} input files ({totals.problems.count} skipped); "
-                    f"first reason: {_first_reason(totals.problems)}"
-                )
-            builder.finalize(str(idx))
-        finally:
-            builder.data_file.close()
+        totals = _write_tokens(inputs, tokenise, str(tokenizer), workers, temporary[:-1], progress)
         sidecar = Sidecar(
             language=language,
             tokenizer=TokenizerRecord(str(tokenizer), loaded.fingerprint, loaded.vocab_size),
@@ -192,9 +212,40 @@ def preprocess(
             skipped=totals.problems.listed,
             skipped_count=totals.problems.count,
             inputs=[InputRecord(str(path), os.path.getsize(path)) for path in inputs],
+            segmenter=segmenter,
         )
-        write_sidecar(sidecar, facts)
+        write_sidecar(sidecar, temporary[-1])
     return PreprocessResult(sidecar, totals.words, time.monotonic() - start_s)
+
+
+def _write_tokens(
+    inputs: Sequence[str | Path],
+    tokenise: _BlockTokeniser,
+    tokenizer_path: str,
+    workers: int,
+    targets: list[Path],
+    progress: Progress,
+) -> _Totals:
+    """Tokenises all inputs into `targets`: the tokens, their index and, with a segmenter, the bitmap of words."""
+    totals = _Totals()
+    dtype = token_dtype(tokenise.tokenizer.vocab_size)
+    builder = import_indexed_dataset().IndexedDatasetBuilder(str(targets[0]), dtype=dtype)
+    with closing(builder.data_file), ExitStack() as stack:
+        bitmap = stack.enter_context(closing(BitmapWriter(targets[2]))) if len(targets) > 2 else None
+        blocks = _read_all(inputs, tokenise.on_error, totals.problems)
+        for block, result in _in_order(blocks, tokenise, tokenizer_path, workers):
+            _write(builder, result)
+            if bitmap is not None and result.word_starts is not None:
+                bitmap.append(result.word_starts)
+            totals.add(result)
+            progress.update(block.disk_bytes)
+        if totals.documents == 0:
+            raise UserError(
+                f"no document left of {len(inputs)} input files ({totals.problems.count} skipped); "
+                f"first reason: {_first_reason(totals.problems)}"
+            )
+        builder.finalize(str(targets[1]))
+    return totals
 
 
 def _first_reason(problems: Problems) -> str:
@@ -202,7 +253,7 @@ def _first_reason(problems: Problems) -> str:
 
 
 def _check_output(output: str | Path) -> None:
-    if str(output).endswith((".bin", ".idx", ".json")):
+    if str(output).endswith((".bin", ".idx", ".words", ".json")):
         raise UserError(f"output {output}: expected a path without ending; .bin, .idx and .json are added to it")
     if str(output).endswith("/") or Path(output).is_dir():
         raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
@@ -239,7 +290,13 @@ def _in_order(
         # Forking a process in which torch and tokenizers may hold threads can deadlock the child.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer_path, tokenise.language, tokenise.text_key, tokenise.on_error),
+        initargs=(
+            tokenizer_path,
+            tokenise.language,
+            tokenise.text_key,
+            tokenise.on_error,
+            tokenise.segmenter_name,
+        ),
     )
     try:
         waiting: deque[tuple[Block, Future[_Tokenised]]] = deque()
@@ -263,13 +320,15 @@ def _in_order(
 _worker: _BlockTokeniser | None = None
 
 
-def _start_worker(tokenizer_path: str, language: str, text_key: str, on_error: OnError) -> None:
+def _start_worker(
+    tokenizer_path: str, language: str, text_key: str, on_error: OnError, segmenter_name: str | None
+) -> None:
     global _worker
     # Ctrl-C reaches every process of the terminal; the parent alone decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes share the cores already; the library's threads in each would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _BlockTokeniser(load_tokenizer(tokenizer_path), language, text_key, on_error)
+    _worker = _BlockTokeniser.open(load_tokenizer(tokenizer_path), language, text_key, on_error, segmenter_name)
 
 
 def _tokenise_in_worker(block: Block) -> _Tokenised:

@@ -42,7 +42,7 @@ class SampleRows:
     sample_id: torch.Tensor
     """int64 [rows], position in the blended order (or in a language's validation windows)."""
     word_starts: torch.Tensor | None = None
-    """bool, shape of `tokens`: where a segmenter says that a word starts; all false in rows of a source without one. None
+    """bool, shape of `tokens`: where a segmenter says that a word starts; false in rows of a source without one. None
     if no source of the run has one, and for validation."""
 
 

@@ -119,9 +119,7 @@ def read_span(
         count = part.stop - part.start
         out[part] = dataset.get(sequence, offset=inside, length=count)
         if words is not None and word_starts is not None:
-            # Pointers count bytes of the .bin.
-            first = int(dataset.index.sequence_pointers[sequence]) // dataset.index.dtype_size
-            word_starts[part] = words.read(first + inside, count)
+            word_starts[part] = words.read(sequence, inside, count)
 
 
 def _pieces(
@@ -230,7 +228,7 @@ def _with_words(source: OpenSource) -> OpenSource:
     segmenter = source.sidecar.segmenter
     if segmenter is None:
         return source
-    return replace(source, words=WordBitmap(source.path, source.sidecar.tokens, segmenter))
+    return replace(source, words=WordBitmap(source.path, source.dataset, segmenter))
 
 
 def _first_held_out(source: OpenSource, fraction: float) -> int:

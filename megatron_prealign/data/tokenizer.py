@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy
@@ -10,6 +11,8 @@ from megatron_prealign.errors import UserError
 
 # Tried in this order where the files name no end-of-sequence token.
 EOD_NAMES = ("<eod>", "<|endoftext|>", "</s>")
+# Large enough for the tokenizers library to use all cores, small enough that its objects do not pile up.
+_WORDS_A_CALL = 32768
 
 
 class Tokenizer(ABC):
@@ -29,6 +32,8 @@ class Tokenizer(ABC):
     """Control tokens: never replaced, never cloned, never part of a word."""
     fingerprint: str
     """`sha256:<hex>` of everything that decides ids; independent of file names and dates."""
+    word_encoder: str = "word by word"
+    """What `encode_word_rows` encoded with the last time, for reports."""
 
     @abstractmethod
     def encode(self, text: str, language: str | None = None) -> list[int]:
@@ -37,6 +42,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         """The ids of every text; equal to `encode` one by one, but faster."""
         return [self.encode(text, language) for text in texts]
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
+        """The ids of `encode`, and which characters of `text` each token has something of.
+
+        Returns:
+            The ids, and int64 [tokens, 2]: the offset of the token's first character and one past that of its last.
+            Tokens that hold parts of one character all name it. A token without a character has an empty range.
+        """
 
     @abstractmethod
     def encode_words(
@@ -50,6 +64,21 @@ class Tokenizer(ABC):
             word_initial: True for a word after a space (with the tokenizer's space marker), False for one that directly
                 follows another character, like `apple` in `(apple`.
         """
+
+    def encode_word_rows(
+        self, words: Sequence[str], language: str | None = None, word_initial: bool = True
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """`encode_words` for very many words, as arrays.
+
+        Returns:
+            ids int32 `[tokens]` and offsets int64 `[len(words)+1]`: word i is `ids[offsets[i]:offsets[i+1]]`.
+        """
+        parts, lengths = [numpy.zeros(0, dtype=numpy.int32)], [0]
+        for begin in range(0, len(words), _WORDS_A_CALL):
+            rows = self.encode_words(words[begin : begin + _WORDS_A_CALL], language, word_initial)
+            lengths += map(len, rows)
+            parts.append(numpy.fromiter(chain.from_iterable(rows), numpy.int32))
+        return numpy.concatenate(parts), numpy.cumsum(lengths, dtype=numpy.int64)
 
     def encode_word(self, word: str, language: str | None = None, word_initial: bool = True) -> list[int]:
         """`encode_words` for one word."""

@@ -101,6 +101,67 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_offsets_name_the_characters_of_each_token(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    # Characters that no tokenizer has whole (bytes or the unknown token), spaces at the ends and in rows, and nothing.
+    for text in [*SENTENCES[:4], "  犬犬と  𠮷龘の家 ", "犬", "a", "😀\n\nfox\t ", ""]:
+        ids, spans = tokenizer.encode_with_offsets(text)
+        assert ids == tokenizer.encode(text)
+        assert spans.shape == (len(ids), 2) and spans.dtype == numpy.int64
+        assert (numpy.diff(spans, axis=0) >= 0).all() and (spans[:, 0] <= spans[:, 1]).all()
+        assert not len(ids) or (spans.min() >= 0 and spans.max() <= len(text))
+        for index, (start, end) in zip(ids, spans.tolist(), strict=True):
+            piece = tokenizer.decode([index]).strip()
+            if index not in tokenizer.special_ids and "\ufffd" not in piece and not piece.startswith("<0x"):
+                assert piece in ("", text[start:end].strip())
+        # Every visible character is in some token.
+        covered = {at for start, end in spans.tolist() for at in range(start, end)}
+        assert all(at in covered for at, character in enumerate(text) if not character.isspace())
+
+
+def test_offsets_of_parts_of_characters(tokenizers: dict[str, Tokenizer]) -> None:
+    """Byte-level tokens may hold the end of one character and the start of the next: both are named."""
+    raw = RawTokenizer.from_file(str(tokenizers["byte"].path / "tokenizer.json"))
+    for text in ("龘の家 𠮷野家ü 犬犬と", "家家家の犬を飛び越える"):
+        ids, spans = tokenizers["byte"].encode_with_offsets(text)
+        # One character of the byte alphabet is one byte.
+        ends = numpy.cumsum([len(raw.id_to_token(index)) for index in ids])
+        character_of_byte = [at for at, character in enumerate(text) for _ in character.encode()]
+        expected = [
+            [character_of_byte[start], character_of_byte[end - 1] + 1]
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+        assert spans.tolist() == expected
+    for kind in ("bpe", "legacy"):
+        ids, spans = tokenizers[kind].encode_with_offsets("a龘b")
+        assert [span for span in spans.tolist() if span == [1, 2]] == [[1, 2]] * 3
+
+
+def test_a_post_processor_does_not_trim_offsets(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """GPT-2's files have one that takes the space in front out of a token's range."""
+    plain = tokenizers["byte"]
+    data = json.loads((plain.path / "tokenizer.json").read_text())
+    data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eod>"}')
+    trimming = load_tokenizer(tmp_path)
+    assert trimming.fingerprint == plain.fingerprint
+    for text in SENTENCES[:4]:
+        ids, spans = trimming.encode_with_offsets(text + "  x")
+        assert ids == plain.encode(text + "  x")
+        assert spans.tolist() == plain.encode_with_offsets(text + "  x")[1].tolist()
+        assert spans[:, 0].tolist() == [0, *spans[:-1, 1].tolist()] or not text.isascii()
+
+
+def test_offsets_of_a_clone(tokenizers: dict[str, Tokenizer]) -> None:
+    clone = CloneTokenizer(tokenizers["byte"], "en_clone")
+    for language in (None, "en", "en_clone"):
+        ids, spans = clone.encode_with_offsets("the 犬 fox", language)
+        assert ids == clone.encode("the 犬 fox", language)
+        assert spans.tolist() == tokenizers["byte"].encode_with_offsets("the 犬 fox")[1].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_word_forms_are_those_inside_a_sentence(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
     start = tokenizer.encode("fox")

@@ -1,0 +1,146 @@
+"""Encodes very many words a call: words stand on lines of longer texts, for byte-level BPE tokenizers.
+
+A call of the tokenizers library costs several times what the work on one word does. So a thousand words are encoded as
+one text of lines, by `gigatoken` where it is installed and takes the tokenizer, else by `tokenizers` itself, and the
+result is cut at the ids of the line breaks. That gives the ids of the single words where no token reaches across a line
+break (the number of line breaks shows it) and pre-tokenisation does not look across one, which a sample shows.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import orjson
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SEPARATOR = "\n"
+_WORDS_A_TEXT = 1024
+# Texts of one call: enough for all cores, and its arrays stay small.
+_TEXTS_A_CALL = 256
+_RANDOM_WORDS = 512
+_CHARACTER_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
+
+# Texts -> the ids of all of them, one after the other.
+_Engine = Callable[[list[str]], numpy.ndarray]
+
+
+class WordLines:
+    """The encoder of one tokenizer and one way of writing words (`prefix` in front of each)."""
+
+    def __init__(
+        self,
+        tokenizer: "tokenizers.Tokenizer",
+        definition: dict[str, Any],
+        prefix: str,
+        plain: Callable[[Sequence[str]], list[list[int]]],
+    ) -> None:
+        """Takes the tokenizer as the library has it and as JSON, and `plain`, which encodes words one by one."""
+        self._prefix, self._plain = prefix, plain
+        separator = tokenizer.encode(SEPARATOR, add_special_tokens=False).ids
+        self._separator = separator[0] if len(separator) == 1 else -1
+        self._engines = list(_engines(tokenizer, definition)) if _splits_lines(definition) else []
+
+    def encode(self, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray, str] | None:
+        """Ids of the words, where each begins, and what encoded them; None where it has to be done one by one."""
+        if self._separator < 0 or not words or "" in words or any(SEPARATOR in word for word in words):
+            return None
+        while self._engines:
+            name, engine = self._engines[0]
+            rows = self._encode_with(engine, words)
+            if rows is not None and self._is_right(words, *rows):
+                return *rows, name
+            # One that failed once is not asked again.
+            del self._engines[0]
+        return None
+
+    def _encode_with(self, engine: _Engine, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray] | None:
+        parts = []
+        separator = SEPARATOR + self._prefix
+        step = _WORDS_A_TEXT * _TEXTS_A_CALL
+        for begin in range(0, len(words), step):
+            batch = words[begin : begin + step]
+            texts = [
+                f"{self._prefix}{separator.join(batch[first : first + _WORDS_A_TEXT])}{SEPARATOR}"
+                for first in range(0, len(batch), _WORDS_A_TEXT)
+            ]
+            try:
+                parts.append(engine(texts))
+            except Exception:  # gigatoken raises many kinds for what it does not support.
+                return None
+        ids = numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts])
+        ends = ids == self._separator
+        offsets = numpy.zeros(int(ends.sum()) + 1, dtype=numpy.int64)
+        offsets[1:] = numpy.flatnonzero(ends) - numpy.arange(len(offsets) - 1)
+        return (ids[~ends], offsets) if len(offsets) == len(words) + 1 else None
+
+    def _is_right(self, words: Sequence[str], tokens: numpy.ndarray, offsets: numpy.ndarray) -> bool:
+        """Compares a sample with the words encoded one by one."""
+        sample = _sample(words)
+        rows = self._plain([words[index] for index in sample])
+        return all(
+            tokens[offsets[index] : offsets[index + 1]].tolist() == row for index, row in zip(sample, rows, strict=True)
+        )
+
+
+def _splits_lines(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer's parts leave a line break alone: byte-level BPE, normalised character by character."""
+    normalizer = definition.get("normalizer") or {}
+    normalizers = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    pre_tokenizer = definition.get("pre_tokenizer") or {}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return (
+        definition["model"].get("type") == "BPE"
+        and all(part.get("type") in _CHARACTER_NORMALIZERS for part in normalizers)
+        and any(part.get("type") == "ByteLevel" for part in parts)
+    )
+
+
+def _engines(tokenizer: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Iterator[tuple[str, _Engine]]:
+    try:
+        yield "gigatoken", _gigatoken_engine(definition)
+    except Exception:  # Not installed, another version, or a tokenizer it does not know: it is never needed.
+        pass
+
+    def encode(texts: list[str]) -> numpy.ndarray:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return numpy.concatenate([numpy.array(encoding.ids, dtype=numpy.int32) for encoding in encodings])
+
+    yield "tokenizers", encode
+
+
+def _gigatoken_engine(definition: dict[str, Any]) -> _Engine:
+    import gigatoken
+
+    data = copy.deepcopy(definition)
+    # The names of special tokens are plain text in our encoding.
+    plain = [token["content"] for token in data.get("added_tokens") or [] if not token["special"]]
+    data["added_tokens"] = []
+    engine = gigatoken.Tokenizer.from_json(orjson.dumps(data))
+
+    def encode(texts: list[str]) -> numpy.ndarray:
+        if any(name in text for name in plain for text in texts):
+            raise ValueError("an added token in the text")
+        ids, lengths = engine.encode_batch_padded(texts, pad_id=0)
+        return ids[numpy.arange(ids.shape[1]) < lengths[:, None]].astype(numpy.int32)
+
+    return encode
+
+
+def _sample(words: Sequence[str]) -> list[int]:
+    """Some words at random, and for every character outside ASCII a word that has it: where libraries differ, it is in
+    what they know of Unicode."""
+    random = numpy.random.default_rng(len(words))
+    chosen = set(random.integers(len(words), size=min(_RANDOM_WORDS, len(words))).tolist())
+    text = SEPARATOR.join(words)
+    if not text.isascii():
+        codes = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        places = numpy.flatnonzero(codes > 127)
+        first = numpy.full(0x110000, -1, dtype=numpy.int64)
+        # The last assignment to an element stays: the first place of every character.
+        first[codes[places][::-1]] = places[::-1]
+        breaks = numpy.flatnonzero(codes == ord(SEPARATOR))
+        chosen.update(numpy.searchsorted(breaks, first[first >= 0]).tolist())
+    return sorted(chosen)

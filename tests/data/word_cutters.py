@@ -1,0 +1,36 @@
+"""Segmenters of the tests' own, named on the command line as `word_cutters:Class`."""
+
+WORDS = ("苹果", "银行", "房子", "蓝山", "水果汁", "数据库")
+
+
+class KnownWords:
+    """Longest match from a list; every other character is a word."""
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+
+    def word_starts(self, text: str) -> list[int]:
+        starts, at = [], 0
+        while at < len(text):
+            starts.append(at)
+            at += max((len(word) for word in WORDS if text.startswith(word, at)), default=1)
+        return starts
+
+
+class OutOfRange(KnownWords):
+    def word_starts(self, text: str) -> list[int]:
+        return [0, len(text) + 1]
+
+
+class Fractions(KnownWords):
+    def word_starts(self, text: str) -> list[float]:
+        return [0.0, 0.5]
+
+
+class Mute:
+    def __init__(self, language: str) -> None:
+        pass
+
+
+class NoLanguage:
+    pass
