@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.word_bitmap import WordBitmap
 from megatron_prealign.dictionary.table import (
     BOUNDARY_AFTER,
     BOUNDARY_BEFORE,
@@ -61,16 +62,24 @@ class Words(NamedTuple):
     has_letter: NDArray[np.bool_]
 
 
-def split_words(tokens: NDArray[Any], row_starts: NDArray[np.int64], word_boundary: NDArray[np.uint8]) -> Words:
+def split_words(
+    tokens: NDArray[Any],
+    row_starts: NDArray[np.int64],
+    word_boundary: NDArray[np.uint8],
+    word_starts: NDArray[np.bool_] | None = None,
+) -> Words:
     """Splits tokens into words: a word starts where the token says so, where the one before says so, and with each row.
 
     Args:
         tokens: ids of all rows, one row after the other.
         row_starts: position of the first token of each row.
         word_boundary: `[vocab_size]` as in `DictionaryTable`.
+        word_starts: for each token whether a segmenter says that a word starts there, too; None without one.
     """
     flags = word_boundary[tokens]
     starts = (flags & BOUNDARY_BEFORE) != 0
+    if word_starts is not None:
+        starts |= word_starts
     starts[1:] |= (flags[:-1] & BOUNDARY_AFTER) != 0
     starts[row_starts[row_starts < len(tokens)]] = True
     start = np.flatnonzero(starts)
@@ -115,7 +124,7 @@ def match_words(table: DictionaryTable, language_id: int, tokens: NDArray[Any], 
 
 
 def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int = DEFAULT_MAX_TOKENS) -> Coverage:
-    """Looks for the keys of `table` in a dataset made by `preprocess`.
+    """Looks for the keys of `table` in a dataset made by `preprocess`; where a segmenter marked words, in those words.
 
     Args:
         max_tokens: at most so many tokens are looked at; documents are drawn from all over a larger dataset.
@@ -127,13 +136,13 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more")
     sidecar = load_sidecar(prefix)
     table.check_tokenizer(sidecar.tokenizer.fingerprint, f"dataset {prefix}")
-    tokens, row_starts = _sample(prefix, max_tokens)
+    tokens, row_starts, word_starts = _sample(prefix, max_tokens, sidecar.segmenter)
     if len(tokens) and int(tokens.max()) >= table.vocab_size:
         raise UserError(
             f"{prefix}.bin: token id {int(tokens.max())}, expected ids below the vocabulary's {table.vocab_size}; "
             "make the dataset again with megatron-prealign preprocess"
         )
-    words = split_words(tokens, row_starts, table.word_boundary)
+    words = split_words(tokens, row_starts, table.word_boundary, word_starts)
     language_id = table.language_id(sidecar.language)
     # A language the table does not have: nothing is known, which is an answer and no mistake.
     keys = match_words(table, -1 if language_id is None else language_id, tokens, words)
@@ -148,9 +157,12 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
     )
 
 
-def _sample(prefix: str | Path, max_tokens: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Tokens of documents drawn from all over the dataset, and where each document starts among them."""
+def _sample(
+    prefix: str | Path, max_tokens: int, segmenter: str | None
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.bool_] | None]:
+    """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits."""
     dataset = open_indexed(prefix)
+    bitmap = None if segmenter is None else WordBitmap(prefix, dataset, segmenter)
     lengths = np.asarray(dataset.sequence_lengths, dtype=np.int64)
     documents = np.arange(len(lengths))
     if lengths.sum() > max_tokens:
@@ -160,8 +172,12 @@ def _sample(prefix: str | Path, max_tokens: int) -> tuple[NDArray[Any], NDArray[
     rows = [dataset[int(document)] for document in documents]
     starts = np.zeros(len(rows), dtype=np.int64)
     np.cumsum([len(row) for row in rows[:-1]], out=starts[1:])
+    bits = None
+    if bitmap is not None:
+        bits = np.concatenate([bitmap.read(int(document), 0, int(lengths[document])) for document in documents])
+        bits = bits[:max_tokens]
     # Only the last document drawn is cut, and one document of the whole corpus may be longer than the limit.
-    return np.concatenate(rows)[:max_tokens], starts
+    return np.concatenate(rows)[:max_tokens], starts, bits
 
 
 def count_groups(table: DictionaryTable, corpora: Sequence[Coverage]) -> DictionaryTable:

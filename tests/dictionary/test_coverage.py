@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_prealign.data.word_bitmap import words_path
+from megatron_prealign.dictionary import coverage as coverage_module
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.coverage import count_groups, match_words, measure_coverage, split_words
 from megatron_prealign.dictionary.groups import GroupBuilder
@@ -76,15 +78,48 @@ def test_missing_corpus(tokenizer, tmp_path):
         measure_coverage(build(tokenizer, [["apple", "Apfel"]]), tmp_path / "none")
 
 
-def test_matching_equals_a_plain_loop(tokenizer):
+CHINESE = [["苹果", "apple"], ["银行", "bank"], ["房子", "house"], ["子", "child"]]
+
+
+def test_words_that_a_segmenter_marked(tokenizer, make_dataset):
+    table = build(tokenizer, CHINESE, ("zh", "en"))
+    documents = ["我爱苹果和银行.苹果树 房子", "苹果", "银行银行,x"]
+    # By spaces and signs: 我爱苹果和银行 | 苹果树 | 房子 || 苹果 || 银行银行 | x.
+    without = measure_coverage(table, make_dataset(tokenizer, documents, "zh"))
+    assert (without.known_words, without.running_words) == (2, 6)
+    # 我 爱 苹果 和 银行 | 苹果 树 | 房子 || 苹果 || 银行 银行 | x.
+    marked = make_dataset(tokenizer, documents, "zh", "word_cutters:KnownWords")
+    coverage = measure_coverage(table, marked)
+    assert (coverage.known_words, coverage.running_words) == (7, 12)
+    assert count_groups(table, [coverage]).group_count.tolist() == [3, 3, 1, 0]
+    # Cut inside the first document; the bits are cut with it.
+    assert measure_coverage(table, marked, max_tokens=1).running_words == 1
+    words_path(marked).unlink()
+    with pytest.raises(UserError, match=r"words_zh\.words: no such file"):
+        measure_coverage(table, marked)
+
+
+def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
+    """Documents of different lengths, so that the bits of another document would be wrong ones."""
+    documents = ["我" * number + "苹果银行" for number in range(1, 120)]
+    marked = make_dataset(tokenizer, documents, "zh", "word_cutters:KnownWords")
+    tokens, _, bits = coverage_module._sample(marked, 1000, "word_cutters:KnownWords")
+    first = [tokenizer.encode_word(word, word_initial=False)[0] for word in ("我", "苹果", "银行")]
+    assert len(bits) == len(tokens) == 1000 and 20 < bits.sum() < 980
+    np.testing.assert_array_equal(bits, np.isin(tokens, [*first, tokenizer.eod_id]))
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_matching_equals_a_plain_loop(tokenizer, segmented):
     """Random tokens over a small alphabet, so that keys of every length occur and overlap."""
     pairs = [[word, "Haus"] for word in ("a", "ab", "abc", "abcd", "q", "qq", "qqq", "qqqqqqqq", "x", "xq")]
     table = build(tokenizer, pairs)
     random = np.random.default_rng(7)
     choice = np.unique(np.concatenate([table.key_tokens, tokenizer.encode(" . a 1"), [tokenizer.eod_id]]))
     rows = [random.choice(choice, size=int(size)) for size in random.integers(1, 40, size=200)]
-    starts = np.cumsum([0, *map(len, rows[:-1])])
+    row_starts = np.cumsum([0, *map(len, rows[:-1])])
     tokens = np.concatenate(rows)
+    bits = random.random(len(tokens)) < 0.3 if segmented else None
     keys = {
         tuple(table.key_tokens[slice(*table.key_offsets[key : key + 2])].tolist()): key for key in range(table.num_keys)
     }
@@ -93,7 +128,8 @@ def test_matching_equals_a_plain_loop(tokenizer):
     for row in rows:
         word: list[int] = []
         for index, token in enumerate(row.tolist()):
-            if index and (table.word_boundary[token] & 1 or table.word_boundary[row[index - 1]] & 2):
+            starts = bits is not None and bits[position]
+            if index and (starts or table.word_boundary[token] & 1 or table.word_boundary[row[index - 1]] & 2):
                 expected_words.append((position - len(word), len(word)))
                 expected_keys.append(keys.get(tuple(word), -1))
                 expected_letters.append(any(table.word_boundary[part] & 4 for part in word))
@@ -103,7 +139,7 @@ def test_matching_equals_a_plain_loop(tokenizer):
         expected_words.append((position - len(word), len(word)))
         expected_keys.append(keys.get(tuple(word), -1))
         expected_letters.append(any(table.word_boundary[part] & 4 for part in word))
-    words = split_words(tokens, starts, table.word_boundary)
+    words = split_words(tokens, row_starts, table.word_boundary, bits)
     assert list(zip(words.start.tolist(), words.length.tolist(), strict=True)) == expected_words
     assert words.has_letter.tolist() == expected_letters
     found = match_words(table, 0, tokens, words)
