@@ -51,10 +51,20 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        # Who finds the words of Chinese, Japanese, Thai and other scripts without spaces (preprocess --segmenter).
+        "segmenters": [
+            "jieba>=0.42.1",
+            "sudachipy>=0.7",
+            "sudachidict-small",
+            "pythainlp>=5",
+            "icu4py>=1.2",
+        ],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            # The one real segmenter that every test run has; the tests of the others skip where they are not installed.
+            "jieba>=0.42.1",
             "ruff==0.17.5",
             "mypy==2.4.1",
             "types-PyYAML",

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.dictionary.alignment_groups import alignment_groups
 from megatron_prealign.dictionary.switchable import check_table
 from megatron_prealign.dictionary.table import load_table
@@ -73,6 +74,9 @@ def _check_source(source: DataSource | ValidationSource) -> Sidecar:
             f"{source.path} is in language {sidecar.language}, but the recipe says {source.language}; "
             "change one of the two"
         )
+    # Validation does not switch words.
+    if sidecar.segmenter is not None and isinstance(source, DataSource):
+        check_words(source.path, sidecar.tokens, sidecar.segmenter)
     return sidecar
 
 

@@ -69,11 +69,37 @@ class BitmapWriter:
             self._stream.write(np.packbits(self._rest, bitorder="little").tobytes())
 
 
+def check_words(prefix: str | Path, tokens: int, segmenter: str) -> None:
+    """Checks that `PREFIX.words` is there with one bit a token.
+
+    Args:
+        prefix: path of the dataset without ending.
+        tokens: tokens of the dataset.
+        segmenter: the segmenter that the sidecar names, for the messages.
+
+    Raises:
+        UserError: the file is missing or has another size.
+    """
+    path = words_path(prefix)
+    expected = -(-tokens // 8)
+    again = f"make the dataset again with megatron-prealign preprocess --segmenter {segmenter}"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file, but {Path(f'{prefix}.json').name} says that segmenter {segmenter} marked the "
+            f"words; copy it beside the .bin, or {again}"
+        )
+    found = path.stat().st_size
+    if found != expected:
+        raise UserError(
+            f"{path}: {found:,} bytes, expected {expected:,}, one bit for each of {tokens:,} tokens; {again}"
+        )
+
+
 class WordBitmap:
     """The `PREFIX.words` file of an open dataset, mapped."""
 
     def __init__(self, prefix: str | Path, dataset: "IndexedDataset", segmenter: str) -> None:
-        """Maps the file and checks its size.
+        """Maps the file.
 
         Args:
             prefix: path of the dataset without ending.
@@ -81,24 +107,13 @@ class WordBitmap:
             segmenter: the segmenter that the sidecar names, for the messages.
 
         Raises:
-            UserError: the file is missing or its size is not one bit a token.
+            UserError: as in `check_words`.
         """
-        path = words_path(prefix)
         tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
-        expected = -(-tokens // 8)
-        again = f"make the dataset again with megatron-prealign preprocess --segmenter {segmenter}"
-        if not path.is_file():
-            raise UserError(
-                f"{path}: no such file, but {Path(f'{prefix}.json').name} says that segmenter {segmenter} marked the "
-                f"words; copy it beside the .bin, or {again}"
-            )
-        found = path.stat().st_size
-        if found != expected:
-            raise UserError(
-                f"{path}: {found:,} bytes, expected {expected:,}, one bit for each of {tokens:,} tokens; {again}"
-            )
+        check_words(prefix, tokens, segmenter)
         self._dataset = dataset
-        self._bytes = np.memmap(path, np.uint8, "r", shape=(expected,)) if expected else np.empty(0, np.uint8)
+        # A dataset has a document, and a document its end token: the file is not empty, which could not be mapped.
+        self._bytes = np.memmap(words_path(prefix), np.uint8, "r")
 
     def read(self, sequence: int, offset: int, count: int) -> np.ndarray:
         """Whether a word starts at the tokens `offset` to `offset + count` of a sequence, bool [count]."""

@@ -13,7 +13,9 @@ import pytest
 from tiny import VOCAB_SIZE, Tiny
 
 from megatron_prealign import cli
+from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
 from megatron_prealign.data.train_tokenizer import train_tokenizer
+from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary.table import load_table
 
 WITHOUT_TORCH = """
@@ -184,6 +186,19 @@ def test_truncated_dataset(
     values["data"]["sources"][0]["path"] = str(prefix)
     message = refusal(values, tmp_path, capsys)
     assert f"{path}: " in message and "bytes, expected" in message
+
+
+def test_missing_bitmap_of_words(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = moved(tiny.folder / "en", tmp_path)
+    sidecar = load_sidecar(prefix)
+    save_sidecar(replace(sidecar, segmenter="icu"), prefix)
+    values["data"]["sources"][0]["path"] = str(prefix)
+    error = refusal(values, tmp_path, capsys)
+    assert f"{prefix}.words: no such file" in error and "--segmenter icu" in error
+    words_path(prefix).write_bytes(bytes(-(-sidecar.tokens // 8)))
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
 
 
 def test_tokenizer_that_the_data_was_not_made_with(
