@@ -99,6 +99,17 @@ def test_words_that_a_segmenter_marked(tokenizer, make_dataset):
         measure_coverage(table, marked)
 
 
+def test_real_chinese_words(tokenizer, make_dataset):
+    pytest.importorskip("jieba", reason="jieba is not installed (pip install 'megatron-prealign[segmenters]')")
+    table = build(tokenizer, [["学习", "learn"], ["系统", "system"], ["动", "move"]], ("zh", "en"))
+    documents = ["我们学习手动创建系统.", "我们学习,我们安装系统"]
+    without = measure_coverage(table, make_dataset(tokenizer, documents, "zh"))
+    assert (without.known_words, without.running_words) == (0, 3)
+    # 我们 学习 手动 创建 系统 || 我们 学习 | 我们 安装 系统: no word of 手动 is 动.
+    coverage = measure_coverage(table, make_dataset(tokenizer, documents, "zh", "jieba"))
+    assert (coverage.known_words, coverage.running_words) == (4, 10)
+
+
 def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
     """Documents of different lengths, so that the bits of another document would be wrong ones."""
     documents = ["我" * number + "苹果银行" for number in range(1, 120)]
