@@ -215,6 +215,9 @@ def preprocess(
             segmenter=segmenter,
         )
         write_sidecar(sidecar, temporary[-1])
+    if segmenter is None:
+        # Of the dataset that lay here before; the new sidecar does not name it.
+        words_path(output).unlink(missing_ok=True)
     return PreprocessResult(sidecar, totals.words, time.monotonic() - start_s)
 
 

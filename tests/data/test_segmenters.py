@@ -175,7 +175,7 @@ def test_bits_from_text_to_file(folder: Path, tokenizer: Tokenizer, tmp_path: Pa
 
 
 def test_workers_do_not_change_the_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("jieba")
+    need("jieba")
     small = readers.read_blocks
 
     def read_small(path: Path) -> Iterator[readers.Block]:
@@ -208,6 +208,9 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(folder, tmp_path / "x", "--segmenter", "word_cutters:KnownWords") == 0
     assert "x.bin, .idx, .words (by word_cutters:KnownWords) and .json" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.words"]
+    # Made again without: nothing stays behind that belongs to other tokens.
+    assert run(folder, tmp_path / "x") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
 
 
 @pytest.mark.parametrize(
