@@ -8,6 +8,7 @@ break (the number of line breaks shows it) and pre-tokenisation does not look ac
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 SEPARATOR = "\n"
-_WORDS_A_TEXT = 1024
-# Texts of one call: enough for all cores, and its arrays stay small.
+_TEXT_CHARACTERS = 1 << 14
+# Enough for all cores, and the arrays of a call stay small.
 _TEXTS_A_CALL = 256
-_RANDOM_WORDS = 512
+_RANDOM_WORDS = 256
 _CHARACTER_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 
 # Texts -> the ids of all of them, one after the other.
@@ -45,44 +46,55 @@ class WordLines:
 
     def encode(self, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray, str] | None:
         """Ids of the words, where each begins, and what encoded them; None where it has to be done one by one."""
-        if self._separator < 0 or not words or "" in words or any(SEPARATOR in word for word in words):
+        if self._separator < 0 or not words:
+            return None
+        between = SEPARATOR + self._prefix
+        text = f"{self._prefix}{between.join(words)}{SEPARATOR}"
+        if text.count(SEPARATOR) != len(words) or f"{between}{SEPARATOR}" in SEPARATOR + text:
+            # A line break in a word, or an empty word.
             return None
         while self._engines:
             name, engine = self._engines[0]
-            rows = self._encode_with(engine, words)
-            if rows is not None and self._is_right(words, *rows):
+            rows = self._encode_lines(engine, text, len(words))
+            if rows is not None and self._is_right(words, text, *rows):
                 return *rows, name
             # One that failed once is not asked again.
             del self._engines[0]
         return None
 
-    def _encode_with(self, engine: _Engine, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray] | None:
-        parts = []
-        separator = SEPARATOR + self._prefix
-        step = _WORDS_A_TEXT * _TEXTS_A_CALL
-        for begin in range(0, len(words), step):
-            batch = words[begin : begin + step]
-            texts = [
-                f"{self._prefix}{separator.join(batch[first : first + _WORDS_A_TEXT])}{SEPARATOR}"
-                for first in range(0, len(batch), _WORDS_A_TEXT)
-            ]
+    def _encode_lines(self, engine: _Engine, text: str, lines: int) -> tuple[numpy.ndarray, numpy.ndarray] | None:
+        parts = [numpy.zeros(0, dtype=numpy.int32)]
+        for texts in _cut(text):
             try:
                 parts.append(engine(texts))
             except Exception:  # gigatoken raises many kinds for what it does not support.
                 return None
-        ids = numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts])
+        ids = numpy.concatenate(parts)
         ends = ids == self._separator
-        offsets = numpy.zeros(int(ends.sum()) + 1, dtype=numpy.int64)
-        offsets[1:] = numpy.flatnonzero(ends) - numpy.arange(len(offsets) - 1)
-        return (ids[~ends], offsets) if len(offsets) == len(words) + 1 else None
+        breaks = numpy.flatnonzero(ends)
+        offsets = numpy.zeros(len(breaks) + 1, dtype=numpy.int64)
+        offsets[1:] = breaks - numpy.arange(len(breaks))
+        return (ids[~ends], offsets) if len(breaks) == lines else None
 
-    def _is_right(self, words: Sequence[str], tokens: numpy.ndarray, offsets: numpy.ndarray) -> bool:
+    def _is_right(self, words: Sequence[str], text: str, tokens: numpy.ndarray, offsets: numpy.ndarray) -> bool:
         """Compares a sample with the words encoded one by one."""
-        sample = _sample(words)
+        sample = _sample(text, len(words))
         rows = self._plain([words[index] for index in sample])
         return all(
             tokens[offsets[index] : offsets[index + 1]].tolist() == row for index, row in zip(sample, rows, strict=True)
         )
+
+
+def _cut(text: str) -> Iterator[list[str]]:
+    """The lines in texts of about `_TEXT_CHARACTERS`, the texts of one call at a time."""
+    texts, begin = [], 0
+    while begin < len(text):
+        end = text.index(SEPARATOR, min(begin + _TEXT_CHARACTERS, len(text) - 1)) + 1
+        texts.append(text[begin:end])
+        begin = end
+        if len(texts) == _TEXTS_A_CALL or begin == len(text):
+            yield texts
+            texts = []
 
 
 def _splits_lines(definition: dict[str, Any]) -> bool:
@@ -99,10 +111,9 @@ def _splits_lines(definition: dict[str, Any]) -> bool:
 
 
 def _engines(tokenizer: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Iterator[tuple[str, _Engine]]:
-    try:
+    # Not installed, another version, or a tokenizer it does not know: it is never needed.
+    with suppress(Exception):
         yield "gigatoken", _gigatoken_engine(definition)
-    except Exception:  # Not installed, another version, or a tokenizer it does not know: it is never needed.
-        pass
 
     def encode(texts: list[str]) -> numpy.ndarray:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -129,14 +140,12 @@ def _gigatoken_engine(definition: dict[str, Any]) -> _Engine:
     return encode
 
 
-def _sample(words: Sequence[str]) -> list[int]:
-    """Some words at random, and for every character outside ASCII a word that has it: where libraries differ, it is in
+def _sample(text: str, lines: int) -> list[int]:
+    """Some lines at random, and for every character outside ASCII a line that has it: where libraries differ, it is in
     what they know of Unicode."""
-    random = numpy.random.default_rng(len(words))
-    chosen = set(random.integers(len(words), size=min(_RANDOM_WORDS, len(words))).tolist())
-    text = SEPARATOR.join(words)
+    chosen = set(numpy.random.default_rng(lines).integers(lines, size=_RANDOM_WORDS).tolist())
     if not text.isascii():
-        codes = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        codes = numpy.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         places = numpy.flatnonzero(codes > 127)
         first = numpy.full(0x110000, -1, dtype=numpy.int64)
         # The last assignment to an element stays: the first place of every character.

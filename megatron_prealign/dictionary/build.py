@@ -1,10 +1,9 @@
 """Builds the dictionary table: word lists → groups → case variants → token sequences → keys with candidates."""
 
-import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.groups import GroupBuilder, Groups
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.readers import DictionaryInput, OnError, ReadErrors, read_entries
-from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
-from megatron_prealign.dictionary.variants import CASES, Case, apply_case, source_variant
+from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable, row_indices
+from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 
@@ -57,29 +56,13 @@ class BuildReport:
     """How many pairs or variants each rule took, in the order in which the rules apply."""
     errors: ReadErrors = field(default_factory=ReadErrors)
     """Lines left out."""
-
-
-@dataclass
-class _Spelling:
-    """Words in one case: S groups have it, with P pairs of T different translations."""
-
-    group: NDArray[np.int64]
-    """[S]"""
-    sources: list[str]
-    """[S]"""
-    targets: list[str]
-    """[T]"""
-    target_language: NDArray[np.int16]
-    """[T]"""
-    pair_source: NDArray[np.int64]
-    """[P], index into `sources`."""
-    pair_target: NDArray[np.int64]
-    """[P], index into `targets`."""
+    encoder: str = ""
+    """What encoded the words."""
 
 
 @dataclass
 class _Keys:
-    """Keys of one case variant, or of all of them put together (K keys, C candidates)."""
+    """Keys of one case variant, or of all of them put together (K keys, C candidates); sequences are lexicon rows."""
 
     group: NDArray[np.int64]
     sequence: NDArray[np.int64]
@@ -87,6 +70,7 @@ class _Keys:
     candidate_key: NDArray[np.int64]
     candidate_sequence: NDArray[np.int64]
     candidate_language: NDArray[np.int16]
+    candidate_weight: NDArray[np.float32]
 
 
 def read_groups(
@@ -100,7 +84,9 @@ def read_groups(
     builder = GroupBuilder(counts=report.rules)
     sources = []
     for source in inputs:
-        pairs = builder.add(read_entries(source, report.errors, on_error), source.languages)
+        pairs = 0
+        for block in read_entries(source, report.errors, on_error):
+            pairs += builder.add_columns(block.columns, source.languages, block.weights)
         sources.append({"path": str(source.path), "pairs": pairs, "licence": source.licence})
     return builder.build(), sources
 
@@ -121,20 +107,16 @@ def build_table(
     """
     lexicon = SequenceLexicon(tokenizer, groups.languages)
     word_boundary = letter_boundaries(tokenizer)
-    with _without_garbage_collection(), Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
+    with Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
         # As the word stands inside a sentence: this spelling decides which pairs are kept and is what alignment sees.
         plain = lexicon.encode(groups.texts, groups.text_language, True, progress)
         groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
         if not len(groups.source):
             raise _nothing_left(report)
-        parts = []
-        for number, case in enumerate(CASES):
-            spelling = _spell(groups, case)
-            for word_initial in (True, False):
-                form = number | (FORM_WORD_INITIAL if word_initial else 0)
-                variant = _encode_variant(groups, spelling, form, lexicon, progress)
-                parts.append(_usable_keys(variant, lexicon, word_boundary, settings, report.rules))
-    keys = _unique_keys(_join(parts), groups, report.rules)
+        variants = list(_encode_variants(groups, plain, lexicon, progress))
+    report.encoder = " and ".join(lexicon.encoders)
+    parts = _usable_keys(variants, lexicon, word_boundary, settings, report.rules)
+    keys = _unique_keys(_join(parts), groups, lexicon, report.rules)
     report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
     return _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary, sources)
 
@@ -148,18 +130,6 @@ def _nothing_left(report: BuildReport) -> UserError:
     )
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    # Millions of small lists and no cycles: looking for cycles among them doubled the time of a build.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _keep_pairs(
     groups: Groups,
     plain: NDArray[np.int64],
@@ -168,14 +138,14 @@ def _keep_pairs(
     rules: Counter[str],
 ) -> Groups:
     """Drops pairs by what their tokens are, then groups without a pair; `texts` stay as they are."""
-    lengths, usable = np.diff(lexicon.sequences()[1]), lexicon.usable()
+    lengths, usable = lexicon.lengths(), lexicon.usable()
     source, target = plain[groups.source[groups.pair_group]], plain[groups.pair_target]
     keep = np.ones(len(source), dtype=bool)
     for name, bad in (
         (UNKNOWN, ~(usable[source] & usable[target])),
         (LONG_SOURCE, lengths[source] > MAX_KEY_TOKENS),
         (LONG_TARGET, lengths[target] > settings.max_target_tokens),
-        (IDENTICAL, (source == target) & settings.drop_identical),
+        (IDENTICAL, lexicon.same(source, target) & settings.drop_identical),
     ):
         rules[name] += int((keep & bad).sum())
         keep &= ~bad
@@ -195,73 +165,110 @@ def _keep_pairs(
         source=groups.source[left],
         pair_group=pair_group.astype(np.int32),
         pair_target=groups.pair_target[kept],
+        pair_weight=groups.pair_weight[kept],
     )
 
 
-def _spell(groups: Groups, case: Case) -> _Spelling:
-    """Source words and translations in one case; every different translation is spelled once."""
-    texts, languages, text_language = groups.texts, groups.languages, groups.text_language
-    spelled = [source_variant(texts[text], languages[text_language[text]], case) for text in groups.source]
-    written = np.fromiter((spelling is not None for spelling in spelled), bool, len(spelled))
-    pairs = np.flatnonzero(written[groups.pair_group])
-    targets, pair_target = np.unique(groups.pair_target[pairs], return_inverse=True)
-    return _Spelling(
-        group=np.flatnonzero(written),
-        sources=[spelling for spelling in spelled if spelling is not None],
-        targets=[apply_case(texts[text], languages[text_language[text]], case) for text in targets],
-        target_language=text_language[targets],
-        # Groups that are not written have no pairs left: counting those that are gives a pair its place among them.
-        pair_source=(np.cumsum(written) - 1)[groups.pair_group[pairs]],
-        pair_target=pair_target,
-    )
+def _encode_variants(
+    groups: Groups, plain: NDArray[np.int64], lexicon: SequenceLexicon, progress: Progress
+) -> Iterator[_Keys]:
+    """The words of all groups in each case, after a space and bare; `plain` has the row of each text as it is `[T]`."""
+    texts = groups.texts
+    sizes = np.bincount(groups.text_language, minlength=len(groups.languages))
+    ends = np.cumsum(sizes).tolist()
+    # Texts of one language lie together.
+    spellings = [
+        spell(texts[end - size : end], language)
+        for language, size, end in zip(groups.languages, sizes.tolist(), ends, strict=True)
+    ]
+    bare = np.full(len(texts), -1, dtype=np.int64)
+    _encode_into(bare, _mask(len(texts), groups.source, groups.pair_target), texts, groups, False, lexicon, progress)
+    as_is = {True: plain, False: bare}
+    for case in CASES:
+        changed = np.concatenate([each.changed[case] for each in spellings])
+        is_variant = np.concatenate([each.is_variant[case] for each in spellings])[groups.source]
+        words = [word for each in spellings for word in each.words[case]]
+        group = np.flatnonzero(is_variant)
+        pairs = np.flatnonzero(is_variant[groups.pair_group])
+        # What the case does not change has a row already: most German nouns, every Chinese word.
+        changed &= _mask(len(texts), groups.source[group], groups.pair_target[pairs])
+        for word_initial in (True, False):
+            rows = as_is[word_initial].copy()
+            _encode_into(rows, changed, words, groups, word_initial, lexicon, progress)
+            form = CASES.index(case) | (FORM_WORD_INITIAL if word_initial else 0)
+            yield _Keys(
+                group=group,
+                sequence=rows[groups.source[group]],
+                form=np.full(len(group), form, dtype=np.uint8),
+                # Groups without this case have no pairs left: counting those that have it gives a pair its place.
+                candidate_key=(np.cumsum(is_variant) - 1)[groups.pair_group[pairs]],
+                candidate_sequence=rows[groups.pair_target[pairs]],
+                candidate_language=groups.text_language[groups.pair_target[pairs]],
+                candidate_weight=groups.pair_weight[pairs],
+            )
 
 
-def _encode_variant(
-    groups: Groups, spelling: _Spelling, form: int, lexicon: SequenceLexicon, progress: Progress
-) -> _Keys:
-    word_initial = bool(form & FORM_WORD_INITIAL)
-    source_language = groups.text_language[groups.source[spelling.group]]
-    targets = lexicon.encode(spelling.targets, spelling.target_language, word_initial, progress)
-    return _Keys(
-        group=spelling.group,
-        sequence=lexicon.encode(spelling.sources, source_language, word_initial, progress),
-        form=np.full(len(spelling.group), form, dtype=np.uint8),
-        candidate_key=spelling.pair_source,
-        candidate_sequence=targets[spelling.pair_target],
-        candidate_language=spelling.target_language[spelling.pair_target],
-    )
+def _mask(count: int, *chosen: NDArray[Any]) -> NDArray[np.bool_]:
+    mask = np.zeros(count, dtype=bool)
+    for each in chosen:
+        mask[each] = True
+    return mask
+
+
+def _encode_into(
+    rows: NDArray[np.int64],
+    chosen: NDArray[np.bool_],
+    words: Sequence[str],
+    groups: Groups,
+    word_initial: bool,
+    lexicon: SequenceLexicon,
+    progress: Progress,
+) -> None:
+    """Sets the rows of the `chosen` texts (bool `[T]`) to those of `words` `[T]`."""
+    languages = groups.text_language[chosen]
+    rows[chosen] = lexicon.encode(list(compress(words, chosen)), languages, word_initial, progress)
 
 
 def _usable_keys(
-    keys: _Keys,
+    variants: Sequence[_Keys],
     lexicon: SequenceLexicon,
     word_boundary: NDArray[np.uint8],
     settings: BuildSettings,
     rules: Counter[str],
-) -> _Keys:
-    """Keys that can be found in a text as one word and have a candidate."""
-    lengths, usable = np.diff(lexicon.sequences()[1]), lexicon.usable()
+) -> list[_Keys]:
+    """Of each variant the keys that can be found in a text as one word and have a candidate."""
+    lengths, usable = lexicon.lengths(), lexicon.usable()
     inner_starts = lexicon.word_starts(word_boundary)
-    single = (usable & (lengths <= MAX_KEY_TOKENS) & (inner_starts == 0))[keys.sequence]
+    is_single = usable & (lengths <= MAX_KEY_TOKENS) & (inner_starts == 0)
     # Where the tokenizer keeps the space as a token of its own, the word begins behind it: its key without the space
     # finds it, and the space stays in the text. So this spelling needs no key.
     bare_marker = (lexicon.first_tokens() == lexicon.space_token) & (inner_starts == 1)
-    marked = ~single & bare_marker[keys.sequence]
-    good = (usable & (lengths <= settings.max_target_tokens))[keys.candidate_sequence]
-    if settings.drop_identical:
-        good &= keys.candidate_sequence != keys.sequence[keys.candidate_key]
-    filled = np.zeros(len(keys.group), dtype=bool)
-    filled[keys.candidate_key[good]] = True
-    rules[MARKED_KEY] += int(marked.sum())
-    rules[SPLIT_KEY] += int((~single & ~marked).sum())
-    rules[EMPTY_KEY] += int((single & ~filled).sum())
-    keys = replace(
+    is_candidate = usable & (lengths <= settings.max_target_tokens)
+    parts = []
+    for keys in variants:
+        single = is_single[keys.sequence]
+        marked = ~single & bare_marker[keys.sequence]
+        good = is_candidate[keys.candidate_sequence]
+        if settings.drop_identical:
+            good &= ~lexicon.same(keys.candidate_sequence, keys.sequence[keys.candidate_key])
+        filled = np.zeros(len(keys.group), dtype=bool)
+        filled[keys.candidate_key[good]] = True
+        rules[MARKED_KEY] += int(marked.sum())
+        rules[SPLIT_KEY] += int((~single & ~marked).sum())
+        rules[EMPTY_KEY] += int((single & ~filled).sum())
+        parts.append(_take_keys(_take_candidates(keys, np.flatnonzero(good)), np.flatnonzero(filled & single)))
+    return parts
+
+
+def _take_candidates(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
+    """The keys with the `chosen` candidates in that order."""
+    return replace(
         keys,
-        candidate_key=keys.candidate_key[good],
-        candidate_sequence=keys.candidate_sequence[good],
-        candidate_language=keys.candidate_language[good],
+        candidate_key=keys.candidate_key[chosen],
+        candidate_sequence=keys.candidate_sequence[chosen],
+        candidate_language=keys.candidate_language[chosen],
+        candidate_weight=keys.candidate_weight[chosen],
     )
-    return _take_keys(keys, np.flatnonzero(filled & single))
 
 
 def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
@@ -277,6 +284,7 @@ def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
         candidate_key[kept],
         keys.candidate_sequence[kept],
         keys.candidate_language[kept],
+        keys.candidate_weight[kept],
     )
 
 
@@ -290,27 +298,39 @@ def _join(parts: Sequence[_Keys]) -> _Keys:
         np.concatenate([part.candidate_key + first for part, first in zip(parts, begin, strict=True)]),
         np.concatenate([part.candidate_sequence for part in parts]),
         np.concatenate([part.candidate_language for part in parts]),
+        np.concatenate([part.candidate_weight for part in parts]),
     )
 
 
-def _unique_keys(keys: _Keys, groups: Groups, rules: Counter[str]) -> _Keys:
+def _unique_keys(keys: _Keys, groups: Groups, lexicon: SequenceLexicon, rules: Counter[str]) -> _Keys:
     """One key per language and token sequence, the first one; keys of a group together; every candidate once."""
     language = groups.text_language[groups.source[keys.group]].astype(np.int64)
-    identity = language * (keys.sequence.max(initial=0) + 1) + keys.sequence
-    _, first = np.unique(identity, return_index=True)
+    first = lexicon.first_of_equal(keys.sequence, language)
     rules[TAKEN_KEY] += len(keys.group) - len(first)
     keys = _take_keys(keys, first[np.argsort(keys.group[first], kind="stable")])
-    columns = (keys.candidate_key, keys.candidate_language.astype(np.int64), keys.candidate_sequence)
-    # A stable sort by key and language keeps the file's order of translations, here and below.
-    _, once = np.unique(np.stack(columns, axis=1), axis=0, return_index=True)
-    once.sort()
-    order = once[np.lexsort((keys.candidate_language[once], keys.candidate_key[once]))]
-    return replace(
-        keys,
-        candidate_key=keys.candidate_key[order],
-        candidate_sequence=keys.candidate_sequence[order],
-        candidate_language=keys.candidate_language[order],
-    )
+    # A stable sort by key and language keeps the file's order of translations.
+    languages = len(groups.languages)
+    keys = _take_candidates(keys, np.argsort(keys.candidate_key * languages + keys.candidate_language, kind="stable"))
+    return _merge_candidates(keys, lexicon)
+
+
+def _merge_candidates(keys: _Keys, lexicon: SequenceLexicon) -> _Keys:
+    """Drops candidates that a key has already in that language, the larger weight stays; they lie together."""
+    count = len(keys.candidate_key)
+    kept = np.arange(count)
+    weight = keys.candidate_weight.copy()
+    run = np.flatnonzero(np.diff(keys.candidate_key, prepend=-1) | np.diff(keys.candidate_language, prepend=-1))
+    longest = int(np.diff(run, append=count).max(initial=1))
+    rank = np.arange(count) - np.repeat(run, np.diff(run, append=count))
+    later = np.arange(count)
+    for distance in range(1, longest):
+        later = later[rank[later] >= distance]
+        equal = later[lexicon.same(keys.candidate_sequence[later], keys.candidate_sequence[later - distance])]
+        kept[equal] = np.minimum(kept[equal], kept[equal - distance])
+    merged = np.flatnonzero(kept != np.arange(count))
+    np.maximum.at(weight, kept[merged], keys.candidate_weight[merged])
+    chosen = np.flatnonzero(kept == np.arange(count))
+    return _take_candidates(replace(keys, candidate_weight=weight), chosen)
 
 
 def _assemble(
@@ -332,7 +352,9 @@ def _assemble(
     is_source[group_offsets[:-1]] = True
     words[is_source], words[~is_source] = groups.source, groups.pair_target
     word_tokens, word_offsets = lexicon.rows(plain[words])
-    spelled = [groups.texts[word].encode() for word in words]
+    text = "".join(groups.texts).encode()
+    text_offsets = _offsets(np.fromiter(map(len, map(str.encode, groups.texts)), np.int64, len(groups.texts)))
+    text_index, word_text_offsets = row_indices(text_offsets, words)
     return DictionaryTable(
         languages=groups.languages,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -347,12 +369,12 @@ def _assemble(
         candidate_tokens=candidate_tokens,
         candidate_offsets=candidate_offsets,
         candidate_language=keys.candidate_language,
-        candidate_weight=np.ones(len(keys.candidate_language), dtype=np.float32),
+        candidate_weight=keys.candidate_weight,
         word_tokens=word_tokens,
         word_offsets=word_offsets,
         word_language=groups.text_language[words],
-        word_text=np.frombuffer(b"".join(spelled), dtype=np.uint8),
-        word_text_offsets=_offsets(np.fromiter(map(len, spelled), np.int64, len(spelled))),
+        word_text=np.frombuffer(text, dtype=np.uint8)[text_index],
+        word_text_offsets=word_text_offsets,
         group_offsets=group_offsets,
         group_count=np.zeros(count, dtype=np.int64),
         sources=tuple(sources),

@@ -1,7 +1,6 @@
-"""Token sequences of words, every different sequence stored once, so that sequences compare as integers."""
+"""Token sequences of words, all in one array, and which of them are equal."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +9,10 @@ from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER, count_in_rows, row_indices
 from megatron_prealign.progress import Progress
 
-# Large enough for the tokenizers library to use all cores, small enough for progress to move.
-_BATCH = 32768
+# Small enough for progress to move.
+_BATCH = 1 << 18
+# Odd, with bits all over: 2^64 divided by the golden ratio.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def letter_boundaries(tokenizer: Tokenizer) -> NDArray[np.uint8]:
@@ -26,10 +27,7 @@ def letter_boundaries(tokenizer: Tokenizer) -> NDArray[np.uint8]:
 
 
 class SequenceLexicon:
-    """Encodes words and gives every different token sequence a number.
-
-    Two words have the same number exactly if their ids are the same, whatever their languages and spellings.
-    """
+    """Encodes words and keeps the ids of each as one row; rows are numbered in the order of encoding."""
 
     def __init__(self, tokenizer: Tokenizer, languages: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -37,69 +35,96 @@ class SequenceLexicon:
         marker = tokenizer.encode_word("")
         self.space_token = marker[0] if len(marker) == 1 else -1
         """The token that is nothing but the space before a word; -1 if there is none."""
-        self._numbers: dict[tuple[int, ...], int] = {}
-        # Sequences numbered since the arrays below were made; only `sequences` turns them into arrays.
-        self._new_rows: list[tuple[int, ...]] = []
+        self.encoders: dict[str, None] = {}
+        """What encoded the words, in order of first use."""
         self._tokens, self._offsets = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-        self._known: dict[tuple[int, bool, str], int] = {}
+        self._hashes = np.zeros(0, dtype=np.uint64)
+        # Rows encoded since the arrays above were made; only `sequences` puts them together.
+        self._new: list[tuple[NDArray[np.int32], NDArray[np.int64]]] = []
+        self._count = 0
 
     def encode(
         self, words: Sequence[str], language_ids: NDArray[np.int16], word_initial: bool, progress: Progress
     ) -> NDArray[np.int64]:
-        """The number of each word's sequence `[len(words)]`; words met before are not encoded again."""
-        keys = [(int(language), word_initial, word) for language, word in zip(language_ids, words, strict=True)]
-        missing: dict[int, dict[str, None]] = {}
-        for key in keys:
-            if key not in self._known:
-                missing.setdefault(key[0], {})[key[2]] = None
-        for language, new_words in missing.items():
-            self._encode_new(language, list(new_words), word_initial, progress)
-        progress.update(len(words) - sum(map(len, missing.values())))
-        return np.fromiter((self._known[key] for key in keys), np.int64, len(keys))
-
-    def _encode_new(self, language: int, words: list[str], word_initial: bool, progress: Progress) -> None:
-        for begin in range(0, len(words), _BATCH):
-            batch = words[begin : begin + _BATCH]
-            rows = self._tokenizer.encode_words(batch, self._languages[language], word_initial)
-            for word, row in zip(batch, rows, strict=True):
-                self._known[language, word_initial, word] = self._number(tuple(row))
-            progress.update(len(batch))
-
-    def _number(self, row: tuple[int, ...]) -> int:
-        number = self._numbers.get(row)
-        if number is None:
-            number = self._numbers[row] = len(self._numbers)
-            self._new_rows.append(row)
-        return number
+        """The row of each word `[len(words)]`."""
+        rows = np.zeros(len(words), dtype=np.int64)
+        for language in np.unique(language_ids).tolist():
+            places = np.flatnonzero(language_ids == language)
+            chosen = words if len(places) == len(words) else [words[place] for place in places.tolist()]
+            rows[places] = self._count + np.arange(len(places))
+            for begin in range(0, len(chosen), _BATCH):
+                batch = chosen[begin : begin + _BATCH]
+                self._new.append(self._tokenizer.encode_word_rows(batch, self._languages[language], word_initial))
+                self._count += len(batch)
+                self.encoders[self._tokenizer.word_encoder] = None
+                progress.update(len(batch))
+        return rows
 
     def sequences(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All sequences by number: `tokens` and `offsets`."""
-        if self._new_rows:
-            lengths = np.fromiter(map(len, self._new_rows), np.int64, len(self._new_rows))
-            tokens = np.fromiter(chain.from_iterable(self._new_rows), np.int32, int(lengths.sum()))
-            self._offsets = np.append(self._offsets, self._offsets[-1] + np.cumsum(lengths))
-            self._tokens = np.append(self._tokens, tokens)
-            self._new_rows.clear()
+        """All rows: `tokens` and `offsets`."""
+        if self._new:
+            tokens = [self._tokens, *(tokens for tokens, _ in self._new)]
+            begin = np.cumsum([len(part) for part in tokens])
+            offsets = [offsets[1:] + first for (_, offsets), first in zip(self._new, begin, strict=False)]
+            hashes = [_hash_rows(tokens, offsets) for tokens, offsets in self._new]
+            self._tokens = np.concatenate(tokens)
+            self._offsets = np.concatenate([self._offsets, *offsets])
+            self._hashes = np.concatenate([self._hashes, *hashes])
+            self._new.clear()
         return self._tokens, self._offsets
 
-    def usable(self) -> NDArray[np.bool_]:
-        """Per sequence: not empty and without special tokens (an unknown word is one)."""
+    def same(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether two rows hold the same ids, for each pair of rows `[N]`."""
         tokens, offsets = self.sequences()
-        special = np.isin(tokens, np.fromiter(self._tokenizer.special_ids, np.int64))
+        equal = self._hashes[left] == self._hashes[right]
+        # The hash says which rows can be equal; their ids say which are.
+        candidates = np.flatnonzero(equal & (left != right))
         lengths = np.diff(offsets)
-        return (lengths > 0) & (count_in_rows(special, offsets) == 0)
+        same_length = lengths[left[candidates]] == lengths[right[candidates]]
+        equal[candidates[~same_length]] = False
+        candidates = candidates[same_length]
+        index, begin = row_indices(offsets, left[candidates])
+        other, _ = row_indices(offsets, right[candidates])
+        equal[candidates] = count_in_rows(tokens[index] != tokens[other], begin) == 0
+        return equal
+
+    def first_of_equal(self, rows: NDArray[np.int64], kind: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of `rows` are the first of their `kind` (integers `[len(rows)]`) with their ids, ascending."""
+        self.sequences()
+        mixed = self._hashes[rows] + kind.astype(np.uint64) * _MULTIPLIER
+        _, first, number = np.unique(mixed, return_index=True, return_inverse=True)
+        if (self.same(rows, rows[first[number]]) & (kind == kind[first[number]])).all():
+            return np.sort(first)
+        # Two sequences with one hash, once in millions of builds.
+        tokens, offsets = self.sequences()
+        found: dict[tuple[int, bytes], int] = {}
+        for place, row in enumerate(rows.tolist()):
+            found.setdefault((int(kind[place]), tokens[offsets[row] : offsets[row + 1]].tobytes()), place)
+        return np.fromiter(found.values(), np.int64, len(found))
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.sequences()[1])
+
+    def usable(self) -> NDArray[np.bool_]:
+        """Per row: not empty and without special tokens (an unknown word is one)."""
+        tokens, offsets = self.sequences()
+        special = np.zeros(self._tokenizer.vocab_size, dtype=bool)
+        special[list(self._tokenizer.special_ids)] = True
+        return (np.diff(offsets) > 0) & (count_in_rows(special[tokens], offsets) == 0)
 
     def word_starts(self, word_boundary: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Per sequence: how many words start in it behind its first token; 0 makes it one word."""
+        """Per row: how many words start in it behind its first token; 0 makes it one word."""
         tokens, offsets = self.sequences()
         starts = np.zeros(len(tokens), dtype=bool)
-        starts[1:] = (word_boundary[tokens[1:]] & BOUNDARY_BEFORE) | (word_boundary[tokens[:-1]] & BOUNDARY_AFTER) != 0
+        boundary = word_boundary[tokens]
+        starts[1:] = (boundary[1:] & BOUNDARY_BEFORE) | (boundary[:-1] & BOUNDARY_AFTER) != 0
         lengths = np.diff(offsets)
         starts[offsets[:-1][lengths > 0]] = False
         return count_in_rows(starts, offsets)
 
     def first_tokens(self) -> NDArray[np.int32]:
-        """The first token of every sequence, -1 where it is empty."""
+        """The first token of every row, -1 where it is empty."""
         tokens, offsets = self.sequences()
         first = np.full(len(offsets) - 1, -1, dtype=np.int32)
         filled = np.diff(offsets) > 0
@@ -107,7 +132,21 @@ class SequenceLexicon:
         return first
 
     def rows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The chosen sequences one after the other: `tokens` and `offsets` `[len(numbers)+1]`."""
+        """The chosen rows one after the other: `tokens` and `offsets` `[len(numbers)+1]`."""
         tokens, offsets = self.sequences()
         index, new_offsets = row_indices(offsets, numbers)
         return tokens[index], new_offsets
+
+
+def _hash_rows(tokens: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64 bits of each row; equal rows have equal ones."""
+    lengths = np.diff(offsets)
+    place = np.arange(len(tokens), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+    factors = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _MULTIPLIER))
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= factors[place]
+    hashes = np.zeros(len(lengths), dtype=np.uint64)
+    filled = lengths > 0
+    hashes[filled] = np.add.reduceat(mixed, offsets[:-1][filled]) if filled.any() else 0
+    return hashes

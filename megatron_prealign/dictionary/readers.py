@@ -1,7 +1,8 @@
 """Reads word lists: which words stand for each other in which languages, and where a file is broken.
 
 Formats: JSON lines `{"src_text": "apple", "tgt_text": "苹果"}`, JSON lines `{"words": "bank $ 银行 $ banque"}`, two
-columns separated by a tab, two words separated by a space (MUSE). Any of them may be gzip-compressed.
+columns separated by a tab, two words separated by a space (MUSE). Any of them may be gzip-compressed. JSON may carry a
+"weight", lists in columns have it in a third column if so told.
 """
 
 import gzip
@@ -10,8 +11,12 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Literal, cast
+
+import numpy as np
+import orjson
 
 from megatron_prealign.errors import UserError
 
@@ -19,6 +24,9 @@ FileFormat = Literal["auto", "pairs", "words", "tsv", "space"]
 OnError = Literal["stop", "skip"]
 
 MAX_LISTED_ERRORS = 100
+# What a 32-bit float holds with room to add many.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
+_BLOCK_BYTES = 1 << 23
 LANGUAGES_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(-[A-Za-z][A-Za-z0-9_]*)+")
 WORDS_SEPARATOR = "$"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,12 +41,27 @@ class DictionaryInput:
         languages: language code of every column; the first is the source language.
         format: `auto` looks at the content; the others force one format.
         licence: name of the list's licence, kept in the table ("" if not told).
+        weights: whether lists in columns have one more, the weight of the pair.
     """
 
     path: Path
     languages: tuple[str, ...]
     format: FileFormat = "auto"
     licence: str = ""
+    weights: bool = False
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a file, column by column.
+
+    Attributes:
+        columns: the words of each language, equally many, as they stand in the file.
+        weights: weight of each entry; None where all are 1.
+    """
+
+    columns: list[list[str]]
+    weights: list[float] | None
 
 
 @dataclass
@@ -70,7 +93,11 @@ def parse_languages(text: str, where: str) -> tuple[str, ...]:
 
 
 def parse_input(
-    text: str, default_languages: str | None = None, format: FileFormat = "auto", licence: str = ""
+    text: str,
+    default_languages: str | None = None,
+    format: FileFormat = "auto",
+    licence: str = "",
+    weights: bool = False,
 ) -> DictionaryInput:
     """Splits `FILE[:en-de]`; a colon that belongs to the file's name is left alone.
 
@@ -88,10 +115,10 @@ def parse_input(
                 "or --languages en-de for all files"
             )
         languages = parse_languages(default_languages, "--languages")
-    return DictionaryInput(path=Path(path), languages=languages, format=format, licence=licence)
+    return DictionaryInput(path=Path(path), languages=languages, format=format, licence=licence, weights=weights)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     try:
         stream = path.open("rb")
     except OSError as error:
@@ -99,36 +126,60 @@ def _open(path: Path) -> BinaryIO:
     is_gzip = stream.read(2) == b"\x1f\x8b"
     stream.seek(0)
     # What decides is the content: files are often renamed without being recompressed.
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_gzip else stream
+    return cast(BufferedReader, gzip.GzipFile(fileobj=stream)) if is_gzip else stream
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 with the line's bytes; the mistakes of a broken archive name the last line that was whole."""
-    number = 0
+def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, many at a time, with the number of the first, from 1; an archive's mistakes name its last line."""
+    number, begun = 1, b""
     with _open(path) as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                yield number, line
-        except (EOFError, zlib.error, OSError) as error:
-            raise UserError(
-                f"{path}:{number}: the gzip archive is damaged or cut off behind this line ({error}); fetch it again"
-            ) from error
+        while True:
+            try:
+                data = stream.read1(_BLOCK_BYTES)
+            except (EOFError, zlib.error, OSError) as error:
+                last = number + begun.count(b"\n") - 1
+                raise UserError(
+                    f"{path}:{last}: the gzip archive is damaged or cut off behind this line ({error}); fetch it again"
+                ) from error
+            begun += data
+            if data and len(begun) < _BLOCK_BYTES:
+                continue
+            end = begun.rfind(b"\n") + 1 if data else len(begun)
+            block, begun = begun[:end], begun[end:]
+            if block:
+                yield number, block
+                number += block.count(b"\n")
+            if not data:
+                return
 
 
-def _parse_tsv(line: str) -> list[str]:
-    columns = line.split("\t")
-    if len(columns) != 2:
-        raise ValueError(f"got {_columns(len(columns))}, expected 2 separated by one tab")
-    return columns
-
-
-def _parse_space(line: str) -> list[str]:
-    columns = line.split()
-    if len(columns) != 2:
+def _weight(value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        number = 0.0
+    if not SMALLEST_WEIGHT <= number <= LARGEST_WEIGHT:
         raise ValueError(
-            f"got {_columns(len(columns))}, expected 2 words separated by a space (by a tab if a word contains spaces)"
+            f"the weight is {value!r}, expected a number above 0 ({SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g})"
         )
-    return columns
+    return number
+
+
+def _split_columns(columns: list[str], weights: bool, how: str) -> tuple[list[str], float]:
+    expected = 3 if weights else 2
+    if len(columns) != expected:
+        raise ValueError(f"got {_columns(len(columns))}, expected {expected} {how}")
+    return columns[:2], _weight(columns[2]) if weights else 1.0
+
+
+def _parse_tsv(line: str, weights: bool) -> tuple[list[str], float]:
+    how = "separated by one tab each, the third a weight" if weights else "separated by one tab"
+    return _split_columns(line.split("\t"), weights, how)
+
+
+def _parse_space(line: str, weights: bool) -> tuple[list[str], float]:
+    how = "words separated by a space" if not weights else "separated by a space, two words and a weight"
+    return _split_columns(line.split(), weights, f"{how} (by a tab if a word contains spaces)")
 
 
 def _columns(count: int) -> str:
@@ -137,12 +188,20 @@ def _columns(count: int) -> str:
 
 def _parse_json(line: str) -> dict[str, object]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno}), expected one JSON object a line") from error
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        record = _parse_json_slowly(line)
     if not isinstance(record, dict):
         raise ValueError(f"got a JSON {type(record).__name__}, expected an object")
     return record
+
+
+def _parse_json_slowly(line: str) -> object:
+    """JSON as Python takes it, NaN and half a \\u pair included, so that the message can name them."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno}), expected one JSON object a line") from error
 
 
 def _text_of(record: dict[str, object], key: str) -> str:
@@ -158,16 +217,18 @@ def _text_of(record: dict[str, object], key: str) -> str:
     return value
 
 
-def _parse_pairs(line: str) -> list[str]:
+def _parse_pairs(line: str, weights: bool) -> tuple[list[str], float]:
     record = _parse_json(line)
-    return [_text_of(record, "src_text"), _text_of(record, "tgt_text")]
+    return [_text_of(record, "src_text"), _text_of(record, "tgt_text")], _weight(record.get("weight", 1.0))
 
 
-def _parse_words(line: str) -> list[str]:
-    return _text_of(_parse_json(line), "words").split(WORDS_SEPARATOR)
+def _parse_words(line: str, weights: bool) -> tuple[list[str], float]:
+    record = _parse_json(line)
+    return _text_of(record, "words").split(WORDS_SEPARATOR), _weight(record.get("weight", 1.0))
 
 
-PARSERS: dict[str, Callable[[str], list[str]]] = {
+# Format -> (line, whether columns have a weight) -> words and weight.
+PARSERS: dict[str, Callable[[str, bool], tuple[list[str], float]]] = {
     "pairs": _parse_pairs,
     "words": _parse_words,
     "tsv": _parse_tsv,
@@ -175,19 +236,19 @@ PARSERS: dict[str, Callable[[str], list[str]]] = {
 }
 
 
-def detect_format(line: str) -> str:
-    """Format of a file from its first line that is not blank."""
+def detect_format(line: str, weights: bool = False) -> str:
+    """Format of a file from its first line that is not blank; `weights`: columns have one more, the weight."""
     if line.lstrip().startswith("{"):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             return "pairs"
         return "words" if isinstance(record, dict) and "words" in record else "pairs"
-    return "tsv" if "\t" in line or len(line.split()) != 2 else "space"
+    return "tsv" if "\t" in line or len(line.split()) != (3 if weights else 2) else "space"
 
 
-def read_entries(source: DictionaryInput, errors: ReadErrors, on_error: OnError = "stop") -> Iterator[list[str]]:
-    """Yields the words of every line, one per language of `source.languages`, as they stand in the file.
+def read_entries(source: DictionaryInput, errors: ReadErrors, on_error: OnError = "stop") -> Iterator[Entries]:
+    """Yields the words of every line, many lines at a time.
 
     Args:
         source: the file and its languages.
@@ -198,31 +259,107 @@ def read_entries(source: DictionaryInput, errors: ReadErrors, on_error: OnError 
         UserError: a file that cannot be opened or holds nothing, a damaged archive; with `stop` also a bad line
             (`file:line`, what it holds, what was expected).
     """
-    format_name: str = source.format
-    seen = 0
-    for number, raw in _raw_lines(source.path):
-        try:
-            # utf-8-sig on the first line only: elsewhere U+FEFF is dirt inside a word, which cleaning removes.
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            if not line.strip():
-                continue
-            seen += 1
-            if format_name == "auto":
-                format_name = detect_format(line)
-            entry = PARSERS[format_name](line)
-            if len(entry) != len(source.languages):
-                raise ValueError(
-                    f"got {len(entry)} words, expected {len(source.languages)} ({'-'.join(source.languages)})"
-                )
-        except ValueError as error:
-            why = f"not valid UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
-            # A line that does not decode still shows that the file is not empty.
-            seen += isinstance(error, UnicodeDecodeError)
-            message = f"{source.path}:{number}: {why}"
-            if on_error == "stop":
-                raise UserError(f"{message}; mend the line, or leave such lines out with --on-error skip") from error
-            errors.add(message)
-            continue
-        yield entry
-    if not seen:
+    reader = _LineReader(source, errors, on_error)
+    for number, block in _blocks(source.path):
+        entries = reader.read_columns(number, block) or reader.read_lines(number, block)
+        if entries.columns[0]:
+            yield entries
+    if not reader.seen:
         raise UserError(f"{source.path}: the file is empty, expected one entry a line")
+
+
+class _LineReader:
+    """Reads blocks of one file; its first line decides the format."""
+
+    def __init__(self, source: DictionaryInput, errors: ReadErrors, on_error: OnError) -> None:
+        self._source, self._errors, self._on_error = source, errors, on_error
+        self._format: str = source.format
+        self.seen = 0
+        """Lines that were not blank."""
+
+    def read_columns(self, number: int, block: bytes) -> Entries | None:
+        """A block of tab-separated lines without anything odd, all at once; None for any other."""
+        width = 3 if self._source.weights else 2
+        text = _decode_block(number, block)
+        if text is None or len(self._source.languages) != 2:
+            return None
+        if self._format == "auto":
+            first = text.partition("\n")[0]
+            if first.strip():
+                self._format = detect_format(first, self._source.weights)
+        if self._format != "tsv" or not _is_regular(text, width):
+            return None
+        fields = text.replace("\n", "\t").split("\t")
+        # Behind the last line break.
+        fields.pop()
+        columns = [fields[0::width], fields[1::width]]
+        # A line of white space is no entry but a blank line.
+        if not all(map(str.strip, columns[0])):
+            return None
+        weights = None
+        if width == 3:
+            try:
+                weights = [_weight(field) for field in fields[2::width]]
+            except ValueError:
+                return None
+        self.seen += len(columns[0])
+        return Entries(columns, weights)
+
+    def read_lines(self, first: int, block: bytes) -> Entries:
+        """A block line by line."""
+        columns: list[list[str]] = [[] for _ in self._source.languages]
+        weights: list[float] = []
+        lines = block.split(b"\n")
+        for number, raw in enumerate(lines if lines[-1] else lines[:-1], start=first):
+            try:
+                entry = self._read_line(number, raw)
+            except ValueError as error:
+                why = f"not valid UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
+                # A line that does not decode still shows that the file is not empty.
+                self.seen += isinstance(error, UnicodeDecodeError)
+                message = f"{self._source.path}:{number}: {why}"
+                if self._on_error == "stop":
+                    raise UserError(
+                        f"{message}; mend the line, or leave such lines out with --on-error skip"
+                    ) from error
+                self._errors.add(message)
+                continue
+            if entry is not None:
+                for column, word in zip(columns, entry[0], strict=True):
+                    column.append(word)
+                weights.append(entry[1])
+        return Entries(columns, weights)
+
+    def _read_line(self, number: int, raw: bytes) -> tuple[list[str], float] | None:
+        # utf-8-sig on the first line only: elsewhere U+FEFF is dirt inside a word, which cleaning removes.
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        if not line.strip():
+            return None
+        self.seen += 1
+        weights, languages = self._source.weights, self._source.languages
+        if self._format == "auto":
+            self._format = detect_format(line, weights)
+        words, weight = PARSERS[self._format](line, weights)
+        if len(words) != len(languages):
+            raise ValueError(f"got {len(words)} words, expected {len(languages)} ({'-'.join(languages)})")
+        return words, weight
+
+
+def _decode_block(number: int, block: bytes) -> str | None:
+    """The text of a block, its lines ending in a line break alone; None where lines have to be looked at one by one."""
+    block = block.replace(b"\r\n", b"\n")
+    if b"\r" in block:
+        return None
+    try:
+        text = block.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return None
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _is_regular(text: str, width: int) -> bool:
+    """Whether every line has `width` columns."""
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    breaks = data[(data == ord("\t")) | (data == ord("\n"))]
+    pattern = np.array([ord("\t")] * (width - 1) + [ord("\n")], dtype=np.uint8)
+    return len(breaks) % width == 0 and bool((breaks.reshape(-1, width) == pattern).all())

@@ -65,9 +65,11 @@ def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray
 
 def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many `marks` are set in each row of a ragged array with these `offsets` `[N+1]`."""
+    if not marks.any():
+        return np.zeros(len(offsets) - 1, dtype=np.int64)
     total = np.zeros(len(marks) + 1, dtype=np.int64)
     np.cumsum(marks, out=total[1:])
-    return total[offsets[1:]] - total[offsets[:-1]]
+    return np.diff(total[offsets])
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,13 @@
 
 import re
 import unicodedata
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import ne
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 Case = Literal["as_is", "capitalised", "upper"]
 
@@ -49,31 +54,55 @@ def capitalise(word: str, language: str) -> str:
     return word
 
 
-_TRANSFORMS: dict[Case, Callable[[str, str], str]] = {
-    "as_is": lambda word, language: word,
-    "capitalised": capitalise,
-    "upper": upper,
-}
+def apply_case(words: Sequence[str], language: str, case: Case) -> list[str]:
+    """`words` in the given case; `as_is` keeps a word's own case (a German noun its capital)."""
+    if case == "as_is":
+        return list(words)
+    if case == "upper":
+        # Only words outside ASCII can hold a letter that needs a look.
+        georgian = _GEORGIAN.search("".join(word for word in words if not word.isascii()))
+        if georgian or language in _DOTTED_I:
+            return [upper(word, language) for word in words]
+        return list(map(str.upper, words))
+    # Most words begin with their first letter, and there are few different ones. A Dutch i may be half of an ij.
+    heads = {word[:1] for word in words}
+    capitals = {
+        head: capitalise(head, language)
+        for head in heads
+        if head and _is_letter(head) and not (language == "nl" and head == "i")
+    }
+    return [head + word[1:] if (head := capitals.get(word[:1])) else capitalise(word, language) for word in words]
 
 
-def apply_case(word: str, language: str, case: Case) -> str:
-    """`word` in the given case; `as_is` keeps the word's own case (a German noun its capital)."""
-    return _TRANSFORMS[case](word, language)
+@dataclass(frozen=True)
+class Spellings:
+    """Words of one language in every case."""
 
-
-def source_variant(word: str, language: str, case: Case) -> str | None:
-    """The source word in `case`, or None where that adds no spelling of its own.
+    words: dict[Case, list[str]]
+    """Every word in each case [N]."""
+    changed: dict[Case, NDArray[np.bool_]]
+    """Where that is not the word itself [N]."""
+    is_variant: dict[Case, NDArray[np.bool_]]
+    """Where a source word is looked for in that case [N]; elsewhere the case adds no spelling of its own.
 
     Only lower-case words are capitalised (`iPhone`, `McDonald` are not), and a script without case has one spelling.
     """
-    if case == "as_is":
-        return word
-    if case == "capitalised" and not word.islower():
-        return None
-    changed = apply_case(word, language, case)
-    if changed == word:
-        return None
+
+
+def spell(words: Sequence[str], language: str) -> Spellings:
+    """`words` in every case by the rules of `language`."""
+    spelled = {case: apply_case(words, language, case) for case in CASES}
+    changed = {case: _differs(spelled[case], words) for case in CASES}
+    lower = np.fromiter(map(str.islower, words), bool, len(words))
     # "a" in capitals is "A", which is also how it starts a sentence: the sentence start is by far the more frequent.
-    if case == "upper" and word.islower() and changed == capitalise(word, language):
-        return None
-    return changed
+    starts_in_capitals = lower & ~_differs(spelled["upper"], spelled["capitalised"])
+    is_variant = {
+        "as_is": np.ones(len(words), dtype=bool),
+        "capitalised": changed["capitalised"] & lower,
+        "upper": changed["upper"] & ~starts_in_capitals,
+    }
+    return Spellings(spelled, changed, cast(dict[Case, NDArray[np.bool_]], is_variant))
+
+
+def _differs(left: Sequence[str], right: Sequence[str]) -> NDArray[np.bool_]:
+    return np.fromiter(map(ne, left, right), bool, len(left))

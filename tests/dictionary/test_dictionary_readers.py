@@ -13,7 +13,8 @@ from megatron_prealign.errors import UserError
 def read(path: Path, languages: str = "en-de", *, format: str = "auto", on_error: str = "stop"):
     errors = ReadErrors()
     source = DictionaryInput(path=path, languages=tuple(languages.split("-")), format=format)
-    return list(read_entries(source, errors, on_error)), errors
+    blocks = list(read_entries(source, errors, on_error))
+    return [list(entry) for block in blocks for entry in zip(*block.columns, strict=True)], errors
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_prealign.dictionary.variants import apply_case, source_variant
+from megatron_prealign.dictionary.variants import Case, apply_case, spell
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,12 @@ from megatron_prealign.dictionary.variants import apply_case, source_variant
     ],
 )
 def test_case_of_translations(word, language, capitalised, upper):
-    assert apply_case(word, language, "as_is") == word
-    assert apply_case(word, language, "capitalised") == capitalised
-    assert apply_case(word, language, "upper") == upper
+    # Beside others, whose letters must not change how this one is treated.
+    for words in ([word], ["x", word, "Ä"]):
+        place = words.index(word)
+        assert apply_case(words, language, "as_is") == words
+        assert apply_case(words, language, "capitalised")[place] == capitalised
+        assert apply_case(words, language, "upper")[place] == upper
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,11 @@ def test_case_of_translations(word, language, capitalised, upper):
     ],
 )
 def test_source_variants_add_only_new_spellings(word, capitalised, upper):
-    assert source_variant(word, "en", "as_is") == word
-    assert source_variant(word, "en", "capitalised") == capitalised
-    assert source_variant(word, "en", "upper") == upper
+    spellings = spell(["x", word, "x"], "en")
+    expected: dict[Case, str | None] = {"as_is": word, "capitalised": capitalised, "upper": upper}
+    for case, spelling in expected.items():
+        # "x" in capitals is how it starts a sentence.
+        x = case != "upper"
+        assert spellings.is_variant[case].tolist() == [x, spelling is not None, x]
+        assert spellings.words[case][1] == (spelling or apply_case([word], "en", case)[0])
+        assert spellings.changed[case].tolist() == [case != "as_is", spellings.words[case][1] != word, case != "as_is"]
