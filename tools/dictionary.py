@@ -29,7 +29,7 @@ class BuildOptions:
     """Format of the inputs; auto looks at each file.
 
     pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}, tsv two columns, space two words
-    (MUSE).
+    (MUSE), with --weights one more.
     """
     corpus: list[str] = field(default_factory=list)
     """Prefixes of preprocessed datasets in the source languages: coverage is measured and words are counted in them."""
@@ -41,6 +41,11 @@ class BuildOptions:
     """Leave out pairs whose two words are the same tokens."""
     licence: str = ""
     """Licence of the lists, noted in the table."""
+    weights: bool = False
+    """Lists in columns have a third one: the weight of the translation in the draw, a number above 0.
+
+    JSON has it as "weight" without this option. 1 where there is none; of a pair given several times the largest.
+    """
     max_tokens: int = 5_000_000
     """Tokens of each corpus to look at."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -72,7 +77,9 @@ def build(argv: Sequence[str]) -> int:
         max_target_tokens=options.max_target_tokens,
         drop_identical=options.drop_identical,
     )
-    inputs = [parse_input(text, options.languages, options.format, options.licence) for text in options.input]
+    inputs = [
+        parse_input(text, options.languages, options.format, options.licence, options.weights) for text in options.input
+    ]
     if not inputs:
         raise UserError("--input is empty, expected one or more word lists as FILE:SOURCE-TARGET")
     report = BuildReport()
@@ -107,6 +114,7 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
     print(f"{report.errors.count:>12,}  lines skipped")
     for name, count in report.rules.items():
         print(f"{count:>12,}  {name}")
+    print(f"words encoded with {report.encoder}")
     print(f"{table.num_groups:>12,}  groups")
     print(f"{table.num_words:>12,}  words in groups")
     print(f"{table.num_keys:>12,}  keys")

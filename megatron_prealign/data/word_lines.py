@@ -21,7 +21,7 @@ SEPARATOR = "\n"
 _TEXT_CHARACTERS = 1 << 14
 # Enough for all cores, and the arrays of a call stay small.
 _TEXTS_A_CALL = 256
-_RANDOM_WORDS = 256
+_RANDOM_WORDS = 128
 _CHARACTER_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 
 # Texts -> the ids of all of them, one after the other.
@@ -40,6 +40,8 @@ class WordLines:
     ) -> None:
         """Takes the tokenizer as the library has it and as JSON, and `plain`, which encodes words one by one."""
         self._prefix, self._plain = prefix, plain
+        self._seen = numpy.zeros(0x110000, dtype=bool)
+        self._seen[:128] = True
         separator = tokenizer.encode(SEPARATOR, add_special_tokens=False).ids
         self._separator = separator[0] if len(separator) == 1 else -1
         self._engines = list(_engines(tokenizer, definition)) if _splits_lines(definition) else []
@@ -60,6 +62,7 @@ class WordLines:
                 return *rows, name
             # One that failed once is not asked again.
             del self._engines[0]
+            self._seen[128:] = False
         return None
 
     def _encode_lines(self, engine: _Engine, text: str, lines: int) -> tuple[numpy.ndarray, numpy.ndarray] | None:
@@ -78,11 +81,24 @@ class WordLines:
 
     def _is_right(self, words: Sequence[str], text: str, tokens: numpy.ndarray, offsets: numpy.ndarray) -> bool:
         """Compares a sample with the words encoded one by one."""
-        sample = _sample(text, len(words))
+        sample = self._sample(text, len(words))
         rows = self._plain([words[index] for index in sample])
         return all(
             tokens[offsets[index] : offsets[index + 1]].tolist() == row for index, row in zip(sample, rows, strict=True)
         )
+
+    def _sample(self, text: str, lines: int) -> list[int]:
+        """Some lines at random, and for every character outside ASCII a line that has it, the first time that it comes:
+        where libraries differ, it is in what they know of Unicode."""
+        chosen = set(numpy.random.default_rng(lines).integers(lines, size=_RANDOM_WORDS).tolist())
+        if not text.isascii():
+            codes = numpy.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+            places = numpy.flatnonzero(~self._seen[codes])
+            new, first = numpy.unique(codes[places], return_index=True)
+            self._seen[new] = True
+            breaks = numpy.flatnonzero(codes == ord(SEPARATOR))
+            chosen.update(numpy.searchsorted(breaks, places[first]).tolist())
+        return sorted(chosen)
 
 
 def _cut(text: str) -> Iterator[list[str]]:
@@ -138,18 +154,3 @@ def _gigatoken_engine(definition: dict[str, Any]) -> _Engine:
         return ids[numpy.arange(ids.shape[1]) < lengths[:, None]].astype(numpy.int32)
 
     return encode
-
-
-def _sample(text: str, lines: int) -> list[int]:
-    """Some lines at random, and for every character outside ASCII a line that has it: where libraries differ, it is in
-    what they know of Unicode."""
-    chosen = set(numpy.random.default_rng(lines).integers(lines, size=_RANDOM_WORDS).tolist())
-    if not text.isascii():
-        codes = numpy.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        places = numpy.flatnonzero(codes > 127)
-        first = numpy.full(0x110000, -1, dtype=numpy.int64)
-        # The last assignment to an element stays: the first place of every character.
-        first[codes[places][::-1]] = places[::-1]
-        breaks = numpy.flatnonzero(codes == ord(SEPARATOR))
-        chosen.update(numpy.searchsorted(breaks, first[first >= 0]).tolist())
-    return sorted(chosen)

@@ -1,9 +1,9 @@
 """Builds the dictionary table: word lists → groups → case variants → token sequences → keys with candidates."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import compress
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -65,10 +65,10 @@ class _Keys:
     """Keys of one case variant, or of all of them put together (K keys, C candidates); sequences are lexicon rows."""
 
     group: NDArray[np.int64]
-    sequence: NDArray[np.int64]
+    sequence: NDArray[np.int32]
     form: NDArray[np.uint8]
     candidate_key: NDArray[np.int64]
-    candidate_sequence: NDArray[np.int64]
+    candidate_sequence: NDArray[np.int32]
     candidate_language: NDArray[np.int16]
     candidate_weight: NDArray[np.float32]
 
@@ -105,18 +105,18 @@ def build_table(
     Raises:
         UserError: no pair is left.
     """
-    lexicon = SequenceLexicon(tokenizer, groups.languages)
     word_boundary = letter_boundaries(tokenizer)
+    lexicon = SequenceLexicon(tokenizer, groups.languages, word_boundary)
     with Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
         # As the word stands inside a sentence: this spelling decides which pairs are kept and is what alignment sees.
         plain = lexicon.encode(groups.texts, groups.text_language, True, progress)
         groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
         if not len(groups.source):
             raise _nothing_left(report)
-        variants = list(_encode_variants(groups, plain, lexicon, progress))
+        keys = _join(_encode_variants(groups, plain, lexicon, progress))
     report.encoder = " and ".join(lexicon.encoders)
-    parts = _usable_keys(variants, lexicon, word_boundary, settings, report.rules)
-    keys = _unique_keys(_join(parts), groups, lexicon, report.rules)
+    keys = _usable_keys(keys, lexicon, settings, report.rules)
+    keys = _unique_keys(keys, groups, lexicon, report.rules)
     report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
     return _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary, sources)
 
@@ -132,19 +132,19 @@ def _nothing_left(report: BuildReport) -> UserError:
 
 def _keep_pairs(
     groups: Groups,
-    plain: NDArray[np.int64],
+    plain: NDArray[np.int32],
     lexicon: SequenceLexicon,
     settings: BuildSettings,
     rules: Counter[str],
 ) -> Groups:
     """Drops pairs by what their tokens are, then groups without a pair; `texts` stay as they are."""
-    lengths, usable = lexicon.lengths(), lexicon.usable()
+    known = lexicon.known()
     source, target = plain[groups.source[groups.pair_group]], plain[groups.pair_target]
     keep = np.ones(len(source), dtype=bool)
     for name, bad in (
-        (UNKNOWN, ~(usable[source] & usable[target])),
-        (LONG_SOURCE, lengths[source] > MAX_KEY_TOKENS),
-        (LONG_TARGET, lengths[target] > settings.max_target_tokens),
+        (UNKNOWN, ~(known.usable[source] & known.usable[target])),
+        (LONG_SOURCE, known.lengths[source] > MAX_KEY_TOKENS),
+        (LONG_TARGET, known.lengths[target] > settings.max_target_tokens),
         (IDENTICAL, lexicon.same(source, target) & settings.drop_identical),
     ):
         rules[name] += int((keep & bad).sum())
@@ -170,7 +170,7 @@ def _keep_pairs(
 
 
 def _encode_variants(
-    groups: Groups, plain: NDArray[np.int64], lexicon: SequenceLexicon, progress: Progress
+    groups: Groups, plain: NDArray[np.int32], lexicon: SequenceLexicon, progress: Progress
 ) -> Iterator[_Keys]:
     """The words of all groups in each case, after a space and bare; `plain` has the row of each text as it is `[T]`."""
     texts = groups.texts
@@ -181,13 +181,13 @@ def _encode_variants(
         spell(texts[end - size : end], language)
         for language, size, end in zip(groups.languages, sizes.tolist(), ends, strict=True)
     ]
-    bare = np.full(len(texts), -1, dtype=np.int64)
+    bare = np.full(len(texts), -1, dtype=np.int32)
     _encode_into(bare, _mask(len(texts), groups.source, groups.pair_target), texts, groups, False, lexicon, progress)
     as_is = {True: plain, False: bare}
     for case in CASES:
         changed = np.concatenate([each.changed[case] for each in spellings])
         is_variant = np.concatenate([each.is_variant[case] for each in spellings])[groups.source]
-        words = [word for each in spellings for word in each.words[case]]
+        words = list(chain.from_iterable(each.words[case] for each in spellings))
         group = np.flatnonzero(is_variant)
         pairs = np.flatnonzero(is_variant[groups.pair_group])
         # What the case does not change has a row already: most German nouns, every Chinese word.
@@ -216,7 +216,7 @@ def _mask(count: int, *chosen: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _encode_into(
-    rows: NDArray[np.int64],
+    rows: NDArray[np.int32],
     chosen: NDArray[np.bool_],
     words: Sequence[str],
     groups: Groups,
@@ -226,38 +226,25 @@ def _encode_into(
 ) -> None:
     """Sets the rows of the `chosen` texts (bool `[T]`) to those of `words` `[T]`."""
     languages = groups.text_language[chosen]
-    rows[chosen] = lexicon.encode(list(compress(words, chosen)), languages, word_initial, progress)
+    rows[chosen] = lexicon.encode(list(compress(words, chosen.tolist())), languages, word_initial, progress)
 
 
-def _usable_keys(
-    variants: Sequence[_Keys],
-    lexicon: SequenceLexicon,
-    word_boundary: NDArray[np.uint8],
-    settings: BuildSettings,
-    rules: Counter[str],
-) -> list[_Keys]:
-    """Of each variant the keys that can be found in a text as one word and have a candidate."""
-    lengths, usable = lexicon.lengths(), lexicon.usable()
-    inner_starts = lexicon.word_starts(word_boundary)
-    is_single = usable & (lengths <= MAX_KEY_TOKENS) & (inner_starts == 0)
+def _usable_keys(keys: _Keys, lexicon: SequenceLexicon, settings: BuildSettings, rules: Counter[str]) -> _Keys:
+    """The keys that can be found in a text as one word and have a candidate."""
+    known = lexicon.known()
+    single = (known.usable & (known.lengths <= MAX_KEY_TOKENS) & known.single)[keys.sequence]
     # Where the tokenizer keeps the space as a token of its own, the word begins behind it: its key without the space
     # finds it, and the space stays in the text. So this spelling needs no key.
-    bare_marker = (lexicon.first_tokens() == lexicon.space_token) & (inner_starts == 1)
-    is_candidate = usable & (lengths <= settings.max_target_tokens)
-    parts = []
-    for keys in variants:
-        single = is_single[keys.sequence]
-        marked = ~single & bare_marker[keys.sequence]
-        good = is_candidate[keys.candidate_sequence]
-        if settings.drop_identical:
-            good &= ~lexicon.same(keys.candidate_sequence, keys.sequence[keys.candidate_key])
-        filled = np.zeros(len(keys.group), dtype=bool)
-        filled[keys.candidate_key[good]] = True
-        rules[MARKED_KEY] += int(marked.sum())
-        rules[SPLIT_KEY] += int((~single & ~marked).sum())
-        rules[EMPTY_KEY] += int((single & ~filled).sum())
-        parts.append(_take_keys(_take_candidates(keys, np.flatnonzero(good)), np.flatnonzero(filled & single)))
-    return parts
+    marked = ~single & known.behind_space[keys.sequence]
+    good = (known.usable & (known.lengths <= settings.max_target_tokens))[keys.candidate_sequence]
+    if settings.drop_identical:
+        good &= ~lexicon.same(keys.candidate_sequence, keys.sequence[keys.candidate_key])
+    filled = np.zeros(len(keys.group), dtype=bool)
+    filled[keys.candidate_key[good]] = True
+    rules[MARKED_KEY] += int(marked.sum())
+    rules[SPLIT_KEY] += int((~single & ~marked).sum())
+    rules[EMPTY_KEY] += int((single & ~filled).sum())
+    return _take_keys(_take_candidates(keys, np.flatnonzero(good)), np.flatnonzero(filled & single))
 
 
 def _take_candidates(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
@@ -288,18 +275,14 @@ def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
     )
 
 
-def _join(parts: Sequence[_Keys]) -> _Keys:
+def _join(variants: Iterable[_Keys]) -> _Keys:
     """All variants one after the other."""
-    begin = np.cumsum([0, *(len(part.group) for part in parts[:-1])])
-    return _Keys(
-        np.concatenate([part.group for part in parts]),
-        np.concatenate([part.sequence for part in parts]),
-        np.concatenate([part.form for part in parts]),
-        np.concatenate([part.candidate_key + first for part, first in zip(parts, begin, strict=True)]),
-        np.concatenate([part.candidate_sequence for part in parts]),
-        np.concatenate([part.candidate_language for part in parts]),
-        np.concatenate([part.candidate_weight for part in parts]),
-    )
+    parts, count = [], 0
+    for part in variants:
+        parts.append(replace(part, candidate_key=part.candidate_key + count))
+        count += len(part.group)
+    columns = ([getattr(part, column.name) for part in parts] for column in fields(_Keys))
+    return _Keys(*map(np.concatenate, columns))
 
 
 def _unique_keys(keys: _Keys, groups: Groups, lexicon: SequenceLexicon, rules: Counter[str]) -> _Keys:
@@ -335,7 +318,7 @@ def _merge_candidates(keys: _Keys, lexicon: SequenceLexicon) -> _Keys:
 
 def _assemble(
     groups: Groups,
-    plain: NDArray[np.int64],
+    plain: NDArray[np.int32],
     keys: _Keys,
     lexicon: SequenceLexicon,
     tokenizer: Tokenizer,

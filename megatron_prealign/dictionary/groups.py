@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, filterfalse
+from itertools import chain, compress, filterfalse
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ DUPLICATE = "pairs given before"
 CLEANED = "words cleaned (Unicode NFC, spaces, invisible characters)"
 
 # Bits of what is known of a word.
-_HAS_LETTER, _HAS_SPACE, _TO_CLEAN, _OUTSIDE_ASCII = 1, 2, 4, 8
+_HAS_LETTER, _HAS_SPACE, _TO_CLEAN, _OUTSIDE_ASCII, _EMPTY = 1, 2, 4, 8, 16
 _SPACE = ord(" ")
 
 
@@ -67,26 +67,55 @@ class Groups:
     pair_weight: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class _Words:
-    """Cleaned words of one column and what is known of each [N]."""
+@dataclass
+class _Vocabulary:
+    """The words of one language as they stand in the files, each looked at once; they are numbered as they come."""
 
-    texts: list[str]
-    empty: NDArray[np.bool_]
-    letter: NDArray[np.bool_]
-    space: NDArray[np.bool_]
+    numbers: dict[str, int] = field(default_factory=dict)
+    flags: list[NDArray[np.uint8]] = field(default_factory=list)
+    """What is known of each word once it is clean."""
+    cleaned: dict[int, int] = field(default_factory=dict)
+    """Number of a word that had to be cleaned -> number of the clean word."""
+
+    def number(self, column: list[str], cleaned: dict[str, str]) -> NDArray[np.int32]:
+        """The number of each word; `cleaned` gets the words that had to be cleaned."""
+        numbers = self.numbers
+        new = list(dict.fromkeys(filterfalse(numbers.__contains__, column)))
+        numbers.update(zip(new, range(len(numbers), len(numbers) + len(new)), strict=True))
+        flags = _flags(new)
+        dirty = np.flatnonzero(flags & _TO_CLEAN).tolist()
+        for place in dirty:
+            word = new[place]
+            cleaned.setdefault(word, clean(word))
+            flags[place] = _clean_flags(cleaned[word])
+        self.flags.append(flags)
+        if dirty:
+            words = [cleaned[new[place]] for place in dirty]
+            self.cleaned.update(zip([numbers[new[place]] for place in dirty], self.number(words, cleaned), strict=True))
+        return np.fromiter(map(numbers.__getitem__, column), np.int32, len(column))
+
+    def known(self) -> NDArray[np.uint8]:
+        """What is known of each word."""
+        self.flags = [_joined(self.flags, np.uint8)]
+        return self.flags[0]
+
+    def clean_numbers(self) -> NDArray[np.int64]:
+        """For each word the number of the clean one."""
+        numbers = np.arange(len(self.numbers))
+        numbers[list(self.cleaned)] = list(self.cleaned.values())
+        return numbers
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs of one source and one target language [P]; words are numbers within their language."""
+    """Pairs of one source and one target language [P]; words are numbers of their vocabularies."""
 
     source_language: int
     target_language: int
     place: NDArray[np.int64]
     """Place in the order of everything read."""
-    source: NDArray[np.int64]
-    target: NDArray[np.int64]
+    source: NDArray[np.int32]
+    target: NDArray[np.int32]
     weight: NDArray[np.float32]
 
 
@@ -96,8 +125,8 @@ class GroupBuilder:
 
     counts: Counter[str] = field(default_factory=Counter)
     _languages: dict[str, int] = field(default_factory=dict)
-    _words: list[dict[str, int]] = field(default_factory=list)
-    """Per language: word -> its number."""
+    _vocabularies: list[_Vocabulary] = field(default_factory=list)
+    """Per language."""
     _pairs: list[_Pairs] = field(default_factory=list)
     _cleaned: dict[str, str] = field(default_factory=dict)
     _places: int = 0
@@ -125,99 +154,88 @@ class GroupBuilder:
         for rule in (READ, EMPTY, MULTI_WORD_SOURCE, WITHOUT_LETTER, DUPLICATE, CLEANED):
             self.counts[rule] += 0
         ids = [self._languages.setdefault(code, len(self._languages)) for code in languages]
-        self._words += [{} for _ in range(len(self._languages) - len(self._words))]
+        self._vocabularies += [_Vocabulary() for _ in range(len(self._languages) - len(self._vocabularies))]
         count, targets = len(columns[0]), len(columns) - 1
         weight = np.ones(count, dtype=np.float32) if weights is None else np.asarray(weights, dtype=np.float32)
-        (sources, source), *translations = (self._look_at(column) for column in columns)
-        for number, (words, target) in enumerate(translations):
-            left = self._usable(sources, source, words, target)
-            self._pairs.append(
-                _Pairs(
-                    ids[0],
-                    ids[number + 1],
-                    self._places + left * targets + number,
-                    self._numbers(ids[0], sources.texts, source[left]),
-                    self._numbers(ids[number + 1], words.texts, target[left]),
-                    weight[left],
-                )
-            )
+        source, *translations = (
+            self._vocabularies[language].number(column, self._cleaned)
+            for language, column in zip(ids, columns, strict=True)
+        )
+        for number, (language, target) in enumerate(zip(ids[1:], translations, strict=True)):
+            left = self._usable(ids[0], source, language, target)
+            place = self._places + left * targets + number
+            self._pairs.append(_Pairs(ids[0], language, place, source[left], target[left], weight[left]))
         self._places += count * targets
         self.counts[READ] += count * targets
         return count * targets
 
-    def _look_at(self, column: list[str]) -> tuple[_Words, NDArray[np.int64]]:
-        """The different words of a column, cleaned, and which of them stands in each row."""
-        place = dict.fromkeys(column, 0)
-        different = list(place)
-        place.update(zip(different, range(len(different)), strict=True))
-        rows = np.fromiter(map(place.__getitem__, column), np.int64, len(column))
-        flags = _flags(different)
-        empty = np.fromiter(map(len, different), np.int64, len(different)) == 0
-        for index in np.flatnonzero(flags & _TO_CLEAN).tolist():
-            word = different[index]
-            cleaned = self._cleaned.get(word)
-            if cleaned is None:
-                cleaned = self._cleaned[word] = clean(word)
-                self.counts[CLEANED] += cleaned != word.strip()
-            different[index], empty[index] = cleaned, not cleaned
-            flags[index] = has_letter(cleaned) * _HAS_LETTER | (" " in cleaned) * _HAS_SPACE
-        return _Words(different, empty, flags & _HAS_LETTER != 0, flags & _HAS_SPACE != 0), rows
-
     def _usable(
-        self, sources: _Words, source: NDArray[np.int64], words: _Words, target: NDArray[np.int64]
+        self, source_language: int, source: NDArray[np.int32], target_language: int, target: NDArray[np.int32]
     ) -> NDArray[np.int64]:
         """The rows that no rule takes."""
+        source_flags = self._vocabularies[source_language].known()[source]
+        target_flags = self._vocabularies[target_language].known()[target]
         keep = np.ones(len(source), dtype=bool)
         for rule, bad in (
-            (EMPTY, sources.empty[source] | words.empty[target]),
-            (MULTI_WORD_SOURCE, sources.space[source]),
-            (WITHOUT_LETTER, ~(sources.letter[source] & words.letter[target])),
+            (EMPTY, (source_flags | target_flags) & _EMPTY),
+            (MULTI_WORD_SOURCE, source_flags & _HAS_SPACE),
+            (WITHOUT_LETTER, ~(source_flags & target_flags) & _HAS_LETTER),
         ):
-            self.counts[rule] += int((keep & bad).sum())
-            keep &= ~bad
+            self.counts[rule] += int((keep & (bad != 0)).sum())
+            keep &= bad == 0
         return np.flatnonzero(keep)
-
-    def _numbers(self, language: int, texts: list[str], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of the words of `rows` within their language; new words get the next ones."""
-        known = self._words[language]
-        used = np.zeros(len(texts), dtype=bool)
-        used[rows] = True
-        words = list(compress(texts, used))
-        new = dict.fromkeys(filterfalse(known.__contains__, words))
-        known.update(zip(new, range(len(known), len(known) + len(new)), strict=True))
-        numbers = np.zeros(len(texts), dtype=np.int64)
-        numbers[used] = np.fromiter(map(known.__getitem__, words), np.int64, len(words))
-        return numbers[rows]
 
     def build(self) -> Groups:
         """The groups of everything added so far."""
-        sizes = [len(words) for words in self._words]
-        first_text = np.cumsum([0, *sizes])
-        source = _joined([pairs.source + first_text[pairs.source_language] for pairs in self._pairs], np.int64)
-        target = _joined([pairs.target + first_text[pairs.target_language] for pairs in self._pairs], np.int64)
+        self.counts[CLEANED] = sum(cleaned != word.strip() for word, cleaned in self._cleaned.items())
+        clean_numbers = [vocabulary.clean_numbers() for vocabulary in self._vocabularies]
+        first = np.cumsum([0, *map(len, clean_numbers)])
+        sources, targets = (
+            [clean_numbers[language][numbers] + first[language] for language, numbers in side]
+            for side in (
+                [(pairs.source_language, pairs.source) for pairs in self._pairs],
+                [(pairs.target_language, pairs.target) for pairs in self._pairs],
+            )
+        )
+        source, target = _joined(sources, np.int64), _joined(targets, np.int64)
         weight = _joined([pairs.weight for pairs in self._pairs], np.float32)
         order = np.argsort(_joined([pairs.place for pairs in self._pairs], np.int64), kind="stable")
-        source, target, weight = source[order], target[order], weight[order]
+        # Only words of pairs become texts.
+        used = np.zeros(first[-1], dtype=bool)
+        used[source] = used[target] = True
+        number = np.cumsum(used) - 1
+        texts = compress(chain.from_iterable(each.numbers for each in self._vocabularies), used.tolist())
+        language = np.repeat(np.arange(len(self._languages), dtype=np.int16), np.diff(first))
+        return self._grouped(tuple(texts), language[used], number[source[order]], number[target[order]], weight[order])
+
+    def _grouped(
+        self,
+        texts: tuple[str, ...],
+        text_language: NDArray[np.int16],
+        source: NDArray[np.int64],
+        target: NDArray[np.int64],
+        weight: NDArray[np.float32],
+    ) -> Groups:
+        """Pairs, in the order in which they were read, as groups."""
         # Groups are numbered in the order in which their source words come first.
-        texts, first, source_rank = np.unique(source, return_index=True, return_inverse=True)
+        words, first, source_rank = np.unique(source, return_index=True, return_inverse=True)
         by_mention = np.argsort(first)
-        number = np.empty(len(texts), dtype=np.int64)
-        number[by_mention] = np.arange(len(texts))
+        number = np.empty(len(words), dtype=np.int64)
+        number[by_mention] = np.arange(len(words))
         group = number[source_rank]
-        # Stable: what comes first of equal pairs is the first mention.
-        _, once, same = np.unique(group * (first_text[-1] + 1) + target, return_index=True, return_inverse=True)
+        # What comes first of equal pairs is the first mention.
+        _, once, same = np.unique(group * (len(texts) + 1) + target, return_index=True, return_inverse=True)
         self.counts[DUPLICATE] = len(group) - len(once)
         largest = np.zeros(len(once), dtype=np.float32)
         np.maximum.at(largest, same, weight)
-        text_language = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
         # By group and language; translations of one language keep the order of the files, where dictionaries put the
         # best first.
         order = np.lexsort((once, text_language[target[once]], group[once]))
         return Groups(
             languages=tuple(self._languages),
-            texts=tuple(word for words in self._words for word in words),
+            texts=texts,
             text_language=text_language,
-            source=texts[by_mention].astype(np.int32),
+            source=words[by_mention].astype(np.int32),
             pair_group=group[once][order].astype(np.int32),
             pair_target=target[once][order].astype(np.int32),
             pair_weight=largest[order],
@@ -233,6 +251,7 @@ def _flags(words: list[str]) -> NDArray[np.uint8]:
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), dtype="<u4")
     flags = np.zeros(len(words), dtype=np.uint8)
+    flags[lengths == 0] = _EMPTY
     filled = np.flatnonzero(lengths)
     if len(filled):
         end = np.cumsum(lengths)[filled]
@@ -248,6 +267,10 @@ def _flags(words: list[str]) -> NDArray[np.uint8]:
         if not unicodedata.is_normalized("NFC", words[index]):
             flags[index] |= _TO_CLEAN
     return flags
+
+
+def _clean_flags(word: str) -> int:
+    return has_letter(word) * _HAS_LETTER | (" " in word) * _HAS_SPACE | (not word) * _EMPTY
 
 
 def _character_flags(codes: NDArray[np.uint32]) -> NDArray[np.uint8]:

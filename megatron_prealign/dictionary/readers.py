@@ -26,7 +26,7 @@ OnError = Literal["stop", "skip"]
 MAX_LISTED_ERRORS = 100
 # What a 32-bit float holds with room to add many.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
-_BLOCK_BYTES = 1 << 23
+_BLOCK_BYTES = 1 << 22
 LANGUAGES_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(-[A-Za-z][A-Za-z0-9_]*)+")
 WORDS_SEPARATOR = "$"
 _SURROGATE = re.compile("[\ud800-\udfff]")

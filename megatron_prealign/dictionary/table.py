@@ -67,9 +67,10 @@ def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArr
     """How many `marks` are set in each row of a ragged array with these `offsets` `[N+1]`."""
     if not marks.any():
         return np.zeros(len(offsets) - 1, dtype=np.int64)
-    total = np.zeros(len(marks) + 1, dtype=np.int64)
+    # Half the memory is several times faster where it has to come from the system first.
+    total = np.zeros(len(marks) + 1, dtype=np.int32 if len(marks) < 2**31 else np.int64)
     np.cumsum(marks, out=total[1:])
-    return np.diff(total[offsets])
+    return np.diff(total[offsets]).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +223,7 @@ class DictionaryTable:
         Raises:
             UserError: the folder does not exist or cannot be written.
         """
-        from safetensors.numpy import save
+        from safetensors.numpy import save_file
 
         path = Path(path)
         metadata = {
@@ -236,8 +237,11 @@ class DictionaryTable:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(path) as temporary:
-                # safetensors' own save_file makes files that only their owner can read, whatever the umask says.
-                temporary.write_bytes(save(tensors, metadata))
+                # safetensors makes files that only their owner can read, whatever the umask says.
+                temporary.touch()
+                mode = temporary.stat().st_mode
+                save_file(tensors, temporary, metadata)
+                temporary.chmod(mode)
         except OSError as error:
             raise UserError(f"{path}: cannot write the dictionary table: {error}") from error
 

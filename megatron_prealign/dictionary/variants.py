@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
 from operator import ne
 from typing import Literal, cast
 
@@ -60,7 +61,7 @@ def apply_case(words: Sequence[str], language: str, case: Case) -> list[str]:
         return list(words)
     if case == "upper":
         # Only words outside ASCII can hold a letter that needs a look.
-        georgian = _GEORGIAN.search("".join(word for word in words if not word.isascii()))
+        georgian = _GEORGIAN.search("".join(filterfalse(str.isascii, words)))
         if georgian or language in _DOTTED_I:
             return [upper(word, language) for word in words]
         return list(map(str.upper, words))
@@ -92,7 +93,8 @@ class Spellings:
 def spell(words: Sequence[str], language: str) -> Spellings:
     """`words` in every case by the rules of `language`."""
     spelled = {case: apply_case(words, language, case) for case in CASES}
-    changed = {case: _differs(spelled[case], words) for case in CASES}
+    nothing = np.zeros(len(words), dtype=bool)
+    changed = {case: nothing if case == "as_is" else _differs(spelled[case], words) for case in CASES}
     lower = np.fromiter(map(str.islower, words), bool, len(words))
     # "a" in capitals is "A", which is also how it starts a sentence: the sentence start is by far the more frequent.
     starts_in_capitals = lower & ~_differs(spelled["upper"], spelled["capitalised"])
