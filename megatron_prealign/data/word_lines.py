@@ -42,8 +42,9 @@ class WordLines:
         self._prefix, self._plain = prefix, plain
         self._seen = numpy.zeros(0x110000, dtype=bool)
         self._seen[:128] = True
-        separator = tokenizer.encode(SEPARATOR, add_special_tokens=False).ids
-        self._separator = separator[0] if len(separator) == 1 else -1
+        # Behind a letter: some tokenizers put a space in front of a text.
+        separator = tokenizer.encode(f"a{SEPARATOR}", add_special_tokens=False).ids[-1]
+        self._separator = separator if tokenizer.decode([separator]) == SEPARATOR else -1
         self._engines = list(_engines(tokenizer, definition)) if _splits_lines(definition) else []
 
     def encode(self, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray, str] | None:
