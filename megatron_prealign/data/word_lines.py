@@ -43,8 +43,8 @@ class WordLines:
         self._seen = numpy.zeros(0x110000, dtype=bool)
         self._seen[:128] = True
         # Behind a letter: some tokenizers put a space in front of a text.
-        separator = tokenizer.encode(f"a{SEPARATOR}", add_special_tokens=False).ids[-1]
-        self._separator = separator if tokenizer.decode([separator]) == SEPARATOR else -1
+        letter, line = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", f"a{SEPARATOR}"))
+        self._separator = line[-1] if line[:-1] == letter else -1
         self._engines = list(_engines(tokenizer, definition)) if _splits_lines(definition) else []
 
     def encode(self, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray, str] | None:

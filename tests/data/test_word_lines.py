@@ -123,6 +123,14 @@ def test_llama_is_encoded_as_lines_where_no_word_ends_in_punctuation(tmp_path, m
     assert tokenizer.word_encoder == "tokenizers"
 
 
+def test_a_token_across_line_breaks_is_noticed_without_the_sample(tmp_path, monkeypatch):
+    without_gigatoken(monkeypatch)
+    monkeypatch.setattr(word_lines, "_RANDOM_WORDS", 0)
+    tokenizer = make(tmp_path / "llama", "llama")
+    assert rows(tokenizer, ["fox", "etc."], True) == tokenizer.encode_words(["fox", "etc."])
+    assert tokenizer.word_encoder == "tokenizers, word by word"
+
+
 def test_gigatoken_is_used_where_it_is_right(tmp_path, monkeypatch):
     asked = fake_gigatoken(monkeypatch)
     tokenizer = make(tmp_path / "byte", "byte")
@@ -153,6 +161,7 @@ def test_a_character_outside_ascii_is_always_in_the_sample(tmp_path, monkeypatch
 
 
 def test_added_tokens_are_left_to_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(word_lines, "_RANDOM_WORDS", 0)
     asked = fake_gigatoken(monkeypatch)
     folder = make(tmp_path / "byte", "byte").path
     data = json.loads((folder / "tokenizer.json").read_text())
@@ -164,7 +173,7 @@ def test_added_tokens_are_left_to_the_library(tmp_path, monkeypatch):
     assert rows(tokenizer, ["fox"], True) == tokenizer.encode_words(["fox"])
     assert tokenizer.word_encoder == "gigatoken" and asked
     assert rows(tokenizer, words, True) == tokenizer.encode_words(words)
-    assert tokenizer.decode(tokenizer.encode_word("<tool>")[-1:]) == "<tool>" and tokenizer.word_encoder == "tokenizers"
+    assert tokenizer.decode(tokenizer.encode_word("<tool>")) == "Ġ <tool>" and tokenizer.word_encoder == "tokenizers"
 
 
 def test_clone(tmp_path, monkeypatch):
