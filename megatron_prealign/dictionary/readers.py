@@ -217,14 +217,21 @@ def _text_of(record: dict[str, object], key: str) -> str:
     return value
 
 
+def _weight_of(record: dict[str, object]) -> float:
+    value = record.get("weight", 1.0)
+    if isinstance(value, str):
+        raise ValueError(f"the weight is {value!r}, expected a number without quotes")
+    return _weight(value)
+
+
 def _parse_pairs(line: str, weights: bool) -> tuple[list[str], float]:
     record = _parse_json(line)
-    return [_text_of(record, "src_text"), _text_of(record, "tgt_text")], _weight(record.get("weight", 1.0))
+    return [_text_of(record, "src_text"), _text_of(record, "tgt_text")], _weight_of(record)
 
 
 def _parse_words(line: str, weights: bool) -> tuple[list[str], float]:
     record = _parse_json(line)
-    return _text_of(record, "words").split(WORDS_SEPARATOR), _weight(record.get("weight", 1.0))
+    return _text_of(record, "words").split(WORDS_SEPARATOR), _weight_of(record)
 
 
 # Format -> (line, whether columns have a weight) -> words and weight.

@@ -9,7 +9,7 @@ from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary import build as rules
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.groups import GroupBuilder
-from megatron_prealign.dictionary.table import HAS_LETTER, DictionaryTable, find_problem
+from megatron_prealign.dictionary.table import HAS_LETTER, TENSORS, DictionaryTable, find_problem
 from megatron_prealign.errors import UserError
 
 
@@ -122,6 +122,48 @@ def test_words_are_spelled_once_as_inside_a_sentence(tokenizer):
     assert [table.text(word) for word in range(table.num_words)] == ["apple", "Apfel", "house", "Haus", "das Haus"]
     assert table.group_offsets.tolist() == [0, 2, 5]
     assert table.word_language.tolist() == [0, 1, 0, 1, 1]
+
+
+def weights_of(table: DictionaryTable, tokenizer: Tokenizer) -> dict[str, list[float]]:
+    weights = (table.candidate_weight[slice(*table.key_candidate_offsets[k : k + 2])] for k in range(table.num_keys))
+    return dict(zip(translations(table, tokenizer), (each.tolist() for each in weights), strict=True))
+
+
+def test_weights_stay_with_their_candidates(tokenizer):
+    report = BuildReport()
+    builder = GroupBuilder()
+    builder.add([["apple", "rot"]], ("en", "de"))
+    builder.add([["bank", "Bank"], ["bank", "ufer"], ["bank", "Ufer"]], ("en", "de"), [0.5, 2.0, 3.0])
+    builder.add([["bank", "banque"]], ("en", "fr"), [0.25])
+    table = build_table(builder.build(), tokenizer, BuildSettings(), report)
+    found, weights = translations(table, tokenizer), weights_of(table, tokenizer)
+    assert table.candidate_weight.dtype == np.float32
+    assert (found[" apple"], weights[" apple"]) == (["de: rot"], [1.0])
+    assert found[" bank"] == ["de: Bank", "de: ufer", "de: Ufer", "fr: banque"]
+    assert weights[" bank"] == [0.5, 2.0, 3.0, 0.25]
+    # "Bank" for "Bank" is dropped, and in these cases two translations are one: the larger weight.
+    assert (found[" Bank"], weights[" Bank"]) == (["de: Ufer", "fr: Banque"], [3.0, 0.25])
+    assert (found["BANK"], weights["BANK"]) == (["de:UFER", "fr:BANQUE"], [3.0, 0.25])
+
+
+def test_sequences_with_the_same_hash_are_told_apart(tokenizer, monkeypatch):
+    entries = [["polish", "polieren"], ["Polish", "polnisch"], ["apple", "Apfel"], ["apple", "apfel"], ["bank", "bank"]]
+    expected, report = make(tokenizer, ("en-de", entries), ("de-en", [["Apfel", "apple"]]))
+    monkeypatch.setattr(
+        "megatron_prealign.dictionary.lexicon._hash_rows", lambda tokens, offsets: np.zeros(len(offsets) - 1, np.uint64)
+    )
+    table, same_report = make(tokenizer, ("en-de", entries), ("de-en", [["Apfel", "apple"]]))
+    assert same_report.rules == report.rules
+    assert all(np.array_equal(getattr(table, name), getattr(expected, name)) for name in TENSORS)
+
+
+def test_many_words_are_encoded_in_batches(tokenizer, monkeypatch):
+    entries = [["apple", "Apfel"], ["house", "das Haus"], ["red", "rot"], ["bank", "银行"], ["polish", "polieren"]]
+    expected, _ = make(tokenizer, ("en-de", entries))
+    monkeypatch.setattr("megatron_prealign.dictionary.lexicon._BATCH", 2)
+    table, report = make(tokenizer, ("en-de", entries))
+    assert all(np.array_equal(getattr(table, name), getattr(expected, name)) for name in TENSORS)
+    assert report.encoder == tokenizer.word_encoder
 
 
 def test_limits(tokenizer):

@@ -37,6 +37,22 @@ def test_build_and_coverage(tokenizer, tmp_path, make_dataset, capsys):
     assert "(en): 60.0% (3 of 5 running words" in capsys.readouterr().out
 
 
+def test_weights_of_a_list(tokenizer, tmp_path, capsys):
+    (tmp_path / "de.tsv").write_text("house\tHaus\t2\nhouse\trot\t0.5\n")
+    output = str(tmp_path / "table.safetensors")
+    arguments = ["dictionary", "build", "--input", f"{tmp_path}/de.tsv:en-de", "--tokenizer", str(tokenizer.path)]
+    arguments += ["--output", output]
+    # Without the option a third column is a mistake, with it everything else is.
+    assert main(arguments) == 2
+    assert "de.tsv:1: got 3 columns, expected 2 separated by one tab" in capsys.readouterr().err
+    assert main([*arguments, "--weights", "true"]) == 0
+    assert "words encoded with " in capsys.readouterr().out
+    assert load_table(output).candidate_weight.tolist() == [2.0, 0.5] * 6
+    (tmp_path / "de.tsv").write_text("house\tHaus\t2\nhouse\trot\tx\n")
+    assert main([*arguments, "--weights", "true"]) == 2
+    assert "de.tsv:2: the weight is 'x', expected a number above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [

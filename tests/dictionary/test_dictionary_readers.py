@@ -17,6 +17,14 @@ def read(path: Path, languages: str = "en-de", *, format: str = "auto", on_error
     return [list(entry) for block in blocks for entry in zip(*block.columns, strict=True)], errors
 
 
+def read_weights(path: Path, *, format: str = "auto", on_error: str = "stop") -> list[tuple[str, str, float]]:
+    source = DictionaryInput(path=path, languages=("en", "de"), format=format, weights=True)
+    entries: list[tuple[str, str, float]] = []
+    for block in read_entries(source, ReadErrors(), on_error):
+        entries += zip(*block.columns, block.weights or [1.0] * len(block.columns[0]), strict=True)
+    return entries
+
+
 @pytest.mark.parametrize(
     ("name", "text", "languages", "expected"),
     [
@@ -120,3 +128,72 @@ def test_input_with_languages(tmp_path):
         parse_input("a.tsv")
     with pytest.raises(UserError, match="two or more different codes"):
         parse_input("a.tsv:en-en")
+
+
+ODD_LINES = [
+    *(b"apple\tApfel", b"house\tHaus", b"", b" \t \v", b"red\trot\r", b"caf\xe9\tKaffee", b"one"),
+    *(b"a\tb\tc", "été\tSommer".encode(), b"\tApfel", b"apple\t", b"x\r y\tz", b"\xef\xbb\xbfbank\tBank"),
+]
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 20])
+def test_blocks_of_lines_read_like_lines(tmp_path, monkeypatch, block):
+    """Regular blocks take another way than odd ones; entries, numbers and messages must not show it."""
+    monkeypatch.setattr("megatron_prealign.dictionary.readers._BLOCK_BYTES", block)
+    regular = [b"word%d\twort%d" % (number, number) for number in range(20)]
+    lines = [regular[0], *(line for odd in ODD_LINES for line in (odd, *regular))]
+    (tmp_path / "a.tsv").write_bytes(b"\n".join(lines))
+    entries, errors = read(tmp_path / "a.tsv", on_error="skip")
+    good = [line for line in lines if line.count(b"\t") == 1 and b"\xe9" not in line and line.strip()]
+    assert entries == [line.decode().rstrip("\r").split("\t") for line in good]
+    bad = [number for number, line in enumerate(lines, start=1) if line in (b"caf\xe9\tKaffee", b"one", b"a\tb\tc")]
+    assert [message.split(": ")[0] for message in errors.first] == [f"{tmp_path}/a.tsv:{number}" for number in bad]
+    # A file that is regular from end to end, compressed and not.
+    for data in (b"\n".join(regular), gzip.compress(b"\r\n".join(regular) + b"\r\n")):
+        (tmp_path / "b.tsv").write_bytes(data)
+        assert read(tmp_path / "b.tsv")[0] == [line.decode().split("\t") for line in regular]
+
+
+def test_weights(tmp_path):
+    path = tmp_path / "list"
+    expected = [("apple", "Apfel", 0.5), ("house", "Haus", 3.0)]
+    path.write_text("apple\tApfel\t0.5\nhouse\tHaus\t3\n")
+    assert read_weights(path) == expected
+    path.write_text("apple Apfel 0.5\nhouse Haus 3e0\n")
+    assert read_weights(path) == expected
+    # JSON needs no option; what has no weight has 1.
+    path.write_text('{"src_text": "apple", "tgt_text": "Apfel", "weight": 0.5}\n{"src_text": "a", "tgt_text": "b"}\n')
+    assert read_weights(path) == [("apple", "Apfel", 0.5), ("a", "b", 1.0)]
+    blocks = list(read_entries(DictionaryInput(path=path, languages=("en", "de")), ReadErrors()))
+    assert [block.weights for block in blocks] == [[0.5, 1.0]]
+    path.write_text('{"words": "apple$Apfel", "weight": 2}\n')
+    assert read_weights(path) == [("apple", "Apfel", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("red\trot", "got 2 columns, expected 3 separated by one tab each, the third a weight"),
+        ("red\trot\t", "the weight is '', expected a number above 0 (1e-30 to 1e+30)"),
+        ("red\trot\tmuch", "the weight is 'much', expected"),
+        ("red\trot\t0", "the weight is '0', expected"),
+        ("red\trot\t-1", "the weight is '-1', expected"),
+        ("red\trot\tnan", "the weight is 'nan', expected"),
+        ("red\trot\tinf", "the weight is 'inf', expected"),
+        ("red\trot\t1e-46", "the weight is '1e-46', expected"),
+    ],
+)
+def test_bad_weights_name_file_and_line(tmp_path, line, message):
+    path = tmp_path / "a.tsv"
+    path.write_text(f"apple\tApfel\t1\n{line}\nhouse\tHaus\t2\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}:2: {message}")):
+        read_weights(path)
+    assert read_weights(path, on_error="skip") == [("apple", "Apfel", 1.0), ("house", "Haus", 2.0)]
+
+
+@pytest.mark.parametrize("value", ["0", '"0.5"', "true", "null", "[]", "1" + "0" * 400])
+def test_bad_weights_in_json(tmp_path, value):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"src_text": "apple", "tgt_text": "Apfel", "weight": ' + value + "}\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: the weight is ")):
+        read(path)

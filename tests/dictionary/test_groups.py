@@ -1,7 +1,9 @@
 """Pairs join groups, and every rule counts what it takes."""
 
+from collections import Counter
+
 from megatron_prealign.dictionary import groups as rules
-from megatron_prealign.dictionary.groups import GroupBuilder, clean
+from megatron_prealign.dictionary.groups import GroupBuilder, clean, has_letter
 
 
 def groups_of(builder: GroupBuilder) -> dict[str, list[str]]:
@@ -55,6 +57,43 @@ def test_every_rule_is_counted():
         # "der\u00a0 Apfel", "cafe\u0301" and "Ka\u00adffee"
         rules.CLEANED: 3,
     }
+
+
+def test_the_largest_weight_of_a_pair_wins():
+    builder = GroupBuilder()
+    builder.add([["bank", "Bank"], ["bank", "Ufer"], [" bank", "Bank"]], ("en", "de"), [1.0, 0.25, 2.0])
+    builder.add([["bank", "Bank"], ["bank", "banque"]], ("en", "de"), [0.5, 0.125])
+    builder.add([["bank", "banque"]], ("en", "fr"))
+    built = builder.build()
+    assert [built.texts[i] for i in built.pair_target] == ["Bank", "Ufer", "banque", "banque"]
+    assert built.pair_weight.tolist() == [2.0, 0.25, 0.125, 1.0]
+
+
+def test_words_in_many_blocks_and_languages_are_the_same_words():
+    words = ["bank", "bank ", "ba\u00adnk", "Bank", "être", "e\u0302tre", "", " ", "a b", "x  y", "1", "ABC", "銀行"]
+    pairs = [[left, right] for left in words for right in words]
+    whole, parts = GroupBuilder(), GroupBuilder()
+    whole.add(pairs, ("en", "de"))
+    for pair in pairs:
+        parts.add([pair], ("en", "de"))
+    assert groups_of(whole) == groups_of(parts)
+    assert whole.counts == parts.counts
+    # One pair at a time, by the rules as they are written down.
+    counts: Counter[str] = Counter({rules.READ: len(pairs), rules.CLEANED: 3})
+    expected: dict[str, list[str]] = {}
+    for source, target in ([clean(word) for word in pair] for pair in pairs):
+        if not source or not target:
+            counts[rules.EMPTY] += 1
+        elif " " in source:
+            counts[rules.MULTI_WORD_SOURCE] += 1
+        elif not has_letter(source) or not has_letter(target):
+            counts[rules.WITHOUT_LETTER] += 1
+        elif f"de:{target}" in expected.setdefault(source, []):
+            counts[rules.DUPLICATE] += 1
+        else:
+            expected[source].append(f"de:{target}")
+    assert groups_of(whole) == expected
+    assert whole.counts == counts
 
 
 def test_cleaning_keeps_joiners_that_are_spelling():
