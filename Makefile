@@ -27,8 +27,10 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/english_clone/run.py
 
+# Triton decides at its first import whether kernels are interpreted, so those tests need a process of their own.
 test: $(STAMP)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_code_switch.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

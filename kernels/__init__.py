@@ -1,22 +1,29 @@
 """Device kernels, each beside a plain-torch reference that gives the same integers."""
 
-from megatron_prealign.kernels.code_switch_reference import (
+from megatron_prealign.kernels.build_ngram_table import build_ngram_table
+from megatron_prealign.kernels.code_switch import code_switch
+from megatron_prealign.kernels.code_switch_interface import (
     LABEL_MODES,
+    LANGUAGES_FROM,
     CodeSwitchOutput,
-    code_switch_reference,
+    CodeSwitchSettings,
     ratio_threshold,
 )
-from megatron_prealign.kernels.ngram_table import MAX_NGRAM, NgramTable, build_ngram_table, lookup
+from megatron_prealign.kernels.code_switch_reference import code_switch_reference, document_starts_of
+from megatron_prealign.kernels.ngram_table import MAX_NGRAM, NgramTable
 from megatron_prealign.kernels.philox import philox_4x32_10
 
 __all__ = [
     "LABEL_MODES",
+    "LANGUAGES_FROM",
     "MAX_NGRAM",
     "CodeSwitchOutput",
+    "CodeSwitchSettings",
     "NgramTable",
     "build_ngram_table",
+    "code_switch",
     "code_switch_reference",
-    "lookup",
+    "document_starts_of",
     "philox_4x32_10",
     "ratio_threshold",
 ]

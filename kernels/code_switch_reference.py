@@ -2,9 +2,12 @@
 
 Known words of the input are replaced by translations, the labels stay in the original language. Everything that
 decides is integer arithmetic on (seed, sample id, position, tokens of the word), so a row comes out the same on any
-device, in any batch and after any resume. Nothing here waits for the device: shapes never depend on data.
+device, in any batch and after any resume.
 
-Shapes: B rows, S positions; the input has S+1 tokens so that every position has a label.
+This is also what runs on a CPU, so it is written for one: the few words that are switched are taken out of the batch
+and worked on as lists. On a GPU that waits for the device several times a call; the Triton kernel does not.
+
+Shapes: B rows of W source tokens, S positions of the result, N words.
 """
 
 from typing import NamedTuple
@@ -12,58 +15,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_prealign.kernels.code_switch_interface import (
+    LANGUAGES_FROM,
+    CodeSwitchOutput,
+    CodeSwitchSettings,
+    check_inputs,
+)
 from megatron_prealign.kernels.ngram_table import (
     BOUNDARY_AFTER,
     BOUNDARY_BEFORE,
     HAS_LETTER,
-    MAX_NGRAM,
+    LENGTH_SHIFT,
+    MAX_CANDIDATE_TOKENS,
+    TARGET_SHIFT,
     TOKEN_BITS,
+    WORD,
     NgramTable,
     draw,
     lookup,
     pack_first,
 )
-from megatron_prealign.kernels.philox import WORD, philox_4x32_10
-
-LABEL_MODES = ("input_only", "codeswitch", "no_predict", "mix")
-COUNTS_BEFORE_LANGUAGES = 3
-"""counts[0..2] are running, known and switched words; counts[3 + language] the words switched into that language."""
-
-# lifts (first candidate token - position) above zero, so that zero can mean "not switched"
-_LIFT = 1 << 40
-
-
-class CodeSwitchOutput(NamedTuple):
-    """A batch ready for the model."""
-
-    tokens: Tensor
-    """int64 [B, S], model input."""
-    labels: Tensor
-    """int64 [B, S], 0 where nothing is to be predicted (vocabulary-parallel cross entropy takes no negative label)."""
-    loss_mask: Tensor
-    """float32 [B, S], 1 where the label counts, else 0."""
-    position_ids: Tensor
-    """int64 [B, S], 0..S-1."""
-    counts: Tensor
-    """int64 [3 + languages] of this batch: running, known and switched words, words switched into each language.
-
-    A running word lies whole in the window and, where the table knows letters, its first token contains one."""
+from megatron_prealign.kernels.philox import philox_4x32_10
 
 
 class _Words(NamedTuple):
-    """Words of the window, by the position of their first token (width S+1)."""
+    """Words taken out of the batch, in the order of the batch (all int64 [N])."""
 
-    starts: Tensor
-    """bool [B, S+1], a word starts here."""
-    short: Tensor
-    """bool [B, S+1], a word starts here that ends inside the window and fits the table's columns."""
-    columns: list[Tensor]
-    """int64 [B, S+1] each, the word packed as a table key."""
+    row: Tensor
+    position: Tensor
+    """Of the first token."""
+    length: Tensor
+    """Tokens of the word."""
+
+    def take(self, index: Tensor) -> "_Words":
+        return _Words(*(each.index_select(0, index) for each in self))
 
 
-def ratio_threshold(ratio: float) -> int:
-    """Threshold of 32 random bits below which a word is switched: never for ratio 0, always for ratio 1."""
-    return round(ratio * (1 << 32))
+class _Switched(NamedTuple):
+    """The words that are replaced."""
+
+    words: _Words
+    begin: Tensor
+    """int64 [N], first token of the translation in candidate_tokens."""
+    size: Tensor
+    """int64 [N], tokens of the translation."""
+    target: Tensor
+    """int64 [N], its language."""
+    follows: Tensor
+    """bool [N], whether mode "mix" predicts the translation."""
 
 
 def code_switch_reference(
@@ -71,20 +70,18 @@ def code_switch_reference(
     language: Tensor,
     sample_id: Tensor,
     table: NgramTable,
-    *,
-    seed: int,
     thresholds: Tensor,
-    label_mode: str,
-    pad_id: int,
-    eod_id: int | None = None,
+    settings: CodeSwitchSettings,
+    word_starts: Tensor | None = None,
 ) -> CodeSwitchOutput:
     """Switches known words of a batch into other languages.
 
-    A word starts where the token before allows it or the token itself demands it (`NgramTable.word_boundary`), and ends
-    where the next one starts. Words cut by either edge of the window are never touched, so the last token never is.
-    Each occurrence of a word draws four 32-bit words r0..r3 from Philox with key = seed and counter = (position of the
-    word's first token, sample id low, sample id high, 0): r1 chooses the target language, r2 the candidate, r0 whether
-    to switch (r0 < thresholds[target]), r3 the labels in mode "mix". Labels of the k-th token of a translation:
+    A word starts where the token before allows it, the token itself demands it (`NgramTable.word_boundary`) or
+    `word_starts` says so, and ends where the next one starts. Words cut by either edge of the source are never touched.
+    Each known word draws four 32-bit words r0..r3 from Philox with key = seed and counter = (position of the word's
+    first token, sample id low, sample id high, 0): r1 chooses the translation and with it the target language, r0
+    whether to switch (r0 < thresholds[source, target]), r3 the labels in mode "mix"; r2 is spare. Labels of the k-th
+    token of a translation:
 
     - input_only: the first one predicts the word's own first token, the others nothing;
     - codeswitch: the translation's own tokens;
@@ -92,192 +89,244 @@ def code_switch_reference(
     - mix: as codeswitch if r3 < 2^31, else as input_only, per word.
 
     "Predicts" is seen from the position before, as always. The result has S positions: what grows past the end is cut,
-    what is missing is filled with `pad_id` and loss mask 0.
+    source tokens beyond the first S+1 (the lookahead) fill a row that became shorter, and what is still missing is
+    filled with `pad_id` and loss mask 0.
 
     Args:
-        tokens: int32 or int64 [B, S+1].
-        language: integer [B], index into the table's languages; -1 for a row that is never switched.
+        tokens: int32 or int64 [B, W], W > S.
+        language: int64 [B], index into the table's languages; -1 for a row that is never switched.
         sample_id: int64 [B], must not repeat within a run, or words repeat their draws.
         table: on the same device.
-        seed: 0 to 2^64-1.
-        thresholds: int64 [languages], `ratio_threshold` of each target language.
-        label_mode: one of LABEL_MODES.
-        pad_id: token that fills up rows which became shorter.
-        eod_id: if given, positions whose input is this token get loss mask 0.
+        thresholds: int64 [L, L], `ratio_threshold` of each source and target language.
+        settings: what stays the same from batch to batch.
+        word_starts: bool [B, W], further places where words start (scripts without spaces).
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong.
     """
-    _check_inputs(tokens, language, sample_id, table, seed, thresholds, label_mode)
-    words = _find_words(tokens, language, table)
-    key, known = lookup(table, words.columns, words.short)
-    random = _random_words(tokens, sample_id, seed)
-    switched, target, candidate = _decide(table, key, known, random, thresholds)
-    follows = random[3] < 1 << 31 if label_mode == "mix" else None
-    result = _expand(tokens, words, switched, candidate, table, label_mode, follows, pad_id)
-    new_tokens, labels, scored = result
-    if eod_id is not None:
-        scored = scored & (new_tokens != eod_id)
-    rows, positions = new_tokens.shape
-    return CodeSwitchOutput(
-        tokens=new_tokens,
-        labels=labels,
-        loss_mask=scored.to(torch.float32),
-        position_ids=torch.arange(positions, device=tokens.device).expand(rows, positions).contiguous(),
-        counts=_count(tokens, words.starts, known, switched, target, table),
-    )
+    check_inputs(tokens, language, sample_id, table, thresholds, settings, word_starts)
+    flags = table.word_boundary.index_select(0, tokens.view(-1)).view(tokens.shape)
+    starts = _find_starts(flags, word_starts)
+    known, key = _find_known(tokens, starts, language, table)
+    switched = _decide(known, key, language, sample_id, table, thresholds, settings.seed)
+    place, end = _places(switched, tokens.shape)
+    source = _sources(switched, place, tokens, settings.sequence_length)
+    result = _write(tokens, switched, place, end, source, table, settings)
+    counts = _count(flags, starts, known, switched, place, end, source, table, settings.sequence_length)
+    return CodeSwitchOutput(*result, counts=counts)
 
 
-def _check_inputs(
-    tokens: Tensor,
-    language: Tensor,
-    sample_id: Tensor,
-    table: NgramTable,
-    seed: int,
-    thresholds: Tensor,
-    label_mode: str,
-) -> None:
-    if tokens.dim() != 2 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"tokens is {tokens.dtype} {list(tokens.shape)}, expected int32 or int64 [batch, sequence + 1]"
-        )
-    rows = tokens.shape[0]
-    if language.shape != (rows,) or language.dtype.is_floating_point or language.dtype == torch.bool:
-        raise ValueError(f"language is {language.dtype} {list(language.shape)}, expected integers [{rows}]")
-    if sample_id.shape != (rows,) or sample_id.dtype != torch.int64:
-        raise ValueError(f"sample_id is {sample_id.dtype} {list(sample_id.shape)}, expected int64 [{rows}]")
-    if thresholds.shape != (table.num_languages,) or thresholds.dtype != torch.int64:
-        raise ValueError(
-            f"thresholds is {thresholds.dtype} {list(thresholds.shape)}, expected int64 [{table.num_languages}]"
-        )
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed}, expected 0 to 2^64-1")
-    if label_mode not in LABEL_MODES:
-        raise ValueError(f"label_mode is {label_mode!r}, expected one of {', '.join(LABEL_MODES)}")
-    devices = {each.device for each in (tokens, language, sample_id, thresholds, table.slot_key)}
-    if len(devices) > 1:
-        raise ValueError(f"tokens, language, sample_id, thresholds and table lie on {devices}, expected one device")
-
-
-def _flags(tokens: Tensor, table: NgramTable) -> Tensor:
-    return table.word_boundary.index_select(0, tokens.reshape(-1)).view(tokens.shape)
-
-
-def _find_words(tokens: Tensor, language: Tensor, table: NgramTable) -> _Words:
-    rows, width = tokens.shape
-    flags = _flags(tokens, table)
+def _find_starts(flags: Tensor, word_starts: Tensor | None) -> Tensor:
     starts = (flags & BOUNDARY_BEFORE) != 0
-    # the token before the window is unknown: only the first token's own flag counts there
+    # the token before the source is unknown: only the first token's own flag counts there
     starts[:, 1:] |= (flags[:, :-1] & BOUNDARY_AFTER) != 0
-
-    # one n-gram of columns past the end, where no word starts, lets every look ahead be a plain slice
-    inside = torch.ones((rows, width + MAX_NGRAM), dtype=torch.bool, device=tokens.device)
-    torch.logical_not(starts, out=inside[:, :width])
-    stored = torch.zeros((rows, width + MAX_NGRAM), dtype=torch.int64, device=tokens.device)
-    torch.add(tokens, 1, out=stored[:, :width])
-
-    # two tokens of one word to a pair, by the position of the first; a second token that starts a word is left out
-    pair = stored[:, :-1] + ((stored << TOKEN_BITS) * inside)[:, 1:]
-    # no word starts at the next two positions
-    two_more = inside[:, 1:-1] & inside[:, 2:]
-    columns = [pack_first(pair[:, :width], language[:, None])]
-    reaches = two_more[:, :width]
-    for ahead in range(2, 2 * len(table.multipliers), 2):
-        columns.append(pair[:, ahead : ahead + width] * reaches)
-        reaches = reaches & two_more[:, ahead : ahead + width]
-    return _Words(starts=starts, short=starts & ~reaches, columns=columns)
+    return starts if word_starts is None else starts | word_starts
 
 
-def _random_words(tokens: Tensor, sample_id: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    position = torch.arange(tokens.shape[1], device=tokens.device)[None, :]
-    sample = sample_id[:, None]
-    counter = (position, sample & WORD, (sample >> 32) & WORD, torch.zeros_like(sample))
-    return philox_4x32_10(counter, (seed & WORD, seed >> 32))
+def _find_known(tokens: Tensor, starts: Tensor, language: Tensor, table: NgramTable) -> tuple[_Words, Tensor]:
+    """The words that the table knows, with their keys (int64 [N])."""
+    width = tokens.shape[1]
+    flat = starts.view(-1).nonzero().view(-1)
+    row = flat.div(width, rounding_mode="floor")
+    length = flat.diff()
+    candidates = (row[1:] == row[:-1]) & (length <= 2 * table.columns) & (language.index_select(0, row[:-1]) >= 0)
+    index = candidates.nonzero().view(-1)
+    row, flat, length = (each.index_select(0, index) for each in (row, flat, length))
+    columns = _pack_words(tokens.view(-1), flat, length, language.index_select(0, row), table.columns)
+    key, found = lookup(table, columns)
+    index = found.nonzero().view(-1)
+    words = _Words(row, flat - row * width, length).take(index)
+    return words, key.index_select(0, index)
+
+
+def _pack_words(tokens: Tensor, begin: Tensor, length: Tensor, language: Tensor, columns: int) -> list[Tensor]:
+    """Words as the columns of a key, int64 [N] each."""
+
+    def pair(begin: Tensor, both: Tensor) -> Tensor:
+        first = tokens.index_select(0, begin).to(torch.int64) + 1
+        # a word ends before the row does, so there is a token behind each of its tokens
+        second = tokens.index_select(0, begin + 1).to(torch.int64) + 1
+        return first + (second << TOKEN_BITS) * both
+
+    packed = [pack_first(pair(begin, length > 1), language, (length - 1) >> 1)]
+    for behind in range(1, columns):
+        longer = (length > 2 * behind).nonzero().view(-1)
+        values = pair(begin.index_select(0, longer) + 2 * behind, length.index_select(0, longer) > 2 * behind + 1)
+        packed.append(torch.zeros_like(packed[0]).index_copy_(0, longer, values))
+    return packed
 
 
 def _decide(
-    table: NgramTable, key: Tensor, known: Tensor, random: tuple[Tensor, ...], thresholds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether each known word is switched, into which language, to which candidate (both arbitrary where it is not)."""
-    shape = key.shape
-    decision, language_draw, candidate_draw = (each.reshape(-1) for each in random[:3])
-    entry = draw(table.key_entries, table.entry_bound, key.view(-1), language_draw, table.entry_steps)
-    target = table.entry_language.index_select(0, entry)
-    switched = known & (decision < thresholds.index_select(0, target)).view(shape)
-    # the few switched words draw from their own entry, all else from entry 0, which stays in cache
-    entry = entry * switched.view(-1)
-    candidate = draw(table.entry_candidates, table.candidate_bound, entry, candidate_draw, table.candidate_steps)
-    return switched, target.view(shape), candidate.view(shape)
-
-
-def _whole_words(first: Tensor, starts: Tensor) -> Tensor:
-    """Spreads marks on first tokens over their words of at most MAX_NGRAM tokens."""
-    marked, joined, reach = first.clone(), ~starts, 1
-    while reach < MAX_NGRAM:
-        marked[:, reach:] |= marked[:, :-reach] & joined[:, reach:]
-        # the right-hand side is complete before it is stored, so a mark moves by `reach` only once
-        joined[:, reach:] = joined[:, reach:] & joined[:, :-reach]
-        reach *= 2
-    return marked
-
-
-def _expand(
-    tokens: Tensor,
-    words: _Words,
-    switched: Tensor,
-    candidate: Tensor,
+    known: _Words,
+    key: Tensor,
+    language: Tensor,
+    sample_id: Tensor,
     table: NgramTable,
-    label_mode: str,
-    follows: Tensor | None,
-    pad_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """New tokens, labels (int64 [B, S]) and whether each label exists (bool [B, S])."""
+    thresholds: Tensor,
+    seed: int,
+) -> _Switched:
+    sample = sample_id.index_select(0, known.row)
+    counter = (known.position, sample & WORD, (sample >> 32) & WORD, torch.zeros_like(sample))
+    decision, which, _, label = philox_4x32_10(counter, (seed & WORD, seed >> 32))
+    # no threshold is above the highest: all but a few words are done here
+    index = (decision < thresholds.max()).nonzero().view(-1)
+    candidate = table.candidates.index_select(0, draw(table, key.index_select(0, index), which.index_select(0, index)))
+    target = candidate >> TARGET_SHIFT
+    source = language.index_select(0, known.row.index_select(0, index))
+    threshold = thresholds.view(-1).index_select(0, source * table.num_languages + target)
+    chosen = (decision.index_select(0, index) < threshold).nonzero().view(-1)
+    index, candidate = index.index_select(0, chosen), candidate.index_select(0, chosen)
+    return _Switched(
+        words=known.take(index),
+        begin=candidate & WORD,
+        size=(candidate >> LENGTH_SHIFT) & MAX_CANDIDATE_TOKENS,
+        target=target.index_select(0, chosen),
+        follows=label.index_select(0, index) < 1 << 31,
+    )
+
+
+def _places(switched: _Switched, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Where each translation begins in its row of the result (int64 [N]), and where each row ends (int64 [B])."""
+    rows, width = shape
+    row, position, length = switched.words
+    grown = switched.size - length
+    total = torch.zeros(rows, dtype=torch.int64, device=row.device).index_add_(0, row, grown)
+    before = grown.cumsum(0) - grown - (total.cumsum(0) - total).index_select(0, row)
+    return position + before, total + width
+
+
+def _expand(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For items of `count` elements: the item of every element, and its place in the item."""
+    item = torch.repeat_interleave(count)
+    first = count.cumsum(0) - count
+    return item, torch.arange(len(item), device=count.device) - first.index_select(0, item)
+
+
+def _sources(switched: _Switched, place: Tensor, tokens: Tensor, sequence: int) -> Tensor:
+    """The source token that each of S+1 positions comes from (int64 [B, S+1]); a translation, from its word's first."""
     rows, width = tokens.shape
-    flat = candidate.view(-1)
-    length = table.candidate_length.index_select(0, flat).view(rows, width)
-    begin = table.candidate_begin.index_select(0, flat).view(rows, width)
-    size = length * switched + ~_whole_words(switched, words.starts)
-    end = size.cumsum(dim=1)
-    place = end - size
+    row, _, length = switched.words
+    # from one position to the next the source moves on by one; inside a translation by none, behind it by the word
+    step = torch.ones((rows, sequence + 1), dtype=torch.int64, device=tokens.device)
+    item, within = _expand(switched.size + 1)
+    position = place.index_select(0, item) + within
+    last = within == switched.size.index_select(0, item)
+    index = ((within > 0) & (position <= sequence)).nonzero().view(-1)
+    item, position, last = (each.index_select(0, index) for each in (item, position, last))
+    moves = length.index_select(0, item) * last
+    step.view(-1).index_copy_(0, row.index_select(0, item) * (sequence + 1) + position, moves)
+    return step.cumsum(1).sub_(1).clamp_(max=width - 1)
 
-    # A new position comes from the last source token that begins at or before it. The dropped tokens of a switched word
-    # begin where the next word does, so they are never the last.
-    beginning = torch.zeros((rows, width + 1), dtype=torch.int64, device=tokens.device)
-    beginning.scatter_add_(1, place.clamp(max=width), torch.ones_like(place))
-    source = beginning[:, :width].cumsum(dim=1) - 1
 
-    position = torch.arange(width, device=tokens.device)
-    lifted = ((begin - place + _LIFT) * switched).gather(1, source)
-    translated = lifted != 0
-    index = (lifted + (position - _LIFT)).clamp_(min=0)
+def _write(
+    tokens: Tensor,
+    switched: _Switched,
+    place: Tensor,
+    end: Tensor,
+    source: Tensor,
+    table: NgramTable,
+    settings: CodeSwitchSettings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Everything but the counts, in the order of `CodeSwitchOutput`."""
+    rows, positions = source.shape[0], source.shape[1]
     original = tokens.to(torch.int64).gather(1, source)
-    replacement = table.candidate_tokens.index_select(0, index.view(-1)).view(rows, width)
-    stream = original + (replacement - original) * translated
+    item, within = _expand(switched.size)
+    position = place.index_select(0, item) + within
+    index = (position < positions).nonzero().view(-1)
+    item, within, position = (each.index_select(0, index) for each in (item, within, position))
+    where = switched.words.row.index_select(0, item) * positions + position
+    written = table.candidate_tokens.index_select(0, switched.begin.index_select(0, item) + within).to(torch.int64)
+    stream = original.clone()
+    stream.view(-1).index_copy_(0, where, written)
 
-    labels, scored = original[:, 1:], ~translated[:, 1:]
-    if label_mode == "codeswitch":
-        labels, scored = stream[:, 1:], torch.ones_like(scored)
-    elif label_mode != "no_predict":
+    scored = torch.ones((rows, positions), dtype=torch.bool, device=tokens.device)
+    labels = original
+    if settings.label_mode == "codeswitch":
+        labels = stream
+    elif settings.label_mode == "no_predict":
+        scored.view(-1).index_fill_(0, where, False)
+    else:
         # the word's first token stands at the head of its translation
-        scored = scored | (source[:, 1:] != source[:, :-1])
-    if follows is not None:
-        follows = follows.gather(1, source)[:, 1:]
-        labels = labels + (stream[:, 1:] - labels) * follows
-        scored = scored | follows
-    filled = end[:, -1:] > position
-    scored = scored & filled[:, 1:]
-    new_tokens = (stream - pad_id) * filled + pad_id
-    return new_tokens[:, :-1].contiguous(), labels * scored, scored
+        heads = within == 0
+        if settings.label_mode == "mix":
+            follows = switched.follows.index_select(0, item)
+            predicted = follows.nonzero().view(-1)
+            labels = original.clone()
+            labels.view(-1).index_copy_(0, where.index_select(0, predicted), written.index_select(0, predicted))
+            heads = heads | follows
+        scored.view(-1).index_copy_(0, where, heads)
+
+    order = torch.arange(positions, device=tokens.device)
+    filled = order < end[:, None]
+    scored &= filled
+    new_tokens = torch.where(filled, stream, settings.pad_id)[:, :-1].contiguous()
+    scored = scored[:, 1:]
+    if settings.mask_eod:
+        scored = scored & (new_tokens != settings.eod_id)
+    position_ids = order[:-1].expand(rows, -1).contiguous()
+    document_starts = None
+    if settings.reset_at_eod:
+        document_starts = document_starts_of(new_tokens, settings.eod_id, filled[:, :-1])
+        position_ids -= document_starts
+    return new_tokens, labels[:, 1:] * scored, scored.to(torch.float32), position_ids, document_starts
+
+
+def document_starts_of(tokens: Tensor, eod_id: int | None, filled: Tensor | None = None) -> Tensor:
+    """Where the document of every position begins.
+
+    Args:
+        tokens: int64 [B, S].
+        eod_id: the token that ends a document.
+        filled: bool [B, S], false for padding, which begins at itself; None if there is none.
+
+    Returns:
+        int32 [B, S].
+    """
+    order = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    begins = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+    begins[:, 1:] = order[1:] * (tokens[:, :-1] == eod_id)
+    begins = begins.cummax(dim=1).values
+    return begins if filled is None else torch.where(filled, begins, order)
 
 
 def _count(
-    tokens: Tensor, starts: Tensor, known: Tensor, switched: Tensor, target: Tensor, table: NgramTable
+    flags: Tensor,
+    starts: Tensor,
+    known: _Words,
+    switched: _Switched,
+    place: Tensor,
+    end: Tensor,
+    source: Tensor,
+    table: NgramTable,
+    sequence: int,
 ) -> Tensor:
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    # the last word of a row has no end in the window
-    last_start = (starts * position).amax(dim=1, keepdim=True)
-    running = starts & (position < last_start)
+    """int64 [B, 5 + L], see `CodeSwitchOutput.counts`."""
+    rows, width = flags.shape
+    order = torch.arange(width, device=flags.device)
+    last = source[:, sequence - 1]
+    reached = order <= last[:, None]
+    running = starts & reached
     if table.counts_letters:
-        running &= (_flags(tokens, table) & HAS_LETTER) != 0
-    per_language = [(switched & (target == language)).sum() for language in range(table.num_languages)]
-    return torch.stack([running.sum(), known.sum(), switched.sum(), *per_language])
+        running &= (flags & HAS_LETTER) != 0
+    counts = torch.zeros((rows, LANGUAGES_FROM + table.num_languages), dtype=torch.int64, device=flags.device)
+    row = switched.words.row.index_select(0, (place < sequence).nonzero().view(-1))
+    target = switched.target.index_select(0, (place < sequence).nonzero().view(-1))
+    known_row = known.row.index_select(0, (known.position <= last.index_select(0, known.row)).nonzero().view(-1))
+
+    # source tokens that a translation has taken the place of
+    item, within = _expand(switched.words.length)
+    taken = torch.zeros((rows, width), dtype=torch.bool, device=flags.device)
+    inside = (within > 0).nonzero().view(-1)
+    begin = switched.words.row * width + switched.words.position
+    taken.view(-1).index_fill_(0, (begin.index_select(0, item) + within).index_select(0, inside), True)
+    columns = (
+        running.sum(1),
+        torch.bincount(known_row, minlength=rows),
+        torch.bincount(row, minlength=rows),
+        (sequence - end).clamp(min=0),
+        (~(reached | taken))[:, :sequence].sum(1),
+    )
+    counts[:, :LANGUAGES_FROM] = torch.stack(columns, dim=1)
+    languages = counts.shape[1]
+    counts.view(-1).index_add_(0, row * languages + LANGUAGES_FROM + target, torch.ones_like(row))
+    return counts

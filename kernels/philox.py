@@ -8,7 +8,8 @@ the arithmetic shift copied from the sign.
 
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
+from megatron_prealign.kernels.ngram_table import WORD
+
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

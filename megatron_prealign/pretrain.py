@@ -4,6 +4,7 @@ else."""
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import torch
 
 from megatron_prealign import __version__
 from megatron_prealign.alignment.words import WordSampler
-from megatron_prealign.code_switch.switcher import CodeSwitcher, SwitchedBatch, plain_batch
+from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.data.files import write_atomically
 from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_prealign.dictionary.coverage import measure_coverage
+from megatron_prealign.dictionary.switchable import select_keys
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
@@ -43,6 +46,9 @@ from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+COVERAGE_TOKENS = 1_000_000
+"""Tokens of each source that `code_switch.ratio_of: words` measures the dictionary's coverage on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +154,14 @@ def _open_files(recipe: Recipe) -> tuple[Vocabulary, Dictionary | None, Validati
         cache_dir=recipe.cache_dir,
         vocab_size=vocabulary.size,
         tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
+        lookahead=lookahead_tokens(recipe),
     )
     return vocabulary, dictionary, validation, plan
+
+
+def lookahead_tokens(recipe: Recipe) -> int:
+    """Tokens that are read beyond each sample."""
+    return recipe.code_switch.lookahead_tokens(recipe.data.seq_length) if recipe.code_switch is not None else 0
 
 
 def num_samples(recipe: Recipe) -> int:
@@ -165,10 +177,14 @@ def num_samples(recipe: Recipe) -> int:
 
 def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list[Phase]:
     """The alignment phase, if the recipe has one, and language-model training."""
-    eod_id, mask_eod = materials.vocabulary.tokenizer.eod_id, recipe.data.eod_mask_loss
+    row_format = RowFormat(
+        seq_length=recipe.data.seq_length,
+        eod_id=materials.vocabulary.tokenizer.eod_id,
+        mask_eod=recipe.data.eod_mask_loss,
+    )
 
     def plain(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
-        return plain_batch(rows.tokens, eod_id=eod_id, mask_eod=mask_eod)
+        return plain_batch(rows.tokens, row_format)
 
     reader = partial(RowReader, materials.train, runtime)
     phases: list[Phase] = []
@@ -190,19 +206,20 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     target_languages: Sequence[str] | None = None
     if recipe.code_switch is not None:
         assert materials.dictionary is not None
+        table = materials.dictionary.table.without_groups(materials.dictionary.held_out)
         switcher = CodeSwitcher(
-            materials.dictionary.table.without_groups(materials.dictionary.held_out),
+            table,
             recipe.code_switch,
+            row_format,
             seed=recipe.training.seed,
             languages=recipe.data.languages,
             device=runtime.device,
-            eod_id=eod_id,
-            mask_eod=mask_eod,
+            coverage=training_coverage(recipe, table) if recipe.code_switch.ratio_of == "words" else None,
         )
         target_languages = materials.dictionary.table.languages
 
         def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
-            return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens)
+            return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
 
         make_batch = switched
     phases.append(
@@ -214,6 +231,22 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
         )
     )
     return phases
+
+
+def training_coverage(recipe: Recipe, table: DictionaryTable) -> dict[str, float]:
+    """Share of running words that code-switching knows, per language of the blend, measured on the training data.
+
+    The same on every rank and in every run: which documents are looked at depends on the datasets alone.
+    """
+    assert recipe.code_switch is not None
+    selected = select_keys(table, recipe.code_switch)
+    known: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    for source in recipe.data.sources:
+        measured = measure_coverage(selected, source.path, COVERAGE_TOKENS)
+        known[source.language] += measured.known_words
+        running[source.language] += measured.running_words
+    return {language: known[language] / count for language, count in running.items() if count}
 
 
 def open_store(recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary) -> CheckpointStore:

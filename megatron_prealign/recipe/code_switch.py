@@ -15,8 +15,8 @@ class CodeSwitchSection:
     ratio: float
     """Share of the words to replace (the authors: 0.05); `ratio_of` says of which words."""
     ratio_of: Literal["occurrences", "words"] = "occurrences"
-    """occurrences: `ratio` is the probability that an occurrence of a word the table knows is replaced. words: it is the
-    share of all running words, reached by dividing by the coverage measured on the training data at the start."""
+    """occurrences: `ratio` is the probability that an occurrence of a word the table knows is replaced. words: it is
+    the share of all running words, reached by dividing by the coverage measured on the training data at the start."""
     label_mode: LabelMode = "input_only"
     """What replaced words do to the labels: input_only keeps the original word, codeswitch predicts the translation,
     no_predict scores neither, mix draws one of the first two per word."""
@@ -40,8 +40,8 @@ class CodeSwitchSection:
     max_word_length: int | None = None
     """Longest source word that is replaced, in characters; null means any."""
     case: Literal["follow", "keep", "exact"] = "follow"
-    """follow: a word is found in any case (the, The, THE) and its translation is written in the same. keep: found in any
-    case, the translation is written as in the dictionary. exact: found only as the dictionary writes it."""
+    """follow: a word is found in any case (the, The, THE) and its translation is written in the same. keep: found in
+    any case, the translation is written as in the dictionary. exact: found only as the dictionary writes it."""
     lookahead: int | None = None
     """Tokens read beyond a sample's end to fill a row that translations made shorter, instead of padding it; null means
     the highest ratio times data.seq_length, 0 turns it off."""

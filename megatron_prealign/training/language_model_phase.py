@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.kernels import LANGUAGES_FROM
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedule_length
@@ -34,7 +35,7 @@ class LanguageModelPhase(Phase):
         self.fresh_optimizer = recipe.alignment is None or not recipe.alignment.keep_optimizer
         sizes = {"loss": 1}
         if target_languages is not None:
-            sizes["counts"] = 3 + len(target_languages)
+            sizes["counts"] = LANGUAGES_FROM + len(target_languages)
         self._meter = Meter(sizes, runtime)
         self._microbatches = 0
 
@@ -105,9 +106,12 @@ class LanguageModelPhase(Phase):
         loss = sums["loss"][0] / steps
         values: dict[str, Any] = {"loss": loss, "lm_loss": loss}
         if self._target_languages is not None:
-            running, known, switched, *by_language = sums["counts"]
+            running, known, switched, padded, truncated, *by_language = sums["counts"]
+            positions = steps * self._recipe.training.global_batch_size * self._recipe.data.seq_length
             values["known_word_rate"] = known / max(running, 1.0)
             values["switched_word_rate"] = switched / max(running, 1.0)
+            values["padding_share"] = padded / positions
+            values["truncation_share"] = truncated / positions
             values["switched_words"] = {
                 language: int(count) for language, count in zip(self._target_languages, by_language, strict=True)
             }

@@ -74,6 +74,7 @@ def to_device(rows: SampleRows, device: torch.device) -> SampleRows:
         tokens=rows.tokens.pin_memory().to(device, non_blocking=True),
         language=rows.language.pin_memory().to(device, non_blocking=True),
         sample_id=rows.sample_id.pin_memory().to(device, non_blocking=True),
+        word_starts=None if rows.word_starts is None else rows.word_starts.pin_memory().to(device, non_blocking=True),
     )
 
 

@@ -1,6 +1,7 @@
 """Code-switching in pure Python, one token after the other: slow, obvious, and sharing nothing with what it checks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -27,11 +28,12 @@ class Dictionary:
     word_boundary: list[int]
     language_weights: list[float]
     keys: dict[tuple[int, tuple[int, ...]], list[Candidate]] = field(default_factory=dict)
+    forbidden: tuple[int, ...] = ()
 
     def arrays(self) -> dict:
         """The keyword arguments of build_ngram_table."""
         keys = list(self.keys)
-        groups = [sorted(self.keys[key], key=lambda candidate: candidate[0]) for key in keys]
+        groups = [self.keys[key] for key in keys]
         candidates = [candidate for group in groups for candidate in group]
 
         def ragged(items: list, dtype: type) -> tuple[np.ndarray, np.ndarray]:
@@ -51,23 +53,36 @@ class Dictionary:
             "candidate_language": np.array([language for language, _, _ in candidates], dtype=np.int16),
             "candidate_weight": np.array([weight for _, _, weight in candidates], dtype=np.float32),
             "language_weights": self.language_weights,
+            "forbidden_tokens": self.forbidden,
         }
 
 
-def choose(weights: list[float], random: int) -> int:
+def choose(weights: Sequence[float | Fraction], random: int) -> int:
+    """The first item whose cumulative share of 2^32, at least 1, is above `random`."""
     total = sum(Fraction(weight) for weight in weights)
     running = Fraction(0)
-    for index, weight in enumerate(weights):
+    for index, weight in enumerate(weights[:-1]):
         running += Fraction(weight)
-        if random < math.floor(running / total * 2**32 + Fraction(1, 2)):
+        if random < max(1, math.floor(running / total * 2**32 + Fraction(1, 2))):
             return index
-    raise AssertionError("the last bound is 2^32")
+    return len(weights) - 1
 
 
-def words_of(row: list[int], flags: list[int]) -> list[tuple[int, int]]:
-    """(start, end) of every word that both begins and ends inside the window."""
-    starts = [i for i in range(len(row)) if (flags[row[i]] & 1) or (i > 0 and flags[row[i - 1]] & 2)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+def choose_candidate(candidates: list[Candidate], language_weights: list[float], random: int) -> Candidate:
+    """A language by its weight among those at hand, then a candidate by its weight in the language: in one draw."""
+    shares = []
+    languages = {language for language, _, _ in candidates}
+    all_languages = sum(Fraction(language_weights[language]) for language in languages)
+    for language, _, weight in candidates:
+        within = sum(Fraction(other) for each, _, other in candidates if each == language)
+        shares.append(Fraction(language_weights[language]) / all_languages * Fraction(weight) / within)
+    return candidates[choose(shares, random)]
+
+
+def words_of(row: list[int], flags: list[int], extra: list[bool]) -> list[tuple[int, int]]:
+    """(start, end) of every word; the last one ends at None: the source cuts it."""
+    starts = [i for i in range(len(row)) if flags[row[i]] & 1 or extra[i] or (i > 0 and flags[row[i - 1]] & 2)]
+    return [(start, end) for start, end in zip(starts, [*starts[1:], None], strict=False)]
 
 
 def switch_row(
@@ -76,63 +91,85 @@ def switch_row(
     sample_id: int,
     dictionary: Dictionary,
     *,
+    thresholds: list[list[int]],
     seed: int,
-    thresholds: list[int],
+    sequence_length: int,
     label_mode: str,
     pad_id: int,
-    eod_id: int | None,
-) -> tuple[list[int], list[int], list[float], list[int]]:
-    """tokens, labels, loss mask and counts of one row."""
-    length = len(row) - 1
+    eod_id: int | None = None,
+    mask_eod: bool = False,
+    reset_at_eod: bool = False,
+    word_starts: list[bool] | None = None,
+) -> dict[str, list]:
+    """The outputs of one row by name."""
     flags, weights = dictionary.word_boundary, dictionary.language_weights
-    counts = [0] * (3 + len(weights))
-    letters = any(flag & 4 for flag in flags)
-    replaced: dict[int, tuple[int, tuple[int, ...], int]] = {}
-    for start, end in words_of(row, flags):
-        if flags[row[start]] & 4 or not letters:
-            counts[0] += 1
+    words = words_of(row, flags, word_starts or [False] * len(row))
+    known: set[int] = set()
+    replaced: dict[int, tuple[int, Candidate, int]] = {}
+    for start, end in words:
         candidates = [
             each
             for each in dictionary.keys.get((language, tuple(row[start:end])), [])
             if each[2] > 0 and weights[each[0]] > 0
         ]
-        if not candidates:
+        if not candidates or end is None:
             continue
-        counts[1] += 1
-        r0, r1, r2, r3 = philox((start, sample_id % 2**32, (sample_id >> 32) % 2**32, 0), (seed % 2**32, seed >> 32))
-        languages = sorted({each[0] for each in candidates})
-        target = languages[choose([weights[each] for each in languages], r1)]
-        options = [each for each in candidates if each[0] == target]
-        _, translation, _ = options[choose([each[2] for each in options], r2)]
-        if r0 < thresholds[target]:
-            counts[2] += 1
-            counts[3 + target] += 1
-            replaced[start] = (end, translation, r3)
+        known.add(start)
+        r0, r1, _, r3 = philox((start, sample_id % 2**32, (sample_id >> 32) % 2**32, 0), (seed % 2**32, seed >> 32))
+        candidate = choose_candidate(candidates, weights, r1)
+        if r0 < thresholds[language][candidate[0]]:
+            replaced[start] = (end, candidate, r3)
 
-    stream: list[tuple[int, int | None]] = []
-    position = 0
+    # (token, label or None, source position, document of the token)
+    stream: list[tuple[int, int | None, int, int]] = []
+    position = document = 0
     while position < len(row):
-        if position not in replaced:
-            stream.append((row[position], row[position]))
+        if position in replaced:
+            end, (_, translation, _), r3 = replaced[position]
+            mode = label_mode
+            if mode == "mix":
+                mode = "codeswitch" if r3 < 2**31 else "input_only"
+            for k, token in enumerate(translation):
+                label: int | None = None
+                if mode == "codeswitch":
+                    label = token
+                elif mode == "input_only" and k == 0:
+                    label = row[position]
+                stream.append((token, label, position, document))
+            position = end
+        else:
+            stream.append((row[position], row[position], position, document))
+            document += row[position] == eod_id
             position += 1
-            continue
-        end, translation, r3 = replaced[position]
-        mode = label_mode
-        if mode == "mix":
-            mode = "codeswitch" if r3 < 2**31 else "input_only"
-        for k, token in enumerate(translation):
-            label: int | None = None
-            if mode == "codeswitch":
-                label = token
-            elif mode == "input_only" and k == 0:
-                label = row[position]
-            stream.append((token, label))
-        position = end
 
-    tokens, labels, mask = [], [], []
-    for j in range(length):
-        tokens.append(stream[j][0] if j < len(stream) else pad_id)
+    result: dict[str, list] = {"tokens": [], "labels": [], "loss_mask": [], "position_ids": []}
+    if reset_at_eod:
+        result["document_starts"] = []
+    for j in range(sequence_length):
+        padding = j >= len(stream)
+        token = pad_id if padding else stream[j][0]
         label = stream[j + 1][1] if j + 1 < len(stream) else None
-        labels.append(0 if label is None else label)
-        mask.append(0.0 if label is None or tokens[j] == eod_id else 1.0)
-    return tokens, labels, mask, counts
+        begins = j
+        while reset_at_eod and not padding and begins > 0 and stream[begins - 1][3] == stream[j][3]:
+            begins -= 1
+        result["tokens"].append(token)
+        scored = label is not None and not (mask_eod and token == eod_id)
+        result["labels"].append(label if scored else 0)
+        result["loss_mask"].append(float(scored))
+        result["position_ids"].append(j - begins if reset_at_eod else j)
+        if reset_at_eod:
+            result["document_starts"].append(begins)
+
+    reached = {source for _, _, source, _ in stream[:sequence_length]}
+    left = {source for _, _, source, _ in stream} - reached
+    letters = any(flag & 4 for flag in flags)
+    counts = [0] * (5 + len(weights))
+    counts[0] = sum(start in reached and (flags[row[start]] & 4 != 0 or not letters) for start, _ in words)
+    counts[1] = len(known & reached)
+    counts[2] = len(replaced.keys() & reached)
+    counts[3] = max(0, sequence_length - len(stream))
+    counts[4] = sum(source < sequence_length for source in left)
+    for start in replaced.keys() & reached:
+        counts[5 + replaced[start][1][0]] += 1
+    result["counts"] = counts
+    return result

@@ -1,31 +1,44 @@
 """The hashed table: every key found, nothing else found, weights as given, wrong arrays refused."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from code_switch_oracle import Dictionary, choose
 
+from megatron_prealign.kernels import build_ngram_table
+from megatron_prealign.kernels.build_ngram_table import _multipliers
 from megatron_prealign.kernels.ngram_table import (
-    LANGUAGE_SHIFT,
+    DRAW_BIAS,
+    TARGET_SHIFT,
     TOKEN_BITS,
+    WORD,
     NgramTable,
-    build_ngram_table,
     draw,
     hash_columns,
     lookup,
+    pack_first,
+    places_of,
 )
 
 
-def find(table: NgramTable, columns: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return lookup(table, columns, torch.ones_like(columns[0], dtype=torch.bool))
+def columns_of(rows: np.ndarray, language: int = 0) -> list[torch.Tensor]:
+    """Rows of tokens, filled up with -1, as packed columns."""
+    stored = torch.from_numpy(rows.astype(np.int64)) + 1
+    pairs = [stored[:, 2 * i] | (stored[:, 2 * i + 1] << TOKEN_BITS) for i in range(rows.shape[1] // 2)]
+    behind = sum((pair != 0).to(torch.int64) for pair in pairs) - 1
+    return [pack_first(pairs[0], torch.tensor(language), behind), *pairs[1:]]
 
 
-def packed(language: int, tokens: tuple[int, ...], columns: int) -> list[torch.Tensor]:
-    values = [0] * columns
-    for index, token in enumerate(tokens):
-        values[index // 2] |= (token + 1) << (TOKEN_BITS * (index % 2))
-    values[0] |= language << LANGUAGE_SHIFT
-    return [torch.tensor([value]) for value in values]
+def packed(table: NgramTable, tokens: tuple[int, ...], language: int = 0) -> list[torch.Tensor]:
+    row = np.full((1, 2 * table.columns), -1)
+    row[0, : len(tokens)] = tokens
+    return columns_of(row, language)
+
+
+def is_known(table: NgramTable, tokens: tuple[int, ...], language: int = 0) -> bool:
+    return len(tokens) <= 2 * table.columns and bool(lookup(table, packed(table, tokens, language))[1])
 
 
 def small(keys: dict | None = None, weights: tuple[float, ...] = (0.0, 1.0)) -> dict:
@@ -56,67 +69,77 @@ def random_keys(count: int, vocabulary: int, seed: int = 0) -> tuple[np.ndarray,
     return rows, arrays
 
 
-def columns_of(rows: np.ndarray) -> list[torch.Tensor]:
-    stored = torch.from_numpy(rows.astype(np.int64)) + 1
-    return [stored[:, 2 * i] | (stored[:, 2 * i + 1] << TOKEN_BITS) for i in range(4)]
-
-
 def test_every_key_is_found_and_no_other_word() -> None:
     rows, arrays = random_keys(3000, vocabulary=60)
     table = build_ngram_table(**arrays)
-    key, found = find(table, columns_of(rows))
+    key, found = lookup(table, columns_of(rows))
     assert bool(found.all())
-    assert torch.equal(key.long(), torch.arange(len(rows)))
+    assert torch.equal(key, torch.arange(len(rows)))
     known = {tuple(row) for row in rows.tolist()}
     others, _ = random_keys(3000, vocabulary=60, seed=1)
-    _, found = find(table, columns_of(others))
+    _, found = lookup(table, columns_of(others))
     assert found.tolist() == [tuple(row) in known for row in others.tolist()]
     assert 0 < sum(found.tolist()) < len(others)
 
 
-def test_only_wanted_words_are_found() -> None:
-    rows, arrays = random_keys(100, vocabulary=60)
-    wanted = torch.arange(100) % 3 == 0
-    key, found = lookup(build_ngram_table(**arrays), columns_of(rows), wanted)
-    assert torch.equal(found, wanted)
-    assert torch.equal(key.long()[wanted], torch.arange(100)[wanted])
-
-
-def test_load_is_at_most_half() -> None:
-    for count in (1, 3, 100, 1024, 3000):
-        table = build_ngram_table(**random_keys(count, 60)[1])
-        assert len(table.slot_key) == 1 << table.slot_bits
-        assert 2 * count <= len(table.slot_key)
-        assert int((table.slot_key < table.num_keys).sum()) == count
+def test_load_is_at_most_half_and_memory_as_promised() -> None:
+    for count in (1, 3, 100, 1024, 3000, 20_000):
+        rows, arrays = random_keys(count, 60 if count < 20_000 else 5000)
+        table = build_ngram_table(**arrays)
+        assert 2 * count <= len(table.slots)
+        assert int((table.slots & WORD < table.num_keys).sum()) == count
+    candidates = table.candidates.nbytes + table.candidate_last.nbytes + table.candidate_tokens.nbytes
+    # 32 bytes a key plus its tokens: four bytes each, two tokens at least, an even number in all
+    tokens = 4 * (len(rows) * 2 + int((rows[:, 2:] >= 0).sum()) + int((rows >= 0).sum(1).__mod__(2).sum()))
+    assert table.nbytes - candidates - table.word_boundary.nbytes <= 32 * count + tokens
 
 
 def test_language_is_part_of_the_key() -> None:
     table = build_ngram_table(**small({(0, (1,)): [(1, (3,), 1.0)], (1, (1, 2)): [(0, (4,), 1.0)]}, (1.0, 1.0)))
-    columns = len(table.multipliers)
-    found = {
-        (language, tokens): bool(find(table, packed(language, tokens, columns))[1])
-        for language in (-1, 0, 1)
-        for tokens in ((1,), (1, 2))
-    }
+    found = {(language, tokens): is_known(table, tokens, language) for language in (0, 1) for tokens in ((1,), (1, 2))}
     assert [where for where, hit in found.items() if hit] == [(0, (1,)), (1, (1, 2))]
+
+
+def test_a_prefix_of_a_key_is_no_key() -> None:
+    table = build_ngram_table(**small({(0, (1, 2, 5, 6)): [(1, (3,), 1.0)]}))
+    lengths = [length for length in (1, 2, 3, 4) if is_known(table, (1, 2, 5, 6)[:length])]
+    assert lengths == [4]
+    assert not is_known(table, (1, 2, 5, 7)) and not is_known(table, (1, 2, 6))
 
 
 def test_equal_hashes_do_not_match() -> None:
     table = build_ngram_table(**small())
-    stranger = packed(0, (4, 5), len(table.multipliers))
-    hashed = hash_columns(stranger, table.multipliers)
-    # a table whose every slot claims to hold the stranger's hash, and points to the one key
-    forged = table._replace(
-        slot_hash=hashed.expand(len(table.slot_hash)).clone(), slot_key=torch.zeros_like(table.slot_key)
-    )
-    assert not bool(find(forged, stranger)[1])
-    assert bool(find(forged, packed(0, (1, 2), len(table.multipliers)))[1])
+    stranger = packed(table, (4, 5))
+    fingerprint = places_of(hash_columns(stranger, table.multipliers), len(table.slots))[2]
+    # a table whose every slot claims to hold the stranger, and points to the one key
+    forged = table._replace(slots=(fingerprint << 32).expand(len(table.slots)).clone())
+    key, found = lookup(forged, stranger)
+    assert int(key) == 0 and not bool(found)
+    assert bool(lookup(forged, packed(table, (1, 2)))[1])
+
+
+def test_a_fingerprint_in_the_way_is_noticed_by_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A salt under which one key hides another is not taken."""
+    # the package's function of the same name hides the module
+    module = sys.modules[build_ngram_table.__module__]
+    tried: list[int] = []
+
+    def weak_first(salt: int, columns: int) -> tuple[int, ...]:
+        tried.append(salt)
+        # a factor of 2^40 leaves the fingerprint nothing but a few bits of the first token
+        return (1 << 40,) * columns if salt == 0 else _multipliers(salt, columns)
+
+    monkeypatch.setattr(module, "_multipliers", weak_first)
+    rows, arrays = random_keys(300, vocabulary=60)
+    table = build_ngram_table(**arrays)
+    assert len(tried) > 1
+    assert bool(lookup(table, columns_of(rows))[1].all())
 
 
 def test_no_keys() -> None:
     table = build_ngram_table(**small({}))
     assert table.num_keys == 0
-    assert not bool(find(table, packed(0, (1,), len(table.multipliers)))[1])
+    assert not is_known(table, (1,))
 
 
 def test_keys_without_a_drawable_candidate_are_unknown() -> None:
@@ -128,18 +151,23 @@ def test_keys_without_a_drawable_candidate_are_unknown() -> None:
     }
     table = build_ngram_table(**small(keys, (0.0, 1.0, 0.0)))
     assert table.num_keys == 1
-    assert [bool(find(table, packed(0, (token,), 1))[1]) for token in (1, 3, 4, 5)] == [False, False, True, False]
-    assert table.entry_language.tolist()[:1] == [1]
+    assert [is_known(table, (token,)) for token in (1, 3, 4, 5)] == [False, False, True, False]
+    assert (table.candidates >> TARGET_SHIFT).tolist()[:-1] == [1]
 
 
 def test_equal_weights_are_uniform() -> None:
     for weight in (1.0, 0.1, 3e-5):
         for count in (1, 2, 3, 5, 7, 60):
             keys = {(0, (1,)): [(1, (2,) * (n + 1), weight) for n in range(count)]}
-            bounds = build_ngram_table(**small(keys)).candidate_bound[:count].tolist()
+            bounds = bounds_of(build_ngram_table(**small(keys)))[:count]
             shares = np.diff([0, *bounds])
             assert bounds[-1] == 2**32
             assert set(shares.tolist()) <= {2**32 // count, -(-(2**32) // count)}
+
+
+def bounds_of(table: NgramTable) -> list[int]:
+    """The draws at which each candidate ends."""
+    return (table.candidate_last.to(torch.int64) + DRAW_BIAS + 1).tolist()
 
 
 def test_draw_follows_the_weights() -> None:
@@ -148,19 +176,31 @@ def test_draw_follows_the_weights() -> None:
     keys = {(0, (k,)): [(1, (3,), w) for w in each] for k, each in enumerate(weights)}
     table = build_ngram_table(**small(keys))
     owner = torch.from_numpy(generator.integers(0, len(weights), 400))
-    edges = [bound + step for bound in table.candidate_bound.tolist() for step in (-1, 0) if bound + step < 2**32]
+    edges = [bound + step for bound in bounds_of(table) for step in (-1, 0) if bound + step < 2**32]
     random = torch.from_numpy(np.resize(np.append(edges, [0, 2**32 - 1]), 400))
-    drawn = draw(table.entry_candidates, table.candidate_bound, owner, random, table.candidate_steps)
-    first = table.entry_candidates[owner]
+    drawn = draw(table, owner, random)
+    first = table.key_candidates[owner]
     expected = [choose(weights[o], r) for o, r in zip(owner.tolist(), random.tolist(), strict=True)]
     assert (drawn - first).tolist() == expected
+
+
+def test_languages_share_by_their_weights_and_candidates_within_them() -> None:
+    keys = {(0, (1,)): [(1, (3,), 9.0), (2, (4,), 1.0), (1, (5,), 3.0), (3, (6,), 1.0)]}
+    table = build_ngram_table(**small(keys, (0.0, 1.0, 3.0, 0.0)))
+    # language 1 has a quarter, of which three quarters go to its first candidate; language 3 is never drawn
+    assert bounds_of(table)[:3] == [3 * 2**28, 15 * 2**28, 2**32]
+
+
+def test_a_weight_of_almost_nothing_still_has_its_draw() -> None:
+    table = build_ngram_table(**small({(0, (1,)): [(1, (3,), 1e-30), (1, (4,), 1.0)]}))
+    assert bounds_of(table)[:2] == [1, 2**32]
 
 
 def test_a_hundred_thousand_keys_are_all_found() -> None:
     rows, arrays = random_keys(100_000, vocabulary=50_000)
     table = build_ngram_table(**arrays)
-    key, found = find(table, columns_of(rows))
-    assert bool(found.all()) and torch.equal(key.long(), torch.arange(len(rows)))
+    key, found = lookup(table, columns_of(rows))
+    assert bool(found.all()) and torch.equal(key, torch.arange(len(rows)))
 
 
 def broken(**changes: object) -> dict:
@@ -190,12 +230,13 @@ def test_wrong_arrays_are_refused(arrays: dict, message: str) -> None:
         build_ngram_table(**arrays)
 
 
-def test_unsorted_candidates_and_twin_keys_are_refused() -> None:
-    arrays = small({(0, (1,)): [(0, (3,), 1.0), (1, (4,), 1.0)]}, (1.0, 1.0))
-    arrays["candidate_language"] = arrays["candidate_language"][::-1].copy()
-    with pytest.raises(ValueError, match="sorted by language"):
-        build_ngram_table(**arrays)
+def test_twin_keys_are_refused() -> None:
     arrays = small({(0, (1,)): [(1, (3,), 1.0)], (0, (2,)): [(1, (3,), 1.0)]})
     arrays["key_tokens"][:] = 1
     with pytest.raises(ValueError, match="same language and the same tokens"):
         build_ngram_table(**arrays)
+
+
+def test_a_candidate_that_is_too_long_is_refused() -> None:
+    with pytest.raises(ValueError, match="candidate_offsets: item 0 has length 256, expected 1 to 255"):
+        build_ngram_table(**small({(0, (1,)): [(1, (3,) * 256, 1.0)]}))

@@ -61,7 +61,7 @@ def rows_loss(model: Any, batch: Any) -> torch.Tensor:
 def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: step 3 of the alignment phase, by the product and by hand."""
     from megatron_prealign.alignment.words import WordSampler
-    from megatron_prealign.code_switch.switcher import plain_batch
+    from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
     from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
@@ -92,7 +92,8 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     lm_loss = torch.zeros(())
     if section.lm_global_batch_size:
         rows = materials.train.rows(range(12, 12 + section.lm_global_batch_size))
-        lm_loss = rows_loss(model, plain_batch(rows.tokens, materials.vocabulary.tokenizer.eod_id, False))
+        row_format = RowFormat(seq_length=recipe.data.seq_length, eod_id=materials.vocabulary.tokenizer.eod_id)
+        lm_loss = rows_loss(model, plain_batch(rows.tokens, row_format))
     total = section.alpha * aligned + section.gamma * penalty + section.lm_weight * lm_loss
     return {
         "gradients": gradients,
@@ -110,7 +111,7 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: a later step of language-model training, by the product and by hand."""
-    from megatron_prealign.code_switch.switcher import CodeSwitcher, plain_batch
+    from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, plain_batch
     from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
@@ -119,19 +120,19 @@ def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     start = next(at for at in range(20, 400) if (materials.train.rows([at]).tokens[:, :-1] == eod_id).any())
     state = TrainState(phase=1, phase_step=2, step=7, tokens=5000, phase_start_tokens=1000, consumed_samples=start)
     gradients, metrics = step(phases[-1], state, chunks)
-    mask_eod = recipe.data.eod_mask_loss
+    seq_length = recipe.data.seq_length
+    row_format = RowFormat(seq_length=seq_length, eod_id=eod_id, mask_eod=recipe.data.eod_mask_loss)
     rows = materials.train.rows(range(start, start + size))
     if recipe.code_switch is None:
-        batch = plain_batch(rows.tokens, eod_id, mask_eod)
+        batch = plain_batch(rows.tokens, row_format)
     else:
         switcher = CodeSwitcher(
             materials.dictionary.table.without_groups(materials.dictionary.held_out),
             recipe.code_switch,
+            row_format,
             seed=recipe.training.seed,
             languages=recipe.data.languages,
             device="cpu",
-            eod_id=eod_id,
-            mask_eod=mask_eod,
         )
         batch = switcher(rows.tokens, rows.language, rows.sample_id, 4000)
     loss = rows_loss(chunks[0].module, batch)
@@ -142,7 +143,7 @@ def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
         "expected_gradients": plain_gradients(chunks[0].module, loss),
         "expected_loss": loss.item(),
         "counts": None if batch.counts is None else batch.counts.tolist(),
-        "changed": int((batch.tokens != rows.tokens[:, :-1]).sum()),
+        "changed": int((batch.tokens != rows.tokens[:, :seq_length]).sum()),
         "unscored": int((batch.loss_mask == 0).sum()),
         "consumed": state.consumed_samples - start,
         "tokens": state.tokens,
@@ -222,10 +223,11 @@ def test_language_model_step_is_the_methods(
         assert (answer["unscored"] > 0) == mask_eod
         assert set(metrics) == {"loss", "lm_loss"}
         return
-    running, known, switched, *by_language = answer["counts"]
+    running, known, switched, padded, truncated, *by_language = answer["counts"]
     assert answer["changed"] >= switched > 0
     assert metrics["known_word_rate"] == known / running
     assert metrics["switched_word_rate"] == switched / running
+    assert (metrics["padding_share"], metrics["truncation_share"]) == (padded / 256, truncated / 256)
     assert metrics["switched_words"] == dict(zip(["en", "en_clone"], by_language, strict=True))
 
 
@@ -278,7 +280,7 @@ def test_alignment_may_not_eat_the_whole_budget(workers: WorkerPool, tiny: Tiny,
 
 def read_rows(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in workers: this rank's microbatches of 8 rows from row 4 on, and those rows by one process."""
-    from megatron_prealign.code_switch.switcher import plain_batch
+    from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
     from megatron_prealign.training.rows import RowReader
 
     _, runtime, materials, _, _ = opened(values, folder)
@@ -286,7 +288,7 @@ def read_rows(values: dict[str, Any], folder: str) -> dict[str, Any]:
 
     def make_batch(rows: Any, consumed_tokens: int) -> Any:
         seen.append(consumed_tokens)
-        batch = plain_batch(rows.tokens, 0, False)
+        batch = plain_batch(rows.tokens, RowFormat(seq_length=rows.tokens.shape[1] - 1, eod_id=0))
         # Each row scores another number of tokens.
         mask = (torch.arange(batch.tokens.shape[1]) < rows.sample_id[:, None]).float()
         return batch._replace(loss_mask=mask, counts=rows.sample_id)

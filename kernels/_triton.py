@@ -1,0 +1,18 @@
+"""The one gate to Triton: the kernels import without it, and everything else asks here whether it can be used."""
+
+import importlib.util
+import os
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed. On a CPU-only machine it often is not."""
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether kernels run in Triton's interpreter, on tensors in host memory. Triton reads the variable when it is first
+imported, so setting it later changes nothing."""
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of `device`."""
+    return HAS_TRITON and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))

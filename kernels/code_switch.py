@@ -1,0 +1,349 @@
+"""Code-switching of a batch on its device: the Triton kernel where it can run, else the plain-torch reference.
+
+It is the custom op `megatron_prealign::code_switch`: torch.compile and CUDA graphs see one operation whose output
+shapes depend on input shapes alone. The host never waits for the device.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_prealign.kernels._triton import runs_triton
+from megatron_prealign.kernels.code_switch_interface import (
+    LABEL_MODES,
+    LANGUAGES_FROM,
+    CodeSwitchOutput,
+    CodeSwitchSettings,
+    check_inputs,
+)
+from megatron_prealign.kernels.code_switch_reference import code_switch_reference
+from megatron_prealign.kernels.ngram_table import WORD, NgramTable
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How the kernels are cut into programs."""
+
+    block: int
+    """Source tokens a program works on at a time, a power of two."""
+    warps: int
+    """Warps of a program."""
+
+
+# One token a thread: compiled for sm_80, sm_90 and sm_100 that takes 30 to 62 registers and spills none, where two
+# tokens a thread, or 32 warps, spill in some settings (tests/kernels/test_code_switch_compile.py). Which shape is
+# fastest on a GPU is not measured yet.
+LAUNCH = LaunchShape(block=512, warps=16)
+
+# A program that does a whole row walks through it block by block, and each block is a chain of about ten reads that
+# wait for one another. Few rows or long ones leave most of the device with nothing to do meanwhile, so there each block
+# is a program of its own, at the price of a second launch. Where the border lies is an estimate, not measured yet.
+FEWEST_ROWS = 64
+LONGEST_ROW = 8192
+
+
+def launch_form(rows: int, width: int) -> str:
+    """`row`: one launch, a program a row; `blocks`: two launches, a program a block of a row."""
+    return "row" if rows >= FEWEST_ROWS and width <= LONGEST_ROW else "blocks"
+
+
+def code_switch(
+    tokens: Tensor,
+    language: Tensor,
+    sample_id: Tensor,
+    table: NgramTable,
+    thresholds: Tensor,
+    settings: CodeSwitchSettings,
+    word_starts: Tensor | None = None,
+) -> CodeSwitchOutput:
+    """Switches known words of a batch into other languages; arguments and result as `code_switch_reference`.
+
+    On a GPU one launch does it, or two (`launch_form`). There is no wait for the device and no allocation whose size
+    depends on the data, so the call can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong.
+    """
+    check_inputs(tokens, language, sample_id, table, thresholds, settings, word_starts)
+    new_tokens, labels, loss_mask, position_ids, document_starts, counts = _code_switch_op(
+        tokens,
+        language,
+        sample_id,
+        thresholds,
+        word_starts,
+        table.tensors,
+        list(table.multipliers),
+        table.draw_steps,
+        table.counts_letters,
+        _signed(settings.seed, 64),
+        settings.sequence_length,
+        settings.label_mode,
+        settings.pad_id,
+        -1 if settings.eod_id is None else settings.eod_id,
+        settings.mask_eod,
+        settings.reset_at_eod,
+    )
+    return CodeSwitchOutput(
+        new_tokens, labels, loss_mask, position_ids, document_starts if settings.reset_at_eod else None, counts
+    )
+
+
+def _signed(value: int, bits: int) -> int:
+    """An unsigned integer as the signed one of the same bits."""
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+@torch.library.custom_op("megatron_prealign::code_switch", mutates_args=())
+def _code_switch_op(
+    tokens: Tensor,
+    language: Tensor,
+    sample_id: Tensor,
+    thresholds: Tensor,
+    word_starts: Tensor | None,
+    table: list[Tensor],
+    multipliers: list[int],
+    draw_steps: int,
+    counts_letters: bool,
+    seed: int,
+    sequence_length: int,
+    label_mode: str,
+    pad_id: int,
+    eod_id: int,
+    mask_eod: bool,
+    reset_at_eod: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rebuilt = NgramTable(
+        *table,
+        multipliers=tuple(multipliers),
+        draw_steps=draw_steps,
+        num_keys=len(table[2]) - 1,
+        num_languages=len(thresholds),
+        counts_letters=counts_letters,
+        forbidden_tokens=frozenset([eod_id]),
+    )
+    settings = CodeSwitchSettings(
+        seed=seed % (1 << 64),
+        sequence_length=sequence_length,
+        label_mode=label_mode,
+        pad_id=pad_id,
+        eod_id=None if eod_id < 0 else eod_id,
+        mask_eod=mask_eod,
+        reset_at_eod=reset_at_eod,
+    )
+    run = launch_code_switch if runs_triton(tokens.device) else code_switch_reference
+    *outputs, document_starts, counts = run(tokens, language, sample_id, rebuilt, thresholds, settings, word_starts)
+    # an op returns tensors, so what was not asked for is an empty one
+    return *outputs, tokens.new_empty((0, 0), dtype=torch.int32) if document_starts is None else document_starts, counts
+
+
+@_code_switch_op.register_fake
+def _fake_code_switch(
+    tokens: Tensor,
+    language: Tensor,
+    sample_id: Tensor,
+    thresholds: Tensor,
+    word_starts: Tensor | None,
+    table: list[Tensor],
+    multipliers: list[int],
+    draw_steps: int,
+    counts_letters: bool,
+    seed: int,
+    sequence_length: int,
+    label_mode: str,
+    pad_id: int,
+    eod_id: int,
+    mask_eod: bool,
+    reset_at_eod: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *outputs, document_starts, counts = _empty_output(tokens, len(thresholds), sequence_length, reset_at_eod)
+    return *outputs, tokens.new_empty((0, 0), dtype=torch.int32) if document_starts is None else document_starts, counts
+
+
+def _empty_output(tokens: Tensor, languages: int, sequence_length: int, reset_at_eod: bool) -> CodeSwitchOutput:
+    shape = (tokens.shape[0], sequence_length)
+    return CodeSwitchOutput(
+        tokens=tokens.new_empty(shape, dtype=torch.int64),
+        labels=tokens.new_empty(shape, dtype=torch.int64),
+        loss_mask=tokens.new_empty(shape, dtype=torch.float32),
+        position_ids=tokens.new_empty(shape, dtype=torch.int64),
+        document_starts=tokens.new_empty(shape, dtype=torch.int32) if reset_at_eod else None,
+        counts=tokens.new_empty((tokens.shape[0], LANGUAGES_FROM + languages), dtype=torch.int64),
+    )
+
+
+class KernelLaunch(NamedTuple):
+    """One launch of a Triton kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    """Tensors and numbers, in the kernel's order."""
+    options: dict[str, Any]
+    """Constants by name, and the number of warps."""
+
+
+def launch_code_switch(
+    tokens: Tensor,
+    language: Tensor,
+    sample_id: Tensor,
+    table: NgramTable,
+    thresholds: Tensor,
+    settings: CodeSwitchSettings,
+    word_starts: Tensor | None = None,
+    *,
+    form: str | None = None,
+    shape: LaunchShape | None = None,
+) -> CodeSwitchOutput:
+    """Launches the Triton kernels on checked inputs; what `code_switch` does on a GPU and under TRITON_INTERPRET=1.
+
+    Args:
+        form: "row" or "blocks"; None chooses by `launch_form`.
+        shape: None is LAUNCH.
+    """
+    form = form or launch_form(*tokens.shape)
+    output = _empty_output(tokens, table.num_languages, settings.sequence_length, settings.reset_at_eod)
+    rows = (tokens, language, sample_id, thresholds, word_starts)
+    if tokens.shape[0]:
+        if form == "row":
+            launches = _plan_row(rows, table, settings, output, shape or LAUNCH)
+        else:
+            launches = _plan_blocks(rows, table, settings, output, shape or LAUNCH)
+        for kernel, grid, arguments, options in launches:
+            kernel[grid](*arguments, **options)
+    return output
+
+
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _plan_row(
+    rows: _Rows, table: NgramTable, settings: CodeSwitchSettings, output: CodeSwitchOutput, shape: LaunchShape
+) -> list[KernelLaunch]:
+    """One launch, one program a row."""
+    from megatron_prealign.kernels.code_switch_kernel import code_switch_row_kernel
+
+    count, width = rows[0].shape
+    eod_id, pad_id = _eod_and_pad(settings)
+    arguments = (
+        *_row_arguments(rows),
+        *_result_arguments(output),
+        *table.tensors,
+        width,
+        settings.sequence_length,
+        table.num_languages,
+        *_lookup_numbers(table, settings),
+        pad_id,
+        eod_id,
+    )
+    options = {
+        **_decide_constants(rows, table),
+        **_write_constants(settings),
+        "BLOCK": min(shape.block, 1 << (width - 1).bit_length()),
+        "num_warps": shape.warps,
+    }
+    return [KernelLaunch(code_switch_row_kernel, (count,), arguments, options)]
+
+
+def _plan_blocks(
+    rows: _Rows, table: NgramTable, settings: CodeSwitchSettings, output: CodeSwitchOutput, shape: LaunchShape
+) -> list[KernelLaunch]:
+    """Two launches, one program a block of a row."""
+    from megatron_prealign.kernels.code_switch_kernel import decide_blocks_kernel, write_blocks_kernel
+
+    tokens = rows[0]
+    count, width = tokens.shape
+    blocks = -(-width // shape.block)
+    decisions = tokens.new_empty((count, width), dtype=torch.int32)
+    sums = tokens.new_empty((count, blocks, 2), dtype=torch.int32)
+    eod_id, pad_id = _eod_and_pad(settings)
+    decide_arguments = (
+        *_row_arguments(rows),
+        decisions,
+        sums,
+        output.counts,
+        *table.tensors[:-1],
+        width,
+        table.num_languages,
+        *_lookup_numbers(table, settings),
+        eod_id,
+    )
+    write_arguments = (
+        tokens,
+        decisions,
+        sums,
+        *_result_arguments(output),
+        table.candidates,
+        table.candidate_tokens,
+        width,
+        settings.sequence_length,
+        table.num_languages,
+        pad_id,
+        eod_id,
+    )
+    common = {"BLOCK": shape.block, "num_warps": shape.warps}
+    decide = {**_decide_constants(rows, table), "RESET": settings.reset_at_eod, **common}
+    write = {**_write_constants(settings), "BLOCKS": 1 << (blocks - 1).bit_length(), **common}
+    return [
+        KernelLaunch(decide_blocks_kernel, (blocks, count), decide_arguments, decide),
+        KernelLaunch(write_blocks_kernel, (blocks, count), write_arguments, write),
+    ]
+
+
+def _row_arguments(rows: _Rows) -> tuple[Tensor, ...]:
+    tokens, language, sample_id, thresholds, word_starts = rows
+    starts = tokens if word_starts is None else word_starts.view(torch.uint8)
+    return tokens, starts, language, sample_id, thresholds
+
+
+def _result_arguments(output: CodeSwitchOutput) -> tuple[Tensor, ...]:
+    # without documents the place is never read or written
+    documents = output.counts if output.document_starts is None else output.document_starts
+    return (*output[:4], documents, output.counts)
+
+
+def _lookup_numbers(table: NgramTable, settings: CodeSwitchSettings) -> tuple[int, ...]:
+    """Number of slots, four factors, and the two halves of the seed as signed integers."""
+    factors = (*table.multipliers, 0, 0, 0)[:4]
+    return len(table.slots), *factors, _signed(settings.seed & WORD, 32), _signed(settings.seed >> 32, 32)
+
+
+def _eod_and_pad(settings: CodeSwitchSettings) -> tuple[int, int]:
+    return -1 if settings.eod_id is None else settings.eod_id, settings.pad_id
+
+
+def _decide_constants(rows: _Rows, table: NgramTable) -> dict[str, Any]:
+    return {
+        "COLUMNS": table.columns,
+        "DRAW_STEPS": table.draw_steps,
+        "LANGUAGES": max(8, 1 << (table.num_languages - 1).bit_length()),
+        "COUNTS_LETTERS": table.counts_letters,
+        "HAS_STARTS": rows[4] is not None,
+    }
+
+
+def _write_constants(settings: CodeSwitchSettings) -> dict[str, Any]:
+    return {
+        "LABEL_MODE": LABEL_MODES.index(settings.label_mode),
+        "MASK_EOD": settings.mask_eod,
+        "RESET": settings.reset_at_eod,
+    }
+
+
+def plan_launches(
+    tokens: Tensor,
+    language: Tensor,
+    sample_id: Tensor,
+    table: NgramTable,
+    thresholds: Tensor,
+    settings: CodeSwitchSettings,
+    word_starts: Tensor | None = None,
+) -> list[KernelLaunch]:
+    """Every launch of both forms for these arguments, launching none: for compiling them ahead of time."""
+    output = _empty_output(tokens, table.num_languages, settings.sequence_length, settings.reset_at_eod)
+    rows = (tokens, language, sample_id, thresholds, word_starts)
+    return [
+        *_plan_row(rows, table, settings, output, LAUNCH),
+        *_plan_blocks(rows, table, settings, output, LAUNCH),
+    ]

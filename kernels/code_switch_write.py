@@ -1,0 +1,174 @@
+"""Device functions of the code-switching kernels: what a block of decided source positions becomes in the output.
+
+Names: `p_` pointer, `b_` value of a block, `o_` offsets, `m_` mask.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_prealign.kernels import ngram_table as layout
+from megatron_prealign.kernels.code_switch_decide import (
+    CANDIDATE,
+    FOLLOWS,
+    KNOWN,
+    LENGTH_SHIFT,
+    RUNNING,
+    TARGET_SHIFT,
+    WORD,
+)
+from megatron_prealign.kernels.code_switch_interface import LANGUAGES_FROM
+
+# Long argument lists stand in groups: which pointers, which numbers, which constants.
+# fmt: off
+
+_SIZE_SHIFT = tl.constexpr(layout.LENGTH_SHIFT)
+_MAX_SIZE = tl.constexpr(layout.MAX_CANDIDATE_TOKENS)
+# Columns of the counts, and label modes in the order of LABEL_MODES.
+COUNTS = tl.constexpr(LANGUAGES_FROM)
+_INPUT_ONLY = tl.constexpr(0)
+_CODESWITCH = tl.constexpr(1)
+_NO_PREDICT = tl.constexpr(2)
+_MIX = tl.constexpr(3)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def growth(b_decision, p_candidates):
+    """Of the words switched in a block: the mask, their length, and the translation's first token and length."""
+    b_candidate = (b_decision & CANDIDATE) - 1
+    m_switched = b_candidate >= 0
+    b_length = ((b_decision >> LENGTH_SHIFT) & 7) + 1
+    b_entry = tl.load(p_candidates + b_candidate, mask=m_switched, other=0)
+    return m_switched, b_length, b_entry, ((b_entry >> _SIZE_SHIFT) & _MAX_SIZE).to(tl.int32)
+
+
+@triton.jit
+def _write_translated(
+    k, b_new, m_token, b_token, b_place, b_follows, m_scored, b_document, p_tokens, p_labels, p_mask, p_positions,
+    p_documents, sequence, LABEL_MODE: tl.constexpr, RESET: tl.constexpr,
+):
+    """Writes the k-th token of every translation that has so many."""
+    o_out = b_place + k
+    m_out = m_token & (o_out < sequence)
+    tl.store(p_tokens + o_out, b_new, mask=m_out)
+    if RESET:
+        tl.store(p_documents + o_out, b_document, mask=m_out)
+        tl.store(p_positions + o_out, (o_out - b_document).to(tl.int64), mask=m_out)
+    m_label = m_token & (o_out > 0) & (o_out <= sequence)
+    # before the later tokens of a translation stands a token of it, so only the first asks what was there
+    b_scored = m_scored | (k > 0)
+    b_label = b_new
+    if LABEL_MODE == _INPUT_ONLY:
+        b_label = b_token
+        b_scored = b_scored & (k == 0)
+    elif LABEL_MODE == _NO_PREDICT:
+        b_scored = o_out < 0
+    elif LABEL_MODE == _MIX:
+        b_label = tl.where(b_follows, b_new, b_token)
+        b_scored = b_scored & (b_follows | (k == 0))
+    tl.store(p_labels + o_out - 1, tl.where(b_scored, b_label, 0), mask=m_label)
+    tl.store(p_mask + o_out - 1, b_scored.to(tl.float32), mask=m_label)
+
+
+@triton.jit
+def _write_translations(
+    m_switched, b_token, b_place, b_entry, b_size, b_follows, m_scored, b_document, p_tokens, p_labels, p_mask,
+    p_positions, p_documents, p_candidate_tokens, sequence, LABEL_MODE: tl.constexpr, RESET: tl.constexpr,
+):
+    """Writes the tokens of the translations, the k-th of all of them at a time."""
+    p_translation = p_candidate_tokens + (b_entry & WORD)
+    longest = tl.max(tl.where(m_switched & (b_place <= sequence), tl.minimum(b_size, sequence + 1 - b_place), 0), 0)
+    # two reads are under way before the first write waits for one of them
+    for k in range(0, longest, 2):
+        m_first = m_switched & (k < b_size)
+        m_second = m_switched & (k + 1 < b_size)
+        b_first = tl.load(p_translation + k, mask=m_first, other=0).to(tl.int64)
+        b_second = tl.load(p_translation + k + 1, mask=m_second, other=0).to(tl.int64)
+        _write_translated(
+            k, b_first, m_first, b_token, b_place, b_follows, m_scored, b_document, p_tokens, p_labels, p_mask,
+            p_positions, p_documents, sequence, LABEL_MODE, RESET,
+        )
+        _write_translated(
+            k + 1, b_second, m_second, b_token, b_place, b_follows, m_scored, b_document, p_tokens, p_labels, p_mask,
+            p_positions, p_documents, sequence, LABEL_MODE, RESET,
+        )
+
+
+@triton.jit
+def write(
+    b_decision, o_position, moved, reach, document, p_row, width, p_tokens, p_labels, p_mask, p_positions,
+    p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id, LABEL_MODE: tl.constexpr,
+    MASK_EOD: tl.constexpr, RESET: tl.constexpr,
+):
+    """Writes what a block of source positions becomes.
+
+    `moved`, `reach` and `document` are the state before the block: how far the output is ahead of the source, where the
+    last switched word ends in the source, and where the current document begins in the output. Returns the three behind
+    the block and the five counts of it."""
+    m_inside = o_position < width
+    b_token = tl.load(p_row + o_position, mask=m_inside, other=0).to(tl.int64)
+    m_switched, b_length, b_entry, b_size = growth(b_decision, p_candidates)
+    b_grown = tl.where(m_switched, b_size - b_length, 0)
+    b_place = o_position + moved + tl.cumsum(b_grown, 0) - b_grown
+    b_reach = tl.associative_scan(tl.where(m_switched, o_position + b_length, 0), 0, _larger)
+    b_reach = tl.maximum(b_reach, reach)
+    m_plain = m_inside & (m_switched == 0) & (o_position >= b_reach)
+
+    m_scored = m_inside
+    b_document = tl.zeros_like(b_place)
+    if MASK_EOD or RESET:
+        m_before = m_inside & (o_position > 0)
+        m_after_eod = m_before & (tl.load(p_row + o_position - 1, mask=m_before, other=0).to(tl.int64) == eod_id)
+        if MASK_EOD:
+            m_scored = m_inside & (m_after_eod == 0)
+        if RESET:
+            b_document = tl.associative_scan(tl.where(m_after_eod, b_place, 0), 0, _larger)
+            b_document = tl.maximum(b_document, document)
+            document = tl.max(b_document, 0)
+
+    m_out = m_plain & (b_place < sequence)
+    tl.store(p_tokens + b_place, b_token, mask=m_out)
+    if RESET:
+        tl.store(p_documents + b_place, b_document, mask=m_out)
+        tl.store(p_positions + b_place, (b_place - b_document).to(tl.int64), mask=m_out)
+    else:
+        tl.store(p_positions + o_position, o_position.to(tl.int64), mask=o_position < sequence)
+    m_label = m_plain & (b_place > 0) & (b_place <= sequence)
+    tl.store(p_labels + b_place - 1, tl.where(m_scored, b_token, 0), mask=m_label)
+    tl.store(p_mask + b_place - 1, m_scored.to(tl.float32), mask=m_label)
+    _write_translations(
+        m_switched, b_token, b_place, b_entry, b_size, (b_decision & FOLLOWS) != 0, m_scored, b_document,
+        p_tokens, p_labels, p_mask, p_positions, p_documents, p_candidate_tokens, sequence, LABEL_MODE, RESET,
+    )
+
+    m_reached = b_place < sequence
+    p_target = p_counts + COUNTS + (b_entry >> TARGET_SHIFT)
+    tl.atomic_add(p_target, tl.full(b_place.shape, 1, tl.int64), mask=m_switched & m_reached, sem="relaxed")
+    running = tl.sum((m_reached & ((b_decision & RUNNING) != 0)).to(tl.int32), 0)
+    known = tl.sum((m_reached & ((b_decision & KNOWN) != 0)).to(tl.int32), 0)
+    switched = tl.sum((m_reached & m_switched).to(tl.int32), 0)
+    m_cut = (m_plain | m_switched) & (m_reached == 0) & (o_position < sequence)
+    truncated = tl.sum(m_cut.to(tl.int32), 0)
+    return moved + tl.sum(b_grown, 0), tl.max(b_reach, 0), document, running, known, switched, truncated
+
+
+@triton.jit
+def fill(
+    end, pad_id, p_tokens, p_labels, p_mask, p_positions, p_documents, sequence, RESET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Fills a row whose stream ends at position `end` up to `sequence`; the last token has no label either."""
+    for first in range(tl.maximum(tl.minimum(end, sequence + 1) - 1, 0), sequence, BLOCK):
+        o_out = first + tl.arange(0, BLOCK)
+        m_label = o_out < sequence
+        m_token = m_label & (o_out >= end)
+        tl.store(p_labels + o_out, tl.zeros([BLOCK], tl.int64), mask=m_label)
+        tl.store(p_mask + o_out, tl.zeros([BLOCK], tl.float32), mask=m_label)
+        tl.store(p_tokens + o_out, tl.full([BLOCK], pad_id, tl.int64), mask=m_token)
+        if RESET:
+            tl.store(p_documents + o_out, o_out, mask=m_token)
+            tl.store(p_positions + o_out, tl.zeros([BLOCK], tl.int64), mask=m_token)

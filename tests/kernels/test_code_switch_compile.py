@@ -1,0 +1,62 @@
+"""The kernels compile for every generation of GPU, without one, and keep everything in registers."""
+
+import pytest
+import torch
+from code_switch_cases import EOD
+from code_switch_oracle import Dictionary
+
+from megatron_prealign.kernels import LABEL_MODES, CodeSwitchSettings, build_ngram_table
+from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED
+from megatron_prealign.kernels.code_switch import plan_launches
+from megatron_prealign.kernels.resources import kernel_resources
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
+]
+
+
+def arguments(longest_key: int, everything: bool, label_mode: str, dtype: torch.dtype) -> dict:
+    """As in training: rows of 4,096 tokens; `everything` turns on whatever costs registers."""
+    flags = [7, *[5] * 10, *[4] * 10]
+    key = (1, *range(11, 10 + longest_key))
+    candidates = [(1, (2, 3), 1.0)] * 4
+    dictionary = Dictionary(flags, [0.0, 1.0], {(0, key): candidates}, (EOD,))
+    tokens = torch.ones((2, 4096 + 206), dtype=dtype)
+    return {
+        "tokens": tokens,
+        "language": torch.zeros(2, dtype=torch.int64),
+        "sample_id": torch.zeros(2, dtype=torch.int64),
+        "table": build_ngram_table(**dictionary.arrays()),
+        "thresholds": torch.zeros((2, 2), dtype=torch.int64),
+        "settings": CodeSwitchSettings(
+            seed=(1 << 64) - 1,
+            sequence_length=4096,
+            label_mode=label_mode,
+            pad_id=EOD,
+            eod_id=EOD,
+            mask_eod=everything,
+            reset_at_eod=everything,
+        ),
+        "word_starts": torch.zeros(tokens.shape, dtype=torch.bool) if everything else None,
+    }
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("longest_key", "everything", "label_mode", "dtype"),
+    [(8, True, "mix", torch.int64), (8, False, "input_only", torch.int64), (2, False, "input_only", torch.int32)],
+)
+def test_compiles_without_spilling(
+    capability: int, longest_key: int, everything: bool, label_mode: str, dtype: torch.dtype
+) -> None:
+    assert label_mode in LABEL_MODES
+    launches = plan_launches(**arguments(longest_key, everything, label_mode, dtype))
+    found = list(kernel_resources(launches, [capability]))
+    assert [each.kernel for each in found] == ["code_switch_row_kernel", "decide_blocks_kernel", "write_blocks_kernel"]
+    for each in found:
+        print(each)
+        assert each.spills == 0, each
+        # a program must fit: 65,536 registers a multiprocessor, 99 KiB of shared memory on the smallest of these
+        assert each.registers * each.warps * 32 <= 65_536, each
+        assert each.shared_bytes < 99 * 1024, each
