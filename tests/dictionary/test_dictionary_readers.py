@@ -132,6 +132,7 @@ def test_input_with_languages(tmp_path):
 
 ODD_LINES = [
     *(b"apple\tApfel", b"house\tHaus", b"", b" \t \v", b"red\trot\r", b"caf\xe9\tKaffee", b"one"),
+    b"blue\tblau\r\r",
     *(b"a\tb\tc", "été\tSommer".encode(), b"\tApfel", b"apple\t", b"x\r y\tz", b"\xef\xbb\xbfbank\tBank"),
 ]
 
