@@ -16,6 +16,7 @@ from megatron_prealign.dictionary.readers import DictionaryInput, OnError, ReadE
 from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable, row_indices
 from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
+from megatron_prealign.garbage_collection import without_cycle_collector
 from megatron_prealign.progress import Progress
 
 UNKNOWN = "pairs with a word the tokenizer does not know"
@@ -83,12 +84,13 @@ def read_groups(
     """
     builder = GroupBuilder(counts=report.rules)
     sources = []
-    for source in inputs:
-        pairs = 0
-        for block in read_entries(source, report.errors, on_error):
-            pairs += builder.add_columns(block.columns, source.languages, block.weights)
-        sources.append({"path": str(source.path), "pairs": pairs, "licence": source.licence})
-    return builder.build(), sources
+    with without_cycle_collector():
+        for source in inputs:
+            pairs = 0
+            for block in read_entries(source, report.errors, on_error):
+                pairs += builder.add_columns(block.columns, source.languages, block.weights)
+            sources.append({"path": str(source.path), "pairs": pairs, "licence": source.licence})
+        return builder.build(), sources
 
 
 def build_table(
@@ -107,7 +109,7 @@ def build_table(
     """
     word_boundary = letter_boundaries(tokenizer)
     lexicon = SequenceLexicon(tokenizer, groups.languages, word_boundary)
-    with Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
+    with without_cycle_collector(), Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
         # As the word stands inside a sentence: this spelling decides which pairs are kept and is what alignment sees.
         plain = lexicon.encode(groups.texts, groups.text_language, True, progress)
         groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)

@@ -117,7 +117,10 @@ class SequenceLexicon:
         """Whether two rows hold the same ids, for each pair of rows `[N]`."""
         tokens, offsets = self.sequences()
         lengths, hashes = self.known().lengths, self.known().hashes
-        equal = hashes[left] == hashes[right]
+        equal = np.empty(len(left), dtype=bool)
+        for first in range(0, len(left), _BATCH):
+            block = slice(first, first + _BATCH)
+            np.equal(hashes[left[block]], hashes[right[block]], out=equal[block])
         # The hash says which rows can be equal; their ids say which are.
         candidates = np.flatnonzero(equal & (left != right))
         same_length = lengths[left[candidates]] == lengths[right[candidates]]
