@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from importlib.metadata import version
 
 import torch
 
@@ -16,3 +17,13 @@ imported, so setting it later changes nothing."""
 def runs_triton(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of `device`."""
     return HAS_TRITON and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+
+
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of Triton.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    major, minor = version("triton").split(".")[:2]
+    return int(major), int(minor)

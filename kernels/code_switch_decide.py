@@ -49,10 +49,10 @@ def _word(
     m_before = m_inside & (o_position > 0)
     b_before = tl.load(p_row + o_position - 1, mask=m_before, other=0)
     b_before = tl.load(p_word_boundary + b_before, mask=m_before, other=0)
-    b_start = ((b_flags & _BEFORE) | (b_before & _AFTER)) != 0
+    b_opens = (b_flags & _BEFORE) | (b_before & _AFTER)
     if HAS_STARTS:
-        b_start = b_start | (tl.load(p_row_starts + o_position, mask=m_inside, other=0) != 0)
-    b_start = b_start & m_inside
+        b_opens |= tl.load(p_row_starts + o_position, mask=m_inside, other=0)
+    m_start = m_inside & (b_opens != 0)
 
     b_first = b_token.to(tl.int64) + 1
     b_second = tl.zeros_like(b_first)
@@ -61,17 +61,17 @@ def _word(
     b_length = tl.full(o_position.shape, 1, tl.int32)
     b_last = b_flags
     # looks ahead only where the word still goes on: most words are one or two tokens long
-    m_open = b_start
+    m_open = m_start
     m_whole = o_position < 0
     for ahead in tl.static_range(1, 2 * COLUMNS + 1):
         m_open = m_open & (o_position + ahead < width)
         b_next = tl.load(p_row + o_position + ahead, mask=m_open, other=0)
         b_next_flags = tl.load(p_word_boundary + b_next, mask=m_open, other=0)
-        b_ends = ((b_next_flags & _BEFORE) | (b_last & _AFTER)) != 0
+        b_opens = (b_next_flags & _BEFORE) | (b_last & _AFTER)
         if HAS_STARTS:
-            b_ends = b_ends | (tl.load(p_row_starts + o_position + ahead, mask=m_open, other=0) != 0)
-        m_whole = m_whole | (m_open & b_ends)
-        m_open = m_open & (b_ends == 0)
+            b_opens |= tl.load(p_row_starts + o_position + ahead, mask=m_open, other=0)
+        m_whole = m_whole | (m_open & (b_opens != 0))
+        m_open = m_open & (b_opens == 0)
         b_last = b_next_flags
         # the token behind the longest key is only asked whether the word ends before it
         if ahead < 2 * COLUMNS:
@@ -85,7 +85,7 @@ def _word(
                 b_third += b_stored
             else:
                 b_fourth += b_stored
-    return b_start, b_flags, m_whole, b_length, b_first, b_second, b_third, b_fourth
+    return m_start, b_flags, m_whole, b_length, b_first, b_second, b_third, b_fourth
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def decide(
     DRAW_STEPS: tl.constexpr, COUNTS_LETTERS: tl.constexpr, HAS_STARTS: tl.constexpr,
 ):
     """The decisions (int32) of a block of source positions."""
-    b_start, b_flags, m_whole, b_length, b_first, b_second, b_third, b_fourth = _word(
+    m_start, b_flags, m_whole, b_length, b_first, b_second, b_third, b_fourth = _word(
         p_row, p_row_starts, p_word_boundary, o_position, o_position < width, width, COLUMNS, HAS_STARTS
     )
     if COLUMNS > 1:
@@ -178,11 +178,11 @@ def decide(
         b_key, m_known, o_position, sample_id, seed_low, seed_high, p_thresholds, highest, p_key_candidates,
         p_candidate_last, p_candidates, DRAW_STEPS,
     )
-    b_running = b_start
+    m_running = m_start
     if COUNTS_LETTERS:
-        b_running = b_running & ((b_flags & _LETTER) != 0)
+        m_running = m_running & ((b_flags & _LETTER) != 0)
     b_decision = tl.where(m_switched, b_candidate + 1, 0) | ((b_length - 1) << LENGTH_SHIFT)
-    b_decision |= tl.where(m_known, KNOWN, 0) | tl.where(b_running, RUNNING, 0)
+    b_decision |= tl.where(m_known, KNOWN, 0) | tl.where(m_running, RUNNING, 0)
     return b_decision | tl.where(b_follows, FOLLOWS, 0)
 
 

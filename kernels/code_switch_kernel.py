@@ -120,10 +120,9 @@ def decide_blocks_kernel(
     p_sums += (i_row * tl.num_programs(0) + i_block) * 2
     tl.store(p_sums, tl.sum(b_grown, 0))
     if RESET:
-        m_before = (o_position < width) & (o_position > 0)
-        m_after_eod = m_before & (tl.load(p_source + o_position - 1, mask=m_before, other=0).to(tl.int64) == eod_id)
+        b_previous = tl.load(p_source + o_position - 1, mask=(o_position < width) & (o_position > 0), other=-1)
         b_place = tl.arange(0, BLOCK) + tl.cumsum(b_grown, 0) - b_grown
-        tl.store(p_sums + 1, tl.max(tl.where(m_after_eod, b_place, -1), 0))
+        tl.store(p_sums + 1, tl.max(tl.where(b_previous == eod_id, b_place, -1), 0))
 
 
 @triton.jit

@@ -60,16 +60,17 @@ def _write_translated(
         tl.store(p_positions + o_out, (o_out - b_document).to(tl.int64), mask=m_out)
     m_label = m_token & (o_out > 0) & (o_out <= sequence)
     # before the later tokens of a translation stands a token of it, so only the first asks what was there
-    b_scored = m_scored | (k > 0)
+    m_head = o_out == b_place
+    b_scored = m_scored | (o_out > b_place)
     b_label = b_new
     if LABEL_MODE == _INPUT_ONLY:
         b_label = b_token
-        b_scored = b_scored & (k == 0)
+        b_scored = b_scored & m_head
     elif LABEL_MODE == _NO_PREDICT:
         b_scored = o_out < 0
     elif LABEL_MODE == _MIX:
         b_label = tl.where(b_follows, b_new, b_token)
-        b_scored = b_scored & (b_follows | (k == 0))
+        b_scored = b_scored & (b_follows | m_head)
     tl.store(p_labels + o_out - 1, tl.where(b_scored, b_label, 0), mask=m_label)
     tl.store(p_mask + o_out - 1, b_scored.to(tl.float32), mask=m_label)
 
@@ -116,17 +117,16 @@ def write(
     b_place = o_position + moved + tl.cumsum(b_grown, 0) - b_grown
     b_reach = tl.associative_scan(tl.where(m_switched, o_position + b_length, 0), 0, _larger)
     b_reach = tl.maximum(b_reach, reach)
-    m_plain = m_inside & (m_switched == 0) & (o_position >= b_reach)
+    m_plain = m_inside & ((b_decision & CANDIDATE) == 0) & (o_position >= b_reach)
 
     m_scored = m_inside
     b_document = tl.zeros_like(b_place)
     if MASK_EOD or RESET:
-        m_before = m_inside & (o_position > 0)
-        m_after_eod = m_before & (tl.load(p_row + o_position - 1, mask=m_before, other=0).to(tl.int64) == eod_id)
+        b_previous = tl.load(p_row + o_position - 1, mask=m_inside & (o_position > 0), other=-1)
         if MASK_EOD:
-            m_scored = m_inside & (m_after_eod == 0)
+            m_scored = m_inside & (b_previous != eod_id)
         if RESET:
-            b_document = tl.associative_scan(tl.where(m_after_eod, b_place, 0), 0, _larger)
+            b_document = tl.associative_scan(tl.where(b_previous == eod_id, b_place, 0), 0, _larger)
             b_document = tl.maximum(b_document, document)
             document = tl.max(b_document, 0)
 
@@ -151,7 +151,7 @@ def write(
     running = tl.sum((m_reached & ((b_decision & RUNNING) != 0)).to(tl.int32), 0)
     known = tl.sum((m_reached & ((b_decision & KNOWN) != 0)).to(tl.int32), 0)
     switched = tl.sum((m_reached & m_switched).to(tl.int32), 0)
-    m_cut = (m_plain | m_switched) & (m_reached == 0) & (o_position < sequence)
+    m_cut = (m_plain | m_switched) & (b_place >= sequence) & (o_position < sequence)
     truncated = tl.sum(m_cut.to(tl.int32), 0)
     return moved + tl.sum(b_grown, 0), tl.max(b_reach, 0), document, running, known, switched, truncated
 

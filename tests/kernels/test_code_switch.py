@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 (a process of its own in `make test`) both forms of the Trito
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,12 @@ from megatron_prealign.kernels import (
     code_switch_reference,
     ratio_threshold,
 )
-from megatron_prealign.kernels._triton import INTERPRETED, runs_triton
+from megatron_prealign.kernels._triton import INTERPRETED, runs_triton, triton_version
 from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switch
+
+if INTERPRETED and triton_version() < (3, 4):
+    # 3.2 stores 8 bytes of a 4-byte value that a scan returned, 3.3 fails on a tuple that a device function returned
+    pytest.skip("the interpreters of triton 3.2 and 3.3 cannot run these kernels", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter runs a program's lanes in numpy, one program after the other: small blocks make many of them.
@@ -333,19 +338,39 @@ def test_no_block_size_changes_the_result(block: int) -> None:
             assert one is other is None or torch.equal(one, other)
 
 
-def test_nothing_is_left_unwritten(implementation: Callable[..., CodeSwitchOutput], monkeypatch) -> None:
-    """Every output starts as a bad value wherever it is allocated without one."""
-    empty = torch.Tensor.new_empty
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_everything_is_written_and_nothing_beside_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output starts as a bad value, between two margins that nobody may write to."""
+    if name == "reference":
+        pytest.skip("writes through torch alone")
+    bad, margin = -7, 4096
+    allocated: list[tuple[torch.Tensor, int]] = []
 
-    def poisoned(self: torch.Tensor, *size: object, **options: object) -> torch.Tensor:
-        return empty(self, *size, **options).fill_(-7)
+    new_empty = torch.Tensor.new_empty
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for translation in ((8,), (8,) * 7):
-        for reset in (False, True):
-            case = edge([[1, 11, 12, EOD, 2] * 9] * 3, translation, length=3, eod_id=EOD, reset_at_eod=reset)
-            output = implementation(**case.but(device=DEVICE).arguments())
-            assert all(bool((each >= 0).all()) for each in output if each is not None)
+    def guarded(self: torch.Tensor, size: tuple[int, ...], **options: Any) -> torch.Tensor:
+        dtype = options.get("dtype")
+        if dtype is None:  # torch's own
+            return new_empty(self, size, **options)
+        count = torch.Size(size).numel()
+        whole = torch.full((count + 2 * margin,), bad, dtype=dtype, device=self.device)
+        allocated.append((whole, count))
+        return whole[margin : margin + count].view(size)
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(cases(max_rows=3, max_sequence=24))
+    def check(case: Case) -> None:
+        arguments = case.but(device=DEVICE).arguments()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", guarded)
+            output = IMPLEMENTATIONS[name](**arguments)
+        assert all(bool((each >= 0).all()) for each in output if each is not None)
+        assert len(allocated) >= 5
+        for whole, count in allocated:
+            assert bool((whole[:margin] == bad).all()) and bool((whole[margin + count :] == bad).all())
+        allocated.clear()
+
+    check()
 
 
 def test_inputs_are_left_as_they_were(implementation: Callable[..., CodeSwitchOutput]) -> None:
