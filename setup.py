@@ -11,7 +11,18 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_prealign/__init__.py").read_text()).group(1)
-ROOMS = ["recipe", "runtime", "model", "data", "dictionary", "alignment", "code_switch", "training", "evaluation"]
+ROOMS = [
+    "recipe",
+    "runtime",
+    "model",
+    "data",
+    "dictionary",
+    "alignment",
+    "code_switch",
+    "benchmark",
+    "training",
+    "evaluation",
+]
 
 setup(
     name="megatron-prealign",
@@ -59,12 +70,15 @@ setup(
             "pythainlp>=5",
             "icu4py>=1.2",
         ],
+        # A second, much faster tokenizer engine for byte-level BPE; its ids are compared with the plain one's before use.
+        "fast": ["gigatoken>=0.10"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             # The one real segmenter that every test run has; the tests of the others skip where they are not installed.
             "jieba>=0.42.1",
+            "gigatoken>=0.10",
             "ruff==0.17.5",
             "mypy==2.4.1",
             "types-PyYAML",
