@@ -18,6 +18,7 @@ COMMANDS = {
     "dictionary": ("megatron_prealign.tools.dictionary", "build the word-translation table and measure its coverage"),
     "pretrain": ("megatron_prealign.tools.pretrain", "train a model as a recipe says (alone or under torchrun)"),
     "evaluate": ("megatron_prealign.tools.evaluate", "measure checkpoints and write report.json and report.html"),
+    "benchmark": ("megatron_prealign.tools.benchmark", "measure the kernels on this machine"),
     "doctor": ("megatron_prealign.tools.doctor", "check the installation, one line a part with the fix"),
 }
 

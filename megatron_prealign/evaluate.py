@@ -76,6 +76,6 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         store = open_store(recipe, runtime, vocabulary)
         on_every_rank("loading weights", lambda: store.load_weights(models, None, checkpoint))
         logger.info("measuring %s", checkpoint)
-        result = open_evaluator(recipe, runtime, validation, dictionary).measure(models)
+        result = open_evaluator(recipe, runtime, vocabulary, validation, dictionary).measure(models)
         state = read_state(checkpoint)["train_state"]
         return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank

@@ -175,13 +175,20 @@ def num_samples(recipe: Recipe) -> int:
     return rows + (alignment.train_iters * alignment.lm_global_batch_size if alignment is not None else 0)
 
 
+def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
+    """What a row of the model looks like, in training and in validation."""
+    return RowFormat(
+        seq_length=recipe.data.seq_length,
+        eod_id=vocabulary.tokenizer.eod_id,
+        mask_eod=recipe.data.eod_mask_loss,
+        reset_position_ids=recipe.data.reset_position_ids,
+        reset_attention_mask=recipe.data.reset_attention_mask,
+    )
+
+
 def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list[Phase]:
     """The alignment phase, if the recipe has one, and language-model training."""
-    row_format = RowFormat(
-        seq_length=recipe.data.seq_length,
-        eod_id=materials.vocabulary.tokenizer.eod_id,
-        mask_eod=recipe.data.eod_mask_loss,
-    )
+    row_format = format_of_rows(recipe, materials.vocabulary)
 
     def plain(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
         return plain_batch(rows.tokens, row_format)
@@ -261,12 +268,17 @@ def open_store(recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary) -> Chec
 
 
 def open_evaluator(
-    recipe: Recipe, runtime: Runtime, validation: ValidationSamples, dictionary: Dictionary | None
+    recipe: Recipe,
+    runtime: Runtime,
+    vocabulary: Vocabulary,
+    validation: ValidationSamples,
+    dictionary: Dictionary | None,
 ) -> Evaluator:
     """What can be measured of the run's model."""
+    row_format = format_of_rows(recipe, vocabulary)
     if dictionary is None:
-        return Evaluator(recipe, runtime, validation, None, None)
-    return Evaluator(recipe, runtime, validation, dictionary.table, dictionary.held_out)
+        return Evaluator(recipe, runtime, validation, row_format, None, None)
+    return Evaluator(recipe, runtime, validation, row_format, dictionary.table, dictionary.held_out)
 
 
 def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:
@@ -300,8 +312,10 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     optimizer = build_optimizer(recipe, chunks)
     store = open_store(recipe, runtime, materials.vocabulary)
     names = [phase.name for phase in phases]
+    train = materials.train
     state = on_every_rank(
-        "resuming", lambda: store.resume(chunks, optimizer, phases=names, num_samples=len(materials.train))
+        "resuming",
+        lambda: store.resume(chunks, optimizer, phases=names, num_samples=len(train), segmenters=train.segmenters),
     )
     if state is None:
         state = TrainState()
@@ -319,7 +333,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         materials.vocabulary.padded_size,
     )
     metrics = MetricsFile(Path(recipe.logging.run_dir) / "metrics.jsonl", enabled=runtime.rank == 0)
-    evaluator = open_evaluator(recipe, runtime, materials.validation, materials.dictionary)
+    evaluator = open_evaluator(recipe, runtime, materials.vocabulary, materials.validation, materials.dictionary)
     trainer = Trainer(
         recipe,
         runtime,
@@ -330,7 +344,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
             StopOnSignal(),
             ProgressLog(recipe, metrics, padded_vocab_size=materials.vocabulary.padded_size),
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
-            SaveCheckpoints(store, materials.train, recipe.checkpoint.save_interval),
+            SaveCheckpoints(store, train, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),
             *callbacks,
         ],

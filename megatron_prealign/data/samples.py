@@ -214,6 +214,11 @@ class TrainSamples:
             word_starts=None if word_starts is None else torch.from_numpy(word_starts),
         )
 
+    @property
+    def segmenters(self) -> list[str | None]:
+        """For each source who marked where its words start; None if nobody did."""
+        return [source.sidecar.segmenter for source in self._sources]
+
     def consumed_per_source(self, num_samples: int) -> dict[str, int]:
         """For each source's path, how many of the first `num_samples` positions of the blend are its."""
         if not 0 <= num_samples <= len(self):

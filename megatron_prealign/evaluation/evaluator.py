@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_prealign.code_switch.switcher import RowFormat
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.retrieval import retrieval_p_at_1, word_pairs
@@ -34,13 +35,19 @@ class Evaluator:
         recipe: Recipe,
         runtime: Runtime,
         validation: ValidationSamples,
+        row_format: RowFormat,
         table: DictionaryTable | None,
         held_out: np.ndarray | None,
     ) -> None:
-        """`held_out`: bool `[groups]`, the groups that training leaves out; measured apart from the others."""
+        """
+        Args:
+            row_format: that of training.
+            held_out: bool `[groups]`, the groups that training leaves out; measured apart from the others.
+        """
         self._recipe = recipe
         self._runtime = runtime
         self._validation = validation
+        self._row_format = row_format
         self._pairs: dict[str, list[Any]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
         if table is not None and held_out is not None:
             limit = recipe.training.retrieval_words
@@ -57,7 +64,7 @@ class Evaluator:
                 chunks,
                 self._validation,
                 micro_batch_size=self._recipe.training.micro_batch_size,
-                seq_length=self._recipe.data.seq_length,
+                row_format=self._row_format,
             )
         }
         for name, pairs in self._pairs.items():

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule
@@ -17,9 +18,14 @@ def validation_losses(
     samples: ValidationSamples,
     *,
     micro_batch_size: int,
-    seq_length: int,
+    row_format: RowFormat,
 ) -> dict[str, float]:
-    """Mean next-token loss in nats per token, for every language that has held-out text. Takes part: all ranks."""
+    """Mean next-token loss in nats per token, for every language that has held-out text. Takes part: all ranks.
+
+    Args:
+        row_format: that of training, so that documents are kept apart or not as there. Every token of the text is
+            scored, also those that `mask_eod` leaves out of training.
+    """
     losses = {}
     for language in samples.languages:
         total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -37,7 +43,7 @@ def validation_losses(
 
             return output, loss_function
 
-        microbatches = _microbatches(runtime, samples, language, micro_batch_size)
+        microbatches = _microbatches(runtime, samples, language, micro_batch_size, row_format)
         with torch.no_grad():
             run_schedule(
                 runtime,
@@ -45,7 +51,7 @@ def validation_losses(
                 forward_step,
                 microbatches,
                 idle=lambda: idle_rows(runtime),
-                shape=(seq_length, micro_batch_size),
+                shape=(row_format.seq_length, micro_batch_size),
                 mixed_shapes=True,
                 forward_only=True,
             )
@@ -58,7 +64,7 @@ def validation_losses(
 
 
 def _microbatches(
-    runtime: Runtime, samples: ValidationSamples, language: str, micro_batch_size: int
+    runtime: Runtime, samples: ValidationSamples, language: str, micro_batch_size: int, row_format: RowFormat
 ) -> list[RowMicrobatch]:
     """This rank's rows; the last round is filled up with rows that have no loss."""
     count = samples.num_samples(language)
@@ -70,16 +76,15 @@ def _microbatches(
         wanted = range(start, start + micro_batch_size)
         rows, mask = samples.rows(language, [min(index, count - 1) for index in wanted])
         real = torch.tensor([index < count for index in wanted])
-        tokens = to_device(rows, runtime.device).tokens
+        batch = plain_batch(to_device(rows, runtime.device).tokens, row_format)
         batches.append(
             RowMicrobatch(
-                tokens=tokens[:, :-1].contiguous(),
-                labels=tokens[:, 1:].contiguous(),
+                tokens=batch.tokens,
+                labels=batch.labels,
                 loss_mask=(mask & real[:, None]).float().to(runtime.device),
-                position_ids=torch.arange(tokens.shape[1] - 1, device=runtime.device)
-                .expand(len(tokens), -1)
-                .contiguous(),
+                position_ids=batch.position_ids,
                 scored_tokens=one,
+                document_starts=batch.document_starts,
             )
         )
     return batches

@@ -95,6 +95,10 @@ def block_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk.
 
+    With Transformer Engine and `data.reset_attention_mask` the attention is ours: Megatron-Core tells Transformer
+    Engine's that the mask is causal, and that it then does not look at the one it is given (as its documentation says).
+    The pair is untested, Transformer Engine was not at hand.
+
     Raises:
         UserError: Transformer Engine is asked for and not installed.
     """
@@ -106,7 +110,11 @@ def block_spec(
                 "model.transformer_impl is transformer_engine, but Transformer Engine is not installed; "
                 "install it or set model.transformer_impl to local"
             ) from error
-        return get_gpt_layer_with_transformer_engine_spec()
+        engine_layer = get_gpt_layer_with_transformer_engine_spec()
+        if recipe.data.reset_attention_mask:
+            engine_layer = copy.deepcopy(engine_layer)
+            engine_layer.submodules.self_attention.submodules.core_attention = FusedCausalAttention
+        return engine_layer
     norm = RMSNorm if recipe.model.family == "llama" else LayerNorm
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
     layer.submodules.input_layernorm = norm

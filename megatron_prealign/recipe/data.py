@@ -46,6 +46,12 @@ class DataSection:
     """Share of each source's documents held out when `validation` is empty."""
     eod_mask_loss: bool = False
     """Do not score the token that follows an end-of-document token."""
+    reset_position_ids: bool = False
+    """Count positions from 0 again after every end-of-document token. Only learned positions (model.family gpt2) read
+    them; rotary ones (llama) depend on distances alone, which are the same either way."""
+    reset_attention_mask: bool = False
+    """Let no token attend to an earlier document of its sample. Attention then needs a mask of seq_length x seq_length
+    per row and cannot use the flash kernel."""
     cache: str | None = None
     """Folder of the sample index cache; null means a folder inside logging.run_dir."""
 

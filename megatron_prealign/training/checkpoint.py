@@ -183,6 +183,7 @@ class CheckpointStore:
         phase: str,
         phases: Sequence[str],
         num_samples: int,
+        segmenters: Sequence[str | None],
         consumed: dict[str, int],
     ) -> Path:
         """Writes everything needed to resume. Takes part: all ranks.
@@ -191,6 +192,7 @@ class CheckpointStore:
             phase: Name of the current phase.
             phases: Names of all phases of the run, in order.
             num_samples: Rows of the training blend.
+            segmenters: Who marked the words of each source.
             consumed: Samples taken from each source so far.
 
         Raises:
@@ -209,7 +211,7 @@ class CheckpointStore:
         save_sharded(content, working, timeout_s=self._recipe.checkpoint.timeout_minutes * 60, name=final)
         summary = {
             **self._identity,
-            "run": facts_of_run(self._recipe, phases=phases, num_samples=num_samples),
+            "run": facts_of_run(self._recipe, phases=phases, num_samples=num_samples, segmenters=segmenters),
             "train_state": state.to_dict(),
             "phase": phase,
             "layout": _layout(self._runtime),
@@ -257,12 +259,14 @@ class CheckpointStore:
         *,
         phases: Sequence[str],
         num_samples: int,
+        segmenters: Sequence[str | None],
     ) -> TrainState | None:
         """Loads the newest checkpoint of this run, if there is one. Takes part: all ranks.
 
         Args:
             phases: Names of all phases of the run, in order; the state's `phase` is a position in it.
             num_samples: Rows of the training blend.
+            segmenters: Who marked the words of each source.
 
         Raises:
             UserError: it is of another model, tokenizer, phase, number format or order of the data, or damaged.
@@ -272,7 +276,7 @@ class CheckpointStore:
             return None
         summary = read_state(checkpoint)
         check_model(checkpoint, summary, self._identity)
-        mine = facts_of_run(self._recipe, phases=phases, num_samples=num_samples)
+        mine = facts_of_run(self._recipe, phases=phases, num_samples=num_samples, segmenters=segmenters)
         phase = check_run(checkpoint, summary, mine)
         on_every_rank(f"reading {checkpoint}", lambda: self._reading(checkpoint, lambda: check_files(checkpoint)))
         self._reading(checkpoint, lambda: self._load_all(chunks, optimizer, checkpoint, summary["layout"]))

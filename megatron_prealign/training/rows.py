@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_prealign.code_switch.switcher import SwitchedBatch
 from megatron_prealign.data.samples import SampleRows, TrainSamples
+from megatron_prealign.model.attention import document_mask
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
 
@@ -23,6 +24,7 @@ class RowMicrobatch:
         scored_tokens: tokens with a loss in the whole step over all ranks, a float scalar on the device. Dividing each
             rank's sum by it makes every token weigh the same whatever the layout and however code-switching spread the
             masks.
+        document_starts: the first position that each position may attend to; None where only order restricts it.
     """
 
     tokens: torch.Tensor
@@ -30,6 +32,7 @@ class RowMicrobatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     scored_tokens: torch.Tensor
+    document_starts: torch.Tensor | None = None
 
 
 class RowReader:
@@ -62,7 +65,9 @@ class RowReader:
         scored = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
         dist.all_reduce(scored, group=runtime.groups.dp)
         scored.clamp_(min=1.0)
-        return [RowMicrobatch(b.tokens, b.labels, b.loss_mask, b.position_ids, scored) for b in batches], counts
+        return [
+            RowMicrobatch(b.tokens, b.labels, b.loss_mask, b.position_ids, scored, b.document_starts) for b in batches
+        ], counts
 
 
 def to_device(rows: SampleRows, device: torch.device) -> SampleRows:
@@ -91,6 +96,10 @@ def row_loss_sum(
     """Forward pass of one chunk. Returns its output and, for the last stage, the function that sums the masked losses
     of it and divides by the scored tokens of the step: summed over microbatches and ranks that is the mean loss per
     token."""
-    labels = batch.labels if unwrap(chunk).post_process else None
-    output = chunk(batch.tokens, batch.position_ids, None, labels=labels)
+    model = unwrap(chunk)
+    labels = batch.labels if model.post_process else None
+    # Made here and not with the batch: a step's microbatches all wait in memory at once, their masks must not.
+    starts = batch.document_starts
+    mask = None if starts is None else document_mask(starts, model.config.params_dtype)
+    output = chunk(batch.tokens, batch.position_ids, mask, labels=labels)
     return output, lambda losses: (losses.float() * batch.loss_mask).sum() / batch.scored_tokens

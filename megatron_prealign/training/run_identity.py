@@ -23,23 +23,29 @@ _FREE_MODEL_FIELDS = {
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
 
 
-def facts_of_run(recipe: Recipe, *, phases: Sequence[str], num_samples: int) -> dict[str, Any]:
+def facts_of_run(
+    recipe: Recipe, *, phases: Sequence[str], num_samples: int, segmenters: Sequence[str | None]
+) -> dict[str, Any]:
     """What decides a run's course besides its model, as plain values for `state.json`.
 
     Args:
         phases: Names of the run's phases, in order.
         num_samples: Rows of the training blend.
+        segmenters: Who marked the words of each source, as its sidecar says.
     """
     return {
         "phases": list(phases),
+        "code_switch": recipe.code_switch is not None,
         "seq_length": recipe.data.seq_length,
+        "reset_position_ids": recipe.data.reset_position_ids,
+        "reset_attention_mask": recipe.data.reset_attention_mask,
         "precision": recipe.training.precision,
         "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
         "seed": recipe.training.seed,
         "num_samples": num_samples,
         "sources": [
-            {"path": source.path, "language": source.language, "weight": source.weight}
-            for source in recipe.data.sources
+            {"path": source.path, "language": source.language, "weight": source.weight, "segmenter": segmenter}
+            for source, segmenter in zip(recipe.data.sources, segmenters, strict=True)
         ],
     }
 
@@ -75,8 +81,8 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
         mine: `facts_of_run` of the run that wants to go on.
 
     Raises:
-        UserError: the phase is not in the run, or another sequence length, precision, kind of optimizer, or order of
-            the data.
+        UserError: the phase is not in the run, or another sequence length, way to keep documents apart, precision,
+            kind of optimizer, order of the data, or segmenter.
     """
     saved = summary["run"]
     if summary["phase"] not in mine["phases"]:
@@ -84,10 +90,15 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             f"{checkpoint} was saved in phase {summary['phase']}, which the recipe does not have (it has "
             f"{', '.join(mine['phases'])}); give the recipe its section {summary['phase']} again, or {_NEW_RUN}"
         )
+    # What a position sees is as much a part of the trained model as its weights; checkpoints from before the two
+    # options were there kept nothing apart.
+    saved = {"reset_position_ids": False, "reset_attention_mask": False, **saved}
     state = [
         _difference(field, saved[name], mine[name])
         for name, field in (
             ("seq_length", "data.seq_length"),
+            ("reset_position_ids", "data.reset_position_ids"),
+            ("reset_attention_mask", "data.reset_attention_mask"),
             ("precision", "training.precision"),
             ("use_distributed_optimizer", "parallel.use_distributed_optimizer"),
         )
@@ -99,6 +110,8 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             "checkpoint.load to this one"
         )
     _check_order(checkpoint, summary, mine)
+    if mine["code_switch"]:
+        _check_words(checkpoint, saved, mine)
     return int(mine["phases"].index(summary["phase"]))
 
 
@@ -123,6 +136,19 @@ def _check_order(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]
         )
     if saved_paths != paths:
         logger.warning("data.sources moved since %s was saved: taken to be the same data", checkpoint)
+
+
+def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Another segmenter finds other words in the same tokens, so code-switching would go on with other ones."""
+    for before, now in zip(saved["sources"], mine["sources"], strict=True):
+        # Absent: saved before there were segmenters.
+        segmenter = before.get("segmenter")
+        if segmenter != now["segmenter"]:
+            raise UserError(
+                f"{checkpoint} cannot go on with {now['path']}, in which other words would be switched: its segmenter "
+                f"was {segmenter or 'none'}, now it is {now['segmenter'] or 'none'}; preprocess the text as it was, or "
+                f"{_NEW_RUN}"
+            )
 
 
 def _difference(field: str, saved: Any, mine: Any) -> str:

@@ -42,6 +42,7 @@ class SaveCheckpoints(Callback):
             phase=trainer.phase.name,
             phases=[phase.name for phase in trainer.phases],
             num_samples=len(self._samples),
+            segmenters=self._samples.segmenters,
             consumed=self._samples.consumed_per_source(state.consumed_samples),
         )
         self._saved_step = state.step

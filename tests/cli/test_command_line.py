@@ -37,6 +37,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         *[[command, "--help"] for command in cli.COMMANDS],
         ["dictionary", "build", "--help"],
         ["dictionary", "coverage", "--help"],
+        ["benchmark", "code-switch", "--help"],
+        ["benchmark", "resources", "--help"],
     ],
     ids=" ".join,
 )

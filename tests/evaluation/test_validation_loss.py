@@ -22,35 +22,37 @@ def values_for(tiny: Tiny, folder: Path, **parallel: Any) -> dict[str, Any]:
     return values
 
 
-def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
+def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any, Any]:
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.pretrain import open_dictionary, open_validation, open_vocabulary
+    from megatron_prealign.pretrain import format_of_rows, open_dictionary, open_validation, open_vocabulary
     from megatron_prealign.runtime.distributed import start
 
     recipe = recipe_of(values, Path(folder))
     runtime = start(recipe.parallel, seed=recipe.training.seed)
     vocabulary = open_vocabulary(recipe)
     chunks = build_model(recipe, runtime, vocab_size=vocabulary.size)
-    return recipe, runtime, chunks, open_validation(recipe, vocabulary), open_dictionary(recipe, vocabulary)
+    validation, dictionary = open_validation(recipe, vocabulary), open_dictionary(recipe, vocabulary)
+    return recipe, runtime, chunks, validation, dictionary, format_of_rows(recipe, vocabulary)
 
 
 def measured(values: dict[str, Any], folder: str) -> dict[str, float]:
     """Runs in workers."""
     from megatron_prealign.evaluation.validation import validation_losses
 
-    recipe, runtime, chunks, samples, _ = opened(values, folder)
+    recipe, runtime, chunks, samples, _, row_format = opened(values, folder)
     return validation_losses(
         runtime,
         chunks,
         samples,
         micro_batch_size=recipe.training.micro_batch_size,
-        seq_length=recipe.data.seq_length,
+        row_format=row_format,
     )
 
 
 def by_hand(values: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Runs in a worker: one window at a time through the model, torch's cross entropy over its text."""
-    _, _, (chunk,), samples, _ = opened(values, folder)
+    """Runs in a worker: one window at a time through the model, torch's cross entropy over its text; with
+    `reset_attention_mask` one document of a window at a time."""
+    _, _, (chunk,), samples, _, row_format = opened(values, folder)
     losses: dict[str, float] = {}
     windows, last = {}, {}
     for language in samples.languages:
@@ -59,8 +61,12 @@ def by_hand(values: dict[str, Any], folder: str) -> dict[str, Any]:
         for index in range(windows[language]):
             rows, mask = samples.rows(language, [index])
             inputs, labels = rows.tokens[0, :-1], rows.tokens[0, 1:]
+            ends = (inputs == row_format.eod_id).nonzero()[:, 0] + 1
+            pieces = inputs.tensor_split(ends) if row_format.reset_attention_mask else (inputs,)
             with torch.no_grad():
-                logits = chunk(inputs[None], torch.arange(len(inputs))[None], None)[0]
+                logits = torch.cat(
+                    [chunk(ids[None], torch.arange(len(ids))[None], None)[0] for ids in pieces if len(ids)]
+                )
             each = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
             total += each[mask[0]].sum().item()
             count += int(mask.sum())
@@ -72,12 +78,13 @@ def evaluation(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: the evaluator's result, and what it leaves of the model."""
     from megatron_prealign.evaluation.evaluator import Evaluator
 
-    recipe, runtime, chunks, samples, dictionary = opened(values, folder)
+    recipe, runtime, chunks, samples, dictionary, row_format = opened(values, folder)
     chunks[0].train()
     evaluator = Evaluator(
         recipe,
         runtime,
         samples,
+        row_format,
         dictionary.table if dictionary else None,
         dictionary.held_out if dictionary else None,
     )
@@ -117,6 +124,19 @@ def test_loss_is_the_mean_over_all_text(
     for losses in workers.run(ranks, measured, values_for(tiny, tmp_path, **parallel), str(tmp_path)):
         # fp32 losses summed in another order.
         assert losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_documents_are_kept_apart_as_in_training(workers: WorkerPool, tiny: Tiny, tmp_path: Path, family: str) -> None:
+    values = values_for(tiny, tmp_path)
+    values["model"].update(family=family, num_query_groups=4)
+    together = workers.run(1, measured, values, str(tmp_path))[0]
+    values["data"].update(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    answer = workers.run(1, by_hand, values, str(tmp_path))[0]
+    losses = workers.run(1, measured, values, str(tmp_path))[0]
+    # fp32 losses summed in another order; a document alone takes its sums in another order too.
+    assert losses == pytest.approx(answer["losses"], rel=1e-6)
+    assert losses != pytest.approx(together, rel=1e-6)
 
 
 def test_samples_are_limited(workers: WorkerPool, tiny: Tiny, tmp_path: Path, expected: dict[str, float]) -> None:

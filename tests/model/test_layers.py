@@ -41,13 +41,19 @@ def norms(sequence_parallel: bool) -> dict[str, Any]:
     return answers
 
 
-def attentions(heads: int, groups: int, softmax_scale: float | None) -> dict[str, Any]:
-    """Runs in a worker: output and gradients of our attention and of Megatron-Core's."""
+def attentions(
+    heads: int, groups: int, softmax_scale: float | None, starts: list[list[int]] | None = None
+) -> dict[str, Any]:
+    """Runs in a worker: output and gradients of our attention and of Megatron-Core's, which takes any mask.
+
+    Args:
+        starts: `[3, 7]`, where the document of each position starts.
+    """
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_prealign.model.attention import FusedCausalAttention
+    from megatron_prealign.model.attention import FusedCausalAttention, document_mask
     from megatron_prealign.recipe import ParallelSection
     from megatron_prealign.runtime.distributed import start
 
@@ -62,16 +68,20 @@ def attentions(heads: int, groups: int, softmax_scale: float | None) -> dict[str
         use_cpu_initialization=True,
     )
     tokens, rows = 7, 3
-    mask = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)[None, None]
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1).repeat(rows, 1, 1, 1)
+    for row, firsts in enumerate(starts or []):
+        for position, first in enumerate(firsts):
+            hidden[row, 0, position, :first] = True
+    mask = None if starts is None else document_mask(torch.tensor(starts, dtype=torch.int32), torch.float32)
     answers: dict[str, Any] = {}
-    for kind in (FusedCausalAttention, DotProductAttention):
+    for kind, own_mask in ((FusedCausalAttention, mask), (DotProductAttention, hidden)):
         generator = torch.Generator().manual_seed(5)
         inputs = [
             torch.randn((tokens, rows, count, 8), generator=generator).requires_grad_()
             for count in (heads, groups, groups)
         ]
         attention = kind(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale)
-        output = attention(*inputs, mask)
+        output = attention(*inputs, own_mask)
         (output * torch.randn(output.shape, generator=generator)).sum().backward()
         answers[kind.__name__] = [output.detach(), *(each.grad for each in inputs)]
     return answers
@@ -96,6 +106,7 @@ def refusals() -> list[str]:
         lambda: FusedCausalAttention(config, 1, AttnMaskType.padding, "self"),
         lambda: FusedCausalAttention(split, 1, AttnMaskType.causal, "self"),
         lambda: attention(states, states, states, None, attention_bias=states),
+        lambda: attention(states, states, states, torch.ones(1, 1, 2, 2, dtype=torch.bool)),
     ):
         try:
             attempt()
@@ -130,9 +141,22 @@ def test_attention_is_megatron_cores(workers: WorkerPool, heads: int, groups: in
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)])
+def test_attention_with_documents_is_megatron_cores(workers: WorkerPool, heads: int, groups: int) -> None:
+    # No end, several ones, and padding, of which every position is its own.
+    starts = [[0] * 7, [0, 0, 2, 2, 2, 5, 5], [0, 0, 0, 0, 4, 5, 6]]
+    answers = workers.run(1, attentions, heads, groups, None, starts)[0]
+    plain = workers.run(1, attentions, heads, groups, None)[0]["FusedCausalAttention"]
+    for got, expected in zip(answers["FusedCausalAttention"], answers["DotProductAttention"], strict=True):
+        # The same sums in fp32 in another order.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(answers["FusedCausalAttention"][0], plain[0], atol=0.01)
+
+
 def test_attention_refuses_what_it_cannot_compute(workers: WorkerPool) -> None:
     messages = workers.run(1, refusals)[0]
-    assert len(messages) == 3
+    assert len(messages) == 4
     assert "causal attention only" in messages[0]
     assert "context_parallel_size is 2" in messages[1]
     assert "neither packed sequences nor an attention bias" in messages[2]
+    assert "no boolean mask" in messages[3]

@@ -53,6 +53,15 @@ def test_options_reach_optional_sections_and_lists(tmp_path: Path) -> None:
     assert recipe.code_switch.ratio == 0.5
 
 
+def test_documents_are_kept_apart_only_when_asked(tmp_path: Path) -> None:
+    config = write_recipe(tmp_path, {"data.reset_attention_mask": True})
+    data = load_recipe(["--config", config]).data
+    assert (data.reset_position_ids, data.reset_attention_mask) == (False, True)
+    data = load_recipe(["--config", config, "--data.reset_position_ids", "true"]).data
+    assert (data.reset_position_ids, data.reset_attention_mask) == (True, True)
+    assert not load_recipe(["--config", write_recipe(tmp_path, name="plain.yaml")]).data.reset_attention_mask
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -82,6 +91,8 @@ def test_options_reach_optional_sections_and_lists(tmp_path: Path) -> None:
         ({"model.num_layers": 0}, "model.num_layers is 0, expected a number above 0"),
         ({"training.eval_interval": "x"}, "training.eval_interval is x, expected a whole number"),
         ({"data.eod_mask_loss": "maybe"}, "data.eod_mask_loss is maybe, expected true or false"),
+        ({"data.reset_position_ids": 1}, "data.reset_position_ids is 1, expected true or false"),
+        ({"data.reset_attention_mask": "x"}, "data.reset_attention_mask is x, expected true or false"),
         ({"data.sources": "en"}, "data.sources is en, expected a list"),
         ({"data.sources": ["en"]}, "data.sources is en, expected a section with fields of its own"),
         ({"data.sources": [{"path": "a"}]}, "data.sources.language is not set, expected a value"),

@@ -17,7 +17,8 @@ PHASES = ["alignment", "language_model"]
 
 @pytest.fixture
 def facts(tmp_path: Path) -> dict[str, Any]:
-    return facts_of_run(recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path), phases=PHASES, num_samples=60)
+    recipe = recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path)
+    return facts_of_run(recipe, phases=PHASES, num_samples=60, segmenters=[None, "jieba"])
 
 
 def summary_of(facts: dict[str, Any], phase: str = "language_model") -> dict[str, Any]:
@@ -53,6 +54,8 @@ def test_phase_that_the_recipe_lacks_is_refused(facts: dict[str, Any]) -> None:
     ("name", "saved", "mine", "expected"),
     [
         ("seq_length", 32, 64, "data.seq_length 32 (recipe: 64)"),
+        ("reset_position_ids", False, True, "data.reset_position_ids False (recipe: True)"),
+        ("reset_attention_mask", False, True, "data.reset_attention_mask False (recipe: True)"),
         ("precision", "fp32", "bf16", "training.precision fp32 (recipe: bf16)"),
         ("use_distributed_optimizer", True, False, "parallel.use_distributed_optimizer True (recipe: False)"),
         ("seed", 3, 4, "training.seed 3 (recipe: 4)"),
@@ -99,3 +102,38 @@ def test_moved_data_is_the_same_blend(facts: dict[str, Any], caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         assert check_run(CHECKPOINT, summary_of(facts), moved) == 1
     assert "data.sources moved" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "segmenter", "expected"),
+    [
+        (0, "jieba", "its segmenter was none, now it is jieba; "),
+        (1, None, "its segmenter was jieba, now it is none; "),
+        (1, "icu", "its segmenter was jieba, now it is icu; "),
+    ],
+)
+def test_other_words_are_refused(facts: dict[str, Any], source: int, segmenter: str | None, expected: str) -> None:
+    mine = copy.deepcopy(facts)
+    mine["sources"][source]["segmenter"] = segmenter
+    with pytest.raises(UserError) as caught:
+        check_run(CHECKPOINT, summary_of(facts), mine)
+    message = str(caught.value)
+    assert message.startswith(f"{CHECKPOINT} cannot go on with {mine['sources'][source]['path']}, ")
+    assert expected in message
+    # Where no words are switched it does not matter.
+    assert check_run(CHECKPOINT, summary_of(facts), {**mine, "code_switch": False}) == 1
+
+
+def test_older_checkpoint_has_neither_segmenter_nor_documents_apart(facts: dict[str, Any]) -> None:
+    facts["sources"][1]["segmenter"] = None
+    older = summary_of(facts)
+    for name in ("reset_position_ids", "reset_attention_mask", "code_switch"):
+        del older["run"][name]
+    for source in older["run"]["sources"]:
+        del source["segmenter"]
+    assert check_run(CHECKPOINT, older, facts) == 1
+    with pytest.raises(UserError, match="reset_attention_mask False"):
+        check_run(CHECKPOINT, older, {**facts, "reset_attention_mask": True})
+    facts["sources"][0]["segmenter"] = "jieba"
+    with pytest.raises(UserError, match="was none, now it is jieba"):
+        check_run(CHECKPOINT, older, facts)

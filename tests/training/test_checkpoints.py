@@ -78,6 +78,7 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
     assert state["vocab_size"] == 2 * VOCAB_SIZE
     # Each source's share of the 24 rows so far.
     assert sum(state["consumed_samples_per_source"].values()) == 24
+    assert [source["segmenter"] for source in state["run"]["sources"]] == [None, None]
     assert list(state["consumed_samples_per_source"]) == [str(tiny.folder / "en"), str(tiny.folder / "en_clone")]
     assert (checkpoint / "recipe.yaml").exists()
     for file in Path(tiny.tokenizer).iterdir():

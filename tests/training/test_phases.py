@@ -54,8 +54,16 @@ def plain_gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def rows_loss(model: Any, batch: Any) -> torch.Tensor:
-    logits = model(batch.tokens, batch.position_ids, None)
+    from megatron_prealign.model.attention import document_mask
+
+    starts = batch.document_starts
+    logits = model(batch.tokens, batch.position_ids, None if starts is None else document_mask(starts, torch.float32))
     return next_token_loss(logits, batch.labels, batch.loss_mask)
+
+
+def positions_apart(batch: Any) -> int:
+    """Positions that may not look at all before them."""
+    return 0 if batch.document_starts is None else int((batch.document_starts > 0).sum())
 
 
 def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -89,11 +97,16 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
         )
     aligned = torch.stack(list(losses.values())).mean()
     penalty = torch.stack(list(penalties.values())).mean()
-    lm_loss = torch.zeros(())
+    lm_loss, apart = torch.zeros(()), 0
     if section.lm_global_batch_size:
         rows = materials.train.rows(range(12, 12 + section.lm_global_batch_size))
-        row_format = RowFormat(seq_length=recipe.data.seq_length, eod_id=materials.vocabulary.tokenizer.eod_id)
-        lm_loss = rows_loss(model, plain_batch(rows.tokens, row_format))
+        row_format = RowFormat(
+            seq_length=recipe.data.seq_length,
+            eod_id=materials.vocabulary.tokenizer.eod_id,
+            reset_attention_mask=recipe.data.reset_attention_mask,
+        )
+        batch = plain_batch(rows.tokens, row_format)
+        lm_loss, apart = rows_loss(model, batch), positions_apart(batch)
     total = section.alpha * aligned + section.gamma * penalty + section.lm_weight * lm_loss
     return {
         "gradients": gradients,
@@ -103,6 +116,7 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
         "expected_lm_loss": lm_loss.item(),
         "expected_layers": {layer: loss.item() for layer, loss in losses.items()},
         "penalty": penalty.item(),
+        "apart": apart,
         "consumed": state.consumed_samples - before.consumed_samples,
         "tokens": state.tokens - before.tokens,
         "expected_tokens": section.lm_global_batch_size * recipe.data.seq_length + sum(lengths),
@@ -121,7 +135,13 @@ def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     state = TrainState(phase=1, phase_step=2, step=7, tokens=5000, phase_start_tokens=1000, consumed_samples=start)
     gradients, metrics = step(phases[-1], state, chunks)
     seq_length = recipe.data.seq_length
-    row_format = RowFormat(seq_length=seq_length, eod_id=eod_id, mask_eod=recipe.data.eod_mask_loss)
+    row_format = RowFormat(
+        seq_length=seq_length,
+        eod_id=eod_id,
+        mask_eod=recipe.data.eod_mask_loss,
+        reset_position_ids=recipe.data.reset_position_ids,
+        reset_attention_mask=recipe.data.reset_attention_mask,
+    )
     rows = materials.train.rows(range(start, start + size))
     if recipe.code_switch is None:
         batch = plain_batch(rows.tokens, row_format)
@@ -145,6 +165,8 @@ def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
         "counts": None if batch.counts is None else batch.counts.tolist(),
         "changed": int((batch.tokens != rows.tokens[:, :seq_length]).sum()),
         "unscored": int((batch.loss_mask == 0).sum()),
+        "apart": positions_apart(batch),
+        "loss_together": rows_loss(chunks[0].module, batch._replace(document_starts=None)).item(),
         "consumed": state.consumed_samples - start,
         "tokens": state.tokens,
     }
@@ -190,6 +212,17 @@ def test_alignment_step_is_the_methods(
     assert answer["tokens"] == answer["expected_tokens"]
 
 
+def test_alignment_step_keeps_documents_apart(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    """The rows have a mask in the place of the word batch's pooling weights."""
+    values = tiny.values(tmp_path)
+    values["alignment"].update(lm_global_batch_size=40)
+    values["data"]["reset_attention_mask"] = True
+    answer = workers.run(1, alignment_step, values, str(tmp_path))[0]
+    assert answer["apart"] > 0
+    assert_same_gradients(answer)
+    assert answer["metrics"]["loss"] == pytest.approx(answer["expected_loss"], rel=1e-5)
+
+
 def test_alignment_on_words_alone(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = tiny.values(tmp_path)
     values["alignment"].update(lm_global_batch_size=0)
@@ -229,6 +262,23 @@ def test_language_model_step_is_the_methods(
     assert metrics["switched_word_rate"] == switched / running
     assert (metrics["padding_share"], metrics["truncation_share"]) == (padded / 256, truncated / 256)
     assert metrics["switched_words"] == dict(zip(["en", "en_clone"], by_language, strict=True))
+
+
+@pytest.mark.parametrize("switching", [True, False])
+def test_language_model_step_keeps_documents_apart(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, switching: bool
+) -> None:
+    values = tiny.values(tmp_path)
+    values["model"].update(family="gpt2", num_query_groups=4)
+    values["data"].update(reset_position_ids=True, reset_attention_mask=True)
+    values["training"]["train_iters"] = 60
+    if not switching:
+        del values["code_switch"]
+    answer = workers.run(1, language_model_step, values, str(tmp_path))[0]
+    assert answer["apart"] > 0
+    assert_same_gradients(answer)
+    assert answer["metrics"]["loss"] == pytest.approx(answer["expected_loss"], rel=1e-5)
+    assert answer["loss_together"] != pytest.approx(answer["expected_loss"], rel=2e-5)
 
 
 def total_iters(training: dict[str, Any], spent: int, values: dict[str, Any], folder: str) -> int:

@@ -1,0 +1,374 @@
+"""The benchmark of code-switching: the forms of the kernel, the plain-torch reference and a loop in Python.
+
+Nothing is timed before its output was found equal to the reference's.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_prealign.benchmark.machine import describe_machine
+from megatron_prealign.benchmark.options import CodeSwitchOptions
+from megatron_prealign.benchmark.python_loop import PythonLoop
+from megatron_prealign.benchmark.timing import (
+    WARM_CALLS,
+    Timing,
+    capture,
+    copy_bandwidth,
+    flush_buffer,
+    one_thread,
+    time_call,
+    time_host,
+    time_replays,
+)
+from megatron_prealign.benchmark.workload import Workload, dataset_workload, synthetic_workload
+from megatron_prealign.errors import UserError
+from megatron_prealign.kernels import (
+    CodeSwitchOutput,
+    CodeSwitchSettings,
+    NgramTable,
+    build_ngram_table,
+    code_switch,
+    code_switch_reference,
+    philox_4x32_10,
+    ratio_threshold,
+)
+from megatron_prealign.kernels._triton import HAS_TRITON
+from megatron_prealign.kernels.build_ngram_table import to_device
+from megatron_prealign.kernels.code_switch import launch_code_switch
+from megatron_prealign.kernels.code_switch_interface import KNOWN, LANGUAGES_FROM, MAX_SEQUENCE, RUNNING, SWITCHED
+from megatron_prealign.kernels.ngram_table import WORD
+
+GPU_CASES = ((8, 4096), (256, 4096), (2, 131072))
+CPU_CASES = ((16, 4096),)
+GPU_KEYS, CPU_KEYS = 1_000_000, 100_000
+GPU_REPEATS, CPU_REPEATS = 200, 30
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
+"""Bytes of the buffer that is copied to learn the memory bandwidth."""
+CHECKED_ROWS, CHECKED_SEQUENCE = 2, 2048
+"""The part of a batch on which the loop in Python is compared."""
+REFERENCE, PYTHON_LOOP = "reference", "python_loop"
+
+
+class Inputs(NamedTuple):
+    """Arguments of `code_switch`."""
+
+    tokens: Tensor
+    language: Tensor
+    sample_id: Tensor
+    table: NgramTable
+    thresholds: Tensor
+    settings: CodeSwitchSettings
+    word_starts: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One implementation on one case; None where something was not measured."""
+
+    implementation: str
+    """kernel_row, kernel_blocks, kernel_auto (`code_switch` as training calls it), reference, python_loop."""
+    device: str
+    rows: int
+    sequence: int
+    lookahead: int
+    token_dtype: str
+    ratio: float
+    text: str
+    keys: int
+    table_bytes: int
+    known_share: float
+    """Of the running words of this batch."""
+    switched_share: float
+    """Of the running words of this batch."""
+    timed_as: str
+    """graph: replays of a CUDA graph; call: from the call to its end by the host's clock."""
+    l2: str
+    """cold, warm, or empty where that was not controlled."""
+    repeats: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+    tokens_per_second: float
+    """Positions of the result."""
+    bytes_moved: int
+    gb_per_second: float
+    copy_gb_per_second: float
+    """Of `Tensor.copy_` on the same device in the same run."""
+    share_of_copy: float
+    times_reference: float | None = None
+    """How many times faster than the reference."""
+    times_python_loop: float | None = None
+    host_us: float | None = None
+    """GPU: what an eager call takes of the host."""
+    floor_us: float | None = None
+    """GPU: a graph of one kernel of one element, timed in the same way."""
+
+
+def bytes_moved(rows: int, width: int, sequence: int, token_bytes: int, languages: int, word_starts: bool) -> int:
+    """Bytes that any implementation has to move: its arguments read once, its result written once.
+
+    rows x (width x (token_bytes + 1 with word starts) + 16 for language and sample id
+    + sequence x (8 tokens + 8 labels + 4 loss mask + 8 position ids) + 8 x (5 + languages) for the counts).
+    Reads of the table are left out: how many there are depends on the data, and caches hold part of it.
+    """
+    read = width * (token_bytes + int(word_starts)) + 16
+    return rows * (read + sequence * (8 + 8 + 4 + 8) + 8 * (LANGUAGES_FROM + languages))
+
+
+class CodeSwitchBenchmark:
+    """Everything that the cases of a run share."""
+
+    def __init__(self, options: CodeSwitchOptions) -> None:
+        """Builds the table and measures the memory bandwidth.
+
+        Raises:
+            UserError: the device, a file or the number of keys does not do, or the text is too short for a case.
+        """
+        self._options = options
+        self.device = choose_device(options.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.machine = describe_machine(self.device)
+        self._cases = options.shapes() or list(GPU_CASES if self.on_gpu else CPU_CASES)
+        self._repeats = options.repeats or (GPU_REPEATS if self.on_gpu else CPU_REPEATS)
+        self.workload = self._open_workload()
+        self._host_table = build_ngram_table(**self.workload.arrays)
+        self._table = to_device(self._host_table, self.device)
+        self._flush = flush_buffer(self.device) if self.on_gpu else None
+        self._floor_us: float | None = None
+        with one_thread():
+            self.copy_bytes_per_second = copy_bandwidth(self.device, COPY_BYTES[self.device.type])
+            if self.on_gpu:
+                one = torch.zeros(1, device=self.device)
+                self._floor_us = time_replays(capture(lambda: one.add_(1), 1), self._repeats, self._flush).median_us
+
+    def _open_workload(self) -> Workload:
+        options, longest = self._options, max(self._options.ratio)
+        for rows, sequence in self._cases:
+            if sequence + 1 + round(longest * sequence) > MAX_SEQUENCE:
+                raise UserError(f"--cases has {rows}x{sequence}: longer than {MAX_SEQUENCE} with its lookahead")
+        if options.table is None or options.data is None:
+            return synthetic_workload(options.keys or (GPU_KEYS if self.on_gpu else CPU_KEYS), options.seed)
+        workload = dataset_workload(options.table, options.data)
+        for rows, sequence in self._cases:
+            workload.check_length(rows, sequence, round(longest * sequence))
+        return workload
+
+    @cached_property
+    def _python_loop(self) -> PythonLoop:
+        workload = self.workload
+        return PythonLoop(workload.arrays, self._host_table, workload.language, workload.eod_id)
+
+    def header(self) -> list[str]:
+        """What a reader must know besides the figures."""
+        table = f"{self._table.num_keys:,} keys, {self._table.nbytes / 2**20:.1f} MiB"
+        lines = [*self.machine.lines(), f"workload  {self.workload.name} text, table of {table}"]
+        lines.append(f"copy      {self.copy_bytes_per_second / 1e9:,.1f} GB/s by Tensor.copy_, read and write counted")
+        if self.on_gpu:
+            lines.append(f"floor     {self._floor_us:.1f} us for a graph of one tiny kernel, timed as the kernels are")
+            lines.append(f"L2        {self._options.l2} (cold: a large buffer is written before every repeat)")
+        else:
+            lines.append("threads   1")
+        return lines
+
+    def cases(self) -> Iterator[list[Measurement]]:
+        """Measures case after case.
+
+        Raises:
+            RuntimeError: an implementation gives another result than the reference.
+        """
+        dtypes = ["int64", "int32"] if self._options.token_dtype == "both" else [self._options.token_dtype]
+        for rows, sequence in self._cases:
+            for ratio in self._options.ratio:
+                for dtype in dtypes:
+                    with one_thread():
+                        yield self._measure_case(self._inputs(rows, sequence, ratio, dtype), ratio)
+
+    def _inputs(self, rows: int, sequence: int, ratio: float, dtype: str) -> Inputs:
+        tokens, starts = self.workload.rows(rows, sequence, round(ratio * sequence))
+        languages = self._table.num_languages
+        return Inputs(
+            tokens=torch.from_numpy(tokens).to(self.device, getattr(torch, dtype)),
+            language=torch.full((rows,), self.workload.language, device=self.device),
+            sample_id=torch.arange(rows, device=self.device),
+            table=self._table,
+            thresholds=torch.full((languages, languages), ratio_threshold(ratio), device=self.device),
+            settings=CodeSwitchSettings(
+                seed=self._options.seed,
+                sequence_length=sequence,
+                label_mode="input_only",
+                pad_id=self.workload.eod_id,
+                eod_id=self.workload.eod_id,
+            ),
+            word_starts=None if starts is None else torch.from_numpy(starts).to(self.device),
+        )
+
+    def _measure_case(self, inputs: Inputs, ratio: float) -> list[Measurement]:
+        expected = code_switch_reference(*inputs)
+        kernels: dict[str, Callable[..., CodeSwitchOutput]] = {}
+        if self.on_gpu:
+            kernels = {
+                "kernel_row": partial(launch_code_switch, form="row"),
+                "kernel_blocks": partial(launch_code_switch, form="blocks"),
+                "kernel_auto": code_switch,
+            }
+        measured: list[Measurement] = []
+        for name, kernel in kernels.items():
+            measured += self._measure_kernel(name, partial(kernel, *inputs), inputs, ratio, expected)
+        reference = partial(code_switch_reference, *inputs)
+        timing = time_call(reference, self._repeats, self.device)
+        entry = self._entry(REFERENCE, timing, inputs, ratio, expected)
+        if self.on_gpu:
+            entry = replace(entry, host_us=time_host(reference, self._repeats, self.device).median_us)
+        measured.append(entry)
+        if self._options.python_loop:
+            measured.append(self._measure_python_loop(inputs, ratio, expected))
+        return compare(measured)
+
+    def _measure_kernel(
+        self,
+        name: str,
+        call: Callable[[], CodeSwitchOutput],
+        inputs: Inputs,
+        ratio: float,
+        expected: CodeSwitchOutput,
+    ) -> list[Measurement]:
+        check_equal(name, call(), expected)
+        host_us = time_host(call, self._repeats, self.device).median_us
+        measured = []
+        for l2 in ("cold", "warm") if self._options.l2 == "both" else (self._options.l2,):
+            captured = capture(call, 1 if l2 == "cold" else WARM_CALLS)
+            captured.graph.replay()
+            check_equal(f"{name} in a CUDA graph", captured.output, expected)
+            timing = time_replays(captured, self._repeats, self._flush if l2 == "cold" else None)
+            entry = self._entry(name, timing, inputs, ratio, expected)
+            measured.append(replace(entry, timed_as="graph", l2=l2, host_us=host_us, floor_us=self._floor_us))
+        return measured
+
+    def _measure_python_loop(self, inputs: Inputs, ratio: float, expected: CodeSwitchOutput) -> Measurement:
+        sequence, threshold = inputs.settings.sequence_length, ratio_threshold(ratio)
+        check_python_loop(self._python_loop, threshold, inputs, self._host_table)
+        tokens = inputs.tokens.cpu()
+        starts = None if inputs.word_starts is None else inputs.word_starts.cpu()
+        host = torch.device("cpu")
+        loop = partial(self._python_loop, tokens, sequence, threshold, starts)
+        timing = time_call(loop, self._repeats, host)
+        return self._entry(PYTHON_LOOP, timing, inputs, ratio, expected)
+
+    def _entry(
+        self, name: str, timing: Timing, inputs: Inputs, ratio: float, expected: CodeSwitchOutput
+    ) -> Measurement:
+        rows, width = inputs.tokens.shape
+        sequence, languages = inputs.settings.sequence_length, inputs.table.num_languages
+        moved = bytes_moved(
+            rows, width, sequence, inputs.tokens.element_size(), languages, inputs.word_starts is not None
+        )
+        running, known, switched = (int(expected.counts[:, each].sum()) for each in (RUNNING, KNOWN, SWITCHED))
+        return Measurement(
+            implementation=name,
+            device="cpu" if name == PYTHON_LOOP else self.device.type,
+            rows=rows,
+            sequence=sequence,
+            lookahead=width - sequence - 1,
+            token_dtype=str(inputs.tokens.dtype).removeprefix("torch."),
+            ratio=ratio,
+            text=self.workload.name,
+            keys=inputs.table.num_keys,
+            table_bytes=inputs.table.nbytes,
+            known_share=known / max(running, 1),
+            switched_share=switched / max(running, 1),
+            timed_as="call",
+            l2="",
+            repeats=timing.repeats,
+            median_us=timing.median_us,
+            p10_us=timing.p10_us,
+            p90_us=timing.p90_us,
+            tokens_per_second=rows * sequence / timing.median_us * 1e6,
+            bytes_moved=moved,
+            gb_per_second=moved / timing.median_us / 1e3,
+            copy_gb_per_second=self.copy_bytes_per_second / 1e9,
+            share_of_copy=moved / timing.median_us * 1e6 / self.copy_bytes_per_second,
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        UserError: torch has no GPU, or Triton is missing.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no GPU; run megatron-prealign doctor, or take --device cpu")
+    if not HAS_TRITON:
+        raise UserError("triton is not installed, which the kernels need; pip install triton, or take --device cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_equal(name: str, output: CodeSwitchOutput, expected: CodeSwitchOutput) -> None:
+    """Compares every tensor bit by bit.
+
+    Raises:
+        RuntimeError: one differs.
+    """
+    for field, ours, wanted in zip(CodeSwitchOutput._fields, output, expected, strict=True):
+        if (ours is None) != (wanted is None) or (ours is not None and not torch.equal(ours, wanted)):
+            raise RuntimeError(f"{name}: {field} is not what the reference gives")
+
+
+def check_python_loop(loop: PythonLoop, threshold: int, inputs: Inputs, table: NgramTable) -> None:
+    """Compares the loop in Python with the reference, given the same draws, on a part of the batch.
+
+    Args:
+        loop: the collate function.
+        threshold: `ratio_threshold` of the case.
+        inputs: of the case.
+        table: the table on the CPU.
+
+    Raises:
+        RuntimeError: tokens, labels, loss mask or position ids differ.
+    """
+    tokens = inputs.tokens[:CHECKED_ROWS].cpu()
+    rows, width = tokens.shape
+    sequence = min(inputs.settings.sequence_length, CHECKED_SEQUENCE)
+    # keeps the lookahead's part of a row
+    width = min(width, sequence * width // inputs.settings.sequence_length + 1)
+    tokens = tokens[:, :width].contiguous()
+    starts = None if inputs.word_starts is None else inputs.word_starts[:CHECKED_ROWS, :width].cpu().contiguous()
+    sample_id = inputs.sample_id[:rows].cpu()
+    settings = replace(inputs.settings, sequence_length=sequence)
+    expected = code_switch_reference(
+        tokens, inputs.language[:rows].cpu(), sample_id, table, inputs.thresholds.cpu(), settings, starts
+    )
+    whether, which = _draws(sample_id, width, settings.seed)
+    given = loop(tokens, sequence, threshold, starts, lambda row, at: whether[row][at], lambda row, at: which[row][at])
+    for name, ours, wanted in zip(CodeSwitchOutput._fields, given, expected, strict=False):
+        if not torch.equal(ours, wanted):
+            raise RuntimeError(f"{PYTHON_LOOP}: {name} is not what the reference gives")
+
+
+def _draws(sample_id: Tensor, width: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """The reference's first two random words for every row and position."""
+    position, sample = torch.arange(width)[None, :], sample_id[:, None]
+    counter = (position, sample & WORD, (sample >> 32) & WORD, torch.zeros_like(sample))
+    whether, which, *_ = philox_4x32_10(counter, (seed & WORD, seed >> 32))
+    return whether.tolist(), which.tolist()
+
+
+def compare(measured: list[Measurement]) -> list[Measurement]:
+    """The measurements of one case with their ratios to the reference and to the loop in Python."""
+    medians = {each.implementation: each.median_us for each in measured}
+    reference, loop = medians.get(REFERENCE), medians.get(PYTHON_LOOP)
+    return [
+        replace(
+            each,
+            times_reference=None if reference is None else reference / each.median_us,
+            times_python_loop=None if loop is None else loop / each.median_us,
+        )
+        for each in measured
+    ]

@@ -1,0 +1,129 @@
+"""Facts about the machine and the versions, to stand beside every figure."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import megatron_prealign
+from megatron_prealign.runtime.probe import ProbeError, run_command
+
+_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and with what something was measured; empty text for what there is not."""
+
+    gpu: str
+    """Name of the GPU."""
+    capability: str
+    """Its compute capability, `90` for an H200."""
+    driver: str
+    cuda: str
+    """CUDA version that torch was built for."""
+    cpu: str
+    """Model name of the CPU."""
+    cores: int
+    """CPU cores that this process may use."""
+    load: str
+    """Load average of the last minute when the measurement began; well above 0, others use the machine too."""
+    python: str
+    torch: str
+    triton: str
+    version: str
+    """Of this package."""
+    commit: str
+    """Of its checkout; `-dirty` if tracked files differ from it."""
+    date: str
+    """Universal time."""
+
+    def lines(self) -> list[str]:
+        """The facts for a reader."""
+        if self.gpu:
+            gpu = f"{self.gpu}, compute capability {self.capability}, driver {self.driver or 'unknown'}"
+        else:
+            gpu = "none in use"
+        commit = f", commit {self.commit}" if self.commit else ""
+        return [
+            f"GPU       {gpu}",
+            f"CPU       {self.cpu}, {self.cores} cores, load {self.load or 'unknown'}",
+            f"versions  megatron-prealign {self.version}{commit}, torch {self.torch}, "
+            f"triton {self.triton or 'not installed'}, CUDA {self.cuda or 'none'}, Python {self.python}",
+            f"date      {self.date}",
+        ]
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """The facts as they are now.
+
+    Args:
+        device: where the measurement will run; the GPU is named only if it runs there.
+    """
+    gpu = capability = driver = ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu, capability = properties.name, f"{properties.major}{properties.minor}"
+        driver = _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return Machine(
+        gpu=gpu,
+        capability=capability,
+        driver=driver,
+        cuda=torch.version.cuda or "",
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        load=_load(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_installed("triton"),
+        version=megatron_prealign.__version__,
+        commit=_commit(),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _first_line(command: list[str]) -> str:
+    """What a command says; nothing if it cannot."""
+    try:
+        lines = run_command(command, _TIMEOUT_S).splitlines()
+    except ProbeError:
+        return ""
+    return lines[0].strip() if lines else ""
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _load() -> str:
+    try:
+        return f"{os.getloadavg()[0]:.2f}"
+    except OSError:
+        return ""
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    package = Path(megatron_prealign.__file__).resolve().parent
+    git = ["git", "-C", str(package)]
+    # installed into an environment inside some other checkout, its commit would say nothing about us
+    if _first_line([*git, "rev-parse", "--show-toplevel"]) != str(package.parent):
+        return ""
+    commit = _first_line([*git, "rev-parse", "--short=12", "HEAD"])
+    changed = _first_line([*git, "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit}-dirty" if commit and changed else commit

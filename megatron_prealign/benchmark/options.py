@@ -1,0 +1,97 @@
+"""What `megatron-prealign benchmark` can be asked for. Imports no torch."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_prealign.errors import UserError
+
+
+def check_output(output: str | None) -> None:
+    """Checks that a file can be written there, before minutes of measuring.
+
+    Raises:
+        UserError: its folder does not exist, or it is a folder itself.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        raise UserError(f"--output {output} {what}, expected a file in a folder that exists; choose another path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSwitchOptions:
+    """Measures code-switching of a batch: the Triton kernels (on a GPU), plain torch and a loop in Python."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto is the GPU where torch has one, else the CPU, in one thread."""
+    cases: list[str] = field(default_factory=list)
+    """Batches as ROWSxSEQUENCE, one or more; by default 8x4096 256x4096 2x131072 on a GPU, 16x4096 on a CPU."""
+    ratio: list[float] = field(default_factory=lambda: [0.05, 0.5])
+    """Probabilities that a known word is switched, one or more; the lookahead is the ratio times the sequence."""
+    token_dtype: Literal["int64", "int32", "both"] = "int64"
+    """Type of the source tokens."""
+    keys: int | None = None
+    """Keys of the synthetic table; by default 1,000,000 on a GPU, 100,000 on a CPU."""
+    table: str | None = None
+    """Table file to use instead of the synthetic table; needs --data."""
+    data: str | None = None
+    """Prefix of a preprocessed dataset in a source language of --table, to use instead of the synthetic text."""
+    seed: int = 1234
+    """Of the synthetic table and text, and of the draws."""
+    repeats: int | None = None
+    """Repeats of every measurement; by default 200 on a GPU, 30 on a CPU. Slow calls are repeated less often."""
+    l2: Literal["cold", "warm", "both"] = "cold"
+    """GPU: whether a large buffer is written before every repeat, so that nothing is left in the L2 (cold)."""
+    python_loop: bool = True
+    """Measure the loop in Python as well. For a million keys its dictionary takes 1 GB and about 20 seconds."""
+    output: str | None = None
+    """CSV file to write, one row a measurement."""
+
+    def __post_init__(self) -> None:
+        self.shapes()
+        for ratio in self.ratio:
+            _require(0.0 <= ratio <= 1.0, "--ratio", ratio, "numbers from 0 to 1")
+        _require(bool(self.ratio), "--ratio", "empty", "one or more numbers from 0 to 1")
+        _require(self.keys is None or self.keys >= 1, "--keys", self.keys, "at least 1")
+        _require(0 <= self.seed < 1 << 64, "--seed", self.seed, "0 to 2^64-1")
+        _require(self.repeats is None or self.repeats >= 1, "--repeats", self.repeats, "at least 1")
+        if (self.table is None) != (self.data is None):
+            given, missing = ("--table", "--data") if self.data is None else ("--data", "--table")
+            raise UserError(f"{given} is given without {missing}, expected both or none; add {missing}")
+        if self.table is not None and self.keys is not None:
+            raise UserError("--keys is given with --table, expected one of them; leave --keys out")
+        check_output(self.output)
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """The cases as (rows, sequence); empty for the default."""
+        found = []
+        for case in self.cases:
+            parts = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", case)
+            if parts is None:
+                raise UserError(f"--cases is {case!r}, expected ROWSxSEQUENCE as in 8x4096, both from 1 to 9999999")
+            found.append((int(parts[1]), int(parts[2])))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesOptions:
+    """Compiles the kernels and lists the registers, spills and shared memory that they take. Needs no GPU."""
+
+    capability: list[int] = field(default_factory=list)
+    """Compute capabilities (90 for an H200), one or more; by default the GPU's own, without one 80 90 100."""
+    output: str | None = None
+    """CSV file to write."""
+
+    def __post_init__(self) -> None:
+        for capability in self.capability:
+            _require(80 <= capability <= 121, "--capability", capability, "80 (A100) to 121, for example 90 (H200)")
+        check_output(self.output)
+
+
+def _require(holds: bool, option: str, found: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{option} is {found}, expected {expected}")

@@ -1,0 +1,147 @@
+"""Code-switching as it is commonly written by hand: a collate function that walks over the tokens in Python.
+
+It is what the kernel is compared with, so it is written as one would write it who cares for speed: a dictionary of
+tuples, lists, tensors only at the end. With the same draws it gives the same batch as the kernel.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from random import getrandbits
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_prealign.kernels.ngram_table import (
+    BOUNDARY_AFTER,
+    BOUNDARY_BEFORE,
+    DRAW_BIAS,
+    LENGTH_SHIFT,
+    MAX_CANDIDATE_TOKENS,
+    MAX_NGRAM,
+    WORD,
+    NgramTable,
+)
+
+Draw = Callable[[int, int], int]
+"""32 random bits for a row and the position of a word."""
+NOT_SCORED = -1
+
+
+class _Translations(NamedTuple):
+    last: list[int]
+    """The largest draw that takes each."""
+    tokens: list[list[int]]
+
+
+def _random_bits(row: int, position: int) -> int:
+    return getrandbits(32)
+
+
+class PythonLoop:
+    """The collate function (label mode input_only)."""
+
+    def __init__(self, arrays: dict[str, Any], table: NgramTable, language: int, pad_id: int) -> None:
+        """Makes the dictionary.
+
+        Args:
+            arrays: what the table was built from.
+            table: on the CPU; its key k is key k of `arrays`.
+            language: of the rows; other keys are left out.
+            pad_id: fills up rows that became shorter.
+
+        Raises:
+            ValueError: the table has left keys out.
+        """
+        if table.num_keys != len(arrays["key_language"]):
+            raise ValueError(f"the table has {table.num_keys} keys, expected {len(arrays['key_language'])}")
+        flags = table.word_boundary.tolist()
+        self._before = [flag & BOUNDARY_BEFORE for flag in flags]
+        self._after = [flag & BOUNDARY_AFTER for flag in flags]
+        self._pad_id = pad_id
+        self._entries: dict[tuple[int, ...], _Translations] = {}
+        key_tokens, key_offsets = arrays["key_tokens"].tolist(), arrays["key_offsets"].tolist()
+        bounds, last = table.key_candidates.tolist(), (table.candidate_last.to(torch.int64) + DRAW_BIAS).tolist()
+        candidates, candidate_tokens = table.candidates.tolist(), table.candidate_tokens.tolist()
+        for key, key_language in enumerate(arrays["key_language"].tolist()):
+            if key_language != language:
+                continue
+            first, behind = bounds[key], bounds[key + 1]
+            spelled = []
+            for candidate in candidates[first:behind]:
+                begin, length = candidate & WORD, (candidate >> LENGTH_SHIFT) & MAX_CANDIDATE_TOKENS
+                spelled.append(candidate_tokens[begin : begin + length])
+            word = tuple(key_tokens[key_offsets[key] : key_offsets[key + 1]])
+            self._entries[word] = _Translations(last[first:behind], spelled)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        sequence: int,
+        threshold: int,
+        word_starts: Tensor | None = None,
+        whether: Draw = _random_bits,
+        which: Draw = _random_bits,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Collates a batch.
+
+        Args:
+            tokens: integers [B, W], W > sequence, on the CPU.
+            sequence: positions of the result.
+            threshold: `ratio_threshold` of the ratio.
+            word_starts: bool [B, W] or None.
+            whether: draws whether a word is switched.
+            which: draws the translation.
+
+        Returns:
+            tokens (int64), labels (int64), loss mask (float32) and position ids (int64), [B, sequence] each.
+        """
+        inputs, labels, masks = [], [], []
+        marks = None if word_starts is None else word_starts.tolist()
+        for number, row in enumerate(tokens.tolist()):
+            row_marks = marks and marks[number]
+            stream, target = self._switch(number, row, sequence + 1, threshold, row_marks, whether, which)
+            missing = sequence + 1 - len(stream)
+            stream += [self._pad_id] * missing
+            target += [NOT_SCORED] * missing
+            predicted = target[1 : sequence + 1]
+            inputs.append(stream[:sequence])
+            masks.append([0.0 if label == NOT_SCORED else 1.0 for label in predicted])
+            labels.append([0 if label == NOT_SCORED else label for label in predicted])
+        positions = [list(range(sequence))] * len(inputs)
+        return torch.tensor(inputs), torch.tensor(labels), torch.tensor(masks), torch.tensor(positions)
+
+    def _switch(
+        self,
+        number: int,
+        row: list[int],
+        wanted: int,
+        threshold: int,
+        marks: list[bool] | None,
+        whether: Draw,
+        which: Draw,
+    ) -> tuple[list[int], list[int]]:
+        """The switched tokens of a row, at least `wanted` if there are so many, and what is to be predicted there."""
+        before, after, entries = self._before, self._after, self._entries
+        stream: list[int] = []
+        target: list[int] = []
+        begin = 0
+        starts = bool(before[row[0]] or (marks and marks[0]))
+        for position in range(1, len(row)):
+            if not (before[row[position]] or after[row[position - 1]] or (marks and marks[position])):
+                continue
+            word = row[begin:position]
+            found = entries.get(tuple(word)) if starts and len(word) <= MAX_NGRAM else None
+            if found is not None and whether(number, begin) < threshold:
+                translation = found.tokens[bisect_left(found.last, which(number, begin))]
+                stream += translation
+                target.append(word[0])
+                target += [NOT_SCORED] * (len(translation) - 1)
+            else:
+                stream += word
+                target += word
+            begin, starts = position, True
+            if len(stream) >= wanted:
+                return stream, target
+        # the last word is cut by the row's end
+        return stream + row[begin:], target + row[begin:]

@@ -1,0 +1,271 @@
+"""`megatron-prealign benchmark code-switch` on the CPU: what it computes and writes; times are never compared."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prealign.benchmark import code_switch as module
+from megatron_prealign.benchmark.code_switch import (
+    Inputs,
+    Measurement,
+    bytes_moved,
+    check_equal,
+    check_python_loop,
+    compare,
+)
+from megatron_prealign.benchmark.machine import Machine
+from megatron_prealign.benchmark.python_loop import PythonLoop
+from megatron_prealign.benchmark.workload import EOD, LANGUAGES, Workload, dataset_workload, synthetic_workload
+from megatron_prealign.cli import main
+from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.word_bitmap import words_path
+from megatron_prealign.errors import UserError
+from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table, code_switch_reference, ratio_threshold
+from megatron_prealign.kernels.code_switch_interface import KNOWN, RUNNING
+
+SEED = 7
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return synthetic_workload(2000, SEED)
+
+
+def inputs_of(
+    workload: Workload, ratio: float, rows: int = 3, sequence: int = 512, lookahead: int | None = None
+) -> Inputs:
+    tokens, starts = workload.rows(rows, sequence, round(ratio * sequence) if lookahead is None else lookahead)
+    table = build_ngram_table(**workload.arrays)
+    languages = table.num_languages
+    return Inputs(
+        tokens=torch.from_numpy(tokens),
+        language=torch.full((rows,), workload.language),
+        sample_id=torch.arange(rows) + (5 << 32),
+        table=table,
+        thresholds=torch.full((languages, languages), ratio_threshold(ratio)),
+        settings=CodeSwitchSettings(
+            seed=(3 << 32) + 9, sequence_length=sequence, label_mode="input_only", pad_id=workload.eod_id
+        ),
+        word_starts=None if starts is None else torch.from_numpy(starts),
+    )
+
+
+def python_loop(workload: Workload, inputs: Inputs) -> PythonLoop:
+    return PythonLoop(workload.arrays, inputs.table, workload.language, workload.eod_id)
+
+
+def test_command_writes_the_promised_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "figures.csv"
+    arguments = ["benchmark", "code-switch", "--device", "cpu", "--cases", "2x64", "1x32", "--keys", "300"]
+    arguments += ["--ratio", "0.05", "0.5", "--token-dtype", "both", "--repeats", "2", "--output", str(output)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 x 64, ratio 0.5, lookahead 32, int32 tokens:" in printed
+    assert "versions  megatron-prealign " in printed and f"wrote {output}" in printed
+    with output.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    columns = [field.name for kind in (Measurement, Machine) for field in dataclasses.fields(kind)]
+    assert list(rows[0]) == columns
+    assert [(row["implementation"], row["rows"], row["ratio"], row["token_dtype"]) for row in rows] == [
+        (implementation, case, ratio, dtype)
+        for case in ("2", "1")
+        for ratio in ("0.05", "0.5")
+        for dtype in ("int64", "int32")
+        for implementation in ("reference", "python_loop")
+    ]
+    for row in rows:
+        assert row["device"] == "cpu" and row["keys"] == "300" and row["text"] == "synthetic"
+        assert row["torch"] == torch.__version__ and row["cpu"] and row["date"]
+        assert float(row["median_us"]) > 0 and float(row["copy_gb_per_second"]) > 0
+        # nothing that only a GPU has
+        assert row["host_us"] == row["floor_us"] == row["l2"] == row["gpu"] == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no GPU")
+def test_without_a_gpu_the_cpu_is_measured_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cases", "1x32", "--keys", "300", "--ratio", "0.5", "--repeats", "1", "--python-loop", "false"]
+    assert main(["benchmark", "code-switch", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "torch finds no GPU: the CPU is measured, and no kernel"
+    assert lines[-1].split()[0] == "reference" and "python_loop" not in "\n".join(lines)
+    assert main(["benchmark", "code-switch", "--device", "cuda"]) == 2
+    assert "--device is cuda, but torch finds no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cases", "2x600", "70x600", "--keys", "3000", "--ratio", "0.5", "--repeats", "2", "--l2", "both"]
+    assert main(["benchmark", "code-switch", *arguments]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("kernel_", "ref"))]
+    kernels = [name for name in ("kernel_row", "kernel_blocks", "kernel_auto") for _ in range(2)]
+    assert names == 2 * [*kernels, "reference"]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("lookahead", [0, None])
+def test_python_loop_equals_the_reference(workload: Workload, ratio: float, lookahead: int | None) -> None:
+    inputs = inputs_of(workload, ratio, lookahead=lookahead)
+    check_python_loop(python_loop(workload, inputs), ratio_threshold(ratio), inputs, inputs.table)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.7])
+def test_python_loop_equals_the_reference_with_word_starts(workload: Workload, share: float) -> None:
+    inputs = inputs_of(workload, 0.5)
+    starts = torch.from_numpy(np.random.default_rng(SEED).random(inputs.tokens.shape) < share)
+    marked = inputs._replace(word_starts=starts)
+    assert not torch.equal(code_switch_reference(*marked).tokens, code_switch_reference(*inputs).tokens)
+    check_python_loop(python_loop(workload, inputs), ratio_threshold(0.5), marked, inputs.table)
+
+
+def test_python_loop_draws_by_itself(workload: Workload) -> None:
+    inputs = inputs_of(workload, 0.5)
+    loop = python_loop(workload, inputs)
+    tokens, labels, mask, positions = loop(inputs.tokens, 512, 0)
+    assert torch.equal(tokens, inputs.tokens[:, :512]) and torch.equal(labels, inputs.tokens[:, 1:513])
+    assert bool((mask == 1).all()) and torch.equal(positions[1], torch.arange(512))
+    switched, *_ = loop(inputs.tokens, 512, ratio_threshold(0.5))
+    assert switched.shape == tokens.shape and not torch.equal(switched, tokens)
+
+
+def test_a_wrong_python_loop_is_found(workload: Workload) -> None:
+    inputs = inputs_of(workload, 0.5)
+    with pytest.raises(RuntimeError, match="python_loop: tokens is not what the reference gives"):
+        check_python_loop(python_loop(workload, inputs), ratio_threshold(0.4), inputs, inputs.table)
+
+
+def test_a_wrong_kernel_is_found(workload: Workload) -> None:
+    expected = code_switch_reference(*inputs_of(workload, 0.5))
+    check_equal("kernel", expected, expected)
+    for name in ("tokens", "labels", "loss_mask", "position_ids", "counts"):
+        changed = getattr(expected, name).clone()
+        changed[-1, -1] += 1
+        with pytest.raises(RuntimeError, match=f"kernel: {name} is not what the reference gives"):
+            check_equal("kernel", expected._replace(**{name: changed}), expected)
+    starts = torch.zeros(expected.tokens.shape, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="document_starts"):
+        check_equal("kernel", expected._replace(document_starts=starts), expected)
+
+
+def test_bytes_of_a_case_counted_by_hand() -> None:
+    # 2 rows: 10 tokens of 8 bytes, language and sample id; 6 positions of 28 bytes; 5 + 3 counts of 8 bytes
+    assert bytes_moved(2, 10, 6, 8, 3, False) == 2 * (80 + 16 + 168 + 64)
+    assert bytes_moved(2, 10, 6, 4, 3, False) == 2 * (40 + 16 + 168 + 64)
+    assert bytes_moved(2, 10, 6, 4, 3, True) == 2 * (40 + 10 + 16 + 168 + 64)
+
+
+def test_bytes_are_those_of_the_tensors(workload: Workload) -> None:
+    inputs = inputs_of(workload, 0.5)
+    output = code_switch_reference(*inputs)
+    moved = [inputs.tokens, inputs.language, inputs.sample_id, *output[:4], output.counts]
+    total = sum(each.numel() * each.element_size() for each in moved)
+    assert bytes_moved(*inputs.tokens.shape, 512, 8, LANGUAGES, False) == total
+
+
+def test_ratios_compare_medians() -> None:
+    fields = {field.name: 1 for field in dataclasses.fields(Measurement)}
+    names = {"kernel_row": 2.0, "reference": 10.0, "python_loop": 80.0}
+    measured = [
+        Measurement(**{**fields, "implementation": name, "median_us": median})  # type: ignore[arg-type]
+        for name, median in names.items()
+    ]
+    assert [each.times_reference for each in compare(measured)] == [5.0, 1.0, 0.125]
+    assert [each.times_python_loop for each in compare(measured)] == [40.0, 8.0, 1.0]
+    assert [each.times_python_loop for each in compare(measured[:2])] == [None, None]
+
+
+def test_synthetic_text_is_like_text(workload: Workload) -> None:
+    inputs = inputs_of(workload, 0.05, rows=8, sequence=4096)
+    counts = code_switch_reference(*inputs).counts.sum(0)
+    assert 0.87 < counts[KNOWN] / counts[RUNNING] < 0.93
+    # ten of eleven units are words, of 2.1 tokens on average, the others are marks
+    assert 0.44 < counts[RUNNING] / (8 * 4096) < 0.47
+    assert inputs.tokens.min() == EOD and inputs.tokens.max() < len(inputs.table.word_boundary)
+    # rows follow each other in one text and share the token between them and the lookahead
+    assert torch.equal(inputs.tokens[1, : 1 + 205], inputs.tokens[0, 4096:])
+    # Zipf: the most frequent of 600 words of one token is far above the mean
+    frequency = torch.bincount(inputs.tokens.flatten())
+    assert frequency[1:20_000].max() > 5 * frequency[1:20_000].sum() / 600
+    again, other = synthetic_workload(2000, SEED), synthetic_workload(2000, SEED + 1)
+    for name, values in workload.arrays.items():
+        assert np.array_equal(values, again.arrays[name])
+    assert np.array_equal(again.read(1000)[0], workload.read(1000)[0])
+    assert not np.array_equal(other.read(1000)[0], workload.read(1000)[0])
+
+
+@pytest.mark.parametrize("keys", [1, 2, 70_000])
+def test_synthetic_table_has_as_many_keys_as_asked_for(keys: int) -> None:
+    arrays = synthetic_workload(keys, SEED).arrays
+    table = build_ngram_table(**arrays)
+    assert table.num_keys == keys
+    lengths = np.bincount(np.diff(arrays["key_offsets"]), minlength=5)
+    assert lengths.sum() == keys and lengths[0] == 0
+    if keys == 70_000:
+        # as many words of one token as there are, the others as 40 to 20 to 10
+        assert lengths.tolist() == [0, 19_999, 28_572, 14_286, 7_143]
+
+
+def test_own_table_and_dataset(tiny: "Tiny", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F821
+    found = dataset_workload(tiny.table, f"{tiny.folder}/en")
+    inputs = inputs_of(found, 0.5, rows=2, sequence=64)
+    output = code_switch_reference(*inputs)
+    assert int(output.counts[:, KNOWN].sum()) > 10
+    check_python_loop(python_loop(found, inputs), ratio_threshold(0.5), inputs, inputs.table)
+    arguments = ["benchmark", "code-switch", "--device", "cpu", "--table", tiny.table, "--data", f"{tiny.folder}/en"]
+    assert main([*arguments, "--cases", "1x64", "--repeats", "1"]) == 0
+    assert f"workload  {tiny.folder}/en text, table of " in capsys.readouterr().out
+    assert main([*arguments, "--cases", "1x64", "999x99999"]) == 2
+    # before anything is measured
+    captured = capsys.readouterr()
+    assert captured.out == "" and "tokens, expected 99,949,002 for the case 999x99999" in captured.err
+
+
+def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa: F821
+    prefix = tmp_path / "marked"
+    for ending in (".bin", ".idx"):
+        Path(f"{prefix}{ending}").write_bytes(Path(f"{tiny.folder}/en{ending}").read_bytes())
+    sidecar = dataclasses.replace(load_sidecar(f"{tiny.folder}/en"), segmenter="mine")
+    save_sidecar(sidecar, prefix)
+    with pytest.raises(UserError, match="no such file"):
+        dataset_workload(tiny.table, str(prefix))
+    bits = np.random.default_rng(SEED).random(sidecar.tokens) < 0.3
+    words_path(prefix).write_bytes(np.packbits(bits, bitorder="little").tobytes())
+    tokens, starts = dataset_workload(tiny.table, str(prefix)).read(1003)
+    assert starts is not None and np.array_equal(starts, bits[:1003])
+    assert np.array_equal(tokens, dataset_workload(tiny.table, f"{tiny.folder}/en").read(1003)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--keys", "0"], "--keys is 0, expected at least 1"),
+        (["--keys", "99999999"], "--keys is 99999999, expected 1 to 10000000"),
+        (["--ratio", "0.5", "1.5"], "--ratio is 1.5, expected numbers from 0 to 1"),
+        (["--ratio", ".nan"], "--ratio is nan, expected numbers from 0 to 1"),
+        (["--cases", "8by9"], "--cases is '8by9', expected ROWSxSEQUENCE"),
+        (["--cases", "1x9999999"], "--cases has 1x9999999: longer than 4194304"),
+        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
+        (["--seed", "-1"], "--seed is -1, expected 0 to 2^64-1"),
+        (["--table", "x"], "--table is given without --data"),
+        (["--data", "x"], "--data is given without --table"),
+        (["--table", "no/table", "--data", "x"], "no/table: no such dictionary table"),
+        (["--table", "x", "--data", "x", "--keys", "5"], "--keys is given with --table"),
+        (["--output", "no/folder/x.csv"], "--output no/folder/x.csv lies in no/folder, which is no folder"),
+        (["--output", "."], "--output . is a folder"),
+        (["--l2", "hot"], "expected one of 'cold', 'warm', 'both'"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_end_in_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "code-switch", "--device", "cpu", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and text in captured.err

@@ -1,0 +1,65 @@
+"""`megatron-prealign benchmark`: measures kernels on this machine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from megatron_prealign.benchmark.options import CodeSwitchOptions, ResourcesOptions
+from megatron_prealign.cli import parse_options
+from megatron_prealign.errors import UserError
+
+
+def code_switch(argv: Sequence[str]) -> int:
+    options = parse_options(CodeSwitchOptions, "benchmark code-switch", argv)
+
+    from megatron_prealign.benchmark.code_switch import CodeSwitchBenchmark
+    from megatron_prealign.benchmark.report import case_table, write_csv
+
+    benchmark = CodeSwitchBenchmark(options)
+    if not benchmark.on_gpu and options.device == "auto":
+        print("torch finds no GPU: the CPU is measured, and no kernel", flush=True)
+    print("\n".join(benchmark.header()), flush=True)
+    rows = []
+    for measured in benchmark.cases():
+        print("\n".join(["", *case_table(measured)]), flush=True)
+        rows += [{**asdict(each), **asdict(benchmark.machine)} for each in measured]
+    if options.output is not None:
+        write_csv(options.output, rows)
+        print(f"\nwrote {options.output}")
+    return 0
+
+
+def resources(argv: Sequence[str]) -> int:
+    options = parse_options(ResourcesOptions, "benchmark resources", argv)
+
+    from megatron_prealign.benchmark.kernel_resources import measure_resources
+    from megatron_prealign.benchmark.report import align, write_csv
+
+    rows = list(measure_resources(options.capability))
+    print("\n".join(align([list(rows[0]), *[[str(value) for value in row.values()] for row in rows]])))
+    if options.output is not None:
+        write_csv(options.output, rows)
+        print(f"\nwrote {options.output}")
+    return 0
+
+
+# Name -> (function, one line of help).
+ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "code-switch": (code_switch, "code-switching of a batch: kernels, plain torch, a loop in Python"),
+    "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: megatron-prealign benchmark ACTION [options]", "", "actions:"]
+    lines += [f"  {name:<12} {text}" for name, (_, text) in ACTIONS.items()]
+    return "\n".join([*lines, "", "megatron-prealign benchmark ACTION --help lists the options of one."])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `benchmark ACTION`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] not in ACTIONS:
+        raise UserError(f"benchmark: unknown action {argv[0]!r}, expected one of {', '.join(ACTIONS)}")
+    return ACTIONS[argv[0]][0](argv[1:])
