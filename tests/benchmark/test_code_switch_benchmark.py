@@ -2,7 +2,10 @@
 
 import csv
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,13 +21,21 @@ from megatron_prealign.benchmark.code_switch import (
     compare,
 )
 from megatron_prealign.benchmark.machine import Machine
+from megatron_prealign.benchmark.options import CodeSwitchOptions
 from megatron_prealign.benchmark.python_loop import PythonLoop
+from megatron_prealign.benchmark.timing import WARM_CALLS, CapturedCall, Timing
 from megatron_prealign.benchmark.workload import EOD, LANGUAGES, Workload, dataset_workload, synthetic_workload
 from megatron_prealign.cli import main
 from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.errors import UserError
-from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table, code_switch_reference, ratio_threshold
+from megatron_prealign.kernels import (
+    CodeSwitchOutput,
+    CodeSwitchSettings,
+    build_ngram_table,
+    code_switch_reference,
+    ratio_threshold,
+)
 from megatron_prealign.kernels.code_switch_interface import KNOWN, RUNNING
 
 SEED = 7
@@ -99,6 +110,43 @@ def test_without_a_gpu_the_cpu_is_measured_and_said(capsys: pytest.CaptureFixtur
     assert lines[-1].split()[0] == "reference" and "python_loop" not in "\n".join(lines)
     assert main(["benchmark", "code-switch", "--device", "cuda"]) == 2
     assert "--device is cuda, but torch finds no GPU" in capsys.readouterr().err
+
+
+def test_what_a_gpu_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a GPU's run but CUDA itself: kernels, graphs and events are stood in for."""
+    options = CodeSwitchOptions(device="cpu", cases=["2x64"], keys=300, ratio=[0.5], repeats=2, l2="both")
+    benchmark = module.CodeSwitchBenchmark(options)
+    benchmark.on_gpu, benchmark._floor_us = True, 1.5
+    flushes: list[object] = []
+
+    def time_replays(captured: CapturedCall, repeats: int, flush: object) -> Timing:
+        flushes.append((captured.calls, flush))
+        return Timing(2.0, 1.0, 3.0, repeats)
+
+    def capture(call: Callable[[], Any], calls: int) -> CapturedCall:
+        return CapturedCall(cast(Any, SimpleNamespace(replay=lambda: None)), calls, call())
+
+    benchmark._flush = torch.zeros(1)
+    monkeypatch.setattr(module, "time_replays", time_replays)
+    monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(module, "launch_code_switch", lambda *inputs, form: code_switch_reference(*inputs))
+    assert "floor     1.5 us" in "\n".join(benchmark.header())
+    (measured,) = benchmark.cases()
+    kernels = [name for name in ("kernel_row", "kernel_blocks", "kernel_auto") for _ in range(2)]
+    assert [each.implementation for each in measured] == [*kernels, "reference", "python_loop"]
+    assert [each.l2 for each in measured] == ["cold", "warm"] * 3 + ["", ""]
+    assert [each.timed_as for each in measured] == ["graph"] * 6 + ["call"] * 2
+    assert flushes == [(1, benchmark._flush), (WARM_CALLS, None)] * 3
+    assert all(each.host_us for each in measured[:-1]) and measured[-1].host_us is None
+    assert [each.floor_us for each in measured] == [1.5] * 6 + [None] * 2
+
+    def wrong(*inputs: Any, form: str) -> CodeSwitchOutput:
+        output = code_switch_reference(*inputs)
+        return output if form == "row" else output._replace(labels=output.labels + 1)
+
+    monkeypatch.setattr(module, "launch_code_switch", wrong)
+    with pytest.raises(RuntimeError, match="kernel_blocks: labels is not what the reference gives"):
+        next(benchmark.cases())
 
 
 @pytest.mark.gpu
