@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary`: builds the word-translation table and measures its coverage."""
+"""`megatron-prealign dictionary`: builds the word-translation table, measures its coverage and shows it at work."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.tools.dictionary_preview import preview
 
 if TYPE_CHECKING:
     from megatron_prealign.dictionary.build import BuildReport
@@ -133,6 +134,7 @@ def _print_coverage(corpora: "Sequence[Coverage]") -> None:
 ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "build": (build, "build a table from word lists"),
     "coverage": (coverage, "share of the running words of corpora that a table knows"),
+    "preview": (preview, "what code-switching will do to a dataset, row by row"),
 }
 
 

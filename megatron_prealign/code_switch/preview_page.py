@@ -1,0 +1,80 @@
+"""A preview as one HTML page that fetches nothing and runs no script."""
+
+from collections.abc import Mapping
+from html import escape
+
+from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
+from megatron_prealign.code_switch.preview_text import caption, split_space, totals_table, visible
+
+# a hue for each target language, in the order of the table
+_HUES = (150, 265, 25, 205, 325, 85, 60, 235)
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --muted: #5b6470;
+  --grid: #d8dee4; --mark: 90%; --text: 24% }
+@media (prefers-color-scheme: dark) { :root { --ground: #0f1318; --panel: #171c23; --ink: #e6e9ed; --muted: #9aa5b1;
+  --grid: #2d343d; --mark: 22%; --text: 82% } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 84rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem }
+p { max-width: 46rem; margin: .5rem 0 } .note, figcaption, sub { color: var(--muted) } figcaption { font-size: .9rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--grid); font-weight: 400 }
+td:nth-child(2) { text-align: right } td:last-child { color: var(--muted); padding-right: 0 }
+figure { margin: 1.25rem 0 }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: .35rem }
+@media (max-width: 50rem) { .sides { grid-template-columns: 1fr } }
+.sides div { background: var(--panel); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+mark { color: hsl(var(--hue) 70% var(--text)); background: hsl(var(--hue) 60% var(--mark)); border-radius: 3px;
+  padding: .05em .2em; font-weight: 600; cursor: help }
+sub { font-size: .65em; line-height: 0; margin-left: .15em }
+""".strip()
+
+
+def render_page(preview: Preview) -> str:
+    """The whole page."""
+    hues = {language: _HUES[number % len(_HUES)] for number, language in enumerate(preview.ratios)}
+    totals = "\n".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(number)}</td><td>{escape(remark)}</td></tr>"
+        for name, number, remark in totals_table(preview)
+    )
+    rows = "\n".join(_row(row, number, hues) for number, row in enumerate(preview.rows, start=1))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Code-switching preview</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        "<h1>Code-switching preview</h1>\n"
+        "<p>Left the text of the dataset, right what the model reads. Point at a coloured word to see the other one. "
+        "What the model is to predict depends on the label mode; with input_only it is always the left side.</p>\n"
+        f"<h2>Totals</h2>\n<table>\n{totals}\n</table>\n<h2>Rows</h2>\n{rows}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _row(row: PreviewRow, number: int, hues: Mapping[str, int]) -> str:
+    original = "".join(_text(part, part.source, hues, with_language=False) for part in row.parts)
+    result = "".join(_text(part, part.output, hues, with_language=True) for part in row.parts)
+    return (
+        f"<figure><figcaption>{escape(caption(row, number))}</figcaption>\n"
+        f'<div class="sides"><div dir="auto">{original}</div><div dir="auto">{result}</div></div></figure>'
+    )
+
+
+def _text(part: Part, text: str, hues: Mapping[str, int], *, with_language: bool) -> str:
+    if part.language is None:
+        return _plain(text)
+    space, word = split_space(text)
+    tip = f"{split_space(part.source)[1]} → {split_space(part.output)[1]} ({part.language})"
+    note = f"<sub>{escape(part.language)}</sub>" if with_language else ""
+    # isolated, or a right-to-left word would pull the punctuation beside it over to its other side
+    return (
+        f'{_plain(space)}<mark style="--hue: {hues[part.language]}" title="{escape(visible(tip))}">'
+        f"<bdi>{_plain(word)}</bdi></mark>{note}"
+    )
+
+
+def _plain(text: str) -> str:
+    """Text for the page; its line breaks stay, other control characters become visible."""
+    return escape("\n".join(visible(line) for line in text.split("\n")))

@@ -1,0 +1,234 @@
+"""`megatron-prealign dictionary preview`: rows of a dataset as code-switching would make them."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_prealign.cli import parse_options
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
+
+if TYPE_CHECKING:
+    from megatron_prealign.code_switch.preview import Preview
+    from megatron_prealign.data.tokenizer import Tokenizer
+    from megatron_prealign.dictionary.table import DictionaryTable
+
+DEFAULT_RATIO = 0.05
+DEFAULT_SEQ_LENGTH = 256
+DEFAULT_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewOptions:
+    """Shows what code-switching will do to a dataset: rows drawn from all over it, the original beside the result.
+
+    Every option that is not given has the recipe's value if there is a recipe, and else that of a recipe with `ratio`
+    alone.
+    """
+
+    config: str | None = None
+    """Recipe to take the table, the data, the seed and the code_switch section from."""
+    table: str | None = None
+    """Table file; the recipe's by default. Without a recipe nothing of it is held out."""
+    data: str | None = None
+    """Prefix of a preprocessed dataset; the recipe's blend by default."""
+    tokenizer: str | None = None
+    """Tokenizer of the dataset; by default the recipe's, or the one that the dataset's .json names."""
+    rows: int = 20
+    """Rows to show."""
+    seq_length: int | None = None
+    """Tokens a row; without a recipe 256."""
+    seed: int | None = None
+    """Decides the rows and every draw; without a recipe 1."""
+    consumed_tokens: int = 0
+    """Tokens of the phase already trained on, for a ratio with a schedule."""
+    ratio: float | None = None
+    """Share of the words to replace, from 0 to 1; without a recipe 0.05. Given here it stays the same throughout."""
+    ratio_of: Literal["occurrences", "words"] | None = None
+    """Of which words ratio is the share: of those that the table knows, or of all running words."""
+    label_mode: Literal["input_only", "codeswitch", "no_predict", "mix"] | None = None
+    """What replaced words do to the labels."""
+    language_weights: dict[str, float] | None = None
+    """Weight of each target language in the draw, as --language_weights.de 2 or '{"de": 2}'."""
+    language_ratios: dict[str, float] | None = None
+    """Ratio of single target languages."""
+    source_languages: list[str] | None = None
+    """Only rows of these languages are switched."""
+    candidate_weights: Literal["table", "uniform"] | None = None
+    """How a translation is drawn among those of one language."""
+    min_word_length: int | None = None
+    """Shortest source word that is replaced, in characters."""
+    max_word_length: int | None = None
+    """Longest source word that is replaced, in characters."""
+    case: Literal["follow", "keep", "exact"] | None = None
+    """In which case words are found and translations written."""
+    lookahead: int | None = None
+    """Tokens read beyond a row's end to fill a row that became shorter."""
+    labels: bool = False
+    """Also show what every input token is to predict; best with a small --seq-length."""
+    html: str | None = None
+    """Also write the rows as one HTML page."""
+    color: Literal["auto", "always", "never"] = "auto"
+    """Colours; auto means on a terminal, unless NO_COLOR is set."""
+
+
+def preview(argv: Sequence[str]) -> int:
+    """Runs `dictionary preview`."""
+    options = parse_options(PreviewOptions, "dictionary preview", _with_value(argv, "--labels"))
+    _check(options)
+    recipe = _recipe(options)
+    section = _section(options, recipe)
+
+    from megatron_prealign.code_switch.preview import make_preview
+    from megatron_prealign.code_switch.preview_text import Look, render_preview
+
+    data = _data(options, recipe)
+    table, tokenizer = _open(options, recipe, data)
+    if options.data is not None:
+        _check_length(options.data, data.seq_length)
+    seed = options.seed if options.seed is not None else (recipe.training.seed if recipe else DEFAULT_SEED)
+    made = make_preview(
+        table, section, data, tokenizer, rows=options.rows, seed=seed, consumed_tokens=options.consumed_tokens
+    )
+    if options.html is not None:
+        _write_page(made, Path(options.html))
+    look = Look(color=_wants_color(options.color), width=_terminal_width())
+    for line in render_preview(made, look, labels=options.labels):
+        print(line)
+    if len(made.rows) < options.rows:
+        print(
+            f"the data has {len(made.rows)} rows of {made.seq_length} tokens, fewer than the {options.rows} asked for"
+        )
+    if options.html is not None:
+        print(f"wrote {options.html}")
+    return 0
+
+
+def _with_value(argv: Sequence[str], option: str) -> list[str]:
+    """Writes a bare `option` as `option=true`, since jsonargparse wants a value after a boolean option."""
+    followers = [*argv, ""][1:]
+    return [
+        f"{option}=true" if argument == option and follower.lower() not in ("true", "false") else argument
+        for argument, follower in zip(argv, followers, strict=True)
+    ]
+
+
+def _check(options: PreviewOptions) -> None:
+    if options.config is None and (options.table is None or options.data is None):
+        missing = " and ".join(f"--{name}" for name in ("table", "data") if getattr(options, name) is None)
+        raise UserError(f"dictionary preview: {missing} not given; name the table and the dataset, or give --config")
+    limits = {"rows": (1, 2**31), "seq_length": (1, 2**20), "seed": (0, 2**64 - 1), "consumed_tokens": (0, 2**63)}
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number from {least} to {most}")
+    if options.ratio is not None and not 0.0 <= options.ratio <= 1.0:
+        raise UserError(f"--ratio is {options.ratio}, expected a number from 0 to 1")
+
+
+def _recipe(options: PreviewOptions) -> Recipe | None:
+    if options.config is None:
+        return None
+    from megatron_prealign.recipe import load_recipe
+
+    return load_recipe(["--config", options.config])
+
+
+def _section(options: PreviewOptions, recipe: Recipe | None) -> CodeSwitchSection:
+    from megatron_prealign.recipe.load import as_user_error
+
+    if recipe is not None and recipe.code_switch is not None:
+        values = asdict(recipe.code_switch)
+    else:
+        values = {"ratio": DEFAULT_RATIO}
+    if options.ratio is not None:
+        values |= {"schedule": "constant", "final_ratio": None, "schedule_tokens": None}
+    names = {field.name for field in fields(CodeSwitchSection)}
+    values |= {name: value for name, value in vars(options).items() if name in names and value is not None}
+    with as_user_error("dictionary preview"):
+        return CodeSwitchSection(**values)
+
+
+def _data(options: PreviewOptions, recipe: Recipe | None) -> DataSection:
+    """The recipe's blend, or the one dataset that is named."""
+    length = options.seq_length
+    if recipe is not None:
+        data = recipe.data if length is None else replace(recipe.data, seq_length=length)
+        if options.tokenizer is not None:
+            data = replace(data, tokenizer=options.tokenizer)
+        if options.data is None:
+            return data
+        length = data.seq_length
+    from megatron_prealign.data.sidecar import load_sidecar, sidecar_path
+
+    assert options.data is not None
+    sidecar = load_sidecar(options.data)
+    tokenizer = options.tokenizer or sidecar.tokenizer.path
+    if options.tokenizer is None and not Path(tokenizer).exists():
+        raise UserError(
+            f"{sidecar_path(options.data)}: names tokenizer {tokenizer}, which is not there; give --tokenizer with the "
+            "one that the dataset was preprocessed with"
+        )
+    source = DataSource(path=options.data, language=sidecar.language)
+    return DataSection(
+        tokenizer=tokenizer,
+        sources=[source],
+        seq_length=length or DEFAULT_SEQ_LENGTH,
+        validation_fraction=0.0,
+        eod_mask_loss=recipe is not None and recipe.data.eod_mask_loss,
+    )
+
+
+def _open(options: PreviewOptions, recipe: Recipe | None, data: DataSection) -> "tuple[DictionaryTable, Tokenizer]":
+    from megatron_prealign.data.sidecar import load_sidecar
+    from megatron_prealign.data.tokenizer import load_tokenizer
+    from megatron_prealign.dictionary.table import load_table
+
+    section = recipe.dictionary if recipe is not None else None
+    if options.table is not None:
+        section = DictionarySection(
+            table=options.table, held_out_fraction=section.held_out_fraction if section is not None else 0.0
+        )
+    if section is None:
+        raise UserError(f"{options.config}: has no dictionary section; add one or give --table")
+    table = load_table(section.table)
+    for source in data.sources:
+        table.check_tokenizer(load_sidecar(source.path).tokenizer.fingerprint, f"dataset {source.path}")
+    tokenizer = load_tokenizer(data.tokenizer)
+    table.check_tokenizer(tokenizer.fingerprint, f"tokenizer {data.tokenizer}")
+    return table.without_groups(table.held_out_groups(section.held_out_fraction)), tokenizer
+
+
+def _check_length(prefix: str, seq_length: int) -> None:
+    from megatron_prealign.data.sidecar import load_sidecar
+
+    tokens = load_sidecar(prefix).tokens
+    if tokens <= seq_length:
+        raise UserError(
+            f"{prefix}: {tokens} tokens, one row needs --seq-length + 1 = {seq_length + 1}; lower --seq-length"
+        )
+
+
+def _write_page(made: "Preview", path: Path) -> None:
+    from megatron_prealign.code_switch.preview_page import render_page
+    from megatron_prealign.data.files import make_folder, write_atomically
+
+    make_folder(path.parent, "--html")
+    if path.is_dir():
+        raise UserError(f"--html is {path}, a folder; expected a file to write")
+    with write_atomically(path) as temporary:
+        temporary.write_text(render_page(made), encoding="utf-8")
+
+
+def _wants_color(choice: str) -> bool:
+    if choice != "auto":
+        return choice == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _terminal_width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
