@@ -31,13 +31,20 @@ def code_switch(argv: Sequence[str]) -> int:
 def resources(argv: Sequence[str]) -> int:
     options = parse_options(ResourcesOptions, "benchmark resources", argv)
 
+    import torch
+
     from megatron_prealign.benchmark.kernel_resources import measure_resources
+    from megatron_prealign.benchmark.machine import describe_machine
     from megatron_prealign.benchmark.report import align, write_csv
 
     rows = list(measure_resources(options.capability))
+    # what the compiler makes of a kernel depends on these alone
+    machine = describe_machine(torch.device("cpu"))
+    facts = {name: getattr(machine, name) for name in ("triton", "version", "commit", "date")}
     print("\n".join(align([list(rows[0]), *[[str(value) for value in row.values()] for row in rows]])))
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if options.output is not None:
-        write_csv(options.output, rows)
+        write_csv(options.output, [row | facts for row in rows])
         print(f"\nwrote {options.output}")
     return 0
 

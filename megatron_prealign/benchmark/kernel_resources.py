@@ -18,7 +18,7 @@ SETTINGS = ("usual", "everything")
 
 
 def measure_resources(capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """One row a kernel, setting and capability, with the version of Triton that compiled it.
+    """One row a kernel, setting and capability.
 
     Args:
         capabilities: for example 90 for an H200; none for the GPU's own, or for the usual ones without a GPU.
@@ -30,12 +30,10 @@ def measure_resources(capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
         raise UserError("triton is not installed, which compiles the kernels; pip install triton")
     if INTERPRETED:
         raise UserError("TRITON_INTERPRET is 1, which leaves nothing to compile; unset it")
-    import triton
-
     for setting in SETTINGS:
         launches = _launches(setting == "everything")
         for found in kernel_resources(launches, capabilities or usual_capabilities()):
-            yield {"setting": setting, **found._asdict(), "triton": triton.__version__}
+            yield {"setting": setting, **found._asdict()}
 
 
 def usual_capabilities() -> tuple[int, ...]:

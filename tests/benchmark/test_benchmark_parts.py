@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prealign import __version__
 from megatron_prealign.benchmark import kernel_resources, machine, timing
 from megatron_prealign.benchmark.report import align, write_csv
 from megatron_prealign.cli import main
@@ -84,6 +85,7 @@ def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     for row in rows:
         assert row["capability"] == "90" and int(row["registers"]) > 8 and row["spills"] == "0"
+        assert row["triton"] and row["version"] == __version__ and row["date"]
 
 
 @pytest.mark.parametrize(
