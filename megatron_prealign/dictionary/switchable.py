@@ -46,17 +46,24 @@ def select_keys(table: DictionaryTable, section: CodeSwitchSection) -> Dictionar
     choose keys. With `case: keep` a key that is not written as in the dictionary gets the candidates of the one that
     is: the key of the same group and language, after a space or bare like itself, the first one should there be
     several. A key without such a partner goes, as do candidates that are now the same tokens as their key, which they
-    would replace by itself. `candidate_weights: uniform` makes every weight 1.
+    would replace by itself. Candidates of a language that `language_weights` leaves out go too, and keys that have none
+    left. `candidate_weights: uniform` makes every weight 1.
 
     Raises:
         UserError: `source_languages` names a language that the table has no keys for, or no key is left.
     """
     keys, partner = _choose(table, section)
     chosen = table.with_keys(keys, partner)
+    keep = np.ones(chosen.num_candidates, dtype=bool)
+    if section.language_weights:
+        drawn = [index for index, language in enumerate(table.languages) if language in section.language_weights]
+        keep &= np.isin(chosen.candidate_language, drawn)
     if (keys != partner).any():
-        chosen = _without_unchanged(chosen, keys != partner)
-        if not chosen.num_keys:
-            raise _nothing_left(table, section)
+        keep &= ~_unchanged(chosen, keys != partner)
+    if not keep.all():
+        chosen = _with_candidates(chosen, keep)
+    if not chosen.num_keys:
+        raise _nothing_left(table, section)
     if section.candidate_weights == "uniform":
         chosen = replace(chosen, candidate_weight=np.ones_like(chosen.candidate_weight))
     return chosen
@@ -93,6 +100,7 @@ def _choose(table: DictionaryTable, section: CodeSwitchSection) -> tuple[NDArray
 def _nothing_left(table: DictionaryTable, section: CodeSwitchSection) -> UserError:
     fields = ("source_languages", "min_word_length", "max_word_length", "case")
     settings = ", ".join(f"{name} {getattr(section, name) or 'any'}" for name in fields)
+    settings += f", language_weights of {', '.join(section.language_weights) or 'any'}"
     return UserError(
         f"code_switch: none of the {table.num_keys} keys of {_name(table)} is left ({settings}), expected one or more; "
         "loosen these fields or build a larger table"
@@ -137,8 +145,8 @@ def _partners(table: DictionaryTable) -> NDArray[np.int64]:
     return partner
 
 
-def _without_unchanged(table: DictionaryTable, changed: NDArray[np.bool_]) -> DictionaryTable:
-    """Drops candidates that are their key's own tokens from the `changed` keys (bool `[K]`), then keys without any."""
+def _unchanged(table: DictionaryTable, changed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The candidates of the `changed` keys (bool `[K]`) that are their key's own tokens, bool `[C]`."""
     candidate_key = np.repeat(np.arange(table.num_keys), np.diff(table.key_candidate_offsets))
     candidates = np.flatnonzero(changed[candidate_key])
     keys = candidate_key[candidates]
@@ -147,8 +155,14 @@ def _without_unchanged(table: DictionaryTable, changed: NDArray[np.bool_]) -> Di
     index, offsets = row_indices(table.candidate_offsets, candidates)
     key_index, _ = row_indices(table.key_offsets, keys)
     different = count_in_rows(table.candidate_tokens[index] != table.key_tokens[key_index], offsets)
-    keep = np.ones(table.num_candidates, dtype=bool)
-    keep[candidates[different == 0]] = False
+    unchanged = np.zeros(table.num_candidates, dtype=bool)
+    unchanged[candidates[different == 0]] = True
+    return unchanged
+
+
+def _with_candidates(table: DictionaryTable, keep: NDArray[np.bool_]) -> DictionaryTable:
+    """The table with the candidates `keep` (bool `[C]`) and the keys that still have one."""
+    candidate_key = np.repeat(np.arange(table.num_keys), np.diff(table.key_candidate_offsets))
     left = np.bincount(candidate_key[keep], minlength=table.num_keys)
     tokens, candidate_offsets = row_indices(table.candidate_offsets, np.flatnonzero(keep))
     key_candidate_offsets = np.zeros(table.num_keys + 1, dtype=np.int64)

@@ -149,6 +149,19 @@ def test_uniform_weights(table):
     assert len(index) == len(set(index)) == exact.num_candidates < weighted.num_candidates
 
 
+def test_languages_without_a_weight_go(tokenizer):
+    builder = GroupBuilder()
+    builder.add([["apple", "apfel"], ["house", "Haus"]], ("en", "de"))
+    builder.add([["house", "maison"]], ("en", "fr"))
+    table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+    german = texts(select(table, language_weights={"de": 2.0}), tokenizer)
+    assert german[" house"] == [" Haus"] and german[" apple"] == [" apfel"]
+    french = texts(select(table, language_weights={"fr": 1.0}), tokenizer)
+    assert french[" house"] == [" maison"] and " apple" not in french
+    with pytest.raises(UserError, match="language_weights of en"):
+        select(table, language_weights={"en": 1.0})
+
+
 def test_check_table(table):
     def check(languages: tuple[str, ...] = ("en", "de"), **fields: object) -> None:
         check_table(table, CodeSwitchSection(ratio=0.1, **fields), languages)
