@@ -67,7 +67,7 @@ def build_ngram_table(
         device: where the tensors go.
 
     Raises:
-        ValueError: the arrays contradict each other or the limits above.
+        ValueError: the arrays contradict each other or the limits above, or there is no key to be found.
     """
     weights = np.asarray(language_weights, dtype=np.float64)
     _check_keys(word_boundary, key_tokens, key_offsets, key_language, len(weights), forbidden_tokens)
@@ -84,6 +84,11 @@ def build_ngram_table(
     )
     owner = np.repeat(np.arange(len(key_language)), np.diff(key_candidate_offsets))
     drawable = np.flatnonzero((candidate_weight > 0) & (weights[candidate_language] > 0))
+    if not len(drawable):
+        raise ValueError(
+            f"key_tokens has {len(key_language)} keys, expected one or more with a candidate whose weight and whose "
+            "language's weight are above 0"
+        )
     keys, owner, counts = np.unique(owner[drawable], return_inverse=True, return_counts=True)
     target = candidate_language[drawable].astype(np.int64)
     key_candidates = np.append(0, np.cumsum(counts))

@@ -117,7 +117,9 @@ def random_dictionary(
         flags |= generator.choice([0, 4], vocabulary, p=[0.3, 0.7])
         flags[EOD] = 3
     weights = [float(w) for w in generator.choice([0, 1, 2, 3], languages)]
-    dictionary = Dictionary(flags.tolist(), weights, forbidden=(EOD,))
+    # a table needs a key that can be drawn
+    weights[1] = max(weights[1], 1.0)
+    dictionary = Dictionary(flags.tolist(), weights, {(0, (1,)): [(1, (3,), 1.0)]}, forbidden=(EOD,))
     for _ in range(int(generator.integers(0, 60))):
         word = random_word(generator, dictionary.word_boundary, most=int(generator.integers(1, longest_key + 1)))
         dictionary.keys[int(generator.integers(0, 2)), word] = [
@@ -128,6 +130,7 @@ def random_dictionary(
             )
             for _ in range(int(generator.integers(1, 6)))
         ]
+    dictionary.keys[0, (1,)] = [*dictionary.keys[0, (1,)], (1, (3,), 1.0)]
     return dictionary
 
 

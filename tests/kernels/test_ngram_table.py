@@ -136,10 +136,10 @@ def test_a_fingerprint_in_the_way_is_noticed_by_the_build(monkeypatch: pytest.Mo
     assert bool(lookup(table, columns_of(rows))[1].all())
 
 
-def test_no_keys() -> None:
-    table = build_ngram_table(**small({}))
-    assert table.num_keys == 0
-    assert not is_known(table, (1,))
+@pytest.mark.parametrize("keys", [{}, {(0, (1,)): []}, {(0, (1,)): [(1, (3,), 0.0)]}, {(0, (1,)): [(0, (3,), 1.0)]}])
+def test_a_table_in_which_nothing_can_be_found_is_refused(keys: dict) -> None:
+    with pytest.raises(ValueError, match=f"key_tokens has {len(keys)} keys, expected one or more with a candidate"):
+        build_ngram_table(**small(keys))
 
 
 def test_keys_without_a_drawable_candidate_are_unknown() -> None:
