@@ -24,9 +24,10 @@ def document_mask(document_starts: torch.Tensor, dtype: torch.dtype) -> torch.Te
     """The attention mask that is causal and lets position q attend from `document_starts[q]` on only.
 
     It is made of numbers to add to the scores because `scaled_dot_product_attention` turns a boolean mask into such
-    numbers at every call, and would keep a copy per layer for the backward pass. A microbatch holds its mask until its
-    backward pass is through: `batch * sequence^2` numbers, in bf16 34 MB a row at 4,096 tokens, and as many times that
-    as a pipeline stage has microbatches in flight.
+    numbers at every call and keeps them for the backward pass (measured with torch 2.13 on a CPU: three calls keep
+    three copies of a boolean mask, and of this one no copy). A microbatch holds its mask until its backward pass is
+    through: `batch * sequence^2` numbers, in bf16 34 MB a row at 4,096 tokens, and as many times that as a pipeline
+    stage has microbatches in flight.
 
     Args:
         document_starts: integers `[batch, sequence]`, each at most its own position.
