@@ -210,8 +210,10 @@ def launch_code_switch(
             launches = _plan_row(rows, table, settings, output, shape or LAUNCH)
         else:
             launches = _plan_blocks(rows, table, settings, output, shape or LAUNCH)
-        for kernel, grid, arguments, options in launches:
-            kernel[grid](*arguments, **options)
+        # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(tokens):
+            for kernel, grid, arguments, options in launches:
+                kernel[grid](*arguments, **options)
     return output
 
 

@@ -414,6 +414,18 @@ def test_the_op_is_the_implementation_and_knows_its_shapes(seed: int) -> None:
         assert one is other is None or (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
+def test_torch_compile_sees_one_graph() -> None:
+    arguments = mixed_case().but(device=DEVICE).arguments()
+
+    def switch_and_count(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = code_switch(**{**arguments, "tokens": tokens})
+        return output.tokens + 1, output.counts.sum(0)
+
+    compiled = torch.compile(switch_and_count, backend="eager", fullgraph=True)
+    for one, other in zip(compiled(arguments["tokens"]), switch_and_count(arguments["tokens"]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_op_passes_the_checks_of_torch() -> None:
     from megatron_prealign.kernels.code_switch import _code_switch_op
 
