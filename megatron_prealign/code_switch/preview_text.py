@@ -94,8 +94,12 @@ def caption(row: PreviewRow, number: int) -> str:
     """What happened to a row, in one line."""
     running, _, switched, padded, truncated = row.counts[:5]
     text = f"row {number} ({row.language}): {switched} of {running} words switched"
-    text += f", {truncated} tokens cut at the end" if truncated else ""
-    return text + (f", {padded} positions padded" if padded else "")
+    text += f", {_counted(truncated, 'token')} cut at the end" if truncated else ""
+    return text + (f", {_counted(padded, 'position')} padded" if padded else "")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _render_row(row: PreviewRow, look: Look, codes: Mapping[str, str]) -> Iterator[str]:

@@ -41,7 +41,12 @@ class TokenText:
             incomplete = ready != whole and number + 1 < len(stretches)
             pieces.append((ready if incomplete else whole)[len(given) :])
             open_tokens, given = (open_tokens, ready) if incomplete else ([], "")
-        if pieces:
-            pieces[0] = pieces[0].lstrip(INCOMPLETE)
-            pieces[-1] = pieces[-1].rstrip(INCOMPLETE)
+        for number, piece in enumerate(pieces):
+            pieces[number] = piece.lstrip(INCOMPLETE)
+            if pieces[number]:
+                break
+        for number in range(len(pieces) - 1, -1, -1):
+            pieces[number] = pieces[number].rstrip(INCOMPLETE)
+            if pieces[number]:
+                break
         return pieces
