@@ -70,7 +70,7 @@ setup(
             "pythainlp>=5",
             "icu4py>=1.2",
         ],
-        # A second, much faster tokenizer engine for byte-level BPE; its ids are compared with the plain one's before use.
+        # A much faster tokenizer engine for byte-level BPE; its ids are compared with the plain one's before use.
         "fast": ["gigatoken>=0.10"],
         "dev": [
             "pytest>=8",
