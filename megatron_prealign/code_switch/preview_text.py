@@ -50,7 +50,7 @@ def _visible_character(character: str) -> str:
         return "⏎ "
     if character == "\t":
         return " "
-    if True:
+    if unicodedata.category(character) != "Cc":
         return character
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else "␡"
