@@ -225,6 +225,8 @@ class _Previewer:
         given = (rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
         batch, marked = self._switch(*given), self._mark(*given)
         tokens, marks = batch.tokens[0].tolist(), marked.tokens[0].tolist()
+        unmarked = [(token, mark) for token, mark in zip(tokens, marks, strict=True) if mark < self._table.vocab_size]
+        assert all(token == mark for token, mark in unmarked), "the marks do not stand where the translations do"
         spans = find_spans(rows.tokens[0].tolist(), marks, self._word_ends(rows), self._table.vocab_size)
         counts = [0] * (LANGUAGES_FROM + len(self._table.languages)) if batch.counts is None else batch.counts.tolist()
         labels = zip(batch.labels[0].tolist(), batch.loss_mask[0].tolist(), strict=True)

@@ -26,14 +26,24 @@ from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource
 
 PAIRS = {
-    "de": ["apple Apfel", "house Haus", "house Gebäude", "bank Ufer", "the der", "red rot", "and und", "closed zu"],
+    "de": [
+        "apple Apfel",
+        "house Haus",
+        "house Gebäude",
+        "bank Ufer",
+        "the der",
+        "red rot",
+        "red Red",
+        "and und",
+        "closed zu",
+    ],
     "ja": ["apple りんご", "house 家", "bank 銀行", "red 赤い"],
     "ar": ["apple تفاحة", "house بيت", "and و"],
 }
 SENTENCES = [
     "The apple and the house are red, and the bank is closed.",
     "An apple (the red one) fell; THE HOUSE stands.\n\tUnknown words stay as they are, naïve or not.",
-    "House, bank, river: 苹果 and りんご are both the apple.",
+    "House, bank, Red river: 苹果 and りんご are both the apple.",
 ]
 CHINESE = ["我在银行买苹果，房子里有水果汁。", "数据库在蓝山的房子里，苹果和银行。"]
 
@@ -127,7 +137,7 @@ def test_what_is_shown_is_what_is_trained(material: Material, tmp_path: Path, la
 
 
 def test_marked_words_are_counted_and_listed_translations(material: Material) -> None:
-    preview = material.preview(rows=30)
+    preview = material.preview(rows=30, ratio=0.9)
     listed, languages = translations(), material.english.languages
     seen = set()
     for row in preview.rows:
@@ -208,6 +218,9 @@ def test_the_section_reaches_the_preview(material: Material) -> None:
     kept = material.preview(rows=20, ratio=1.0, case="keep", language_weights={"de": 1.0})
     words = {(split_space(part.source)[1], split_space(part.output)[1]) for row in kept.rows for part in row.switched}
     assert ("THE", "der") in words and ("The", "der") in words
+    # as the dictionary writes it, Red would be replaced by itself
+    assert ("Red", "rot") in words and ("red", "Red") in words and ("Red", "Red") not in words
+    assert sum(len(row.switched) for row in kept.rows) == kept.switched
     long_words = material.preview(rows=20, ratio=1.0, min_word_length=5, language_ratios={"ja": 0.0})
     switched = [part for row in long_words.rows for part in row.switched]
     assert {split_space(part.source)[1].casefold() for part in switched} == {"apple", "house", "closed"}

@@ -1,5 +1,6 @@
 """A preview on a terminal and as a page: nothing of a document reaches the reader as anything but text."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,14 @@ def test_lines_without_colours() -> None:
         '  original  a <script>alert("1")</script> & b⏎ ␛[31mred␇ [apple], [house] end',
         '  switched  a <script>alert("1")</script> & b⏎ ␛[31mred␇ {A"pf<b>el}, {بيت} end',
     ]
+
+
+def test_lengths_leave_out_what_the_end_of_a_row_may_cut() -> None:
+    parts = (Part(" apple", " Apfel", "de", 1, 3), Part(" house", " Haus", "de", 2, 1))
+    padded = preview_of(*parts)
+    assert len(padded.rows[0].tokens) == 2 and padded.token_lengths == (1.5, 2.0)
+    full = replace(padded, rows=(replace(padded.rows[0], tokens=(1, 1, 1, 1)),))
+    assert full.token_lengths == (1.0, 3.0)
 
 
 def test_colours_differ_by_language() -> None:
