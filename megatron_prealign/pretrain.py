@@ -4,7 +4,6 @@ else."""
 import logging
 import os
 import platform
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, Swit
 from megatron_prealign.data.files import write_atomically
 from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_prealign.dictionary.coverage import measure_coverage
+from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.dictionary.switchable import select_keys
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
@@ -46,9 +45,6 @@ from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-COVERAGE_TOKENS = 1_000_000
-"""Tokens of each source that `code_switch.ratio_of: words` measures the dictionary's coverage on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +217,7 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
             seed=recipe.training.seed,
             languages=recipe.data.languages,
             device=runtime.device,
-            coverage=training_coverage(recipe, table) if recipe.code_switch.ratio_of == "words" else None,
+            coverage=words_known(recipe, table),
         )
         target_languages = materials.dictionary.table.languages
 
@@ -240,20 +236,14 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     return phases
 
 
-def training_coverage(recipe: Recipe, table: DictionaryTable) -> dict[str, float]:
-    """Share of running words that code-switching knows, per language of the blend, measured on the training data.
-
-    The same on every rank and in every run: which documents are looked at depends on the datasets alone.
-    """
-    assert recipe.code_switch is not None
-    selected = select_keys(table, recipe.code_switch)
-    known: Counter[str] = Counter()
-    running: Counter[str] = Counter()
-    for source in recipe.data.sources:
-        measured = measure_coverage(selected, source.path, COVERAGE_TOKENS)
-        known[source.language] += measured.known_words
-        running[source.language] += measured.running_words
-    return {language: known[language] / count for language, count in running.items() if count}
+def words_known(recipe: Recipe, table: DictionaryTable) -> dict[str, float] | None:
+    """Share of running words of each language that code-switching knows; None where the ratio does not ask for it."""
+    section = recipe.code_switch
+    if section is None or section.ratio_of != "words":
+        return None
+    coverage = blend_coverage(select_keys(table, section), recipe.data.sources)
+    logger.info("known running words: %s", ", ".join(f"{name} {share:.1%}" for name, share in coverage.items()))
+    return coverage
 
 
 def open_store(recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary) -> CheckpointStore:

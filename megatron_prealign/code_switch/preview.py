@@ -21,14 +21,11 @@ from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.token_text import TokenText
 from megatron_prealign.data.samples import SampleRows, TrainPlan
 from megatron_prealign.data.tokenizer import Tokenizer
-from megatron_prealign.dictionary.coverage import measure_coverage, split_words
+from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.kernels import LANGUAGES_FROM
 from megatron_prealign.recipe import CodeSwitchSection, DataSection
-
-COVERAGE_TOKENS = 1_000_000
-"""Tokens of each source that `ratio_of: words` measures the coverage on, as many as training does."""
 
 
 class Part(NamedTuple):
@@ -202,7 +199,7 @@ class _Previewer:
         self, table: DictionaryTable, section: CodeSwitchSection, data: DataSection, tokenizer: Tokenizer, seed: int
     ) -> None:
         selected = select_keys(table, section)
-        coverage = training_coverage(selected, data) if section.ratio_of == "words" else None
+        coverage = blend_coverage(selected, data.sources) if section.ratio_of == "words" else None
         row_format = RowFormat(seq_length=data.seq_length, eod_id=tokenizer.eod_id, mask_eod=data.eod_mask_loss)
 
         def build(table: DictionaryTable, section: CodeSwitchSection) -> CodeSwitcher:
@@ -334,22 +331,3 @@ def _said_once() -> Iterator[None]:
         yield
     finally:
         logger.disabled = disabled
-
-
-def training_coverage(table: DictionaryTable, data: DataSection) -> dict[str, float]:
-    """Share of running words that `table` knows, per language of the blend.
-
-    Args:
-        table: with the keys of the section alone (`select_keys`).
-        data: the blend.
-
-    Raises:
-        UserError: a dataset is missing or damaged.
-    """
-    known: Counter[str] = Counter()
-    running: Counter[str] = Counter()
-    for source in data.sources:
-        measured = measure_coverage(table, source.path, COVERAGE_TOKENS)
-        known[source.language] += measured.known_words
-        running[source.language] += measured.running_words
-    return {language: known[language] / count for language, count in running.items() if count}

@@ -3,6 +3,7 @@
 Code-switching replaces occurrences: its true rate is its ratio times the coverage measured here.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,11 @@ from megatron_prealign.dictionary.table import (
     DictionaryTable,
 )
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import DataSource
 
 DEFAULT_MAX_TOKENS = 5_000_000
+# Enough for three digits of a share; a blend of many sources must not make the start of a job long.
+BLEND_TOKENS = 1_000_000
 # Odd multiplier of the token hash; any works, as every match is checked token by token.
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -155,6 +159,32 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
         known_words=int(known.sum()),
         key_count=np.bincount(keys[known], minlength=table.num_keys).astype(np.int64),
     )
+
+
+def blend_coverage(
+    table: DictionaryTable, sources: Sequence[DataSource], max_tokens: int = BLEND_TOKENS
+) -> dict[str, float]:
+    """Share of running words that `table` knows, per language of a training blend, sources weighted as in the blend.
+
+    The same on every rank and after a resume: which documents are looked at depends on the datasets alone.
+
+    Args:
+        table: with the keys alone that are to be found (`switchable.select_keys`).
+        sources: the blend.
+        max_tokens: tokens to look at per language, shared by its sources.
+
+    Raises:
+        UserError: a dataset is missing or damaged, or made with another tokenizer.
+    """
+    known: defaultdict[str, float] = defaultdict(float)
+    weights: defaultdict[str, float] = defaultdict(float)
+    counts = Counter(source.language for source in sources)
+    for source in sources:
+        measured = measure_coverage(table, source.path, max(max_tokens // counts[source.language], 1))
+        if measured.running_words:
+            known[source.language] += source.weight * measured.share
+            weights[source.language] += source.weight
+    return {language: known[language] / weight for language, weight in weights.items()}
 
 
 def _sample(

@@ -8,9 +8,16 @@ import pytest
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary import coverage as coverage_module
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
-from megatron_prealign.dictionary.coverage import count_groups, match_words, measure_coverage, split_words
+from megatron_prealign.dictionary.coverage import (
+    blend_coverage,
+    count_groups,
+    match_words,
+    measure_coverage,
+    split_words,
+)
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import DataSource
 
 
 def build(tokenizer, pairs, languages=("en", "de")):
@@ -71,6 +78,19 @@ def test_a_sample_of_a_larger_corpus(tokenizer, make_dataset):
     assert measure_coverage(table, prefix, max_tokens=1).tokens == 1
     with pytest.raises(UserError, match="--max-tokens is 0"):
         measure_coverage(table, prefix, max_tokens=0)
+
+
+def test_a_blend_weighs_its_sources(tokenizer, make_dataset):
+    table = build(tokenizer, [["apple", "Apfel"], ["house", "Haus"]])
+    texts = {"a": ["apple house"], "b": ["apple street street street"], "c": ["Haus"]}
+    paths = {name: str(make_dataset(tokenizer, text, "de" if name == "c" else "en")) for name, text in texts.items()}
+    sources = [
+        DataSource(path=paths["a"], language="en", weight=3.0),
+        DataSource(path=paths["b"], language="en", weight=1.0),
+        DataSource(path=paths["c"], language="de"),
+    ]
+    # all of one source, a quarter of the other
+    assert blend_coverage(table, sources) == {"en": 3 / 4 * 1 + 1 / 4 * 1 / 4, "de": 0.0}
 
 
 def test_missing_corpus(tokenizer, tmp_path):
