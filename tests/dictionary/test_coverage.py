@@ -82,8 +82,16 @@ def test_a_sample_of_a_larger_corpus(tokenizer, make_dataset):
 
 def test_a_blend_weighs_its_sources(tokenizer, make_dataset):
     table = build(tokenizer, [["apple", "Apfel"], ["house", "Haus"]])
-    texts = {"a": ["apple house"], "b": ["apple street street street"], "c": ["Haus"]}
-    paths = {name: str(make_dataset(tokenizer, text, "de" if name == "c" else "en")) for name, text in texts.items()}
+    paths = {}
+    for name, language, text in (
+        ("a", "en", "apple house"),
+        ("b", "en", "apple street street street"),
+        ("c", "de", "Haus"),
+    ):
+        prefix = make_dataset(tokenizer, [text], language)
+        paths[name] = str(prefix.with_name(name))
+        for ending in ("bin", "idx", "json"):
+            prefix.with_name(f"{prefix.name}.{ending}").rename(f"{paths[name]}.{ending}")
     sources = [
         DataSource(path=paths["a"], language="en", weight=3.0),
         DataSource(path=paths["b"], language="en", weight=1.0),
