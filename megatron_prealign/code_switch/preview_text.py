@@ -108,7 +108,9 @@ def _render_row(row: PreviewRow, look: Look, codes: Mapping[str, str]) -> Iterat
     names = ("original  ", "switched  ")
     if look.width is None:
         for name, runs in zip(names, (original, result), strict=True):
-            yield f"  {name}{_paint(runs, look.color)}"
+            # the space before a row's first word
+            first = [(text.lstrip(), code) for text, code in runs[:1]]
+            yield f"  {name}{_paint([*first, *runs[1:]], look.color)}"
         return
     if look.width >= SIDE_BY_SIDE_WIDTH and not _has_right_to_left(row):
         column = (look.width - 2 - len(_GAP)) // 2

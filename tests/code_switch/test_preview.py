@@ -297,8 +297,8 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
     preview = make_preview(table, section, data, tokenizer, rows=3, seed=1)
     assert list(render_preview(preview, Look(), labels=True)) == [
         "row 1 (en): 1 of 3 words switched, 1 token cut at the end",
-        "  original   The [cat] sat.",
-        "  switched   The {KAT} sat.",
+        "  original  The [cat] sat.",
+        "  switched  The {KAT} sat.",
         "  position  0     1     2    3     4     5",
         "  input     ▁The  {▁K}  {A}  {T}   ▁sat  .",
         "  label     ▁c    –     –    ▁sat  .     ▁Next",
@@ -314,8 +314,8 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
         "tokens cut                  1  16.67% of the positions, no longer fit into their rows",
     ]
     coloured = list(render_preview(preview, Look(color=True), labels=True))
-    assert coloured[1] == "  original   The \x1b[1;32mcat\x1b[0m sat."
-    assert coloured[2] == "  switched   The \x1b[1;32mKAT\x1b[0m sat."
+    assert coloured[1] == "  original  The \x1b[1;32mcat\x1b[0m sat."
+    assert coloured[2] == "  switched  The \x1b[1;32mKAT\x1b[0m sat."
     assert "\x1b[1;32m▁K\x1b[0m  \x1b[1;32mA\x1b[0m  \x1b[1;32mT\x1b[0m" in coloured[4]
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in coloured]
     assert plain[3] == "  position  0     1   2  3     4     5"
