@@ -218,9 +218,20 @@ def test_ratio_of_words_divides_by_the_coverage_of_the_language(table: Dictionar
     assert everything.counts[1] == everything.counts[2]
 
 
+def test_coverage_is_that_of_the_language_of_the_row(table: DictionaryTable) -> None:
+    german = replace(table, key_language=np.ones(3, dtype=np.int16))
+    fields = {"ratio_of": "words", "languages": ("en", "de")}
+    switched = call(switcher(german, 2, coverage={"de": 1.0}, **fields), [[1, 4, 4]] * 2, language=[0, 1])
+    assert switched.tokens.tolist() == [[1, 4], [5, 6]]
+    assert call(switcher(german, 2, coverage={"de": 0.0}, **fields), [[1, 4, 4]], language=[1]).counts is None
+
+
 def test_ratio_of_words_that_the_table_cannot_reach_is_said(table: DictionaryTable, caplog) -> None:
     switcher(table, 4, ratio=0.2, ratio_of="words", coverage={"en": 0.1})
     assert "reaches 0.2 of the running words, but the table knows only 10.0% of those in en" in caplog.text
+    caplog.clear()
+    switcher(table, 4, ratio=0.2, ratio_of="words", coverage={"en": 0.2})
+    assert not caplog.text
 
 
 def test_word_starts_reach_the_kernel(table: DictionaryTable) -> None:
@@ -234,6 +245,21 @@ def test_word_starts_reach_the_kernel(table: DictionaryTable) -> None:
 
 
 def test_the_section_chooses_keys(table: DictionaryTable) -> None:
-    batch = call(switcher(table, 3, max_word_length=3), [[1, 2, 3, 4]])
+    batch = call(switcher(table, 3, max_word_length=3), [[3, 1, 4, 4]])
     # "three" is too long
-    assert batch.counts.tolist()[1:3] == [2, 2] and batch.tokens.tolist()[0][-1] != 8
+    assert batch.counts.tolist()[1:3] == [1, 1] and batch.tokens.tolist() == [[3, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("label_mode", "labels"), [("input_only", [1, 0, 4]), ("codeswitch", [5, 6, 4]), ("no_predict", [0, 0, 4])]
+)
+def test_the_section_chooses_labels(table: DictionaryTable, label_mode: str, labels: list[int]) -> None:
+    assert call(switcher(table, 3, label_mode=label_mode), [[4, 1, 4, 4]]).labels.tolist() == [labels]
+
+
+def test_the_seed_decides(table: DictionaryTable) -> None:
+    rows = [[1] * 101] * 2
+    first, again, other = (call(switcher(table, 100, ratio=0.5, seed=seed), rows) for seed in (1, 1, 2))
+    assert torch.equal(first.tokens, again.tokens) and not torch.equal(first.tokens, other.tokens)
+    # of both rows
+    assert first.counts.tolist()[2] == int((first.tokens == 5).sum())

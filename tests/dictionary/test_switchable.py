@@ -76,6 +76,15 @@ def test_word_length_counts_characters(table):
         select(table, min_word_length=7)
 
 
+def test_word_length_of_one_and_of_characters_of_three_bytes(tokenizer):
+    builder = GroupBuilder()
+    builder.add([["ở", "in"], ["cỏ", "Gras"], ["bạn", "du"]], ("vi", "de"))
+    table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+    assert sources(table) == {"ở", "cỏ", "bạn"}
+    assert sources(select(table, min_word_length=2)) == {"cỏ", "bạn"}
+    assert sources(select(table, max_word_length=2)) == {"ở", "cỏ"}
+
+
 def test_exact_finds_words_only_as_the_dictionary_writes_them(table, tokenizer):
     full, exact = texts(table, tokenizer), texts(select(table, case="exact"), tokenizer)
     words = {word for word, _ in EN_DE + FR_DE}
@@ -99,10 +108,12 @@ def test_keep_drops_keys_that_have_no_other_candidate(tokenizer):
     builder.add([["bank", "Bank"], ["bank", "BANK"]], ("en", "de"))
     table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
     assert " BANK" not in texts(table, tokenizer)
-    builder.add([["red", "RED"]], ("en", "de"))
+    builder.add([["red", "RED"], ["gold", "gold"]], ("en", "de"))
     table = build_table(builder.build(), tokenizer, BuildSettings(drop_identical=False), BuildReport())
     kept = texts(select(table, case="keep"), tokenizer)
     assert " RED" not in kept and kept[" Red"] == [" RED"]
+    # "gold" is written as in the dictionary: it keeps what it had
+    assert kept["gold"] == kept["Gold"] == ["gold"]
 
 
 def without(table: DictionaryTable, key: int) -> DictionaryTable:

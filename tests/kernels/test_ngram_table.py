@@ -218,6 +218,8 @@ def broken(**changes: object) -> dict:
         (broken(key_offsets=np.array([0, 1])), "ends"),
         (broken(candidate_offsets=np.array([0])), "candidate_offsets has 1 items"),
         (broken(key_language=np.array([2])), r"key_language\[0\] is 2"),
+        (broken(candidate_language=np.array([2])), r"candidate_language\[0\] is 2, expected 0 to 1"),
+        (broken(key_candidate_offsets=np.array([0, 2])), r"key_candidate_offsets has 2 items with ends \(0, 2\)"),
         (broken(candidate_weight=np.array([np.nan])), r"candidate_weight\[0\] is nan"),
         (broken(candidate_weight=np.array([1.0, 1.0])), "candidate_weight has 2 items"),
         (broken(language_weights=[0.0, -1.0]), r"language_weights\[1\] is -1.0"),
