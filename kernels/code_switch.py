@@ -32,7 +32,7 @@ class LaunchShape:
     """Warps of a program."""
 
 
-# One token a thread: compiled for sm_80, sm_90 and sm_100 that takes 30 to 62 registers and spills none, where two
+# One token a thread: compiled for sm_80, sm_90 and sm_100 that takes 30 to 64 registers and spills none, where two
 # tokens a thread, or 32 warps, spill in some settings (tests/kernels/test_code_switch_compile.py). Which shape is
 # fastest on a GPU is not measured yet.
 LAUNCH = LaunchShape(block=512, warps=16)
@@ -286,10 +286,15 @@ def _plan_blocks(
     )
     common = {"BLOCK": shape.block, "num_warps": shape.warps}
     decide = {**_decide_constants(rows, table), "RESET": settings.reset_at_eod, **common}
-    write = {**_write_constants(settings), "BLOCKS": 1 << (blocks - 1).bit_length(), **common}
+    write = {
+        **_write_constants(settings),
+        "LANGUAGES": _padded_languages(table),
+        "BLOCKS": 1 << (blocks - 1).bit_length(),
+        **common,
+    }
     return [
-        KernelLaunch(decide_blocks_kernel, (blocks, count), decide_arguments, decide),
-        KernelLaunch(write_blocks_kernel, (blocks, count), write_arguments, write),
+        KernelLaunch(decide_blocks_kernel, (count, blocks), decide_arguments, decide),
+        KernelLaunch(write_blocks_kernel, (count, blocks), write_arguments, write),
     ]
 
 
@@ -319,10 +324,15 @@ def _decide_constants(rows: _Rows, table: NgramTable) -> dict[str, Any]:
     return {
         "COLUMNS": table.columns,
         "DRAW_STEPS": table.draw_steps,
-        "LANGUAGES": max(8, 1 << (table.num_languages - 1).bit_length()),
+        "LANGUAGES": _padded_languages(table),
         "COUNTS_LETTERS": table.counts_letters,
         "HAS_STARTS": rows[4] is not None,
     }
+
+
+def _padded_languages(table: NgramTable) -> int:
+    """The number of languages as a power of two, 8 at least."""
+    return max(8, 1 << (table.num_languages - 1).bit_length())
 
 
 def _write_constants(settings: CodeSwitchSettings) -> dict[str, Any]:

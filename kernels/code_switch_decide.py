@@ -60,12 +60,14 @@ def _word(
     b_fourth = tl.zeros_like(b_first)
     b_length = tl.full(o_position.shape, 1, tl.int32)
     b_last = b_flags
-    # looks ahead only where the word still goes on: most words are one or two tokens long
+    # looks flags up only where the word still goes on: most words are one or two tokens long
     m_open = m_start
     m_whole = o_position < 0
     for ahead in tl.static_range(1, 2 * COLUMNS + 1):
-        m_open = m_open & (o_position + ahead < width)
-        b_next = tl.load(p_row + o_position + ahead, mask=m_open, other=0)
+        m_row = o_position + ahead < width
+        # not masked by m_open: these reads wait for nothing, and the next positions are in the cache anyway
+        b_next = tl.load(p_row + o_position + ahead, mask=m_row, other=0)
+        m_open = m_open & m_row
         b_next_flags = tl.load(p_word_boundary + b_next, mask=m_open, other=0)
         b_opens = (b_next_flags & _BEFORE) | (b_last & _AFTER)
         if HAS_STARTS:

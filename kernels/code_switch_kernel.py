@@ -68,8 +68,8 @@ def code_switch_row_kernel(
         )
         moved, reach, document, running, known, switched, truncated = write(
             b_decision, o_position, moved, reach, document, p_source, width, p_tokens, p_labels, p_mask,
-            p_positions, p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id, LABEL_MODE,
-            MASK_EOD, RESET,
+            p_positions, p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id,
+            LANGUAGES, LABEL_MODE, MASK_EOD, RESET,
         )
         all_running += running
         all_known += known
@@ -92,10 +92,10 @@ def decide_blocks_kernel(
     COLUMNS: tl.constexpr, DRAW_STEPS: tl.constexpr, LANGUAGES: tl.constexpr, COUNTS_LETTERS: tl.constexpr,
     HAS_STARTS: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """First launch for long rows, grid (blocks, B): decisions [B, W], and of each block how far it moves the output and
+    """First launch for long rows, grid (B, blocks): decisions [B, W], and of each block how far it moves the output and
     (where documents count) the last document start in it, as seen from the block's own begin [B, blocks, 2]."""
-    i_block = tl.program_id(0)
-    i_row = tl.program_id(1).to(tl.int64)
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
     language = tl.load(p_language + i_row)
     sample_id = tl.load(p_sample_id + i_row)
     p_thresholds += tl.maximum(language, 0) * num_languages
@@ -117,7 +117,7 @@ def decide_blocks_kernel(
     tl.store(p_decisions + i_row * width + o_position, b_decision, mask=o_position < width)
     m_switched, b_length, b_entry, b_size = growth(b_decision, p_candidates)
     b_grown = tl.where(m_switched, b_size - b_length, 0)
-    p_sums += (i_row * tl.num_programs(0) + i_block) * 2
+    p_sums += (i_row * tl.num_programs(1) + i_block) * 2
     tl.store(p_sums, tl.sum(b_grown, 0))
     if RESET:
         b_previous = tl.load(p_source + o_position - 1, mask=(o_position < width) & (o_position > 0), other=-1)
@@ -128,13 +128,14 @@ def decide_blocks_kernel(
 @triton.jit
 def write_blocks_kernel(
     p_source, p_decisions, p_sums, p_tokens, p_labels, p_mask, p_positions, p_documents, p_counts,
-    p_candidates, p_candidate_tokens, width, sequence, num_languages, pad_id, eod_id, LABEL_MODE: tl.constexpr,
-    MASK_EOD: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    p_candidates, p_candidate_tokens, width, sequence, num_languages, pad_id, eod_id, LANGUAGES: tl.constexpr,
+    LABEL_MODE: tl.constexpr, MASK_EOD: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Second launch for long rows, grid (blocks, B): every block adds up the blocks before it and writes its part."""
-    i_block = tl.program_id(0)
-    i_row = tl.program_id(1).to(tl.int64)
-    blocks = tl.num_programs(0)
+    """Second launch for long rows, grid (B, blocks): every block adds up the blocks before it and writes its part."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
+    blocks = tl.num_programs(1)
     p_source += i_row * width
     p_decisions += i_row * width
     p_sums += i_row * blocks * 2
@@ -162,8 +163,8 @@ def write_blocks_kernel(
     b_decision = tl.load(p_decisions + o_position, mask=o_position < width, other=0)
     moved, _, document, running, known, switched, truncated = write(
         b_decision, o_position, moved, tl.max(b_reach, 0), document, p_source, width, p_tokens, p_labels,
-        p_mask, p_positions, p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id,
-        LABEL_MODE, MASK_EOD, RESET,
+        p_mask, p_positions, p_documents, p_counts, p_candidates, p_candidate_tokens, sequence,
+        eod_id, LANGUAGES, LABEL_MODE, MASK_EOD, RESET,
     )
     tl.atomic_add(p_counts, running.to(tl.int64), sem="relaxed")
     tl.atomic_add(p_counts + 1, known.to(tl.int64), sem="relaxed")

@@ -100,10 +100,23 @@ def _write_translations(
 
 
 @triton.jit
+def _count_targets(p_counts, b_target, m_counted, LANGUAGES: tl.constexpr):
+    """Adds the words switched into each language to the row's counts."""
+    if LANGUAGES == 8:
+        # few languages: one addition a block and language, where thousands of words would queue for the same address
+        for language in tl.static_range(LANGUAGES):
+            count = tl.sum((m_counted & (b_target == language)).to(tl.int64), 0)
+            # 0 for the numbers that only fill up to 8, whose counts do not exist
+            tl.atomic_add(p_counts + language, count, mask=count > 0, sem="relaxed")
+    else:
+        tl.atomic_add(p_counts + b_target, tl.full(b_target.shape, 1, tl.int64), mask=m_counted, sem="relaxed")
+
+
+@triton.jit
 def write(
     b_decision, o_position, moved, reach, document, p_row, width, p_tokens, p_labels, p_mask, p_positions,
-    p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id, LABEL_MODE: tl.constexpr,
-    MASK_EOD: tl.constexpr, RESET: tl.constexpr,
+    p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id,
+    LANGUAGES: tl.constexpr, LABEL_MODE: tl.constexpr, MASK_EOD: tl.constexpr, RESET: tl.constexpr,
 ):
     """Writes what a block of source positions becomes.
 
@@ -146,8 +159,7 @@ def write(
     )
 
     m_reached = b_place < sequence
-    p_target = p_counts + COUNTS + (b_entry >> TARGET_SHIFT)
-    tl.atomic_add(p_target, tl.full(b_place.shape, 1, tl.int64), mask=m_switched & m_reached, sem="relaxed")
+    _count_targets(p_counts + COUNTS, b_entry >> TARGET_SHIFT, m_switched & m_reached, LANGUAGES)
     running = tl.sum((m_reached & ((b_decision & RUNNING) != 0)).to(tl.int32), 0)
     known = tl.sum((m_reached & ((b_decision & KNOWN) != 0)).to(tl.int32), 0)
     switched = tl.sum((m_reached & m_switched).to(tl.int32), 0)

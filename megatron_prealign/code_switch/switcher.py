@@ -132,13 +132,15 @@ class CodeSwitcher:
             eod_id=row_format.eod_id,
             mask_eod=row_format.mask_eod,
             reset_at_eod=row_format.reset_position_ids or row_format.reset_attention_mask,
+            vocab_size=table.vocab_size,
         )
         # entry 0 is for rows of unknown language (-1)
         ids = [-1, *(self.languages.index(each) if each in self.languages else -1 for each in languages)]
         self._table_language = torch.tensor(ids, device=device)
         self._schedule = RatioSchedule(section, self.languages)
         self._known_share = _known_shares(self.languages, section, coverage)
-        self._current: list[list[int]] = []
+        self._ratios: list[float] = []
+        self._switches = False
         self._thresholds = torch.zeros((len(self.languages),) * 2, dtype=torch.int64, device=device)
 
     def __call__(
@@ -160,7 +162,7 @@ class CodeSwitcher:
                 tell.
         """
         self._set_thresholds(consumed_tokens)
-        if not any(map(any, self._current)):
+        if not self._switches:
             return plain_batch(tokens, self._format)
         output = code_switch(
             tokens,
@@ -185,18 +187,20 @@ class CodeSwitcher:
 
     def _set_thresholds(self, consumed_tokens: int) -> None:
         ratios = self._schedule.ratios(consumed_tokens)
-        wanted = [
-            [ratio_threshold(min(ratio / known, 1.0)) for ratio in ratios] if known else [0] * len(ratios)
-            for known in self._known_share
-        ]
-        if wanted == self._current:
+        if ratios == self._ratios:
             return
-        self._current = wanted
-        host = torch.tensor(wanted)
+        self._ratios = ratios
+        wanted = torch.tensor(
+            [
+                [ratio_threshold(min(ratio / known, 1.0)) if known else 0 for ratio in ratios]
+                for known in self._known_share
+            ]
+        )
+        self._switches = bool(wanted.any())
         if self._thresholds.is_cuda:
             # from pinned memory the copy is handed over like a launch; from other memory it would wait for the device
-            host = host.pin_memory()
-        self._thresholds.copy_(host, non_blocking=True)
+            wanted = wanted.pin_memory()
+        self._thresholds.copy_(wanted, non_blocking=True)
 
 
 def _known_shares(

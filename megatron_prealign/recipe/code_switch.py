@@ -1,5 +1,6 @@
 """Recipe section `code_switch`: words of the input replaced by translations during language-model training."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,7 +52,7 @@ class CodeSwitchSection:
         for language, ratio in self.language_ratios.items():
             require(0.0 <= ratio <= 1.0, f"code_switch.language_ratios.{language}", ratio, "a number from 0 to 1")
         for language, weight in self.language_weights.items():
-            require(weight > 0, f"code_switch.language_weights.{language}", weight, "a number above 0")
+            require(0 < weight < math.inf, f"code_switch.language_weights.{language}", weight, "a number above 0")
         repeated = sorted({each for each in self.source_languages if self.source_languages.count(each) > 1})
         require(not repeated, "code_switch.source_languages", repeated, "every language once")
         require(self.min_word_length > 0, "code_switch.min_word_length", self.min_word_length, "a number above 0")
@@ -89,8 +90,11 @@ class CodeSwitchSection:
 
     @property
     def highest_ratio(self) -> float:
-        """The highest ratio that any language reaches during the run."""
-        return max(self.ratio, self.final_ratio or 0.0, *self.language_ratios.values())
+        """The highest ratio that any language reaches during the run; one's own moves with the common one."""
+        highest = max(self.ratio, self.final_ratio or 0.0)
+        start = self.ratio or self.final_ratio
+        scale = highest / start if start else 1.0
+        return max([highest, *(min(own * scale, 1.0) for own in self.language_ratios.values())])
 
     def lookahead_tokens(self, seq_length: int) -> int:
         """Tokens to read beyond the end of a sample of `seq_length` tokens."""
