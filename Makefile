@@ -30,7 +30,7 @@ demo: $(STAMP)
 # Triton decides at its first import whether kernels are interpreted, so those tests need a process of their own.
 test: $(STAMP)
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_code_switch.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from code_switch_oracle import Dictionary, switch_row
 from hypothesis import strategies
@@ -14,11 +16,31 @@ from megatron_prealign.kernels import (
     CodeSwitchOutput,
     CodeSwitchSettings,
     build_ngram_table,
+    code_switch_reference,
     ratio_threshold,
 )
+from megatron_prealign.kernels._triton import INTERPRETED, runs_triton, triton_version
+from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switch
 
 EOD = 0
 Implementation = Callable[..., CodeSwitchOutput]
+
+if INTERPRETED and triton_version() < (3, 4):
+    # 3.2 stores 8 bytes of a 4-byte value that a scan returned, 3.3 fails on a tuple that a device function returned
+    pytest.skip("the interpreters of triton 3.2 and 3.3 cannot run these kernels", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Small blocks make many of a short row, so that everything is carried on from one to the next.
+BLOCK = 16 if INTERPRETED else 32
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": code_switch_reference}
+if runs_triton(torch.device(DEVICE)):
+    small = LaunchShape(BLOCK, 1)
+    IMPLEMENTATIONS = {
+        f"{form}_kernel": partial(launch_code_switch, form=form, shape=small) for form in ("row", "blocks")
+    }
+if DEVICE == "cuda":
+    # as training launches them
+    IMPLEMENTATIONS |= {f"{form}_launched": partial(launch_code_switch, form=form) for form in ("row", "blocks")}
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,9 @@ class Case:
         return {name: torch.tensor([each[name] for each in per_row], device=self.device) for name in per_row[0]}
 
 
+Run = Callable[[Case], CodeSwitchOutput]
+
+
 def assert_equals_oracle(case: Case, implementation: Implementation) -> CodeSwitchOutput:
     """Every output, exactly, with the dtypes that are promised; returns the implementation's."""
     output = implementation(**case.arguments())
@@ -100,11 +125,14 @@ def assert_equals_oracle(case: Case, implementation: Implementation) -> CodeSwit
 
 
 def random_word(generator: np.random.Generator, flags: list[int], most: int) -> tuple[int, ...]:
-    """A word that the boundary rule keeps whole: starts with a boundary, none inside."""
-    begin = [t for t, flag in enumerate(flags) if flag & 1 and not flag & 2 and t != EOD]
-    inner = [t for t, flag in enumerate(flags) if not flag & 3 and t != EOD]
+    """A word that the boundary rule keeps whole: starts with a boundary, none inside, may end with one."""
+
+    def choose(first: bool, last: bool) -> int:
+        allowed = [t for t, flag in enumerate(flags) if t != EOD and bool(flag & 1) == first and (last or not flag & 2)]
+        return int(generator.choice(allowed))
+
     length = int(generator.integers(1, most + 1))
-    return (int(generator.choice(begin)), *(int(t) for t in generator.choice(inner, length - 1)))
+    return tuple(choose(place == 0, place == length - 1) for place in range(length))
 
 
 def random_dictionary(
@@ -240,3 +268,26 @@ def _spans_switched(row: list[int], tokens: list[int], known: dict[tuple[int, ..
 def _is_subsequence(part: list[int], whole: list[int]) -> bool:
     rest = iter(whole)
     return all(any(each == other for other in rest) for each in part)
+
+
+# tokens that start a word (1..9) and go on (11..19); one key of every length from 1 to 9 tokens
+EDGE_FLAGS = [3] + [1] * 10 + [0] * 10
+CONTINUED = list(range(11, 19))
+
+
+def edge(
+    rows: list[list[int]],
+    translation: tuple[int, ...] = (9,),
+    length: int = 1,
+    weights: tuple[float, ...] = (0.0, 1.0),
+    **changes: object,
+) -> Case:
+    keys = {(0, (1, *CONTINUED[: length - 1])): [(1, translation, 1.0)]}
+    return Case(rows, Dictionary(EDGE_FLAGS, list(weights), keys, (EOD,)), {}).but(**changes)
+
+
+def mixed_case() -> Case:
+    rows = [[1, 11, 12, 2, 1, 11, 12, 1, 3, 4] * 6 + [2] for _ in range(6)]
+    keys = {(0, (1, 11, 12)): [(1, (9, 18), 1.0)], (0, (1,)): [(1, (8,), 1.0)]}
+    dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0], keys)
+    return Case(rows, dictionary, {"label_mode": "mix"}, sample_id=list(range(90, 96)), thresholds=[[0, 1 << 31]] * 2)

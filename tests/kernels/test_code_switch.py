@@ -6,57 +6,38 @@ TRITON_INTERPRET=1 (a process of its own in `make test`) both forms of the Trito
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from code_switch_cases import EOD, Case, assert_equals_oracle, assert_properties, cases
+from code_switch_cases import (
+    BLOCK,
+    CONTINUED,
+    DEVICE,
+    EDGE_FLAGS,
+    EOD,
+    IMPLEMENTATIONS,
+    Case,
+    Run,
+    assert_equals_oracle,
+    assert_properties,
+    cases,
+    edge,
+    mixed_case,
+)
 from code_switch_oracle import Dictionary, philox
 from hypothesis import HealthCheck, given, settings
 
-from megatron_prealign.kernels import (
-    LABEL_MODES,
-    CodeSwitchOutput,
-    build_ngram_table,
-    code_switch,
-    code_switch_reference,
-    ratio_threshold,
-)
-from megatron_prealign.kernels._triton import INTERPRETED, runs_triton, triton_version
+from megatron_prealign.kernels import LABEL_MODES, CodeSwitchOutput, code_switch_reference, ratio_threshold
+from megatron_prealign.kernels._triton import INTERPRETED
 from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switch
+from megatron_prealign.kernels.ngram_table import DRAW_BIAS, TOKEN_BITS, hash_columns, pack_first, places_of
 
-if INTERPRETED and triton_version() < (3, 4):
-    # 3.2 stores 8 bytes of a 4-byte value that a scan returned, 3.3 fails on a tuple that a device function returned
-    pytest.skip("the interpreters of triton 3.2 and 3.3 cannot run these kernels", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter runs a program's lanes in numpy, one program after the other: small blocks make many of them.
-BLOCK = 16 if INTERPRETED else 512
-IMPLEMENTATIONS: dict[str, Callable[..., CodeSwitchOutput]] = {"reference": code_switch_reference}
-if runs_triton(torch.device(DEVICE)):
-    IMPLEMENTATIONS = {
-        "row_kernel": partial(launch_code_switch, form="row", shape=LaunchShape(BLOCK, 4)),
-        "blocks_kernel": partial(launch_code_switch, form="blocks", shape=LaunchShape(BLOCK, 4)),
-    }
 # More examples than a test run has time for: CODE_SWITCH_EXAMPLES=5000 make test
 EXAMPLES = int(os.environ.get("CODE_SWITCH_EXAMPLES", "150" if INTERPRETED else "600"))
 
-Run = Callable[[Case], CodeSwitchOutput]
 # Rows of 256 words, for what is true of many draws only.
 MANY = [[1] * 257] * (2 if INTERPRETED else 8)
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Callable[..., CodeSwitchOutput]:
-    return IMPLEMENTATIONS[request.param]
-
-
-@pytest.fixture
-def checked(implementation: Callable[..., CodeSwitchOutput]) -> Run:
-    """Runs a case and compares it with the oracle."""
-    return lambda case: assert_equals_oracle(case.but(device=DEVICE), implementation)
 
 
 # The worked example of the method: The | c at | sat | . with cat -> K A T
@@ -113,22 +94,6 @@ def test_any_case_equals_the_oracle_and_keeps_the_rules(name: str) -> None:
     assert switched > EXAMPLES
 
 
-# tokens that start a word (1..9) and go on (11..19); one key of every length from 1 to 9 tokens
-EDGE_FLAGS = [3] + [1] * 10 + [0] * 10
-CONTINUED = list(range(11, 19))
-
-
-def edge(
-    rows: list[list[int]],
-    translation: tuple[int, ...] = (9,),
-    length: int = 1,
-    weights: tuple[float, ...] = (0.0, 1.0),
-    **changes: object,
-) -> Case:
-    keys = {(0, (1, *CONTINUED[: length - 1])): [(1, translation, 1.0)]}
-    return Case(rows, Dictionary(EDGE_FLAGS, list(weights), keys, (EOD,)), {}).but(**changes)
-
-
 @pytest.mark.parametrize("length", range(1, 9))
 def test_ngrams_up_to_eight_tokens(checked: Run, length: int) -> None:
     word = [1, *CONTINUED[: length - 1]]
@@ -144,6 +109,25 @@ def test_words_longer_than_eight_tokens_are_left_alone(checked: Run) -> None:
     output = checked(edge([row], length=8))
     assert output.counts[0, 1:3].tolist() == [1, 1]
     assert output.tokens[0, :12].tolist() == [*row[:11], 9]
+
+
+@pytest.mark.parametrize("place", [None, *range(8)])
+def test_a_word_of_the_same_hash_is_told_apart(
+    implementation: Callable[..., CodeSwitchOutput], place: int | None
+) -> None:
+    word = [1, *CONTINUED[:7]]
+    if place is not None:
+        word[place] = 2 if place == 0 else 19
+    arguments = edge([[2, *word, 2]], length=8, device=DEVICE).arguments()
+    table = arguments["table"]
+    stored = torch.tensor(word, device=DEVICE) + 1
+    pairs = stored[::2] + (stored[1::2] << TOKEN_BITS)
+    columns = [pack_first(pairs[:1], torch.zeros_like(pairs[:1]), 3), *pairs[1:].split(1)]
+    fingerprint = places_of(hash_columns(columns, table.multipliers), len(table.slots))[2]
+    # every slot claims to hold the word, and points to the one key
+    forged = table._replace(slots=(fingerprint << 32).repeat(len(table.slots)))
+    output = implementation(**{**arguments, "table": forged})
+    assert int(output.counts[0, 1]) == (place is None)
 
 
 def test_words_cut_by_the_window_are_left_alone(checked: Run) -> None:
@@ -235,6 +219,13 @@ def test_word_starts_of_the_bitmap_cut_words(checked: Run) -> None:
     assert first.tokens.tolist() == [[9, 2, 2]]
 
 
+def test_a_token_may_end_its_word(checked: Run) -> None:
+    flags = [*EDGE_FLAGS[:19], 2, 0]
+    keys = {(0, (11, 12)): [(1, (8,), 1.0)], (0, (1, 11, 19)): [(1, (9,), 1.0)]}
+    output = checked(Case([[19, 11, 12, 1, 11, 19, 11, 12, 2]], Dictionary(flags, [0.0, 1.0], keys), {}))
+    assert output.tokens[0, :5].tolist() == [19, 8, 9, 8, 2]
+
+
 def test_rows_of_unknown_or_other_languages_pass_unchanged(checked: Run) -> None:
     output = checked(edge([[1, 1, 1, 2]] * 3, language=[0, 1, -1]))
     assert output.tokens.tolist() == [[9, 9, 9], [1, 1, 1], [1, 1, 1]]
@@ -284,6 +275,14 @@ def test_target_languages_follow_weights_and_own_ratios(checked: Run) -> None:
     assert own[2] == own[6] == counts[6]
 
 
+@pytest.mark.parametrize("languages", [2, 8, 9, 20])
+def test_any_number_of_target_languages_is_counted(checked: Run, languages: int) -> None:
+    keys = {(0, (1,)): [(n, (2 + n % 8,), 1.0) for n in range(languages)]}
+    case = Case(MANY, Dictionary(EDGE_FLAGS, [1.0] * languages, keys), {})
+    counts = checked(case).counts.sum(0).tolist()
+    assert len(counts) == 5 + languages and min(counts[5:]) > 0 and sum(counts[5:]) == counts[2] == len(MANY) * 256
+
+
 def test_candidates_follow_their_weights(checked: Run) -> None:
     dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0], {(0, (1,)): [(1, (5,), 1.0), (1, (6,), 0.0), (1, (7,), 3.0)]})
     output = checked(Case(MANY, dictionary, {}))
@@ -293,11 +292,16 @@ def test_candidates_follow_their_weights(checked: Run) -> None:
     assert abs(drawn[0] - sum(drawn) / 4) < 5 * (sum(drawn) * 3 / 16) ** 0.5
 
 
-def mixed_case() -> Case:
-    rows = [[1, 11, 12, 2, 1, 11, 12, 1, 3, 4] * 6 + [2] for _ in range(6)]
-    keys = {(0, (1, 11, 12)): [(1, (9, 18), 1.0)], (0, (1,)): [(1, (8,), 1.0)]}
-    dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0], keys)
-    return Case(rows, dictionary, {"label_mode": "mix"}, sample_id=list(range(90, 96)), thresholds=[[0, 1 << 31]] * 2)
+def test_the_last_draw_of_a_candidate_is_its_own(implementation: Callable[..., CodeSwitchOutput]) -> None:
+    drawn = philox((0, 0, 0, 0), (7, 0))[1]
+    dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0], {(0, (1,)): [(1, (8,), 1.0), (1, (9,), 1.0)]})
+    arguments = Case([[1, 2]], dictionary, {}, device=DEVICE).arguments()
+    table = arguments["table"]
+    for last, token in ((drawn, 8), (drawn - 1, 9)):
+        candidate_last = table.candidate_last.clone()
+        candidate_last[0] = last - DRAW_BIAS
+        output = implementation(**{**arguments, "table": table._replace(candidate_last=candidate_last)})
+        assert output.tokens.tolist() == [[token]]
 
 
 def test_a_row_does_not_depend_on_its_batch(checked: Run) -> None:
@@ -389,133 +393,3 @@ def test_no_rows(implementation: Callable[..., CodeSwitchOutput]) -> None:
     empty = {name: arguments[name][:0] for name in ("tokens", "language", "sample_id")}
     output = implementation(**{**arguments, **empty})
     assert output.tokens.shape == (0, 2) and output.counts.shape == (0, 7)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 1 << 63, (1 << 64) - 1])
-def test_the_op_is_the_implementation_and_knows_its_shapes(seed: int) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    case = mixed_case().but(seed=seed, device=DEVICE, eod_id=None)
-    arguments = case.arguments()
-    output = code_switch(**arguments)
-    expected = code_switch_reference(**arguments)
-    assert all(one is other is None or torch.equal(one, other) for one, other in zip(output, expected, strict=True))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        table = arguments["table"]._replace(
-            **{
-                name: mode.from_tensor(each)
-                for name, each in arguments["table"]._asdict().items()
-                if torch.is_tensor(each)
-            }
-        )
-        fakes = {name: mode.from_tensor(each) if torch.is_tensor(each) else each for name, each in arguments.items()}
-        shapes = code_switch(**{**fakes, "table": table})
-    for one, other in zip(output, shapes, strict=True):
-        assert one is other is None or (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
-def test_torch_compile_sees_one_graph() -> None:
-    arguments = mixed_case().but(device=DEVICE).arguments()
-
-    def switch_and_count(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = code_switch(**{**arguments, "tokens": tokens})
-        return output.tokens + 1, output.counts.sum(0)
-
-    compiled = torch.compile(switch_and_count, backend="eager", fullgraph=True)
-    for one, other in zip(compiled(arguments["tokens"]), switch_and_count(arguments["tokens"]), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_the_op_passes_the_checks_of_torch() -> None:
-    from megatron_prealign.kernels.code_switch import _code_switch_op
-
-    case = mixed_case().but(device=DEVICE)
-    arguments, table = case.arguments(), case.arguments()["table"]
-    for reset in (False, True):
-        torch.library.opcheck(
-            _code_switch_op,
-            (
-                *(arguments[name] for name in ("tokens", "language", "sample_id", "thresholds")),
-                None,
-                table.tensors,
-                list(table.multipliers),
-                table.draw_steps,
-                table.counts_letters,
-                -3,
-                60,
-                "mix",
-                0,
-                0,
-                True,
-                reset,
-            ),
-            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-        )
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sequence", [4096, 131_072])
-def test_a_cuda_graph_replays_with_new_tokens(sequence: int) -> None:
-    generator = np.random.default_rng(0)
-    case = edge([[1, 2]], (8, 18), sequence_length=sequence, thresholds=[[0, 1 << 31]] * 2, device="cuda")
-    arguments = {**case.but(rows=[[1] * (sequence + 1)]).arguments()}
-    code_switch(**arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = code_switch(**arguments)
-    for _ in range(3):
-        arguments["tokens"].copy_(torch.from_numpy(generator.integers(1, 20, (1, sequence + 1))))
-        graph.replay()
-        expected = code_switch_reference(**arguments)
-        assert all(one is other is None or torch.equal(one, other) for one, other in zip(output, expected, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, r"tokens is torch.int64 \[2, 3\], expected .* 4 or more"),
-        ({"tokens": torch.zeros(2, 4)}, "tokens is torch.float32"),
-        ({"tokens": torch.zeros(4, dtype=torch.int64)}, r"tokens is torch.int64 \[4\]"),
-        ({"tokens": torch.zeros(2, 8, dtype=torch.int64)[:, ::2]}, r"tokens has strides \[8, 2\], expected a contig"),
-        ({"tokens": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, "tokens lies on meta, expected"),
-        ({"language": torch.zeros(3, dtype=torch.int64)}, r"language is torch.int64 \[3\]"),
-        ({"language": torch.zeros(2)}, "language is torch.float32"),
-        ({"sample_id": torch.zeros(2, dtype=torch.int32)}, "sample_id is torch.int32"),
-        ({"thresholds": torch.zeros(3, dtype=torch.int64)}, r"thresholds is torch.int64 \[3\], expected .* \[2, 2\]"),
-        ({"word_starts": torch.zeros(2, 4)}, r"word_starts is torch.float32 \[2, 4\], expected bool \[2, 4\]"),
-    ],
-)
-def test_wrong_inputs_are_refused(implementation: Callable[..., CodeSwitchOutput], changes: dict, message: str) -> None:
-    if "word_starts" not in changes and next(iter(changes.values())).device.type == "cpu":
-        changes = {name: each.to(DEVICE) if each.is_contiguous() else each for name, each in changes.items()}
-    arguments = edge([[1, 2, 3, 4]] * 2, device=DEVICE).arguments()
-    for refuses in (code_switch_reference, code_switch):
-        with pytest.raises(ValueError, match=message):
-            refuses(**{**arguments, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1 << 64}, "seed is 18446744073709551616"),
-        ({"seed": -1}, "seed is -1"),
-        ({"label_mode": "input-only"}, "label_mode is 'input-only', expected one of input_only, "),
-        ({"sequence_length": 0}, "sequence_length is 0"),
-        ({"pad_id": -1}, "pad_id is -1"),
-        ({"pad_id": 99}, "pad_id is 99, expected an id below 21"),
-        ({"mask_eod": True}, "eod_id is None"),
-        ({"vocab_size": 22}, "table is for a vocabulary of 21, expected vocab_size = 22"),
-        ({"eod_id": 1}, r"eod_id is 1, expected one of the table's forbidden tokens \[0\]"),
-    ],
-)
-def test_wrong_settings_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        code_switch(**edge([[1, 2, 3, 4]] * 2, **changes, device=DEVICE).arguments())
-
-
-def test_a_table_of_too_many_languages_for_the_thresholds() -> None:
-    arguments = edge([[1, 2]], device=DEVICE).arguments()
-    wide = build_ngram_table(**edge([[1, 2]], weights=(0.0, 1.0, 1.0)).dictionary.arrays(), device=DEVICE)
-    with pytest.raises(ValueError, match=r"thresholds is torch.int64 \[2, 2\], expected int64 \[3, 3\]"):
-        code_switch(**{**arguments, "table": wide})
