@@ -71,17 +71,8 @@ def build_ngram_table(
     """
     weights = np.asarray(language_weights, dtype=np.float64)
     _check_keys(word_boundary, key_tokens, key_offsets, key_language, len(weights), forbidden_tokens)
-    _check_candidates(
-        len(word_boundary),
-        len(key_language),
-        key_candidate_offsets,
-        candidate_tokens,
-        candidate_offsets,
-        candidate_language,
-        candidate_weight,
-        weights,
-        forbidden_tokens,
-    )
+    candidates = (key_candidate_offsets, candidate_tokens, candidate_offsets, candidate_language, candidate_weight)
+    _check_candidates(len(word_boundary), len(key_language), *candidates, weights, forbidden_tokens)
     owner = np.repeat(np.arange(len(key_language)), np.diff(key_candidate_offsets))
     drawable = np.flatnonzero((candidate_weight > 0) & (weights[candidate_language] > 0))
     if not len(drawable):

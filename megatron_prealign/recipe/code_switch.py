@@ -53,8 +53,8 @@ class CodeSwitchSection:
             require(0.0 <= ratio <= 1.0, f"code_switch.language_ratios.{language}", ratio, "a number from 0 to 1")
         for language, weight in self.language_weights.items():
             require(0 < weight < math.inf, f"code_switch.language_weights.{language}", weight, "a number above 0")
-        repeated = sorted({each for each in self.source_languages if self.source_languages.count(each) > 1})
-        require(not repeated, "code_switch.source_languages", repeated, "every language once")
+        sources = self.source_languages
+        require(len(sources) == len(set(sources)), "code_switch.source_languages", sources, "every language once")
         require(self.min_word_length > 0, "code_switch.min_word_length", self.min_word_length, "a number above 0")
         require(
             self.max_word_length is None or self.max_word_length >= self.min_word_length,

@@ -119,6 +119,10 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("alignment", "layers", [1, 1], "every layer once"),
     ("code_switch", "ratio", 1.5, "a number from 0 to 1"),
     ("code_switch", "ratio", -0.1, "a number from 0 to 1"),
+    ("code_switch", "source_languages", ["en", "de", "en"], "every language once"),
+    ("code_switch", "min_word_length", 0, ABOVE_0),
+    ("code_switch", "max_word_length", 0, "null or at least code_switch.min_word_length = 1"),
+    ("code_switch", "lookahead", -1, "null or a number, at least 0"),
 ]
 
 
@@ -204,7 +208,34 @@ def test_ratio_schedule_values(fields: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("fields", "highest"),
+    [
+        ({"ratio": 0.05}, 0.05),
+        ({"ratio": 0.05, "language_ratios": {"de": 0.2, "fr": 0.01}}, 0.2),
+        # one's own ratio moves with the common one: tenfold here, and never above 1
+        ({"ratio": 0.05, "final_ratio": 0.5, "language_ratios": {"de": 0.08}}, 0.8),
+        ({"ratio": 0.05, "final_ratio": 0.5, "language_ratios": {"de": 0.2}}, 1.0),
+        ({"ratio": 0.5, "final_ratio": 0.0, "language_ratios": {"de": 0.6}}, 0.6),
+        ({"ratio": 0.0, "final_ratio": 0.1, "language_ratios": {"de": 0.3}}, 0.3),
+        ({"ratio": 0.0, "language_ratios": {"de": 0.3}}, 0.3),
+    ],
+)
+def test_highest_ratio_is_what_the_schedule_reaches(fields: dict[str, Any], highest: float) -> None:
+    from megatron_prealign.code_switch import RatioSchedule
+
+    moving = {"schedule": "linear", "schedule_tokens": 100} if "final_ratio" in fields else {}
+    section = build("code_switch", **fields, **moving)
+    reached = [RatioSchedule(section, ["de", "fr", "es"]).ratios(tokens) for tokens in range(0, 101, 10)]
+    assert section.highest_ratio == pytest.approx(highest)
+    assert max(map(max, reached)) == pytest.approx(highest)
+    assert section.lookahead_tokens(1000) == round(highest * 1000)
+    assert build("code_switch", lookahead=7).lookahead_tokens(1000) == 7
+
+
 def test_language_weights_and_ratios_name_the_language() -> None:
+    with pytest.raises(RecipeValueError, match=r"^code_switch.language_weights.de is inf, expected a number above 0$"):
+        build("code_switch", language_weights={"de": float("inf")})
     with pytest.raises(RecipeValueError, match=r"^code_switch.language_weights.de is 0.0, expected a number above 0$"):
         build("code_switch", language_weights={"fr": 1.0, "de": 0.0})
     with pytest.raises(RecipeValueError, match=r"^code_switch.language_ratios.de is 1.1, expected a number from 0"):

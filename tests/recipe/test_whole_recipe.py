@@ -105,6 +105,10 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             "code_switch is set, expected null, or a dictionary section with the path of the table",
         ),
         (
+            {"code_switch.lookahead": 17},
+            "code_switch.lookahead is 17, expected null or at most data.seq_length (16)",
+        ),
+        (
             # 5 alignment steps of 4 rows and one step of 8 rows, 16 tokens each: 28 rows.
             {"training.train_iters": None, "training.train_tokens": 28 * 16 - 1},
             "training.train_tokens is 447, expected at least 448: alignment.train_iters x "
