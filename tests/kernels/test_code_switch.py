@@ -170,6 +170,14 @@ def test_growth_is_cut_and_shrinking_is_padded(checked: Run, label_mode: str) ->
     assert longer_than_row.tokens.tolist() == [[8] * 9]
     whole_row = checked(edge([[2, 1, 2]], (8,) * 255, label_mode=label_mode))
     assert whole_row.tokens.tolist() == [[2, 8]]
+    longest = checked(edge([[2, 1, *[2] * 260]], (8,) * 255, label_mode=label_mode))
+    assert longest.tokens.tolist() == [[2, *[8] * 255, *[2] * 5]]
+
+
+@pytest.mark.parametrize("label_mode", LABEL_MODES)
+def test_a_word_behind_the_last_position_is_its_label(checked: Run, label_mode: str) -> None:
+    output = checked(edge([[2] * 6 + [1, 2, 2]], (8, 18), sequence_length=6, label_mode=label_mode))
+    assert output.tokens.tolist() == [[2] * 6] and output.counts[0, 1:3].tolist() == [0, 0]
 
 
 def test_lookahead_fills_what_shrank(checked: Run) -> None:
@@ -187,6 +195,9 @@ def test_end_of_document_positions_are_masked_on_request(checked: Run) -> None:
     assert plain.loss_mask.tolist() == [[1] * 6]
     assert masked.loss_mask.tolist() == [[1, 1, 0, 1, 1, 0]]
     assert masked.tokens.tolist() == [[9, 2, EOD, 9, 2, EOD]]
+    # what stands behind the end of a document is a translation of two tokens: the second one follows the first
+    translated = checked(edge([[EOD, 1, 2, 3]], (8, 18), eod_id=EOD, mask_eod=True, label_mode="codeswitch"))
+    assert translated.loss_mask.tolist() == [[0, 1, 1]]
 
 
 def test_positions_start_again_in_every_document(checked: Run) -> None:
