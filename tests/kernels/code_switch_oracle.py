@@ -85,6 +85,35 @@ def words_of(row: list[int], flags: list[int], extra: list[bool]) -> list[tuple[
     return [(start, end) for start, end in zip(starts, [*starts[1:], None], strict=False)]
 
 
+def decide(
+    row: list[int],
+    words: list[tuple[int, int | None]],
+    language: int,
+    sample_id: int,
+    dictionary: Dictionary,
+    thresholds: list[list[int]],
+    seed: int,
+) -> tuple[set[int], dict[int, tuple[int, Candidate, int]]]:
+    """Starts of the known words, and (end, candidate, label draw) of those that are replaced."""
+    weights = dictionary.language_weights
+    known: set[int] = set()
+    replaced: dict[int, tuple[int, Candidate, int]] = {}
+    for start, end in words:
+        candidates = [
+            each
+            for each in dictionary.keys.get((language, tuple(row[start:end])), [])
+            if each[2] > 0 and weights[each[0]] > 0
+        ]
+        if not candidates or end is None:
+            continue
+        known.add(start)
+        r0, r1, _, r3 = philox((start, sample_id % 2**32, (sample_id >> 32) % 2**32, 0), (seed % 2**32, seed >> 32))
+        candidate = choose_candidate(candidates, weights, r1)
+        if r0 < thresholds[language][candidate[0]]:
+            replaced[start] = (end, candidate, r3)
+    return known, replaced
+
+
 def switch_row(
     row: list[int],
     language: int,
@@ -104,21 +133,7 @@ def switch_row(
     """The outputs of one row by name."""
     flags, weights = dictionary.word_boundary, dictionary.language_weights
     words = words_of(row, flags, word_starts or [False] * len(row))
-    known: set[int] = set()
-    replaced: dict[int, tuple[int, Candidate, int]] = {}
-    for start, end in words:
-        candidates = [
-            each
-            for each in dictionary.keys.get((language, tuple(row[start:end])), [])
-            if each[2] > 0 and weights[each[0]] > 0
-        ]
-        if not candidates or end is None:
-            continue
-        known.add(start)
-        r0, r1, _, r3 = philox((start, sample_id % 2**32, (sample_id >> 32) % 2**32, 0), (seed % 2**32, seed >> 32))
-        candidate = choose_candidate(candidates, weights, r1)
-        if r0 < thresholds[language][candidate[0]]:
-            replaced[start] = (end, candidate, r3)
+    known, replaced = decide(row, words, language, sample_id, dictionary, thresholds, seed)
 
     # (token, label or None, source position, document of the token)
     stream: list[tuple[int, int | None, int, int]] = []
