@@ -76,6 +76,14 @@ def test_mix_takes_both_label_rules(checked: Run) -> None:
     assert abs(share - 0.5) < 0.25
 
 
+def test_mix_takes_half_of_the_draws(checked: Run) -> None:
+    sample_id = 5833383687
+    # the first one that draws exactly half
+    assert philox((0, sample_id % 2**32, sample_id >> 32, 0), (7, 0))[3] == 1 << 31
+    output = checked(edge([[1, 2, 2]], (8, 18), label_mode="mix", sample_id=[sample_id]))
+    assert output.labels.tolist() == [[0, 2]]
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_any_case_equals_the_oracle_and_keeps_the_rules(name: str) -> None:
     switched = 0
@@ -208,6 +216,12 @@ def test_positions_start_again_in_every_document(checked: Run) -> None:
     assert output.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 0, 0, 1]]
     shrunk = checked(edge([[2, EOD, 1, 11, 12, 2]], (8,), length=3, eod_id=EOD, reset_at_eod=True))
     assert shrunk.document_starts.tolist() == [[0, 0, 2, 2, 4]]
+
+
+def test_a_document_goes_on_over_many_blocks(checked: Run) -> None:
+    row = [1, EOD, *[2] * (2 * BLOCK)] * 2
+    output = checked(edge([row], (8, 18, 18), eod_id=EOD, reset_at_eod=True))
+    assert output.document_starts.unique().tolist() == [0, 4, 2 * BLOCK + 8]
 
 
 def test_a_token_that_ends_in_a_non_letter_opens_a_word(checked: Run) -> None:
