@@ -110,8 +110,9 @@ def code_switch_reference(
     known, key = _find_known(tokens, starts, language, table)
     switched = _decide(known, key, language, sample_id, table, thresholds, settings.seed)
     place, end = _places(switched, tokens.shape)
-    source = _sources(switched, place, tokens, settings.sequence_length)
-    result = _write(tokens, switched, place, end, source, table, settings)
+    new = _expand(switched, place, settings.sequence_length)
+    source = _sources(switched, new, tokens, settings.sequence_length)
+    result = _write(tokens, switched, new, end, source, table, settings)
     counts = _count(flags, starts, known, switched, place, end, source, table, settings.sequence_length)
     return CodeSwitchOutput(*result, counts=counts)
 
@@ -195,46 +196,57 @@ def _places(switched: _Switched, shape: torch.Size) -> tuple[Tensor, Tensor]:
     return position + before, total + width
 
 
-def _expand(count: Tensor) -> tuple[Tensor, Tensor]:
-    """For items of `count` elements: the item of every element, and its place in the item."""
+class _NewTokens(NamedTuple):
+    """The tokens of all translations that reach the first S+1 positions, and the position behind each (int64 [M])."""
+
+    item: Tensor
+    """The switched word."""
+    within: Tensor
+    """Place in the translation; its length for the position behind it."""
+    behind: Tensor
+    """bool [M], whether this is the position behind the translation."""
+    where: Tensor
+    """Position in the result [B, S+1], rows one after the other."""
+
+
+def _expand(switched: _Switched, place: Tensor, sequence: int) -> _NewTokens:
+    count = switched.size + 1
     item = torch.repeat_interleave(count)
-    first = count.cumsum(0) - count
-    return item, torch.arange(len(item), device=count.device) - first.index_select(0, item)
+    # one number for both: from its place in the list to its place in the result
+    shift = place - (count.cumsum(0) - count)
+    position = torch.arange(len(item), device=count.device) + shift.index_select(0, item)
+    index = (position <= sequence).nonzero().view(-1)
+    item, position = item.index_select(0, index), position.index_select(0, index)
+    within = position - place.index_select(0, item)
+    where = switched.words.row.index_select(0, item) * (sequence + 1) + position
+    return _NewTokens(item, within, within == switched.size.index_select(0, item), where)
 
 
-def _sources(switched: _Switched, place: Tensor, tokens: Tensor, sequence: int) -> Tensor:
+def _sources(switched: _Switched, new: _NewTokens, tokens: Tensor, sequence: int) -> Tensor:
     """The source token that each of S+1 positions comes from (int64 [B, S+1]); a translation, from its word's first."""
     rows, width = tokens.shape
-    row, _, length = switched.words
     # from one position to the next the source moves on by one; inside a translation by none, behind it by the word
     step = torch.ones((rows, sequence + 1), dtype=torch.int64, device=tokens.device)
-    item, within = _expand(switched.size + 1)
-    position = place.index_select(0, item) + within
-    last = within == switched.size.index_select(0, item)
-    index = ((within > 0) & (position <= sequence)).nonzero().view(-1)
-    item, position, last = (each.index_select(0, index) for each in (item, position, last))
-    moves = length.index_select(0, item) * last
-    step.view(-1).index_copy_(0, row.index_select(0, item) * (sequence + 1) + position, moves)
+    index = (new.within > 0).nonzero().view(-1)
+    moves = switched.words.length.index_select(0, new.item) * new.behind
+    step.view(-1).index_copy_(0, new.where.index_select(0, index), moves.index_select(0, index))
     return step.cumsum(1).sub_(1).clamp_(max=width - 1)
 
 
 def _write(
     tokens: Tensor,
     switched: _Switched,
-    place: Tensor,
+    new: _NewTokens,
     end: Tensor,
     source: Tensor,
     table: NgramTable,
     settings: CodeSwitchSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Everything but the counts, in the order of `CodeSwitchOutput`."""
-    rows, positions = source.shape[0], source.shape[1]
-    original = tokens.to(torch.int64).gather(1, source)
-    item, within = _expand(switched.size)
-    position = place.index_select(0, item) + within
-    index = (position < positions).nonzero().view(-1)
-    item, within, position = (each.index_select(0, index) for each in (item, within, position))
-    where = switched.words.row.index_select(0, item) * positions + position
+    rows, positions = source.shape
+    original = tokens.gather(1, source).to(torch.int64)
+    index = (~new.behind).nonzero().view(-1)
+    item, within, where = (each.index_select(0, index) for each in (new.item, new.within, new.where))
     written = table.candidate_tokens.index_select(0, switched.begin.index_select(0, item) + within).to(torch.int64)
     stream = original.clone()
     stream.view(-1).index_copy_(0, where, written)
@@ -308,25 +320,22 @@ def _count(
     running = starts & reached
     if table.counts_letters:
         running &= (flags & HAS_LETTER) != 0
-    counts = torch.zeros((rows, LANGUAGES_FROM + table.num_languages), dtype=torch.int64, device=flags.device)
-    row = switched.words.row.index_select(0, (place < sequence).nonzero().view(-1))
-    target = switched.target.index_select(0, (place < sequence).nonzero().view(-1))
+    written = (place < sequence).nonzero().view(-1)
+    row, target = switched.words.row.index_select(0, written), switched.target.index_select(0, written)
     known_row = known.row.index_select(0, (known.position <= last.index_select(0, known.row)).nonzero().view(-1))
 
-    # source tokens that a translation has taken the place of
-    item, within = _expand(switched.words.length)
-    taken = torch.zeros((rows, width), dtype=torch.bool, device=flags.device)
-    inside = (within > 0).nonzero().view(-1)
-    begin = switched.words.row * width + switched.words.position
-    taken.view(-1).index_fill_(0, (begin.index_select(0, item) + within).index_select(0, inside), True)
+    # behind the last source token that reached the output, without those whose place a translation has taken
+    word, begin, length = switched.words
+    taken = (begin + length).clamp(max=sequence) - torch.maximum(begin, last.index_select(0, word)) - 1
+    truncated = (sequence - 1 - last).clamp(min=0).index_add_(0, word, taken.clamp(min=0), alpha=-1)
     columns = (
         running.sum(1),
         torch.bincount(known_row, minlength=rows),
         torch.bincount(row, minlength=rows),
         (sequence - end).clamp(min=0),
-        (~(reached | taken))[:, :sequence].sum(1),
+        truncated,
     )
+    counts = torch.zeros((rows, LANGUAGES_FROM + table.num_languages), dtype=torch.int64, device=flags.device)
     counts[:, :LANGUAGES_FROM] = torch.stack(columns, dim=1)
-    languages = counts.shape[1]
-    counts.view(-1).index_add_(0, row * languages + LANGUAGES_FROM + target, torch.ones_like(row))
+    counts.view(-1).index_add_(0, row * counts.shape[1] + LANGUAGES_FROM + target, torch.ones_like(row))
     return counts
