@@ -27,6 +27,18 @@ class Fractions(KnownWords):
         return [0.0, 0.5]
 
 
+class Unreadable(KnownWords):
+    """As if its own file of words were not there."""
+
+    def __init__(self, language: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "words.txt")
+
+
+class Failing(KnownWords):
+    def word_starts(self, text: str) -> list[int]:
+        raise RuntimeError("model\nlost")
+
+
 class Mute:
     def __init__(self, language: str) -> None:
         pass

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -11,6 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_prealign.errors import UserError
+
+# SudachiPy's limit is 49,149 bytes a call. A character has at most 4.
+_SUDACHI_CHARACTERS = 12_000
 
 
 class Segmenter(Protocol):
@@ -54,11 +58,9 @@ class SudachiSegmenter:
         starts: list[int] = []
         at = 0
         for line in text.splitlines(keepends=True):
-            # Its limit is 49,149 bytes a call. A character has at most 4.
-            for begin in range(0, len(line), 12_000):
-                part = line[begin : begin + 12_000]
-                starts += [at + begin + word.begin() for word in self._tokenizer.tokenize(part)]
-            at += len(line)
+            for part in cut(line, _SUDACHI_CHARACTERS):
+                starts += [at + word.begin() for word in self._tokenizer.tokenize(part)]
+                at += len(part)
         return starts
 
 
@@ -103,7 +105,7 @@ def open_segmenter(name: str, language: str) -> Segmenter:
         language: language code of the corpus.
 
     Raises:
-        UserError: an unknown name, a package that is not installed, or a class that is no segmenter.
+        UserError: an unknown name, a package that is not installed, a class that cannot be made or is no segmenter.
     """
     if name in BUILT_IN:
         return BUILT_IN[name](language)
@@ -114,10 +116,13 @@ def open_segmenter(name: str, language: str) -> Segmenter:
         )
     try:
         made = getattr(importlib.import_module(module), attribute)(language)
-    except (ImportError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # It is the user's own code, which may raise anything.
         raise UserError(
-            f"segmenter {name}: cannot be made ({error}); expected an importable module (set PYTHONPATH) with a class "
-            "that takes the language code"
+            f"segmenter {name}: cannot be made ({_told(error)}); expected an importable module (set PYTHONPATH) with a "
+            "class that takes the language code"
         ) from error
     if not callable(getattr(made, "word_starts", None)):
         raise UserError(f"segmenter {name}: has no method word_starts(text); expected one that gives character offsets")
@@ -128,9 +133,17 @@ def checked_word_starts(segmenter: Segmenter, name: str, text: str, where: str) 
     """`segmenter.word_starts(text)` sorted, each once, int64.
 
     Raises:
-        UserError: offsets that are no whole numbers or lie outside the text.
+        UserError: the segmenter failed, or gave offsets that are no whole numbers or lie outside the text.
     """
-    starts = np.unique(np.asarray(segmenter.word_starts(text)))
+    try:
+        starts = np.unique(np.asarray(segmenter.word_starts(text)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{where}: segmenter {name} failed ({_told(error)}), expected character offsets from 0 to {len(text)}; "
+            "correct its word_starts(text), or take this document out"
+        ) from error
     if len(starts) == 0:
         return np.empty(0, dtype=np.int64)
     if starts.dtype.kind not in "iu" or starts[0] < 0 or starts[-1] > len(text):
@@ -139,6 +152,28 @@ def checked_word_starts(segmenter: Segmenter, name: str, text: str, where: str) 
             f"from 0 to {len(text)}; correct its word_starts(text)"
         )
     return starts.astype(np.int64)
+
+
+def cut(text: str, limit: int) -> list[str]:
+    """`text` in parts of at most `limit` characters, cut behind white space or punctuation where a part has any, so
+    that no word is cut in two."""
+    parts = []
+    begin = 0
+    while len(text) - begin > limit:
+        end = begin + limit
+        end = next((at for at in range(end, begin, -1) if _separates(text[at - 1])), end)
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+def _separates(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character)[0] == "P"
+
+
+def _told(error: Exception) -> str:
+    """An error of someone else's code in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _starts_of(words: Any) -> list[int]:

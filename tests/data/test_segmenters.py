@@ -16,7 +16,7 @@ from megatron_prealign.data import preprocess as module
 from megatron_prealign.data import readers
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.preprocess import preprocess
-from megatron_prealign.data.segmenters import BUILT_IN, checked_word_starts, open_segmenter
+from megatron_prealign.data.segmenters import BUILT_IN, checked_word_starts, cut, open_segmenter
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
@@ -64,9 +64,31 @@ def test_words_of_a_sentence(name: str, language: str) -> None:
 
 def test_sudachi_takes_lines_longer_than_its_limit() -> None:
     need("sudachi")
-    starts = open_segmenter("sudachi", "ja").word_starts("この章では。" * 5000)
-    # A cut of the line that falls inside a word may split that word.
-    assert set(range(0, 30_000, 6)) <= set(starts) and len(starts) == pytest.approx(5000 * 5, abs=5)
+    segmenter = open_segmenter("sudachi", "ja")
+    sentence, before = "この章では説明した。", "。。。。"
+    # The limit of 12,000 characters falls between 説 and 明, which are one word.
+    text = before + sentence * 2500
+    assert text[11_999:12_001] == "説明"
+    one = segmenter.word_starts(sentence)
+    expected = {len(before) + at + len(sentence) * number for number in range(2500) for at in one}
+    assert {at for at in segmenter.word_starts(text) if at >= len(before)} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", [""]),
+        ("abcde", ["abcde"]),
+        ("abcdefgh", ["abcde", "fgh"]),
+        ("ab cdefgh", ["ab ", "cdefg", "h"]),
+        ("a b、cdef", ["a b、", "cdef"]),
+        ("abcd。efghi", ["abcd。", "efghi"]),
+        # Sound marks are no punctuation: a word goes on behind them.
+        ("。aーｂ\u3099ccc", ["。", "aーｂ\u3099c", "cc"]),
+    ],
+)
+def test_long_text_is_cut_between_words(text: str, parts: list[str]) -> None:
+    assert cut(text, 5) == parts
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -86,6 +108,10 @@ def test_missing_package_names_the_extra(name: str, monkeypatch: pytest.MonkeyPa
         ("no_such_module:X", "cannot be made .*No module named 'no_such_module'"),
         ("word_cutters:Missing", "cannot be made .*no attribute 'Missing'"),
         ("word_cutters:NoLanguage", "cannot be made .*takes no arguments"),
+        (
+            "word_cutters:Unreadable",
+            r"segmenter word_cutters:Unreadable: cannot be made \(FileNotFoundError: .*'words.txt'\); expected",
+        ),
         ("word_cutters:Mute", r"has no method word_starts\(text\)"),
     ],
 )
@@ -219,6 +245,11 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("none", "segmenter 'none': unknown"),
         ("word_cutters:OutOfRange", r"a\.jsonl:1: segmenter word_cutters:OutOfRange gave word starts from 0 to"),
         ("word_cutters:Fractions", r"a\.jsonl:1: segmenter word_cutters:Fractions gave word starts from 0.0 to 0.5"),
+        ("word_cutters:Unreadable", "segmenter word_cutters:Unreadable: cannot be made .FileNotFoundError"),
+        (
+            "word_cutters:Failing",
+            r"a\.jsonl:1: segmenter word_cutters:Failing failed \(RuntimeError: model lost\), expected character",
+        ),
     ],
 )
 def test_mistakes_leave_nothing(
