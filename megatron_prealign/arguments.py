@@ -1,4 +1,4 @@
-"""Argument spellings that jsonargparse does not take by itself: `--input a b c` and `--text-key`."""
+"""Argument spellings that jsonargparse does not take by itself: `--input a b c`, `--text-key` and a bare `--json`."""
 
 import json
 from collections.abc import Sequence
@@ -13,6 +13,15 @@ def underscored(argv: Sequence[str]) -> list[str]:
             (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
         )
     return changed
+
+
+def with_value(argv: Sequence[str], option: str) -> list[str]:
+    """Writes a bare `option` as `option=true`, since jsonargparse wants a value after a boolean option."""
+    followers = [*argv, ""][1:]
+    return [
+        f"{option}=true" if argument == option and follower.lower() not in ("true", "false") else argument
+        for argument, follower in zip(argv, followers, strict=True)
+    ]
 
 
 def join_values(argv: Sequence[str], option: str) -> list[str]:

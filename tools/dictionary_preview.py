@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron_prealign.arguments import with_value
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
@@ -78,7 +79,7 @@ class PreviewOptions:
 
 def preview(argv: Sequence[str]) -> int:
     """Runs `dictionary preview`."""
-    options = parse_options(PreviewOptions, "dictionary preview", _with_value(argv, "--labels"))
+    options = parse_options(PreviewOptions, "dictionary preview", with_value(argv, "--labels"))
     _check(options)
     recipe = _recipe(options)
     section = _section(options, recipe)
@@ -106,15 +107,6 @@ def preview(argv: Sequence[str]) -> int:
     if options.html is not None:
         print(f"wrote {options.html}")
     return 0
-
-
-def _with_value(argv: Sequence[str], option: str) -> list[str]:
-    """Writes a bare `option` as `option=true`, since jsonargparse wants a value after a boolean option."""
-    followers = [*argv, ""][1:]
-    return [
-        f"{option}=true" if argument == option and follower.lower() not in ("true", "false") else argument
-        for argument, follower in zip(argv, followers, strict=True)
-    ]
 
 
 def _check(options: PreviewOptions) -> None:

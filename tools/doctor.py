@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_prealign.arguments import with_value
 from megatron_prealign.cli import parse_options
 
 
@@ -18,7 +19,7 @@ class DoctorOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Runs all checks; returns 1 if one failed, else 0."""
-    options = parse_options(DoctorOptions, "doctor", _with_value(argv))
+    options = parse_options(DoctorOptions, "doctor", with_value(argv, "--json"))
     from megatron_prealign.runtime.doctor import CHECKS, run_checks
 
     findings = []
@@ -31,12 +32,3 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     return int(any(finding.status == "fail" for finding in findings))
-
-
-def _with_value(argv: Sequence[str]) -> list[str]:
-    """Writes a bare `--json` as `--json=true`, since jsonargparse wants a value after a boolean option."""
-    followers = [*argv, ""][1:]
-    return [
-        "--json=true" if option == "--json" and follower.lower() not in ("true", "false") else option
-        for option, follower in zip(argv, followers, strict=True)
-    ]

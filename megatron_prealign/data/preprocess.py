@@ -162,7 +162,8 @@ def preprocess(
     show_progress: bool = True,
     segmenter: str | None = None,
 ) -> PreprocessResult:
-    """Writes `OUTPUT.bin`, `OUTPUT.idx` and `OUTPUT.json`. The bytes do not depend on `workers`.
+    """Writes `OUTPUT.bin`, `OUTPUT.idx`, `OUTPUT.json` and, with a segmenter, `OUTPUT.words`. The bytes do not depend
+    on `workers`.
 
     Empty documents are left out and counted. The files appear when all is done, or not at all.
 
@@ -257,7 +258,10 @@ def _first_reason(problems: Problems) -> str:
 
 def _check_output(output: str | Path) -> None:
     if str(output).endswith((".bin", ".idx", ".words", ".json")):
-        raise UserError(f"output {output}: expected a path without ending; .bin, .idx and .json are added to it")
+        raise UserError(
+            f"output {output}: expected a path without ending; .bin, .idx, .json and, with a segmenter, "
+            ".words are added to it"
+        )
     if str(output).endswith("/") or Path(output).is_dir():
         raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
 

@@ -11,7 +11,7 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_prealign.arguments import join_values, underscored
+from megatron_prealign.arguments import join_values, underscored, with_value
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
 from megatron_prealign.data import readers
@@ -180,7 +180,10 @@ def test_bad_inputs_end_with_status_2_and_one_line(
         (["--input", "{tmp}/missing.jsonl"], "missing.jsonl: no such file"),
         (["--workers", "0"], "workers is 0; expected at least 1"),
         (["--language", " "], "language code is empty"),
-        (["--output", "{tmp}/x.bin"], "expected a path without ending"),
+        (
+            ["--output", "{tmp}/x.words"],
+            "expected a path without ending; .bin, .idx, .json and, with a segmenter, .words are added to it",
+        ),
         (["--output", "{tmp}"], "is a folder"),
         (["--tokenizer", "{tmp}/none"], "no such tokenizer"),
         (["--on-error", "ignore"], "on_error"),
@@ -246,4 +249,11 @@ def test_argument_spellings() -> None:
         "--on_error=x-y",
         "-h",
         "c-d",
+    ]
+    assert with_value(["--json", "--json", "False", "--b", "--json"], "--json") == [
+        "--json=true",
+        "--json",
+        "False",
+        "--b",
+        "--json=true",
     ]
