@@ -8,7 +8,7 @@ from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.dictionary.alignment_groups import alignment_groups
-from megatron_prealign.dictionary.switchable import check_table
+from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
@@ -98,3 +98,5 @@ def _check_dictionary(recipe: Recipe, section: DictionarySection, fingerprint: s
         )
     if recipe.code_switch is not None:
         check_table(table, recipe.code_switch, languages)
+        # As training does, which keeps the held-out groups out.
+        select_keys(table.without_groups(table.held_out_groups(section.held_out_fraction)), recipe.code_switch)

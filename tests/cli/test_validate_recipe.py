@@ -229,6 +229,22 @@ def test_code_switch_of_a_language_that_the_table_lacks(
     assert "code_switch.language_ratios names de, expected languages of" in refusal(values, tmp_path, capsys)
 
 
+def test_code_switch_that_leaves_no_translation(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The table knows the language, but no translation is in it.
+    values["code_switch"]["language_weights"] = {"en": 1.0}
+    assert "is left (source_languages any, " in refusal(values, tmp_path, capsys)
+
+
+def test_code_switch_of_held_out_words_alone(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del values["alignment"]
+    values["dictionary"]["held_out_fraction"] = 0.999999
+    assert "code_switch: none of the 0 keys of" in refusal(values, tmp_path, capsys)
+
+
 def test_dictionary_with_too_few_groups(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
