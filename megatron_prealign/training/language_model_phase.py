@@ -35,8 +35,10 @@ class LanguageModelPhase(Phase):
         self.fresh_optimizer = recipe.alignment is None or not recipe.alignment.keep_optimizer
         sizes = {"loss": 1}
         if target_languages is not None:
-            sizes["counts"] = LANGUAGES_FROM + len(target_languages)
+            sizes.update(counts=LANGUAGES_FROM + len(target_languages), counted_positions=1)
         self._meter = Meter(sizes, runtime)
+        positions = recipe.training.global_batch_size * recipe.data.seq_length // runtime.data_size
+        self._own_positions = torch.tensor(positions, device=runtime.device)
         self._microbatches = 0
 
     def total_iters(self, state: TrainState) -> int:
@@ -72,6 +74,7 @@ class LanguageModelPhase(Phase):
         # Every stage reads the same rows; one of them counts.
         if counts is not None and self._runtime.is_last_stage:
             self._meter.add("counts", counts)
+            self._meter.add("counted_positions", self._own_positions)
         self._microbatches = schedule_length(self._runtime, len(batches))
         run_schedule(
             self._runtime,
@@ -105,9 +108,10 @@ class LanguageModelPhase(Phase):
         sums = self._meter.drain()
         loss = sums["loss"][0] / steps
         values: dict[str, Any] = {"loss": loss, "lm_loss": loss}
-        if self._target_languages is not None:
+        # At a ratio of 0 nothing is counted, and a share of nothing would look like a share of 0.
+        if self._target_languages is not None and sums["counted_positions"][0]:
             running, known, switched, padded, truncated, *by_language = sums["counts"]
-            positions = steps * self._recipe.training.global_batch_size * self._recipe.data.seq_length
+            positions = sums["counted_positions"][0]
             values["known_word_rate"] = known / max(running, 1.0)
             values["switched_word_rate"] = switched / max(running, 1.0)
             values["padding_share"] = padded / positions

@@ -233,6 +233,48 @@ def test_alignment_on_words_alone(workers: WorkerPool, tiny: Tiny, tmp_path: Pat
     assert answer["consumed"] == 0
 
 
+def steps_of_a_schedule(values: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+    """Runs in workers: metrics of one step at ratio 0, of that and two with a ratio above, of these two alone."""
+    from megatron_prealign.training.state import TrainState
+
+    _, _, _, phases, chunks = opened(values, folder)
+    phase, found = phases[-1], []
+    make_batch = phase._reader._make_batch
+
+    def padded(rows: Any, consumed_tokens: int) -> Any:
+        # The clone's words are as long as their originals: as if 8 of the 64 positions had been padded, 16 cut off.
+        batch = make_batch(rows, consumed_tokens)
+        if batch.counts is None:
+            return batch
+        return batch._replace(counts=batch.counts + torch.tensor([0, 0, 0, 8, 16, 0, 0]))
+
+    phase._reader._make_batch = padded
+    for after in ([0], [0, 4000, 4000], [4000, 4000]):
+        for tokens in after:
+            state = TrainState(phase=1, tokens=1000 + tokens, phase_start_tokens=1000, consumed_samples=tokens // 100)
+            phase.begin(state, chunks)
+            phase.forward_backward(state, chunks)
+            phase.end()
+        found.append(phase.metrics(len(after)))
+    return found
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["dp2", "pp2"])
+def test_steps_at_ratio_zero_do_not_thin_the_rates(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    values = tiny.values(tmp_path)
+    values["training"]["train_iters"] = 60
+    values["parallel"] = {"device": "cpu", **layout}
+    values["code_switch"] = {"ratio": 0.0, "schedule": "linear", "final_ratio": 0.5, "schedule_tokens": 8000}
+    for nothing, mixed, moved in workers.run(2, steps_of_a_schedule, values, str(tmp_path)):
+        assert set(nothing) == {"loss", "lm_loss"}
+        assert (moved["padding_share"], moved["truncation_share"]) == (1 / 8, 1 / 4)
+        assert moved["switched_word_rate"] > 0
+        for name in ("known_word_rate", "switched_word_rate", "padding_share", "truncation_share", "switched_words"):
+            assert mixed[name] == moved[name], name
+
+
 @pytest.mark.parametrize("mask_eod", [False, True])
 @pytest.mark.parametrize("switching", [True, False])
 def test_language_model_step_is_the_methods(
