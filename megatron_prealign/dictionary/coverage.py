@@ -3,6 +3,7 @@
 Code-switching replaces occurrences: its true rate is its ratio times the coverage measured here.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ from megatron_prealign.recipe import DataSource
 DEFAULT_MAX_TOKENS = 5_000_000
 # Enough for three digits of a share; a blend of many sources must not make the start of a job long.
 BLEND_TOKENS = 1_000_000
+# 2^32 divided by the golden ratio: multiples of this part of a whole lie evenly spread in it, however many one takes.
+_GOLDEN_PART = 2654435769
+_DOCUMENTS_AT_ONCE = 65_536
 # Odd multiplier of the token hash; any works, as every match is checked token by token.
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -166,7 +170,7 @@ def blend_coverage(
 ) -> dict[str, float]:
     """Share of running words that `table` knows, per language of a training blend, sources weighted as in the blend.
 
-    The same on every rank and after a resume: which documents are looked at depends on the datasets alone.
+    Which documents are looked at depends on the datasets alone.
 
     Args:
         table: with the keys alone that are to be found (`switchable.select_keys`).
@@ -193,12 +197,8 @@ def _sample(
     """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits."""
     dataset = open_indexed(prefix)
     bitmap = None if segmenter is None else WordBitmap(prefix, dataset, segmenter)
-    lengths = np.asarray(dataset.sequence_lengths, dtype=np.int64)
-    documents = np.arange(len(lengths))
-    if lengths.sum() > max_tokens:
-        # A fixed seed: the same corpus gives the same numbers every time.
-        documents = np.random.default_rng(0).permutation(len(lengths))
-        documents = np.sort(documents[: int(np.searchsorted(np.cumsum(lengths[documents]), max_tokens)) + 1])
+    lengths = dataset.sequence_lengths
+    documents = _draw(lengths, max_tokens)
     rows = [dataset[int(document)] for document in documents]
     starts = np.zeros(len(rows), dtype=np.int64)
     np.cumsum([len(row) for row in rows[:-1]], out=starts[1:])
@@ -208,6 +208,32 @@ def _sample(
         bits = bits[:max_tokens]
     # Only the last document drawn is cut, and one document of the whole corpus may be longer than the limit.
     return np.concatenate(rows)[:max_tokens], starts, bits
+
+
+def _draw(lengths: NDArray[np.integer], max_tokens: int) -> NDArray[np.int64]:
+    """Documents that hold `max_tokens` tokens together or just more, in ascending order; all if they hold fewer.
+
+    They follow each other in steps of the golden part of the corpus, round its end: evenly spread however many it
+    takes, in integers alone, so that the same corpus gives the same numbers with any version of anything.
+    """
+    number = len(lengths)
+    if int(np.sum(lengths, dtype=np.int64)) <= max_tokens:
+        return np.arange(number)
+    step = max(number * _GOLDEN_PART >> 32, 1)
+    # With a common divisor it would come back to the first document before it has been at all of them.
+    while math.gcd(step, number) > 1:
+        step += 1
+    drawn: list[NDArray[np.int64]] = []
+    tokens = 0
+    for first in range(0, number, _DOCUMENTS_AT_ONCE):
+        documents = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, number)) * step % number
+        so_far = tokens + np.cumsum(lengths[documents], dtype=np.int64)
+        taken = int(np.searchsorted(so_far, max_tokens)) + 1
+        drawn.append(documents[:taken])
+        if taken <= len(documents):
+            break
+        tokens = int(so_far[-1])
+    return np.sort(np.concatenate(drawn))
 
 
 def count_groups(table: DictionaryTable, corpora: Sequence[Coverage]) -> DictionaryTable:

@@ -148,6 +148,36 @@ def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
     np.testing.assert_array_equal(bits, np.isin(tokens, [*first, tokenizer.eod_id]))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 100, 4096, 70_000, 98_304])
+def test_documents_are_drawn_evenly_and_each_once(number):
+    lengths = np.full(number, 10, dtype=np.int32)
+    assert coverage_module._draw(lengths, 10 * number).tolist() == list(range(number))
+    # All but the last half document: every document must come once.
+    assert coverage_module._draw(lengths, 10 * number - 5).tolist() == list(range(number))
+    for share in (3, 10, 50):
+        drawn = coverage_module._draw(lengths, 10 * number // share)
+        assert len(drawn) == max(-(-(10 * number // share) // 10), 1)
+        # No gap is much longer than the mean one, from the start of the corpus to its end.
+        gaps = np.diff([0, *drawn, number])
+        assert gaps.max() <= 3 * -(-number // len(drawn))
+
+
+def test_drawn_documents_stay_the_same():
+    """A resume and another machine must see the same: worked out by hand, 61 being the first step prime to 100."""
+    lengths = np.full(100, 10, dtype=np.int32)
+    assert coverage_module._draw(lengths, 45).tolist() == sorted([0, 61, 22, 83, 44])
+
+
+def test_draw_takes_whole_documents_until_the_limit():
+    lengths = np.random.default_rng(3).integers(1, 50, 150_000).astype(np.int32)
+    total = int(lengths.sum())
+    for limit in (1, 1000, total // 2, total - 1):
+        drawn = coverage_module._draw(lengths, limit)
+        held = int(lengths[drawn].sum())
+        assert limit <= held < limit + 50
+        assert len(set(drawn.tolist())) == len(drawn)
+
+
 @pytest.mark.parametrize("segmented", [False, True])
 def test_matching_equals_a_plain_loop(tokenizer, segmented):
     """Random tokens over a small alphabet, so that keys of every length occur and overlap."""
