@@ -96,5 +96,13 @@ def on_rank_zero(what: str, work: Callable[[], Result], group: dist.ProcessGroup
     return on_every_rank(what, lambda: work() if dist.get_rank(group) == 0 else None, group)
 
 
+def from_rank_zero(what: str, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """Runs `work` on the group's first rank only; its result, which is pickled, or its failure reaches all ranks."""
+    answer: list[Result | None] = [on_rank_zero(what, work, group)]
+    group = group or control_group()
+    dist.broadcast_object_list(answer, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return answer[0]  # type: ignore[return-value]
+
+
 def _has_rank_zero(group: dist.ProcessGroup | None) -> bool:
     return group is None or dist.get_global_rank(group, 0) == 0

@@ -39,6 +39,23 @@ def work_on_rank_zero(fail: bool) -> tuple[int | None, int]:
     return on_rank_zero("preparing the folder", work), len(calls)
 
 
+def answer_of_rank_zero(fail: bool, halves: bool) -> tuple[dict[str, float], int]:
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import from_rank_zero
+
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if halves else [None]
+    calls = []
+
+    def work() -> dict[str, float]:
+        calls.append(1)
+        if fail:
+            raise UserError("the data is gone")
+        return {"rank": dist.get_rank() + 0.1}
+
+    return from_rank_zero("measuring", work, groups[dist.get_rank() // 2 if halves else 0]), len(calls)
+
+
 def work_in_halves(failing: int) -> tuple[int | None, str | None]:
     """Ranks 0,1 and 2,3 agree among themselves; `failing` fails in its half."""
     import torch.distributed as dist
@@ -143,6 +160,15 @@ def test_rank_zero_works_alone(workers: WorkerPool) -> None:
     with pytest.raises(WorkerError) as caught:
         workers.run(2, work_on_rank_zero, True, timeout_s=30)
     assert failures(caught) == dict.fromkeys((0, 1), ("UserError", "the disk is full"))
+
+
+def test_answer_of_rank_zero_reaches_all(workers: WorkerPool) -> None:
+    assert workers.run(2, answer_of_rank_zero, False, False) == [({"rank": 0.1}, 1), ({"rank": 0.1}, 0)]
+    answers = workers.run(4, answer_of_rank_zero, False, True)
+    assert answers == [({"rank": 0.1}, 1), ({"rank": 0.1}, 0), ({"rank": 2.1}, 1), ({"rank": 2.1}, 0)]
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, answer_of_rank_zero, True, False, timeout_s=30)
+    assert failures(caught) == dict.fromkeys((0, 1), ("UserError", "the data is gone"))
 
 
 def test_groups_agree_among_themselves(workers: WorkerPool) -> None:
