@@ -28,18 +28,19 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.model.config import padded_vocab_size
-from megatron_prealign.recipe import Recipe, RecipeValueError, save_recipe
-from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
+from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError, save_recipe
+from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
-from megatron_prealign.training.checkpoint import CheckpointStore
+from megatron_prealign.training.checkpoint import CheckpointStore, latest_checkpoint, read_state
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
 from megatron_prealign.training.rows import RowReader
+from megatron_prealign.training.run_identity import facts_of_switching, saved_coverage
 from megatron_prealign.training.saving import SaveCheckpoints
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.trainer import Trainer
@@ -65,6 +66,18 @@ class Dictionary:
     table: DictionaryTable
     held_out: np.ndarray
     """bool `[groups]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Switching:
+    """What code-switching replaces words with."""
+
+    table: DictionaryTable
+    """Without the held-out groups."""
+    digest: str
+    """Of `table`, for the checkpoints."""
+    coverage: dict[str, float] | None
+    """Share of running words of each language that code-switching knows; None where the ratio does not ask for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +195,7 @@ def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
     )
 
 
-def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list[Phase]:
+def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials, switching: Switching | None) -> list[Phase]:
     """The alignment phase, if the recipe has one, and language-model training."""
     row_format = format_of_rows(recipe, materials.vocabulary)
 
@@ -208,18 +221,17 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     make_batch: Callable[[SampleRows, int], SwitchedBatch] = plain
     target_languages: Sequence[str] | None = None
     if recipe.code_switch is not None:
-        assert materials.dictionary is not None
-        table = materials.dictionary.table.without_groups(materials.dictionary.held_out)
+        assert switching is not None
         switcher = CodeSwitcher(
-            table,
+            switching.table,
             recipe.code_switch,
             row_format,
             seed=recipe.training.seed,
             languages=recipe.data.languages,
             device=runtime.device,
-            coverage=words_known(recipe, table),
+            coverage=switching.coverage,
         )
-        target_languages = materials.dictionary.table.languages
+        target_languages = switching.table.languages
 
         def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
             return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
@@ -236,24 +248,59 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials) -> list
     return phases
 
 
-def words_known(recipe: Recipe, table: DictionaryTable) -> dict[str, float] | None:
-    """Share of running words of each language that code-switching knows; None where the ratio does not ask for it."""
+def open_switching(recipe: Recipe, dictionary: Dictionary | None) -> Switching | None:
+    """What the recipe's code-switching works with, None without it. Takes part: all ranks; one measures the data.
+
+    Raises:
+        UserError: the table or a dataset does not fit; raised on all ranks.
+    """
     section = recipe.code_switch
-    if section is None or section.ratio_of != "words":
+    if section is None:
         return None
-    coverage = blend_coverage(select_keys(table, section), recipe.data.sources)
-    logger.info("known running words: %s", ", ".join(f"{name} {share:.1%}" for name, share in coverage.items()))
+    assert dictionary is not None
+
+    def read() -> tuple[DictionaryTable, str]:
+        table = dictionary.table.without_groups(dictionary.held_out)
+        return table, table.switching_digest()
+
+    table, digest = on_every_rank("reading the dictionary", read)
+    coverage = None
+    if section.ratio_of == "words":
+        coverage = from_rank_zero("measuring the known words", lambda: words_known(recipe, section, table, digest))
+    return Switching(table, digest, coverage)
+
+
+def words_known(recipe: Recipe, section: CodeSwitchSection, table: DictionaryTable, digest: str) -> dict[str, float]:
+    """Share of running words of each language that code-switching knows: that of the checkpoint to go on from, so that
+    no threshold moves, or else measured on the data."""
+    checkpoint = latest_checkpoint(recipe.checkpoint_dir)
+    coverage = None if checkpoint is None else saved_coverage(read_state(checkpoint), section, digest)
+    source = f"from {checkpoint}"
+    if coverage is None:
+        coverage = blend_coverage(select_keys(table, section), recipe.data.sources)
+        source = "measured"
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
+    logger.info("known running words, %s: %s", source, shares)
     return coverage
 
 
-def open_store(recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary) -> CheckpointStore:
-    """The run's checkpoints."""
+def open_store(
+    recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary, switching: Switching | None = None
+) -> CheckpointStore:
+    """The run's checkpoints; without `switching` for their weights alone."""
+    facts = None
+    if switching is not None:
+        assert recipe.code_switch is not None and recipe.dictionary is not None
+        facts = facts_of_switching(
+            recipe.dictionary.table, recipe.code_switch, digest=switching.digest, coverage=switching.coverage
+        )
     return CheckpointStore(
         recipe,
         runtime,
         vocab_size=vocabulary.size,
         padded_vocab_size=vocabulary.padded_size,
         tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
+        switching=facts,
     )
 
 
@@ -294,13 +341,14 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
     on_rank_zero("preparing logging.run_dir", lambda: _prepare_run_dir(recipe))
     materials = open_materials(recipe)
-    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials))
+    switching = open_switching(recipe, materials.dictionary)
+    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
     )
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
-    store = open_store(recipe, runtime, materials.vocabulary)
+    store = open_store(recipe, runtime, materials.vocabulary, switching)
     names = [phase.name for phase in phases]
     train = materials.train
     state = on_every_rank(

@@ -191,6 +191,17 @@ class DictionaryTable:
             raise ValueError(f"mask is {dropped.dtype} {dropped.shape}, expected bool ({self.num_groups},)")
         return self.with_keys(np.flatnonzero(~dropped[self.key_group]))
 
+    def switching_digest(self) -> str:
+        """A hash of everything that decides which words are replaced and by what: boundaries, keys and candidates."""
+        digest = hashlib.blake2b("\0".join(self.languages).encode(), digest_size=16, person=b"switching")
+        for name in TENSORS:
+            # The number of a key's group says nothing: groups may have been sorted anew.
+            if name == "word_boundary" or (name.startswith(("key_", "candidate_")) and name != "key_group"):
+                values = np.ascontiguousarray(getattr(self, name))
+                digest.update(f"\0{name} {len(values)}\0".encode())
+                digest.update(values.view(np.uint8).data)
+        return f"blake2b:{digest.hexdigest()}"
+
     def with_keys(self, keys: NDArray[Any], candidates_of: NDArray[Any] | None = None) -> "DictionaryTable":
         """The table with the chosen keys and their candidates alone; words and groups stay.
 

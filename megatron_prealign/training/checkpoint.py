@@ -33,7 +33,12 @@ from megatron_prealign.runtime.checkpoint_io import (
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
 from megatron_prealign.training.retention import prune, remove_unfinished, step_name, working_name
-from megatron_prealign.training.run_identity import check_model, check_run, facts_of_run
+from megatron_prealign.training.run_identity import (
+    check_model,
+    check_run,
+    facts_of_run,
+    find_switching_problem,
+)
 from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -128,6 +133,9 @@ def _check_summary(summary: Any) -> None:
     for source in summary["run"]["sources"]:
         if not isinstance(source, dict) or not {"path", "language", "weight"} <= source.keys():
             raise ValueError(f"run.sources holds {source!r}, expected path, language and weight")
+    problem = find_switching_problem(summary["run"])
+    if problem:
+        raise ValueError(problem)
     TrainState.from_dict(summary["train_state"])
 
 
@@ -163,8 +171,14 @@ class CheckpointStore:
         vocab_size: int,
         padded_vocab_size: int,
         tokenizer_fingerprint: str,
+        switching: dict[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            switching: `run_identity.facts_of_switching`; None without code-switching, or to read weights alone.
+        """
         self._recipe = recipe
+        self._switching = switching
         self._runtime = runtime
         self.directory = recipe.checkpoint_dir
         self._identity = {
@@ -211,7 +225,7 @@ class CheckpointStore:
         save_sharded(content, working, timeout_s=self._recipe.checkpoint.timeout_minutes * 60, name=final)
         summary = {
             **self._identity,
-            "run": facts_of_run(self._recipe, phases=phases, num_samples=num_samples, segmenters=segmenters),
+            "run": self._facts(phases, num_samples, segmenters),
             "train_state": state.to_dict(),
             "phase": phase,
             "layout": _layout(self._runtime),
@@ -220,6 +234,11 @@ class CheckpointStore:
         self._on_disk(final, "completing", lambda: self._complete(working, final, summary))
         logger.info("saved %s", final)
         return final
+
+    def _facts(self, phases: Sequence[str], num_samples: int, segmenters: Sequence[str | None]) -> dict[str, Any]:
+        return facts_of_run(
+            self._recipe, phases=phases, num_samples=num_samples, segmenters=segmenters, switching=self._switching
+        )
 
     def _on_disk(self, final: Path, what: str, work: Callable[[], None]) -> None:
         def guarded() -> None:
@@ -269,15 +288,15 @@ class CheckpointStore:
             segmenters: Who marked the words of each source.
 
         Raises:
-            UserError: it is of another model, tokenizer, phase, number format or order of the data, or damaged.
+            UserError: it is of another model, tokenizer, phase, number format, order of the data or dictionary, or
+                damaged.
         """
         checkpoint = latest_checkpoint(self.directory)
         if checkpoint is None:
             return None
         summary = read_state(checkpoint)
         check_model(checkpoint, summary, self._identity)
-        mine = facts_of_run(self._recipe, phases=phases, num_samples=num_samples, segmenters=segmenters)
-        phase = check_run(checkpoint, summary, mine)
+        phase = check_run(checkpoint, summary, self._facts(phases, num_samples, segmenters))
         on_every_rank(f"reading {checkpoint}", lambda: self._reading(checkpoint, lambda: check_files(checkpoint)))
         self._reading(checkpoint, lambda: self._load_all(chunks, optimizer, checkpoint, summary["layout"]))
         logger.info("resumed from %s", checkpoint)

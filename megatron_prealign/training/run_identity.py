@@ -1,12 +1,13 @@
 """What a run and its checkpoint must agree on, so that going on repeats nothing and skips nothing."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe import Recipe
+from megatron_prealign.recipe import CodeSwitchSection, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +21,19 @@ _FREE_MODEL_FIELDS = {
     "recompute_granularity",
     "recompute_num_layers",
 }
+# Fields of code_switch that choose the words which code-switching knows, and so the share of them in the data.
+_WORD_FIELDS = ("source_languages", "min_word_length", "max_word_length", "case")
+_SWITCHING_FIELDS = {"table": str, "digest": str, "settings": dict, "coverage": dict | None}
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
 
 
 def facts_of_run(
-    recipe: Recipe, *, phases: Sequence[str], num_samples: int, segmenters: Sequence[str | None]
+    recipe: Recipe,
+    *,
+    phases: Sequence[str],
+    num_samples: int,
+    segmenters: Sequence[str | None],
+    switching: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What decides a run's course besides its model, as plain values for `state.json`.
 
@@ -32,10 +41,12 @@ def facts_of_run(
         phases: Names of the run's phases, in order.
         num_samples: Rows of the training blend.
         segmenters: Who marked the words of each source, as its sidecar says.
+        switching: `facts_of_switching`; None without code-switching.
     """
     return {
         "phases": list(phases),
         "code_switch": recipe.code_switch is not None,
+        "switching": switching,
         "seq_length": recipe.data.seq_length,
         "reset_position_ids": recipe.data.reset_position_ids,
         "reset_attention_mask": recipe.data.reset_attention_mask,
@@ -48,6 +59,58 @@ def facts_of_run(
             for source, segmenter in zip(recipe.data.sources, segmenters, strict=True)
         ],
     }
+
+
+def facts_of_switching(
+    table: str, section: CodeSwitchSection, *, digest: str, coverage: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """What decides which words are switched, as plain values.
+
+    Args:
+        table: The dictionary's file.
+        digest: Of the table without the held-out groups (`DictionaryTable.switching_digest`).
+        coverage: Share of running words that the table knows, per language; None where the ratio does not ask for it.
+    """
+    return {
+        "table": table,
+        "digest": digest,
+        "settings": asdict(section),
+        "coverage": None if coverage is None else dict(coverage),
+    }
+
+
+def find_switching_problem(run: dict[str, Any]) -> str | None:
+    """What is wrong with the facts of a damaged checkpoint, in words; None when all is well or there are none."""
+    switching = run.get("switching")
+    if switching is None:
+        return None
+    if not isinstance(switching, dict):
+        return f"run.switching is {switching!r}, expected an object"
+    for name, kind in _SWITCHING_FIELDS.items():
+        if name not in switching or not isinstance(switching[name], kind):
+            return f"run.switching.{name} is {switching.get(name, 'missing')!r}"
+    for language, share in (switching["coverage"] or {}).items():
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            return f"run.switching.coverage.{language} is {share!r}, expected a number from 0 to 1"
+    return None
+
+
+def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, digest: str) -> dict[str, float] | None:
+    """The coverage that a checkpoint was trained with; None where it has none, or one of other words.
+
+    Args:
+        summary: The checkpoint's `state.json`.
+        section: The recipe's section now.
+        digest: Of the table now.
+    """
+    saved = summary["run"].get("switching")
+    if saved is None or saved["digest"] != digest:
+        return None
+    before, now = saved["settings"], asdict(section)
+    same = all(before.get(name) == now[name] for name in _WORD_FIELDS)
+    # A language that is never drawn takes the words along that have translations in it alone.
+    same &= set(before.get("language_weights", {})) == set(section.language_weights)
+    return saved["coverage"] if same else None
 
 
 def check_model(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -82,7 +145,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
 
     Raises:
         UserError: the phase is not in the run, or another sequence length, way to keep documents apart, precision,
-            kind of optimizer, order of the data, or segmenter.
+            kind of optimizer, order of the data, segmenter or dictionary.
     """
     saved = summary["run"]
     if summary["phase"] not in mine["phases"]:
@@ -139,7 +202,7 @@ def _check_order(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]
 
 
 def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Another segmenter finds other words in the same tokens, so code-switching would go on with other ones."""
+    """Another segmenter finds other words in the same tokens, and another dictionary knows others."""
     for before, now in zip(saved["sources"], mine["sources"], strict=True):
         # Absent: saved before there were segmenters.
         segmenter = before.get("segmenter")
@@ -149,6 +212,25 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) 
                 f"was {segmenter or 'none'}, now it is {now['segmenter'] or 'none'}; preprocess the text as it was, or "
                 f"{_NEW_RUN}"
             )
+    before, now = saved.get("switching"), mine["switching"]
+    if before is None or now is None:
+        # Saved before this was kept.
+        return
+    if before["digest"] != now["digest"]:
+        raise UserError(
+            f"{checkpoint} cannot go on with the dictionary table {now['table']}, with which other words would be "
+            f"switched: the digest of its words and translations without the held-out ones was {before['digest']}, now "
+            f"it is {now['digest']}; give dictionary.table and dictionary.held_out_fraction as they were, or {_NEW_RUN}"
+        )
+    changed = [
+        f"code_switch.{name}"
+        for name, value in now["settings"].items()
+        if name in before["settings"] and before["settings"][name] != value
+    ]
+    if changed:
+        logger.warning(
+            "%s changed since %s was saved: words are switched otherwise from here on", ", ".join(changed), checkpoint
+        )
 
 
 def _difference(field: str, saved: Any, mine: Any) -> str:

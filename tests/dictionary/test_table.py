@@ -168,11 +168,26 @@ def test_without_groups_drops_their_keys_and_nothing_else(table, tokenizer):
     for name in TENSORS:
         if name.startswith(("key_", "candidate_")) and name != "key_group":
             assert np.array_equal(getattr(left, name), getattr(smaller, name)), name
+    assert left.switching_digest() == smaller.switching_digest() != table.switching_digest()
     assert np.array_equal(left.group_offsets, table.group_offsets)
     assert left.group_words(1) == table.group_words(1)
     assert same(table.without_groups(np.zeros(4, dtype=bool)), table)
     with pytest.raises(ValueError, match=r"expected bool \(4,\)"):
         table.without_groups(np.zeros(3, dtype=bool))
+
+
+def test_switching_digest_is_of_what_is_switched(table, tmp_path):
+    digest = table.switching_digest()
+    table.save(tmp_path / "table.safetensors")
+    assert load_table(tmp_path / "table.safetensors").switching_digest() == digest
+    for name in TENSORS:
+        values = getattr(table, name).copy()
+        values[-1] += 1
+        other = replace(table, **{name: values})
+        switched = name == "word_boundary" or name.startswith(("key_", "candidate_")) and name != "key_group"
+        assert (other.switching_digest() != digest) == switched, name
+    assert replace(table, languages=("en", "fr")).switching_digest() != digest
+    assert table.with_keys(np.arange(0)).switching_digest() != digest
 
 
 def test_row_indices():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 from tiny import Tiny, recipe_of
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.training.run_identity import check_run, facts_of_run
+from megatron_prealign.recipe import CodeSwitchSection
+from megatron_prealign.training.run_identity import (
+    check_run,
+    facts_of_run,
+    facts_of_switching,
+    find_switching_problem,
+    saved_coverage,
+)
 
 CHECKPOINT = Path("run/checkpoints/step_00000007")
 PHASES = ["alignment", "language_model"]
@@ -18,7 +26,9 @@ PHASES = ["alignment", "language_model"]
 @pytest.fixture
 def facts(tmp_path: Path) -> dict[str, Any]:
     recipe = recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path)
-    return facts_of_run(recipe, phases=PHASES, num_samples=60, segmenters=[None, "jieba"])
+    assert recipe.code_switch is not None
+    switching = facts_of_switching("table", recipe.code_switch, digest="d1", coverage={"en": 0.5})
+    return facts_of_run(recipe, phases=PHASES, num_samples=60, segmenters=[None, "jieba"], switching=switching)
 
 
 def summary_of(facts: dict[str, Any], phase: str = "language_model") -> dict[str, Any]:
@@ -124,10 +134,80 @@ def test_other_words_are_refused(facts: dict[str, Any], source: int, segmenter: 
     assert check_run(CHECKPOINT, summary_of(facts), {**mine, "code_switch": False}) == 1
 
 
+def test_other_dictionary_is_refused(facts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    mine = copy.deepcopy(facts)
+    # Another path is the same dictionary, moved.
+    mine["switching"].update(table="elsewhere", coverage=None)
+    with caplog.at_level(logging.WARNING):
+        assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
+    assert caplog.text == ""
+    mine["switching"]["digest"] = "d2"
+    with pytest.raises(UserError) as caught:
+        check_run(CHECKPOINT, summary_of(facts), mine)
+    message = str(caught.value)
+    assert message.startswith(f"{CHECKPOINT} cannot go on with the dictionary table elsewhere, ")
+    assert "was d1, now it is d2; give dictionary.table and" in message
+    assert "\n" not in message
+    # Where no words are switched it does not matter.
+    assert check_run(CHECKPOINT, summary_of(facts), {**mine, "switching": None, "code_switch": False}) == 1
+
+
+def test_changed_settings_of_code_switching_are_named(facts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    mine = copy.deepcopy(facts)
+    mine["switching"]["settings"].update(ratio=0.4, label_mode="mix")
+    # A field that was not there yet.
+    saved = summary_of(facts)
+    del saved["run"]["switching"]["settings"]["case"]
+    with caplog.at_level(logging.WARNING):
+        assert check_run(CHECKPOINT, saved, mine) == 1
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"code_switch.ratio, code_switch.label_mode changed since {CHECKPOINT} was saved: words are switched otherwise "
+        "from here on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, True),
+        ({"ratio": 0.7, "label_mode": "mix", "lookahead": 9, "candidate_weights": "uniform"}, True),
+        ({"language_weights": {"de": 2.0}}, True),
+        ({"case": "exact"}, False),
+        ({"min_word_length": 2}, False),
+        ({"max_word_length": 9}, False),
+        ({"source_languages": ["en"]}, False),
+        ({"language_weights": {"de": 1.0, "fr": 1.0}}, False),
+    ],
+)
+def test_coverage_holds_for_the_same_words(facts: dict[str, Any], change: dict[str, Any], kept: bool) -> None:
+    section = CodeSwitchSection(ratio=0.3, language_weights={"de": 1.0})
+    switching = facts_of_switching("table", section, digest="d1", coverage={"en": 0.5})
+    summary = summary_of({**facts, "switching": switching})
+    assert saved_coverage(summary, replace(section, **change), "d1") == ({"en": 0.5} if kept else None)
+    assert saved_coverage(summary, section, "d2") is None
+    assert saved_coverage(summary_of({**facts, "switching": None}), section, "d1") is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ({"digest": 1}, "run.switching.digest is 1"),
+        ({"settings": None}, "run.switching.settings is None"),
+        ({"coverage": {"en": "x"}}, "run.switching.coverage.en is 'x', expected a number from 0 to 1"),
+    ],
+)
+def test_damaged_switching_is_named(facts: dict[str, Any], damage: dict[str, Any], expected: str) -> None:
+    assert find_switching_problem(facts) is None
+    assert find_switching_problem({**facts, "switching": {**facts["switching"], **damage}}) == expected
+    assert find_switching_problem({"switching": 3}) == "run.switching is 3, expected an object"
+    assert find_switching_problem({}) is None
+
+
 def test_older_checkpoint_has_neither_segmenter_nor_documents_apart(facts: dict[str, Any]) -> None:
     facts["sources"][1]["segmenter"] = None
     older = summary_of(facts)
-    for name in ("reset_position_ids", "reset_attention_mask", "code_switch"):
+    for name in ("reset_position_ids", "reset_attention_mask", "code_switch", "switching"):
         del older["run"][name]
     for source in older["run"]["sources"]:
         del source["segmenter"]

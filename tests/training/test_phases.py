@@ -19,7 +19,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
     """Recipe, runtime, materials, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.pretrain import build_phases, open_materials
+    from megatron_prealign.pretrain import build_phases, open_materials, open_switching
     from megatron_prealign.runtime.distributed import start
     from megatron_prealign.runtime.engine import wrap_data_parallel
 
@@ -30,7 +30,8 @@ def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any
     for model in models:
         disturb(model)
     chunks = wrap_data_parallel(models, recipe.parallel)
-    return recipe, runtime, materials, build_phases(recipe, runtime, materials), chunks
+    switching = open_switching(recipe, materials.dictionary)
+    return recipe, runtime, materials, build_phases(recipe, runtime, materials, switching), chunks
 
 
 def step(phase: Any, state: Any, chunks: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
