@@ -219,9 +219,9 @@ def test_positions_start_again_in_every_document(checked: Run) -> None:
 
 
 def test_a_document_goes_on_over_many_blocks(checked: Run) -> None:
-    row = [1, EOD, *[2] * (2 * BLOCK)] * 2
+    row = [1, EOD, *[2] * (2 * BLOCK)] * 3
     output = checked(edge([row], (8, 18, 18), eod_id=EOD, reset_at_eod=True))
-    assert output.document_starts.unique().tolist() == [0, 4, 2 * BLOCK + 8]
+    assert output.document_starts.unique().tolist() == [0, 4, 2 * BLOCK + 8, 4 * BLOCK + 12]
 
 
 def test_a_token_that_ends_in_a_non_letter_opens_a_word(checked: Run) -> None:
@@ -306,6 +306,15 @@ def test_any_number_of_target_languages_is_counted(checked: Run, languages: int)
     case = Case(MANY, Dictionary(EDGE_FLAGS, [1.0] * languages, keys), {})
     counts = checked(case).counts.sum(0).tolist()
     assert len(counts) == 5 + languages and min(counts[5:]) > 0 and sum(counts[5:]) == counts[2] == len(MANY) * 256
+
+
+@pytest.mark.parametrize("languages", [8, 9, 20])
+def test_every_language_has_its_count_and_its_threshold(checked: Run, languages: int) -> None:
+    keys = {(0, (1,)): [(target, (2,), 1.0) for target in range(languages)]}
+    case = Case([[1] * 257], Dictionary(EDGE_FLAGS, [1.0] * languages, keys), {})
+    assert bool((checked(case).counts[0, 5:] > 0).all())
+    last = checked(case.but(thresholds=[[0] * (languages - 1) + [1 << 32]] * languages)).counts[0].tolist()
+    assert last[2] == last[-1] > 0
 
 
 def test_candidates_follow_their_weights(checked: Run) -> None:

@@ -224,6 +224,16 @@ def broken(**changes: object) -> dict:
         (broken(candidate_weight=np.array([1.0, 1.0])), "candidate_weight has 2 items"),
         (broken(language_weights=[0.0, -1.0]), r"language_weights\[1\] is -1.0"),
         (broken(language_weights=[]), "language_weights has 0 items"),
+        (broken(language_weights=[1.0] * 4097), "language_weights has 4097 items, expected 1 to 4096"),
+        (
+            # as long as it says without the memory
+            broken(
+                candidate_language=np.broadcast_to(np.int16(1), (1 << 25) - 1),
+                candidate_weight=np.broadcast_to(np.float32(1), (1 << 25) - 1),
+            ),
+            "candidate_language has 33554431 items, expected fewer than 33554431",
+        ),
+        (broken(candidate_tokens=np.broadcast_to(np.int32(3), 1 << 31)), "candidate_tokens has 2147483648 items"),
         (broken(word_boundary=np.zeros(1 << 24, np.uint8)), "the vocabulary has 16777216 tokens"),
     ],
 )
