@@ -37,8 +37,6 @@ class LanguageModelPhase(Phase):
         if target_languages is not None:
             sizes.update(counts=LANGUAGES_FROM + len(target_languages), counted_positions=1)
         self._meter = Meter(sizes, runtime)
-        positions = recipe.training.global_batch_size * recipe.data.seq_length // runtime.data_size
-        self._own_positions = torch.tensor(positions, device=runtime.device)
         self._microbatches = 0
 
     def total_iters(self, state: TrainState) -> int:
@@ -74,7 +72,9 @@ class LanguageModelPhase(Phase):
         # Every stage reads the same rows; one of them counts.
         if counts is not None and self._runtime.is_last_stage:
             self._meter.add("counts", counts)
-            self._meter.add("counted_positions", self._own_positions)
+            positions = training.global_batch_size * self._recipe.data.seq_length // self._runtime.data_size
+            # Filled on the device: nothing is copied from the host.
+            self._meter.add("counted_positions", torch.full((), positions, device=counts.device))
         self._microbatches = schedule_length(self._runtime, len(batches))
         run_schedule(
             self._runtime,
