@@ -43,9 +43,9 @@ class BuildOptions:
     licence: str = ""
     """Licence of the lists, noted in the table."""
     weights: bool = False
-    """Lists in columns have a third one: the weight of the translation in the draw, a number above 0.
+    """Every line of a list in columns has one more: the weight of the translation in the draw, a number above 0.
 
-    JSON has it as "weight" without this option. 1 where there is none; of a pair given several times the largest.
+    JSON has it as "weight" without this option, 1 where there is none; of a pair given several times the largest.
     """
     max_tokens: int = 5_000_000
     """Tokens of each corpus to look at."""

@@ -24,8 +24,9 @@ from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import LANGUAGES_FROM
-from megatron_prealign.recipe import CodeSwitchSection, DataSection
+from megatron_prealign.recipe import CodeSwitchSection, DataSection, RecipeValueError
 
 
 class Part(NamedTuple):
@@ -161,6 +162,10 @@ def make_preview(
     """
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected a number from 1")
+    try:
+        section.check_lookahead(data.seq_length)
+    except RecipeValueError as error:
+        raise UserError(str(error)) from error
     check_table(table, section, data.languages)
     with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as folder:
         plan = TrainPlan.read(

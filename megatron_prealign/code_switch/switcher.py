@@ -212,7 +212,8 @@ def _known_shares(
     if coverage is None:
         raise ValueError("coverage is None, expected the share of known words per language because of ratio_of: words")
     for language, share in coverage.items():
-        if language in languages and share < section.highest_ratio:
+        # 0: a language that is no source, of which nothing would be switched anyway
+        if language in languages and 0 < share < section.highest_ratio:
             logger.warning(
                 "code_switch.ratio reaches %g of the running words, but the table knows only %.1f%% of those in %s: "
                 "all known ones will be switched",

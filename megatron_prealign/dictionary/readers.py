@@ -110,8 +110,9 @@ def parse_input(
     else:
         path = text
         if default_languages is None:
+            file = text.partition(":")[0]
             raise UserError(
-                f"--input {text}: no languages given, expected FILE:SOURCE-TARGET such as {text}:en-de, "
+                f"--input {text}: no languages given, expected FILE:SOURCE-TARGET such as {file}:en-de, "
                 "or --languages en-de for all files"
             )
         languages = parse_languages(default_languages, "--languages")

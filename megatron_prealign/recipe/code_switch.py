@@ -72,7 +72,8 @@ class CodeSwitchSection:
         require(
             moving == (self.final_ratio is not None) and moving == (self.schedule_tokens is not None),
             "code_switch.schedule",
-            f"{self.schedule} with final_ratio {self.final_ratio} and schedule_tokens {self.schedule_tokens}",
+            f"{self.schedule} with final_ratio {_written(self.final_ratio)} and schedule_tokens "
+            f"{_written(self.schedule_tokens)}",
             "both fields for a linear or cosine schedule, neither for a constant one",
         )
         require(
@@ -96,6 +97,24 @@ class CodeSwitchSection:
         scale = highest / start if start else 1.0
         return max([highest, *(min(own * scale, 1.0) for own in self.language_ratios.values())])
 
+    def check_lookahead(self, seq_length: int) -> None:
+        """Checks the lookahead against the length of the samples.
+
+        Raises:
+            RecipeValueError: it is longer.
+        """
+        require(
+            self.lookahead is None or self.lookahead <= seq_length,
+            "code_switch.lookahead",
+            self.lookahead,
+            f"null or at most data.seq_length ({seq_length})",
+        )
+
     def lookahead_tokens(self, seq_length: int) -> int:
         """Tokens to read beyond the end of a sample of `seq_length` tokens."""
         return round(self.highest_ratio * seq_length) if self.lookahead is None else self.lookahead
+
+
+def _written(value: float | None) -> str:
+    """A value as a recipe writes it."""
+    return "null" if value is None else str(value)

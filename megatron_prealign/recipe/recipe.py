@@ -108,13 +108,7 @@ class Recipe:
                 "null, or a dictionary section with the path of the table",
             )
         if self.code_switch is not None:
-            lookahead = self.code_switch.lookahead
-            require(
-                lookahead is None or lookahead <= self.data.seq_length,
-                "code_switch.lookahead",
-                lookahead,
-                f"null or at most data.seq_length ({self.data.seq_length})",
-            )
+            self.code_switch.check_lookahead(self.data.seq_length)
         if self.alignment is None:
             return
         last = self.model.num_layers + 1

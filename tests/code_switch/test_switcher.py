@@ -230,7 +230,8 @@ def test_ratio_of_words_that_the_table_cannot_reach_is_said(table: DictionaryTab
     switcher(table, 4, ratio=0.2, ratio_of="words", coverage={"en": 0.1})
     assert "reaches 0.2 of the running words, but the table knows only 10.0% of those in en" in caplog.text
     caplog.clear()
-    switcher(table, 4, ratio=0.2, ratio_of="words", coverage={"en": 0.2})
+    # German is no source language: nothing of it would be switched anyway
+    switcher(table, 4, languages=("en", "de"), ratio=0.2, ratio_of="words", coverage={"en": 0.2, "de": 0.0})
     assert not caplog.text
 
 

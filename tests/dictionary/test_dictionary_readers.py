@@ -126,6 +126,8 @@ def test_input_with_languages(tmp_path):
     assert parse_input(str(odd), "en-de").path == odd
     with pytest.raises(UserError, match="no languages given"):
         parse_input("a.tsv")
+    with pytest.raises(UserError, match="--input a.tsv:en: no languages given, expected .* such as a.tsv:en-de,"):
+        parse_input("a.tsv:en")
     with pytest.raises(UserError, match="two or more different codes"):
         parse_input("a.tsv:en-en")
 

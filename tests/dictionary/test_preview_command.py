@@ -132,6 +132,7 @@ def test_fewer_rows_than_asked_for(given: list[str], capsys: pytest.CaptureFixtu
         ({"--ratio": "1.5"}, "--ratio is 1.5, expected a number from 0 to 1"),
         ({"--ratio": "-0.1"}, "--ratio is -0.1, expected a number from 0 to 1"),
         ({"--rows": "0"}, "--rows is 0, expected a number from 1"),
+        ({"--lookahead": "100000"}, "code_switch.lookahead is 100000, expected null or at most data.seq_length ("),
         ({"--seed": "-1"}, "--seed is -1, expected a number from 0"),
         ({"--seq-length": "0"}, "--seq-length is 0, expected a number from 1"),
         ({"--seq-length": "1000000"}, "tokens, one row needs --seq-length + 1 = 1000001; lower --seq-length"),
