@@ -4,6 +4,7 @@ GPU."""
 import os
 import re
 import subprocess
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,11 +61,14 @@ def _compile(launch: KernelLaunch, capability: int) -> KernelResources:
     warps = launch.options["num_warps"]
     given = iter(launch.arguments)
     signature = {name: "constexpr" if name in constants else _type_of(next(given)) for name in launch.kernel.arg_names}
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
-    )
+    with warnings.catch_warnings():
+        # about a default that integer arithmetic knows nothing of
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        compiled = triton.compile(
+            ASTSource(launch.kernel, signature, constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps},
+        )
     registers, spills = _registers_and_spills(compiled.asm["cubin"])
     return KernelResources(
         kernel=launch.kernel.__name__,
