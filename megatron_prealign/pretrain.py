@@ -389,6 +389,8 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         state,
     )
     trainer.train()
+    if not state.stop_requested:
+        logger.info("the run is complete: %d steps, %s tokens", state.step, f"{state.tokens:,}")
     return state
 
 
