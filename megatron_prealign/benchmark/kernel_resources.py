@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of the kernels as training launches them; needs no GPU."""
+"""Registers, spills and shared memory of the kernels in the shape that training launches; needs no GPU."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
