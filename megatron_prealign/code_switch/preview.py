@@ -25,7 +25,14 @@ from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
-from megatron_prealign.kernels import LANGUAGES_FROM
+from megatron_prealign.kernels.code_switch_interface import (
+    KNOWN,
+    LANGUAGES_FROM,
+    PADDED,
+    RUNNING,
+    SWITCHED,
+    TRUNCATED,
+)
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, RecipeValueError
 
 
@@ -86,27 +93,27 @@ class Preview:
     @property
     def running(self) -> int:
         """Running words."""
-        return self._total(0)
+        return self._total(RUNNING)
 
     @property
     def known(self) -> int:
         """Words that the table knows."""
-        return self._total(1)
+        return self._total(KNOWN)
 
     @property
     def switched(self) -> int:
         """Words that were replaced."""
-        return self._total(2)
+        return self._total(SWITCHED)
 
     @property
     def padded(self) -> int:
         """Padded positions."""
-        return self._total(3)
+        return self._total(PADDED)
 
     @property
     def truncated(self) -> int:
         """Source tokens that no longer fit."""
-        return self._total(4)
+        return self._total(TRUNCATED)
 
     @property
     def positions(self) -> int:
