@@ -35,9 +35,10 @@ class LanguageModelPhase(Phase):
         self.fresh_optimizer = recipe.alignment is None or not recipe.alignment.keep_optimizer
         sizes = {"loss": 1}
         if target_languages is not None:
-            sizes.update(counts=LANGUAGES_FROM + len(target_languages), counted_positions=1)
+            sizes["counts"] = LANGUAGES_FROM + len(target_languages)
         self._meter = Meter(sizes, runtime)
         self._microbatches = 0
+        self._counted_steps = 0
 
     def total_iters(self, state: TrainState) -> int:
         training = self._recipe.training
@@ -69,12 +70,11 @@ class LanguageModelPhase(Phase):
         batches, counts = self._reader.read(
             state.consumed_samples, training.global_batch_size, state.tokens - state.phase_start_tokens
         )
+        # The ratio decides whether a step counts, so it does on all ranks or on none.
+        self._counted_steps += counts is not None
         # Every stage reads the same rows; one of them counts.
         if counts is not None and self._runtime.is_last_stage:
             self._meter.add("counts", counts)
-            positions = training.global_batch_size * self._recipe.data.seq_length // self._runtime.data_size
-            # Filled on the device: nothing is copied from the host.
-            self._meter.add("counted_positions", torch.full((), positions, device=counts.device))
         self._microbatches = schedule_length(self._runtime, len(batches))
         run_schedule(
             self._runtime,
@@ -109,9 +109,9 @@ class LanguageModelPhase(Phase):
         loss = sums["loss"][0] / steps
         values: dict[str, Any] = {"loss": loss, "lm_loss": loss}
         # At a ratio of 0 nothing is counted, and a share of nothing would look like a share of 0.
-        if self._target_languages is not None and sums["counted_positions"][0]:
+        if self._target_languages is not None and self._counted_steps:
             running, known, switched, padded, truncated, *by_language = sums["counts"]
-            positions = sums["counted_positions"][0]
+            positions = self._counted_steps * self._recipe.training.global_batch_size * self._recipe.data.seq_length
             values["known_word_rate"] = known / max(running, 1.0)
             values["switched_word_rate"] = switched / max(running, 1.0)
             values["padding_share"] = padded / positions
@@ -119,4 +119,5 @@ class LanguageModelPhase(Phase):
             values["switched_words"] = {
                 language: int(count) for language, count in zip(self._target_languages, by_language, strict=True)
             }
+        self._counted_steps = 0
         return values
