@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from megatron_prealign import __version__
@@ -45,6 +45,27 @@ def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> 
     with as_user_error(f"megatron-prealign {command}"):
         values = parser.parse_args(arguments)
         return options(**{field.name: values[field.name] for field in dataclasses.fields(options)})  # type: ignore[arg-type]
+
+
+Actions = Mapping[str, tuple[Callable[[Sequence[str]], int], str]]
+"""Of a sub-command with actions of its own: name -> (function, one line of help)."""
+
+
+def run_action(command: str, actions: Actions, argv: Sequence[str]) -> int:
+    """Runs `COMMAND ACTION` and returns the exit status; without an action or with `--help` it lists them.
+
+    Raises:
+        UserError: the action is unknown.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, actions)) + 2
+        lines = [f"usage: megatron-prealign {command} ACTION [options]", "", "actions:"]
+        lines += [f"  {name:<{width}} {text}" for name, (_, text) in actions.items()]
+        print("\n".join([*lines, "", f"megatron-prealign {command} ACTION --help lists the options of one."]))
+        return 0 if argv else 2
+    if argv[0] not in actions:
+        raise UserError(f"{command}: unknown action {argv[0]!r}, expected one of {', '.join(actions)}")
+    return actions[argv[0]][0](argv[1:])
 
 
 def usage() -> str:

@@ -1,11 +1,10 @@
 """`megatron-prealign benchmark`: measures kernels on this machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from megatron_prealign.benchmark.options import CodeSwitchOptions, ResourcesOptions
-from megatron_prealign.cli import parse_options
-from megatron_prealign.errors import UserError
+from megatron_prealign.cli import Actions, parse_options, run_action
 
 
 def code_switch(argv: Sequence[str]) -> int:
@@ -49,24 +48,12 @@ def resources(argv: Sequence[str]) -> int:
     return 0
 
 
-# Name -> (function, one line of help).
-ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+ACTIONS: Actions = {
     "code-switch": (code_switch, "code-switching of a batch: kernels, plain torch, a loop in Python"),
     "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
 }
 
 
-def usage() -> str:
-    lines = ["usage: megatron-prealign benchmark ACTION [options]", "", "actions:"]
-    lines += [f"  {name:<12} {text}" for name, (_, text) in ACTIONS.items()]
-    return "\n".join([*lines, "", "megatron-prealign benchmark ACTION --help lists the options of one."])
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs `benchmark ACTION`."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] not in ACTIONS:
-        raise UserError(f"benchmark: unknown action {argv[0]!r}, expected one of {', '.join(ACTIONS)}")
-    return ACTIONS[argv[0]][0](argv[1:])
+    return run_action("benchmark", ACTIONS, argv)

@@ -1,10 +1,10 @@
 """`megatron-prealign dictionary`: builds the word-translation table, measures its coverage and shows it at work."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
 from megatron_prealign.tools.dictionary_preview import preview
 
@@ -130,25 +130,13 @@ def _print_coverage(corpora: "Sequence[Coverage]") -> None:
         )
 
 
-# Name -> (function, one line of help).
-ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+ACTIONS: Actions = {
     "build": (build, "build a table from word lists"),
     "coverage": (coverage, "share of the running words of corpora that a table knows"),
     "preview": (preview, "what code-switching will do to a dataset, row by row"),
 }
 
 
-def usage() -> str:
-    lines = ["usage: megatron-prealign dictionary ACTION [options]", "", "actions:"]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in ACTIONS.items()]
-    return "\n".join([*lines, "", "megatron-prealign dictionary ACTION --help lists the options of one."])
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs `dictionary ACTION`."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] not in ACTIONS:
-        raise UserError(f"dictionary: unknown action {argv[0]!r}, expected one of {', '.join(ACTIONS)}")
-    return ACTIONS[argv[0]][0](argv[1:])
+    return run_action("dictionary", ACTIONS, argv)
