@@ -58,7 +58,8 @@ def run_action(command: str, actions: Actions, argv: Sequence[str]) -> int:
         UserError: the action is unknown.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, actions)) + 2
+        # the next even column behind the longest name
+        width = (max(map(len, actions)) + 2) // 2 * 2
         lines = [f"usage: megatron-prealign {command} ACTION [options]", "", "actions:"]
         lines += [f"  {name:<{width}} {text}" for name, (_, text) in actions.items()]
         print("\n".join([*lines, "", f"megatron-prealign {command} ACTION --help lists the options of one."]))
