@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prealign.recipe.alignment import AlignmentSection
+from megatron_prealign.recipe.alignment_watch import AlignmentWatchSection
 from megatron_prealign.recipe.checkpoint import CheckpointSection
 from megatron_prealign.recipe.checks import require
 from megatron_prealign.recipe.code_switch import CodeSwitchSection
@@ -35,11 +36,13 @@ class Recipe:
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving and resuming."""
     dictionary: DictionarySection | None = None
-    """The word table; needed by alignment and code_switch."""
+    """The word table; needed by alignment, code_switch and alignment_watch."""
     alignment: AlignmentSection | None = None
     """Alignment phase before language-model training; null leaves it out."""
     code_switch: CodeSwitchSection | None = None
     """Code-switching during language-model training; null leaves it out."""
+    alignment_watch: AlignmentWatchSection | None = None
+    """Word retrieval and cosines measured while training; null leaves it out."""
 
     def __post_init__(self) -> None:
         self._check_layout()
@@ -100,7 +103,7 @@ class Recipe:
             )
 
     def _check_features(self) -> None:
-        for name in ("alignment", "code_switch"):
+        for name in ("alignment", "code_switch", "alignment_watch"):
             require(
                 getattr(self, name) is None or self.dictionary is not None,
                 name,
@@ -109,6 +112,14 @@ class Recipe:
             )
         if self.code_switch is not None:
             self.code_switch.check_lookahead(self.data.seq_length)
+        require(
+            self.alignment_watch is None
+            or self.alignment_watch.groups != "held_out"
+            or (self.dictionary is not None and self.dictionary.held_out_fraction > 0),
+            "alignment_watch.groups",
+            "held_out",
+            "trained, because dictionary.held_out_fraction is 0",
+        )
         if self.alignment is None:
             return
         last = self.model.num_layers + 1

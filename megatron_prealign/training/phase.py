@@ -1,13 +1,16 @@
 """What a phase of training is: its batches, its forward step, its metrics and its stop rule."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_prealign.training.state import TrainState
+
+# Direction such as "en-de" -> measure such as "p_at_1" -> one value a layer.
+AlignmentMeasures = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Phase(ABC):
 
     def saw_evaluation(self, state: TrainState, evaluation: dict[str, Any]) -> None:
         """Called with the result of each evaluation; a phase may set `state.phase_done`."""
+
+    def saw_alignment(self, state: TrainState, measured: AlignmentMeasures) -> None:
+        """Called with what each measurement of the alignment watch found, the same on every rank; a phase may set
+        `state.phase_done`. Before the first step of a fresh run it comes ahead of `begin`."""
 
     def is_over(self, state: TrainState) -> bool:
         return state.phase_done or state.phase_step >= self.total_iters(state)
