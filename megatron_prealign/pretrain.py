@@ -43,6 +43,7 @@ from megatron_prealign.training.rows import RowReader
 from megatron_prealign.training.run_identity import facts_of_switching, saved_coverage
 from megatron_prealign.training.saving import SaveCheckpoints
 from megatron_prealign.training.state import TrainState
+from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -370,7 +371,9 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         materials.vocabulary.size,
         materials.vocabulary.padded_size,
     )
-    metrics = MetricsFile(Path(recipe.logging.run_dir) / "metrics.jsonl", enabled=runtime.rank == 0)
+    run_dir = Path(recipe.logging.run_dir)
+    metrics = MetricsFile(run_dir / "metrics.jsonl", enabled=runtime.rank == 0)
+    tensorboard = TensorBoard(run_dir / "tensorboard", enabled=recipe.logging.tensorboard and runtime.rank == 0)
     evaluator = open_evaluator(recipe, runtime, materials.vocabulary, materials.validation, materials.dictionary)
     trainer = Trainer(
         recipe,
@@ -380,7 +383,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         phases,
         [
             StopOnSignal(),
-            ProgressLog(recipe, metrics, padded_vocab_size=materials.vocabulary.padded_size),
+            ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=materials.vocabulary.padded_size),
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
             SaveCheckpoints(store, train, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),

@@ -11,6 +11,7 @@ from megatron_prealign.model.flops import peak_flops, training_flops_per_token
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.training.callbacks import Callback
+from megatron_prealign.training.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -41,21 +42,19 @@ class MetricsFile:
 class ProgressLog(Callback):
     """Loss, learning rate, gradient norm, speed, switched words, memory; MFU when the device's peak is known."""
 
-    def __init__(self, recipe: Recipe, metrics: MetricsFile, *, padded_vocab_size: int) -> None:
+    def __init__(
+        self, recipe: Recipe, metrics: MetricsFile, tensorboard: TensorBoard, *, padded_vocab_size: int
+    ) -> None:
         self._recipe = recipe
         self._metrics = metrics
+        self._tensorboard = tensorboard
         self._flops_per_token = training_flops_per_token(
             recipe.model, vocab_size=padded_vocab_size, seq_length=recipe.data.seq_length
         )
-        self._writer: Any = None
         self._bar: Progress | None = None
 
     def on_start(self, trainer: "Trainer") -> None:
         self._enabled = trainer.runtime.rank == 0
-        if self._enabled and self._recipe.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(Path(self._recipe.logging.run_dir) / "tensorboard"))
         self._mark(trainer)
 
     def _mark(self, trainer: "Trainer") -> None:
@@ -82,8 +81,7 @@ class ProgressLog(Callback):
     def on_close(self, trainer: "Trainer") -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._tensorboard.close()
 
     def _show_progress(self, trainer: "Trainer") -> None:
         """A bar with ETA on a terminal; in a log file the log lines themselves, which carry the ETA, are enough."""
@@ -126,21 +124,21 @@ class ProgressLog(Callback):
             eta_s = steps_left * elapsed_s / (state.step - self._since_step)
             logger.info(_line(record, phase.total_iters(state), eta_s))
             self._metrics.write(record)
-            self._to_tensorboard(record)
+            self._tensorboard.write(_scalars(record), state.step)
         self._mark(trainer)
 
-    def _to_tensorboard(self, record: dict[str, Any]) -> None:
-        if self._writer is None:
-            return
-        for name, value in record.items():
-            if name in ("kind", "phase", "step", "phase_step"):
-                continue
-            entries = (
-                enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
-            )
-            for key, scalar in [(name, value)] if entries is None else [(f"{name}/{k}", v) for k, v in entries]:
-                if isinstance(scalar, int | float):
-                    self._writer.add_scalar(f"{record['phase']}/{key}", scalar, record["step"])
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl by TensorBoard tag."""
+    scalars = {}
+    for name, value in record.items():
+        if name in ("kind", "phase", "step", "phase_step"):
+            continue
+        entries = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
+        for key, scalar in [(name, value)] if entries is None else [(f"{name}/{k}", v) for k, v in entries]:
+            if isinstance(scalar, int | float):
+                scalars[f"{record['phase']}/{key}"] = scalar
+    return scalars
 
 
 def _memory_gb(device: torch.device) -> float:

@@ -1,0 +1,29 @@
+"""TensorBoard's event file of a run: one writer for everything that is logged, as TensorBoard reads one at a time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoard:
+    """Writes scalars into a folder; opened by the first one."""
+
+    def __init__(self, folder: Path, *, enabled: bool) -> None:
+        self._folder = folder
+        self._enabled = enabled
+        self._writer: Any = None
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """Writes tag -> value at an optimizer step of the run."""
+        if not self._enabled:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder))
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
