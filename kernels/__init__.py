@@ -1,4 +1,4 @@
-"""Device kernels, each beside a plain-torch reference that gives the same integers."""
+"""Device kernels, each beside a plain-torch reference: equal integers from integers, equal sums within rounding."""
 
 from megatron_prealign.kernels.build_ngram_table import build_ngram_table
 from megatron_prealign.kernels.code_switch import code_switch
@@ -10,6 +10,9 @@ from megatron_prealign.kernels.code_switch_interface import (
     ratio_threshold,
 )
 from megatron_prealign.kernels.code_switch_reference import code_switch_reference, document_starts_of
+from megatron_prealign.kernels.contrastive import contrastive_loss
+from megatron_prealign.kernels.contrastive_interface import WordGroups, word_groups
+from megatron_prealign.kernels.contrastive_reference import contrastive_loss_reference
 from megatron_prealign.kernels.ngram_table import MAX_NGRAM, NgramTable
 from megatron_prealign.kernels.philox import philox_4x32_10
 
@@ -20,10 +23,14 @@ __all__ = [
     "CodeSwitchOutput",
     "CodeSwitchSettings",
     "NgramTable",
+    "WordGroups",
     "build_ngram_table",
     "code_switch",
     "code_switch_reference",
+    "contrastive_loss",
+    "contrastive_loss_reference",
     "document_starts_of",
     "philox_4x32_10",
     "ratio_threshold",
+    "word_groups",
 ]
