@@ -26,6 +26,8 @@ from megatron_prealign.dictionary.switchable import select_keys
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
+from megatron_prealign.evaluation.watch import AlignmentWatch
+from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.model.config import padded_vocab_size
 from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError, save_recipe
@@ -319,6 +321,18 @@ def open_evaluator(
     return Evaluator(recipe, runtime, validation, row_format, dictionary.table, dictionary.held_out)
 
 
+def open_watched_pairs(recipe: Recipe, dictionary: Dictionary | None) -> list[WordPairs] | None:
+    """The words that the recipe's alignment watch measures, None without it.
+
+    Raises:
+        UserError: the table has none of them.
+    """
+    if recipe.alignment_watch is None:
+        return None
+    assert dictionary is not None
+    return watched_pairs(dictionary.table, dictionary.held_out, recipe.alignment_watch)
+
+
 def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:
     """Trains as the recipe says, resuming from the run's newest checkpoint if there is one. Takes part: all processes.
 
@@ -343,6 +357,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     on_rank_zero("preparing logging.run_dir", lambda: _prepare_run_dir(recipe))
     materials = open_materials(recipe)
     switching = open_switching(recipe, materials.dictionary)
+    watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
@@ -375,6 +390,9 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     metrics = MetricsFile(run_dir / "metrics.jsonl", enabled=runtime.rank == 0)
     tensorboard = TensorBoard(run_dir / "tensorboard", enabled=recipe.logging.tensorboard and runtime.rank == 0)
     evaluator = open_evaluator(recipe, runtime, materials.vocabulary, materials.validation, materials.dictionary)
+    watch: list[Callback] = []
+    if recipe.alignment_watch is not None and watched is not None:
+        watch = [AlignmentWatch(recipe.alignment_watch, watched, metrics, tensorboard)]
     trainer = Trainer(
         recipe,
         runtime,
@@ -384,6 +402,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         [
             StopOnSignal(),
             ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=materials.vocabulary.padded_size),
+            *watch,
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
             SaveCheckpoints(store, train, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),

@@ -11,6 +11,7 @@ from megatron_prealign.dictionary.alignment_groups import alignment_groups
 from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.word_pairs import watched_pairs
 from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
 
 
@@ -96,6 +97,8 @@ def _check_dictionary(recipe: Recipe, section: DictionarySection, fingerprint: s
             groups_per_step=recipe.alignment.groups_per_step,
             max_word_tokens=recipe.alignment.max_word_tokens,
         )
+    if recipe.alignment_watch is not None:
+        watched_pairs(table, table.held_out_groups(section.held_out_fraction), recipe.alignment_watch)
     if recipe.code_switch is not None:
         check_table(table, recipe.code_switch, languages)
         # As training does, which keeps the held-out groups out.

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron_prealign.code_switch.switcher import RowFormat
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.dictionary.table import DictionaryTable
-from megatron_prealign.evaluation.retrieval import retrieval_p_at_1, word_pairs
+from megatron_prealign.evaluation.retrieval import measure_retrieval
 from megatron_prealign.evaluation.validation import validation_losses
+from megatron_prealign.evaluation.word_pairs import WordPairs, word_pairs
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.callbacks import Callback
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-# Longer words say little about a layer's word space and would make every batch of words as wide.
-_MAX_WORD_TOKENS = 8
 
 
 class Evaluator:
@@ -48,11 +46,11 @@ class Evaluator:
         self._runtime = runtime
         self._validation = validation
         self._row_format = row_format
-        self._pairs: dict[str, list[Any]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
+        self._pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
         if table is not None and held_out is not None:
             limit = recipe.training.retrieval_words
             for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
-                self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=_MAX_WORD_TOKENS)
+                self._pairs[name] = word_pairs(table, groups, limit=limit)
 
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         """`validation_loss` per language and the two retrieval measures. Takes part: all ranks."""
@@ -68,7 +66,8 @@ class Evaluator:
             )
         }
         for name, pairs in self._pairs.items():
-            result[name] = retrieval_p_at_1(self._runtime, chunks, pairs, num_layers=self._recipe.model.num_layers)
+            measured = measure_retrieval(self._runtime, chunks, pairs, num_layers=self._recipe.model.num_layers)
+            result[name] = {pair.name: measured[pair.name]["p_at_1"] for pair in pairs}
         for chunk in chunks:
             chunk.train()
         return result

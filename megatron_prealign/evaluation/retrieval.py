@@ -1,106 +1,76 @@
-"""Word retrieval: is the translation of a word its nearest neighbour, layer by layer?"""
+"""Word retrieval: how well the words of a model find their translations, layer by layer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron_prealign.alignment.objective import WordGroups
 from megatron_prealign.alignment.taps import LayerTaps, no_loss
 from megatron_prealign.alignment.words import WordBatch, pad_words
-from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.evaluation.measures import MEASURES, WordLinks, measure_words
+from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.runtime.engine import LossFunction, run_schedule, unwrap
+from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, unwrap
 from megatron_prealign.training.rows import RowMicrobatch, idle_rows, row_loss_sum
 
 _WORDS_PER_MICROBATCH = 256
 
-
-@dataclass(frozen=True, eq=False)
-class WordPairs:
-    """Words of one language pair: `source[i]` means `target[i]`.
-
-    Attributes:
-        target_id: the same number for targets of the same tokens: two words may share a translation, and both find it.
-    """
-
-    name: str
-    source: list[np.ndarray]
-    target: list[np.ndarray]
-    target_id: np.ndarray
+# Direction such as "en-de" -> one of `MEASURES` -> one value a layer.
+Retrieval = dict[str, dict[str, list[float]]]
 
 
-def word_pairs(table: DictionaryTable, groups: np.ndarray, *, limit: int, max_word_tokens: int) -> list[WordPairs]:
-    """Pairs of a group's source word and its first translation in each language.
-
-    Args:
-        groups: bool `[groups]`, the groups to take from.
-        limit: pairs per language pair; the most frequent in the counting corpus, then the first in the table.
-    """
-    order = np.argsort(-table.group_count, kind="stable")
-    chosen: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
-    for group in order[groups[order]]:
-        members = range(table.group_offsets[group], table.group_offsets[group + 1])
-        words = [
-            (int(table.word_language[w]), table.word_tokens[table.word_offsets[w] : table.word_offsets[w + 1]])
-            for w in members
-        ]
-        words = [(language, tokens) for language, tokens in words if 0 < len(tokens) <= max_word_tokens]
-        if not words or words[0][0] != table.word_language[members[0]]:
-            continue
-        source_language, source = words[0]
-        seen: set[int] = {source_language}
-        for language, tokens in words[1:]:
-            if language in seen:
-                continue
-            seen.add(language)
-            pairs = chosen.setdefault((source_language, language), [])
-            if len(pairs) < limit:
-                pairs.append((source, tokens))
-    return [_named_pairs(table, languages, pairs) for languages, pairs in sorted(chosen.items())]
-
-
-def _named_pairs(
-    table: DictionaryTable, languages: tuple[int, int], pairs: list[tuple[np.ndarray, np.ndarray]]
-) -> WordPairs:
-    numbers: dict[tuple[int, ...], int] = {}
-    target_id = np.array([numbers.setdefault(tuple(target.tolist()), len(numbers)) for _, target in pairs])
-    return WordPairs(
-        name="-".join(table.languages[language] for language in languages),
-        source=[source for source, _ in pairs],
-        target=[target for _, target in pairs],
-        target_id=target_id,
-    )
-
-
-def retrieval_p_at_1(
+def measure_retrieval(
     runtime: Runtime, chunks: Sequence[torch.nn.Module], pairs: Sequence[WordPairs], *, num_layers: int
-) -> dict[str, list[float]]:
-    """Share of source words whose nearest target by cosine is their translation, per language pair and layer.
+) -> Retrieval:
+    """`measures.measure_words` of every language pair, there and back, at every layer.
 
-    The layers are the embedding output, every block (the last after the final norm) and the output embedding. Takes
-    part: all ranks.
+    The layers are the embedding output, every block (the last after the final norm) and the output embedding. The
+    ranks of a pipeline stage share its layers out, and each number comes from one rank: all ranks get the same result
+    to the last bit. The host waits for the device once, for the result. Takes part: all ranks.
     """
-    words = [word for pair in pairs for word in (*pair.source, *pair.target)]
-    if not words:
+    if not pairs:
         return {}
+    words, places = _distinct_words(pairs)
+    links = [WordLinks(pair.links, runtime.device) for pair in pairs]
+    places_there = [[torch.from_numpy(place).to(runtime.device) for place in both] for both in places]
+    # The taps read the output embedding before any forward pass of it could fetch its update.
+    gather_parameters(chunks)
     layers = _representations(runtime, chunks, words, num_layers)
-    scores = torch.zeros(len(pairs), num_layers + 2, dtype=torch.float64, device=runtime.device)
+    result = torch.zeros(len(pairs), num_layers + 2, 2, len(MEASURES), dtype=torch.float64, device=runtime.device)
+    stage = runtime.groups.tp_dp_cp
     for layer in sorted(layers):
-        states = _gather(runtime, layers[layer])[: len(words)]
-        start = 0
-        for row, pair in enumerate(pairs):
-            count = len(pair.source)
-            source, target = states[start : start + count], states[start + count : start + 2 * count]
-            start += 2 * count
-            target_id = torch.from_numpy(pair.target_id).to(runtime.device)
-            nearest = (F.normalize(source, dim=-1) @ F.normalize(target, dim=-1).t()).argmax(dim=1)
-            scores[row, layer] = (target_id[nearest] == target_id).double().mean()
-    dist.all_reduce(scores, group=runtime.groups.pp)
-    return {pair.name: [round(value, 6) for value in row] for pair, row in zip(pairs, scores.tolist(), strict=True)}
+        states = _gather(runtime, layers.pop(layer))
+        for number, (source, target) in enumerate(places_there):
+            if (layer * len(pairs) + number) % stage.size() == stage.rank():
+                result[number, layer] = measure_words(states[source], states[target], links[number])
+    dist.all_reduce(result)
+    # [pairs, 2, measures, layers]
+    values = result.permute(0, 2, 3, 1).tolist()
+    return {
+        direction: {
+            measure: [round(value, 6) for value in by_layer]
+            for measure, by_layer in zip(MEASURES, values[number][way], strict=True)
+        }
+        for number, pair in enumerate(pairs)
+        for way, direction in enumerate(pair.directions)
+    }
+
+
+def _distinct_words(pairs: Sequence[WordPairs]) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    """The words of all pairs, each once, and where the sources and the targets of each pair are among them."""
+    numbers: dict[bytes, int] = {}
+    words: list[np.ndarray] = []
+
+    def place(word: np.ndarray) -> int:
+        number = numbers.setdefault(word.tobytes(), len(numbers))
+        if number == len(words):
+            words.append(word)
+        return number
+
+    places = [(np.array([*map(place, pair.source)]), np.array([*map(place, pair.target)])) for pair in pairs]
+    return words, places
 
 
 def _gather(runtime: Runtime, own: torch.Tensor) -> torch.Tensor:

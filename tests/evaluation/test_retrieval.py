@@ -1,13 +1,19 @@
-"""Word pairs out of a table, and word retrieval by nearest neighbour."""
+"""Word pairs out of a table, and the measures of a model's words under every layout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from model_builds import build, disturb, recipe_values
+from model_builds import build, recipe_values
+from plain_retrieval import plain_measures
 from word_table import Word, word_table
 from workers import WorkerPool
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs, word_pairs
+from megatron_prealign.recipe import AlignmentWatchSection
 
 LANGUAGES = ("en", "de", "zh")
 LAYERS = 4
@@ -20,82 +26,118 @@ GROUPS: list[list[Word]] = [
     [("en", [7]), ("de", [8, 9, 10, 11]), ("de", [12, 13])],
     # The source word is too long: no pair.
     [("en", [14, 15, 16, 17]), ("de", [18]), ("zh", [19])],
-    # Another source language.
+    # The other way round: one more pair of the same two languages.
     [("de", [20]), ("en", [21])],
     [("en", [22]), ("zh", [23])],
+    # A pair that is there already.
+    [("de", [2]), ("en", [1])],
 ]
-COUNTS = [5, 9, 5, 100, 0, 7]
-Pairs = dict[str, tuple[list[list[int]], list[list[int]], list[int]]]
+COUNTS = [5, 9, 5, 100, 0, 7, 0]
 
 
-def pairs_of(groups: list[bool], limit: int) -> Pairs:
-    """Runs in a worker: name -> sources, targets, target ids."""
-    from megatron_prealign.evaluation.retrieval import word_pairs
-
+def pairs_of(groups: Sequence[bool], limit: int) -> dict[str, tuple[list[list[int]], list[list[int]], list[list[int]]]]:
+    """Name -> sources, targets, links."""
     table = word_table(GROUPS, LANGUAGES, vocab_size=40, counts=COUNTS)
     found = word_pairs(table, np.array(groups), limit=limit, max_word_tokens=3)
     return {
         each.name: (
             [word.tolist() for word in each.source],
             [word.tolist() for word in each.target],
-            each.target_id.tolist(),
+            each.links.tolist(),
         )
         for each in found
     }
 
 
-def test_pairs_by_frequency_then_table_order(workers: WorkerPool) -> None:
-    pairs = workers.run(1, pairs_of, [True] * 6, 100)[0]
-    assert pairs == {
-        # Group 1 (9 times), then 0 and 2 (5 times each); both words for [2] find it.
-        "en-de": ([[4], [1], [7]], [[2], [2], [12, 13]], [0, 0, 1]),
-        "en-zh": ([[4], [22], [1]], [[6], [23], [3]], [0, 1, 2]),
-        "de-en": ([[20]], [[21]], [0]),
+def test_pairs_by_frequency_then_table_order() -> None:
+    assert pairs_of([True] * 7, 100) == {
+        # Group 1 (9 times), then 0 and 2 (5 times each), then 4; words 4 and 1 both mean [2].
+        "en-de": ([[4], [1], [7], [21]], [[2], [12, 13], [20]], [[0, 0], [1, 0], [2, 1], [3, 2]]),
+        "en-zh": ([[4], [22], [1]], [[6], [23], [3]], [[0, 0], [1, 1], [2, 2]]),
     }
 
 
-def test_limit_counts_for_each_language_pair(workers: WorkerPool) -> None:
-    pairs = workers.run(1, pairs_of, [True] * 6, 1)[0]
-    assert {name: sources for name, (sources, _, _) in pairs.items()} == {
-        "en-de": [[4]],
-        "en-zh": [[4]],
-        "de-en": [[20]],
+def test_limit_counts_pairs_of_each_two_languages() -> None:
+    pairs = pairs_of([True] * 7, 1)
+    assert {name: sources for name, (sources, _, _) in pairs.items()} == {"en-de": [[4]], "en-zh": [[4]]}
+
+
+def test_only_the_asked_groups_give_pairs() -> None:
+    held_out = [True, False, False, True, False, True, False]
+    assert pairs_of(held_out, 100) == {
+        "en-de": ([[1]], [[2]], [[0, 0]]),
+        "en-zh": ([[22], [1]], [[23], [3]], [[0, 0], [1, 1]]),
     }
+    # The first group that is left decides the direction: group 1.
+    rest = pairs_of([not each for each in held_out], 100)
+    assert list(rest) == ["en-de", "en-zh"]
+    assert pairs_of([number >= 4 for number in range(7)], 100)["de-en"] == (
+        [[20], [2]],
+        [[21], [1]],
+        [[0, 0], [1, 1]],
+    )
+    assert pairs_of([False] * 7, 100) == {}
 
 
-def test_only_the_asked_groups_give_pairs(workers: WorkerPool) -> None:
-    held_out = [True, False, False, True, False, True]
-    pairs = workers.run(1, pairs_of, held_out, 100)[0]
-    assert pairs == {"en-de": ([[1]], [[2]], [0]), "en-zh": ([[22], [1]], [[23], [3]], [0, 1])}
-    rest = workers.run(1, pairs_of, [not each for each in held_out], 100)[0]
-    # Ids are given anew: they only tell targets of one list apart.
-    assert rest["en-de"] == ([[4], [7]], [[2], [12, 13]], [0, 1])
-    assert workers.run(1, pairs_of, [False] * 6, 100)[0] == {}
+def test_directions_are_there_and_back() -> None:
+    pair = WordPairs.of(("en", "de"), [((1,), (2,))])
+    assert pair.name == "en-de"
+    assert pair.directions == ("en-de", "de-en")
 
 
-def random_pairs() -> Any:
-    """Two language pairs of words of one to three tokens, some with a target in common."""
-    from megatron_prealign.evaluation.retrieval import WordPairs
+@pytest.mark.parametrize(
+    ("groups", "advice"),
+    [
+        ("held_out", "raise dictionary.held_out_fraction or set alignment_watch.groups to trained"),
+        ("trained", "lower dictionary.held_out_fraction or add words to the table"),
+    ],
+)
+def test_nothing_to_watch_is_the_users_mistake(groups: Any, advice: str) -> None:
+    table = word_table(GROUPS, LANGUAGES, vocab_size=40, counts=COUNTS)
+    section = AlignmentWatchSection(interval=1, groups=groups)
+    held_out = np.zeros(7, dtype=bool) if groups == "held_out" else np.ones(7, dtype=bool)
+    with pytest.raises(UserError) as caught:
+        watched_pairs(table, held_out, section)
+    assert str(caught.value) == (
+        f"alignment_watch.groups is {groups}, but none of these 0 word groups of the dictionary table has a pair of "
+        f"words of at most 8 tokens; {advice}"
+    )
 
+
+def test_the_watch_takes_its_groups_and_its_number_of_words() -> None:
+    table = word_table(GROUPS, LANGUAGES, vocab_size=40, counts=COUNTS)
+    held_out = np.array([True, False, False, False, False, True, False])
+    found = {
+        groups: [
+            len(pair.links)
+            for pair in watched_pairs(table, held_out, AlignmentWatchSection(interval=1, words=2, groups=groups))
+        ]
+        for groups in ("held_out", "trained")
+    }
+    # German alone has one held-out group; of those trained on both languages have more than two.
+    assert found == {"held_out": [1, 2], "trained": [2, 2]}
+
+
+def random_pairs() -> list[WordPairs]:
+    """Two language pairs of words of one to three tokens, some with a target in common and some in both lists."""
     random = np.random.default_rng(5)
 
-    def words(count: int) -> list[np.ndarray]:
-        return [random.integers(0, 40, size=random.integers(1, 4)).astype(np.int32) for _ in range(count)]
+    def words(count: int) -> list[tuple[int, ...]]:
+        return [tuple(random.integers(0, 40, size=random.integers(1, 4)).tolist()) for _ in range(count)]
 
     made = []
-    for name, count in (("en-de", 13), ("en-zh", 6)):
-        source, target = words(count), words(count)
+    shared = words(3)
+    for languages, count in ((("en", "de"), 19), (("en", "zh"), 8)):
+        source, target = [*shared, *words(count - 3)], words(count)
         target[1] = target[0]
-        numbers: dict[tuple[int, ...], int] = {}
-        ids = np.array([numbers.setdefault(tuple(each.tolist()), len(numbers)) for each in target])
-        # Half of the sources are near their targets: they share all tokens but the order.
-        for index in range(0, count, 2):
-            source[index] = target[index][::-1].copy()
-        made.append(WordPairs(name=name, source=source, target=target, target_id=ids))
+        # Half of the sources are near their targets: they share all tokens but one.
+        for index in range(4, count, 2):
+            source[index] = (*target[index][:-1], *target[index][:1])
+        made.append(WordPairs.of(languages, zip(source, target, strict=True)))
     return made
 
 
-def retrieval(values: dict[str, Any], microbatch: int) -> dict[str, list[float]]:
+def retrieval(values: dict[str, Any], microbatch: int) -> Any:
     """Runs in workers: what the product measures, with small microbatches."""
     from megatron_prealign.evaluation import retrieval as module
 
@@ -104,16 +146,19 @@ def retrieval(values: dict[str, Any], microbatch: int) -> dict[str, list[float]]
         _, runtime, chunks = build(values)
         for chunk in chunks:
             chunk.train()
-        measured = module.retrieval_p_at_1(runtime, chunks, random_pairs(), num_layers=LAYERS)
+        measured = module.measure_retrieval(runtime, chunks, random_pairs(), num_layers=LAYERS)
         assert all(chunk.training for chunk in chunks)
-        assert module.retrieval_p_at_1(runtime, chunks, [], num_layers=LAYERS) == {}
+        chunks[0].eval()
+        module.measure_retrieval(runtime, chunks, random_pairs(), num_layers=LAYERS)
+        assert not chunks[0].training
+        assert module.measure_retrieval(runtime, chunks, [], num_layers=LAYERS) == {}
     finally:
         module._WORDS_PER_MICROBATCH = before
     return measured
 
 
-def by_hand(values: dict[str, Any]) -> dict[str, list[float]]:
-    """Runs in a worker: each word alone through the model, then the nearest target by two loops."""
+def by_hand(values: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Runs in a worker: each word alone through the model; direction -> the plain measures of each layer."""
     _, _, (chunk,) = build(values)
     chunk.eval()
     outputs: list[torch.Tensor] = []
@@ -131,26 +176,23 @@ def by_hand(values: dict[str, Any]) -> dict[str, list[float]]:
         rows = chunk.output_layer.weight.detach()[ids[0]]
         return [each[:, 0].double().mean(0) for each in outputs] + [rows.double().mean(0)]
 
-    found = {}
+    found: dict[str, list[dict[str, float]]] = {}
     for pair in random_pairs():
         sources, targets = [[states(word) for word in words] for words in (pair.source, pair.target)]
-        shares = []
         for layer in range(LAYERS + 2):
-            hits = 0
-            for index, source in enumerate(sources):
-                cosines = [torch.cosine_similarity(source[layer], each[layer], dim=0).item() for each in targets]
-                hits += pair.target_id[int(np.argmax(cosines))] == pair.target_id[index]
-            shares.append(round(hits / len(sources), 6))
-        found[pair.name] = shares
+            ways = plain_measures([each[layer] for each in sources], [each[layer] for each in targets], pair.links)
+            for direction, way in zip(pair.directions, ways, strict=True):
+                found.setdefault(direction, []).append(way)
     return found
 
 
 @pytest.fixture(scope="module")
-def expected(workers: WorkerPool) -> dict[str, list[float]]:
-    shares = workers.run(1, by_hand, recipe_values("llama"))[0]
-    # A measure that is always 0 or 1 would prove nothing.
-    assert all(0 < share < 1 for share in shares["en-de"])
-    return shares
+def expected(workers: WorkerPool) -> dict[str, list[dict[str, float]]]:
+    found = workers.run(1, by_hand, recipe_values("llama"))[0]
+    # A share that is always 0 or 1 would prove nothing.
+    for direction in ("en-de", "de-en"):
+        assert all(0 < layer["p_at_1"] < 1 for layer in found[direction])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -160,38 +202,30 @@ def expected(workers: WorkerPool) -> dict[str, list[float]]:
         (1, {}, 5),
         (2, {}, 256),
         (2, {}, 4),
+        (2, {"pipeline_model_parallel_size": 2}, 16),
         (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 16),
+        (2, {"tensor_model_parallel_size": 2}, 256),
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 256),
+        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8),
+        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 8),
     ],
-    ids=["one", "microbatches", "dp2", "dp2_microbatches", "vpp2", "sp_tp2"],
+    ids=["one", "microbatches", "dp2", "dp2_microbatches", "pp2", "vpp2", "tp2", "sp_tp2", "tp2_pp2", "sp_tp2_dp2"],
 )
-def test_share_of_found_translations(
-    workers: WorkerPool, expected: dict[str, list[float]], ranks: int, parallel: dict[str, Any], microbatch: int
+def test_measures_of_every_layer_and_direction(
+    workers: WorkerPool,
+    expected: dict[str, list[dict[str, float]]],
+    ranks: int,
+    parallel: dict[str, Any],
+    microbatch: int,
 ) -> None:
     values = recipe_values("llama", parallel={"device": "cpu", **parallel})
-    for measured in workers.run(ranks, retrieval, values, microbatch):
-        assert measured == expected
-
-
-def shared_targets() -> list[float]:
-    """Runs in a worker: two sources with one target in common, whose states are exactly equal."""
-    from megatron_prealign.evaluation.retrieval import WordPairs, retrieval_p_at_1
-
-    _, runtime, chunks = build(recipe_values("llama"))
-    disturb(chunks[0])
-    words = [np.array([number], dtype=np.int32) for number in range(4)]
-    pair = WordPairs(
-        name="en-de",
-        # Each source is a target's own word: the nearest one is itself, or its double under another place.
-        source=[words[0], words[0], words[1], words[2]],
-        target=[words[0], words[0], words[1], words[3]],
-        target_id=np.array([0, 0, 1, 2]),
-    )
-    return retrieval_p_at_1(runtime, chunks, [pair], num_layers=LAYERS)["en-de"]
-
-
-def test_a_shared_target_counts_for_all_its_words(workers: WorkerPool) -> None:
-    # Word 2 cannot find its target 3 in every layer by chance; words 0 and 1 find theirs in all.
-    shares = workers.run(1, shared_targets)[0]
-    assert len(shares) == LAYERS + 2
-    assert set(shares) <= {0.75, 1.0}
+    answers = workers.run(ranks, retrieval, values, microbatch)
+    # To the last bit: ranks that disagree about a goal would wait for each other for ever.
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0].keys() == expected.keys() == {"en-de", "de-en", "en-zh", "zh-en"}
+    for direction, layers in expected.items():
+        for measure, by_layer in answers[0][direction].items():
+            wanted = [layer[measure] for layer in layers]
+            # Ranks are equal; cosines of float32 states, rounded to six digits.
+            tolerance = 5e-6 if "cosine" in measure else 1e-6
+            assert by_layer == pytest.approx(wanted, abs=tolerance), (direction, measure)
