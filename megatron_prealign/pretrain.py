@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_prealign import __version__
+from megatron_prealign.alignment.dropped_words import report_dropped_words
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.data.files import write_atomically
@@ -38,6 +39,7 @@ from megatron_prealign.runtime.optimizer import build_optimizer
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
 from megatron_prealign.training.checkpoint import CheckpointStore, latest_checkpoint, read_state
+from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
@@ -47,6 +49,7 @@ from megatron_prealign.training.saving import SaveCheckpoints
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
+from megatron_prealign.training.word_steps import WordSteps
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +201,9 @@ def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
     )
 
 
-def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials, switching: Switching | None) -> list[Phase]:
+def build_phases(
+    recipe: Recipe, runtime: Runtime, materials: Materials, switching: Switching | None, words: WordSteps | None
+) -> list[Phase]:
     """The alignment phase, if the recipe has one, and language-model training."""
     row_format = format_of_rows(recipe, materials.vocabulary)
 
@@ -207,20 +212,10 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials, switchi
 
     reader = partial(RowReader, materials.train, runtime)
     phases: list[Phase] = []
-    if recipe.alignment is not None:
-        assert materials.dictionary is not None
-        sampler = WordSampler(
-            materials.dictionary.table,
-            held_out=materials.dictionary.held_out,
-            groups_per_step=recipe.alignment.groups_per_step,
-            max_word_tokens=recipe.alignment.max_word_tokens,
-            seed=recipe.training.seed,
-        )
-        phases.append(
-            AlignmentPhase(
-                recipe, runtime, reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain), sampler
-            )
-        )
+    if recipe.alignment is not None and recipe.alignment.train_iters:
+        assert words is not None
+        rows = reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain)
+        phases.append(AlignmentPhase(recipe, runtime, rows, words))
     make_batch: Callable[[SampleRows, int], SwitchedBatch] = plain
     target_languages: Sequence[str] | None = None
     if recipe.code_switch is not None:
@@ -240,15 +235,27 @@ def build_phases(recipe: Recipe, runtime: Runtime, materials: Materials, switchi
             return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
 
         make_batch = switched
-    phases.append(
-        LanguageModelPhase(
-            recipe,
-            runtime,
-            reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch),
-            target_languages=target_languages,
-        )
-    )
+    rows = reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch)
+    if recipe.alignment_guard is None:
+        phases.append(LanguageModelPhase(recipe, runtime, rows, target_languages=target_languages))
+    else:
+        assert words is not None
+        phases.append(GuardedLanguageModelPhase(recipe, runtime, rows, words, target_languages=target_languages))
     return phases
+
+
+def open_words(recipe: Recipe, runtime: Runtime, dictionary: Dictionary | None) -> WordSteps | None:
+    """What alignment steps draw their words from, None without alignment.
+
+    Raises:
+        UserError: the section does not fit the table.
+    """
+    section = recipe.alignment
+    if section is None:
+        return None
+    assert dictionary is not None
+    sampler = WordSampler(dictionary.table, section, held_out=dictionary.held_out, seed=recipe.training.seed)
+    return WordSteps(recipe, runtime, sampler)
 
 
 def open_switching(recipe: Recipe, dictionary: Dictionary | None) -> Switching | None:
@@ -358,7 +365,8 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     materials = open_materials(recipe)
     switching = open_switching(recipe, materials.dictionary)
     watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
-    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching))
+    words = on_every_rank("choosing the words", lambda: open_words(recipe, runtime, materials.dictionary))
+    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching, words))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
     )
@@ -377,7 +385,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
             load = recipe.checkpoint.load
             on_every_rank("loading weights", lambda: store.load_weights(chunks, optimizer, load))
     # Only now: a run that is refused must not change what its folder says of the run that is there.
-    on_rank_zero("writing into logging.run_dir", lambda: _record_run(recipe))
+    on_rank_zero("writing into logging.run_dir", lambda: _record_run(recipe, words))
     logger.info(
         "%d processes on %s, %.1f million parameters on this one, %d ids (%d padded)",
         runtime.world_size,
@@ -440,7 +448,7 @@ def _prepare_run_dir(recipe: Recipe) -> None:
             pass
 
 
-def _record_run(recipe: Recipe) -> None:
+def _record_run(recipe: Recipe, words: WordSteps | None) -> None:
     import json
 
     run_dir = Path(recipe.logging.run_dir)
@@ -449,6 +457,8 @@ def _record_run(recipe: Recipe) -> None:
             save_recipe(recipe, path)
         with write_atomically(run_dir / "versions.json") as path:
             path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+        if words is not None and recipe.alignment is not None:
+            report_dropped_words(words.sampler, recipe.alignment.max_word_tokens, run_dir)
 
 
 @contextmanager

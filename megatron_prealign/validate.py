@@ -91,12 +91,7 @@ def _check_dictionary(recipe: Recipe, section: DictionarySection, fingerprint: s
             f"{', '.join(languages)}; build the table for the data's languages"
         )
     if recipe.alignment is not None:
-        alignment_groups(
-            table,
-            held_out=table.held_out_groups(section.held_out_fraction),
-            groups_per_step=recipe.alignment.groups_per_step,
-            max_word_tokens=recipe.alignment.max_word_tokens,
-        )
+        alignment_groups(table, recipe.alignment, held_out=table.held_out_groups(section.held_out_fraction))
     if recipe.alignment_watch is not None:
         watched_pairs(table, table.held_out_groups(section.held_out_fraction), recipe.alignment_watch)
     if recipe.code_switch is not None:

@@ -55,7 +55,7 @@ class Tiny:
                 "validation_fraction": 0.1,
             },
             "dictionary": {"table": self.table},
-            "alignment": {"train_iters": 5, "groups_per_step": 16, "lr": 1e-3, "lm_global_batch_size": 4},
+            "alignment": {"train_iters": 5, "words_per_step": 32, "lr": 1e-3, "lm_global_batch_size": 4},
             "code_switch": {"ratio": 0.3},
             "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
             "training": {

@@ -1,78 +1,32 @@
-"""The contrastive objective of the alignment phase (PreAlign, arXiv 2407.16222, mended).
-
-Multi-positive InfoNCE over the words of the whole global batch: the anchors are this rank's words, the candidates are
-the words of every data-parallel rank. Each rank returns its anchors' part; the parts of all ranks sum to the loss.
-"""
-
-from dataclasses import dataclass
+"""What the alignment phase minimises beside the contrastive loss of `kernels.contrastive`: the similarity penalty."""
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+from megatron_prealign.kernels import WordGroups
 
 
-@dataclass(frozen=True)
-class WordGroups:
-    """Which words of the global batch mean the same, the same on every rank.
+def similarity_penalty(own: torch.Tensor, groups: WordGroups, group: dist.ProcessGroup) -> torch.Tensor:
+    """`max(0, mean over i != j of s_ij)` of the cosine similarities of all words of all ranks, a float32 scalar.
 
-    Attributes:
-        every: group of each word slot of all ranks, int64 `[ranks * slots]`, -1 for an empty slot; rank order.
-        own: the part of `every` that belongs to this rank, int64 `[slots]`.
-        pairs: ordered pairs (i, j), i != j, of the same group in the global batch, a float scalar on the device.
-    """
-
-    every: torch.Tensor
-    own: torch.Tensor
-    pairs: torch.Tensor
-
-
-def gather_words(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`[slots, hidden]` of every rank as `[ranks * slots, hidden]`; backward sums over ranks and gives each its
-    part."""
-    if group.size() == 1:
-        return own
-    # The very operation sequence parallelism needs along its first dimension, over another group.
-    return gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=group)
-
-
-def contrastive_loss(
-    own: torch.Tensor,
-    groups: WordGroups,
-    *,
-    temperature: float,
-    group: dist.ProcessGroup,
-    with_penalty: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """This rank's parts of the contrastive loss of one layer and of the similarity penalty, float32 scalars.
-
-    The sum over ranks is the loss. Takes part: all ranks of the data-parallel `group`.
+    Every rank gets the value; the gradient of each is that of its own words. Takes part: all ranks of `group`.
 
     Args:
-        own: word representations of this rank, `[slots, hidden]`; rows of empty slots are ignored.
-        temperature: divides the cosine similarities.
-        with_penalty: also return the penalty on a positive mean similarity over all pairs of different words.
+        own: this rank's words `[n, hidden]`; those of rank r are `groups.group[r * n : (r + 1) * n]`.
     """
-    unit = F.normalize(own.float(), dim=-1)
-    every = gather_words(unit, group)
-    rank, slots = group.rank(), own.shape[0]
-    anchor = torch.arange(rank * slots, (rank + 1) * slots, device=own.device)
-    is_self = anchor[:, None] == torch.arange(every.shape[0], device=own.device)[None, :]
-    left_out = is_self | (groups.every < 0)[None, :]
-    similarity = unit @ every.t() / temperature
-    log_normaliser = torch.logsumexp(similarity.masked_fill(left_out, float("-inf")), dim=1)
-    positive = (groups.own[:, None] == groups.every[None, :]) & ~left_out & (groups.own >= 0)[:, None]
-    log_probability = similarity - log_normaliser[:, None]
-    # An anchor all alone in the batch has a normaliser of log 0, but no positive: it is masked out, not multiplied.
-    loss = -torch.where(positive, log_probability, 0.0).sum() / groups.pairs.clamp(min=1.0)
-    return loss, _mean_similarity_penalty(every, groups, ranks=group.size()) if with_penalty else None
-
-
-def _mean_similarity_penalty(every: torch.Tensor, groups: WordGroups, *, ranks: int) -> torch.Tensor:
-    """This rank's share of `max(0, mean over i != j of s_ij)`: every rank computes the same value and gives 1/ranks of
-    it."""
-    valid = (groups.every >= 0).float()
+    valid = (groups.group >= 0).float()
+    first = group.rank() * own.shape[0]
+    unit = _unit(own.float()) * valid[first : first + own.shape[0], None]
+    # Sums over ranks forward and hands the gradient on backward, over whatever group it is given.
+    total = reduce_from_tensor_model_parallel_region(unit.sum(dim=0), group=group)
     words = valid.sum()
-    total = (every * valid[:, None]).sum(dim=0)
+    # The sum over all pairs, i = j included, is the square of the summed vectors.
     mean = (total.square().sum() - words) / (words * (words - 1)).clamp(min=1.0)
-    return mean.clamp(min=0.0) / ranks
+    return mean.clamp(min=0.0)
+
+
+def _unit(words: torch.Tensor) -> torch.Tensor:
+    """Words of length one; those of length 0 stay, without a gradient."""
+    square = words.square().sum(dim=-1, keepdim=True)
+    return words * torch.where(square > 0, square, torch.inf).rsqrt()

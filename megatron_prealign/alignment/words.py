@@ -4,113 +4,132 @@ The draw depends on (seed, step) alone. Every rank draws the whole global batch 
 which words belong together without a message, and the batch is the same under any layout.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from megatron_prealign.alignment.objective import WordGroups
-from megatron_prealign.dictionary.alignment_groups import alignment_groups
-from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.alignment.layout import WordLayout
+from megatron_prealign.alignment.packing import WordBatch
+from megatron_prealign.dictionary.alignment_groups import AlignmentGroups, alignment_groups
+from megatron_prealign.dictionary.table import DictionaryTable, row_indices
+from megatron_prealign.kernels import WordGroups, word_groups
+from megatron_prealign.recipe import AlignmentSection
 
 
 @dataclass(frozen=True, eq=False)
-class WordBatch:
-    """Words of one data-parallel rank, each fed alone.
+class StepWords:
+    """The words of one step.
 
     Attributes:
-        tokens: int64 `[slots, tokens]`, padded with 0 after each word.
-        position_ids: int64 `[slots, tokens]`.
-        pooling: float32 `[slots, tokens]`, 1/length on a word's tokens, 0 elsewhere: a weighted sum is the mean.
-        groups: which words mean the same.
-        global_tokens: tokens of all words of all ranks.
+        batches: those of this data-parallel rank, one batch a microbatch.
+        groups: which words mean the same, in the order in which the ranks' words are gathered.
+        pairs: ordered pairs of words that mean the same.
+        tokens: tokens of all words of all ranks.
     """
 
-    tokens: torch.Tensor
-    position_ids: torch.Tensor
-    pooling: torch.Tensor
+    batches: list[WordBatch]
     groups: WordGroups
-    global_tokens: int
-
-
-def pad_words(words: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids `[words, width]` and pooling weights of the same shape; an empty word has weights of zero."""
-    tokens = np.zeros((len(words), width), dtype=np.int64)
-    pooling = np.zeros((len(words), width), dtype=np.float32)
-    for row, word in enumerate(words):
-        tokens[row, : len(word)] = word
-        pooling[row, : len(word)] = 1.0 / max(len(word), 1)
-    return tokens, pooling
+    pairs: int
+    tokens: int
 
 
 class WordSampler:
-    """Draws `groups_per_step` groups a step, and of each group one word of every language it has."""
+    """Draws groups until their words fill a step; of each group one word of each language, or of some."""
 
     def __init__(
-        self,
-        table: DictionaryTable,
-        *,
-        held_out: np.ndarray,
-        groups_per_step: int,
-        max_word_tokens: int,
-        seed: int,
+        self, table: DictionaryTable, section: AlignmentSection, *, held_out: NDArray[np.bool_], seed: int
     ) -> None:
         """
         Args:
-            held_out: bool `[groups]`, groups never drawn.
-            max_word_tokens: longer words are left out; a group needs two words that stay.
+            held_out: `[groups]`, groups never drawn.
 
         Raises:
-            UserError: fewer groups are left than one step draws.
+            UserError: the section does not fit the table, or leaves too few words.
         """
         self.table = table
-        self.groups_per_step = groups_per_step
-        self.seed = seed
-        self.slots_per_group = len(table.languages)
-        found = alignment_groups(
-            table, held_out=held_out, groups_per_step=groups_per_step, max_word_tokens=max_word_tokens
-        )
-        self._words, self._places, self._first, self._count, self.groups = found
+        self.usable: AlignmentGroups = alignment_groups(table, section, held_out=held_out)
+        self._section = section
+        self._seed = seed
+        self._cumulative: NDArray[np.float64] | None = None
+        if section.frequency_exponent > 0:
+            self._cumulative = np.cumsum((self.usable.frequency + 1.0) ** section.frequency_exponent)
+        weights = section.language_weights
+        self._language_weight = np.array([weights.get(language, 1.0) for language in table.languages])
 
-    def draw(self, step: int, *, rank: int, ranks: int, multiple: int, device: torch.device) -> WordBatch:
-        """The batch of this rank for one step.
-
-        Args:
-            ranks: data-parallel size; divides `groups_per_step`.
-            multiple: the padded word length is a multiple of this (the tensor-parallel size under sequence
-                parallelism).
-        """
-        random = np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
-        drawn = random.choice(self.groups, size=self.groups_per_step, replace=False)
-        words = self._choose_words(drawn, random)
+    def draw(self, step: int, layout: WordLayout, *, microbatches: int = 1) -> StepWords:
+        """The words of `step`, of which this rank gets its part."""
+        words, group = self._draw_words(step)
         offsets = self.table.word_offsets
         lengths = np.where(words >= 0, offsets[words + 1] - offsets[words], 0)
-        width = -(-int(lengths.max()) // multiple) * multiple
-        numbers = np.repeat(np.arange(len(drawn)), self.slots_per_group)
-        every = torch.from_numpy(np.where(words >= 0, numbers, -1))
-        sizes = np.bincount(numbers[words >= 0]).astype(np.float64)
-        per_rank = len(words) // ranks
-        own = slice(rank * per_rank, (rank + 1) * per_rank)
-        column = np.arange(width)
-        inside = column < lengths[own, None]
-        tokens = self.table.word_tokens[np.where(inside, offsets[words[own], None] + column, 0)]
-        pooling = inside / np.maximum(lengths[own, None], 1)
-        return WordBatch(
-            tokens=torch.from_numpy(np.where(inside, tokens, 0).astype(np.int64)).to(device),
-            position_ids=torch.arange(width, device=device).expand(per_rank, width).contiguous(),
-            pooling=torch.from_numpy(pooling.astype(np.float32)).to(device),
-            groups=WordGroups(
-                every=every.to(device),
-                own=every[own].to(device),
-                pairs=torch.tensor((sizes * (sizes - 1)).sum(), dtype=torch.float32, device=device),
-            ),
-            global_tokens=int(lengths.sum()),
+        column = np.arange(lengths.max())
+        inside = column < lengths[:, None]
+        tokens = self.table.word_tokens[np.where(inside, offsets[words][:, None] + column, 0)].astype(np.int64)
+        sizes = np.bincount(group[group >= 0])
+        return StepWords(
+            batches=layout.batches(tokens, lengths, microbatches),
+            groups=word_groups(torch.from_numpy(layout.by_rank(group, microbatches)).to(layout.device)),
+            pairs=int((sizes * (sizes - 1)).sum()),
+            tokens=int(lengths.sum()),
         )
 
-    def _choose_words(self, drawn: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """One word of each language of each drawn group, int64 `[groups * languages]`; -1 where there is none."""
-        wanted = (drawn[:, None] * self.slots_per_group + np.arange(self.slots_per_group)).reshape(-1)
-        at = np.minimum(np.searchsorted(self._places, wanted), len(self._places) - 1)
-        pick = self._first[at] + (random.random(len(wanted)) * self._count[at]).astype(np.int64)
-        return np.where(self._places[at] == wanted, self._words[pick], -1)
+    def _draw_words(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Words of the table and the number of each one's group in this step, int64 `[words_per_step]`; -1 in an empty
+        slot."""
+        random = np.random.Generator(np.random.Philox(key=np.array([self._seed, step], dtype=np.uint64)))
+        wanted = self._section.words_per_step
+        groups = self._draw_groups(random, min(-(-wanted // 2), len(self.usable.frequency)))
+        place, offsets = row_indices(self.usable.place_offsets, groups)
+        group = np.repeat(np.arange(len(groups)), np.diff(offsets))
+        limit = self._section.languages_per_group
+        if limit is not None:
+            chosen = self._draw_languages(random, limit, place, group, offsets)
+            place, group = place[chosen], group[chosen]
+        place, group = place[:wanted], group[:wanted]
+        if len(group) > 1 and group[-1] != group[-2]:
+            # The last group was cut down to a word without a partner.
+            place, group = place[:-1], group[:-1]
+        pick = (random.random(len(place)) * self.usable.counts[place]).astype(np.int64)
+        empty = (0, wanted - len(place))
+        return (
+            np.pad(self.usable.words[self.usable.first[place] + pick], empty, constant_values=-1),
+            np.pad(group, empty, constant_values=-1),
+        )
+
+    def _draw_groups(self, random: np.random.Generator, size: int) -> NDArray[np.int64]:
+        """`size` different groups, one after the other with probability by weight."""
+        count = len(self.usable.frequency)
+        if self._cumulative is None:
+            return random.choice(count, size=size, replace=False)
+        # Draws with replacement, repeats left out, are draws without it, and cost nothing for every group there is.
+        drawn = np.searchsorted(self._cumulative, random.random(2 * size) * self._cumulative[-1], side="right")
+        # A product may round up to the sum itself.
+        found = _without_repeats(np.minimum(drawn, count - 1))[:size]
+        if len(found) == size:
+            return found
+        # A few groups have most of the weight. The order of exponential variables divided by weights continues the
+        # draw (Efraimidis and Spirakis 2006).
+        waiting = random.exponential(size=count) / np.diff(self._cumulative, prepend=0.0)
+        waiting[found] = np.inf
+        return np.concatenate([found, np.argsort(waiting, kind="stable")[: size - len(found)]])
+
+    def _draw_languages(
+        self,
+        random: np.random.Generator,
+        limit: int,
+        place: NDArray[np.int64],
+        group: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Which of the drawn groups' places to take: at most `limit` of each group, by the languages' weights."""
+        waiting = random.exponential(size=len(place)) / self._language_weight[self.usable.language[place]]
+        order = np.lexsort((waiting, group))
+        rank = np.arange(len(place)) - offsets[group]
+        return np.sort(order[rank < limit])
+
+
+def _without_repeats(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each value once, where it comes first."""
+    _, first = np.unique(values, return_index=True)
+    return values[np.sort(first)]

@@ -1,19 +1,16 @@
 """Word retrieval: how well the words of a model find their translations, layer by layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_prealign.alignment.objective import WordGroups
-from megatron_prealign.alignment.taps import LayerTaps, no_loss
-from megatron_prealign.alignment.words import WordBatch, pad_words
+from megatron_prealign.alignment.layout import WordLayout, collect_states
 from megatron_prealign.evaluation.measures import MEASURES, WordLinks, measure_words
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, unwrap
-from megatron_prealign.training.rows import RowMicrobatch, idle_rows, row_loss_sum
+from megatron_prealign.runtime.engine import gather_parameters
 
 _WORDS_PER_MICROBATCH = 256
 
@@ -37,11 +34,11 @@ def measure_retrieval(
     places_there = [[torch.from_numpy(place).to(runtime.device) for place in both] for both in places]
     # The taps read the output embedding before any forward pass of it could fetch its update.
     gather_parameters(chunks)
-    layers = _representations(runtime, chunks, words, num_layers)
+    layers, gathered = _representations(runtime, chunks, words, num_layers)
     result = torch.zeros(len(pairs), num_layers + 2, 2, len(MEASURES), dtype=torch.float64, device=runtime.device)
     stage = runtime.groups.tp_dp_cp
     for layer in sorted(layers):
-        states = _gather(runtime, layers.pop(layer))
+        states = _gather(runtime, layers.pop(layer), gathered)
         for number, (source, target) in enumerate(places_there):
             if (layer * len(pairs) + number) % stage.size() == stage.rank():
                 result[number, layer] = measure_words(states[source], states[target], links[number])
@@ -73,79 +70,37 @@ def _distinct_words(pairs: Sequence[WordPairs]) -> tuple[list[np.ndarray], list[
     return words, places
 
 
-def _gather(runtime: Runtime, own: torch.Tensor) -> torch.Tensor:
-    parts = [torch.empty_like(own) for _ in range(runtime.data_size)]
-    dist.all_gather(parts, own.contiguous(), group=runtime.groups.dp)
-    return torch.cat(parts)
-
-
 def _representations(
     runtime: Runtime, chunks: Sequence[torch.nn.Module], words: Sequence[np.ndarray], num_layers: int
-) -> dict[int, torch.Tensor]:
-    """Mean subword state of this rank's share of `words` at every layer of this stage: layer -> float32 `[share,
-    hidden]`."""
-    collected: dict[int, list[torch.Tensor]] = {}
-
-    def collect(layer: int, states: torch.Tensor, batch: WordBatch) -> None:
-        collected.setdefault(layer, []).append(states.detach())
-
-    models = [unwrap(chunk) for chunk in chunks]
-    taps = LayerTaps(models, runtime, num_layers)
-
-    def forward_step(
-        microbatches: Iterator[WordBatch | RowMicrobatch], chunk: torch.nn.Module
-    ) -> tuple[torch.Tensor, LossFunction]:
-        batch = next(microbatches)
-        if isinstance(batch, RowMicrobatch):
-            output, loss_of = row_loss_sum(chunk, batch)
-            return output, lambda losses: (loss_of(losses), {})
-        return taps.run_words(chunk, unwrap(chunk), batch), lambda hidden: (no_loss(hidden), {})
-
-    batches: list[WordBatch | RowMicrobatch] = [*_word_batches(runtime, words)]
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Mean subword state of this rank's share of `words` at every layer of this stage, layer -> float32 `[share,
+    hidden]`, and where each word is when the shares of the stage's ranks are put together."""
+    layout = WordLayout.of(runtime, chunks)
+    # Words of a microbatch on all data-parallel ranks.
+    at_once = min(_WORDS_PER_MICROBATCH, -(-len(words) // runtime.data_size)) * runtime.data_size
+    microbatches = -(-len(words) // at_once)
+    ranks = runtime.groups.tp_dp_cp.size()
+    slots = -(-len(words) // (ranks * microbatches)) * ranks * microbatches
+    lengths = np.zeros(slots, dtype=np.int64)
+    lengths[: len(words)] = [len(word) for word in words]
+    tokens = np.zeros((slots, lengths.max()), dtype=np.int64)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(words)
+    # A word's states must not depend on dropout.
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad(), taps.observing(collect):
-        run_schedule(
-            runtime,
-            chunks,
-            forward_step,
-            batches,
-            idle=lambda: idle_rows(runtime),
-            shape=(batches[0].tokens.shape[1], batches[0].tokens.shape[0]),
-            mixed_shapes=True,
-            forward_only=True,
-        )
+    states = collect_states(
+        runtime, chunks, layout, layout.batches(tokens, lengths, microbatches), num_layers=num_layers
+    )
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
-    return {layer: torch.cat(states) for layer, states in collected.items()}
+    gathered = np.argsort(layout.by_rank(np.arange(slots), microbatches))[: len(words)]
+    return states, torch.from_numpy(gathered).to(runtime.device)
 
 
-def _word_batches(runtime: Runtime, words: Sequence[np.ndarray]) -> list[WordBatch]:
-    """This rank's contiguous share of the words, the last share filled up with empty words."""
-    multiple = runtime.parallel.tensor_model_parallel_size if runtime.parallel.sequence_parallel else 1
-    width = -(-max(len(word) for word in words) // multiple) * multiple
-    share = -(-len(words) // runtime.data_size)
-    tokens, pooling = pad_words(words, width)
-    filling = share * runtime.data_size - len(words)
-    tokens, pooling = (np.pad(array, ((0, filling), (0, 0))) for array in (tokens, pooling))
-    own = slice(runtime.data_rank * share, (runtime.data_rank + 1) * share)
-    no_groups = torch.zeros(0, dtype=torch.int64)
-    batches = []
-    for part_tokens, part_pooling in zip(
-        torch.from_numpy(tokens[own]).split(_WORDS_PER_MICROBATCH),
-        torch.from_numpy(pooling[own]).split(_WORDS_PER_MICROBATCH),
-        strict=True,
-    ):
-        positions = torch.arange(width, device=runtime.device).expand(len(part_tokens), width).contiguous()
-        batches.append(
-            WordBatch(
-                tokens=part_tokens.to(runtime.device),
-                position_ids=positions,
-                # A copy: batches are told apart by where their pooling weights lie.
-                pooling=part_pooling.to(runtime.device, copy=True),
-                groups=WordGroups(every=no_groups, own=no_groups, pairs=torch.zeros(())),
-                global_tokens=0,
-            )
-        )
-    return batches
+def _gather(runtime: Runtime, own: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The words of all ranks of the stage, in order."""
+    group = runtime.groups.tp_dp_cp
+    every = own.new_empty((group.size() * own.shape[0], own.shape[1]))
+    dist.all_gather_into_tensor(every, own.contiguous(), group=group)
+    return every[places]

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -42,6 +43,11 @@ def document_mask(document_starts: torch.Tensor, dtype: torch.dtype) -> torch.Te
     apart |= key > key[:, None]
     mask = torch.zeros((batch, 1, sequence, sequence), dtype=dtype, device=document_starts.device)
     return mask.masked_fill_(apart[:, None], -torch.inf)
+
+
+def keeps_documents_apart(model: GPTModel) -> bool:
+    """Whether the model's attention takes a `document_mask`: that of Transformer Engine does not look at one."""
+    return all(isinstance(layer.self_attention.core_attention, FusedCausalAttention) for layer in model.decoder.layers)
 
 
 class FusedCausalAttention(MegatronModule):
@@ -80,8 +86,8 @@ class FusedCausalAttention(MegatronModule):
         `[sequence, batch, heads * channels]`.
 
         `attention_mask` is a `document_mask`, recognised by its four dimensions, or one of two things that leave
-        attention causal: None, or two dimensions of word weights, which the alignment phase sends along in that
-        argument (see `alignment.taps`)."""
+        attention causal: None, or a tensor of two dimensions, by which the alignment phase knows a batch of words again
+        (see `alignment.taps`)."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("FusedCausalAttention takes neither packed sequences nor an attention bias")
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None

@@ -1,6 +1,7 @@
 """What a run is: frozen dataclasses, YAML and validation. Imports no torch."""
 
 from megatron_prealign.recipe.alignment import AlignmentSection
+from megatron_prealign.recipe.alignment_guard import AlignmentGuardSection
 from megatron_prealign.recipe.alignment_watch import AlignmentWatchSection
 from megatron_prealign.recipe.checkpoint import CheckpointSection
 from megatron_prealign.recipe.checks import RecipeValueError
@@ -16,6 +17,7 @@ from megatron_prealign.recipe.recipe import Recipe
 from megatron_prealign.recipe.training import TrainingSection
 
 __all__ = [
+    "AlignmentGuardSection",
     "AlignmentSection",
     "AlignmentWatchSection",
     "CheckpointSection",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prealign.recipe.alignment import AlignmentSection
+from megatron_prealign.recipe.alignment_guard import AlignmentGuardSection
 from megatron_prealign.recipe.alignment_watch import AlignmentWatchSection
 from megatron_prealign.recipe.checkpoint import CheckpointSection
 from megatron_prealign.recipe.checks import require
@@ -39,6 +40,8 @@ class Recipe:
     """The word table; needed by alignment, code_switch and alignment_watch."""
     alignment: AlignmentSection | None = None
     """Alignment phase before language-model training; null leaves it out."""
+    alignment_guard: AlignmentGuardSection | None = None
+    """Steps of language-model training that carry words too; null leaves it out."""
     code_switch: CodeSwitchSection | None = None
     """Code-switching during language-model training; null leaves it out."""
     alignment_watch: AlignmentWatchSection | None = None
@@ -120,15 +123,15 @@ class Recipe:
             "held_out",
             "trained, because dictionary.held_out_fraction is 0",
         )
+        require(
+            self.alignment_guard is None or self.alignment is not None,
+            "alignment_guard",
+            "set",
+            "null, or a section alignment with the settings of its words",
+        )
         if self.alignment is None:
             return
-        last = self.model.num_layers + 1
-        require(
-            all(0 <= layer <= last for layer in self.alignment.layers),
-            "alignment.layers",
-            self.alignment.layers,
-            f"layers from 0 to {last} (model.num_layers + 1)",
-        )
+        self.alignment.layer_weights(self.model.num_layers)
         rows, per_pass = self.alignment.lm_global_batch_size, self.alignment_micro_batch_size
         require(
             rows % per_pass == 0,
@@ -167,7 +170,6 @@ class Recipe:
         if self.alignment is not None:
             rows = self.alignment.lm_global_batch_size
             batches.append(("alignment.lm_global_batch_size", rows, self.alignment_micro_batch_size))
-            batches.append(("alignment.groups_per_step", self.alignment.groups_per_step, 1))
         for field, value, per_rank in batches:
             require(
                 value % (per_rank * data_parallel) == 0,
@@ -176,7 +178,30 @@ class Recipe:
                 f"a multiple of the {'micro batch x ' if per_rank > 1 else ''}data-parallel size "
                 f"({per_rank} x {data_parallel} = {per_rank * data_parallel}) with {world_size} processes",
             )
+        if self.alignment is not None:
+            self._check_words(self.alignment, data_parallel, world_size)
         return data_parallel
+
+    def _check_words(self, section: AlignmentSection, data_parallel: int, world_size: int) -> None:
+        """Every rank of a stage takes the same number of words."""
+        tensor = self.parallel.tensor_model_parallel_size
+        words = section.words_per_step
+        require(
+            words % (data_parallel * tensor) == 0,
+            "alignment.words_per_step",
+            words,
+            f"a multiple of data-parallel size x tensor_model_parallel_size ({data_parallel} x {tensor} = "
+            f"{data_parallel * tensor}) with {world_size} processes",
+        )
+        size = section.word_micro_batch_size
+        own = words // data_parallel
+        require(
+            size is None or (own % size == 0 and size % tensor == 0),
+            "alignment.word_micro_batch_size",
+            size,
+            f"null or a divisor of the {own} words of a data-parallel rank (alignment.words_per_step / "
+            f"{data_parallel}) that is a multiple of tensor_model_parallel_size ({tensor})",
+        )
 
     @property
     def alignment_micro_batch_size(self) -> int:

@@ -37,7 +37,6 @@ class LanguageModelPhase(Phase):
         if target_languages is not None:
             sizes["counts"] = LANGUAGES_FROM + len(target_languages)
         self._meter = Meter(sizes, runtime)
-        self._microbatches = 0
         self._counted_steps = 0
 
     def total_iters(self, state: TrainState) -> int:
@@ -75,27 +74,37 @@ class LanguageModelPhase(Phase):
         # Every stage reads the same rows; one of them counts.
         if counts is not None and self._runtime.is_last_stage:
             self._meter.add("counts", counts)
-        self._microbatches = schedule_length(self._runtime, len(batches))
+        self._run(state, chunks, batches)
+
+    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], rows: Sequence[RowMicrobatch]) -> None:
+        """Forward and backward pass over the rows of a step."""
+        microbatches = schedule_length(self._runtime, len(rows))
+
+        def forward_step(
+            iterator: Iterator[RowMicrobatch], chunk: torch.nn.Module
+        ) -> tuple[torch.Tensor, LossFunction]:
+            return self._row_step(chunk, next(iterator), microbatches)
+
         run_schedule(
             self._runtime,
             chunks,
-            self._forward_step,
-            batches,
+            forward_step,
+            rows,
             idle=lambda: idle_rows(self._runtime),
-            shape=(self._recipe.data.seq_length, training.micro_batch_size),
-            mixed_shapes=self._microbatches != len(batches),
+            shape=(self._recipe.data.seq_length, self._recipe.training.micro_batch_size),
+            mixed_shapes=microbatches != len(rows),
         )
 
-    def _forward_step(
-        self, microbatches: Iterator[RowMicrobatch], chunk: torch.nn.Module
+    def _row_step(
+        self, chunk: torch.nn.Module, rows: RowMicrobatch, microbatches: int
     ) -> tuple[torch.Tensor, LossFunction]:
-        output, loss_of = row_loss_sum(chunk, next(microbatches))
+        output, loss_of = row_loss_sum(chunk, rows)
 
         def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             loss = loss_of(losses)
             self._meter.add("loss", loss)
             # Megatron-Core averages over microbatches and data-parallel ranks; `loss` is already the step's mean.
-            return loss * (self._microbatches * self._runtime.data_size), {}
+            return loss * (microbatches * self._runtime.data_size), {}
 
         return output, loss_function
 

@@ -11,8 +11,8 @@ from megatron_prealign.runtime.distributed import Runtime
 class Meter:
     """Named sums in one float64 vector on the device.
 
-    Each rank adds its own part: what a value means is its sum over data-parallel ranks and pipeline stages
-    (tensor-parallel ranks add the same and are counted once).
+    Each rank adds its own part: what a value means is its sum over data-parallel ranks and pipeline stages.
+    Tensor-parallel ranks add the same and are counted once, unless a value is split over them.
     """
 
     def __init__(self, sizes: Mapping[str, int], runtime: Runtime) -> None:
@@ -25,8 +25,12 @@ class Meter:
             start += size
         self._sums = torch.zeros(start, dtype=torch.float64, device=runtime.device)
 
-    def add(self, name: str, value: torch.Tensor, index: int | None = None) -> None:
+    def add(
+        self, name: str, value: torch.Tensor, *, index: int | None = None, split_over_tensor_ranks: bool = False
+    ) -> None:
         """Adds a scalar (at `index`, or to a name of size one) or a vector of the name's size."""
+        if self._runtime.tensor_rank and not split_over_tensor_ranks:
+            return
         where = self._slices[name]
         if index is not None:
             where = slice(where.start + index, where.start + index + 1)
@@ -35,7 +39,7 @@ class Meter:
     def drain(self) -> dict[str, list[float]]:
         """The sums since the last call, over all ranks. Takes part: all ranks (two collectives, one host sync)."""
         sums = self._sums.clone()
-        dist.all_reduce(sums, group=self._runtime.groups.dp)
+        dist.all_reduce(sums, group=self._runtime.groups.tp_dp_cp)
         dist.all_reduce(sums, group=self._runtime.groups.pp)
         self._sums.zero_()
         values = sums.tolist()

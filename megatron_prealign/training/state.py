@@ -16,6 +16,7 @@ class TrainState:
         phase_start_tokens: value of `tokens` when the phase began.
         consumed_samples: rows of the training blend consumed so far, the position in the blended order.
         phase_done: the phase ended before its last step (it reached its goal).
+        below_floor: word retrieval was last measured below the floor of the alignment guard.
         seconds: wall-clock seconds of training, over all resumptions.
         stop_requested: a signal asked the run to save and end. Not saved.
     """
@@ -27,6 +28,7 @@ class TrainState:
     phase_start_tokens: int = 0
     consumed_samples: int = 0
     phase_done: bool = False
+    below_floor: bool = False
     seconds: float = 0.0
     stop_requested: bool = False
 

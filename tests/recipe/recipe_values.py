@@ -13,7 +13,7 @@ _VALUES: dict[str, Any] = {
     "training": {"seed": 1, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 3},
     "logging": {"run_dir": "run"},
     "dictionary": {"table": "table.safetensors"},
-    "alignment": {"train_iters": 5, "groups_per_step": 16, "lr": 0.001, "lm_global_batch_size": 4},
+    "alignment": {"train_iters": 5, "words_per_step": 32, "lr": 0.001, "lm_global_batch_size": 4},
     "code_switch": {"ratio": 0.05},
 }
 

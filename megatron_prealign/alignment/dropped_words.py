@@ -1,0 +1,34 @@
+"""Tells which words of the dictionary are too long for the alignment phase."""
+
+import logging
+from pathlib import Path
+
+from megatron_prealign.alignment.words import WordSampler
+from megatron_prealign.data.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+FILE = "alignment_dropped_words.tsv"
+_NAMED = 5
+
+
+def report_dropped_words(sampler: WordSampler, max_word_tokens: int, folder: Path) -> None:
+    """Logs how many words were left out and lists all of them in `folder`: language, word, tokens."""
+    table, words = sampler.table, sampler.usable.too_long
+    if not len(words):
+        return
+    text = table.word_text.tobytes()
+    ends = table.word_text_offsets
+    spelled = [text[ends[word] : ends[word + 1]].decode() for word in words]
+    with write_atomically(folder / FILE) as path, path.open("w", encoding="utf-8") as file:
+        for word, spelling in zip(words, spelled, strict=True):
+            tokens = table.word_offsets[word + 1] - table.word_offsets[word]
+            file.write(f"{table.languages[table.word_language[word]]}\t{spelling}\t{tokens}\n")
+    named = ", ".join(spelled[:_NAMED]) + (", ..." if len(spelled) > _NAMED else "")
+    logger.warning(
+        "alignment leaves out %s words of more than alignment.max_word_tokens (%d) tokens (%s); all are listed in %s",
+        f"{len(words):,}",
+        max_word_tokens,
+        named,
+        folder / FILE,
+    )

@@ -1,0 +1,116 @@
+"""How words are spread over ranks and microbatches, and their states at every layer brought back."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_prealign.alignment.packing import WordBatch, lay_out_words
+from megatron_prealign.alignment.taps import LayerTaps, no_loss
+from megatron_prealign.model.attention import keeps_documents_apart
+from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.runtime.engine import LossFunction, run_schedule, unwrap
+
+
+@dataclass(frozen=True)
+class WordLayout:
+    """Data-parallel rank d has the d-th part of the words, cut into microbatches; of each microbatch, tensor-parallel
+    rank t gets the t-th part back from the taps.
+
+    Attributes:
+        data_size, tensor_size: ranks.
+        data_rank: this rank's.
+        packed: several words share a row.
+        multiple: rows have a multiple of so many tokens.
+        dtype: of the activations.
+        device: where the batches go.
+    """
+
+    data_size: int
+    tensor_size: int
+    data_rank: int
+    packed: bool
+    multiple: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, runtime: Runtime, chunks: Sequence[torch.nn.Module]) -> "WordLayout":
+        """The layout of a run. Words share rows where the model's attention can keep them apart."""
+        tensor_size = runtime.parallel.tensor_model_parallel_size
+        models = [unwrap(chunk) for chunk in chunks]
+        return cls(
+            data_size=runtime.data_size,
+            tensor_size=tensor_size,
+            data_rank=runtime.data_rank,
+            packed=all(keeps_documents_apart(model) for model in models),
+            multiple=tensor_size if runtime.parallel.sequence_parallel else 1,
+            dtype=models[0].config.params_dtype,
+            device=runtime.device,
+        )
+
+    def by_rank(self, values: NDArray[np.int64], microbatches: int) -> NDArray[np.int64]:
+        """Values of all words, put in the order in which ranks and their microbatches are gathered."""
+        parts = values.reshape(self.data_size, microbatches, self.tensor_size, -1)
+        return parts.transpose(0, 2, 1, 3).reshape(-1)
+
+    def batches(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], microbatches: int) -> list[WordBatch]:
+        """This rank's words, a batch a microbatch.
+
+        Args:
+            tokens: `[words, longest]`, all words of all ranks; a multiple of ranks x microbatches.
+            lengths: tokens of each, 0 for an empty slot.
+        """
+        own = np.split(np.arange(len(lengths)), self.data_size)[self.data_rank]
+        return [self._batch(tokens[part], lengths[part]) for part in np.split(own, microbatches)]
+
+    def idle_batch(self) -> WordBatch:
+        """The smallest batch, without any word; fills up an interleaved schedule."""
+        nothing = np.zeros((0, 1), dtype=np.int64)
+        return self._batch(nothing, nothing[:, 0])
+
+    def _batch(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> WordBatch:
+        return lay_out_words(
+            tokens, lengths, packed=self.packed, multiple=self.multiple, dtype=self.dtype, device=self.device
+        )
+
+
+def collect_states(
+    runtime: Runtime,
+    chunks: Sequence[torch.nn.Module],
+    layout: WordLayout,
+    batches: Sequence[WordBatch],
+    *,
+    num_layers: int,
+    wanted: Callable[[int], bool] = lambda layer: True,
+) -> dict[int, torch.Tensor]:
+    """This rank's words at every layer of its stage that is `wanted`, from one forward pass without gradients. Takes
+    part: all ranks.
+
+    Returns:
+        layer -> float32 `[words, hidden]`, microbatch after microbatch.
+    """
+    collected: dict[int, list[torch.Tensor]] = {}
+    taps = LayerTaps([unwrap(chunk) for chunk in chunks], runtime, num_layers)
+
+    def collect(layer: int, states: torch.Tensor, batch: WordBatch) -> None:
+        if wanted(layer):
+            collected.setdefault(layer, []).append(states)
+
+    def forward_step(iterator: Iterator[WordBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        return taps.run_words(chunk, unwrap(chunk), next(iterator)), lambda hidden: (no_loss(hidden), {})
+
+    with torch.no_grad(), taps.observing(collect):
+        run_schedule(
+            runtime,
+            chunks,
+            forward_step,
+            batches,
+            idle=layout.idle_batch,
+            shape=(batches[0].tokens.shape[1], batches[0].tokens.shape[0]),
+            mixed_shapes=True,
+            forward_only=True,
+        )
+    return {layer: torch.cat(states) for layer, states in collected.items()}

@@ -1,0 +1,211 @@
+"""Alignment steps: the words of a step and rows of the blend in one schedule pass.
+
+Both the alignment phase and the alignment guard of language-model training run these.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_prealign.alignment.layout import WordLayout, collect_states
+from megatron_prealign.alignment.objective import similarity_penalty
+from megatron_prealign.alignment.packing import WordBatch
+from megatron_prealign.alignment.taps import LayerTaps, Observer, no_loss
+from megatron_prealign.alignment.words import StepWords, WordSampler
+from megatron_prealign.kernels import WordGroups, contrastive_loss
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, schedule_length, unwrap
+from megatron_prealign.training.meter import Meter
+from megatron_prealign.training.rows import RowMicrobatch, idle_rows
+
+logger = logging.getLogger(__name__)
+
+# (chunk, rows, microbatches of the schedule) -> the chunk's output and the function of its loss.
+RowStep = Callable[[torch.nn.Module, RowMicrobatch, int], tuple[torch.Tensor, LossFunction]]
+
+
+class WordSteps:
+    """Draws the words of a step, attaches the loss of every aligned layer and runs the schedule."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, sampler: WordSampler) -> None:
+        assert recipe.alignment is not None
+        self._recipe = recipe
+        self._section = recipe.alignment
+        self._runtime = runtime
+        self.sampler = sampler
+        self.layer_weights = recipe.alignment.layer_weights(recipe.model.num_layers)
+        own = recipe.alignment.words_per_step // runtime.data_size
+        self._word_microbatches = own // (recipe.alignment.word_micro_batch_size or own)
+        self._dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+        self._meter = Meter({"alignment_loss": len(self.layer_weights), "similarity_penalty": 1}, runtime)
+        self._steps = 0
+        self._skipped = 0
+        self.tokens = 0
+        """Tokens of the words of the last step, over all ranks."""
+
+    def run(
+        self, step: int, chunks: Sequence[torch.nn.Module], rows: Sequence[RowMicrobatch], row_step: RowStep
+    ) -> None:
+        """Leaves the gradients of the words of `step` and of the rows in the chunks' gradient buffers. Takes part: all
+        ranks."""
+        layout = WordLayout.of(self._runtime, chunks)
+        words = self.sampler.draw(step, layout, microbatches=self._word_microbatches)
+        self.tokens = words.tokens
+        batches = words.batches
+        if not words.pairs:
+            self._skip(step)
+            # Without any microbatch there would be no gradients to finalise, not even zeros.
+            batches, rows = [], rows or [idle_rows(self._runtime)]
+        self._steps += bool(batches)
+        microbatches = schedule_length(self._runtime, len(batches) + len(rows))
+        taps = LayerTaps([unwrap(chunk) for chunk in chunks], self._runtime, self._recipe.model.num_layers)
+        # The taps read the output embedding before any forward pass of it could fetch its update.
+        gather_parameters(chunks)
+        observer = self._from_states(words.groups)
+        if len(batches) > 1:
+            observer = self._from_gradients(self._state_gradients(chunks, layout, words), batches)
+
+        def forward_step(
+            iterator: Iterator[WordBatch | RowMicrobatch], chunk: torch.nn.Module
+        ) -> tuple[torch.Tensor, LossFunction]:
+            batch = next(iterator)
+            if isinstance(batch, RowMicrobatch):
+                return row_step(chunk, batch, microbatches)
+            return _word_step(taps, chunk, batch, microbatches)
+
+        with taps.observing(observer):
+            run_schedule(
+                self._runtime,
+                chunks,
+                forward_step,
+                [*batches, *rows],
+                idle=lambda: idle_rows(self._runtime),
+                shape=(self._recipe.data.seq_length, self._recipe.training.micro_batch_size),
+                mixed_shapes=True,
+            )
+
+    def _skip(self, step: int) -> None:
+        self._skipped += 1
+        logger.warning(
+            "step %d: no word of the batch has a translation in it, its words are skipped (%d such steps so far)",
+            step,
+            self._skipped,
+        )
+
+    def _layer_loss(self, layer: int, states: torch.Tensor, groups: WordGroups) -> torch.Tensor:
+        """The loss to attach to one layer, weighted, and scaled so that Megatron-Core's averaging over data-parallel
+        ranks leaves its sum."""
+        section, weight, group = self._section, self.layer_weights[layer], self._runtime.groups.tp_dp_cp
+        if not weight:
+            # Still joins the graph: overlapped gradient reduction waits for every parameter, and without rows of the
+            # blend nothing else touches the output embedding.
+            return (states * 0.0).sum()
+        seen = states.to(self._dtype)
+        loss = contrastive_loss(seen, groups, temperature=section.temperature, process_group=group)
+        self._meter.add("alignment_loss", loss, index=layer, split_over_tensor_ranks=True)
+        loss = section.alpha * loss
+        if section.gamma:
+            penalty = similarity_penalty(seen, groups, group)
+            # Every rank has the whole of it.
+            share = penalty * (weight / group.size())
+            self._meter.add("similarity_penalty", share, split_over_tensor_ranks=True)
+            loss = loss + section.gamma * penalty
+        return loss * (weight * self._runtime.data_size)
+
+    def _is_observed(self, layer: int) -> bool:
+        return self.layer_weights[layer] > 0 or layer == len(self.layer_weights) - 1
+
+    def _from_states(self, groups: WordGroups) -> Observer:
+        """Attaches the losses themselves: all words of the step are in one microbatch."""
+
+        def observe(layer: int, states: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
+            # With full recomputation the first forward pass keeps no graph; the loss belongs to the second one.
+            if not torch.is_grad_enabled() or not self._is_observed(layer):
+                return None
+            return self._layer_loss(layer, states, groups)
+
+        return observe
+
+    def _from_gradients(self, gradients: dict[int, list[torch.Tensor]], batches: list[WordBatch]) -> Observer:
+        """Attaches products whose gradients are those of the losses, which were taken with all microbatches at hand."""
+        number = {id(batch): index for index, batch in enumerate(batches)}
+
+        def observe(layer: int, states: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
+            if not torch.is_grad_enabled() or layer not in gradients:
+                return None
+            return (states * gradients[layer][number[id(batch)]]).sum()
+
+        return observe
+
+    def _state_gradients(
+        self, chunks: Sequence[torch.nn.Module], layout: WordLayout, words: StepWords
+    ) -> dict[int, list[torch.Tensor]]:
+        """Gradients of the losses of this stage's layers with respect to the words, by layer and microbatch: a forward
+        pass over all word microbatches collects the words, then each layer's loss is taken once."""
+        states = collect_states(
+            self._runtime,
+            chunks,
+            layout,
+            words.batches,
+            num_layers=self._recipe.model.num_layers,
+            wanted=self._is_observed,
+        )
+        gradients = {}
+        for layer in sorted(states):
+            leaf = states.pop(layer).requires_grad_()
+            self._layer_loss(layer, leaf, words.groups).backward()
+            assert leaf.grad is not None
+            gradients[layer] = list(leaf.grad.chunk(len(words.batches)))
+        return gradients
+
+    def metrics(self) -> dict[str, Any]:
+        """Means over the steps with words since the last call; None for layers without weight. Takes part: all
+        ranks."""
+        sums = self._meter.drain()
+        steps = max(self._steps, 1)
+        by_layer = [
+            loss / steps if weight else None
+            for weight, loss in zip(self.layer_weights, sums["alignment_loss"], strict=True)
+        ]
+        aligned = sum(
+            weight * loss for weight, loss in zip(self.layer_weights, by_layer, strict=True) if loss is not None
+        )
+        penalty = sums["similarity_penalty"][0] / steps
+        found = {
+            "words_loss": self._section.alpha * aligned + self._section.gamma * penalty,
+            "alignment_loss": by_layer,
+            "word_steps": self._steps,
+        }
+        self._steps = 0
+        return found
+
+    def mean_of_aligned(self, by_pair: Sequence[Sequence[float]]) -> float:
+        """Mean of a measure over the aligned layers and the language pairs.
+
+        Args:
+            by_pair: a value for every layer, per language pair.
+        """
+        values = [
+            value for by_layer in by_pair for value, weight in zip(by_layer, self.layer_weights, strict=True) if weight
+        ]
+        return math.fsum(values) / len(values)
+
+
+def _word_step(
+    taps: LayerTaps, chunk: torch.nn.Module, batch: WordBatch, microbatches: int
+) -> tuple[torch.Tensor, LossFunction]:
+    output = taps.run_words(chunk, unwrap(chunk), batch)
+    output_embedding_loss = taps.output_embedding_loss
+
+    def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = no_loss(hidden)
+        if output_embedding_loss is not None:
+            # Attached losses pass by Megatron-Core's division by the number of microbatches, this one does not.
+            loss = loss + output_embedding_loss * microbatches
+        return loss, {}
+
+    return output, loss_function
