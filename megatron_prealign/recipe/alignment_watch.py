@@ -8,8 +8,10 @@ from megatron_prealign.recipe.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentWatchSection:
-    """Word retrieval and cosines at every layer, before the first step, every few steps and at the end of each
-    phase."""
+    """Word retrieval and cosines at every layer, while training.
+
+    Measured before the first step, every `interval` steps and at the end of each phase.
+    """
 
     interval: int
     """Optimizer steps from one measurement to the next, counted over the run and not over the phase."""

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_prealign.recipe import (
     AlignmentSection,
+    AlignmentWatchSection,
     CheckpointSection,
     CodeSwitchSection,
     DataSection,
@@ -33,6 +34,7 @@ SECTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dictionary": (DictionarySection, {"table": "t"}),
     "alignment": (AlignmentSection, {"train_iters": 5, "groups_per_step": 8, "lr": 0.001}),
     "code_switch": (CodeSwitchSection, {"ratio": 0.05}),
+    "alignment_watch": (AlignmentWatchSection, {"interval": 10}),
 }
 ABOVE_0 = "a number above 0"
 NULL_OR_ABOVE_0 = "null or a number above 0"
@@ -123,6 +125,9 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("code_switch", "min_word_length", 0, ABOVE_0),
     ("code_switch", "max_word_length", 0, "null or at least code_switch.min_word_length = 1"),
     ("code_switch", "lookahead", -1, "null or a number, at least 0"),
+    ("alignment_watch", "interval", 0, ABOVE_0),
+    ("alignment_watch", "words", -1, ABOVE_0),
+    ("alignment_watch", "groups", "all", "one of held_out, trained"),
 ]
 
 

@@ -105,6 +105,14 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             "code_switch is set, expected null, or a dictionary section with the path of the table",
         ),
         (
+            {"dictionary": None, "alignment": None, "code_switch": None, "alignment_watch.interval": 5},
+            "alignment_watch is set, expected null, or a dictionary section with the path of the table",
+        ),
+        (
+            {"alignment_watch.interval": 5, "dictionary.held_out_fraction": 0.0},
+            "alignment_watch.groups is held_out, expected trained, because dictionary.held_out_fraction is 0",
+        ),
+        (
             {"code_switch.lookahead": 17},
             "code_switch.lookahead is 17, expected null or at most data.seq_length (16)",
         ),
@@ -133,6 +141,8 @@ def test_sections_that_do_not_fit_together(tmp_path: Path, changes: dict[str, An
         {"alignment.layers": [0, 3, 5]},
         {"dictionary": None, "alignment": None, "code_switch": None},
         {"alignment.lm_global_batch_size": 0},
+        {"alignment_watch.interval": 5, "alignment": None, "code_switch": None},
+        {"alignment_watch": {"interval": 5, "groups": "trained"}, "dictionary.held_out_fraction": 0.0},
         {"model.max_position_embeddings": 16},
         {"training.train_iters": None, "training.train_tokens": 28 * 16},
     ],
