@@ -15,7 +15,14 @@ from megatron_prealign.recipe.checks import RecipeValueError
 from megatron_prealign.recipe.recipe import Recipe
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+}
 _SECTION = "a section with fields of its own"
 _NO_SECTION = (
     r"Not a valid subclass of \S+ Got value: (.+?) Subclass types",
@@ -50,7 +57,7 @@ def _one_line(text: str) -> str:
 
 def _rephrase(leaf: str, field: str) -> str:
     if match := re.match(r"Expected a (.+?)\. Got value: (.*)", leaf):
-        return f"{field} is {match[2]}, expected {_type_name(match[1])}"
+        return f"{field} is {match[2]}, expected {_choice(field) or _type_name(match[1])}"
     if match := re.match(r"Option '(.+?)' is not accepted", leaf):
         return _unknown(f"{field}.{match[1]}" if field else match[1])
     if match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", leaf):
@@ -73,6 +80,21 @@ def _type_name(text: str) -> str:
     return _TYPES.get(match[1], _SECTION) if match else text
 
 
+def _choice(field: str) -> str | None:
+    """What a field of several plain types takes, all of them: jsonargparse names the one it tried last. None for other
+    fields."""
+    *path, name = field.split(".")
+    section = _section(path)
+    kind = typing.get_type_hints(section).get(name) if section is not None else None
+    kinds = [typing.get_origin(each) or each for each in typing.get_args(kind)] if _is_union(kind) else []
+    names = [_TYPES[each.__name__] for each in kinds if getattr(each, "__name__", None) in _TYPES]
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else None
+
+
+def _is_union(kind: typing.Any) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+
+
 def _unknown(field: str) -> str:
     """The message about a field that no section has, with the fields it may have been meant to be."""
     *path, name = field.split(".")
@@ -93,6 +115,6 @@ def _section(path: list[str]) -> typing.Any:
         while kind is not None and not is_dataclass(kind):
             # `Section | None` and `list[Item]`.
             arguments = typing.get_args(kind)
-            is_wrapper = isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, list)
+            is_wrapper = _is_union(kind) or typing.get_origin(kind) is list
             kind = arguments[0] if is_wrapper else None
     return kind
