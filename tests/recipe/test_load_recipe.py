@@ -32,7 +32,7 @@ def test_later_config_and_options_win(tmp_path: Path) -> None:
     assert recipe.model.num_layers == 12
     assert recipe.model.hidden_size == 32
     assert recipe.alignment is not None
-    assert (recipe.alignment.alpha, recipe.alignment.groups_per_step) == (0.5, 16)
+    assert (recipe.alignment.alpha, recipe.alignment.words_per_step) == (0.5, 32)
     # Order decides, not the kind of source.
     recipe = load_recipe(["--config", first, "--model.num_layers", "12", "--config", str(second)])
     assert recipe.model.num_layers == 8
@@ -43,6 +43,13 @@ def test_options_reach_optional_sections_and_lists(tmp_path: Path) -> None:
     recipe = load_recipe(["--config", config, "--alignment.train_iters", "7", "--alignment.layers", "[0, 2]"])
     assert recipe.alignment is not None
     assert (recipe.alignment.train_iters, recipe.alignment.layers) == (7, [0, 2])
+    for given, layers in (("2-5", "2-5"), ("all", "all"), ("{0: 1, 4: 2.5}", {0: 1.0, 4: 2.5})):
+        section = load_recipe(["--config", config, "--alignment.layers", given]).alignment
+        assert section is not None
+        assert section.layers == layers
+    guard = load_recipe(["--config", config, "--alignment_guard.interval", "3"]).alignment_guard
+    assert guard is not None
+    assert (guard.interval, guard.floor) == (3, None)
     assert load_recipe(["--config", config, "--alignment", "null"]).alignment is None
     recipe = load_recipe(["--config", config, "--data.sources", '[{"path": "x", "language": "y", "weight": 2}]'])
     assert [(each.path, each.language, each.weight) for each in recipe.data.sources] == [("x", "y", 2.0)]
@@ -69,17 +76,36 @@ def test_documents_are_kept_apart_only_when_asked(tmp_path: Path) -> None:
         ({"model.num_layer": 1}, "model.num_layer is unknown, expected num_layers"),
         ({"foo": {"a": 1}}, "foo is unknown, expected one of model, data, optimizer, "),
         ({"alignement": {"lr": 1}}, "alignement is unknown, expected alignment"),
-        ({"alignment": {"foo": 1}}, "alignment.foo is unknown, expected one of train_iters, groups_per_step, "),
-        ({"alignment.foo": 1}, "alignment.foo is unknown, expected one of train_iters, groups_per_step, "),
+        ({"alignment": {"foo": 1}}, "alignment.foo is unknown, expected one of train_iters, words_per_step, "),
+        ({"alignment.foo": 1}, "alignment.foo is unknown, expected one of train_iters, words_per_step, "),
         (
             {"data.sources": [{"path": "a", "language": "b", "wait": 1}]},
             "data.sources.wait is unknown, expected weight",
         ),
-        ({"alignment": {"train_iters": 1}}, "alignment.groups_per_step, alignment.lr are not set, expected a value"),
+        ({"alignment": {"train_iters": 1}}, "alignment.words_per_step, alignment.lr are not set, expected a value"),
         ({"alignment": [1]}, "alignment is [1], expected a section with fields of its own"),
         ({"alignment.train_iters": "many"}, "alignment.train_iters is many, expected a whole number"),
-        ({"alignment.layers": ["first"]}, "alignment.layers is first, expected a whole number"),
-        ({"alignment.train_iters": 0}, "alignment.train_iters is 0, expected a number above 0"),
+        ({"alignment.layers": ["first"]}, "alignment.layers is ['first'], expected text, a list or a mapping"),
+        ({"alignment.layers": 3}, "alignment.layers is 3, expected text, a list or a mapping"),
+        ({"alignment.layers": {0: "much"}}, "alignment.layers is {0: 'much'}, expected text, a list or a mapping"),
+        ({"alignment.layers": "first"}, "alignment.layers is 'first', expected all, a list as [0, 12, 24], a range as"),
+        ({"alignment.layers": {2: 0}}, "alignment.layers.2 is 0.0, expected a weight above 0"),
+        ({"alignment.groups_per_step": 8}, "alignment.groups_per_step is unknown, expected words_per_step"),
+        ({"alignment.train_iters": -1}, "alignment.train_iters is -1, expected 0 or more"),
+        ({"alignment.words_per_step": 1}, "alignment.words_per_step is 1, expected a number above 1"),
+        ({"alignment.words_per_step": "many"}, "alignment.words_per_step is many, expected a whole number"),
+        ({"alignment.freeze": "middle"}, "alignment.freeze is middle, expected one of 'none', 'lower', 'upper'"),
+        ({"alignment.language_weights": {"de": "x"}}, "alignment.language_weights is x, expected a number"),
+        (
+            {"alignment.language_weights": {"de": 1}},
+            "alignment.language_weights is {'de': 1.0}, expected two languages",
+        ),
+        ({"alignment.frequency_exponent": "x"}, "alignment.frequency_exponent is x, expected a number"),
+        ({"alignment.languages_per_group": 1}, "alignment.languages_per_group is 1, expected null or a number, at"),
+        ({"alignment.word_micro_batch_size": 0}, "alignment.word_micro_batch_size is 0, expected null or a number abo"),
+        ({"alignment_guard": {"every": 2}}, "alignment_guard.every is unknown, expected one of interval, floor"),
+        ({"alignment_guard": {"interval": 0}}, "alignment_guard.interval is 0, expected a number above 0"),
+        ({"alignment_guard": {"floor": "low"}}, "alignment_guard.floor is low, expected a number"),
         ({"code_switch.ratio": 1.5}, "code_switch.ratio is 1.5, expected a number from 0 to 1"),
         ({"code_switch.label_mode": "all"}, "code_switch.label_mode is all, expected one of 'input_only', "),
         ({"code_switch.language_weights": {"de": "x"}}, "code_switch.language_weights is x, expected a number"),
@@ -172,6 +198,8 @@ def test_nothing_given_names_every_required_field() -> None:
             "data.validation": [{"path": "v", "language": "日本語"}],
             "alignment.layers": [0, 5],
             "alignment.stop_at_p_at_1": 0.9,
+            "alignment_guard": {"interval": 4, "floor": 0.25},
+            "alignment_watch": {"interval": 10},
             "code_switch.language_weights": {"de": 0.5, "fr": 1e-5},
             "parallel.tensor_model_parallel_size": 2,
             "training.train_iters": None,
@@ -179,6 +207,16 @@ def test_nothing_given_names_every_required_field() -> None:
             "optimizer.adam_eps": 1e-15,
             "checkpoint.load": "elsewhere",
         },
+        {
+            "alignment.layers": {0: 1, 5: 2.5},
+            "alignment.freeze": "upper",
+            "alignment.projection_size": 8,
+            "alignment.languages_per_group": 2,
+            "alignment.language_weights": {"de": 0.5, "fr": 1e-5},
+            "alignment.frequency_exponent": 0.3,
+            "alignment.word_micro_batch_size": 16,
+        },
+        {"alignment.layers": "1-4", "alignment.train_iters": 0, "alignment_guard": {}},
     ],
 )
 def test_saved_recipe_loads_as_an_equal_one(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_prealign.recipe import (
+    AlignmentGuardSection,
     AlignmentSection,
     AlignmentWatchSection,
     CheckpointSection,
@@ -32,13 +33,14 @@ SECTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "parallel": (ParallelSection, {}),
     "checkpoint": (CheckpointSection, {}),
     "dictionary": (DictionarySection, {"table": "t"}),
-    "alignment": (AlignmentSection, {"train_iters": 5, "groups_per_step": 8, "lr": 0.001}),
+    "alignment": (AlignmentSection, {"train_iters": 5, "words_per_step": 8, "lr": 0.001}),
+    "alignment_guard": (AlignmentGuardSection, {}),
     "code_switch": (CodeSwitchSection, {"ratio": 0.05}),
     "alignment_watch": (AlignmentWatchSection, {"interval": 10}),
 }
 ABOVE_0 = "a number above 0"
 NULL_OR_ABOVE_0 = "null or a number above 0"
-NAN = float("nan")
+NAN, INFINITY = float("nan"), float("inf")
 
 # Section, field, value that is refused, expectation in the message.
 REFUSED: list[tuple[str, str, Any, str]] = [
@@ -106,19 +108,32 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("checkpoint", "timeout_minutes", 0.0, ABOVE_0),
     ("dictionary", "held_out_fraction", 1.0, "at least 0 and below 1"),
     ("dictionary", "held_out_fraction", -0.1, "at least 0 and below 1"),
-    *[("alignment", field, 0, ABOVE_0) for field in ("train_iters", "groups_per_step", "max_word_tokens")],
+    *[("alignment", "words_per_step", value, "a number above 1") for value in (1, 0, -2)],
+    ("alignment", "max_word_tokens", 0, ABOVE_0),
     *[("alignment", field, 0.0, ABOVE_0) for field in ("lr", "temperature")],
     *[
         ("alignment", field, -1, "0 or more")
-        for field in ("alpha", "lm_weight", "gamma", "lm_global_batch_size", "lr_warmup_iters")
+        for field in ("train_iters", "alpha", "lm_weight", "gamma", "lm_global_batch_size", "lr_warmup_iters")
     ],
-    ("alignment", "lm_micro_batch_size", 0, NULL_OR_ABOVE_0),
+    *[
+        ("alignment", field, value, NULL_OR_ABOVE_0)
+        for field in ("lm_micro_batch_size", "word_micro_batch_size", "projection_size")
+        for value in (0, -1)
+    ],
     ("alignment", "min_lr", -1.0, "from 0 to alignment.lr (0.001)"),
     ("alignment", "min_lr", 0.002, "from 0 to alignment.lr (0.001)"),
     ("alignment", "lr_decay_style", "exponential", "one of constant, linear, cosine"),
     ("alignment", "stop_at_p_at_1", 0.0, "null or a number above 0 and at most 1"),
     ("alignment", "stop_at_p_at_1", 1.1, "null or a number above 0 and at most 1"),
     ("alignment", "layers", [1, 1], "every layer once"),
+    ("alignment", "layers", [], "one layer or more, or all"),
+    *[("alignment", "languages_per_group", value, "null or a number, at least 2") for value in (1, 0, -3)],
+    *[("alignment", "frequency_exponent", value, "0 or more") for value in (-0.5, NAN, INFINITY)],
+    *[("alignment_guard", "interval", value, ABOVE_0) for value in (0, -1)],
+    *[
+        ("alignment_guard", "floor", value, "null or a number above 0 and at most 1")
+        for value in (0.0, 1.01, -0.5, NAN)
+    ],
     ("code_switch", "ratio", 1.5, "a number from 0 to 1"),
     ("code_switch", "ratio", -0.1, "a number from 0 to 1"),
     ("code_switch", "source_languages", ["en", "de", "en"], "every language once"),
@@ -148,6 +163,91 @@ def test_refusal_names_field_value_and_expectation(section: str, field: str, val
     with pytest.raises(RecipeValueError) as caught:
         build(section, **{field: value})
     assert str(caught.value) == f"{section}.{field} is {value}, expected {expected}"
+
+
+WRITTEN = 'all, a list as [0, 12, 24], a range as "8-16" or weights as {0: 1, 12: 2}'
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        *[
+            (text, f"alignment.layers is {text!r}, expected {WRITTEN}")
+            for text in ("some", "", "3", "5-2", "-2-3", "2-")
+        ],
+        ({}, "alignment.layers is empty, expected a weight for one layer or more"),
+        *[
+            ({0: 1.0, 3: weight}, f"alignment.layers.3 is {weight}, expected a weight above 0")
+            for weight in (0.0, -1.0, NAN, INFINITY)
+        ],
+    ],
+)
+def test_layers_that_say_nothing(layers: Any, message: str) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("alignment", layers=layers)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("layers", "weights"),
+    [
+        ("all", [1 / 6] * 6),
+        ([0, 5, 2], [1 / 3, 0.0, 1 / 3, 0.0, 0.0, 1 / 3]),
+        ([4], [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]),
+        ("2-4", [0.0, 0.0, 1 / 3, 1 / 3, 1 / 3, 0.0]),
+        ("0 - 5", [1 / 6] * 6),
+        ("3-3", [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]),
+        ({0: 1.0, 4: 3.0}, [0.25, 0.0, 0.0, 0.0, 0.75, 0.0]),
+        ({5: 0.1}, [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
+    ],
+)
+def test_weights_of_layers_sum_to_one(layers: Any, weights: list[float]) -> None:
+    # One division.
+    assert build("alignment", layers=layers).layer_weights(4) == pytest.approx(weights, rel=1e-15)
+
+
+@pytest.mark.parametrize("layers", [[0, 6], [-1], "4-6", {6: 1.0}, {-1: 1.0, 2: 1.0}])
+def test_layers_that_the_model_lacks(layers: Any) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("alignment", layers=layers).layer_weights(4)
+    assert str(caught.value) == f"alignment.layers is {layers}, expected layers from 0 to 5 (model.num_layers + 1)"
+
+
+@pytest.mark.parametrize("freeze", ["lower", "upper"])
+def test_frozen_blocks_have_no_optimizer_to_keep(freeze: str) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("alignment", freeze=freeze, keep_optimizer=True)
+    assert str(caught.value) == (
+        f"alignment.keep_optimizer is true, expected false with alignment.freeze {freeze}: the frozen blocks have no "
+        "optimizer state to keep"
+    )
+    build("alignment", freeze=freeze)
+    build("alignment", freeze="none", keep_optimizer=True)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, NAN, INFINITY])
+def test_weights_of_languages_are_above_0(weight: float) -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("alignment", languages_per_group=2, language_weights={"en": 1.0, "de": weight})
+    assert str(caught.value) == f"alignment.language_weights.de is {weight}, expected a number above 0"
+
+
+def test_weights_of_languages_need_a_choice_to_make() -> None:
+    with pytest.raises(RecipeValueError) as caught:
+        build("alignment", languages_per_group=2, language_weights={"en": 1.0})
+    assert str(caught.value) == (
+        "alignment.language_weights is {'en': 1.0}, expected two languages or more, or none for all of them"
+    )
+    unequal = {"en": 1.0, "de": 2.0}
+    with pytest.raises(RecipeValueError) as caught:
+        build("alignment", language_weights=unequal)
+    assert str(caught.value) == (
+        f"alignment.language_weights is {unequal}, expected equal weights while alignment.languages_per_group is null, "
+        "which takes every language of a group; set it to the number of languages to draw"
+    )
+    build("alignment", languages_per_group=2, language_weights=unequal)
+    # Chooses among the languages of the table.
+    build("alignment", language_weights={"en": 2.0, "de": 2.0})
 
 
 @pytest.mark.parametrize(("iters", "tokens"), [(None, None), (3, 100)])

@@ -96,6 +96,33 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             {"alignment.layers": [-1]},
             "alignment.layers is [-1], expected layers from 0 to 5 (model.num_layers + 1)",
         ),
+        *[
+            (
+                {"alignment.layers": layers},
+                f"alignment.layers is {layers}, expected layers from 0 to 5 (model.num_layers + 1)",
+            )
+            for layers in ("3-6", {0: 1.0, 6: 2.0})
+        ],
+        (
+            {"alignment": None, "alignment_guard": {}},
+            "alignment_guard is set, expected null, or a section alignment with the settings of its words",
+        ),
+        (
+            {"alignment_guard": {"floor": 0.5}},
+            "alignment_guard.floor is set, expected null, or a section alignment_watch, which measures what falls "
+            "below it",
+        ),
+        (
+            {"alignment.freeze": "lower", "alignment.keep_optimizer": True},
+            "alignment.keep_optimizer is true, expected false with alignment.freeze lower: the frozen blocks have no "
+            "optimizer state to keep",
+        ),
+        (
+            # Nothing warms up in a phase without steps.
+            {"alignment.train_iters": 0, "alignment.lr_warmup_iters": 1, "alignment_guard": {}},
+            "alignment.lr_warmup_iters is 1, expected less than alignment.train_iters (0), or the peak learning rate "
+            "is never reached",
+        ),
         (
             {"dictionary": None, "code_switch": None},
             "alignment is set, expected null, or a dictionary section with the path of the table",
@@ -139,6 +166,14 @@ def test_sections_that_do_not_fit_together(tmp_path: Path, changes: dict[str, An
         {PP: 2, VPP: 2},
         {TP: 2, "parallel.sequence_parallel": True},
         {"alignment.layers": [0, 3, 5]},
+        {"alignment.layers": "0-5"},
+        {"alignment.layers": {1: 0.5, 5: 3}},
+        {"alignment.freeze": "lower"},
+        {"alignment_guard": {"interval": 2}},
+        {"alignment_guard": {"floor": 0.5}, "alignment_watch": {"interval": 10}},
+        # The words of the guard, without a phase of their own.
+        {"alignment.train_iters": 0, "alignment_guard": {}},
+        {"alignment.train_iters": 0, "alignment_guard": {}, "training.train_iters": None, "training.train_tokens": 128},
         {"dictionary": None, "alignment": None, "code_switch": None},
         {"alignment.lm_global_batch_size": 0},
         {"alignment_watch.interval": 5, "alignment": None, "code_switch": None},
@@ -155,6 +190,10 @@ def test_world_size_gives_the_data_parallel_size(tmp_path: Path) -> None:
     assert load(tmp_path, {}).check_world_size(1) == 1
     assert load(tmp_path, {}).check_world_size(2) == 2
     assert load(tmp_path, {TP: 2, PP: 2}).check_world_size(8) == 2
+    # Pipeline stages share no words out.
+    words = {"alignment.words_per_step": 12, "alignment.word_micro_batch_size": 2, TP: 2, PP: 2}
+    assert load(tmp_path, words).check_world_size(8) == 2
+    assert load(tmp_path, {"alignment.word_micro_batch_size": 16}).check_world_size(2) == 2
 
 
 @pytest.mark.parametrize(
@@ -186,10 +225,35 @@ def test_world_size_gives_the_data_parallel_size(tmp_path: Path) -> None:
             "8 processes",
         ),
         (
-            {"alignment.groups_per_step": 3},
+            {"alignment.words_per_step": 33},
             2,
-            "alignment.groups_per_step is 3, expected a multiple of the data-parallel size (1 x 2 = 2) with "
-            "2 processes",
+            "alignment.words_per_step is 33, expected a multiple of data-parallel size x tensor_model_parallel_size "
+            "(2 x 1 = 2) with 2 processes",
+        ),
+        (
+            {"alignment.words_per_step": 34, TP: 2},
+            4,
+            "alignment.words_per_step is 34, expected a multiple of data-parallel size x tensor_model_parallel_size "
+            "(2 x 2 = 4) with 4 processes",
+        ),
+        (
+            {"alignment.word_micro_batch_size": 5},
+            1,
+            "alignment.word_micro_batch_size is 5, expected null or a divisor of the 32 words of a data-parallel rank "
+            "(alignment.words_per_step / 1) that is a multiple of tensor_model_parallel_size (1)",
+        ),
+        (
+            # Divides the words of a step, but not those of a rank.
+            {"alignment.word_micro_batch_size": 32},
+            2,
+            "alignment.word_micro_batch_size is 32, expected null or a divisor of the 16 words of a data-parallel rank "
+            "(alignment.words_per_step / 2) that is a multiple of tensor_model_parallel_size (1)",
+        ),
+        (
+            {"alignment.word_micro_batch_size": 1, TP: 2},
+            4,
+            "alignment.word_micro_batch_size is 1, expected null or a divisor of the 16 words of a data-parallel rank "
+            "(alignment.words_per_step / 2) that is a multiple of tensor_model_parallel_size (2)",
         ),
     ],
 )
