@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 from megatron_prealign.evaluation.run_record import ALIGNMENT, Measurement, RunRecord
 
 Runs = Mapping[str, tuple[RunRecord, Measurement]]
+# (tokens, one value a layer)
+LayerCurve = Sequence[tuple[int, Sequence[float]]]
 
 INK, MUTED, GRID = "#1f2328", "#5b6470", "#d8dee4"
 # one colour a run, told apart by colour-blind readers too; dark mode swaps each for the one at the same place
@@ -188,12 +190,16 @@ def _draw_by_layer(axis: Any, runs: Runs) -> bool:
     return held_out
 
 
-def _entries(runs: Runs, *, aligned: bool = False, held_out: bool = False) -> dict[str, dict[str, Any]]:
+def _entries(
+    runs: Runs, *, aligned: bool = False, held_out: bool = False, others: bool = False
+) -> dict[str, dict[str, Any]]:
     entries = _run_styles(list(runs))
     if aligned:
         entries["end of alignment"] = {"color": MUTED, "linestyle": ":", "linewidth": 1.0}
     if held_out:
         entries["held-out words"] = {"color": MUTED, "linestyle": "--"}
+    if others:
+        entries["other pairs of words"] = {"color": MUTED, "linestyle": "-."}
     return entries
 
 
@@ -206,16 +212,20 @@ def _has_retrieval(runs: Runs) -> bool:
 
 
 def draw_main(runs: Runs) -> Any | None:
-    """Validation loss of each language and P@1 by layer in one figure, for a README; None without either."""
+    """Validation loss of each language, P@1 by layer and the alignment watch in one figure, for a README; None without
+    any of them."""
     languages = _languages(runs)
-    panels = len(languages) + _has_retrieval(runs)
+    watched = bool(_watched(runs))
+    panels = len(languages) + _has_retrieval(runs) + 2 * watched
     if not panels:
         return None
     with _style():
         figure, axes = _figure(panels, columns=3)
         aligned = _draw_loss_panels(axes[: len(languages)], runs, languages)
-        held_out = _has_retrieval(runs) and _draw_by_layer(axes[-1], runs)
-        _legend(figure, _entries(runs, aligned=aligned, held_out=held_out))
+        held_out = _has_retrieval(runs) and _draw_by_layer(axes[len(languages)], runs)
+        if watched:
+            aligned = _draw_watch_panels(*axes[-2:], runs) or aligned
+        _legend(figure, _entries(runs, aligned=aligned, held_out=held_out, others=watched))
     return figure
 
 
@@ -244,7 +254,7 @@ def draw_by_layer(runs: Runs) -> Any | None:
 
 def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
     """P@1 over tokens, one panel a run, one line a layer; None when no run measured it."""
-    curves: dict[str, list[tuple[int, list[float]]]] = {}
+    curves: dict[str, LayerCurve] = {}
     for name, (record, measurement) in runs.items():
         points = {point.tokens: mean_over_pairs(point.word_retrieval_p_at_1) for point in record.evaluations}
         points[measurement.tokens] = mean_over_pairs(measurement.word_retrieval_p_at_1)
@@ -255,22 +265,129 @@ def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
         return None
     with _style():
         figure, axes = _figure(len(curves))
-        depth = max(len(layers) for points in curves.values() for _, layers in points)
-        colours = [LAYER_COLOURS[round(layer * 9 / max(depth - 1, 1))] for layer in range(depth)]
+        depth = _depth(curves.values())
         for axis, (name, measured) in zip(axes, curves.items(), strict=True):
-            for layer in range(depth):
-                line = thin([(tokens, layers[layer]) for tokens, layers in measured if layer < len(layers)])
-                if line:
-                    axis.plot(*zip(*line, strict=True), color=colours[layer], marker="o", markersize=3)
-            if end := runs[name][0].alignment_end_tokens:
-                axis.axvline(end, color=MUTED, linestyle=":", linewidth=1.0)
+            _draw_layers(axis, measured, depth, runs[name][0].alignment_end_tokens)
             axis.set_title(name)
             axis.set_ylabel("P@1")
             axis.set_ylim(-0.03, 1.03)
-            _tokens_axis(axis)
-        shown = sorted({round(place * (depth - 1) / (MAX_LAYER_LABELS - 1)) for place in range(MAX_LAYER_LABELS)})
-        names = layer_names(depth)
-        _legend(figure, {f"layer {names[layer]}": {"color": colours[layer]} for layer in shown})
+        _legend(figure, _layer_entries(depth))
+    return figure
+
+
+def _depth(curves: Iterable[LayerCurve]) -> int:
+    return max(len(layers) for curve in curves for _, layers in curve)
+
+
+def _layer_colour(layer: int, depth: int) -> str:
+    return LAYER_COLOURS[round(layer * 9 / max(depth - 1, 1))]
+
+
+def _layer_entries(depth: int) -> dict[str, dict[str, Any]]:
+    shown = sorted({round(place * (depth - 1) / (MAX_LAYER_LABELS - 1)) for place in range(MAX_LAYER_LABELS)})
+    names = layer_names(depth)
+    return {f"layer {names[layer]}": {"color": _layer_colour(layer, depth)} for layer in shown}
+
+
+def _draw_layers(axis: Any, curve: LayerCurve, depth: int, alignment_end: int | None) -> None:
+    """One line a layer over tokens; `depth` is that of the deepest run of the figure."""
+    for layer in range(depth):
+        line = thin([(tokens, layers[layer]) for tokens, layers in curve if layer < len(layers)])
+        if line:
+            axis.plot(*zip(*line, strict=True), color=_layer_colour(layer, depth), marker="o", markersize=3)
+    if alignment_end:
+        axis.axvline(alignment_end, color=MUTED, linestyle=":", linewidth=1.0)
+    _tokens_axis(axis)
+
+
+def _share_height(axes: Sequence[Any]) -> None:
+    """The same y range in all panels."""
+    bounds = [axis.get_ylim() for axis in axes]
+    for axis in axes:
+        axis.set_ylim(min(low for low, _ in bounds), max(high for _, high in bounds))
+
+
+def _watched(runs: Runs) -> list[str]:
+    """Names of the runs with measurements of the alignment watch."""
+    return [name for name, (record, _) in runs.items() if record.watch]
+
+
+def _watched_words(runs: Runs) -> str:
+    kinds = {point.groups for record, _ in runs.values() for point in record.watch}
+    return f"{kinds.pop().replace('_', '-')} words" if len(kinds) == 1 else "watched words"
+
+
+def _draw_watch_panels(retrieval: Any, cosines: Any, runs: Runs) -> bool:
+    """P@1 into one panel, both cosines into the other; whether a run has an alignment phase."""
+    styles = _run_styles(list(runs))
+    for name in _watched(runs):
+        for axis, measure, line in (
+            (retrieval, "p_at_1", "-"),
+            (cosines, "positive_cosine", "-"),
+            (cosines, "negative_cosine", "-."),
+        ):
+            points = thin([(point.tokens, point.mean(measure)) for point in runs[name][0].watch])
+            if points:
+                marker = {} if line == "-" else {"marker": ""}
+                axis.plot(*zip(*points, strict=True), linestyle=line, **{**styles[name], **marker})
+    aligned = [_alignment_ends(axis, runs, styles) for axis in (retrieval, cosines)]
+    retrieval.set_title(f"P@1 of {_watched_words(runs)}")
+    retrieval.set_ylabel("P@1, mean over layers")
+    retrieval.set_ylim(-0.03, 1.03)
+    cosines.set_title(f"Cosine of {_watched_words(runs)}")
+    cosines.set_ylabel("cosine, mean over layers")
+    for axis in (retrieval, cosines):
+        _tokens_axis(axis)
+    return any(aligned)
+
+
+def draw_watch(runs: Runs) -> Any | None:
+    """What the alignment watch saw over tokens, mean over layers, one line a run; None when no run was watched."""
+    if not _watched(runs):
+        return None
+    with _style():
+        figure, axes = _figure(2, panel_width=5.2)
+        aligned = _draw_watch_panels(axes[0], axes[1], runs)
+        _legend(figure, _entries(runs, aligned=aligned, others=True))
+    return figure
+
+
+def draw_watch_by_layer(runs: Runs) -> Any | None:
+    """What the alignment watch saw over tokens, one row a run, one line a layer; None when no run was watched."""
+    watched = _watched(runs)
+    if not watched:
+        return None
+    with _style():
+        figure, axes = _figure(2 * len(watched), columns=2, height=2.8)
+        curves = {}
+        for name in watched:
+            points = runs[name][0].watch
+            retrieval: LayerCurve = [(point.tokens, point.by_layer("p_at_1")) for point in points]
+            margin: LayerCurve = [
+                (
+                    point.tokens,
+                    [
+                        one - other
+                        for one, other in zip(
+                            point.by_layer("positive_cosine"), point.by_layer("negative_cosine"), strict=True
+                        )
+                    ],
+                )
+                for point in points
+            ]
+            curves[name] = (retrieval, margin)
+        depth = _depth(retrieval for retrieval, _ in curves.values())
+        for row, (name, (retrieval, margin)) in enumerate(curves.items()):
+            left, right = axes[2 * row : 2 * row + 2]
+            end = runs[name][0].alignment_end_tokens
+            _draw_layers(left, retrieval, depth, end)
+            _draw_layers(right, margin, depth, end)
+            left.set_title(name)
+            left.set_ylabel("P@1")
+            left.set_ylim(-0.03, 1.03)
+            right.set_ylabel("cosine above that of others")
+        _share_height(axes[1::2])
+        _legend(figure, _layer_entries(depth))
     return figure
 
 

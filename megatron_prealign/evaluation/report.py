@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ DEFINITIONS = {
     "seconds": "Wall-clock seconds of training, all phases together.",
 }
 
+WATCH_DEFINITIONS = {
+    "alignment_watch": (
+        "Measured while training, from one language to the other and back: every word is asked for in turn, among all "
+        "words of the other language in the list. A wrong word that scores as well as the translation counts as ahead "
+        "of it."
+    ),
+    "p_at_1": "Share of words whose nearest word of the other language by cosine is a translation.",
+    "mrr": "Mean of 1 / rank of a word's best translation, by cosine.",
+    "csls": (
+        "The same with cosines that are lessened by each word's mean cosine to its ten nearest words of the other "
+        "language, so that a word near to everything is not everyone's nearest (Conneau et al. 2018)."
+    ),
+    "positive_cosine": "Mean cosine of a word and its translation.",
+    "negative_cosine": "Mean cosine of words that are not translations of each other.",
+}
+
 
 def build_report(runs: Runs) -> dict[str, Any]:
     """The content of report.json; values that are not finite are None.
@@ -53,7 +70,7 @@ def build_report(runs: Runs) -> dict[str, Any]:
         "recipe": last.recipe,
         "recipe_differences": recipe_differences({name: record.recipe for name, (record, _) in runs.items()}),
         "versions": last.versions,
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | (WATCH_DEFINITIONS if any(record.watch for record, _ in runs.values()) else {}),
     }
     # one pass through JSON: what a caller gets is what a reader of the file gets, and dates of a YAML become text
     plain: dict[str, Any] = json.loads(json.dumps(_finite(report), default=str))
@@ -79,6 +96,8 @@ def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -
         "validation-loss": plots.draw_validation_loss(runs),
         "by-layer": plots.draw_by_layer(runs),
         "over-tokens": plots.draw_retrieval_over_tokens(runs),
+        "watch": plots.draw_watch(runs),
+        "watch-layers": plots.draw_watch_by_layer(runs),
         "training-loss": plots.draw_training_loss(runs),
     }
     svgs = {name: plots.to_svg(figure, name) for name, figure in figures.items() if figure is not None}
@@ -190,6 +209,7 @@ def _run_entry(record: RunRecord, measurement: Measurement) -> dict[str, Any]:
         "recipe": record.recipe,
         "versions": record.versions,
         "history": [_history_entry(point) for point in record.evaluations],
+        "alignment_watch": [asdict(point) for point in record.watch],
     }
 
 

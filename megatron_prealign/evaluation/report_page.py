@@ -22,6 +22,17 @@ CAPTIONS = {
         "Word retrieval over training",
         "One panel a run, one line a layer; the dotted line marks the end of the alignment phase.",
     ),
+    "watch": (
+        "Alignment while training",
+        "The alignment watch, mean over layers and over both directions of every language pair. Left: share of words "
+        "whose nearest neighbour by cosine is a translation. Right: mean cosine of translations (solid) and of all "
+        "other pairs of words (broken). A dotted line marks the end of an alignment phase.",
+    ),
+    "watch-layers": (
+        "Alignment while training, by layer",
+        "One row a run, one line a layer. Left: P@1. Right: by how much the cosine of translations is above that of "
+        "other pairs. The dotted line marks the end of the alignment phase.",
+    ),
     "training-loss": (
         "Training loss",
         "Loss on the training batches, which code-switching makes harder to predict: compare models by validation "
@@ -73,6 +84,7 @@ def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         _runs_table(report["runs"]),
         _differences_table(report),
         *(_figure(name, svg) for name, svg in figures.items()),
+        _watch_table(report["runs"]),
         _layers_table(report["runs"]),
         _pairs_table(report["runs"]),
         _recipe_differences_table(report),
@@ -164,6 +176,24 @@ def _figure(name: str, svg: str) -> str:
     svg = svg.replace("<svg ", f'<svg aria-label="{escape(title)}" ', 1)
     kind = ' class="narrow"' if name == "by-layer" else ""
     return f"<h2>{title}</h2>\n<figure{kind}>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def _watch_table(runs: Mapping[str, Any]) -> str:
+    """The last measurement of each run's alignment watch."""
+    measures = ("p_at_1", "p_at_1_csls", "mrr", "mrr_csls", "positive_cosine", "negative_cosine")
+    header = ["Run", "words", "P@1", "P@1 CSLS", "MRR", "MRR CSLS", "cosine", "cosine of others"]
+    rows = []
+    for index, (name, run) in enumerate(runs.items()):
+        if not run["alignment_watch"]:
+            continue
+        last = run["alignment_watch"][-1]
+        kind = last["groups"].replace("_", "-")
+        for direction, by_name in last["pairs"].items():
+            cells = [_decimal(_mean(by_name[measure]), 2) for measure in measures]
+            rows.append(
+                [f"{_run_name(name, index)}, {escape(direction)}", f"{last['words'][direction]} {escape(kind)}", *cells]
+            )
+    return f"<h2>Alignment watch at the end, mean over layers</h2>\n{_table(header, rows)}" if rows else ""
 
 
 def _layers_table(runs: Mapping[str, Any]) -> str:

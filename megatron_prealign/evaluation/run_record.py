@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.measures import MEASURES
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,32 @@ class EvaluationPoint:
 
 
 @dataclass(frozen=True)
+class WatchPoint:
+    """One measurement of the alignment watch."""
+
+    phase: str
+    step: int
+    tokens: int
+    seconds: float
+    groups: str
+    """Which words of the dictionary: held_out or trained."""
+    words: dict[str, int]
+    """Words that were asked for, by direction such as `en-de`."""
+    pairs: dict[str, dict[str, list[float]]]
+    """Direction -> measure (those of `evaluation.measures`) -> one value a layer, NaN where it is not known."""
+
+    def by_layer(self, measure: str) -> list[float]:
+        """Mean over the directions, layer by layer."""
+        layers = zip(*(by_name[measure] for by_name in self.pairs.values()), strict=True)
+        return [sum(values) / len(values) for values in layers]
+
+    def mean(self, measure: str) -> float:
+        """Mean over the directions and the layers."""
+        values = self.by_layer(measure)
+        return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What a finished model was measured to be; the report's numbers at the end of a run."""
 
@@ -77,6 +104,8 @@ class RunRecord:
     path: Path
     train: list[TrainPoint]
     evaluations: list[EvaluationPoint]
+    watch: list[WatchPoint]
+    """Empty for a run without the alignment watch."""
     recipe: dict[str, Any]
     """The resolved recipe; empty when the folder has none."""
     versions: dict[str, Any]
@@ -91,7 +120,7 @@ class RunRecord:
     @property
     def alignment_end_tokens(self) -> int | None:
         """Tokens seen when the alignment phase ended; None for a run without one."""
-        points: list[TrainPoint | EvaluationPoint] = [*self.train, *self.evaluations]
+        points: list[TrainPoint | EvaluationPoint | WatchPoint] = [*self.train, *self.evaluations, *self.watch]
         return max((point.tokens for point in points if point.phase == ALIGNMENT), default=None)
 
     def last_measurement(self) -> Measurement:
@@ -130,6 +159,7 @@ def load_run(path: str | Path) -> RunRecord:
         raise UserError(f"{folder}: no metrics.jsonl there; expected the run_dir of a run that has trained")
     train: dict[tuple[str, int], TrainPoint] = {}
     evaluations: dict[tuple[str, int], EvaluationPoint] = {}
+    watch: dict[tuple[str, int], WatchPoint] = {}
     lines = metrics.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         values = _parse_line(line, f"{metrics}:{number}", is_last=not any(rest.strip() for rest in lines[number:]))
@@ -142,6 +172,9 @@ def load_run(path: str | Path) -> RunRecord:
             elif values["kind"] == "evaluation":
                 evaluation = _evaluation_point(values)
                 evaluations[evaluation.phase, evaluation.step] = evaluation
+            elif values["kind"] == "alignment_watch":
+                seen = _watch_point(values)
+                watch[seen.phase, seen.step] = seen
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{metrics}:{number}: not a metric of this version: {type(error).__name__} {error}; "
@@ -151,12 +184,13 @@ def load_run(path: str | Path) -> RunRecord:
         path=folder,
         train=sorted(train.values(), key=_order),
         evaluations=sorted(evaluations.values(), key=_order),
+        watch=sorted(watch.values(), key=_order),
         recipe=_load_recipe(folder / "recipe.yaml"),
         versions=_load_versions(folder / "versions.json"),
     )
 
 
-def _order(point: TrainPoint | EvaluationPoint) -> tuple[int, bool]:
+def _order(point: TrainPoint | EvaluationPoint | WatchPoint) -> tuple[int, bool]:
     # the step on which alignment ends may be evaluated in both phases
     return point.step, point.phase != ALIGNMENT
 
@@ -211,6 +245,21 @@ def _evaluation_point(values: Mapping[str, Any]) -> EvaluationPoint:
         validation_loss={language: _number(loss) for language, loss in (values.get("validation_loss") or {}).items()},
         word_retrieval_p_at_1=_by_pair(values.get("word_retrieval_p_at_1")),
         word_retrieval_p_at_1_held_out=_by_pair(values.get("word_retrieval_p_at_1_held_out")),
+    )
+
+
+def _watch_point(values: Mapping[str, Any]) -> WatchPoint:
+    return WatchPoint(
+        phase=str(values["phase"]),
+        step=int(values["step"]),
+        tokens=int(values["tokens"]),
+        seconds=float(values["seconds"]),
+        groups=str(values["groups"]),
+        words={direction: int(count) for direction, count in values["words"].items()},
+        pairs={
+            direction: {name: [_number(value) for value in by_name[name]] for name in MEASURES}
+            for direction, by_name in values["pairs"].items()
+        },
     )
 
 

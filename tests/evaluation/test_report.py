@@ -1,5 +1,6 @@
 """Run folders in, report.json, report.html, report.png and the table out."""
 
+import copy
 import json
 import math
 import re
@@ -39,6 +40,26 @@ EVALUATION = {
     "word_retrieval_p_at_1": {"en-de": [0.5, 0.4, 0.3], "en-fr": [0.3, 0.2, 0.1]},
     "word_retrieval_p_at_1_held_out": {},
 }
+WATCH = {
+    "kind": "alignment_watch",
+    "phase": "alignment",
+    "step": 0,
+    "tokens": 0,
+    "seconds": 0.0,
+    "groups": "held_out",
+    "words": {"en-de": 9, "de-en": 8},
+    "pairs": {
+        direction: {
+            "p_at_1": [0.1 + more, 0.3 + more],
+            "mrr": [0.5, 0.5],
+            "p_at_1_csls": [0.25, 0.75],
+            "mrr_csls": [0.5, 0.5],
+            "positive_cosine": [0.5, 0.75],
+            "negative_cosine": [0.25, 0.0],
+        }
+        for direction, more in (("en-de", 0.0), ("de-en", 0.2))
+    },
+}
 
 
 def write_run(folder: Path, lines: list[dict], recipe: str = "model: {num_layers: 1}\n") -> Path:
@@ -51,7 +72,7 @@ def write_run(folder: Path, lines: list[dict], recipe: str = "model: {num_layers
 
 def aligned_lines() -> list[dict]:
     """Two alignment evaluations, then two of language-model training."""
-    lines: list[dict] = []
+    lines: list[dict] = [WATCH]
     for step in (1, 2):
         lines.append(
             {**TRAIN, "phase": "alignment", "step": step, "phase_step": step, "tokens": 100 * step, "seconds": step}
@@ -61,7 +82,9 @@ def aligned_lines() -> list[dict]:
             {**EVALUATION, "phase": "alignment", "step": step, "tokens": 100 * step, "seconds": step}
             | {"word_retrieval_p_at_1": {"en-de": [0.25 * step] * 3}}
         )
+        lines.append({**WATCH, "step": step, "tokens": 100 * step, "seconds": step})
     for step in (3, 4):
+        lines.append({**WATCH, "phase": "language_model", "step": step, "tokens": 1000 * step, "seconds": 10 * step})
         lines.append({**TRAIN, "step": step, "tokens": 1000 * step, "seconds": 10 * step})
         lines.append({**EVALUATION, "step": step, "tokens": 1000 * step, "seconds": 10 * step})
     return lines
@@ -208,7 +231,7 @@ def test_the_page_is_one_well_formed_file_that_fetches_nothing(written: tuple[Pa
     page = Page()
     page.feed(text)
     assert page.open == []
-    assert text.count("<svg ") == 4
+    assert text.count("<svg ") == 6
     assert page.references and all(reference.startswith("#") for reference in page.references)
     assert {reference[1:] for reference in page.references} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -325,3 +348,79 @@ def test_the_alignment_loss_is_the_mean_over_the_layers_that_are_aligned(tmp_pat
     figure = plots.draw_training_loss({"subset": (record, record.last_measurement())})
     (axis,) = [axis for axis in figure.axes if "Alignment" in axis.get_title(loc="left")]
     assert axis.lines[0].get_xydata().tolist() == [[1.0, 3.0], [2.0, 3.0]]
+
+
+def test_the_watch_is_read_in_order_and_the_later_line_of_a_step_wins(tmp_path: Path) -> None:
+    unknown = copy.deepcopy(WATCH)
+    unknown["pairs"]["en-de"]["negative_cosine"] = [None, 0.0]
+    lines = [{**WATCH, "phase": "language_model", "step": 5}, {**WATCH, "step": 5}, WATCH, unknown]
+    points = load_run(write_run(tmp_path, [*lines, EVALUATION])).watch
+    assert [(point.phase, point.step) for point in points] == [
+        ("alignment", 0),
+        ("alignment", 5),
+        ("language_model", 5),
+    ]
+    assert math.isnan(points[0].pairs["en-de"]["negative_cosine"][0])
+    assert points[1].by_layer("p_at_1") == pytest.approx([0.2, 0.4], abs=1e-12)  # float rounding
+    assert points[1].mean("positive_cosine") == 0.625
+    half = copy.deepcopy(WATCH)
+    del half["pairs"]["de-en"]["mrr"]
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: .*mrr"):
+        load_run(write_run(tmp_path / "half", [half]))
+
+
+def test_report_json_holds_the_watch(written: tuple[Path, dict]) -> None:
+    report = json.loads((written[0] / "report.json").read_text())
+    assert report["runs"]["joint"]["alignment_watch"] == []
+    watch = report["runs"]["aligned"]["alignment_watch"]
+    assert [(point["phase"], point["tokens"]) for point in watch] == [
+        *(("alignment", tokens) for tokens in (0, 100, 200)),
+        *(("language_model", tokens) for tokens in (3000, 4000)),
+    ]
+    assert watch[0] == {name: value for name, value in WATCH.items() if name != "kind"}
+    assert "csls" in report["definitions"]
+
+
+def test_the_watch_over_tokens_with_the_end_of_alignment(runs: dict) -> None:
+    figure = plots.draw_watch(runs)
+    retrieval, cosines = figure.axes
+    curve, end = retrieval.lines
+    # Means over two layers and two directions.
+    assert curve.get_xdata().tolist() == [0, 100, 200, 3000, 4000]
+    assert curve.get_ydata().tolist() == pytest.approx([0.3] * 5, abs=1e-12)  # float rounding
+    assert end.get_xdata() == [200, 200]
+    positive, negative, _ = cosines.lines
+    assert positive.get_ydata().tolist() == [0.625] * 5
+    assert negative.get_ydata().tolist() == [0.125] * 5
+    assert retrieval.get_title(loc="left") == "P@1 of held-out words"
+    # The run that was watched keeps its colour, though it is the second one.
+    assert curve.get_color() == plots.RUN_COLOURS[1]
+
+
+def test_the_watch_by_layer_has_a_row_for_each_watched_run(runs: dict) -> None:
+    figure = plots.draw_watch_by_layer(runs)
+    retrieval, margin = figure.axes
+    by_layer = [line.get_ydata().tolist() for line in retrieval.lines[:2]]
+    assert by_layer == [pytest.approx([0.2] * 5, abs=1e-12), pytest.approx([0.4] * 5, abs=1e-12)]  # float rounding
+    assert [line.get_ydata().tolist() for line in margin.lines[:2]] == [[0.25] * 5, [0.75] * 5]
+    assert retrieval.lines[2].get_xdata() == [200, 200]
+
+
+def test_the_page_shows_what_the_watch_saw_last(written: tuple[Path, dict]) -> None:
+    text = (written[0] / "report.html").read_text(encoding="utf-8")
+    table = text[text.index("Alignment watch at the end") :]
+    row = table[table.index("de-en") : table.index("</tr>", table.index("de-en"))]
+    cells = re.findall(r"<td>([^<]*)</td>", row)
+    assert cells == ["8 held-out", "0.40", "0.50", "0.50", "0.50", "0.62", "0.12"]
+
+
+def test_without_a_watch_the_report_does_not_mention_it(runs: dict, tmp_path: Path) -> None:
+    joint = {"joint": runs["joint"]}
+    assert plots.draw_watch(joint) is None
+    assert plots.draw_watch_by_layer(joint) is None
+    write_report(joint, tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "watch" not in text and "CSLS" not in text
+    # Two losses and retrieval by layer; with the watch two more panels.
+    assert len([axis for axis in plots.draw_main(joint).axes if axis.get_visible()]) == 3
+    assert len([axis for axis in plots.draw_main(runs).axes if axis.get_visible()]) == 5
