@@ -17,6 +17,7 @@ import torch
 
 from megatron_prealign import __version__
 from megatron_prealign.alignment.dropped_words import report_dropped_words
+from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.data.files import write_atomically
@@ -35,10 +36,10 @@ from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
-from megatron_prealign.runtime.optimizer import build_optimizer
+from megatron_prealign.runtime.optimizer import build_optimizer, hold
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
-from megatron_prealign.training.checkpoint import CheckpointStore, latest_checkpoint, read_state
+from megatron_prealign.training.checkpoint import CheckpointStore, StateBeside, latest_checkpoint, read_state
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
@@ -295,9 +296,13 @@ def words_known(recipe: Recipe, section: CodeSwitchSection, table: DictionaryTab
 
 
 def open_store(
-    recipe: Recipe, runtime: Runtime, vocabulary: Vocabulary, switching: Switching | None = None
+    recipe: Recipe,
+    runtime: Runtime,
+    vocabulary: Vocabulary,
+    switching: Switching | None = None,
+    beside: StateBeside | None = None,
 ) -> CheckpointStore:
-    """The run's checkpoints; without `switching` for their weights alone."""
+    """The run's checkpoints; without `switching` and `beside` for their weights alone."""
     facts = None
     if switching is not None:
         assert recipe.code_switch is not None and recipe.dictionary is not None
@@ -311,6 +316,7 @@ def open_store(
         padded_vocab_size=vocabulary.padded_size,
         tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
         switching=facts,
+        beside=beside,
     )
 
 
@@ -370,9 +376,11 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
     )
+    hold(frozen_parameters(recipe, models))
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
-    store = open_store(recipe, runtime, materials.vocabulary, switching)
+    heads = None if words is None else words.attach(chunks)
+    store = open_store(recipe, runtime, materials.vocabulary, switching, heads)
     names = [phase.name for phase in phases]
     train = materials.train
     state = on_every_rank(

@@ -129,6 +129,12 @@ class Recipe:
             "set",
             "null, or a section alignment with the settings of its words",
         )
+        require(
+            self.alignment_guard is None or self.alignment_guard.floor is None or self.alignment_watch is not None,
+            "alignment_guard.floor",
+            "set",
+            "null, or a section alignment_watch, which measures what falls below it",
+        )
         if self.alignment is None:
             return
         self.alignment.layer_weights(self.model.num_layers)

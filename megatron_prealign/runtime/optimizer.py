@@ -1,14 +1,25 @@
 """Builds Megatron-Core's optimizer and learning-rate schedule, with our AdamW where no fused one is installed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
+import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    distrib_optimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.adam import FusedAdamW
+
+_HELD = "megatron_prealign_held"
 
 
 def _use_own_adam() -> None:
@@ -27,8 +38,6 @@ def _use_own_adam() -> None:
 
 def build_optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW over the parameters of `chunks`, sharded over data-parallel ranks when the recipe says so."""
-    import torch
-
     _use_own_adam()
     section = recipe.optimizer
     bf16 = recipe.training.precision == "bf16"
@@ -46,7 +55,26 @@ def build_optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel]) -
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    # A group whose learning rate goes its own way, which 0.16.1 knows but only tells apart by this field.
+    groups = {**get_standard_config_overrides(config), ParamKey(attr=_HELD): {"is_decoupled_lr": True}}
+    return get_megatron_optimizer(config, list(chunks), config_overrides=groups)
+
+
+def hold(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Marks parameters that some phases leave as they are; call before `build_optimizer`."""
+    for parameter in parameters:
+        setattr(parameter, _HELD, True)
+
+
+def forget_held_gradients(chunks: Sequence[torch.nn.Module]) -> None:
+    """Makes the gradients of held parameters zero, so that they count neither in the norm nor in the moments."""
+    held: list[torch.Tensor] = [
+        getattr(parameter, "main_grad")  # noqa: B009  # Megatron-Core's own attribute, which mypy does not know
+        for parameter in chain.from_iterable(chunk.parameters() for chunk in chunks)
+        if getattr(parameter, _HELD, False)
+    ]
+    if held:
+        torch._foreach_zero_(held)
 
 
 def reset_optimizer(optimizer: MegatronOptimizer) -> None:
@@ -66,10 +94,17 @@ def build_schedule(
     warmup_iters: int,
     decay_iters: int,
     weight_decay: float,
+    moves_held: bool = True,
 ) -> OptimizerParamScheduler:
-    """Learning rate over `decay_iters` optimizer steps: linear warm-up, then `decay_style` down to `min_lr`."""
+    """Learning rate over `decay_iters` optimizer steps: linear warm-up, then `decay_style` down to `min_lr`.
+
+    Args:
+        moves_held: whether parameters marked by `hold` move too; at a learning rate of 0 neither the update nor the
+            weight decay changes them.
+    """
     for group in optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = lr, min_lr
+        moves = moves_held or not group["is_decoupled_lr"]
+        group["max_lr"], group["min_lr"] = (lr, min_lr) if moves else (0.0, 0.0)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -8,6 +8,7 @@ import torch
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
+from megatron_prealign.runtime.optimizer import forget_held_gradients
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.phase import Phase, ScheduleSettings
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, row_loss_sum
@@ -40,6 +41,7 @@ class AlignmentPhase(Phase):
             decay_style=section.lr_decay_style,
             warmup_iters=section.lr_warmup_iters,
             decay_iters=section.train_iters,
+            moves_held=section.freeze == "none",
         )
 
     def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
@@ -47,6 +49,8 @@ class AlignmentPhase(Phase):
         if self._section.lm_global_batch_size:
             rows, _ = self._reader.read(state.consumed_samples, self._section.lm_global_batch_size, 0)
         self._words.run(state.step, chunks, rows, self._row_step)
+        if self._section.freeze != "none":
+            forget_held_gradients(chunks)
 
     def _row_step(
         self, chunk: torch.nn.Module, rows: RowMicrobatch, microbatches: int

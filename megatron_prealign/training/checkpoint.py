@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
@@ -160,6 +160,14 @@ def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
+class StateBeside(Protocol):
+    """State of a run beside its model and optimizer, in the form of `dist_checkpointing`."""
+
+    def sharded_state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, content: dict[str, Any]) -> None: ...
+
+
 class CheckpointStore:
     """Saves to and resumes from one folder."""
 
@@ -172,13 +180,16 @@ class CheckpointStore:
         padded_vocab_size: int,
         tokenizer_fingerprint: str,
         switching: dict[str, Any] | None = None,
+        beside: StateBeside | None = None,
     ) -> None:
         """
         Args:
             switching: `run_identity.facts_of_switching`; None without code-switching, or to read weights alone.
+            beside: what is saved and resumed beside the model and its optimizer; None for nothing.
         """
         self._recipe = recipe
         self._switching = switching
+        self._beside = beside
         self._runtime = runtime
         self.directory = recipe.checkpoint_dir
         self._identity = {
@@ -221,6 +232,7 @@ class CheckpointStore:
             **model,
             "optimizer": optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA),
             "random_state": _random_state(self._runtime),
+            **self._content_beside(),
         }
         save_sharded(content, working, timeout_s=self._recipe.checkpoint.timeout_minutes * 60, name=final)
         summary = {
@@ -234,6 +246,9 @@ class CheckpointStore:
         self._on_disk(final, "completing", lambda: self._complete(working, final, summary))
         logger.info("saved %s", final)
         return final
+
+    def _content_beside(self) -> dict[str, Any]:
+        return {} if self._beside is None else {"beside": self._beside.sharded_state_dict()}
 
     def _facts(self, phases: Sequence[str], num_samples: int, segmenters: Sequence[str | None]) -> dict[str, Any]:
         return facts_of_run(
@@ -313,6 +328,7 @@ class CheckpointStore:
         content = {
             **model,
             "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=OPTIMIZER_METADATA),
+            **self._content_beside(),
         }
         same_layout = saved_layout == _layout(self._runtime)
         if same_layout:
@@ -323,6 +339,8 @@ class CheckpointStore:
         _load_weights(chunks, loaded)
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
+            if self._beside is not None:
+                self._beside.load_state_dict(loaded["beside"])
         if same_layout:
             random_state.restore(loaded["random_state"])
 

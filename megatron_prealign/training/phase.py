@@ -22,6 +22,8 @@ class ScheduleSettings:
     decay_style: str
     warmup_iters: int
     decay_iters: int
+    moves_held: bool = True
+    """Whether parameters that were marked by `runtime.optimizer.hold` move in this phase."""
 
 
 class Phase(ABC):

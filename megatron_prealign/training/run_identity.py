@@ -52,6 +52,8 @@ def facts_of_run(
         "reset_attention_mask": recipe.data.reset_attention_mask,
         "precision": recipe.training.precision,
         "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
+        "freeze": "none" if recipe.alignment is None else recipe.alignment.freeze,
+        "projection_size": None if recipe.alignment is None else recipe.alignment.projection_size,
         "seed": recipe.training.seed,
         "num_samples": num_samples,
         "sources": [
@@ -153,9 +155,15 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             f"{checkpoint} was saved in phase {summary['phase']}, which the recipe does not have (it has "
             f"{', '.join(mine['phases'])}); give the recipe its section {summary['phase']} again, or {_NEW_RUN}"
         )
-    # What a position sees is as much a part of the trained model as its weights; checkpoints from before the two
-    # options were there kept nothing apart.
-    saved = {"reset_position_ids": False, "reset_attention_mask": False, **saved}
+    # What a position sees is as much a part of the trained model as its weights; checkpoints from before these
+    # options were there were made without them.
+    saved = {
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "freeze": "none",
+        "projection_size": None,
+        **saved,
+    }
     state = [
         _difference(field, saved[name], mine[name])
         for name, field in (
@@ -164,6 +172,9 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             ("reset_attention_mask", "data.reset_attention_mask"),
             ("precision", "training.precision"),
             ("use_distributed_optimizer", "parallel.use_distributed_optimizer"),
+            # The optimizer's state is laid out by what is frozen, and the heads' is saved beside it.
+            ("freeze", "alignment.freeze"),
+            ("projection_size", "alignment.projection_size"),
         )
         if saved[name] != mine[name]
     ]

@@ -94,6 +94,7 @@ class Trainer:
             warmup_iters=settings.warmup_iters,
             decay_iters=settings.decay_iters,
             weight_decay=self.recipe.optimizer.weight_decay,
+            moves_held=settings.moves_held,
         )
         schedule.step(self.state.phase_step)
         return schedule

@@ -13,6 +13,7 @@ import torch
 from megatron_prealign.alignment.layout import WordLayout, collect_states
 from megatron_prealign.alignment.objective import similarity_penalty
 from megatron_prealign.alignment.packing import WordBatch
+from megatron_prealign.alignment.projection import ProjectionHeads
 from megatron_prealign.alignment.taps import LayerTaps, Observer, no_loss
 from megatron_prealign.alignment.words import StepWords, WordSampler
 from megatron_prealign.kernels import WordGroups, contrastive_loss
@@ -42,10 +43,26 @@ class WordSteps:
         self._word_microbatches = own // (recipe.alignment.word_micro_batch_size or own)
         self._dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self._meter = Meter({"alignment_loss": len(self.layer_weights), "similarity_penalty": 1}, runtime)
+        self._heads: ProjectionHeads | None = None
         self._steps = 0
         self._skipped = 0
         self.tokens = 0
         """Tokens of the words of the last step, over all ranks."""
+
+    def attach(self, chunks: Sequence[torch.nn.Module]) -> ProjectionHeads | None:
+        """Makes the projection heads of this stage, if the recipe wants some; call once, before the first step."""
+        section, recipe = self._section, self._recipe
+        if section.projection_size is not None:
+            self._heads = ProjectionHeads(
+                [unwrap(chunk) for chunk in chunks],
+                self._runtime,
+                layer_weights=self.layer_weights,
+                size=section.projection_size,
+                lr=section.lr,
+                clip_grad=recipe.optimizer.clip_grad,
+                seed=recipe.training.seed,
+            )
+        return self._heads
 
     def run(
         self, step: int, chunks: Sequence[torch.nn.Module], rows: Sequence[RowMicrobatch], row_step: RowStep
@@ -87,6 +104,8 @@ class WordSteps:
                 shape=(self._recipe.data.seq_length, self._recipe.training.micro_batch_size),
                 mixed_shapes=True,
             )
+        if self._heads is not None:
+            self._heads.step()
 
     def _skip(self, step: int) -> None:
         self._skipped += 1
@@ -104,7 +123,8 @@ class WordSteps:
             # Still joins the graph: overlapped gradient reduction waits for every parameter, and without rows of the
             # blend nothing else touches the output embedding.
             return (states * 0.0).sum()
-        seen = states.to(self._dtype)
+        seen = states if self._heads is None else self._heads(layer, states)
+        seen = seen.to(self._dtype)
         loss = contrastive_loss(seen, groups, temperature=section.temperature, process_group=group)
         self._meter.add("alignment_loss", loss, index=layer, split_over_tensor_ranks=True)
         loss = section.alpha * loss

@@ -1,0 +1,132 @@
+"""Projection heads: what the contrastive loss looks at instead of the states themselves, one head an aligned layer.
+
+A head is two linear layers with a ReLU between them, as in Gaschi et al. (Findings of ACL 2023, arXiv 2306.02790).
+Heads are no part of the model: the phase trains them beside it and nothing uses them later. Each rank has the heads of
+its pipeline stage's layers whole, since their work is on its own words, a small part of a step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+
+from megatron_prealign.runtime.adam import FusedAdamW
+from megatron_prealign.runtime.distributed import Runtime
+
+
+class ProjectionHeads:
+    """The heads of this pipeline stage, and Adam for them; float32."""
+
+    def __init__(
+        self,
+        models: Sequence[GPTModel],
+        runtime: Runtime,
+        *,
+        layer_weights: Sequence[float],
+        size: int,
+        lr: float,
+        clip_grad: float,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            layer_weights: one a layer as the taps count them; those of 0 have no head.
+            size: width of what comes out.
+        """
+        self._runtime = runtime
+        self._clip_grad = clip_grad
+        hidden = models[0].config.hidden_size
+        layers = [layer for layer in _layers_of(models, len(layer_weights) - 2) if layer_weights[layer]]
+        self._heads = {layer: _draw_head(hidden, size, runtime.device, seed, layer) for layer in layers}
+        self._optimizer = FusedAdamW([*self._parameters().values()], lr=lr) if layers else None
+
+    def __call__(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """`[words, hidden]` -> `[words, size]`."""
+        head = self._heads[layer]
+        return F.linear(
+            torch.relu(F.linear(states, head["weight_1"], head["bias_1"])), head["weight_2"], head["bias_2"]
+        )
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {f"layer_{layer}.{name}": tensor for layer, head in self._heads.items() for name, tensor in head.items()}
+
+    def step(self) -> None:
+        """Moves the heads along the gradients of this step. Takes part: the ranks of the stage."""
+        if self._optimizer is None:
+            return
+        parameters = [*self._parameters().values()]
+        # A step whose words were skipped leaves no gradient, on any rank.
+        if parameters[0].grad is None:
+            return
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
+        # Each rank has the gradient of its own words, multiplied by the data-parallel size for the model's averaging.
+        dist.all_reduce(flat, group=self._runtime.groups.tp_dp_cp)
+        flat /= self._runtime.data_size
+        if self._clip_grad:
+            flat *= (self._clip_grad / (flat.norm() + 1e-6)).clamp(max=1.0)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Heads and optimizer state for `dist_checkpointing`."""
+        content = {}
+        for name, parameter in self._parameters().items():
+            assert self._optimizer is not None
+            state = self._optimizer.state[parameter]
+            moments = {moment: state.get(moment, torch.zeros_like(parameter)) for moment in ("exp_avg", "exp_avg_sq")}
+            for part, tensor in {"weight": parameter.detach(), **moments}.items():
+                key = f"projection_heads.{name}.{part}"
+                content[key] = ShardedTensor.from_rank_offsets(
+                    key, tensor, replica_id=self._runtime.groups.tp_dp_cp.rank()
+                )
+        step = 0 if self._optimizer is None else self._optimizer.param_groups[0].get("step", 0)
+        key = "projection_heads.step"
+        content[key] = ShardedTensor.from_rank_offsets(key, torch.tensor([step]), replica_id=self._runtime.rank)
+        return content
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Takes what was saved under `sharded_state_dict`."""
+        if self._optimizer is None:
+            return
+        for name, parameter in self._parameters().items():
+            key = f"projection_heads.{name}"
+            parameter.data.copy_(content[f"{key}.weight"])
+            self._optimizer.state[parameter] = {
+                moment: content[f"{key}.{moment}"].clone() for moment in ("exp_avg", "exp_avg_sq")
+            }
+        self._optimizer.param_groups[0]["step"] = int(content["projection_heads.step"])
+
+
+def _layers_of(models: Sequence[GPTModel], num_layers: int) -> list[int]:
+    """The layers whose words this rank sees."""
+    layers = []
+    for model in models:
+        if model.pre_process:
+            layers.append(0)
+        layers += [layer.layer_number for layer in model.decoder.layers if layer.layer_number < num_layers]
+        if model.post_process:
+            layers += [num_layers, num_layers + 1]
+    return layers
+
+
+def _draw_head(hidden: int, size: int, device: torch.device, seed: int, layer: int) -> dict[str, torch.Tensor]:
+    """A head that depends on (seed, layer) alone, so that all ranks of a stage, and all layouts, begin alike."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+
+    def draw(*shape: int) -> torch.Tensor:
+        # torch.nn.Linear's own range.
+        tensor = (2 * torch.rand(shape, generator=generator) - 1) * hidden**-0.5
+        return tensor.to(device).requires_grad_()
+
+    return {
+        "weight_1": draw(hidden, hidden),
+        "bias_1": draw(hidden),
+        "weight_2": draw(size, hidden),
+        "bias_2": draw(size),
+    }

@@ -1,0 +1,122 @@
+"""The alignment phase with half of the blocks frozen, and with projection heads: what moves, and resuming."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCAB_SIZE, Tiny
+from whole_runs import records, run, weights
+from workers import WorkerError, WorkerPool
+
+# fp32 sums in another order, five steps of Adam at lr 1e-3.
+TOLERANCE = 1e-4
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "dp2_plain": (2, {"use_distributed_optimizer": False}),
+    "dp2_overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+}
+
+
+def values_for(tiny: Tiny, folder: Path, parallel: dict[str, Any], **alignment: Any) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(folder))
+    values["alignment"].update(alignment)
+    values["parallel"] = {"device": "cpu", **parallel}
+    values["optimizer"]["weight_decay"] = 0.1
+    values["checkpoint"] = {"save_interval": 1, "keep": 100}
+    return values
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, set[int]]:
+    """For every parameter the blocks in which it moved; -1 where it belongs to no block.
+
+    A checkpoint holds a parameter of all blocks as one tensor, whose first dimension counts them from 0.
+    """
+    found = {}
+    for name, tensor in before.items():
+        differ = after[name] != tensor
+        blocks = {index for index in range(len(tensor)) if differ[index].any()}
+        found[name] = blocks if ".layers." in name else {-1} if differ.any() else set()
+    return found
+
+
+# The upper half in one process: what a rank marks does not depend on which half it is.
+@pytest.mark.parametrize(("freeze", "layout"), [("upper", "one"), *[("lower", layout) for layout in LAYOUTS]])
+def test_half_of_the_blocks_stays_bit_for_bit(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, freeze: str, layout: str
+) -> None:
+    free = {2, 3} if freeze == "lower" else {0, 1}
+    world_size, parallel = LAYOUTS[layout]
+    run(workers, world_size, values_for(tiny, tmp_path, parallel, freeze=freeze), tmp_path)
+    first, last, end = (weights(workers, tmp_path, 2 * VOCAB_SIZE, f"step_{step:08d}") for step in (1, 5, 10))
+    in_phase, later = moved(first, last), moved(last, end)
+    assert any(".layers." in name for name in in_phase)
+    for name, blocks in in_phase.items():
+        if ".layers." in name:
+            assert blocks <= free, name
+        else:
+            assert blocks == {-1}, name
+    assert set().union(*(blocks for name, blocks in in_phase.items() if ".layers." in name)) == free
+    assert set().union(*(blocks for name, blocks in later.items() if ".layers." in name)) == {0, 1, 2, 3}
+
+
+def test_frozen_run_goes_on_where_it_stopped(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(tiny, tmp_path / "whole", {}, freeze="lower", projection_size=8)
+    run(workers, 2, values, tmp_path / "whole")
+    for step in (2, 7):
+        folder = tmp_path / f"from_{step}"
+        (folder / "checkpoints").mkdir(parents=True)
+        name = f"step_{step:08d}"
+        shutil.copytree(tmp_path / "whole" / "checkpoints" / name, folder / "checkpoints" / name)
+        (folder / "checkpoints" / "latest").write_text(name)
+        values["logging"]["run_dir"] = str(folder)
+        run(workers, 2, values, folder)
+        got, expected = records(folder), records(tmp_path / "whole")
+        assert len(got) == 10 - step
+        for key, line in got.items():
+            for value in ("loss", "grad_norm", "alignment_loss"):
+                assert line.get(value) == expected[key].get(value), (key, value)
+
+
+@pytest.mark.parametrize("change", [{"freeze": "upper"}, {"projection_size": 16}])
+def test_resuming_with_another_setting_is_refused(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    values = values_for(tiny, tmp_path, {}, freeze="lower", projection_size=8)
+    values["training"]["train_iters"] = 2
+    run(workers, 1, values, tmp_path)
+    values["alignment"].update(change)
+    with pytest.raises(WorkerError) as caught:
+        run(workers, 1, values, tmp_path)
+    kind, message, _ = caught.value.failures[0]
+    ((name, value),) = change.items()
+    assert kind == "UserError"
+    assert f"alignment.{name} " in message
+    assert f"(recipe: {value})" in message
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_plain"])
+def test_heads_are_the_same_in_every_layout(workers: WorkerPool, tiny: Tiny, tmp_path: Path, layout: str) -> None:
+    """Losses of later steps look through heads that earlier steps have moved."""
+    settings: dict[str, Any] = {"projection_size": 8, "layers": [0, 2, 4, 5]}
+    run(workers, 1, values_for(tiny, tmp_path / "one", {}, **settings), tmp_path / "one")
+    world_size, parallel = LAYOUTS[layout]
+    run(workers, world_size, values_for(tiny, tmp_path / "more", parallel, **settings), tmp_path / "more")
+    plain = {**settings, "projection_size": None}
+    run(workers, 1, values_for(tiny, tmp_path / "plain", {}, **plain), tmp_path / "plain")
+    expected = records(tmp_path / "one")
+    for key, line in records(tmp_path / "more").items():
+        if line["phase"] == "alignment":
+            got, wanted = (
+                [loss for loss in each["alignment_loss"] if loss is not None] for each in (line, expected[key])
+            )
+            assert len(wanted) == 4
+            assert got == pytest.approx(wanted, rel=TOLERANCE), key
+    first = ("alignment", 1)
+    assert expected[first]["alignment_loss"][0] != pytest.approx(
+        records(tmp_path / "plain")[first]["alignment_loss"][0], rel=1e-2
+    )
