@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import VOCAB_SIZE, Tiny
 
@@ -245,19 +246,61 @@ def test_code_switch_of_held_out_words_alone(
     assert "code_switch: none of the 0 keys of" in refusal(values, tmp_path, capsys)
 
 
-def test_dictionary_with_too_few_groups(
+def test_dictionary_with_too_few_words(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_prealign.alignment.words import WordSampler
-
     table = load_table(tiny.table)
-    held_out = table.held_out_groups(0.05)
-    limits = {"held_out": held_out, "max_word_tokens": 8}
-    count = len(WordSampler(table, groups_per_step=1, seed=0, **limits).groups)
+    lengths, ends, held_out = np.diff(table.word_offsets), table.group_offsets, table.held_out_groups(0.05)
+    # A word and its clone in each group, equally long.
+    groups = [group for group in range(table.num_groups) if lengths[ends[group]] <= 8 and not held_out[group]]
+    assert 0 < len(groups) < table.num_groups
     values["dictionary"]["held_out_fraction"] = 0.05
-    values["alignment"]["groups_per_step"] = count
+    values["alignment"]["words_per_step"] = 2 * len(groups)
     assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
     capsys.readouterr()
-    values["alignment"]["groups_per_step"] = count + 1
+    values["alignment"]["words_per_step"] = 2 * len(groups) + 1
     message = refusal(values, tmp_path, capsys)
-    assert f"alignment.groups_per_step is {count + 1}, but the dictionary has {count} groups" in message
+    assert (
+        f"alignment.words_per_step is {2 * len(groups) + 1}, but one draw can take {2 * len(groups)} words: of "
+        f"{table.num_groups} groups in the dictionary, {len(groups)} are left"
+    ) in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"language_weights": {"en": 1, "de": 1}}, "alignment.language_weights names de, but the dictionary is of en,"),
+        ({"frequency_exponent": 0.5}, "alignment.frequency_exponent is 0.5, but the dictionary was built without a"),
+        ({"layers": "2-9"}, "alignment.layers is 2-9, expected layers from 0 to 5"),
+    ],
+)
+def test_alignment_that_does_not_fit_the_table_or_the_model(
+    values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    values["alignment"].update(fields)
+    assert message in refusal(values, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"words_per_step": 33}, "alignment.words_per_step is 33, expected a multiple of data-parallel size x"),
+        ({"word_micro_batch_size": 32}, "alignment.word_micro_batch_size is 32, expected null or a divisor of the 16"),
+    ],
+)
+def test_words_that_do_not_divide(
+    values: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    values["alignment"].update(fields)
+    # Without a number of processes nothing is known of it.
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+    capsys.readouterr()
+    assert message in refusal(values, tmp_path, capsys, ("--world_size", "2"))
