@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on tensors in host memory. Triton reads the variable when it is first
 imported, so setting it later changes nothing."""
+
+
+class KernelLaunch(NamedTuple):
+    """One launch of a Triton kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    """Tensors and numbers, in the kernel's order."""
+    options: dict[str, Any]
+    """Constants by name, and how the compiler is to go about it, such as the number of warps."""
 
 
 def runs_triton(device: torch.device) -> bool:

@@ -5,12 +5,12 @@ shapes depend on input shapes alone. With the kernel the host never waits for th
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_prealign.kernels._triton import runs_triton
+from megatron_prealign.kernels._triton import KernelLaunch, runs_triton
 from megatron_prealign.kernels.code_switch_interface import (
     LABEL_MODES,
     LANGUAGES_FROM,
@@ -171,17 +171,6 @@ def _empty_output(tokens: Tensor, languages: int, sequence_length: int, reset_at
         document_starts=tokens.new_empty(shape, dtype=torch.int32) if reset_at_eod else None,
         counts=tokens.new_empty((tokens.shape[0], LANGUAGES_FROM + languages), dtype=torch.int64),
     )
-
-
-class KernelLaunch(NamedTuple):
-    """One launch of a Triton kernel."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    """Tensors and numbers, in the kernel's order."""
-    options: dict[str, Any]
-    """Constants by name, and the number of warps."""
 
 
 def launch_code_switch(

@@ -6,6 +6,7 @@ and their log-sum-exps once, backward sends nothing, because the similarities ar
 log-sum-exp of every other word computes what its words get as candidates of others by itself.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_prealign.kernels import contrastive_chunked
-from megatron_prealign.kernels.contrastive_interface import Similarities, WordGroups, check_call, inverse_norms
+from megatron_prealign.kernels import contrastive_chunked, contrastive_launch
+from megatron_prealign.kernels._triton import runs_triton
+from megatron_prealign.kernels.contrastive_interface import LOG2_E, Similarities, WordGroups, check_call, inverse_norms
 
 
 def contrastive_loss(
@@ -60,23 +62,32 @@ class _ContrastiveLoss(torch.autograd.Function):
     ) -> Tensor:
         columns = _gather(words, process_group)
         first = 0 if process_group is None else process_group.rank() * words.shape[1]
-        similarities = Similarities(columns, inverse_norms(columns, group), group, first, words.shape[1], temperature)
-        log_sums, positive_sums = contrastive_chunked.row_sums(similarities)
+        groups = WordGroups(group, positives, pairs)
+        norms = inverse_norms(columns, group)
+        similarities = Similarities(columns, norms, groups, first, words.shape[1], temperature)
+        log_sums, positive_sums = _path(columns).row_sums(similarities)
         own = positives[similarities.own].to(log_sums.dtype)
-        # exp(logit - offset) is positives x p; inf makes that 0 for a word that is nobody's anchor
-        offsets = torch.where(own > 0, log_sums - own.log(), float("inf"))
-        pairs = pairs.clamp(min=1)
-        ctx.save_for_backward(columns, similarities.inverse_norms, _gather(offsets, process_group), group, pairs)
+        # two to the power of (logit - offset) is positives x p; inf makes that 0 for a word that is no anchor
+        offsets = torch.where(own > 0, log_sums - own.log2(), float("inf"))
+        offsets = _gather(offsets, process_group)
+        ctx.save_for_backward(columns, norms, offsets, group, positives, pairs)
         ctx.first, ctx.anchors, ctx.temperature = first, words.shape[1], temperature
-        return torch.where(own > 0, own * log_sums - positive_sums, 0).sum(-1) / pairs
+        return torch.where(own > 0, own * log_sums - positive_sums, 0).sum(-1) / LOG2_E / pairs.clamp(min=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        columns, inverse, offsets, group, pairs = ctx.saved_tensors
-        similarities = Similarities(columns, inverse, group, ctx.first, ctx.anchors, ctx.temperature)
-        scale = upstream / ctx.temperature / pairs
-        return contrastive_chunked.gradients(similarities, offsets, scale), None, None, None, None, None
+        columns, inverse, offsets, *groups = ctx.saved_tensors
+        groups = WordGroups(*groups)
+        similarities = Similarities(columns, inverse, groups, ctx.first, ctx.anchors, ctx.temperature)
+        scale = upstream / ctx.temperature / groups.pairs.clamp(min=1)
+        return _path(columns).gradients(similarities, offsets, scale), None, None, None, None, None
+
+
+def _path(columns: Tensor) -> ModuleType:
+    """The module that computes with `columns`."""
+    kernels = runs_triton(columns.device) and columns.dtype != torch.float64
+    return contrastive_launch if kernels else contrastive_chunked
 
 
 def _gather(mine: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

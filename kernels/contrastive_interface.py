@@ -9,6 +9,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """Of the words. What is computed from bfloat16 is float32."""
+LOG2_E = math.log2(math.e)
+_MOST_WORDS = 1 << 24
+"""float32 holds every whole number up to this."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ class Similarities:
     """[L, N, H], contiguous. The anchors are n of them."""
     inverse_norms: Tensor
     """float32 or float64 [L, N], 0 for words of norm 0 and for empty slots: no product with them is left over."""
-    group: Tensor
-    """int64 [N] as in `WordGroups`."""
+    groups: WordGroups
     first: int
     """Column of the first anchor."""
     anchors: int
@@ -90,6 +92,8 @@ def check_call(words: Tensor, groups: WordGroups, temperature: float, ranks: int
             f"expected [words, hidden] or [layers, words, hidden] of {names}"
         )
     total = words.shape[-2] * ranks
+    if total > _MOST_WORDS:
+        raise ValueError(f"words of all ranks are {total}, expected at most {_MOST_WORDS}")
     for name, kind, shape in (("group", torch.int64, [total]), ("positives", torch.float32, [total])):
         tensor = getattr(groups, name)
         if tensor.dtype != kind or list(tensor.shape) != shape:

@@ -12,15 +12,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megatron_prealign.kernels.code_switch import KernelLaunch
+from megatron_prealign.kernels._triton import KernelLaunch, triton_version
 
 CAPABILITIES = (80, 90, 100)
 """A100, H100 and H200, B200."""
+_BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+_ALIGNMENT = 16
+"""Bytes of an address, or the factor of a number, that Triton compiles a faster kernel for."""
+_COMPILER_OPTIONS = ("num_warps", "num_stages")
 _TYPES = {
     "torch.int64": "*i64",
     "torch.int32": "*i32",
     "torch.uint8": "*u8",
     "torch.float32": "*fp32",
+    "torch.float16": "*fp16",
+    "torch.bfloat16": "*bf16",
 }
 
 
@@ -29,7 +35,8 @@ class KernelResources(NamedTuple):
 
     kernel: str
     capability: int
-    block: int
+    block: str
+    """What a program works on at a time: positions of a row, or rows x columns x depth of a product."""
     warps: int
     registers: int
     """Of a thread."""
@@ -57,24 +64,32 @@ def _compile(launch: KernelLaunch, capability: int) -> KernelResources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {name: value for name, value in launch.options.items() if name != "num_warps"}
-    warps = launch.options["num_warps"]
+    options = {name: value for name, value in launch.options.items() if name in _COMPILER_OPTIONS}
+    constants = {name: value for name, value in launch.options.items() if name not in options}
     given = iter(launch.arguments)
-    signature = {name: "constexpr" if name in constants else _type_of(next(given)) for name in launch.kernel.arg_names}
+    signature, attributes = {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        signature[parameter.name] = "constexpr"
+        if parameter.name not in constants:
+            argument = next(given)
+            signature[parameter.name] = _type_of(argument)
+            if not parameter.do_not_specialize and _is_aligned(argument):
+                attributes[(place,)] = [["tt.divisibility", _ALIGNMENT]]
     with warnings.catch_warnings():
         # about a default that integer arithmetic knows nothing of
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         compiled = triton.compile(
-            ASTSource(launch.kernel, signature, constants),
+            # the form of the attributes is that of Triton 3.3
+            ASTSource(launch.kernel, signature, constants, attributes if triton_version() >= (3, 3) else None),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps},
+            options=options,
         )
     registers, spills = _registers_and_spills(compiled.asm["cubin"])
     return KernelResources(
         kernel=launch.kernel.__name__,
         capability=capability,
-        block=constants["BLOCK"],
-        warps=warps,
+        block="x".join(str(value) for name, value in constants.items() if name in _BLOCKS),
+        warps=options["num_warps"],
         registers=registers,
         spills=spills,
         shared_bytes=compiled.metadata.shared,
@@ -84,7 +99,15 @@ def _compile(launch: KernelLaunch, capability: int) -> KernelResources:
 def _type_of(argument: Any) -> str:
     if isinstance(argument, Tensor):
         return _TYPES[str(argument.dtype)]
+    if isinstance(argument, float):
+        return "fp32"
     return "i32" if -(1 << 31) <= argument < 1 << 31 else "i64"
+
+
+def _is_aligned(argument: Any) -> bool:
+    if isinstance(argument, float):
+        return False
+    return (argument.data_ptr() if isinstance(argument, Tensor) else argument) % _ALIGNMENT == 0
 
 
 def _registers_and_spills(cubin: bytes) -> tuple[int, int]:

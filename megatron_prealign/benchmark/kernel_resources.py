@@ -8,8 +8,8 @@ import torch
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table
-from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED
-from megatron_prealign.kernels.code_switch import KernelLaunch, plan_launches
+from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, KernelLaunch
+from megatron_prealign.kernels.code_switch import plan_launches
 from megatron_prealign.kernels.resources import CAPABILITIES, kernel_resources
 
 EOD = 0
