@@ -68,7 +68,7 @@ class Trainer:
 
     def _run_phase(self) -> None:
         phase, state = self.phase, self.state
-        schedule = self._schedule(phase)
+        schedule = self.build_schedule(phase)
         phase.begin(state, self.chunks)
         try:
             if phase.is_over(state):
@@ -77,14 +77,15 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.train()
             while not phase.is_over(state) and not state.stop_requested:
-                self._step(phase, schedule)
+                self.step(phase, schedule)
                 self._notify("on_step")
             if phase.is_over(state):
                 self._notify("on_phase_end")
         finally:
             phase.end()
 
-    def _schedule(self, phase: Phase) -> OptimizerParamScheduler:
+    def build_schedule(self, phase: Phase) -> OptimizerParamScheduler:
+        """The learning rate of a phase, moved to where the phase stands."""
         settings = phase.schedule_settings(self.state)
         schedule = build_schedule(
             self.optimizer,
@@ -99,7 +100,8 @@ class Trainer:
         schedule.step(self.state.phase_step)
         return schedule
 
-    def _step(self, phase: Phase, schedule: OptimizerParamScheduler) -> None:
+    def step(self, phase: Phase, schedule: OptimizerParamScheduler) -> None:
+        """One optimizer step of a phase."""
         start_s = time.perf_counter()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

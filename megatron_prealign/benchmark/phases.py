@@ -1,0 +1,132 @@
+"""Speed of the two phases of a recipe: what a step of the alignment phase costs against one of language-model training.
+
+Steps of both alternate, so that whatever else the machine does slows both down.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.model.build import build_model
+from megatron_prealign.pretrain import build_phases, check_world_size, open_materials, open_switching, open_words
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
+from megatron_prealign.runtime.distributed import Runtime, running
+from megatron_prealign.runtime.engine import wrap_data_parallel
+from megatron_prealign.runtime.optimizer import build_optimizer
+from megatron_prealign.training.phase import Phase
+from megatron_prealign.training.state import TrainState
+from megatron_prealign.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSpeed:
+    """Speed of one phase, medians over its steps."""
+
+    phase: str
+    processes: int
+    steps: int
+    ms_per_step: float
+    tokens_per_step: float
+    tokens_per_second: float
+    share_of_language_model: float
+    """Of the tokens a second of language-model training."""
+
+
+def measure_phases(recipe: Recipe, *, steps: int, warmup: int) -> list[PhaseSpeed]:
+    """Runs `warmup + steps` steps of each phase, without saving or evaluating. Takes part: all processes.
+
+    Raises:
+        UserError: the recipe has no alignment section, or does not fit its files.
+    """
+    if recipe.alignment is None:
+        raise UserError("the recipe has no section alignment, expected one to compare with language-model training")
+    with running(recipe.parallel, seed=recipe.training.seed) as runtime, _folder(recipe) as folder:
+        trainer = _trainer(_short(recipe, folder, steps + warmup), runtime)
+        schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
+        seconds: list[list[float]] = [[] for _ in trainer.phases]
+        tokens: list[list[int]] = [[] for _ in trainer.phases]
+        for _ in range(warmup + steps):
+            for number, phase in enumerate(trainer.phases):
+                before = trainer.state.tokens
+                start_s = _now_s(runtime)
+                trainer.step(phase, schedules[number])
+                seconds[number].append(_now_s(runtime) - start_s)
+                tokens[number].append(trainer.state.tokens - before)
+        found = [
+            _speed(phase, runtime, times[warmup:], counts[warmup:])
+            for phase, times, counts in zip(trainer.phases, seconds, tokens, strict=True)
+        ]
+    return [
+        replace(each, share_of_language_model=each.tokens_per_second / found[-1].tokens_per_second) for each in found
+    ]
+
+
+def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[int]) -> PhaseSpeed:
+    rates = [count / time_s for count, time_s in zip(tokens, seconds, strict=True)]
+    return PhaseSpeed(
+        phase=phase.name,
+        processes=runtime.world_size,
+        steps=len(seconds),
+        ms_per_step=1e3 * statistics.median(seconds),
+        tokens_per_step=statistics.median(tokens),
+        tokens_per_second=statistics.median(rates),
+        share_of_language_model=1.0,
+    )
+
+
+@contextmanager
+def _folder(recipe: Recipe) -> Iterator[Path]:
+    """A folder for the sample index, the same on all ranks of a machine, gone afterwards."""
+    made: list[tempfile.TemporaryDirectory[str]] = []
+
+    def make() -> str:
+        made.append(tempfile.TemporaryDirectory(prefix="megatron_prealign_"))
+        return made[0].name
+
+    try:
+        yield Path(from_rank_zero("making a folder", make))
+    finally:
+        for folder in made:
+            folder.cleanup()
+
+
+def _short(recipe: Recipe, folder: Path, steps: int) -> Recipe:
+    """The recipe with so many steps of each phase, and nothing but them."""
+    assert recipe.alignment is not None
+    return replace(
+        recipe,
+        alignment=replace(recipe.alignment, train_iters=steps, lr_warmup_iters=0),
+        optimizer=replace(recipe.optimizer, lr_warmup_iters=0),
+        training=replace(recipe.training, train_iters=steps, train_tokens=None),
+        logging=replace(recipe.logging, run_dir=str(folder), tensorboard=False),
+        alignment_guard=None,
+        alignment_watch=None,
+    )
+
+
+def _trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
+    on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
+    materials = open_materials(recipe)
+    switching = open_switching(recipe, materials.dictionary)
+    words = on_every_rank("choosing the words", lambda: open_words(recipe, runtime, materials.dictionary))
+    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching, words))
+    models = build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+    chunks = wrap_data_parallel(models, recipe.parallel)
+    if words is not None:
+        words.attach(chunks)
+    return Trainer(recipe, runtime, chunks, build_optimizer(recipe, chunks), phases, [], TrainState())
+
+
+def _now_s(runtime: Runtime) -> float:
+    """The host's clock once the device is done."""
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize(runtime.device)
+    return time.perf_counter()
