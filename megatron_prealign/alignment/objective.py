@@ -22,8 +22,8 @@ def similarity_penalty(own: torch.Tensor, groups: WordGroups, group: dist.Proces
     parts = torch.cat([unit.sum(dim=0), unit.detach().square().sum()[None]])
     total, themselves = reduce_from_tensor_model_parallel_region(parts, group=group).split([own.shape[1], 1])
     words = valid.sum()
-    # The sum over all pairs, i = j included, is the square of the summed vectors. A word of length 0 is like no word, and
-    # not like itself either.
+    # The sum over all pairs, i = j included, is the square of the summed vectors. A word of length 0 is like no word,
+    # not even itself.
     mean = (total.square().sum() - themselves[0]) / (words * (words - 1)).clamp(min=1.0)
     return mean.clamp(min=0.0)
 
