@@ -77,9 +77,9 @@ def filled(model: Any, state: Weights) -> Any:
     return model.eval()
 
 
-def llama(ours: Weights, **options: Any) -> Any:
-    """transformers' Llama with our weights, the shape being that of `model_builds.recipe_values` unless changed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(**options: Any) -> Any:
+    """Of the shape of `model_builds.recipe_values`, unless changed."""
+    from transformers import LlamaConfig
 
     shape = {
         "vocab_size": VOCAB_SIZE,
@@ -93,13 +93,12 @@ def llama(ours: Weights, **options: Any) -> Any:
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }
-    config = LlamaConfig(**{**shape, **options})
-    return filled(LlamaForCausalLM(config), llama_state(ours, config))
+    return LlamaConfig(**{**shape, **options})
 
 
-def gpt2(ours: Weights, **options: Any) -> Any:
-    """transformers' GPT-2 with our weights, the shape being that of `model_builds.recipe_values` unless changed."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def gpt2_config(**options: Any) -> Any:
+    """Of the shape of `model_builds.recipe_values`, unless changed."""
+    from transformers import GPT2Config
 
     shape = {
         "vocab_size": VOCAB_SIZE,
@@ -110,5 +109,20 @@ def gpt2(ours: Weights, **options: Any) -> Any:
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": False,
     }
-    config = GPT2Config(**{**shape, **options})
+    return GPT2Config(**{**shape, **options})
+
+
+def llama(ours: Weights, **options: Any) -> Any:
+    """transformers' Llama with our weights and the shape of `llama_config`."""
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(**options)
+    return filled(LlamaForCausalLM(config), llama_state(ours, config))
+
+
+def gpt2(ours: Weights, **options: Any) -> Any:
+    """transformers' GPT-2 with our weights and the shape of `gpt2_config`."""
+    from transformers import GPT2LMHeadModel
+
+    config = gpt2_config(**options)
     return filled(GPT2LMHeadModel(config), gpt2_state(ours, config))

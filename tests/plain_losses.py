@@ -1,5 +1,7 @@
 """The method's losses written as they are read, slowly: what tests hold the product's forms against."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,24 @@ def contrastive_loops(
             if groups[i] == groups[j]:
                 total, pairs = total - torch.log(torch.exp(value / temperature) / denominator), pairs + 1
     return total / max(pairs, 1), (similarity / max(ordered, 1)).clamp(min=0.0), pairs
+
+
+def contrastive_matrix(
+    words: torch.Tensor, groups: Sequence[int], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`contrastive_loops` without the loops, for more words than those can do: loss and similarity penalty.
+
+    Args:
+        words: `[words, hidden]`; there are no empty slots.
+    """
+    words, group = words.double(), torch.tensor(groups)
+    unit = words / words.norm(dim=1, keepdim=True)
+    other = ~torch.eye(len(groups), dtype=torch.bool)
+    cosine = unit @ unit.t()
+    logits = (cosine / temperature).masked_fill(~other, float("-inf"))
+    positive = (group[:, None] == group[None, :]) & other
+    loss = -logits.log_softmax(dim=1)[positive].sum() / max(int(positive.sum()), 1)
+    return loss, cosine[other].mean().clamp(min=0.0) if len(groups) > 1 else torch.zeros(())
 
 
 def next_token_loss(
