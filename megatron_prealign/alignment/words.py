@@ -52,9 +52,10 @@ class WordSampler:
         self.usable: AlignmentGroups = alignment_groups(table, section, held_out=held_out)
         self._section = section
         self._seed = seed
-        self._cumulative: NDArray[np.float64] | None = None
+        self._log_weight: NDArray[np.float64] | None = None
         if section.frequency_exponent > 0:
-            self._cumulative = np.cumsum((self.usable.frequency + 1.0) ** section.frequency_exponent)
+            self._log_weight = section.frequency_exponent * np.log(self.usable.frequency + 1.0)
+            self._cumulative = np.cumsum(np.exp(self._log_weight - self._log_weight.max()))
         weights = section.language_weights
         self._language_weight = np.array([weights.get(language, 1.0) for language in table.languages])
 
@@ -100,7 +101,7 @@ class WordSampler:
     def _draw_groups(self, random: np.random.Generator, size: int) -> NDArray[np.int64]:
         """`size` different groups, one after the other with probability by weight."""
         count = len(self.usable.frequency)
-        if self._cumulative is None:
+        if self._log_weight is None:
             return random.choice(count, size=size, replace=False)
         # Draws with replacement, repeats left out, are draws without it, and cost nothing for every group there is.
         drawn = np.searchsorted(self._cumulative, random.random(2 * size) * self._cumulative[-1], side="right")
@@ -109,8 +110,8 @@ class WordSampler:
         if len(found) == size:
             return found
         # A few groups have most of the weight. The order of exponential variables divided by weights continues the
-        # draw (Efraimidis and Spirakis 2006).
-        waiting = random.exponential(size=count) / np.diff(self._cumulative, prepend=0.0)
+        # draw (Efraimidis and Spirakis 2006); in logarithms, which no weight is too small for.
+        waiting = np.log(random.exponential(size=count)) - self._log_weight
         waiting[found] = np.inf
         return np.concatenate([found, np.argsort(waiting, kind="stable")[: size - len(found)]])
 
