@@ -1,6 +1,9 @@
-"""The words of a step: which are drawn, and that every layout draws the same."""
+"""The words of a step: which are drawn, how often, and that every layout draws the same."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -36,179 +39,458 @@ def groups() -> list[list[Word]]:
 # Index, so that group 23, the last of the table, is drawn too.
 UNDRAWABLE = {20, 21, 22}
 HELD_OUT = {2, 7, 23}
+# Words that one draw of all 18 groups takes: 4 of them have two languages (3, 11, 15, 19), group 5 too.
+ALL_WORDS = 13 * 3 + 5 * 2
 
 
 @dataclass
 class Drawn:
-    """A batch as plain values."""
+    """A step as plain values.
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    pooling: torch.Tensor
-    every: torch.Tensor
-    own: torch.Tensor
+    Attributes:
+        words: the tokens of each word by data-parallel rank and microbatch; an empty list for an empty slot.
+        group: number of each word's group, in the order in which ranks are gathered.
+        positives, pairs: what the loss counts.
+        host_pairs, tokens: what the sampler counts.
+        shapes: rows and columns of each batch.
+    """
+
+    words: list[list[list[list[int]]]]
+    group: list[int]
+    positives: list[float]
     pairs: float
-    global_tokens: int
+    host_pairs: int
+    tokens: int
+    shapes: list[tuple[int, int]]
+
+    @property
+    def flat(self) -> list[list[int]]:
+        """The words of all ranks in order."""
+        return [word for batches in self.words for batch in batches for word in batch]
 
 
-def draw(
-    steps: list[int], ranks: int, seed: int = 3, groups_per_step: int = 8, multiple: int = 1, held_out: bool = True
-) -> list[list[Drawn]]:
-    """Runs in a worker: for each step the batch of each rank."""
+@dataclass(frozen=True)
+class Setting:
+    """What a batch is drawn from and for."""
+
+    groups: list[list[Word]]
+    languages: tuple[str, ...] = LANGUAGES
+    counts: list[int] | None = None
+    held_out: frozenset[int] = frozenset()
+    section: tuple[tuple[str, Any], ...] = ()
+    seed: int = 3
+    data_size: int = 1
+    tensor_size: int = 1
+    microbatches: int = 1
+    packed: bool = True
+    multiple: int = 1
+
+    def section_with(self, **fields: Any) -> "Setting":
+        return replace(self, section=(*self.section, *fields.items()))
+
+
+USUAL = Setting(groups(), held_out=frozenset(HELD_OUT), section=(("words_per_step", 24),))
+
+
+def sampler_of(setting: Setting) -> Any:
     from megatron_prealign.alignment.words import WordSampler
+    from megatron_prealign.recipe import AlignmentSection
 
-    made = groups()
-    sampler = WordSampler(
-        word_table(made, LANGUAGES, vocab_size=VOCAB_SIZE),
-        held_out=np.array([held_out and number in HELD_OUT for number in range(len(made))]),
-        groups_per_step=groups_per_step,
-        max_word_tokens=MAX_TOKENS,
-        seed=seed,
+    fields = {"train_iters": 1, "words_per_step": 24, "lr": 0.001, "max_word_tokens": MAX_TOKENS}
+    return WordSampler(
+        word_table(setting.groups, setting.languages, vocab_size=VOCAB_SIZE, counts=setting.counts),
+        AlignmentSection(**{**fields, **dict(setting.section)}),
+        held_out=np.array([number in setting.held_out for number in range(len(setting.groups))]),
+        seed=setting.seed,
     )
-    cpu = torch.device("cpu")
-    return [
-        [
-            Drawn(
-                batch.tokens,
-                batch.position_ids,
-                batch.pooling,
-                batch.groups.every,
-                batch.groups.own,
-                batch.groups.pairs.item(),
-                batch.global_tokens,
-            )
-            for rank in range(ranks)
-            for batch in [sampler.draw(step, rank=rank, ranks=ranks, multiple=multiple, device=cpu)]
-        ]
-        for step in steps
-    ]
 
 
-def words_of(batch: Drawn) -> list[list[int]]:
-    """The words of a batch by their pooling weights; an empty list for an empty slot."""
-    return [
-        [int(token) for token, weight in zip(tokens, pooling, strict=True) if weight > 0]
-        for tokens, pooling in zip(batch.tokens, batch.pooling, strict=True)
-    ]
+def draw(setting: Setting, steps: Iterable[int]) -> list[Drawn]:
+    """Runs in a worker: what all ranks draw in each step."""
+    from megatron_prealign.alignment.layout import WordLayout
 
-
-def groups_of(batch: Drawn) -> list[int]:
-    """The table's groups in the order of the batch."""
-    words = words_of(batch)
+    sampler = sampler_of(setting)
     found = []
-    for start in range(0, len(words), len(LANGUAGES)):
-        numbers = {(word[0] - 10) // 10 for word in words[start : start + len(LANGUAGES)] if word}
-        assert len(numbers) == 1
-        found.append(numbers.pop())
+    for step in steps:
+        parts = [
+            sampler.draw(
+                step,
+                WordLayout(
+                    data_size=setting.data_size,
+                    tensor_size=setting.tensor_size,
+                    data_rank=data_rank,
+                    packed=setting.packed,
+                    multiple=setting.multiple,
+                    dtype=torch.float32,
+                    device=torch.device("cpu"),
+                ),
+                microbatches=setting.microbatches,
+            )
+            for data_rank in range(setting.data_size)
+        ]
+        for part in parts[1:]:
+            assert torch.equal(part.groups.group, parts[0].groups.group)
+            assert (part.pairs, part.tokens) == (parts[0].pairs, parts[0].tokens)
+        found.append(
+            Drawn(
+                words=[[words_of(batch) for batch in part.batches] for part in parts],
+                group=parts[0].groups.group.tolist(),
+                positives=parts[0].groups.positives.tolist(),
+                pairs=parts[0].groups.pairs.item(),
+                host_pairs=parts[0].pairs,
+                tokens=parts[0].tokens,
+                shapes=[tuple(batch.tokens.shape) for part in parts for batch in part.batches],
+            )
+        )
     return found
+
+
+def words_of(batch: Any) -> list[list[int]]:
+    """The words of a batch as the taps see them: tokens at their places, where there is a weight."""
+    rows, _ = batch.tokens.shape
+    found = []
+    for slot, (places, weights) in enumerate(zip(batch.places, batch.weights, strict=True)):
+        inside = places[weights > 0]
+        tokens = batch.tokens[inside % rows, inside // rows].tolist()
+        assert tokens == batch.word_tokens[slot, : len(tokens)].tolist()
+        found.append(tokens)
+    return found
+
+
+def number_of(word: list[int]) -> int:
+    """The table's group of a word."""
+    return (word[0] - 10) // 10
+
+
+def groups_of(drawn: Drawn) -> list[int]:
+    """The table's groups in the order in which they were drawn."""
+    return list(dict.fromkeys(number_of(word) for word in drawn.flat if word))
+
+
+def places_of(setting: Setting, number: int) -> list[tuple[str, list[list[int]]]]:
+    """Languages of a group and their usable words, in the table's order of languages."""
+    words = setting.groups[number]
+    found = [(code, [w for c, w in words if c == code and len(w) <= MAX_TOKENS]) for code in setting.languages]
+    return [(code, choices) for code, choices in found if choices]
+
+
+def assert_by_chance(seen: Mapping[Any, int], chances: Mapping[Any, float]) -> None:
+    """Pearson's test: `seen` is red with a chance below 1e-6 when it is drawn with `chances`."""
+    total = sum(seen.values())
+    assert set(seen) <= set(chances)
+    assert sum(chances.values()) == pytest.approx(1.0)
+    expected = {each: chance * total for each, chance in chances.items()}
+    # Below 5 the distribution is not chi-square.
+    assert min(expected.values()) > 5
+    statistic = sum((seen.get(each, 0) - wanted) ** 2 / wanted for each, wanted in expected.items())
+    freedom = len(chances) - 1
+    # Wilson and Hilferty's quantile of chi-square; 4.9 is that of the normal distribution at 5e-7.
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.9 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert statistic < limit, (statistic, limit, dict(seen), expected)
+
+
+def one_after_the_other(weights: Mapping[Any, float], size: int) -> dict[tuple[Any, ...], float]:
+    """Chance of each order of `size` draws without replacement, by weight."""
+    chances = {}
+    for order in permutations(weights, size):
+        chance, left = 1.0, sum(weights.values())
+        for each in order:
+            chance, left = chance * weights[each] / left, left - weights[each]
+        chances[order] = chance
+    return chances
 
 
 @pytest.fixture(scope="module")
 def batches(workers: WorkerPool) -> list[Drawn]:
     """60 steps in one process."""
-    return [ranks[0] for ranks in workers.run(1, draw, list(range(60)), 1)[0]]
+    return workers.run(1, draw, USUAL, range(60))[0]
 
 
 def test_held_out_and_undrawable_groups_never_come_all_others_do(batches: list[Drawn]) -> None:
-    # With 18 groups and 60 draws of 8, one that may come stays away with a chance of 18 * (10/18)^60 < 1e-14.
+    # With 18 groups and 60 draws of at least 8, one that may come stays away with a chance of 18 * (10/18)^60 < 1e-14.
     seen = {number for batch in batches for number in groups_of(batch)}
     assert seen == set(range(24)) - HELD_OUT - UNDRAWABLE
 
 
 def test_last_group_of_the_table_is_drawn(workers: WorkerPool) -> None:
-    drawn = workers.run(1, draw, [0], 1, 3, 21, 1, False)[0][0][0]
+    """A step of all words there are takes all groups."""
+    everything = replace(USUAL, held_out=frozenset()).section_with(words_per_step=ALL_WORDS + 3 + 2 + 2)
+    drawn = workers.run(1, draw, everything, [0])[0][0]
     assert sorted(groups_of(drawn)) == sorted(set(range(24)) - UNDRAWABLE)
+    assert all(drawn.flat)
 
 
 def test_a_group_gives_one_word_of_each_language_it_has(batches: list[Drawn]) -> None:
-    made = groups()
+    cut = 0
     for batch in batches:
-        numbers = groups_of(batch)
-        assert len(set(numbers)) == len(numbers) == 8
-        for place, number in enumerate(numbers):
-            slots = range(3 * place, 3 * place + 3)
-            for slot, language in zip(slots, LANGUAGES, strict=True):
-                choices = [w for code, w in made[number] if code == language and len(w) <= MAX_TOKENS]
-                word = words_of(batch)[slot]
-                assert (word in choices) if choices else word == []
-                assert batch.every[slot] == (place if choices else -1)
+        slot = 0
+        for place, number in enumerate(groups_of(batch)):
+            for _, choices in places_of(USUAL, number):
+                if slot < 24 and batch.flat[slot]:
+                    assert batch.flat[slot] in choices
+                    assert batch.group[slot] == place
+                    slot += 1
+                else:
+                    # Only the last group may be cut, and not down to one word.
+                    assert place == len(groups_of(batch)) - 1
+                    assert batch.group.count(place) >= 2
+                    cut += 1
+        assert batch.group[slot:] == [-1] * (24 - slot)
+        assert len(set(groups_of(batch))) == len(groups_of(batch)) == len(set(batch.group) - {-1})
+    assert cut > 0
 
 
-def test_each_of_several_translations_comes(batches: list[Drawn]) -> None:
-    words = [tuple(word) for batch in batches for word in words_of(batch) if word]
-    long, short = words.count((11, 12)), words.count((13,))
-    # Both words of group 0, by chance of a half: 26.7 draws expected in 60 steps.
-    assert min(long, short) >= 5
-    assert words.count((10,)) == long + short
+@pytest.mark.parametrize("words_per_step", [2, 3, 5, 8, 13, 25, ALL_WORDS])
+@pytest.mark.parametrize("limit", [None, 2, 3])
+def test_words_fill_a_step(workers: WorkerPool, words_per_step: int, limit: int | None) -> None:
+    """At most one slot stays empty, and only where a last word would have been without a partner."""
+    if limit == 2 and words_per_step == ALL_WORDS:
+        words_per_step = 2 * 18
+    setting = USUAL.section_with(words_per_step=words_per_step, languages_per_group=limit)
+    empty = 0
+    for drawn in workers.run(1, draw, setting, range(150))[0]:
+        assert len(drawn.flat) == words_per_step
+        filled = [word for word in drawn.flat if word]
+        assert drawn.flat[: len(filled)] == filled
+        assert len(filled) >= words_per_step - 1
+        assert min(Counter(group for group in drawn.group if group >= 0).values()) >= 2
+        empty += len(filled) < words_per_step
+    # Three and two words a group come in all orders, two twos before a third group in 6.5 % of the steps and more.
+    assert (empty > 0) == (words_per_step % 2 == 1 if limit == 2 else words_per_step not in (2, ALL_WORDS))
 
 
-def test_pooling_makes_a_mean_and_padding_is_0(batches: list[Drawn]) -> None:
-    for batch in batches:
-        for tokens, pooling, word in zip(batch.tokens, batch.pooling, words_of(batch), strict=True):
-            assert pooling[: len(word)].tolist() == [float(np.float32(1 / max(len(word), 1)))] * len(word)
-            assert torch.count_nonzero(pooling[len(word) :]) == 0
-            assert torch.count_nonzero(tokens[len(word) :]) == 0
-        width = max(len(word) for word in words_of(batch))
-        assert batch.tokens.shape == batch.positions.shape == (24, width)
-        assert (batch.positions == torch.arange(width)).all()
+def test_each_of_several_translations_comes(workers: WorkerPool) -> None:
+    drawn = workers.run(1, draw, USUAL, range(400))[0]
+    words = Counter(tuple(word) for batch in drawn for word in batch.flat if word)
+    assert_by_chance({word: words[word] for word in [(11, 12), (13,)]}, {(11, 12): 0.5, (13,): 0.5})
 
 
 def test_counts_of_pairs_and_tokens(batches: list[Drawn]) -> None:
     for batch in batches:
-        every = batch.every.tolist()
-        pairs = [(i, j) for i, a in enumerate(every) for j, b in enumerate(every) if i != j and a == b and a >= 0]
-        assert batch.pairs == len(pairs)
-        assert batch.global_tokens == sum(len(word) for word in words_of(batch))
+        group = batch.group
+        pairs = [(i, j) for i, a in enumerate(group) for j, b in enumerate(group) if i != j and a == b and a >= 0]
+        assert batch.pairs == batch.host_pairs == len(pairs)
+        assert batch.positives == [float(sum(i == anchor for i, _ in pairs)) for anchor in range(24)]
+        assert batch.tokens == sum(len(word) for word in batch.flat)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_together_draw_what_one_process_draws(workers: WorkerPool, batches: list[Drawn], ranks: int) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("data_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_ranks_and_microbatches_together_draw_what_one_process_draws(
+    workers: WorkerPool, batches: list[Drawn], data_size: int, microbatches: int, packed: bool
+) -> None:
     steps = [0, 1, 17]
-    for step, parts in zip(steps, workers.run(1, draw, steps, ranks)[0], strict=True):
+    setting = replace(USUAL, data_size=data_size, microbatches=microbatches, packed=packed)
+    for step, drawn in zip(steps, workers.run(1, draw, setting, steps)[0], strict=True):
         whole = batches[step]
-        for name in ("tokens", "positions", "pooling", "own"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
-        for part in parts:
-            assert torch.equal(part.every, whole.every)
-            assert (part.pairs, part.global_tokens) == (whole.pairs, whole.global_tokens)
+        assert drawn.flat == whole.flat
+        assert [len(parts) for parts in drawn.words] == [microbatches] * data_size
+        assert {len(words) for parts in drawn.words for words in parts} == {24 // data_size // microbatches}
+        # Without tensor parallelism ranks are gathered in the order of the words.
+        assert drawn.group == whole.group
+        assert (drawn.pairs, drawn.host_pairs, drawn.tokens) == (whole.pairs, whole.host_pairs, whole.tokens)
+
+
+@pytest.mark.parametrize(("data_size", "microbatches", "tensor_size"), [(1, 1, 2), (2, 3, 2), (1, 2, 4), (3, 2, 4)])
+def test_groups_are_those_of_the_gathered_words(
+    workers: WorkerPool, batches: list[Drawn], data_size: int, microbatches: int, tensor_size: int
+) -> None:
+    setting = replace(USUAL, data_size=data_size, microbatches=microbatches, tensor_size=tensor_size)
+    for step, drawn in enumerate(workers.run(1, draw, setting, range(3))[0]):
+        assert drawn.flat == batches[step].flat
+        gathered: list[list[int]] = []
+        for parts in drawn.words:
+            for tensor_rank in range(tensor_size):
+                for words in parts:
+                    size = len(words) // tensor_size
+                    gathered += words[tensor_rank * size : (tensor_rank + 1) * size]
+        number = {group: place for place, group in enumerate(groups_of(batches[step]))}
+        assert drawn.group == [number[number_of(word)] if word else -1 for word in gathered]
+        assert drawn.pairs == batches[step].pairs
 
 
 def test_step_and_seed_decide(workers: WorkerPool, batches: list[Drawn]) -> None:
     # Asked in another order, as after a resume.
-    for step, (again,) in zip([30, 4], workers.run(1, draw, [30, 4], 1)[0], strict=True):
-        assert torch.equal(again.tokens, batches[step].tokens)
-        assert torch.equal(again.every, batches[step].every)
+    for step, again in zip([30, 4], workers.run(1, draw, USUAL, [30, 4])[0], strict=True):
+        assert (again.flat, again.group) == (batches[step].flat, batches[step].group)
     assert len({tuple(groups_of(batch)) for batch in batches}) == len(batches)
-    other = workers.run(1, draw, [4], 1, 4)[0][0][0]
+    (other,) = workers.run(1, draw, replace(USUAL, seed=4), [4])[0]
     assert groups_of(other) != groups_of(batches[4])
 
 
 def test_width_is_a_multiple_of_the_tensor_parallel_size(workers: WorkerPool, batches: list[Drawn]) -> None:
-    wide = workers.run(1, draw, [0], 1, 3, 8, 4)[0][0][0]
-    narrow = batches[0]
-    assert wide.tokens.shape == (24, 4)
-    assert words_of(wide) == words_of(narrow)
-    assert torch.equal(wide.every, narrow.every)
+    for packed, shape in ((True, (1, 65)), (False, (24, 5))):
+        (wide,) = workers.run(1, draw, replace(USUAL, packed=packed, multiple=5), [0])[0]
+        assert wide.shapes == [shape]
+        assert wide.flat == batches[0].flat
+        assert wide.group == batches[0].group
 
 
-def test_too_few_groups_are_the_users_mistake(workers: WorkerPool) -> None:
+def pairs_of_words(count: int) -> list[list[Word]]:
+    return [[("en", [10 * number + 10]), ("de", [10 * number + 11])] for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("exponent", "counts"),
+    [(1.0, [19, 2, 1, 0]), (0.5, [399, 8, 3, 0]), (0.0, [399, 8, 3, 0])],
+    ids=["proportional", "square_root", "alike"],
+)
+def test_groups_come_by_their_frequency(workers: WorkerPool, exponent: float, counts: list[int]) -> None:
+    """Two of four groups a step. Twice two draws with replacement are all of the first group in a third of the steps:
+    then the second one comes from the second stage of the draw."""
+    setting = Setting(pairs_of_words(4), counts=counts).section_with(words_per_step=4, frequency_exponent=exponent)
+    seen = Counter(tuple(groups_of(drawn)) for drawn in workers.run(1, draw, setting, range(4000))[0])
+    weights = dict(enumerate([20.0, 3.0, 2.0, 1.0] if exponent else [1.0] * 4))
+    assert (20 / 26) ** 4 > 1 / 3
+    assert_by_chance(seen, one_after_the_other(weights, 2))
+
+
+def test_a_few_heavy_groups_do_not_come_twice(workers: WorkerPool) -> None:
+    """Three of five groups, of which two have nearly all of the weight: the third comes by its own weight."""
+    counts = [9999, 9999, 3, 1, 0]
+    setting = Setting(pairs_of_words(5), counts=counts).section_with(words_per_step=6, frequency_exponent=1.0)
+    drawn = [groups_of(each) for each in workers.run(1, draw, setting, range(3000))[0]]
+    assert all(len(each) == 3 for each in drawn)
+    third = Counter(each[2] for each in drawn if set(each[:2]) == {0, 1})
+    # That one of the small groups comes earlier has a chance of 7 / 10,007 or so a step.
+    assert sum(third.values()) > 2900
+    assert_by_chance(third, {2: 4 / 7, 3: 2 / 7, 4: 1 / 7})
+
+
+@pytest.mark.parametrize("exponent", [3.0, 60.0])
+def test_weights_of_any_size_draw_each_group_once(workers: WorkerPool, exponent: float) -> None:
+    """The first group's weight is 10^18 times the others' and more: their sum in float64 is the first one's alone."""
+    counts = [10**6, 10**6 - 1, 0, 0, 0, 0]
+    setting = Setting(pairs_of_words(6), counts=counts)
+    setting = setting.section_with(words_per_step=8, frequency_exponent=exponent)
+    drawn = [groups_of(each) for each in workers.run(1, draw, setting, range(600))[0]]
+    assert all(len(each) == 4 for each in drawn)
+    assert all(set(each[:2]) == {0, 1} for each in drawn)
+    assert_by_chance(
+        Counter(tuple(each[2:]) for each in drawn), one_after_the_other(dict.fromkeys([2, 3, 4, 5], 1.0), 2)
+    )
+
+
+FOUR = ("en", "de", "zh", "fr")
+
+
+def four_languages(count: int) -> list[list[Word]]:
+    return [[(code, [10 * number + 10 + place]) for place, code in enumerate(FOUR)] for number in range(count)]
+
+
+def languages_of(drawn: Drawn) -> list[tuple[str, ...]]:
+    """The languages of each group of `four_languages`, in order."""
+    found: dict[int, tuple[str, ...]] = {}
+    for word in drawn.flat:
+        if word:
+            found[number_of(word)] = (*found.get(number_of(word), ()), FOUR[word[0] % 10])
+    return list(found.values())
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {"en": 4.0, "de": 2.0, "zh": 1.0, "fr": 0.5}, {"en": 1.0, "fr": 3.0, "zh": 2.0}],
+    ids=["alike", "all", "three"],
+)
+def test_languages_of_a_group_come_by_their_weight(workers: WorkerPool, limit: int, weights: dict[str, float]) -> None:
+    setting = Setting(four_languages(10), languages=FOUR).section_with(
+        words_per_step=10 * limit, languages_per_group=limit, language_weights=weights
+    )
+    seen: Counter[tuple[str, ...]] = Counter()
+    for drawn in workers.run(1, draw, setting, range(300))[0]:
+        assert len(languages_of(drawn)) == 10
+        seen.update(languages_of(drawn))
+    chances: Counter[tuple[str, ...]] = Counter()
+    for order, chance in one_after_the_other(weights or dict.fromkeys(FOUR, 1.0), limit).items():
+        # Which of them are drawn counts; they lie in the table's order.
+        chances[tuple(code for code in FOUR if code in order)] += chance
+    if len(chances) == 1:
+        assert set(seen) == set(chances)
+    else:
+        assert_by_chance(seen, chances)
+
+
+def test_a_group_of_fewer_languages_than_are_drawn_gives_all(workers: WorkerPool) -> None:
+    made = four_languages(4)
+    made[1] = made[1][:2]
+    made[2] = made[2][1:3]
+    weights = {"en": 1.0, "de": 5.0, "zh": 1.0}
+    setting = Setting(made, languages=FOUR).section_with(
+        words_per_step=10, languages_per_group=3, language_weights=weights
+    )
+    for drawn in workers.run(1, draw, setting, range(10))[0]:
+        found = dict(zip(groups_of(drawn), languages_of(drawn), strict=True))
+        assert found == {0: ("en", "de", "zh"), 1: ("en", "de"), 2: ("de", "zh"), 3: ("en", "de", "zh")}
+
+
+def test_too_few_words_are_the_users_mistake(workers: WorkerPool) -> None:
+    workers.run(1, draw, USUAL.section_with(words_per_step=ALL_WORDS), [0])
     with pytest.raises(WorkerError) as caught:
-        workers.run(1, draw, [0], 1, 3, 19)
+        workers.run(1, draw, USUAL.section_with(words_per_step=ALL_WORDS + 1), [0])
     kind, message, _ = caught.value.failures[0]
     assert kind == "UserError"
-    assert message.startswith("alignment.groups_per_step is 19, but the dictionary has 18 groups with words in two")
+    assert message.startswith(
+        f"alignment.words_per_step is {ALL_WORDS + 1}, but one draw can take {ALL_WORDS} words: of 24 groups in the "
+        "dictionary, 18 are left"
+    )
     assert "alignment.max_word_tokens (3)" in message
-    assert "(of 24)" in message
 
 
-def test_pad_words(workers: WorkerPool) -> None:
-    tokens, pooling = workers.run(1, padded)[0]
-    assert tokens.tolist() == [[5, 6, 0], [0, 0, 0], [7, 8, 9]]
-    third = float(np.float32(1 / 3))
-    assert pooling.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [third, third, third]]
+def reported(setting: Setting, folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Runs in a worker: messages about dropped words, files and lines of the list."""
+    import logging
+    from pathlib import Path
+
+    from megatron_prealign.alignment.dropped_words import FILE, report_dropped_words
+
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_prealign.alignment.dropped_words")
+    logger.addHandler(handler)
+    try:
+        report_dropped_words(sampler_of(setting), MAX_TOKENS, Path(folder))
+    finally:
+        logger.removeHandler(handler)
+    files = sorted(path.name for path in Path(folder).iterdir())
+    return messages, files, (Path(folder) / FILE).read_text(encoding="utf-8").splitlines() if files else []
 
 
-def padded() -> tuple[Any, Any]:
-    from megatron_prealign.alignment.words import pad_words
+def test_words_that_are_too_long_are_counted_and_listed(workers: WorkerPool, tmp_path: Any) -> None:
+    """Those of groups that are held out are not: nobody wanted them."""
+    made = [*groups(), [("en", [250] * 5), ("de", [251] * 7), ("zh", [252])]]
+    setting = replace(USUAL, groups=made, held_out=frozenset([21]))
+    messages, files, lines = workers.run(1, reported, setting, str(tmp_path))[0]
+    # Words are numbered through in the table; group 5, group 22, and two of the one added.
+    numbers = [
+        number
+        for number, (group, word) in enumerate((g, word) for g, words in enumerate(made) for _, word in words)
+        if len(word) > MAX_TOKENS and group != 21
+    ]
+    assert len(numbers) == 4
+    spelled = [f"word{number}" for number in numbers]
+    assert files == ["alignment_dropped_words.tsv"]
+    languages_and_tokens = [("de", 4), ("de", 4), ("en", 5), ("de", 7)]
+    assert lines == [
+        f"{code}\t{word}\t{tokens}" for word, (code, tokens) in zip(spelled, languages_and_tokens, strict=True)
+    ]
+    assert messages == [
+        f"alignment leaves out 4 words of more than alignment.max_word_tokens (3) tokens ({', '.join(spelled)}); all "
+        f"are listed in {tmp_path / 'alignment_dropped_words.tsv'}"
+    ]
 
-    return pad_words([np.array([5, 6]), np.array([], dtype=np.int64), np.array([7, 8, 9])], 3)
+
+def test_only_some_of_many_dropped_words_are_named(workers: WorkerPool, tmp_path: Any) -> None:
+    made = [*pairs_of_words(3), *[[("en", [9] * 4), ("de", [8] * 4)] for _ in range(600)]]
+    setting = Setting(made).section_with(words_per_step=2)
+    messages, _, lines = workers.run(1, reported, setting, str(tmp_path))[0]
+    assert len(lines) == 1200
+    assert messages[0].startswith("alignment leaves out 1,200 words of more than")
+    assert "(word6, word7, word8, word9, word10, ...);" in messages[0]
+
+
+def test_without_dropped_words_nothing_is_said(workers: WorkerPool, tmp_path: Any) -> None:
+    setting = Setting(pairs_of_words(3)).section_with(words_per_step=2)
+    assert workers.run(1, reported, setting, str(tmp_path))[0] == ([], [], [])
