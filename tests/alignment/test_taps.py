@@ -15,23 +15,24 @@ WORDS = [[3, 17, 5], [9], [], [22, 4, 31, 8], [30, 2], [39]]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def word_batch(multiple: int = 1) -> Any:
-    from megatron_prealign.alignment.objective import WordGroups
-    from megatron_prealign.alignment.words import WordBatch, pad_words
+def word_batch(*, packed: bool = True, multiple: int = 1, words: list[list[int]] | None = None) -> Any:
+    from megatron_prealign.alignment.packing import lay_out_words
 
-    width = -(-max(map(len, WORDS)) // multiple) * multiple
-    ids, pooling = pad_words([np.array(word, dtype=np.int64) for word in WORDS], width)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return WordBatch(
-        tokens=torch.from_numpy(ids),
-        position_ids=torch.arange(width).expand(len(WORDS), width).contiguous(),
-        pooling=torch.from_numpy(pooling),
-        groups=WordGroups(every=nothing, own=nothing, pairs=torch.zeros(())),
-        global_tokens=sum(map(len, WORDS)),
+    words = WORDS if words is None else words
+    tokens = np.zeros((len(words), max(map(len, words), default=1)), dtype=np.int64)
+    for row, word in zip(tokens, words, strict=True):
+        row[: len(word)] = word
+    return lay_out_words(
+        tokens,
+        np.array([len(word) for word in words], dtype=np.int64),
+        packed=packed,
+        multiple=multiple,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
 
 
-def tapped(values: dict[str, Any]) -> tuple[Any, Any, Any]:
+def tapped(values: dict[str, Any], packed: bool = True) -> tuple[Any, Any, Any]:
     """A model with random weights everywhere, its taps and a word batch."""
     from megatron_prealign.alignment.taps import LayerTaps
 
@@ -41,12 +42,14 @@ def tapped(values: dict[str, Any]) -> tuple[Any, Any, Any]:
         if runtime.world_size == 1:
             disturb(chunk)
     multiple = 2 if recipe.parallel.sequence_parallel else 1
-    return chunks[0], LayerTaps(chunks, runtime, LAYERS), word_batch(multiple)
+    return chunks[0], LayerTaps(chunks, runtime, LAYERS), word_batch(packed=packed, multiple=multiple)
 
 
-def observed_states(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-    """Runs in workers: the model's weights, and the states of the words by layer."""
-    chunk, taps, batch = tapped(values)
+def observed_states(
+    values: dict[str, Any], packed: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+    """Runs in workers: the model's weights, and the states of this rank's words by layer."""
+    chunk, taps, batch = tapped(values, packed)
     states: dict[int, torch.Tensor] = {}
     with torch.no_grad(), taps.observing(lambda layer, words, _: states.update({layer: words.clone()})):
         taps.run_words(chunk, chunk, batch)
@@ -78,6 +81,13 @@ def what_stays() -> dict[str, Any]:
             calls.clear()
             answers["rows_equal"] = torch.equal(chunk(rows, positions, None), plain)
             answers["row_calls"] = calls.copy()
+            nothing = word_batch(words=[])
+            answers["idle_output"] = tuple(taps.run_words(chunk, chunk, nothing).shape)
+            answers["idle_calls"] = calls.copy()
+            answers["idle_loss"] = taps.output_embedding_loss
+            # A mask of the same kind as that of packed words, but of no batch that the taps know.
+            answers["masked_rows"] = tuple(chunk(nothing.tokens, nothing.position_ids, nothing.attention_mask).shape)
+            answers["masked_calls"] = calls.copy()
         answers["after"] = hooks()
         taps.run_words(chunk, chunk, batch)
         answers["calls_after"] = calls.copy()
@@ -104,15 +114,17 @@ def loss_of(layer: int, words: torch.Tensor) -> torch.Tensor:
     return layer_weight(layer) * (words.float() * torch.linspace(-1, 1, words.shape[-1])).tanh().square().sum()
 
 
-def by_hand(chunk: Any, batch: Any) -> dict[int, torch.Tensor]:
-    return states_by_hand(chunk, batch.tokens, batch.position_ids, [len(word) for word in WORDS], LAYERS)
+def by_hand(chunk: Any) -> dict[int, torch.Tensor]:
+    """The states from a plain forward pass with each word in a row of its own."""
+    alone = word_batch(packed=False)
+    return states_by_hand(chunk, alone.tokens, alone.position_ids, [len(word) for word in WORDS], LAYERS)
 
 
-def gradients(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def gradients(values: dict[str, Any], packed: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Runs in a worker: every parameter's gradient by attached losses, and by adding the losses up by hand."""
     from megatron_prealign.alignment.taps import no_loss
 
-    chunk, taps, batch = tapped(values)
+    chunk, taps, batch = tapped(values, packed)
 
     def take() -> dict[str, torch.Tensor]:
         found = {
@@ -132,27 +144,28 @@ def gradients(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
         output = taps.run_words(chunk, chunk, batch)
         (no_loss(output) + taps.output_embedding_loss).backward()
     attached = take()
-    states = by_hand(chunk, batch)
+    states = by_hand(chunk)
     torch.stack([loss_of(layer, states[layer]) for layer in (0, 1, LAYERS, LAYERS + 1)]).sum().backward()
     return attached, take()
 
 
 def hand_made(values: dict[str, Any]) -> dict[int, torch.Tensor]:
-    chunk, _, batch = tapped(values)
+    chunk, _, _ = tapped(values)
     with torch.no_grad():
-        return by_hand(chunk, batch)
+        return by_hand(chunk)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gpt2", False)])
-def test_pooled_states_are_means_of_hidden_states(workers: WorkerPool, family: str, tied: bool) -> None:
+def test_pooled_states_are_means_of_hidden_states(workers: WorkerPool, family: str, tied: bool, packed: bool) -> None:
     values = recipe_values(family, {"share_embeddings_and_output_weights": tied})
-    _, states = workers.run(1, observed_states, values)[0]
+    _, states = workers.run(1, observed_states, values, packed)[0]
     expected = workers.run(1, hand_made, values)[0]
     assert sorted(states) == sorted(expected) == list(range(LAYERS + 2))
     for layer, words in states.items():
         assert words.dtype is torch.float32
-        # A weighted sum against a mean: rounding.
-        torch.testing.assert_close(words, expected[layer], rtol=1e-5, atol=1e-6)
+        # A weighted sum against a mean, and packed other rotary angles: rounding.
+        torch.testing.assert_close(words, expected[layer], rtol=1e-5, atol=1e-6 if not packed else 1e-5)
 
 
 def test_layers_are_the_hidden_states_of_transformers(workers: WorkerPool) -> None:
@@ -178,31 +191,42 @@ def test_empty_slots_are_zero(workers: WorkerPool) -> None:
         assert torch.count_nonzero(words) > 0
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_parallel_ranks_see_the_states_of_one_process(workers: WorkerPool, sequence_parallel: bool) -> None:
+def test_tensor_parallel_ranks_see_parts_of_the_states_of_one_process(
+    workers: WorkerPool, sequence_parallel: bool, ranks: int, packed: bool
+) -> None:
+    """The parts are disjoint and in order; data-parallel ranks get the same batch here and see the same."""
     values = recipe_values("llama")
     # As drawn: `disturb` would give the shards other numbers.
-    expected = workers.run(1, undisturbed_states, values)[0]
+    ((rank, expected),) = workers.run(1, undisturbed_states, values, packed)
+    assert rank == 0
     values["parallel"] = {
         "device": "cpu",
         "tensor_model_parallel_size": 2,
         "sequence_parallel": sequence_parallel,
     }
-    for states in workers.run(2, undisturbed_states, values):
+    answers = workers.run(ranks, undisturbed_states, values, packed)
+    assert [rank for rank, _ in answers] == [0, 1] * (ranks // 2)
+    for rank, states in answers:
         assert sorted(states) == sorted(expected)
         for layer, words in states.items():
-            torch.testing.assert_close(words, expected[layer], rtol=1e-4, atol=1e-7)
+            # Sums over the ranks in another order.
+            torch.testing.assert_close(words, expected[layer].chunk(2)[rank], rtol=1e-4, atol=1e-7)
 
 
-def undisturbed_states(values: dict[str, Any]) -> dict[int, torch.Tensor]:
+def undisturbed_states(values: dict[str, Any], packed: bool) -> tuple[int, dict[int, torch.Tensor]]:
+    """Runs in workers: tensor-parallel rank, and the states of its words by layer."""
     from megatron_prealign.alignment.taps import LayerTaps
 
     recipe, runtime, chunks = build(values)
     taps = LayerTaps(chunks, runtime, LAYERS)
     states: dict[int, torch.Tensor] = {}
+    batch = word_batch(packed=packed, multiple=2 if recipe.parallel.sequence_parallel else 1)
     with torch.no_grad(), taps.observing(lambda layer, words, _: states.update({layer: words.clone()})):
-        taps.run_words(chunks[0], chunks[0], word_batch(2 if recipe.parallel.sequence_parallel else 1))
-    return states
+        taps.run_words(chunks[0], chunks[0], batch)
+    return runtime.tensor_rank, states
 
 
 def test_nothing_stays_behind(workers: WorkerPool) -> None:
@@ -220,15 +244,59 @@ def test_nothing_stays_behind(workers: WorkerPool) -> None:
 def test_words_have_no_logits_and_rows_are_not_observed(workers: WorkerPool) -> None:
     answers = workers.run(1, what_stays)[0]
     assert answers["logits_of_words"] == 0
-    assert answers["word_output"] == (max(map(len, WORDS)), len(WORDS), 32)
+    # All words fit into one row of 64 tokens.
+    assert answers["word_output"] == (64, 1, 32)
     assert answers["row_calls"] == []
     assert answers["rows_equal"]
 
 
-@pytest.mark.parametrize("recompute", [None, "full", "selective"])
-def test_attached_losses_have_the_gradients_of_their_sum(workers: WorkerPool, recompute: str | None) -> None:
+def test_batches_without_words_pass_unobserved(workers: WorkerPool) -> None:
+    answers = workers.run(1, what_stays)[0]
+    assert answers["idle_output"] == (64, 1, 32)
+    assert answers["idle_calls"] == []
+    assert answers["idle_loss"] is None
+    # Rows of the blend whose documents are kept apart have a mask too.
+    assert answers["masked_rows"][:2] == (1, 64)
+    assert answers["masked_calls"] == []
+
+
+def order_of_losses(values: dict[str, Any]) -> list[tuple[int, int]]:
+    """Runs in a worker: layer and batch of each observation with a graph, two batches before one backward pass."""
+    from megatron_prealign.alignment.taps import no_loss
+
+    chunk, taps, first = tapped(values)
+    second = word_batch(words=WORDS[:2])
+    number = {id(first): 1, id(second): 2}
+    seen: list[tuple[int, int]] = []
+
+    def observe(layer: int, words: torch.Tensor, batch: Any) -> torch.Tensor | None:
+        assert len(words) == len(batch.weights)
+        if torch.is_grad_enabled():
+            seen.append((layer, number[id(batch)]))
+        return None
+
+    with taps.observing(observe):
+        outputs = [no_loss(taps.run_words(chunk, chunk, batch)) for batch in (first, second)]
+        for output in outputs:
+            output.backward()
+    return seen
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_each_batch_is_observed_with_its_own_states(workers: WorkerPool, recompute: str | None) -> None:
+    """Recomputed blocks run again in the backward pass, when the batch in its forward pass is another one."""
     values = recipe_values("llama", {"recompute_granularity": recompute})
-    attached, expected = workers.run(1, gradients, values)[0]
+    seen = workers.run(1, order_of_losses, values)[0]
+    assert sorted(seen) == [(layer, batch) for layer in range(LAYERS + 2) for batch in (1, 2)]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+def test_attached_losses_have_the_gradients_of_their_sum(
+    workers: WorkerPool, recompute: str | None, packed: bool
+) -> None:
+    values = recipe_values("llama", {"recompute_granularity": recompute})
+    attached, expected = workers.run(1, gradients, values, packed)[0]
     assert attached.keys() == expected.keys()
     for name, gradient in expected.items():
         # Every parameter below the final norm takes part, none by accident of a zero gradient.
