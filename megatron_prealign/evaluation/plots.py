@@ -224,7 +224,7 @@ def draw_main(runs: Runs) -> Any | None:
         aligned = _draw_loss_panels(axes[: len(languages)], runs, languages)
         held_out = _has_retrieval(runs) and _draw_by_layer(axes[len(languages)], runs)
         if watched:
-            aligned = _draw_watch_panels(*axes[-2:], runs) or aligned
+            aligned = _draw_watch_panels(axes[-2], axes[-1], runs) or aligned
         _legend(figure, _entries(runs, aligned=aligned, held_out=held_out, others=watched))
     return figure
 
@@ -266,8 +266,8 @@ def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
     with _style():
         figure, axes = _figure(len(curves))
         depth = _depth(curves.values())
-        for axis, (name, measured) in zip(axes, curves.items(), strict=True):
-            _draw_layers(axis, measured, depth, runs[name][0].alignment_end_tokens)
+        for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+            _draw_layers(axis, curve, depth, runs[name][0].alignment_end_tokens)
             axis.set_title(name)
             axis.set_ylabel("P@1")
             axis.set_ylim(-0.03, 1.03)
