@@ -1,4 +1,5 @@
-"""Sums over steps, data-parallel ranks and pipeline stages; tensor-parallel ranks count once."""
+"""Sums over steps, data-parallel ranks and pipeline stages; tensor-parallel ranks count once, unless they share a value
+out."""
 
 from typing import Any
 
@@ -20,6 +21,7 @@ def drained(layout: dict[str, int]) -> list[dict[str, list[float]]]:
         meter.add("loss", torch.tensor(0.5 * unit, requires_grad=True))
     meter.add("layers", torch.tensor(float(unit)), index=2)
     meter.add("counts", torch.tensor([unit, 2**40]))
+    meter.add("layers", torch.tensor(3.0 + runtime.tensor_rank), index=1, split_over_tensor_ranks=True)
     first = meter.drain()
     meter.add("layers", torch.tensor(1.0), index=0)
     return [first, meter.drain()]
@@ -33,15 +35,19 @@ def drained(layout: dict[str, int]) -> list[dict[str, list[float]]]:
         (2, {"tensor_model_parallel_size": 2}, 1),
         (2, {"pipeline_model_parallel_size": 2}, 1 + 101),
         (4, {"pipeline_model_parallel_size": 2}, 1 + 11 + 101 + 111),
+        (4, {"tensor_model_parallel_size": 2}, 1 + 11),
+        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1 + 101),
     ],
-    ids=["one", "dp2", "tp2", "pp2", "dp2_pp2"],
+    ids=["one", "dp2", "tp2", "pp2", "dp2_pp2", "tp2_dp2", "tp2_pp2"],
 )
 def test_sums_over_ranks(workers: WorkerPool, ranks: int, layout: dict[str, Any], total: int) -> None:
-    adders = ranks // layout.get("tensor_model_parallel_size", 1)
+    tensor_ranks = layout.get("tensor_model_parallel_size", 1)
+    adders = ranks // tensor_ranks
+    split = 3.0 if tensor_ranks == 1 else 3.0 + 4.0
     for first, second in workers.run(ranks, drained, layout):
         assert first == {
             "loss": [float(total)],
-            "layers": [0.0, 0.0, float(total)],
+            "layers": [0.0, adders * split, float(total)],
             # Whole numbers stay whole far above what fp32 holds.
             "counts": [float(total), float(adders * 2**40)],
         }

@@ -1,12 +1,14 @@
 """One step of each phase against the method's losses on a plain forward pass: gradients, metrics, counters."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_builds import disturb, states_by_hand
+from model_builds import states_by_hand
+from phase_steps import opened, step
 from plain_losses import contrastive_loops, next_token_loss
 from tiny import Tiny, recipe_of
 from workers import WorkerError, WorkerPool
@@ -14,35 +16,6 @@ from workers import WorkerError, WorkerPool
 LAYERS = 4
 # fp32 sums in another order; the loops are float64.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
-
-
-def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
-    """Recipe, runtime, materials, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
-    from megatron_prealign.model.build import build_model
-    from megatron_prealign.pretrain import build_phases, open_materials, open_switching
-    from megatron_prealign.runtime.distributed import start
-    from megatron_prealign.runtime.engine import wrap_data_parallel
-
-    recipe = recipe_of(values, Path(folder))
-    runtime = start(recipe.parallel, seed=recipe.training.seed)
-    materials = open_materials(recipe)
-    models = build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
-    for model in models:
-        disturb(model)
-    chunks = wrap_data_parallel(models, recipe.parallel)
-    switching = open_switching(recipe, materials.dictionary)
-    return recipe, runtime, materials, build_phases(recipe, runtime, materials, switching), chunks
-
-
-def step(phase: Any, state: Any, chunks: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Gradients and metrics of one step by the product."""
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    phase.begin(state, chunks)
-    phase.forward_backward(state, chunks)
-    phase.end()
-    gradients = {name: each.main_grad.clone() for name, each in chunks[0].module.named_parameters()}
-    return gradients, phase.metrics(1)
 
 
 def plain_gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -68,7 +41,8 @@ def positions_apart(batch: Any) -> int:
 
 
 def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Runs in a worker: step 3 of the alignment phase, by the product and by hand."""
+    """Runs in a worker: step 3 of the alignment phase, by the product and by hand with a row for each word."""
+    from megatron_prealign.alignment.layout import WordLayout
     from megatron_prealign.alignment.words import WordSampler
     from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
     from megatron_prealign.training.state import TrainState
@@ -79,25 +53,22 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     gradients, metrics = step(phases[0], state, chunks)
     before = copy.copy(state)
     phases[0].advance(state)
-    sampler = WordSampler(
-        materials.dictionary.table,
-        held_out=materials.dictionary.held_out,
-        groups_per_step=section.groups_per_step,
-        max_word_tokens=section.max_word_tokens,
-        seed=recipe.training.seed,
-    )
-    words = sampler.draw(3, rank=0, ranks=1, multiple=1, device=torch.device("cpu"))
+    dictionary = materials.dictionary
+    sampler = WordSampler(dictionary.table, section, held_out=dictionary.held_out, seed=recipe.training.seed)
+    words = sampler.draw(3, replace(WordLayout.of(runtime, chunks), packed=False))
+    (unpacked,) = words.batches
     model = chunks[0].module
-    lengths = (words.pooling > 0).sum(dim=1).tolist()
-    states = states_by_hand(model, words.tokens, words.position_ids, lengths, LAYERS)
-    layers = section.layers or list(range(LAYERS + 2))
+    lengths = (unpacked.weights > 0).sum(dim=1).tolist()
+    states = states_by_hand(model, unpacked.tokens, unpacked.position_ids, lengths, LAYERS)
     losses, penalties = {}, {}
-    for layer in layers:
-        losses[layer], penalties[layer], _ = contrastive_loops(
-            states[layer], words.groups.every.tolist(), section.temperature
-        )
-    aligned = torch.stack(list(losses.values())).mean()
-    penalty = torch.stack(list(penalties.values())).mean()
+    for layer, weight in enumerate(section.layer_weights(LAYERS)):
+        if weight:
+            losses[layer], penalties[layer], _ = contrastive_loops(
+                states[layer], words.groups.group.tolist(), section.temperature
+            )
+    weights = section.layer_weights(LAYERS)
+    aligned = sum(weights[layer] * loss for layer, loss in losses.items())
+    penalty = sum(weights[layer] * penalty for layer, penalty in penalties.items())
     lm_loss, apart = torch.zeros(()), 0
     if section.lm_global_batch_size:
         rows = materials.train.rows(range(12, 12 + section.lm_global_batch_size))
@@ -190,8 +161,10 @@ def assert_same_gradients(answer: dict[str, Any]) -> None:
         {},
         {"alpha": 0.5, "gamma": 0.3, "lm_weight": 0.7, "layers": [0, 2, 5], "temperature": 0.2},
         {"lm_global_batch_size": 12, "lm_micro_batch_size": 4, "gamma": 2.0, "layers": [4]},
+        {"layers": {1: 0.25, 4: 2.0, 5: 1.0}, "gamma": 0.5, "word_micro_batch_size": 8},
+        {"layers": "1-3", "words_per_step": 24},
     ],
-    ids=["defaults", "weights_and_layers", "last_block"],
+    ids=["defaults", "weights_and_layers", "last_block", "weighted_layers_in_microbatches", "range_of_layers"],
 )
 def test_alignment_step_is_the_methods(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, section: dict[str, Any]
@@ -201,6 +174,7 @@ def test_alignment_step_is_the_methods(
     answer = workers.run(1, alignment_step, values, str(tmp_path))[0]
     assert_same_gradients(answer)
     metrics = answer["metrics"]
+    assert set(metrics) == {"loss", "lm_loss", "alignment_loss"}
     # fp32 against float64.
     assert metrics["loss"] == pytest.approx(answer["expected_loss"], rel=1e-5)
     assert metrics["lm_loss"] == pytest.approx(answer["expected_lm_loss"], rel=1e-5)
@@ -214,7 +188,7 @@ def test_alignment_step_is_the_methods(
 
 
 def test_alignment_step_keeps_documents_apart(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    """The rows have a mask in the place of the word batch's pooling weights."""
+    """The rows have a mask of the same kind as the batch of words."""
     values = tiny.values(tmp_path)
     values["alignment"].update(lm_global_batch_size=40)
     values["data"]["reset_attention_mask"] = True
