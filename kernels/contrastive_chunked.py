@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron_prealign.kernels.contrastive_interface import LOG2_E, Similarities
 
 _STRIP_BYTES = 4 << 20
-_LEAST_ROWS = 32
+"""Of one of the three tensors of a strip; half or twice as much is as fast."""
+_LEAST_ROWS = 128
+"""With 32 or 64 the products take longer, for every strip reads all columns anew."""
 _NEVER = -1e30
 """The logit of what is no candidate. Its power of two is 0, and 0 times it is not NaN as it would be with -inf."""
 
@@ -28,7 +30,7 @@ class _Strip(NamedTuple):
     own: slice
     """The same words among the columns."""
     logits: Tensor
-    """[rows, N], cosine x log2(e) / temperature."""
+    """[rows, N], see `row_sums`; _NEVER or less where the row or the column is an empty slot."""
     same: Tensor
     """[rows, N], 1 where row and column are of one group, else 0."""
     room: Tensor
@@ -48,17 +50,14 @@ def row_sums(similarities: Similarities) -> tuple[Tensor, Tensor]:
         the group; both [L, n], of no meaning for a word without positives.
     """
     inverse = similarities.inverse_norms
-    shift = inverse.new_full((inverse.shape[1],), -LOG2_E / similarities.temperature)
-    shift.masked_fill_(similarities.groups.group < 0, _NEVER)
     log_sums, positive_sums = inverse.new_empty((2, len(inverse), similarities.anchors))
     for layer, unit in enumerate(_unit_columns(similarities)):
         for strip in _strips(similarities, unit):
-            logits = strip.logits.add_(shift)
             strip.set_own(strip.same, 0)
-            positive_sums[layer, strip.rows] = strip.same.mul_(logits).sum(1)
-            strip.set_own(logits, _NEVER)
-            highest = logits.amax(1, keepdim=True)
-            log_sums[layer, strip.rows] = logits.sub_(highest).exp2_().sum(1).log2_().add_(highest[:, 0])
+            positive_sums[layer, strip.rows] = strip.same.mul_(strip.logits).sum(1)
+            strip.set_own(strip.logits, _NEVER)
+            highest = strip.logits.amax(1, keepdim=True)
+            log_sums[layer, strip.rows] = strip.logits.sub_(highest).exp2_().sum(1).log2_().add_(highest[:, 0])
     return log_sums, positive_sums
 
 
@@ -75,10 +74,8 @@ def gradients(similarities: Similarities, offsets: Tensor, scale: Tensor) -> Ten
     """
     result = torch.empty_like(similarities.columns[:, similarities.own], memory_format=torch.contiguous_format)
     factors = similarities.inverse_norms[:, similarities.own] * scale[:, None]
-    offsets = offsets + LOG2_E / similarities.temperature
     for layer, unit in enumerate(_unit_columns(similarities)):
         for strip in _strips(similarities, unit):
-            # empty slots get weights too, for vectors of 0
             weights = torch.sub(strip.logits, offsets[layer], out=strip.room).exp2_()
             weights.add_(strip.logits.sub_(offsets[layer, strip.own, None]).exp2_()).sub_(strip.same, alpha=2)
             strip.set_own(weights, 0)
@@ -104,11 +101,14 @@ def _strips(similarities: Similarities, unit: Tensor) -> Iterator[_Strip]:
     height = max(_LEAST_ROWS, _STRIP_BYTES // (unit.itemsize * max(total, 1)))
     height = min(height, similarities.anchors)
     group = similarities.groups.group.to(unit.dtype)
+    scale = LOG2_E / similarities.temperature
+    empty = torch.zeros_like(group).masked_fill_(group < 0, _NEVER)
     memory = unit.new_empty((3, height, total))
     for start in range(0, similarities.anchors, height):
         rows = slice(start, min(start + height, similarities.anchors))
         own = slice(similarities.first + rows.start, similarities.first + rows.stop)
         logits, same, room = memory[:, : rows.stop - start]
-        torch.mm(unit[own] * (LOG2_E / similarities.temperature), unit.T, out=logits)
+        torch.mm(unit[own] * scale, unit.T, out=logits)
+        logits.add_(empty - scale).add_(empty[own, None])
         torch.eq(group[own, None], group, out=same)
         yield _Strip(rows, own, logits, same, room)

@@ -111,8 +111,10 @@ def weights_kernel(
     b_factor = tl.load(p_factors + o_column, mask=m_column, other=0.0)
     b_logit = (b_dot * tl.load(p_inverse_norms + o_row)[:, None] * b_norm[None, :] - 1) * scale
     b_weight = tl.exp2(b_logit - tl.load(p_offsets + o_row)[:, None]) + tl.exp2(b_logit - b_offset[None, :])
-    b_weight = tl.where(tl.load(p_group + o_row)[:, None] == b_group[None, :], b_weight - 2, b_weight)
-    m_candidate = (b_group[None, :] >= 0) & (o_row[:, None] != o_column[None, :])
+    b_row_group = tl.load(p_group + o_row)
+    b_weight = tl.where(b_row_group[:, None] == b_group[None, :], b_weight - 2, b_weight)
+    # no word counts an empty slot among its candidates: there the powers may be larger than any probability
+    m_candidate = (b_row_group[:, None] >= 0) & (b_group[None, :] >= 0) & (o_row[:, None] != o_column[None, :])
     b_weight = tl.where(m_candidate, b_weight * b_factor[None, :], 0.0)
     p_weight = p_weights + (i_layer * anchors + o_anchor)[:, None] * stride + o_column[None, :]
     m_weight = (o_anchor < anchors)[:, None] & (o_column < stride)[None, :]

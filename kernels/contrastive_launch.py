@@ -101,6 +101,14 @@ def _launch(launch: KernelLaunch, on: Tensor) -> None:
         launch.kernel[launch.grid](*launch.arguments, **launch.options)
 
 
+def plan_launches(similarities: Similarities) -> list[KernelLaunch]:
+    """Every kernel once, as forward and the first strip of backward launch it, launching none: for compiling them ahead
+    of time."""
+    forward, *_ = plan_row_sums(similarities)
+    _, backward, _ = next(plan_strips(similarities, _prepare(similarities, similarities.inverse_norms)))
+    return [forward, *backward]
+
+
 def plan_row_sums(similarities: Similarities) -> tuple[KernelLaunch, Tensor, Tensor]:
     """The launch of forward, and its two results for every split of the columns: [L, splits, n]."""
     from megatron_prealign.kernels.contrastive_kernel import row_sums_kernel

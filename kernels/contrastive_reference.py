@@ -25,8 +25,8 @@ def contrastive_loss_reference(words: Tensor, groups: WordGroups, *, temperature
     words = words.to(compute_dtype(words.dtype))
     group = groups.group
     square = (words * words).sum(-1, keepdim=True)
-    # a word of norm 0 has cosine 0 to all and gradient 0; dividing it by 1 keeps NaN out of its gradient
-    unit = words / torch.where(square > 0, square, 1).sqrt()
+    # a word of norm 0 has cosine 0 to all and gradient 0; the inner choice keeps NaN out of its gradient
+    unit = torch.where(square > 0, words / torch.where(square > 0, square, 1).sqrt(), 0)
     other = ~torch.eye(len(group), dtype=torch.bool, device=group.device)
     candidate = other & (group >= 0)
     positive = candidate & (group[:, None] == group)

@@ -1,0 +1,35 @@
+"""The kernels of the contrastive loss compile for every generation of GPU, without one, and keep all in registers."""
+
+import pytest
+import torch
+
+from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, triton_version
+from megatron_prealign.kernels.contrastive_interface import Similarities, word_groups
+from megatron_prealign.kernels.contrastive_launch import plan_launches
+from megatron_prealign.kernels.resources import kernel_resources
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("words", "hidden"), [(256, 256), (8192, 2048), (8192, 2000)], ids=["few", "many", "odd"])
+def test_compiles_without_spilling(capability: int, dtype: torch.dtype, words: int, hidden: int) -> None:
+    if capability == 100 and triton_version() < (3, 3):
+        pytest.skip("triton 3.2 does not know sm_100")
+    columns = torch.empty((1, words, hidden), dtype=dtype)
+    groups = word_groups(torch.arange(words))
+    similarities = Similarities(columns, torch.empty((1, words)), groups, 0, words, temperature=0.1)
+    found = list(kernel_resources(plan_launches(similarities), [capability]))
+    assert [each.kernel for each in found] == ["row_sums_kernel", "weights_kernel", "weighted_sums_kernel"]
+    for each in found:
+        print(each)
+        assert each.block.startswith("64x64x" if words == 256 else "128x"), each
+        # masks for a hidden size that is no multiple of the tile's depth cost sm_100 a few registers too many
+        assert each.spills <= (80 if capability == 100 and hidden == 2000 else 0), each
+        # a program must fit: 65,536 registers a multiprocessor, 99 KiB of shared memory on the smallest of these
+        assert each.registers * each.warps * 32 <= 65_536, each
+        assert each.shared_bytes < 99 * 1024, each
