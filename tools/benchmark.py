@@ -1,10 +1,11 @@
-"""`megatron-prealign benchmark`: measures kernels on this machine."""
+"""`megatron-prealign benchmark`: measures kernels and phases on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from megatron_prealign.benchmark.options import CodeSwitchOptions, ResourcesOptions
 from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.tools.benchmark_phases import main as phases
 
 
 def code_switch(argv: Sequence[str]) -> int:
@@ -50,6 +51,7 @@ def resources(argv: Sequence[str]) -> int:
 
 ACTIONS: Actions = {
     "code-switch": (code_switch, "code-switching of a batch: kernels, plain torch, a loop in Python"),
+    "phases": (phases, "the alignment phase of a recipe against its language-model training"),
     "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
 }
 

@@ -40,8 +40,11 @@ class PhaseSpeed:
     """Of the tokens a second of language-model training."""
 
 
-def measure_phases(recipe: Recipe, *, steps: int, warmup: int) -> list[PhaseSpeed]:
+def measure_phases(recipe: Recipe, *, steps: int, warmup: int) -> tuple[list[PhaseSpeed], bool]:
     """Runs `warmup + steps` steps of each phase, without saving or evaluating. Takes part: all processes.
+
+    Returns:
+        The phases in their order, language-model training last, and whether this is the process to tell them.
 
     Raises:
         UserError: the recipe has no alignment section, or does not fit its files.
@@ -64,9 +67,8 @@ def measure_phases(recipe: Recipe, *, steps: int, warmup: int) -> list[PhaseSpee
             _speed(phase, runtime, times[warmup:], counts[warmup:])
             for phase, times, counts in zip(trainer.phases, seconds, tokens, strict=True)
         ]
-    return [
-        replace(each, share_of_language_model=each.tokens_per_second / found[-1].tokens_per_second) for each in found
-    ]
+    last = found[-1].tokens_per_second
+    return [replace(each, share_of_language_model=each.tokens_per_second / last) for each in found], runtime.rank == 0
 
 
 def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[int]) -> PhaseSpeed:

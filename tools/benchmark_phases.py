@@ -1,0 +1,57 @@
+"""`megatron-prealign benchmark phases`: the speed of the alignment phase against language-model training.
+
+Under torchrun it measures the layout of the recipe, alone one process.
+"""
+
+from collections.abc import Sequence
+
+from megatron_prealign.arguments import underscored
+from megatron_prealign.benchmark.options import check_output
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.load import as_user_error, recipe_from_namespace, recipe_name, recipe_parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs some steps of both phases of a recipe and prints the speed of each."""
+    parser = recipe_parser("benchmark phases")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each phase to measure")
+    parser.add_argument("--warmup", type=int, default=5, help="steps of each phase before that")
+    parser.add_argument("--output", type=str | None, default=None, help="CSV file to write, one row a phase")
+    arguments = underscored(argv)
+    with as_user_error(recipe_name(arguments)):
+        values = parser.instantiate(parser.parse_args(arguments))
+        recipe = recipe_from_namespace(values)
+    if values.steps < 1 or values.warmup < 0:
+        raise UserError(f"--steps is {values.steps} and --warmup {values.warmup}, expected at least 1 and at least 0")
+    check_output(values.output)
+
+    from dataclasses import asdict
+
+    from megatron_prealign.benchmark.machine import describe_machine
+    from megatron_prealign.benchmark.phases import measure_phases
+    from megatron_prealign.benchmark.report import align, write_csv
+    from megatron_prealign.runtime import log
+    from megatron_prealign.runtime.distributed import choose_device
+
+    log.configure()
+    machine = describe_machine(choose_device(recipe.parallel.device))
+    found, is_first = measure_phases(recipe, steps=values.steps, warmup=values.warmup)
+    if not is_first:
+        return 0
+    rows = [
+        (
+            each.phase,
+            f"{each.ms_per_step:,.1f}",
+            f"{each.tokens_per_step:,.0f}",
+            f"{each.tokens_per_second:,.0f}",
+            f"{each.share_of_language_model:.1%}",
+        )
+        for each in found
+    ]
+    print("\n".join(machine.lines()))
+    print(f"processes {found[0].processes}, medians of {values.steps} steps of each phase, alternating")
+    print("\n".join(align([("phase", "ms/step", "tokens/step", "tokens/s", "of language model"), *rows])))
+    if values.output is not None:
+        write_csv(values.output, [asdict(each) | asdict(machine) for each in found])
+        print(f"wrote {values.output}")
+    return 0
