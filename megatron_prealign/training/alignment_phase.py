@@ -10,7 +10,7 @@ from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
 from megatron_prealign.runtime.optimizer import forget_held_gradients
 from megatron_prealign.training.meter import Meter
-from megatron_prealign.training.phase import Phase, ScheduleSettings
+from megatron_prealign.training.phase import AlignmentMeasures, Phase, ScheduleSettings
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, row_loss_sum
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.word_steps import WordSteps
@@ -85,3 +85,7 @@ class AlignmentPhase(Phase):
         if goal is None or not pairs:
             return
         state.phase_done = state.phase_done or self._words.mean_of_aligned(list(pairs.values())) >= goal
+
+    def saw_alignment(self, state: TrainState, measured: AlignmentMeasures) -> None:
+        # What is measured last here is what the guard of language-model training begins with.
+        self._words.note_retrieval(state, measured)

@@ -55,6 +55,4 @@ class GuardedLanguageModelPhase(LanguageModelPhase):
         return values
 
     def saw_alignment(self, state: TrainState, measured: AlignmentMeasures) -> None:
-        if self._guard.floor is not None:
-            retrieval = self._words.mean_of_aligned([measures["p_at_1"] for measures in measured.values()])
-            state.below_floor = retrieval < self._guard.floor
+        self._words.note_retrieval(state, measured)

@@ -21,7 +21,9 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, schedule_length, unwrap
 from megatron_prealign.training.meter import Meter
+from megatron_prealign.training.phase import AlignmentMeasures
 from megatron_prealign.training.rows import RowMicrobatch, idle_rows
+from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +204,13 @@ class WordSteps:
         }
         self._steps = 0
         return found
+
+    def note_retrieval(self, state: TrainState, measured: AlignmentMeasures) -> None:
+        """Keeps in `state` whether what was measured is below the floor of the alignment guard, if it has one."""
+        guard = self._recipe.alignment_guard
+        if guard is not None and guard.floor is not None:
+            retrieval = self.mean_of_aligned([measures["p_at_1"] for measures in measured.values()])
+            state.below_floor = retrieval < guard.floor
 
     def mean_of_aligned(self, by_pair: Sequence[Sequence[float]]) -> float:
         """Mean of a measure over the aligned layers and the language pairs.
