@@ -20,7 +20,12 @@ from megatron_prealign.kernels.contrastive_interface import LOG2_E, Similarities
 
 
 def contrastive_loss(
-    words: Tensor, groups: WordGroups, *, temperature: float, process_group: dist.ProcessGroup | None = None
+    words: Tensor,
+    groups: WordGroups,
+    *,
+    temperature: float,
+    process_group: dist.ProcessGroup | None = None,
+    use_kernels: bool | None = None,
 ) -> Tensor:
     """This rank's part of the loss; the parts of all ranks sum to the loss of `contrastive_loss_reference`.
 
@@ -30,6 +35,7 @@ def contrastive_loss(
         groups: of the N words of all ranks; rank r of `process_group` holds r*n to r*n + n-1.
         temperature: above 0.
         process_group: the ranks that share the words; None for this rank alone.
+        use_kernels: whether the Triton kernels compute; None for wherever they can. They do not know float64.
 
     Returns:
         A scalar or [L], float32 (float64 for float64): minus the sum of log p_ij over the pairs (i, j) of a group with
@@ -42,9 +48,12 @@ def contrastive_loss(
         ValueError: a shape, dtype, device or the temperature is wrong.
     """
     check_call(words, groups, temperature, 1 if process_group is None else process_group.size())
+    if use_kernels is None:
+        use_kernels = runs_triton(words.device)
+    path = contrastive_launch if use_kernels and words.dtype != torch.float64 else contrastive_chunked
     layers = words if words.dim() == 3 else words[None]
     loss: Tensor = _ContrastiveLoss.apply(
-        layers.contiguous(), groups.group, groups.positives, groups.pairs, temperature, process_group
+        layers.contiguous(), groups.group, groups.positives, groups.pairs, temperature, process_group, path
     )
     return loss if words.dim() == 3 else loss[0]
 
@@ -59,19 +68,20 @@ class _ContrastiveLoss(torch.autograd.Function):
         pairs: Tensor,
         temperature: float,
         process_group: dist.ProcessGroup | None,
+        path: ModuleType,
     ) -> Tensor:
         columns = _gather(words, process_group)
         first = 0 if process_group is None else process_group.rank() * words.shape[1]
         groups = WordGroups(group, positives, pairs)
         norms = inverse_norms(columns, group)
         similarities = Similarities(columns, norms, groups, first, words.shape[1], temperature)
-        log_sums, positive_sums = _path(columns).row_sums(similarities)
+        log_sums, positive_sums = path.row_sums(similarities)
         own = positives[similarities.own].to(log_sums.dtype)
         # two to the power of (logit - offset) is positives x p; inf makes that 0 for a word that is no anchor
         offsets = torch.where(own > 0, log_sums - own.log2(), float("inf"))
         offsets = _gather(offsets, process_group)
         ctx.save_for_backward(columns, norms, offsets, group, positives, pairs)
-        ctx.first, ctx.anchors, ctx.temperature = first, words.shape[1], temperature
+        ctx.first, ctx.anchors, ctx.temperature, ctx.path = first, words.shape[1], temperature, path
         return torch.where(own > 0, own * log_sums - positive_sums, 0).sum(-1) / LOG2_E / pairs.clamp(min=1)
 
     @staticmethod
@@ -81,13 +91,7 @@ class _ContrastiveLoss(torch.autograd.Function):
         groups = WordGroups(*groups)
         similarities = Similarities(columns, inverse, groups, ctx.first, ctx.anchors, ctx.temperature)
         scale = upstream / ctx.temperature / groups.pairs.clamp(min=1)
-        return _path(columns).gradients(similarities, offsets, scale), None, None, None, None, None
-
-
-def _path(columns: Tensor) -> ModuleType:
-    """The module that computes with `columns`."""
-    kernels = runs_triton(columns.device) and columns.dtype != torch.float64
-    return contrastive_launch if kernels else contrastive_chunked
+        return ctx.path.gradients(similarities, offsets, scale), None, None, None, None, None, None
 
 
 def _gather(mine: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

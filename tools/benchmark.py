@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from megatron_prealign.benchmark.options import CodeSwitchOptions, ResourcesOptions
+from megatron_prealign.benchmark.options import CodeSwitchOptions, ContrastiveOptions, ResourcesOptions
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.tools.benchmark_phases import main as phases
 
@@ -21,6 +21,26 @@ def code_switch(argv: Sequence[str]) -> int:
     rows = []
     for measured in benchmark.cases():
         print("\n".join(["", *case_table(measured)]), flush=True)
+        rows += [{**asdict(each), **asdict(benchmark.machine)} for each in measured]
+    if options.output is not None:
+        write_csv(options.output, rows)
+        print(f"\nwrote {options.output}")
+    return 0
+
+
+def contrastive(argv: Sequence[str]) -> int:
+    options = parse_options(ContrastiveOptions, "benchmark contrastive", argv)
+
+    from megatron_prealign.benchmark.contrastive import ContrastiveBenchmark
+    from megatron_prealign.benchmark.report import contrastive_table, write_csv
+
+    benchmark = ContrastiveBenchmark(options)
+    if not benchmark.on_gpu and options.device == "auto":
+        print("torch finds no GPU: the CPU is measured, and no kernel", flush=True)
+    print("\n".join(benchmark.header()), flush=True)
+    rows = []
+    for measured in benchmark.cases():
+        print("\n".join(["", *contrastive_table(measured)]), flush=True)
         rows += [{**asdict(each), **asdict(benchmark.machine)} for each in measured]
     if options.output is not None:
         write_csv(options.output, rows)
@@ -51,6 +71,7 @@ def resources(argv: Sequence[str]) -> int:
 
 ACTIONS: Actions = {
     "code-switch": (code_switch, "code-switching of a batch: kernels, plain torch, a loop in Python"),
+    "contrastive": (contrastive, "the contrastive loss of alignment: eager torch, torch.compile, strips, kernels"),
     "phases": (phases, "the alignment phase of a recipe against its language-model training"),
     "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
 }

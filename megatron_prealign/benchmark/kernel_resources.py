@@ -7,14 +7,23 @@ import numpy as np
 import torch
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table
+from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table, contrastive_launch, word_groups
 from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, KernelLaunch
 from megatron_prealign.kernels.code_switch import plan_launches
+from megatron_prealign.kernels.contrastive_interface import Similarities
 from megatron_prealign.kernels.resources import CAPABILITIES, kernel_resources
 
 EOD = 0
 SETTINGS = ("usual", "everything")
-"""usual: label mode input_only. everything: mode mix, document resets, masked document ends and a word bitmap."""
+"""Of code-switching. usual: label mode input_only. everything: mode mix, document resets, masked document ends and a
+word bitmap."""
+CONTRASTIVE_SETTINGS = {
+    "bfloat16 few": ("bfloat16", 256, 256),
+    "bfloat16 many": ("bfloat16", 16_384, 2048),
+    "float32 few": ("float32", 256, 256),
+    "float32 many": ("float32", 16_384, 2048),
+}
+"""Of the contrastive loss: type, words and numbers a word. Few words are launched in smaller tiles."""
 
 
 def measure_resources(capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -30,9 +39,9 @@ def measure_resources(capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
         raise UserError("triton is not installed, which compiles the kernels; pip install triton")
     if INTERPRETED:
         raise UserError("TRITON_INTERPRET is 1, which leaves nothing to compile; unset it")
-    for setting in SETTINGS:
-        launches = _launches(setting == "everything")
-        for found in kernel_resources(launches, capabilities or usual_capabilities()):
+    for setting in (*SETTINGS, *CONTRASTIVE_SETTINGS):
+        plan = _plan_contrastive if setting in CONTRASTIVE_SETTINGS else _plan_code_switch
+        for found in kernel_resources(plan(setting), capabilities or usual_capabilities()):
             yield {"setting": setting, **found._asdict()}
 
 
@@ -44,8 +53,18 @@ def usual_capabilities() -> tuple[int, ...]:
     return (10 * major + minor,)
 
 
-def _launches(everything: bool) -> list[KernelLaunch]:
+def _plan_contrastive(setting: str) -> list[KernelLaunch]:
+    """Words of no content: only their shape and type count."""
+    dtype, count, hidden = CONTRASTIVE_SETTINGS[setting]
+    with torch.device("meta"):
+        columns = torch.empty((1, count, hidden), dtype=getattr(torch, dtype))
+        groups, norms = word_groups(torch.arange(count)), torch.empty((1, count))
+    return contrastive_launch.plan_launches(Similarities(columns, norms, groups, 0, count, temperature=0.1))
+
+
+def _plan_code_switch(setting: str) -> list[KernelLaunch]:
     """Rows of 4,096 tokens, keys of up to eight tokens, up to four candidates a key."""
+    everything = setting == "everything"
     table = build_ngram_table(
         # the end of the document, a token that starts a word, one that goes on with it
         word_boundary=np.array([3, 5, 4], dtype=np.uint8),

@@ -78,6 +78,58 @@ class CodeSwitchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContrastiveOptions:
+    """Measures the contrastive loss, forward and backward: eager torch, torch.compile, strips in plain torch and the
+    Triton kernels (on a GPU)."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto is the GPU where torch has one, else the CPU."""
+    words: list[int] = field(default_factory=list)
+    """Words of a batch, one or more numbers; by default 4096 16384 65536 on a GPU, 1024 4096 on a CPU."""
+    hidden: list[int] = field(default_factory=list)
+    """Numbers a word, one or more; by default 2048 on a GPU, 256 on a CPU."""
+    layers: int = 1
+    """Layers that one call computes."""
+    dtype: Literal["float32", "bfloat16", "both"] = "float32"
+    """Type of the words."""
+    threads: int = 1
+    """CPU: threads of torch."""
+    compiled: bool = True
+    """Measure torch.compile of the eager code as well. It needs a C++ compiler on a CPU."""
+    largest: bool = False
+    """GPU: also double the words until each implementation is out of memory."""
+    seed: int = 1234
+    """Of the words."""
+    repeats: int | None = None
+    """Repeats of every measurement; by default 30 on a GPU, 10 on a CPU. Slow calls are repeated less often."""
+    output: str | None = None
+    """CSV file to write, one row a measurement."""
+
+    def __post_init__(self) -> None:
+        for total in self.words:
+            _require(2 <= total <= 1 << 24, "--words", total, "numbers from 2 to 16777216")
+        for hidden in self.hidden:
+            _require(1 <= hidden <= 1 << 16, "--hidden", hidden, "numbers from 1 to 65536")
+        _require(self.layers >= 1, "--layers", self.layers, "at least 1")
+        _require(self.threads >= 1, "--threads", self.threads, "at least 1")
+        _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
+        _require(self.repeats is None or self.repeats >= 1, "--repeats", self.repeats, "at least 1")
+        check_output(self.output)
+
+    def check_device(self, kind: str) -> None:
+        """Checks what depends on the device that was found, `cuda` or `cpu`.
+
+        Raises:
+            UserError: something is asked for that this device does not do.
+        """
+        if self.largest and kind != "cuda":
+            raise UserError(
+                "--largest is given without a GPU, where it would use up the machine's memory, expected with one; "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResourcesOptions:
     """Compiles the kernels and lists the registers, spills and shared memory that they take. Needs no GPU."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.benchmark.code_switch import Measurement
+from megatron_prealign.benchmark.contrastive import ContrastiveMeasurement
 from megatron_prealign.data.files import write_atomically
 
 _DIGITS = 6
@@ -21,6 +22,19 @@ _HEADINGS = (
     "x reference",
     "x Python loop",
     "host us",
+)
+
+_CONTRASTIVE_HEADINGS = (
+    "implementation",
+    "ms/call",
+    "p10",
+    "p90",
+    "fastest",
+    "TFLOP/s",
+    "peak MiB",
+    "x eager",
+    "x compiled",
+    "most words",
 )
 
 
@@ -49,6 +63,29 @@ def case_table(measured: Sequence[Measurement]) -> list[str]:
         for each in measured
     ]
     return [*lines, *align([_HEADINGS, *cells])]
+
+
+def contrastive_table(measured: Sequence[ContrastiveMeasurement]) -> list[str]:
+    """The measurements of one case of the contrastive loss."""
+    case = measured[0]
+    layers = "1 layer" if case.layers == 1 else f"{case.layers} layers"
+    cells = [
+        (
+            each.implementation,
+            *(_number(_scaled(value, 1e3)) for value in (each.median_us, each.p10_us, each.p90_us, each.fastest_us)),
+            _number(each.teraflops),
+            _number(_scaled(each.peak_bytes, 1 << 20)),
+            _number(each.times_eager),
+            _number(each.times_compiled),
+            "-" if each.largest_words is None else f"{each.largest_words:,}",
+        )
+        for each in measured
+    ]
+    return [f"{case.words} words x {case.hidden}, {layers}, {case.dtype}:", *align([_CONTRASTIVE_HEADINGS, *cells])]
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ events. Enough work is queued ahead of them that the GPU never waits for the hos
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,19 +33,25 @@ class Timing(NamedTuple):
     p10_us: float
     p90_us: float
     repeats: int
+    fastest_us: float = float("nan")
 
 
 def summarise(seconds: Sequence[float]) -> Timing:
-    """Median, 10th and 90th percentile of the seconds that the repeats took."""
+    """Median, 10th and 90th percentile and the least of the seconds that the repeats took."""
     low, middle, high = np.percentile(np.asarray(seconds) * _MICRO, [10, 50, 90])
-    return Timing(float(middle), float(low), float(high), len(seconds))
+    return Timing(float(middle), float(low), float(high), len(seconds), min(seconds) * _MICRO)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """torch works in one thread inside the block."""
+    return threads(1)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch works in one thread inside the block."""
+def threads(count: int) -> Iterator[None]:
+    """torch works in `count` threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -80,9 +80,10 @@ def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with output.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     kernels = ("code_switch_row_kernel", "decide_blocks_kernel", "write_blocks_kernel")
-    assert [(row["setting"], row["kernel"]) for row in rows] == [
-        (setting, kernel) for setting in kernel_resources.SETTINGS for kernel in kernels
-    ]
+    contrastive = ("row_sums_kernel", "weights_kernel", "weighted_sums_kernel")
+    expected = [(setting, kernel) for setting in kernel_resources.SETTINGS for kernel in kernels]
+    expected += [(setting, kernel) for setting in kernel_resources.CONTRASTIVE_SETTINGS for kernel in contrastive]
+    assert [(row["setting"], row["kernel"]) for row in rows] == expected
     for row in rows:
         assert row["capability"] == "90" and int(row["registers"]) > 8 and row["spills"] == "0"
         assert row["triton"] and row["version"] == __version__ and row["date"]
@@ -93,7 +94,7 @@ def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--help"], 0, "code-switch  code-switching of a batch"),
         ([], 2, "usage: megatron-prealign benchmark ACTION"),
-        (["codeswitch"], 2, "unknown action 'codeswitch', expected one of code-switch, resources"),
+        (["codeswitch"], 2, "unknown action 'codeswitch', expected one of code-switch, contrastive, phases, resources"),
         (["resources", "--capability", "9"], 2, "--capability is 9, expected 80 (A100) to 121"),
         (["resources", "--output", "no/x.csv"], 2, "--output no/x.csv lies in no, which is no folder"),
     ],

@@ -20,9 +20,10 @@ pytestmark = [
 def test_compiles_without_spilling(capability: int, dtype: torch.dtype, words: int, hidden: int) -> None:
     if capability == 100 and triton_version() < (3, 3):
         pytest.skip("triton 3.2 does not know sm_100")
-    columns = torch.empty((1, words, hidden), dtype=dtype)
-    groups = word_groups(torch.arange(words))
-    similarities = Similarities(columns, torch.empty((1, words)), groups, 0, words, temperature=0.1)
+    with torch.device("meta"):
+        columns, norms = torch.empty((1, words, hidden), dtype=dtype), torch.empty((1, words))
+        groups = word_groups(torch.arange(words))
+    similarities = Similarities(columns, norms, groups, 0, words, temperature=0.1)
     found = list(kernel_resources(plan_launches(similarities), [capability]))
     assert [each.kernel for each in found] == ["row_sums_kernel", "weights_kernel", "weighted_sums_kernel"]
     for each in found:
