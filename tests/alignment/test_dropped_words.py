@@ -1,0 +1,65 @@
+"""Words that are too long for the alignment phase are counted, named and listed."""
+
+from dataclasses import replace
+from typing import Any
+
+from word_draws import MAX_TOKENS, USUAL, Setting, groups, pairs_of_words, sampler_of
+from workers import WorkerPool
+
+
+def reported(setting: Setting, folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Runs in a worker: messages about dropped words, files and lines of the list."""
+    import logging
+    from pathlib import Path
+
+    from megatron_prealign.alignment.dropped_words import FILE, report_dropped_words
+
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_prealign.alignment.dropped_words")
+    logger.addHandler(handler)
+    try:
+        report_dropped_words(sampler_of(setting), MAX_TOKENS, Path(folder))
+    finally:
+        logger.removeHandler(handler)
+    files = sorted(path.name for path in Path(folder).iterdir())
+    return messages, files, (Path(folder) / FILE).read_text(encoding="utf-8").splitlines() if files else []
+
+
+def test_words_that_are_too_long_are_counted_and_listed(workers: WorkerPool, tmp_path: Any) -> None:
+    """Those of groups that are held out are not: nobody wanted them."""
+    made = [*groups(), [("en", [250] * 5), ("de", [251] * 7), ("zh", [252])]]
+    setting = replace(USUAL, groups=made, held_out=frozenset([21]))
+    messages, files, lines = workers.run(1, reported, setting, str(tmp_path))[0]
+    # Words are numbered through in the table; group 5, group 22, and two of the one added.
+    numbers = [
+        number
+        for number, (group, word) in enumerate((g, word) for g, words in enumerate(made) for _, word in words)
+        if len(word) > MAX_TOKENS and group != 21
+    ]
+    assert len(numbers) == 4
+    spelled = [f"word{number}" for number in numbers]
+    assert files == ["alignment_dropped_words.tsv"]
+    languages_and_tokens = [("de", 4), ("de", 4), ("en", 5), ("de", 7)]
+    assert lines == [
+        f"{code}\t{word}\t{tokens}" for word, (code, tokens) in zip(spelled, languages_and_tokens, strict=True)
+    ]
+    assert messages == [
+        f"alignment leaves out 4 words of more than alignment.max_word_tokens (3) tokens ({', '.join(spelled)}); all "
+        f"are listed in {tmp_path / 'alignment_dropped_words.tsv'}"
+    ]
+
+
+def test_only_some_of_many_dropped_words_are_named(workers: WorkerPool, tmp_path: Any) -> None:
+    made = [*pairs_of_words(3), *[[("en", [9] * 4), ("de", [8] * 4)] for _ in range(600)]]
+    setting = Setting(made).section_with(words_per_step=2)
+    messages, _, lines = workers.run(1, reported, setting, str(tmp_path))[0]
+    assert len(lines) == 1200
+    assert messages[0].startswith("alignment leaves out 1,200 words of more than")
+    assert "(word6, word7, word8, word9, word10, ...);" in messages[0]
+
+
+def test_without_dropped_words_nothing_is_said(workers: WorkerPool, tmp_path: Any) -> None:
+    setting = Setting(pairs_of_words(3)).section_with(words_per_step=2)
+    assert workers.run(1, reported, setting, str(tmp_path))[0] == ([], [], [])
