@@ -10,8 +10,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """Of the words. What is computed from bfloat16 is float32."""
 LOG2_E = math.log2(math.e)
-_MOST_WORDS = 1 << 24
-"""float32 holds every whole number up to this."""
+_MOST_WORDS = 1 << 21
+"""float32 counts up to them, and a CUDA grid holds that many blocks of 64."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class ContrastiveOptions:
 
     def __post_init__(self) -> None:
         for total in self.words:
-            _require(2 <= total <= 1 << 24, "--words", total, "numbers from 2 to 16777216")
+            _require(2 <= total <= 1 << 21, "--words", total, "numbers from 2 to 2097152")
         for hidden in self.hidden:
             _require(1 <= hidden <= 1 << 16, "--hidden", hidden, "numbers from 1 to 65536")
         _require(self.layers >= 1, "--layers", self.layers, "at least 1")
