@@ -31,12 +31,13 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.benchmark.phases import measure_phases
     from megatron_prealign.benchmark.report import align, write_csv
     from megatron_prealign.runtime import log
-    from megatron_prealign.runtime.distributed import choose_device
+    from megatron_prealign.runtime.distributed import choose_device, running
 
     log.configure()
     machine = describe_machine(choose_device(recipe.parallel.device))
-    found, is_first = measure_phases(recipe, steps=values.steps, warmup=values.warmup)
-    if not is_first:
+    with running(recipe.parallel, seed=recipe.training.seed) as runtime:
+        found = measure_phases(recipe, runtime, steps=values.steps, warmup=values.warmup)
+    if runtime.rank:
         return 0
     rows = [
         (

@@ -18,7 +18,7 @@ from megatron_prealign.model.build import build_model
 from megatron_prealign.pretrain import build_phases, check_world_size, open_materials, open_switching, open_words
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
-from megatron_prealign.runtime.distributed import Runtime, running
+from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer
 from megatron_prealign.training.phase import Phase
@@ -40,18 +40,16 @@ class PhaseSpeed:
     """Of the tokens a second of language-model training."""
 
 
-def measure_phases(recipe: Recipe, *, steps: int, warmup: int) -> tuple[list[PhaseSpeed], bool]:
-    """Runs `warmup + steps` steps of each phase, without saving or evaluating. Takes part: all processes.
-
-    Returns:
-        The phases in their order, language-model training last, and whether this is the process to tell them.
+def measure_phases(recipe: Recipe, runtime: Runtime, *, steps: int, warmup: int) -> list[PhaseSpeed]:
+    """Runs `warmup + steps` steps of each phase, without saving or evaluating; language-model training is the last one.
+    Takes part: all processes.
 
     Raises:
         UserError: the recipe has no alignment section, or does not fit its files.
     """
     if recipe.alignment is None:
         raise UserError("the recipe has no section alignment, expected one to compare with language-model training")
-    with running(recipe.parallel, seed=recipe.training.seed) as runtime, _folder(recipe) as folder:
+    with _folder() as folder:
         trainer = _trainer(_short(recipe, folder, steps + warmup), runtime)
         schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
         seconds: list[list[float]] = [[] for _ in trainer.phases]
@@ -63,12 +61,12 @@ def measure_phases(recipe: Recipe, *, steps: int, warmup: int) -> tuple[list[Pha
                 trainer.step(phase, schedules[number])
                 seconds[number].append(_now_s(runtime) - start_s)
                 tokens[number].append(trainer.state.tokens - before)
-        found = [
-            _speed(phase, runtime, times[warmup:], counts[warmup:])
-            for phase, times, counts in zip(trainer.phases, seconds, tokens, strict=True)
-        ]
+    found = [
+        _speed(phase, runtime, times[warmup:], counts[warmup:])
+        for phase, times, counts in zip(trainer.phases, seconds, tokens, strict=True)
+    ]
     last = found[-1].tokens_per_second
-    return [replace(each, share_of_language_model=each.tokens_per_second / last) for each in found], runtime.rank == 0
+    return [replace(each, share_of_language_model=each.tokens_per_second / last) for each in found]
 
 
 def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[int]) -> PhaseSpeed:
@@ -85,7 +83,7 @@ def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[in
 
 
 @contextmanager
-def _folder(recipe: Recipe) -> Iterator[Path]:
+def _folder() -> Iterator[Path]:
     """A folder for the sample index, the same on all ranks of a machine, gone afterwards."""
     made: list[tempfile.TemporaryDirectory[str]] = []
 
