@@ -97,8 +97,10 @@ def collected(values: dict[str, Any], slots: int, microbatches: int) -> tuple[in
     recipe, runtime, chunks = build(values)
     random = np.random.default_rng(1)
     lengths = random.integers(0, 5, slots)
+    # Two rows, while other microbatches of words have one: pipeline stages must tell each other the shape.
+    lengths[:8] = 12
     lengths[3] = 0
-    tokens = random.integers(0, VOCAB_SIZE, (slots, 4))
+    tokens = random.integers(0, VOCAB_SIZE, (slots, 12))
     shares = WordLayout.of(runtime, chunks)
     assert shares.packed
     asked: list[int] = []
@@ -148,8 +150,8 @@ def test_ranks_together_have_the_states_of_all_words(
         for layer, state in states.items():
             seen[layer][words] = state
     for layer, state in expected.items():
-        # Sums over tensor-parallel ranks in another order.
-        torch.testing.assert_close(seen[layer], state, rtol=1e-4, atol=1e-7)
+        # Sums over tensor-parallel ranks in another order, and words at other columns.
+        torch.testing.assert_close(seen[layer], state, rtol=1e-4, atol=1e-6)
         assert not state[3].any()
 
 
