@@ -61,13 +61,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def assert_equals_definition(words: Tensor, groups: WordGroups, **options: Any) -> None:
+def assert_equals_definition(words: Tensor, groups: WordGroups, *, condition: float = 1.0, **options: Any) -> None:
+    """`condition` is how much more a gradient of float32 may be off than usual."""
     loss, gradient = loss_and_gradient(contrastive_loss, words, groups, **options)
     expected, wanted = loss_and_gradient(contrastive_loss_reference, words.double(), groups, **options)
     assert loss.shape == expected.shape and gradient.dtype == words.dtype
     assert loss.dtype == (torch.float64 if words.dtype == torch.float64 else torch.float32)
     assert relative(loss, expected) < LOSS_BOUND[words.dtype]
-    assert relative(gradient, wanted) < GRADIENT_BOUND[words.dtype]
+    usual = 1.0 if words.dtype == torch.bfloat16 else condition
+    assert relative(gradient, wanted) < usual * GRADIENT_BOUND[words.dtype]
 
 
 def test_groups_are_counted() -> None:
@@ -95,6 +97,20 @@ def test_definition_by_hand() -> None:
     for function in (contrastive_loss, contrastive_loss_reference):
         # float64, where only the order of the sums differs
         assert function(words, groups, temperature=TEMPERATURE).item() == pytest.approx(total / 8, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND)
+@pytest.mark.parametrize(("noise", "shared"), [(0.1, 0.0), (0.01, 0.0), (0.3, 5.0), (0.3, 20.0)])
+def test_equals_the_definition_for_trained_words(dtype: torch.dtype, noise: float, shared: float) -> None:
+    """Translations close together, and words that nearly all point one way: what they share cancels in the gradient,
+    and its rounding must cancel too."""
+    random = torch.Generator().manual_seed(SEED)
+    meanings = torch.randn((64, 128), generator=random).repeat_interleave(2, dim=0)
+    drawn = meanings + noise * torch.randn((128, 128), generator=random) + shared * torch.randn(128, generator=random)
+    words = drawn.to(torch.bfloat16).to(dtype).to(DEVICE)
+    # Where the loss is nearly at its floor the gradient is the small difference of a probability and 1. The measured
+    # error was 1.6e-5.
+    assert_equals_definition(words, word_groups(torch.arange(128, device=DEVICE) // 2), condition=4.0)
 
 
 @pytest.mark.parametrize("dtype", GRADIENT_BOUND)
