@@ -22,7 +22,7 @@ from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
-from megatron_prealign.training.checkpoint import read_state, resolve_checkpoint
+from megatron_prealign.training.checkpoint_folder import read_state, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 

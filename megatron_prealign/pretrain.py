@@ -39,7 +39,8 @@ from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer, hold
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
-from megatron_prealign.training.checkpoint import CheckpointStore, StateBeside, latest_checkpoint, read_state
+from megatron_prealign.training.checkpoint import CheckpointStore, StateBeside
+from megatron_prealign.training.checkpoint_folder import latest_checkpoint, read_state
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
@@ -343,7 +344,9 @@ def open_watched_pairs(recipe: Recipe, dictionary: Dictionary | None) -> list[Wo
     if recipe.alignment_watch is None:
         return None
     assert dictionary is not None
-    return watched_pairs(dictionary.table, dictionary.held_out, recipe.alignment_watch)
+    return watched_pairs(
+        dictionary.table, dictionary.held_out, recipe.alignment_watch, max_word_tokens=recipe.max_word_tokens
+    )
 
 
 def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:

@@ -1,8 +1,6 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
-from pathlib import Path
-
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.tokenizer import load_tokenizer
@@ -13,6 +11,7 @@ from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import watched_pairs
 from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
+from megatron_prealign.training.checkpoint_folder import read_state, resolve_checkpoint
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
@@ -50,10 +49,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
                 f"{source.path} has {sidecars[source.path].tokens} tokens, one sample needs data.seq_length + 1 = "
                 f"{recipe.data.seq_length + 1}; add text, lower data.seq_length or drop the source"
             )
-    if recipe.checkpoint.load is not None and not Path(recipe.checkpoint.load).exists():
-        raise UserError(
-            f"checkpoint.load is {recipe.checkpoint.load}, which does not exist; expected a checkpoint's folder"
-        )
+    if recipe.checkpoint.load is not None:
+        read_state(resolve_checkpoint(recipe.checkpoint.load))
     return _summary(recipe, sum(sidecars[source.path].tokens for source in recipe.data.sources))
 
 
@@ -90,11 +87,12 @@ def _check_dictionary(recipe: Recipe, section: DictionarySection, fingerprint: s
             f"the dictionary table {section.table} is of {', '.join(table.languages)}, but the data is in "
             f"{', '.join(languages)}; build the table for the data's languages"
         )
+    held_out = table.held_out_groups(section.held_out_fraction)
     if recipe.alignment is not None:
-        alignment_groups(table, recipe.alignment, held_out=table.held_out_groups(section.held_out_fraction))
+        alignment_groups(table, recipe.alignment, held_out=held_out)
     if recipe.alignment_watch is not None:
-        watched_pairs(table, table.held_out_groups(section.held_out_fraction), recipe.alignment_watch)
+        watched_pairs(table, held_out, recipe.alignment_watch, max_word_tokens=recipe.max_word_tokens)
     if recipe.code_switch is not None:
         check_table(table, recipe.code_switch, languages)
         # As training does, which keeps the held-out groups out.
-        select_keys(table.without_groups(table.held_out_groups(section.held_out_fraction)), recipe.code_switch)
+        select_keys(table.without_groups(held_out), recipe.code_switch)

@@ -1,1 +1,1 @@
-"""Phase 1: word batches, layer taps and the contrastive objective."""
+"""Phase 1: word batches, layer taps, and what is trained or left beside the model."""

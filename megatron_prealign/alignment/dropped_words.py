@@ -16,6 +16,8 @@ def report_dropped_words(sampler: WordSampler, max_word_tokens: int, folder: Pat
     """Logs how many words were left out and lists all of them in `folder`: language, word, tokens."""
     table, words = sampler.table, sampler.usable.too_long
     if not len(words):
+        # A run that went on with a higher limit.
+        (folder / FILE).unlink(missing_ok=True)
         return
     text = table.word_text.tobytes()
     ends = table.word_text_offsets
@@ -24,7 +26,8 @@ def report_dropped_words(sampler: WordSampler, max_word_tokens: int, folder: Pat
         for word, spelling in zip(words, spelled, strict=True):
             tokens = table.word_offsets[word + 1] - table.word_offsets[word]
             file.write(f"{table.languages[table.word_language[word]]}\t{spelling}\t{tokens}\n")
-    named = ", ".join(spelled[:_NAMED]) + (", ..." if len(spelled) > _NAMED else "")
+    different = [*dict.fromkeys(spelled)]
+    named = ", ".join(different[:_NAMED]) + (", ..." if len(different) > _NAMED else "")
     logger.warning(
         "alignment leaves out %s words of more than alignment.max_word_tokens (%d) tokens (%s); all are listed in %s",
         f"{len(words):,}",

@@ -1,6 +1,6 @@
 """How words are spread over ranks and microbatches, and their states at every layer brought back."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,10 +84,10 @@ def collect_states(
     batches: Sequence[WordBatch],
     *,
     num_layers: int,
-    wanted: Callable[[int], bool] = lambda layer: True,
+    layers: Collection[int] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """This rank's words at every layer of its stage that is `wanted`, from one forward pass without gradients. Takes
-    part: all ranks.
+    """This rank's words at those of its stage's layers that are in `layers` (None for all), from one forward pass
+    without gradients. Takes part: all ranks.
 
     Returns:
         layer -> float32 `[words, hidden]`, microbatch after microbatch.
@@ -96,13 +96,12 @@ def collect_states(
     taps = LayerTaps([unwrap(chunk) for chunk in chunks], runtime, num_layers)
 
     def collect(layer: int, states: torch.Tensor, batch: WordBatch) -> None:
-        if wanted(layer):
-            collected.setdefault(layer, []).append(states)
+        collected.setdefault(layer, []).append(states)
 
     def forward_step(iterator: Iterator[WordBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         return taps.run_words(chunk, unwrap(chunk), next(iterator)), lambda hidden: (no_loss(hidden), {})
 
-    with torch.no_grad(), taps.observing(collect):
+    with torch.no_grad(), taps.observing(collect, layers=layers):
         run_schedule(
             runtime,
             chunks,

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_prealign.model.attention import document_mask
+from megatron_prealign.runtime.transfer import to_device
 
 # Long enough that what is left at a row's end is little, short enough that the mask's square is little too.
 PACKED_ROW_TOKENS = 64
@@ -71,18 +72,20 @@ def lay_out_words(
     tokens[at] = word_tokens[inside]
     positions[at] = np.broadcast_to(np.arange(longest), column.shape)[inside]
     starts[at] = np.broadcast_to(start[:, None], column.shape)[inside]
-    weights = torch.from_numpy((inside / np.maximum(lengths, 1)[:, None]).astype(np.float32)).to(device)
+    weights = torch.from_numpy((inside / np.maximum(lengths, 1)[:, None]).astype(np.float32))
     # An empty slot at the end of a full row has no place of its own.
     places = np.minimum(column, width - 1) * rows + row[:, None]
+    sent = [
+        to_device(torch.from_numpy(each), device)
+        for each in (tokens, positions, np.where(inside, word_tokens, 0), places, starts)
+    ]
     return WordBatch(
-        tokens=torch.from_numpy(tokens).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        attention_mask=document_mask(torch.from_numpy(starts).to(device), dtype)
-        if packed
-        else torch.ones_like(weights),
-        word_tokens=torch.from_numpy(np.where(inside, word_tokens, 0)).to(device),
-        places=torch.from_numpy(places).to(device),
-        weights=weights,
+        tokens=sent[0],
+        position_ids=sent[1],
+        attention_mask=document_mask(sent[4], dtype) if packed else torch.ones_like(weights, device=device),
+        word_tokens=sent[2],
+        places=sent[3],
+        weights=to_device(weights, device),
     )
 
 

@@ -66,28 +66,32 @@ class ProjectionHeads:
         # Each rank has the gradient of its own words, multiplied by the data-parallel size for the model's averaging.
         dist.all_reduce(flat, group=self._runtime.groups.tp_dp_cp)
         flat /= self._runtime.data_size
-        if self._clip_grad:
-            flat *= (self._clip_grad / (flat.norm() + 1e-6)).clamp(max=1.0)
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
+        if self._clip_grad:
+            # Each by itself: a norm over all would depend on which of them share a pipeline stage.
+            for head in self._heads.values():
+                torch.nn.utils.clip_grad_norm_(head.values(), self._clip_grad)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Heads and optimizer state for `dist_checkpointing`."""
         content = {}
+        rank = self._runtime.groups.tp_dp_cp.rank()
         for name, parameter in self._parameters().items():
             assert self._optimizer is not None
             state = self._optimizer.state[parameter]
             moments = {moment: state.get(moment, torch.zeros_like(parameter)) for moment in ("exp_avg", "exp_avg_sq")}
             for part, tensor in {"weight": parameter.detach(), **moments}.items():
                 key = f"projection_heads.{name}.{part}"
-                content[key] = ShardedTensor.from_rank_offsets(
-                    key, tensor, replica_id=self._runtime.groups.tp_dp_cp.rank()
-                )
-        step = 0 if self._optimizer is None else self._optimizer.param_groups[0].get("step", 0)
-        key = "projection_heads.step"
-        content[key] = ShardedTensor.from_rank_offsets(key, torch.tensor([step]), replica_id=self._runtime.rank)
+                content[key] = ShardedTensor.from_rank_offsets(key, tensor, replica_id=rank)
+        for layer in self._heads:
+            assert self._optimizer is not None
+            # Of every layer, although they are the same: a stage may have none.
+            key = f"projection_heads.layer_{layer}.step"
+            step = torch.tensor([self._optimizer.param_groups[0].get("step", 0)])
+            content[key] = ShardedTensor.from_rank_offsets(key, step, replica_id=rank)
         return content
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -100,7 +104,8 @@ class ProjectionHeads:
             self._optimizer.state[parameter] = {
                 moment: content[f"{key}.{moment}"].clone() for moment in ("exp_avg", "exp_avg_sq")
             }
-        self._optimizer.param_groups[0]["step"] = int(content["projection_heads.step"])
+        first = next(iter(self._heads))
+        self._optimizer.param_groups[0]["step"] = int(content[f"projection_heads.layer_{first}.step"])
 
 
 def _layers_of(models: Sequence[GPTModel], num_layers: int) -> list[int]:

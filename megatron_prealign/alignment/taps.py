@@ -11,7 +11,7 @@ Layers are numbered as Hugging Face numbers hidden states: 0 is the embedding ou
 one taken after the final norm; the output embedding is number `num_layers + 1`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,8 @@ class LayerTaps:
         self._runtime = runtime
         self._num_layers = num_layers
         self._observer: Observer | None = None
+        self._layers: Collection[int] = ()
+        self._needs_graph = False
         # The batch travels with its microbatch: blocks get its attention mask, which recomputation hands back to them
         # during the backward pass, when another microbatch may already be in its forward pass. Same storage, same
         # batch.
@@ -84,17 +86,26 @@ class LayerTaps:
         self.output_embedding_loss: torch.Tensor | None = None
 
     @contextmanager
-    def observing(self, observer: Observer) -> Iterator[None]:
-        """Registers the hooks for the time of the `with` block; outside it the model runs as if there were none."""
+    def observing(
+        self, observer: Observer, *, layers: Collection[int] | None = None, needs_graph: bool = False
+    ) -> Iterator[None]:
+        """Registers the hooks for the time of the `with` block; outside it the model runs as if there were none.
+
+        Args:
+            layers: those to look at; None for all.
+            needs_graph: leave out forward passes that keep no graph: with full recomputation a loss belongs to the
+                second one.
+        """
         handles = []
-        self._observer = observer
+        self._observer, self._needs_graph = observer, needs_graph
+        self._layers = range(self._num_layers + 2) if layers is None else layers
         for chunk in self._chunks:
-            if chunk.pre_process:
+            if chunk.pre_process and 0 in self._layers:
                 handles.append(chunk.embedding.register_forward_hook(self._outer_hook(0)))
             for layer in chunk.decoder.layers:
-                if layer.layer_number < self._num_layers:
+                if layer.layer_number < self._num_layers and layer.layer_number in self._layers:
                     handles.append(layer.register_forward_hook(self._block_hook, with_kwargs=True))
-            if chunk.post_process:
+            if chunk.post_process and self._num_layers in self._layers:
                 handles.append(chunk.decoder.final_layernorm.register_forward_hook(self._outer_hook(self._num_layers)))
         try:
             yield
@@ -103,10 +114,6 @@ class LayerTaps:
                 handle.remove()
             self._observer = None
             self._batches.clear()
-
-    def begin_step(self) -> None:
-        """Forgets the batches of the last step."""
-        self._batches.clear()
 
     def run_words(self, chunk: torch.nn.Module, model: GPTModel, batch: WordBatch) -> torch.Tensor:
         """Forward pass of a word batch through one chunk (`model` is `chunk` without its wrapper); returns its hidden
@@ -126,8 +133,9 @@ class LayerTaps:
         finally:
             model.post_process = post_process
             self._current = None
-        if post_process and has_words and self._observer is not None:
-            self.output_embedding_loss = self._observer(self._num_layers + 1, self._output_rows(model, batch), batch)
+        last = self._num_layers + 1
+        if post_process and has_words and self._observer is not None and last in self._layers:
+            self.output_embedding_loss = self._observer(last, self._output_rows(model, batch), batch)
         return output
 
     def _block_hook(self, module: TransformerLayer, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -146,7 +154,7 @@ class LayerTaps:
 
     def _observe(self, layer: int, hidden: torch.Tensor, batch: WordBatch) -> torch.Tensor:
         """`hidden` is `[tokens, rows, hidden]`, split along tokens under sequence parallelism."""
-        if self._observer is None:
+        if self._observer is None or (self._needs_graph and not torch.is_grad_enabled()):
             return hidden
         loss = self._observer(layer, self._pool(hidden, batch), batch)
         if loss is None or not loss.requires_grad:

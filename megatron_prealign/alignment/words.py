@@ -16,6 +16,7 @@ from megatron_prealign.dictionary.alignment_groups import AlignmentGroups, align
 from megatron_prealign.dictionary.table import DictionaryTable, row_indices
 from megatron_prealign.kernels import WordGroups, word_groups
 from megatron_prealign.recipe import AlignmentSection
+from megatron_prealign.runtime.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ class WordSampler:
         sizes = np.bincount(group[group >= 0])
         return StepWords(
             batches=layout.batches(tokens, lengths, microbatches),
-            groups=word_groups(torch.from_numpy(layout.by_rank(group, microbatches)).to(layout.device)),
+            groups=word_groups(to_device(torch.from_numpy(layout.by_rank(group, microbatches)), layout.device)),
             pairs=int((sizes * (sizes - 1)).sum()),
             tokens=int(lengths.sum()),
         )

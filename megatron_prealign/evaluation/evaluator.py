@@ -11,13 +11,14 @@ import torch.distributed as dist
 from megatron_prealign.code_switch.switcher import RowFormat
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import measure_retrieval
 from megatron_prealign.evaluation.validation import validation_losses
-from megatron_prealign.evaluation.word_pairs import WordPairs, word_pairs
+from megatron_prealign.evaluation.word_pairs import MAX_WORD_TOKENS, WordPairs, word_pairs
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.progress_log import MetricsFile
+from megatron_prealign.training.state import TrainState
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -48,9 +49,9 @@ class Evaluator:
         self._row_format = row_format
         self._pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
         if table is not None and held_out is not None:
-            limit = recipe.training.retrieval_words
+            limit, longest = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
             for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
-                self._pairs[name] = word_pairs(table, groups, limit=limit)
+                self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=longest)
 
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         """`validation_loss` per language and the two retrieval measures. Takes part: all ranks."""
@@ -73,31 +74,19 @@ class Evaluator:
         return result
 
 
-class Evaluate(Callback):
+class Evaluate(PeriodicMeasurement):
     """Measures every `interval` steps and at the end of each phase; writes metrics.jsonl and tells the phase."""
 
     def __init__(self, evaluator: Evaluator, metrics: MetricsFile, interval: int | None) -> None:
         self._evaluator = evaluator
         self._metrics = metrics
         self._interval = interval
-        self._measured_step = -1
 
-    def on_step(self, trainer: "Trainer") -> None:
+    def is_due(self, state: TrainState) -> bool:
+        return self._interval is not None and state.phase_step % self._interval == 0
+
+    def measure(self, trainer: "Trainer") -> None:
         state = trainer.state
-        # A run that was asked to stop has little time left, and saving comes first; a phase's end evaluates by itself.
-        if state.stop_requested or trainer.phase.is_over(state):
-            return
-        if self._interval is not None and state.phase_step % self._interval == 0:
-            self._evaluate(trainer)
-
-    def on_phase_end(self, trainer: "Trainer") -> None:
-        # A phase that has reached its goal was measured by `on_step` a moment ago.
-        if trainer.state.step != self._measured_step:
-            self._evaluate(trainer)
-
-    def _evaluate(self, trainer: "Trainer") -> None:
-        state = trainer.state
-        self._measured_step = state.step
         # The measures of all ranks agree but for rounding; a phase that ends at a goal must end on all of them.
         shared = [self._evaluator.measure(trainer.chunks)]
         dist.broadcast_object_list(shared, src=0)

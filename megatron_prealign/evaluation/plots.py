@@ -403,8 +403,8 @@ def draw_training_loss(runs: Runs) -> Any | None:
                 losses.append((point.tokens, point.lm_loss))
             elif point.phase != ALIGNMENT:
                 losses.append((point.tokens, point.loss))
-            # a layer that is not aligned has no loss
-            if aligned := [loss for loss in point.alignment_loss if math.isfinite(loss)]:
+            # steps of the guard are few and lie on another axis; a layer that is not aligned has no loss
+            if point.phase == ALIGNMENT and (aligned := [loss for loss in point.alignment_loss if math.isfinite(loss)]):
                 # over steps: words alone move no token count
                 contrastive.append((point.phase_step, sum(aligned) / len(aligned)))
         language_model[name], alignment[name] = thin(losses), thin(contrastive)

@@ -11,6 +11,7 @@ from megatron_prealign.evaluation.measures import MEASURES, WordLinks, measure_w
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import gather_parameters
+from megatron_prealign.runtime.transfer import to_device
 
 _WORDS_PER_MICROBATCH = 256
 
@@ -31,7 +32,7 @@ def measure_retrieval(
         return {}
     words, places = _distinct_words(pairs)
     links = [WordLinks(pair.links, runtime.device) for pair in pairs]
-    places_there = [[torch.from_numpy(place).to(runtime.device) for place in both] for both in places]
+    places_there = [[to_device(torch.from_numpy(place), runtime.device) for place in both] for both in places]
     # The taps read the output embedding before any forward pass of it could fetch its update.
     gather_parameters(chunks)
     layers, gathered = _representations(runtime, chunks, words, num_layers)
@@ -95,7 +96,7 @@ def _representations(
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
     gathered = np.argsort(layout.by_rank(np.arange(slots), microbatches))[: len(words)]
-    return states, torch.from_numpy(gathered).to(runtime.device)
+    return states, to_device(torch.from_numpy(gathered), runtime.device)
 
 
 def _gather(runtime: Runtime, own: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

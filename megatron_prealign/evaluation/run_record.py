@@ -31,7 +31,7 @@ class TrainPoint:
     loss: float
     lm_loss: float | None
     alignment_loss: tuple[float, ...]
-    """One contrastive loss a layer, NaN for a layer that is not aligned; empty outside the alignment phase."""
+    """One contrastive loss a layer, NaN for a layer that is not aligned; empty where no step had words."""
     learning_rate: float
     grad_norm: float
     tokens_per_second: float

@@ -9,7 +9,8 @@ from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule
-from megatron_prealign.training.rows import RowMicrobatch, idle_rows, row_loss_sum, to_device
+from megatron_prealign.runtime.transfer import to_device
+from megatron_prealign.training.rows import RowMicrobatch, idle_rows, row_loss_sum
 
 
 def validation_losses(
@@ -76,7 +77,7 @@ def _microbatches(
         wanted = range(start, start + micro_batch_size)
         rows, mask = samples.rows(language, [min(index, count - 1) for index in wanted])
         real = torch.tensor([index < count for index in wanted])
-        batch = plain_batch(to_device(rows, runtime.device).tokens, row_format)
+        batch = plain_batch(to_device(rows.tokens, runtime.device), row_format)
         batches.append(
             RowMicrobatch(
                 tokens=batch.tokens,

@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import Retrieval, measure_retrieval
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
-from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.progress_log import MetricsFile
+from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AlignmentWatch(Callback):
+class AlignmentWatch(PeriodicMeasurement):
     """Measures before the first step of a run, every `section.interval` steps of it and at the end of each phase;
     writes metrics.jsonl and TensorBoard and tells the phase.
 
@@ -37,31 +38,19 @@ class AlignmentWatch(Callback):
         self._pairs = pairs
         self._metrics = metrics
         self._tensorboard = tensorboard
-        self._measured_step = -1
 
     def on_start(self, trainer: "Trainer") -> None:
         counts = ", ".join(f"{pair.name} {len(pair.links)}" for pair in self._pairs)
         logger.info("alignment watch: pairs of %s words: %s", self._section.groups.replace("_", "-"), counts)
         # A resumed run has been here.
         if trainer.state.step == 0:
-            self._measure(trainer)
+            self.measure(trainer)
 
-    def on_step(self, trainer: "Trainer") -> None:
+    def is_due(self, state: TrainState) -> bool:
+        return state.step % self._section.interval == 0
+
+    def measure(self, trainer: "Trainer") -> None:
         state = trainer.state
-        # A run that was asked to stop has little time left, and saving comes first; a phase's end measures by itself.
-        if state.stop_requested or trainer.phase.is_over(state):
-            return
-        if state.step % self._section.interval == 0:
-            self._measure(trainer)
-
-    def on_phase_end(self, trainer: "Trainer") -> None:
-        # A phase that has reached its goal was measured by `on_step` a moment ago.
-        if trainer.state.step != self._measured_step:
-            self._measure(trainer)
-
-    def _measure(self, trainer: "Trainer") -> None:
-        state = trainer.state
-        self._measured_step = state.step
         measured = measure_retrieval(
             trainer.runtime, trainer.chunks, self._pairs, num_layers=trainer.recipe.model.num_layers
         )

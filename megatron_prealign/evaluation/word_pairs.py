@@ -57,7 +57,7 @@ class WordPairs:
 
 
 def word_pairs(
-    table: DictionaryTable, groups: NDArray[np.bool_], *, limit: int, max_word_tokens: int = MAX_WORD_TOKENS
+    table: DictionaryTable, groups: NDArray[np.bool_], *, limit: int, max_word_tokens: float = MAX_WORD_TOKENS
 ) -> list[WordPairs]:
     """Pairs of a group's source word and its first translation in each language.
 
@@ -100,23 +100,25 @@ def word_pairs(
 
 
 def watched_pairs(
-    table: DictionaryTable, held_out: NDArray[np.bool_], section: AlignmentWatchSection
+    table: DictionaryTable, held_out: NDArray[np.bool_], section: AlignmentWatchSection, *, max_word_tokens: float
 ) -> list[WordPairs]:
     """The pairs that the alignment watch measures.
 
     Args:
         held_out: bool `[groups]`, the groups that training leaves out.
+        max_word_tokens: what the model has positions for (`Recipe.max_word_tokens`).
 
     Raises:
         UserError: no such pair is in the table.
     """
     groups = held_out if section.groups == "held_out" else ~held_out
-    pairs = word_pairs(table, groups, limit=section.words)
+    limit = min(MAX_WORD_TOKENS, max_word_tokens)
+    pairs = word_pairs(table, groups, limit=section.words, max_word_tokens=limit)
     if not pairs:
         other = "raise dictionary.held_out_fraction or set alignment_watch.groups to trained"
         raise UserError(
             f"alignment_watch.groups is {section.groups}, but none of these {int(groups.sum())} word groups of "
-            f"{table.path or 'the dictionary table'} has a pair of words of at most {MAX_WORD_TOKENS} tokens; "
+            f"{table.path or 'the dictionary table'} has a pair of words of at most {limit} tokens; "
             + (
                 other
                 if section.groups == "held_out"

@@ -92,6 +92,12 @@ class AlignmentSection:
             "true",
             f"false with alignment.freeze {self.freeze}: the frozen blocks have no optimizer state to keep",
         )
+        require(
+            self.alpha > 0 or self.gamma > 0 or (self.lm_weight > 0 and self.lm_global_batch_size > 0),
+            "alignment.alpha",
+            self.alpha,
+            "a number above 0, or gamma above 0, or lm_weight above 0 with lm_global_batch_size: nothing is trained",
+        )
         self._check_sampling()
         self._layer_choice()
 
@@ -154,10 +160,11 @@ class AlignmentSection:
         """
         last = num_layers + 1
         chosen = self._layer_choice() or dict.fromkeys(range(last + 1), 1.0)
+        outside = [layer for layer in chosen if not 0 <= layer <= last]
         require(
-            all(0 <= layer <= last for layer in chosen),
+            not outside,
             "alignment.layers",
-            self.layers,
+            f"{self.layers} with layer {', '.join(map(str, outside))}",
             f"layers from 0 to {last} (model.num_layers + 1)",
         )
         total = math.fsum(chosen.values())

@@ -1,5 +1,6 @@
 """The whole recipe and the checks that span its sections."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,14 @@ class Recipe:
             f"a multiple of parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
             f"({pipeline} x {chunks} = {pipeline * chunks})",
         )
+        blocks, together = model.num_layers // (pipeline * chunks), model.recompute_num_layers
+        require(
+            model.recompute_granularity != "full" or blocks % together == 0,
+            "model.recompute_num_layers",
+            together,
+            f"a divisor of the {blocks} blocks of a model chunk (model.num_layers / (pipeline_model_parallel_size x "
+            "virtual_pipeline_model_parallel_size))",
+        )
         if parallel.sequence_parallel:
             require(
                 self.data.seq_length % tensor == 0,
@@ -135,10 +144,38 @@ class Recipe:
             "set",
             "null, or a section alignment_watch, which measures what falls below it",
         )
-        if self.alignment is None:
-            return
-        self.alignment.layer_weights(self.model.num_layers)
-        rows, per_pass = self.alignment.lm_global_batch_size, self.alignment_micro_batch_size
+        if self.alignment is not None:
+            self._check_alignment(self.alignment)
+
+    def _check_alignment(self, section: AlignmentSection) -> None:
+        section.layer_weights(self.model.num_layers)
+        guard, steps = self.alignment_guard, self.training.train_iters
+        require(
+            section.train_iters > 0 or guard is not None,
+            "alignment.train_iters",
+            0,
+            "a number above 0, or a section alignment_guard that uses the other fields",
+        )
+        require(
+            guard is None or steps is None or guard.interval <= steps,
+            "alignment_guard.interval",
+            "" if guard is None else guard.interval,
+            f"at most training.train_iters ({steps}), or no step has words",
+        )
+        require(
+            section.stop_at_p_at_1 is None or self.training.eval_interval is not None,
+            "alignment.stop_at_p_at_1",
+            section.stop_at_p_at_1,
+            "null, or training.eval_interval set: evaluations tell when it is reached",
+        )
+        require(
+            section.max_word_tokens <= self.max_word_tokens,
+            "alignment.max_word_tokens",
+            section.max_word_tokens,
+            f"at most {self.max_word_tokens}, the positions of the model (model.max_position_embeddings, or "
+            "data.seq_length)",
+        )
+        rows, per_pass = section.lm_global_batch_size, self.alignment_micro_batch_size
         require(
             rows % per_pass == 0,
             "alignment.lm_global_batch_size",
@@ -146,7 +183,7 @@ class Recipe:
             f"a multiple of alignment.lm_micro_batch_size (null: training.micro_batch_size) ({per_pass})",
         )
         tokens = self.training.train_tokens
-        needed = (self.alignment.train_iters * rows + self.training.global_batch_size) * self.data.seq_length
+        needed = (section.train_iters * rows + self.training.global_batch_size) * self.data.seq_length
         require(
             tokens is None or tokens >= needed,
             "training.train_tokens",
@@ -208,6 +245,13 @@ class Recipe:
             f"null or a divisor of the {own} words of a data-parallel rank (alignment.words_per_step / "
             f"{data_parallel}) that is a multiple of tensor_model_parallel_size ({tensor})",
         )
+
+    @property
+    def max_word_tokens(self) -> int | float:
+        """The longest word the model has positions for; without learned positions any."""
+        if self.model.family != "gpt2":
+            return math.inf
+        return self.model.max_position_embeddings or self.data.seq_length
 
     @property
     def alignment_micro_batch_size(self) -> int:

@@ -48,7 +48,7 @@ class AlignmentPhase(Phase):
         rows: list[RowMicrobatch] = []
         if self._section.lm_global_batch_size:
             rows, _ = self._reader.read(state.consumed_samples, self._section.lm_global_batch_size, 0)
-        self._words.run(state.step, chunks, rows, self._row_step)
+        self._words.run(state.step, chunks, rows, self._row_step, next_step=state.step + 1)
         if self._section.freeze != "none":
             forget_held_gradients(chunks)
 

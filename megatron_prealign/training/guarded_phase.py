@@ -37,7 +37,7 @@ class GuardedLanguageModelPhase(LanguageModelPhase):
         due = (state.phase_step + 1) % self._guard.interval == 0
         self._carried = due and (self._guard.floor is None or state.below_floor)
         if self._carried:
-            self._words.run(state.step, chunks, rows, self._row_step)
+            self._words.run(state.step, chunks, rows, self._row_step, next_step=state.step + self._guard.interval)
         else:
             super()._run(state, chunks, rows)
 

@@ -11,6 +11,7 @@ from megatron_prealign.data.samples import SampleRows, TrainSamples
 from megatron_prealign.model.attention import document_mask
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
+from megatron_prealign.runtime.transfer import to_device
 
 # (rows on the device, tokens consumed in the phase so far) -> model inputs, labels and masks.
 MakeBatch = Callable[[SampleRows, int], SwitchedBatch]
@@ -58,7 +59,7 @@ class RowReader:
         for first in range(first_sample, first_sample + rows, per_round):
             own = first + runtime.data_rank * size
             sample = self._samples.rows(range(own, own + size))
-            batch = self._make_batch(to_device(sample, runtime.device), consumed_tokens)
+            batch = self._make_batch(rows_to_device(sample, runtime.device), consumed_tokens)
             batches.append(batch)
             if batch.counts is not None:
                 counts = batch.counts if counts is None else counts + batch.counts
@@ -70,16 +71,15 @@ class RowReader:
         ], counts
 
 
-def to_device(rows: SampleRows, device: torch.device) -> SampleRows:
+def rows_to_device(rows: SampleRows, device: torch.device) -> SampleRows:
     """Copies rows to the device without waiting for the copy."""
-    if device.type == "cpu":
-        return rows
+    starts = rows.word_starts
     return replace(
         rows,
-        tokens=rows.tokens.pin_memory().to(device, non_blocking=True),
-        language=rows.language.pin_memory().to(device, non_blocking=True),
-        sample_id=rows.sample_id.pin_memory().to(device, non_blocking=True),
-        word_starts=None if rows.word_starts is None else rows.word_starts.pin_memory().to(device, non_blocking=True),
+        tokens=to_device(rows.tokens, device),
+        language=to_device(rows.language, device),
+        sample_id=to_device(rows.sample_id, device),
+        word_starts=None if starts is None else to_device(starts, device),
     )
 
 

@@ -53,7 +53,7 @@ def facts_of_run(
         "precision": recipe.training.precision,
         "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
         "freeze": "none" if recipe.alignment is None else recipe.alignment.freeze,
-        "projection_size": None if recipe.alignment is None else recipe.alignment.projection_size,
+        "projection": _projection(recipe),
         "seed": recipe.training.seed,
         "num_samples": num_samples,
         "sources": [
@@ -61,6 +61,15 @@ def facts_of_run(
             for source, segmenter in zip(recipe.data.sources, segmenters, strict=True)
         ],
     }
+
+
+def _projection(recipe: Recipe) -> dict[str, Any] | None:
+    """Which projection heads there are."""
+    section = recipe.alignment
+    if section is None or section.projection_size is None:
+        return None
+    weights = section.layer_weights(recipe.model.num_layers)
+    return {"size": section.projection_size, "layers": [layer for layer, weight in enumerate(weights) if weight]}
 
 
 def facts_of_switching(
@@ -161,7 +170,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
         "reset_position_ids": False,
         "reset_attention_mask": False,
         "freeze": "none",
-        "projection_size": None,
+        "projection": None,
         **saved,
     }
     state = [
@@ -174,7 +183,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             ("use_distributed_optimizer", "parallel.use_distributed_optimizer"),
             # The optimizer's state is laid out by what is frozen, and the heads' is saved beside it.
             ("freeze", "alignment.freeze"),
-            ("projection_size", "alignment.projection_size"),
+            ("projection", "alignment.projection_size and layers"),
         )
         if saved[name] != mine[name]
     ]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_prealign.alignment.layout import WordLayout, collect_states
-from megatron_prealign.alignment.objective import similarity_penalty
 from megatron_prealign.alignment.packing import WordBatch
 from megatron_prealign.alignment.projection import ProjectionHeads
+from megatron_prealign.alignment.similarity_penalty import similarity_penalty
 from megatron_prealign.alignment.taps import LayerTaps, Observer, no_loss
 from megatron_prealign.alignment.words import StepWords, WordSampler
 from megatron_prealign.kernels import WordGroups, contrastive_loss
@@ -45,7 +45,12 @@ class WordSteps:
         self._word_microbatches = own // (recipe.alignment.word_micro_batch_size or own)
         self._dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self._meter = Meter({"alignment_loss": len(self.layer_weights), "similarity_penalty": 1}, runtime)
+        # The output embedding without weight too: overlapped gradient reduction waits for every parameter, and without
+        # rows of the blend nothing else touches this one.
+        last = len(self.layer_weights) - 1
+        self._observed = {layer for layer, weight in enumerate(self.layer_weights) if weight} | {last}
         self._heads: ProjectionHeads | None = None
+        self._next: tuple[int, StepWords] | None = None
         self._steps = 0
         self._skipped = 0
         self.tokens = 0
@@ -67,13 +72,23 @@ class WordSteps:
         return self._heads
 
     def run(
-        self, step: int, chunks: Sequence[torch.nn.Module], rows: Sequence[RowMicrobatch], row_step: RowStep
+        self,
+        step: int,
+        chunks: Sequence[torch.nn.Module],
+        rows: Sequence[RowMicrobatch],
+        row_step: RowStep,
+        *,
+        next_step: int,
     ) -> None:
         """Leaves the gradients of the words of `step` and of the rows in the chunks' gradient buffers. Takes part: all
-        ranks."""
+        ranks.
+
+        Args:
+            next_step: probably the next one with words; they are drawn while the device works on this one.
+        """
         layout = WordLayout.of(self._runtime, chunks)
-        words = self.sampler.draw(step, layout, microbatches=self._word_microbatches)
-        self.tokens = words.tokens
+        words = self._draw(step, layout)
+        self.tokens = words.tokens if words.pairs else 0
         batches = words.batches
         if not words.pairs:
             self._skip(step)
@@ -83,7 +98,7 @@ class WordSteps:
         microbatches = schedule_length(self._runtime, len(batches) + len(rows))
         taps = LayerTaps([unwrap(chunk) for chunk in chunks], self._runtime, self._recipe.model.num_layers)
         # The taps read the output embedding before any forward pass of it could fetch its update.
-        gather_parameters(chunks)
+        gather_parameters([chunk for chunk in chunks if unwrap(chunk).post_process])
         observer = self._from_states(words.groups)
         if len(batches) > 1:
             observer = self._from_gradients(self._state_gradients(chunks, layout, words), batches)
@@ -96,7 +111,7 @@ class WordSteps:
                 return row_step(chunk, batch, microbatches)
             return _word_step(taps, chunk, batch, microbatches)
 
-        with taps.observing(observer):
+        with taps.observing(observer, layers=self._observed, needs_graph=True):
             run_schedule(
                 self._runtime,
                 chunks,
@@ -108,6 +123,12 @@ class WordSteps:
             )
         if self._heads is not None:
             self._heads.step()
+        self._next = (next_step, self._draw(next_step, layout))
+
+    def _draw(self, step: int, layout: WordLayout) -> StepWords:
+        if self._next is not None and self._next[0] == step:
+            return self._next[1]
+        return self.sampler.draw(step, layout, microbatches=self._word_microbatches)
 
     def _skip(self, step: int) -> None:
         self._skipped += 1
@@ -122,8 +143,6 @@ class WordSteps:
         ranks leaves its sum."""
         section, weight, group = self._section, self.layer_weights[layer], self._runtime.groups.tp_dp_cp
         if not weight:
-            # Still joins the graph: overlapped gradient reduction waits for every parameter, and without rows of the
-            # blend nothing else touches the output embedding.
             return (states * 0.0).sum()
         seen = states if self._heads is None else self._heads(layer, states)
         seen = seen.to(self._dtype)
@@ -138,16 +157,10 @@ class WordSteps:
             loss = loss + section.gamma * penalty
         return loss * (weight * self._runtime.data_size)
 
-    def _is_observed(self, layer: int) -> bool:
-        return self.layer_weights[layer] > 0 or layer == len(self.layer_weights) - 1
-
     def _from_states(self, groups: WordGroups) -> Observer:
         """Attaches the losses themselves: all words of the step are in one microbatch."""
 
         def observe(layer: int, states: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
-            # With full recomputation the first forward pass keeps no graph; the loss belongs to the second one.
-            if not torch.is_grad_enabled() or not self._is_observed(layer):
-                return None
             return self._layer_loss(layer, states, groups)
 
         return observe
@@ -157,8 +170,6 @@ class WordSteps:
         number = {id(batch): index for index, batch in enumerate(batches)}
 
         def observe(layer: int, states: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
-            if not torch.is_grad_enabled() or layer not in gradients:
-                return None
             return (states * gradients[layer][number[id(batch)]]).sum()
 
         return observe
@@ -174,7 +185,7 @@ class WordSteps:
             layout,
             words.batches,
             num_layers=self._recipe.model.num_layers,
-            wanted=self._is_observed,
+            layers=self._observed,
         )
         gradients = {}
         for layer in sorted(states):

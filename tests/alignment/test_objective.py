@@ -28,7 +28,7 @@ def penalties(words: torch.Tensor, groups: list[int]) -> tuple[float, torch.Tens
     """Runs in workers: the penalty of all words and the gradient of this rank's own."""
     import torch.distributed as dist
 
-    from megatron_prealign.alignment.objective import similarity_penalty
+    from megatron_prealign.alignment.similarity_penalty import similarity_penalty
     from megatron_prealign.kernels import word_groups
     from megatron_prealign.runtime import cpu
 

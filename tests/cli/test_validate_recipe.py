@@ -86,8 +86,11 @@ def test_less_text_than_one_sample(values: dict[str, Any], tmp_path: Path, capsy
 def test_weights_to_load_that_are_not_there(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values["checkpoint"] = {"load": "nowhere"}
-    assert "checkpoint.load is nowhere, which does not exist" in refusal(values, tmp_path, capsys)
+    empty = tmp_path / "no_checkpoint"
+    empty.mkdir()
+    for folder in ("nowhere", str(empty)):
+        values["checkpoint"] = {"load": folder}
+        assert f"{folder} holds no complete checkpoint; expected a step_* folder" in refusal(values, tmp_path, capsys)
 
 
 def test_wrong_language(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,7 +274,7 @@ def test_dictionary_with_too_few_words(
     [
         ({"language_weights": {"en": 1, "de": 1}}, "alignment.language_weights names de, but the dictionary is of en,"),
         ({"frequency_exponent": 0.5}, "alignment.frequency_exponent is 0.5, but the dictionary was built without a"),
-        ({"layers": "2-9"}, "alignment.layers is 2-9, expected layers from 0 to 5"),
+        ({"layers": "2-9"}, "alignment.layers is 2-9 with layer 6, 7, 8, 9, expected layers from 0 to 5"),
     ],
 )
 def test_alignment_that_does_not_fit_the_table_or_the_model(

@@ -1,5 +1,6 @@
 """Word pairs out of a table, and the measures of a model's words under every layout."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,10 +98,10 @@ def test_nothing_to_watch_is_the_users_mistake(groups: Any, advice: str) -> None
     section = AlignmentWatchSection(interval=1, groups=groups)
     held_out = np.zeros(7, dtype=bool) if groups == "held_out" else np.ones(7, dtype=bool)
     with pytest.raises(UserError) as caught:
-        watched_pairs(table, held_out, section)
+        watched_pairs(table, held_out, section, max_word_tokens=7)
     assert str(caught.value) == (
         f"alignment_watch.groups is {groups}, but none of these 0 word groups of the dictionary table has a pair of "
-        f"words of at most 8 tokens; {advice}"
+        f"words of at most 7 tokens; {advice}"
     )
 
 
@@ -110,7 +111,12 @@ def test_the_watch_takes_its_groups_and_its_number_of_words() -> None:
     found = {
         groups: [
             len(pair.links)
-            for pair in watched_pairs(table, held_out, AlignmentWatchSection(interval=1, words=2, groups=groups))
+            for pair in watched_pairs(
+                table,
+                held_out,
+                AlignmentWatchSection(interval=1, words=2, groups=groups),
+                max_word_tokens=math.inf,
+            )
         ]
         for groups in ("held_out", "trained")
     }

@@ -198,6 +198,7 @@ def test_nothing_given_names_every_required_field() -> None:
             "data.validation": [{"path": "v", "language": "日本語"}],
             "alignment.layers": [0, 5],
             "alignment.stop_at_p_at_1": 0.9,
+            "training.eval_interval": 3,
             "alignment_guard": {"interval": 4, "floor": 0.25},
             "alignment_watch": {"interval": 10},
             "code_switch.language_weights": {"de": 0.5, "fr": 1e-5},

@@ -206,11 +206,16 @@ def test_weights_of_layers_sum_to_one(layers: Any, weights: list[float]) -> None
     assert build("alignment", layers=layers).layer_weights(4) == pytest.approx(weights, rel=1e-15)
 
 
-@pytest.mark.parametrize("layers", [[0, 6], [-1], "4-6", {6: 1.0}, {-1: 1.0, 2: 1.0}])
-def test_layers_that_the_model_lacks(layers: Any) -> None:
+@pytest.mark.parametrize(
+    ("layers", "lacking"),
+    [([0, 6], "6"), ([-1], "-1"), ("4-7", "6, 7"), ({6: 1.0}, "6"), ({-1: 1.0, 2: 1.0}, "-1")],
+)
+def test_layers_that_the_model_lacks(layers: Any, lacking: str) -> None:
     with pytest.raises(RecipeValueError) as caught:
         build("alignment", layers=layers).layer_weights(4)
-    assert str(caught.value) == f"alignment.layers is {layers}, expected layers from 0 to 5 (model.num_layers + 1)"
+    assert str(caught.value) == (
+        f"alignment.layers is {layers} with layer {lacking}, expected layers from 0 to 5 (model.num_layers + 1)"
+    )
 
 
 @pytest.mark.parametrize("freeze", ["lower", "upper"])

@@ -89,17 +89,51 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             "training.micro_batch_size) (3)",
         ),
         (
+            {"alignment": {"train_iters": 0, "words_per_step": 32, "lr": 0.001}},
+            "alignment.train_iters is 0, expected a number above 0, or a section alignment_guard that uses the other "
+            "fields",
+        ),
+        (
+            {"alignment.alpha": 0.0, "alignment.lm_weight": 0.0},
+            "alignment.alpha is 0.0, expected a number above 0, or gamma above 0, or lm_weight above 0 with "
+            "lm_global_batch_size: nothing is trained",
+        ),
+        (
+            {"alignment.alpha": 0.0, "alignment.lm_global_batch_size": 0},
+            "alignment.alpha is 0.0, expected a number above 0, or gamma above 0, or lm_weight above 0 with "
+            "lm_global_batch_size: nothing is trained",
+        ),
+        (
+            {"alignment_guard": {"interval": 11}, "training.train_iters": 10},
+            "alignment_guard.interval is 11, expected at most training.train_iters (10), or no step has words",
+        ),
+        (
+            {"alignment.stop_at_p_at_1": 0.5},
+            "alignment.stop_at_p_at_1 is 0.5, expected null, or training.eval_interval set: evaluations tell when it "
+            "is reached",
+        ),
+        (
+            {"model.family": "gpt2", "model.num_query_groups": None, "alignment.max_word_tokens": 33},
+            "alignment.max_word_tokens is 33, expected at most 16, the positions of the model "
+            "(model.max_position_embeddings, or data.seq_length)",
+        ),
+        (
+            {"model.recompute_granularity": "full", "model.recompute_num_layers": 3},
+            "model.recompute_num_layers is 3, expected a divisor of the 4 blocks of a model chunk (model.num_layers / "
+            "(pipeline_model_parallel_size x virtual_pipeline_model_parallel_size))",
+        ),
+        (
             {"alignment.layers": [0, 6]},
-            "alignment.layers is [0, 6], expected layers from 0 to 5 (model.num_layers + 1)",
+            "alignment.layers is [0, 6] with layer 6, expected layers from 0 to 5 (model.num_layers + 1)",
         ),
         (
             {"alignment.layers": [-1]},
-            "alignment.layers is [-1], expected layers from 0 to 5 (model.num_layers + 1)",
+            "alignment.layers is [-1] with layer -1, expected layers from 0 to 5 (model.num_layers + 1)",
         ),
         *[
             (
                 {"alignment.layers": layers},
-                f"alignment.layers is {layers}, expected layers from 0 to 5 (model.num_layers + 1)",
+                f"alignment.layers is {layers} with layer 6, expected layers from 0 to 5 (model.num_layers + 1)",
             )
             for layers in ("3-6", {0: 1.0, 6: 2.0})
         ],

@@ -64,8 +64,16 @@ def test_half_of_the_blocks_stays_bit_for_bit(
     assert set().union(*(blocks for name, blocks in later.items() if ".layers." in name)) == {0, 1, 2, 3}
 
 
-def test_frozen_run_goes_on_where_it_stopped(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    values = values_for(tiny, tmp_path / "whole", {}, freeze="lower", projection_size=8)
+@pytest.mark.parametrize(
+    ("parallel", "layers"),
+    [({}, "all"), ({"pipeline_model_parallel_size": 2}, [4, 5])],
+    # The first stage has no head then.
+    ids=["dp2", "pp2_heads_on_the_last_stage"],
+)
+def test_frozen_run_goes_on_where_it_stopped(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, parallel: dict[str, Any], layers: Any
+) -> None:
+    values = values_for(tiny, tmp_path / "whole", parallel, freeze="lower", projection_size=8, layers=layers)
     run(workers, 2, values, tmp_path / "whole")
     for step in (2, 7):
         folder = tmp_path / f"from_{step}"
@@ -82,7 +90,7 @@ def test_frozen_run_goes_on_where_it_stopped(workers: WorkerPool, tiny: Tiny, tm
                 assert line.get(value) == expected[key].get(value), (key, value)
 
 
-@pytest.mark.parametrize("change", [{"freeze": "upper"}, {"projection_size": 16}])
+@pytest.mark.parametrize("change", [{"freeze": "upper"}, {"projection_size": 16}, {"layers": [0, 1]}])
 def test_resuming_with_another_setting_is_refused(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -93,10 +101,14 @@ def test_resuming_with_another_setting_is_refused(
     with pytest.raises(WorkerError) as caught:
         run(workers, 1, values, tmp_path)
     kind, message, _ = caught.value.failures[0]
-    ((name, value),) = change.items()
+    field, now = {
+        "freeze": ("alignment.freeze lower", "upper"),
+        "projection_size": ("alignment.projection_size and layers", "{'size': 16, 'layers': [0, 1, 2, 3, 4, 5]}"),
+        "layers": ("alignment.projection_size and layers", "{'size': 8, 'layers': [0, 1]}"),
+    }[next(iter(change))]
     assert kind == "UserError"
-    assert f"alignment.{name} " in message
-    assert f"(recipe: {value})" in message
+    assert f"{field} " in message
+    assert f"(recipe: {now})" in message
 
 
 @pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_plain"])
