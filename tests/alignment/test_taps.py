@@ -1,5 +1,6 @@
 """Layer taps: what they see, what they leave behind, and the gradients of the losses they attach."""
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,9 @@ def what_stays() -> dict[str, Any]:
             answers["after_error"] = (hooks(), chunk.post_process)
         answers["rows_equal_after"] = torch.equal(chunk(rows, positions, None), plain)
     counting.remove()
+    kept = weakref.ref(batch)
+    del batch
+    answers["batch_is_gone"] = kept() is None
     return answers
 
 
@@ -239,6 +243,7 @@ def test_nothing_stays_behind(workers: WorkerPool) -> None:
     assert answers["calls_after"] == []
     assert answers["after_error"] == (answers["before"], True)
     assert answers["rows_equal_after"]
+    assert answers["batch_is_gone"]
 
 
 def test_words_have_no_logits_and_rows_are_not_observed(workers: WorkerPool) -> None:

@@ -86,7 +86,8 @@ def test_words_in_several_microbatches_are_one_batch(
 
 
 def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Runs in workers: two steps without any pair and a good one of the alignment phase, and what rows alone give."""
+    """Runs in workers: two steps without any pair and a good one of the alignment phase, a bad and a good one together,
+    and what rows alone give."""
     import logging
     from dataclasses import replace
 
@@ -119,6 +120,11 @@ def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
             found = step(phase, TrainState(phase_step=number, step=number, consumed_samples=8), chunks)
             gradients.append(found[0])
             metrics.append(found[1])
+        for number in (5, 7):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            phase.forward_backward(TrainState(phase_step=number, step=number, consumed_samples=8), chunks)
+        together = phase.metrics(2)
     finally:
         logger.removeHandler(handler)
     rows_alone: dict[str, torch.Tensor] = {}
@@ -126,7 +132,13 @@ def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
         no_weight = replace(recipe.alignment, alpha=0.0, gamma=0.0)
         phase._words = WordSteps(replace(recipe, alignment=no_weight), runtime, phase._words.sampler)
         rows_alone, _ = step(phase, TrainState(phase_step=7, step=7, consumed_samples=8), chunks)
-    return {"gradients": gradients, "metrics": metrics, "messages": messages, "rows_alone": rows_alone}
+    return {
+        "gradients": gradients,
+        "metrics": metrics,
+        "together": together,
+        "messages": messages,
+        "rows_alone": rows_alone,
+    }
 
 
 @pytest.mark.parametrize("size", [None, 4])
@@ -150,7 +162,7 @@ def test_words_without_a_pair_are_skipped_with_a_warning(
         assert answer["messages"] == [
             f"step {number}: no word of the batch has a translation in it, its words are skipped ({count} such steps "
             "so far)"
-            for number, count in ((5, 1), (6, 2))
+            for number, count in ((5, 1), (6, 2), (5, 3))
         ]
         for gradients, metrics in zip(answer["gradients"][:2], answer["metrics"][:2], strict=True):
             assert metrics["alignment_loss"] == [0.0] * 6
@@ -167,3 +179,5 @@ def test_words_without_a_pair_are_skipped_with_a_warning(
         assert all(0 < loss < math.inf for loss in good["alignment_loss"])
         assert any(gradient.any() for gradient in answer["gradients"][2].values())
         assert all(gradient.isfinite().all() for gradient in answer["gradients"][2].values())
+        # A mean over the steps that had words, not over all.
+        assert answer["together"]["alignment_loss"] == pytest.approx(good["alignment_loss"], rel=1e-6)
