@@ -185,6 +185,20 @@ def test_what_was_measured_at_the_end_of_alignment_counts(
     assert workers.run(1, seen_by_the_alignment_phase, values, str(tmp_path), by_layer)[0] is below
 
 
+def phase_names(values: dict[str, Any], folder: str) -> list[str]:
+    """Runs in a worker: the phases of a run."""
+    return [phase.name for phase in opened(values, folder)[3]]
+
+
+@pytest.mark.parametrize(("train_iters", "names"), [(0, ["language_model"]), (1, ["alignment", "language_model"])])
+def test_without_steps_there_is_no_alignment_phase(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, train_iters: int, names: list[str]
+) -> None:
+    values = guarded(tiny, tmp_path, interval=1)
+    values["alignment"]["train_iters"] = train_iters
+    assert workers.run(1, phase_names, values, str(tmp_path))[0] == names
+
+
 def metrics_of_several_steps(values: dict[str, Any], folder: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Runs in a worker: the metrics of six steps one by one, and of the same six at once."""
     from megatron_prealign.training.state import TrainState
