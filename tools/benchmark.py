@@ -1,46 +1,50 @@
 """`megatron-prealign benchmark`: measures kernels and phases on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from megatron_prealign.benchmark.options import CodeSwitchOptions, ContrastiveOptions, ResourcesOptions
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.tools.benchmark_phases import main as phases
+
+if TYPE_CHECKING:
+    from megatron_prealign.benchmark.code_switch import CodeSwitchBenchmark
+    from megatron_prealign.benchmark.contrastive import ContrastiveBenchmark
 
 
 def code_switch(argv: Sequence[str]) -> int:
     options = parse_options(CodeSwitchOptions, "benchmark code-switch", argv)
 
     from megatron_prealign.benchmark.code_switch import CodeSwitchBenchmark
-    from megatron_prealign.benchmark.report import case_table, write_csv
+    from megatron_prealign.benchmark.report import case_table
 
-    benchmark = CodeSwitchBenchmark(options)
-    if not benchmark.on_gpu and options.device == "auto":
-        print("torch finds no GPU: the CPU is measured, and no kernel", flush=True)
-    print("\n".join(benchmark.header()), flush=True)
-    rows = []
-    for measured in benchmark.cases():
-        print("\n".join(["", *case_table(measured)]), flush=True)
-        rows += [{**asdict(each), **asdict(benchmark.machine)} for each in measured]
-    if options.output is not None:
-        write_csv(options.output, rows)
-        print(f"\nwrote {options.output}")
-    return 0
+    return _measure(CodeSwitchBenchmark(options), case_table, options)
 
 
 def contrastive(argv: Sequence[str]) -> int:
     options = parse_options(ContrastiveOptions, "benchmark contrastive", argv)
 
     from megatron_prealign.benchmark.contrastive import ContrastiveBenchmark
-    from megatron_prealign.benchmark.report import contrastive_table, write_csv
+    from megatron_prealign.benchmark.report import contrastive_table
 
-    benchmark = ContrastiveBenchmark(options)
+    return _measure(ContrastiveBenchmark(options), contrastive_table, options)
+
+
+def _measure(
+    benchmark: "CodeSwitchBenchmark | ContrastiveBenchmark",
+    table: Callable[[Any], list[str]],
+    options: CodeSwitchOptions | ContrastiveOptions,
+) -> int:
+    """Prints the table of each case as it comes, and writes all of them at the end."""
+    from megatron_prealign.benchmark.report import write_csv
+
     if not benchmark.on_gpu and options.device == "auto":
         print("torch finds no GPU: the CPU is measured, and no kernel", flush=True)
     print("\n".join(benchmark.header()), flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for measured in benchmark.cases():
-        print("\n".join(["", *contrastive_table(measured)]), flush=True)
+        print("\n".join(["", *table(measured)]), flush=True)
         rows += [{**asdict(each), **asdict(benchmark.machine)} for each in measured]
     if options.output is not None:
         write_csv(options.output, rows)
