@@ -308,3 +308,36 @@ def test_attached_losses_have_the_gradients_of_their_sum(
         assert torch.count_nonzero(gradient) > 0, name
         # The same sums in another order.
         torch.testing.assert_close(attached[name], gradient, **TOLERANCE)
+
+
+def pooled_layers(recompute: str | None, layers: list[int]) -> tuple[list[int], list[int], int]:
+    """Runs in a worker: the layers whose words are pooled with `needs_graph` and without it, in order, and the model's
+    hooks on the way."""
+    from megatron_prealign.alignment.taps import no_loss
+
+    chunk, taps, batch = tapped(recipe_values("llama", {"recompute_granularity": recompute}))
+    pooled: list[int] = []
+    pool = taps._pool
+    taps._pool = lambda hidden, batch: (pooled.append(hidden.shape[1]), pool(hidden, batch))[1]
+    seen: list[int] = []
+    counts = []
+    before = sum(len(module._forward_hooks) for module in chunk.modules())
+    for needs_graph in (True, False):
+        with taps.observing(lambda layer, words, _: seen.append(layer), layers=layers, needs_graph=needs_graph):
+            hooks = sum(len(module._forward_hooks) for module in chunk.modules()) - before
+            no_loss(taps.run_words(chunk, chunk, batch)).backward()
+        # The output embedding is not pooled.
+        assert len(pooled) == len([layer for layer in seen if layer <= LAYERS])
+        counts.append(seen.copy())
+        seen.clear()
+        pooled.clear()
+    return counts[0], counts[1], hooks
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_only_chosen_layers_are_pooled_and_once(workers: WorkerPool, recompute: str | None) -> None:
+    with_graph, always, hooks = workers.run(1, pooled_layers, recompute, [0, 2, 5])[0]
+    assert hooks == 2
+    # The output embedding comes when the chunk is through, a recomputed block in the backward pass.
+    assert with_graph == ([0, 2, 5] if recompute is None else [0, 5, 2])
+    assert always == ([0, 2, 5] if recompute is None else [0, 2, 5, 2])
