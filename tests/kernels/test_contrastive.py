@@ -280,8 +280,9 @@ def test_nothing_is_larger_than_the_words(dtype: torch.dtype, monkeypatch: pytes
     words, groups = make_words(total, hidden).to(dtype), word_groups(make_group(total, 200))
     with LargestOutput() as seen:
         loss_and_gradient(contrastive_loss, words, groups)
-    # a strip of 128 rows, three times, is as large as these words
-    assert seen.largest == total * hidden * itemsize
+    # A strip of 128 rows, three times, is as large as these words, which are computed with as float32 or float64; the
+    # kernels take bfloat16 as it is. The similarities would be 1.7 times that.
+    assert 0 < seen.largest <= total * hidden * itemsize
     with LargestOutput() as seen:
         loss_and_gradient(contrastive_loss_reference, words, groups)
     assert seen.largest == total * total * itemsize
