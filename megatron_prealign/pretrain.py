@@ -3,24 +3,16 @@ else."""
 
 import logging
 import os
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
-import torch
 
-from megatron_prealign import __version__
-from megatron_prealign.alignment.dropped_words import report_dropped_words
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
-from megatron_prealign.data.files import write_atomically
 from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.dictionary.coverage import blend_coverage
@@ -32,7 +24,8 @@ from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.model.config import padded_vocab_size
-from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError, save_recipe
+from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError
+from megatron_prealign.run_folder import check_run_folder, record_run
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -370,7 +363,7 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
 
 def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -> TrainState:
     on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
-    on_rank_zero("preparing logging.run_dir", lambda: _prepare_run_dir(recipe))
+    on_rank_zero("checking logging.run_dir", lambda: check_run_folder(recipe))
     materials = open_materials(recipe)
     switching = open_switching(recipe, materials.dictionary)
     watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
@@ -396,7 +389,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
             load = recipe.checkpoint.load
             on_every_rank("loading weights", lambda: store.load_weights(chunks, optimizer, load))
     # Only now: a run that is refused must not change what its folder says of the run that is there.
-    on_rank_zero("writing into logging.run_dir", lambda: _record_run(recipe, words))
+    on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
     logger.info(
         "%d processes on %s, %.1f million parameters on this one, %d ids (%d padded)",
         runtime.world_size,
@@ -445,49 +438,3 @@ def check_world_size(recipe: Recipe, runtime: Runtime) -> None:
         recipe.check_world_size(runtime.world_size)
     except RecipeValueError as error:
         raise UserError(str(error)) from error
-
-
-def _prepare_run_dir(recipe: Recipe) -> None:
-    run_dir = Path(recipe.logging.run_dir)
-    with _writing_to(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        recipe.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        if recipe.logging.tensorboard:
-            (run_dir / "tensorboard").mkdir(exist_ok=True)
-        # Found out now and not after the data and the model are there.
-        with TemporaryFile(dir=run_dir):
-            pass
-
-
-def _record_run(recipe: Recipe, words: WordSteps | None) -> None:
-    import json
-
-    run_dir = Path(recipe.logging.run_dir)
-    with _writing_to(run_dir):
-        with write_atomically(run_dir / "recipe.yaml") as path:
-            save_recipe(recipe, path)
-        with write_atomically(run_dir / "versions.json") as path:
-            path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
-        if words is not None and recipe.alignment is not None:
-            report_dropped_words(words.sampler, recipe.alignment.max_word_tokens, run_dir)
-
-
-@contextmanager
-def _writing_to(run_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; choose another folder") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of what it runs on, and the machine."""
-    found = {"megatron-prealign": __version__, "python": platform.python_version(), "machine": platform.platform()}
-    for name in ("torch", "megatron-core", "triton", "transformers", "tokenizers", "sentencepiece"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found

@@ -10,8 +10,9 @@ from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import watched_pairs
-from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
+from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource, recipe_to_dict
 from megatron_prealign.training.checkpoint_folder import read_state, resolve_checkpoint
+from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
@@ -50,7 +51,13 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
                 f"{recipe.data.seq_length + 1}; add text, lower data.seq_length or drop the source"
             )
     if recipe.checkpoint.load is not None:
-        read_state(resolve_checkpoint(recipe.checkpoint.load))
+        checkpoint = resolve_checkpoint(recipe.checkpoint.load)
+        identity = {
+            "vocab_size": recipe.model.vocab_size or tokenizer.vocab_size,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "model": recipe_to_dict(recipe)["model"],
+        }
+        check_model(checkpoint, read_state(checkpoint), identity, advice=OTHER_WEIGHTS)
     return _summary(recipe, sum(sidecars[source.path].tokens for source in recipe.data.sources))
 
 

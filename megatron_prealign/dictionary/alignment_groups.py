@@ -81,6 +81,12 @@ def _wanted_languages(table: DictionaryTable, section: AlignmentSection) -> NDAr
             f"alignment.language_weights names {', '.join(unknown)}, but the dictionary is of "
             f"{', '.join(table.languages)}; correct the codes or build the dictionary with these languages"
         )
+    limit, there = section.languages_per_group, len(weights) or len(table.languages)
+    if limit is not None and limit > there:
+        raise UserError(
+            f"alignment.languages_per_group is {limit}, but only {there} languages are drawn from "
+            f"({', '.join(sorted(weights) or table.languages)}); lower it, or leave it out to take all"
+        )
     return np.array([not weights or language in weights for language in table.languages])
 
 

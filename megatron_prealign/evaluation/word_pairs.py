@@ -117,8 +117,8 @@ def watched_pairs(
     if not pairs:
         other = "raise dictionary.held_out_fraction or set alignment_watch.groups to trained"
         raise UserError(
-            f"alignment_watch.groups is {section.groups}, but none of these {int(groups.sum())} word groups of "
-            f"{table.path or 'the dictionary table'} has a pair of words of at most {limit} tokens; "
+            f"alignment_watch.groups is {section.groups}, but of these {int(groups.sum())} word groups of "
+            f"{table.path or 'the dictionary table'} none has a pair of words of at most {limit} tokens; "
             + (
                 other
                 if section.groups == "held_out"

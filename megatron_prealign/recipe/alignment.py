@@ -63,6 +63,9 @@ class AlignmentSection:
     """Carry the optimizer's state into language-model training instead of starting fresh."""
 
     def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "alpha", "lm_weight", "gamma", "temperature"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"alignment.{name}", value, "a finite number")
         require(self.words_per_step > 1, "alignment.words_per_step", self.words_per_step, "a number above 1")
         require(self.max_word_tokens > 0, "alignment.max_word_tokens", self.max_word_tokens, "a number above 0")
         for name in ("lr", "temperature"):

@@ -107,8 +107,9 @@ class Recipe:
             phases.append(("alignment", self.alignment.lr_warmup_iters, "alignment", self.alignment.train_iters))
         for section, warmup, phase, steps in phases:
             require(
-                # Without a warm-up there is nothing to finish; with a token budget the steps are not known here.
-                warmup == 0 or steps is None or warmup < steps,
+                # Without a warm-up there is nothing to finish; with a token budget the steps are not known here, and a
+                # phase without steps is left out.
+                warmup == 0 or not steps or warmup < steps,
                 f"{section}.lr_warmup_iters",
                 warmup,
                 f"less than {phase}.train_iters ({steps}), or the peak learning rate is never reached",
@@ -167,6 +168,12 @@ class Recipe:
             "alignment.stop_at_p_at_1",
             section.stop_at_p_at_1,
             "null, or training.eval_interval set: evaluations tell when it is reached",
+        )
+        require(
+            section.freeze == "none" or self.model.num_layers > 1,
+            "alignment.freeze",
+            section.freeze,
+            "none with model.num_layers 1, which has no half",
         )
         require(
             section.max_word_tokens <= self.max_word_tokens,

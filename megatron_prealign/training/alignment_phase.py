@@ -1,5 +1,6 @@
 """The alignment phase: word batches and language-model rows in one schedule pass."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron_prealign.training.phase import AlignmentMeasures, Phase, ScheduleS
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, row_loss_sum
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.word_steps import WordSteps
+
+logger = logging.getLogger(__name__)
 
 
 class AlignmentPhase(Phase):
@@ -84,7 +87,16 @@ class AlignmentPhase(Phase):
         pairs = evaluation.get("word_retrieval_p_at_1", {})
         if goal is None or not pairs:
             return
-        state.phase_done = state.phase_done or self._words.mean_of_aligned(list(pairs.values())) >= goal
+        mean = self._words.mean_of_aligned(list(pairs.values()))
+        if mean >= goal and not state.phase_done:
+            state.phase_done = True
+            logger.info(
+                "the alignment phase ends at step %d: P@1 %.4f (mean over the aligned layers) has reached "
+                "alignment.stop_at_p_at_1 %g",
+                state.step,
+                mean,
+                goal,
+            )
 
     def saw_alignment(self, state: TrainState, measured: AlignmentMeasures) -> None:
         # What is measured last here is what the guard of language-model training begins with.

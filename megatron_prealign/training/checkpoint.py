@@ -34,6 +34,7 @@ from megatron_prealign.runtime.engine import unwrap
 from megatron_prealign.training.checkpoint_folder import LATEST, latest_checkpoint, read_state, resolve_checkpoint
 from megatron_prealign.training.retention import prune, remove_unfinished, step_name, working_name
 from megatron_prealign.training.run_identity import (
+    OTHER_WEIGHTS,
     check_model,
     check_run,
     facts_of_run,
@@ -270,7 +271,7 @@ class CheckpointStore:
             UserError: it is of another model or tokenizer, or damaged.
         """
         checkpoint = resolve_checkpoint(path)
-        check_model(checkpoint, read_state(checkpoint), self._identity)
+        check_model(checkpoint, read_state(checkpoint), self._identity, advice=OTHER_WEIGHTS)
         on_every_rank(f"reading {checkpoint}", lambda: self._reading(checkpoint, lambda: check_files(checkpoint)))
         self._reading(checkpoint, lambda: _load_weights(chunks, load_sharded(_model_state(chunks), checkpoint)))
         if optimizer is not None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,10 @@ def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
     parts = [f"{record['phase']} {record['phase_step']}/{total}", f"loss {record['loss']:.4f}"]
     if record["phase"] == "alignment" and record.get("lm_loss") is not None:
         parts.append(f"lm loss {record['lm_loss']:.4f}")
+    if aligned := [loss for loss in record.get("alignment_loss") or () if loss is not None]:
+        parts.append(f"alignment loss {math.fsum(aligned) / len(aligned):.4f}")
+    if record.get("word_steps"):
+        parts.append(f"words in {record['word_steps']} steps")
     if "switched_word_rate" in record:
         parts.append(f"switched {record['switched_word_rate']:.2%}")
     parts.append(f"lr {record['learning_rate']:.2e}")

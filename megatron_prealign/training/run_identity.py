@@ -25,6 +25,8 @@ _FREE_MODEL_FIELDS = {
 _WORD_FIELDS = ("source_languages", "min_word_length", "max_word_length", "case")
 _SWITCHING_FIELDS = {"table": str, "digest": str, "settings": dict, "coverage": dict | None}
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
+OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
+"""What to do about weights that were only to be loaded."""
 
 
 def facts_of_run(
@@ -124,12 +126,13 @@ def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, digest: 
     return saved["coverage"] if same else None
 
 
-def check_model(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
+def check_model(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any], *, advice: str = _NEW_RUN) -> None:
     """Checks that the weights fit.
 
     Args:
         summary: The checkpoint's `state.json`.
         mine: The run's `vocab_size`, `tokenizer_fingerprint` and `model`.
+        advice: What else to do than to change the recipe.
 
     Raises:
         UserError: they are of another model or tokenizer.
@@ -142,9 +145,7 @@ def check_model(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any])
         if name not in _FREE_MODEL_FIELDS and saved.get(name) != value
     ]
     if different:
-        raise UserError(
-            f"{checkpoint} is of another model: {', '.join(different)}; make the recipe agree, or {_NEW_RUN}"
-        )
+        raise UserError(f"{checkpoint} is of another model: {', '.join(different)}; make the recipe agree, or {advice}")
 
 
 def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> int:

@@ -221,7 +221,15 @@ class WordSteps:
         guard = self._recipe.alignment_guard
         if guard is not None and guard.floor is not None:
             retrieval = self.mean_of_aligned([measures["p_at_1"] for measures in measured.values()])
-            state.below_floor = retrieval < guard.floor
+            below = retrieval < guard.floor
+            if below != state.below_floor:
+                logger.info(
+                    "alignment guard %s: P@1 %.4f (mean over the aligned layers), floor %g",
+                    "on" if below else "off",
+                    retrieval,
+                    guard.floor,
+                )
+            state.below_floor = below
 
     def mean_of_aligned(self, by_pair: Sequence[Sequence[float]]) -> float:
         """Mean of a measure over the aligned layers and the language pairs.

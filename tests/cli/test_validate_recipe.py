@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import VOCAB_SIZE, Tiny
+from tiny import VOCAB_SIZE, Tiny, recipe_of
 
 from megatron_prealign import cli
 from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary.table import load_table
+from megatron_prealign.recipe import recipe_to_dict
+from megatron_prealign.training.state import TrainState
 
 WITHOUT_TORCH = """
 import sys
@@ -91,6 +94,35 @@ def test_weights_to_load_that_are_not_there(
     for folder in ("nowhere", str(empty)):
         values["checkpoint"] = {"load": folder}
         assert f"{folder} holds no complete checkpoint; expected a step_* folder" in refusal(values, tmp_path, capsys)
+
+
+def test_weights_to_load_of_another_model(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "step_00000001"
+    checkpoint.mkdir()
+    recipe = recipe_of(values, tmp_path / "recipe")
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    state = {
+        "vocab_size": recipe.model.vocab_size or tokenizer.vocab_size,
+        "padded_vocab_size": 2048,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "model": recipe_to_dict(recipe)["model"],
+        "run": dict.fromkeys(("seq_length", "precision", "use_distributed_optimizer", "seed", "num_samples"), 1)
+        | {"phases": [], "sources": []},
+        "train_state": TrainState().to_dict(),
+        "phase": "language_model",
+        "layout": {},
+    }
+    values["checkpoint"] = {"load": str(checkpoint)}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+    capsys.readouterr()
+    state["model"] = {**state["model"], "hidden_size": 7}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    message = refusal(values, tmp_path, capsys)
+    assert f"{checkpoint} is of another model: hidden_size 7 (recipe: 32)" in message
+    assert "name another checkpoint in checkpoint.load" in message
 
 
 def test_wrong_language(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

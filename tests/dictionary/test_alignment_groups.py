@@ -103,7 +103,7 @@ def test_last_group_and_last_word_are_not_forgotten() -> None:
     assert read(found) == [(0, [("en", [0]), ("de", [1])]), (0, [("en", [5]), ("fr", [4])])]
 
 
-@pytest.mark.parametrize(("limit", "words"), [(None, 9), (2, 6), (3, 8), (5, 9)])
+@pytest.mark.parametrize(("limit", "words"), [(None, 9), (2, 6), (3, 8), (4, 9)])
 def test_a_step_may_take_all_words_of_one_draw_and_no_more(limit: int | None, words: int) -> None:
     """Groups of two, three and four languages; two words of one language are drawn one at a time."""
     groups: list[list[Word]] = [
@@ -157,3 +157,16 @@ def test_frequency_needs_a_counting_corpus() -> None:
     )
     counted = table_of(groups, [1, *[0] * 9])
     alignment_groups(counted, section(frequency_exponent=0.5), held_out=held_out)
+
+
+@pytest.mark.parametrize(("weights", "there", "names"), [({}, 3, "en, de, fr"), ({"en": 1.0, "fr": 1.0}, 2, "en, fr")])
+def test_more_languages_than_there_are(weights: dict[str, float], there: int, names: str) -> None:
+    groups: list[list[Word]] = [[("en", [1]), ("de", [2]), ("fr", [3])]] * 2
+    table = word_table(groups, ("en", "de", "fr"), vocab_size=10)
+    settings = section(words_per_step=4, languages_per_group=there + 1, language_weights=weights)
+    with pytest.raises(UserError) as caught:
+        alignment_groups(table, settings, held_out=nothing_held_out(groups))
+    assert str(caught.value) == (
+        f"alignment.languages_per_group is {there + 1}, but only {there} languages are drawn from ({names}); lower it, "
+        "or leave it out to take all"
+    )

@@ -100,7 +100,7 @@ def test_nothing_to_watch_is_the_users_mistake(groups: Any, advice: str) -> None
     with pytest.raises(UserError) as caught:
         watched_pairs(table, held_out, section, max_word_tokens=7)
     assert str(caught.value) == (
-        f"alignment_watch.groups is {groups}, but none of these 0 word groups of the dictionary table has a pair of "
+        f"alignment_watch.groups is {groups}, but of these 0 word groups of the dictionary table none has a pair of "
         f"words of at most 7 tokens; {advice}"
     )
 

@@ -1,5 +1,6 @@
 """Checks that span the sections of a recipe, and the number of processes."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def test_warm_up_that_never_ends(tmp_path: Path, changes: dict[str, Any], messag
 
 def test_warm_up_that_may_end(tmp_path: Path) -> None:
     load(tmp_path, {"optimizer.lr_warmup_iters": 2, "alignment.lr_warmup_iters": 4})
+    # Nor are those of a phase that is left out there to warm up in.
+    load(tmp_path, {"alignment.train_iters": 0, "alignment.lr_warmup_iters": 1, "alignment_guard": {}})
     # Steps that follow from a token budget are not known to the recipe.
     load(tmp_path, {"optimizer.lr_warmup_iters": 50, "training.train_iters": None, "training.train_tokens": 10**6})
 
@@ -152,11 +155,13 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             "optimizer state to keep",
         ),
         (
-            # Nothing warms up in a phase without steps.
-            {"alignment.train_iters": 0, "alignment.lr_warmup_iters": 1, "alignment_guard": {}},
-            "alignment.lr_warmup_iters is 1, expected less than alignment.train_iters (0), or the peak learning rate "
-            "is never reached",
+            {"model.num_layers": 1, "alignment.freeze": "upper"},
+            "alignment.freeze is upper, expected none with model.num_layers 1, which has no half",
         ),
+        *[
+            ({f"alignment.{name}": math.inf}, f"alignment.{name} is inf, expected a finite number")
+            for name in ("alpha", "gamma", "lm_weight", "lr", "temperature")
+        ],
         (
             {"dictionary": None, "code_switch": None},
             "alignment is set, expected null, or a dictionary section with the path of the table",

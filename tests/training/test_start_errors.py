@@ -81,3 +81,13 @@ def test_tensorboard_folder_that_is_a_file(tiny: Tiny, workers: WorkerPool, tmp_
     assert found[0] == found[1]
     assert found[0][0] == "UserError"
     assert str(tmp_path / "run" / "tensorboard") in found[0][1]
+
+
+def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "runs" / "new")
+    values["logging"]["tensorboard"] = True
+    values["dictionary"]["table"] = str(tmp_path / "gone")
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, train, values, str(tmp_path / "recipe"))
+    assert failures(caught)[0][0] == "UserError"
+    assert not (tmp_path / "runs").exists()

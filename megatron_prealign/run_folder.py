@@ -1,0 +1,80 @@
+"""The folder of a run: whether it can be written, and what is written there before training."""
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+
+from megatron_prealign import __version__
+from megatron_prealign.alignment.dropped_words import report_dropped_words
+from megatron_prealign.data.files import write_atomically
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import Recipe, save_recipe
+from megatron_prealign.training.word_steps import WordSteps
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Finds out now and not after the data and the model are there whether the run's folders can be written; leaves
+    none behind, for the run may yet be refused.
+
+    Raises:
+        UserError: they cannot.
+    """
+    made: list[Path] = []
+    with _writing_to(Path(recipe.logging.run_dir)):
+        for folder in _folders(recipe):
+            made += [each for each in reversed([folder, *folder.parents]) if not each.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def _folders(recipe: Recipe) -> list[Path]:
+    run_dir = Path(recipe.logging.run_dir)
+    return [run_dir, recipe.checkpoint_dir, *([run_dir / "tensorboard"] if recipe.logging.tensorboard else [])]
+
+
+def record_run(recipe: Recipe, words: WordSteps | None) -> None:
+    """Makes the run's folders and writes down what runs there.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    run_dir = Path(recipe.logging.run_dir)
+    with _writing_to(run_dir):
+        for folder in _folders(recipe):
+            folder.mkdir(parents=True, exist_ok=True)
+        with write_atomically(run_dir / "recipe.yaml") as path:
+            save_recipe(recipe, path)
+        with write_atomically(run_dir / "versions.json") as path:
+            path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+        if words is not None and recipe.alignment is not None:
+            report_dropped_words(words.sampler, recipe.alignment.max_word_tokens, run_dir)
+
+
+@contextmanager
+def _writing_to(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; choose another folder") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it runs on, and the machine."""
+    found = {"megatron-prealign": __version__, "python": platform.python_version(), "machine": platform.platform()}
+    for name in ("torch", "megatron-core", "triton", "transformers", "tokenizers", "sentencepiece"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
