@@ -25,15 +25,17 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--steps is {values.steps} and --warmup {values.warmup}, expected at least 1 and at least 0")
     check_output(values.output)
 
+    from megatron_prealign.runtime import log
+
+    # Before Megatron-Core is imported, which warns of what is not installed.
+    log.configure()
     from dataclasses import asdict
 
     from megatron_prealign.benchmark.machine import describe_machine
     from megatron_prealign.benchmark.phases import measure_phases
     from megatron_prealign.benchmark.report import align, write_csv
-    from megatron_prealign.runtime import log
     from megatron_prealign.runtime.distributed import choose_device, running
 
-    log.configure()
     machine = describe_machine(choose_device(recipe.parallel.device))
     with running(recipe.parallel, seed=recipe.training.seed) as runtime:
         found = measure_phases(recipe, runtime, steps=values.steps, warmup=values.warmup)
