@@ -292,7 +292,7 @@ def test_words_that_the_table_lacks_end_the_run_before_it_starts(
 ) -> None:
     values = values_for(tiny, tmp_path, {"interval": 1})
     values["dictionary"]["held_out_fraction"] = 1e-9
-    expected = "alignment_watch.groups is held_out, but none of these 0 word groups of"
+    expected = "alignment_watch.groups is held_out, but of these 0 word groups of"
     with pytest.raises(UserError, match=expected):
         validate(recipe_of(values, tmp_path))
     with pytest.raises(WorkerError) as caught:
