@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,14 +26,18 @@ def check_run_folder(recipe: Recipe) -> None:
         UserError: they cannot.
     """
     made: list[Path] = []
-    with _writing_to(Path(recipe.logging.run_dir)):
-        for folder in _folders(recipe):
-            made += [each for each in reversed([folder, *folder.parents]) if not each.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
+    try:
+        with _writing_to(Path(recipe.logging.run_dir)):
+            for folder in _folders(recipe):
+                made += [each for each in reversed([folder, *folder.parents]) if not each.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=folder):
+                    pass
+    finally:
         for folder in reversed(made):
-            folder.rmdir()
+            # Another run, started at the same time, may have put its own folder into one.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _folders(recipe: Recipe) -> list[Path]:

@@ -91,3 +91,38 @@ def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tm
         workers.run(1, train, values, str(tmp_path / "recipe"))
     assert failures(caught)[0][0] == "UserError"
     assert not (tmp_path / "runs").exists()
+
+
+def check_folders(values: dict[str, Any], folder: str, other: str | None) -> None:
+    """Runs in a worker: the check of the run's folders, while another run makes one of its own beside them."""
+    import megatron_prealign.run_folder as run_folder
+
+    probe = run_folder.TemporaryFile
+
+    def probe_and_make(**options: Any) -> Any:
+        if other is not None:
+            Path(other).mkdir(exist_ok=True)
+        return probe(**options)
+
+    run_folder.TemporaryFile = probe_and_make
+    try:
+        run_folder.check_run_folder(recipe_of(values, Path(folder)))
+    finally:
+        run_folder.TemporaryFile = probe
+
+
+def test_checking_the_folders_leaves_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "runs" / "new")
+    other = tmp_path / "runs" / "other"
+    workers.run(1, check_folders, values, str(tmp_path / "recipe"), str(other))
+    assert [each.name for each in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+def test_folders_that_cannot_be_written_leave_nothing_either(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "runs" / "new")
+    (tmp_path / "file").write_text("a file in the way")
+    values["checkpoint"] = {"directory": str(tmp_path / "file" / "checkpoints")}
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, check_folders, values, str(tmp_path / "recipe"), None)
+    assert failures(caught)[0][0] == "UserError"
+    assert not (tmp_path / "runs").exists()
