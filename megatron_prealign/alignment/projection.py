@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 
+from megatron_prealign.alignment.taps import layer_modules
 from megatron_prealign.runtime.adam import FusedAdamW
 from megatron_prealign.runtime.distributed import Runtime
 
@@ -40,7 +41,8 @@ class ProjectionHeads:
         self._runtime = runtime
         self._clip_grad = clip_grad
         hidden = models[0].config.hidden_size
-        layers = [layer for layer in _layers_of(models, len(layer_weights) - 2) if layer_weights[layer]]
+        here = [layer for model in models for layer in layer_modules(model, len(layer_weights) - 2)]
+        layers = [layer for layer in here if layer_weights[layer]]
         self._heads = {layer: _draw_head(hidden, size, runtime.device, seed, layer) for layer in layers}
         self._optimizer = FusedAdamW([*self._parameters().values()], lr=lr) if layers else None
 
@@ -106,18 +108,6 @@ class ProjectionHeads:
             }
         first = next(iter(self._heads))
         self._optimizer.param_groups[0]["step"] = int(content[f"projection_heads.layer_{first}.step"])
-
-
-def _layers_of(models: Sequence[GPTModel], num_layers: int) -> list[int]:
-    """The layers whose words this rank sees."""
-    layers = []
-    for model in models:
-        if model.pre_process:
-            layers.append(0)
-        layers += [layer.layer_number for layer in model.decoder.layers if layer.layer_number < num_layers]
-        if model.post_process:
-            layers += [num_layers, num_layers + 1]
-    return layers
 
 
 def _draw_head(hidden: int, size: int, device: torch.device, seed: int, layer: int) -> dict[str, torch.Tensor]:

@@ -65,6 +65,20 @@ def no_loss(output: torch.Tensor) -> torch.Tensor:
     return _NoLoss.apply(output)
 
 
+def layer_modules(chunk: GPTModel, num_layers: int) -> dict[int, torch.nn.Module | None]:
+    """The layers of a model chunk and the modules whose outputs they are; the output embedding is looked at without
+    running."""
+    modules: dict[int, torch.nn.Module | None] = {}
+    if chunk.pre_process:
+        modules[0] = chunk.embedding
+    modules.update({layer.layer_number: layer for layer in chunk.decoder.layers})
+    if chunk.post_process:
+        # In place of the last block: its states are taken after the final norm.
+        modules[num_layers] = chunk.decoder.final_layernorm
+        modules[num_layers + 1] = None
+    return modules
+
+
 class LayerTaps:
     """Hooks on the model chunks of this process, active inside `with taps.observing(observer):`."""
 
@@ -100,13 +114,13 @@ class LayerTaps:
         self._observer, self._needs_graph = observer, needs_graph
         self._layers = range(self._num_layers + 2) if layers is None else layers
         for chunk in self._chunks:
-            if chunk.pre_process and 0 in self._layers:
-                handles.append(chunk.embedding.register_forward_hook(self._outer_hook(0)))
-            for layer in chunk.decoder.layers:
-                if layer.layer_number < self._num_layers and layer.layer_number in self._layers:
-                    handles.append(layer.register_forward_hook(self._block_hook, with_kwargs=True))
-            if chunk.post_process and self._num_layers in self._layers:
-                handles.append(chunk.decoder.final_layernorm.register_forward_hook(self._outer_hook(self._num_layers)))
+            for layer, module in layer_modules(chunk, self._num_layers).items():
+                if layer not in self._layers or module is None:
+                    continue
+                if isinstance(module, TransformerLayer):
+                    handles.append(module.register_forward_hook(self._block_hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(self._outer_hook(layer)))
         try:
             yield
         finally:
