@@ -206,5 +206,7 @@ class LayerTaps:
 
 def _weighted_sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`sum_k weights[w, k] * rows[places[w, k]]`, float32 `[words, hidden]`."""
-    # Does not write the chosen rows down: five times faster here than to index and sum, and deterministic on a GPU.
+    # Does not write the chosen rows down: forward and backward 63 ms here, against 289 with a product and 538 with an
+    # index and a sum (8,192 words of up to 8 of 20,480 tokens, 1,024 wide, torch 2.13 on a loaded CPU). Of its modes
+    # torch lists only `max` as non-deterministic on a GPU.
     return F.embedding_bag(places, rows, per_sample_weights=weights.to(rows.dtype), mode="sum").float()

@@ -99,9 +99,10 @@ class WordSteps:
         taps = LayerTaps([unwrap(chunk) for chunk in chunks], self._runtime, self._recipe.model.num_layers)
         # The taps read the output embedding before any forward pass of it could fetch its update.
         gather_parameters([chunk for chunk in chunks if unwrap(chunk).post_process])
-        observer = self._from_states(words.groups)
         if len(batches) > 1:
             observer = self._from_gradients(self._state_gradients(chunks, layout, words), batches)
+        else:
+            observer = self._from_states(words.groups)
 
         def forward_step(
             iterator: Iterator[WordBatch | RowMicrobatch], chunk: torch.nn.Module
