@@ -1,41 +1,92 @@
-"""Writes files so that a reader sees all of one or nothing: temporary names, then a rename."""
+"""Writes files so that a reader sees all of one or nothing: temporary names, synced, then a rename."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_prealign.errors import UserError
 
+# File systems that cannot sync a folder say so with one of these.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk, so that it outlasts a machine that loses power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder, new, renamed or removed ones, are on the disk. A file system that has no such
+    thing is left alone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        # One may write into a folder and yet not list it.
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
 
 @contextmanager
 def write_atomically(target: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `target`; renames it onto `target` if the block ends well, else removes it.
+    """Gives a temporary path beside `target`; syncs it and renames it onto `target` if the block ends well, else
+    removes it.
 
     Works for a file and for a new folder. On any error, also Ctrl-C, nothing is left behind.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with write_all_atomically([target]) as (temporary,):
         yield temporary
-        os.replace(temporary, target)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def write_all_atomically(targets: list[Path]) -> Iterator[list[Path]]:
-    """Like `write_atomically` for files that belong together: none is renamed before all are written.
+    """Like `write_atomically` for files that belong together: none is renamed before all are written and synced.
 
-    The renames themselves happen in the order of `targets`: name the file that tells a reader that the others are there
-    last.
+    The renames happen in the order of `targets`: name the file that tells a reader that the others are there last. Of
+    several, an older last one is removed before the first rename: whenever the process is killed, the last file stands
+    beside its own companions or is missing.
     """
-    with ExitStack() as stack:
-        # The stack ends its blocks from the last entered to the first.
-        yield [stack.enter_context(write_atomically(target)) for target in reversed(targets)][::-1]
+    temporaries = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            _sync_all(temporary)
+        if len(targets) > 1:
+            targets[-1].unlink(missing_ok=True)
+            sync_folder(targets[-1].parent)
+        for temporary, target in zip(temporaries, targets, strict=True):
+            os.replace(temporary, target)
+        for folder in {target.parent for target in targets}:
+            sync_folder(folder)
+    finally:
+        for temporary in temporaries:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def _sync_all(path: Path) -> None:
+    """Syncs a file, or a folder with all that is in it."""
+    if not path.is_dir():
+        sync_file(path)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync_file(Path(folder, name))
+        sync_folder(Path(folder))
 
 
 def make_folder(folder: Path, what: str) -> None:

@@ -1,5 +1,6 @@
 """Opens .bin/.idx token files through Megatron-Core, after checks that tell a user what is wrong with them."""
 
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -15,7 +16,20 @@ if TYPE_CHECKING:
 _MAGIC = b"MMIDIDX\x00\x00"
 # Magic, version, dtype code, number of sequences, number of document boundaries; little endian, not padded.
 _HEADER = struct.Struct("<9sQBQQ")
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+# Megatron-Core's own numbers of the types.
+_CODES = {
+    "uint8": 1,
+    "int8": 2,
+    "int16": 3,
+    "int32": 4,
+    "int64": 5,
+    "float64": 6,
+    "float32": 7,
+    "uint16": 8,
+}
+_ITEM_BYTES = {code: numpy.dtype(name).itemsize for name, code in _CODES.items()}
+# Sequences that are written at a time.
+_INDEX_CHUNK = 1 << 18
 # Megatron-Core's own limit below which it stores ids in 16 bits.
 _UINT16_VOCAB_LIMIT = 65_500
 _AGAIN = "make the dataset again with megatron-prealign preprocess"
@@ -76,7 +90,7 @@ def check_indexed(prefix: str | Path) -> None:
             hint = "give the prefix without the ending" if str(prefix).endswith((".bin", ".idx", ".json")) else _AGAIN
             raise UserError(f"{path}: no such file; {hint}")
     sequences, boundaries, item_bytes = _read_header(index)
-    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    expected = index_bytes(sequences, boundaries)
     found = index.stat().st_size
     # Multimodal datasets carry one more byte a sequence.
     if found not in (expected, expected + sequences):
@@ -96,6 +110,52 @@ def check_indexed(prefix: str | Path) -> None:
         raise UserError(f"{index}: damaged (its lengths and offsets do not fit together); {_AGAIN}")
     if found != expected:
         raise UserError(f"{tokens}: {found:,} bytes, expected {expected:,} as {index.name} says; {_AGAIN}")
+
+
+def index_bytes(sequences: int, boundaries: int) -> int:
+    """The size of an .idx file with so many sequences and document boundaries (documents + 1)."""
+    return _HEADER.size + 12 * sequences + 8 * boundaries
+
+
+def write_index(path: Path, dtype: type, lengths: numpy.ndarray, documents: numpy.ndarray | None = None) -> None:
+    """Writes an .idx file to exactly `path`, with the bytes that Megatron-Core's builder writes, and syncs it.
+
+    Besides the arrays it needs a few MiB of memory. For a file that must appear whole or not at all, give a temporary
+    path and rename it.
+
+    Args:
+        path: the file.
+        dtype: numpy type of the tokens.
+        lengths: tokens of each sequence, int32 [sequences]; may be a memory map.
+        documents: the sequence at which each document starts and, last, the number of sequences, int64 [documents + 1];
+            None if every sequence is a document.
+
+    Raises:
+        ValueError: a dtype that the format does not have, or `documents` does not go from 0 to the number of sequences.
+    """
+    code = _CODES.get(numpy.dtype(dtype).name)
+    if code is None:
+        raise ValueError(f"dtype {numpy.dtype(dtype).name} has no code in an .idx file; expected one of {list(_CODES)}")
+    sequences = len(lengths)
+    boundaries = sequences + 1 if documents is None else len(documents)
+    if documents is not None and (boundaries == 0 or documents[0] != 0 or documents[-1] != sequences):
+        raise ValueError(f"the document boundaries do not go from 0 to {sequences}, the number of sequences")
+    with path.open("wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, sequences, boundaries))
+        for start in range(0, sequences, _INDEX_CHUNK):
+            stream.write(lengths[start : start + _INDEX_CHUNK].astype("<i4").tobytes())
+        pointer = 0
+        for start in range(0, sequences, _INDEX_CHUNK):
+            sizes = lengths[start : start + _INDEX_CHUNK].astype("<i8") * _ITEM_BYTES[code]
+            ends = numpy.cumsum(sizes) + pointer
+            stream.write((ends - sizes).astype("<i8").tobytes())
+            pointer = int(ends[-1])
+        for start in range(0, boundaries, _INDEX_CHUNK):
+            stop = min(start + _INDEX_CHUNK, boundaries)
+            part = numpy.arange(start, stop) if documents is None else documents[start:stop]
+            stream.write(part.astype("<i8").tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:

@@ -10,6 +10,8 @@ from megatron_prealign.data.readers import Problem
 from megatron_prealign.errors import UserError
 
 FORMAT_VERSION = 1
+# Fields that files of this version may lack, because they were written before the field was there.
+_ADDED_LATER = {"segmenter", "checksums", "engine", "text_keys", "shard"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class Sidecar:
     """The files that were read."""
     segmenter: str | None = None
     """Who marked the words of PREFIX.words; None if there is no such file."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Ending of a file (`bin`, `idx`, `words`) -> its `checksum.file_checksum`; empty in older files."""
+    engine: str = ""
+    """What encoded the text, for people; empty in older files."""
+    text_keys: list[str] = field(default_factory=list)
+    """The keys of the text in each JSON object or row that were read; empty in older files."""
+    shard: str | None = None
+    """Which part of the inputs this is, `3/8` for the third of eight; None for all of them."""
     format_version: int = FORMAT_VERSION
     """Version of this file's layout."""
 
@@ -127,9 +137,8 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in fields(kind):
         optional = item.type == (str | None)
-        if optional and data.get(item.name) is None:
-            # Also absent: files written before the field was there.
-            values[item.name] = None
+        if data.get(item.name) is None and (optional or item.name in _ADDED_LATER):
+            # Left to its default.
             continue
         if item.name not in data:
             raise UserError(f"{where}: field {item.name!r} is missing; make the dataset again")
@@ -138,11 +147,17 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
         expected: Any = item.type if item.type in (str, int, bool) else list
         if optional:
             expected = str
-        elif item.type == TokenizerRecord:
+        elif item.type in (TokenizerRecord, dict[str, str]):
             expected = dict
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise UserError(
                 f"{where}: field {item.name!r} is {value!r}, expected {expected.__name__}; make the dataset again"
             )
+        if item.type in (dict[str, str], list[str]):
+            parts = value.values() if expected is dict else value
+            if not all(isinstance(part, str) for part in parts):
+                raise UserError(
+                    f"{where}: field {item.name!r} is {value!r}, expected only texts; make the dataset again"
+                )
         values[item.name] = value
     return values
