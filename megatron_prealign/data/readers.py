@@ -12,50 +12,21 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import orjson
 
+from megatron_prealign.data.problems import OnError as OnError
+from megatron_prealign.data.problems import Problem as Problem
+from megatron_prealign.data.problems import Problems as Problems
+from megatron_prealign.data.problems import ReadError as ReadError
 from megatron_prealign.errors import UserError
-
-OnError = Literal["stop", "skip"]
 
 BLOCK_BYTES = 1 << 20
 ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz")
-# Enough to see a pattern; a broken file of millions of lines must not fill the memory.
-MAX_LISTED = 100
 _UTF8_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One document or file that was passed over."""
-
-    where: str
-    """`file:line`, or the file alone."""
-    why: str
-    """What was wrong with it."""
-
-
-@dataclass
-class Problems:
-    """What was passed over: all counted, the first `MAX_LISTED` listed."""
-
-    count: int = 0
-    listed: list[Problem] = field(default_factory=list)
-
-    def add(self, where: str, why: str) -> None:
-        """Counts one problem and lists it while there is room."""
-        self.count += 1
-        if len(self.listed) < MAX_LISTED:
-            self.listed.append(Problem(where, why))
-
-    def extend(self, other: "Problems") -> None:
-        """Adds the problems of `other` behind these."""
-        self.count += other.count
-        self.listed.extend(other.listed[: MAX_LISTED - len(self.listed)])
 
 
 @dataclass(frozen=True)
@@ -70,19 +41,6 @@ class Block:
     """Uncompressed bytes, whole lines."""
     disk_bytes: int
     """Bytes of the file on disk that were read for this block, for progress."""
-
-
-class ReadError(UserError):
-    """A problem in an input file, kept apart in place and reason so that it can be listed."""
-
-    def __init__(self, where: str, why: str) -> None:
-        super().__init__(f"{where}: {why}")
-        self.where = where
-        self.why = why
-
-    def __reduce__(self) -> tuple[type["ReadError"], tuple[str, str]]:
-        # Exceptions pickle by their `args`, the one joined message; worker processes must hand both parts back.
-        return ReadError, (self.where, self.why)
 
 
 def check_inputs(paths: Sequence[str | Path]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prealign.data import readers
+from megatron_prealign.data import problems
 from megatron_prealign.data.readers import Problems, ReadError, check_inputs, parse_block, read_blocks, read_documents
 from megatron_prealign.errors import UserError
 
@@ -148,7 +148,7 @@ def test_inputs_are_checked_before_any_work(tmp_path: Path) -> None:
 
 
 def test_problems_list_the_first_and_count_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LISTED", 3)
+    monkeypatch.setattr(problems, "MAX_LISTED", 3)
     first, second = Problems(), Problems()
     for n in range(2):
         first.add(f"a:{n}", "x")
