@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from megatron_prealign.alignment.layout import WordLayout
 from megatron_prealign.alignment.packing import WordBatch
 from megatron_prealign.dictionary.alignment_groups import AlignmentGroups, alignment_groups
-from megatron_prealign.dictionary.table import DictionaryTable, row_indices
+from megatron_prealign.dictionary.ragged import row_indices
+from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.kernels import WordGroups, word_groups
 from megatron_prealign.recipe import AlignmentSection
 from megatron_prealign.runtime.transfer import to_device

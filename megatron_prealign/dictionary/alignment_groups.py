@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prealign.dictionary.ragged import offsets_of, row_numbers
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import AlignmentSection
@@ -43,7 +44,7 @@ def alignment_groups(table: DictionaryTable, section: AlignmentSection, *, held_
     wanted = _wanted_languages(table, section)
     length = np.diff(table.word_offsets)
     count = len(table.group_offsets) - 1
-    group_of_word = np.repeat(np.arange(count), np.diff(table.group_offsets))
+    group_of_word = row_numbers(table.group_offsets)
     candidate = (length > 0) & wanted[table.word_language] & ~held_out[group_of_word]
     fits = length <= section.max_word_tokens
     usable = np.flatnonzero(candidate & fits)
@@ -59,7 +60,7 @@ def alignment_groups(table: DictionaryTable, section: AlignmentSection, *, held_
         first=first[kept],
         counts=counts[kept],
         language=places[kept] % languages,
-        place_offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        place_offsets=offsets_of(sizes),
         frequency=table.group_count[groups],
         too_long=np.flatnonzero(candidate & ~fits),
     )

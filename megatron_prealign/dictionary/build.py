@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.groups import GroupBuilder, Groups
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
+from megatron_prealign.dictionary.ragged import offsets_of, row_indices
 from megatron_prealign.dictionary.readers import DictionaryInput, OnError, ReadErrors, read_entries
-from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable, row_indices
+from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
 from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
 from megatron_prealign.garbage_collection import without_cycle_collector
@@ -331,14 +332,14 @@ def _assemble(
     key_tokens, key_offsets = lexicon.rows(keys.sequence)
     candidate_tokens, candidate_offsets = lexicon.rows(keys.candidate_sequence)
     sizes = np.bincount(groups.pair_group, minlength=count) + 1
-    group_offsets = _offsets(sizes)
+    group_offsets = offsets_of(sizes)
     words = np.empty(group_offsets[-1], dtype=np.int64)
     is_source = np.zeros(len(words), dtype=bool)
     is_source[group_offsets[:-1]] = True
     words[is_source], words[~is_source] = groups.source, groups.pair_target
     word_tokens, word_offsets = lexicon.rows(plain[words])
     text = "".join(groups.texts).encode()
-    text_offsets = _offsets(np.fromiter(map(len, map(str.encode, groups.texts)), np.int64, len(groups.texts)))
+    text_offsets = offsets_of(np.fromiter(map(len, map(str.encode, groups.texts)), np.int64, len(groups.texts)))
     text_index, word_text_offsets = row_indices(text_offsets, words)
     return DictionaryTable(
         languages=groups.languages,
@@ -350,7 +351,7 @@ def _assemble(
         key_language=groups.text_language[groups.source[keys.group]],
         key_group=keys.group.astype(np.int32),
         key_form=keys.form,
-        key_candidate_offsets=_offsets(np.bincount(keys.candidate_key, minlength=len(keys.group))),
+        key_candidate_offsets=offsets_of(np.bincount(keys.candidate_key, minlength=len(keys.group))),
         candidate_tokens=candidate_tokens,
         candidate_offsets=candidate_offsets,
         candidate_language=keys.candidate_language,
@@ -364,9 +365,3 @@ def _assemble(
         group_count=np.zeros(count, dtype=np.int64),
         sources=tuple(sources),
     )
-
-
-def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

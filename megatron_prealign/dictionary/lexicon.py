@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.tokenizer import Tokenizer
-from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER, count_in_rows, row_indices
+from megatron_prealign.dictionary.ragged import count_in_rows, offsets_of, row_indices
+from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER
 from megatron_prealign.progress import Progress
 
 # Words: few enough for the arrays of a batch to stay in the caches.
@@ -109,8 +110,7 @@ class SequenceLexicon:
         """All rows: `tokens` and `offsets`."""
         if len(self._tokens) > 1:
             self._tokens = [np.concatenate(self._tokens)]
-            self._offsets = np.zeros(self._count + 1, dtype=np.int64)
-            np.cumsum(self.known().lengths, out=self._offsets[1:])
+            self._offsets = offsets_of(self.known().lengths)
         return self._tokens[0], self._offsets
 
     def same(self, left: NDArray[np.int32], right: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -147,8 +147,7 @@ class SequenceLexicon:
     def rows(self, numbers: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The chosen rows one after the other: `tokens` and `offsets` `[len(numbers)+1]`."""
         tokens, offsets = self.sequences()
-        new_offsets = np.zeros(len(numbers) + 1, dtype=np.int64)
-        np.cumsum(self.known().lengths[numbers], out=new_offsets[1:])
+        new_offsets = offsets_of(self.known().lengths[numbers])
         chosen = np.empty(new_offsets[-1], dtype=np.int32)
         # The indices of all of them at once would take several times the memory of the rows.
         for begin in range(0, len(numbers), _BATCH):

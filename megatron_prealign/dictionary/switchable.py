@@ -6,21 +6,23 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.dictionary.table import FORM_CASE, FORM_WORD_INITIAL, DictionaryTable, count_in_rows, row_indices
+from megatron_prealign.dictionary.ragged import count_in_rows, offsets_of, row_indices, row_numbers
+from megatron_prealign.dictionary.table import FORM_CASE, FORM_WORD_INITIAL, DictionaryTable
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection
 
 
 def check_table(table: DictionaryTable, section: CodeSwitchSection, languages: Sequence[str]) -> None:
-    """Checks the languages of the section and of the data against those of the table, and that keys are left.
+    """Checks the languages of the section and of the data against those of the table; `select_keys` checks the rest.
 
     Args:
         languages: the data's languages.
 
     Raises:
-        UserError: the section names a language that the table lacks, the table has no words of the data's, or the
-            section leaves none of its keys.
+        UserError: the section names a language that the table lacks, or the table has no words of the data's.
     """
+    if not table.num_keys:
+        raise _nothing_left(table, section)
     for name in ("language_weights", "language_ratios"):
         unknown = [each for each in getattr(section, name) if each not in table.languages]
         if unknown:
@@ -28,7 +30,7 @@ def check_table(table: DictionaryTable, section: CodeSwitchSection, languages: S
                 f"code_switch.{name} names {', '.join(unknown)}, expected languages of {_name(table)}: "
                 f"{', '.join(table.languages)}; correct the recipe or build the table with these languages"
             )
-    _choose(table, section)
+    _check_source_languages(table, section.source_languages)
     sources = section.source_languages or _key_languages(table)
     if not set(sources) & set(languages):
         chosen = " (code_switch.source_languages)" if section.source_languages else ""
@@ -111,6 +113,11 @@ def _of_languages(table: DictionaryTable, languages: Sequence[str]) -> NDArray[n
     """The keys of these source languages, bool `[K]`; all keys for none."""
     if not languages:
         return np.ones(table.num_keys, dtype=bool)
+    _check_source_languages(table, languages)
+    return np.isin(table.key_language, [table.languages.index(each) for each in languages])
+
+
+def _check_source_languages(table: DictionaryTable, languages: Sequence[str]) -> None:
     found = _key_languages(table)
     unknown = [each for each in languages if each not in found]
     if unknown:
@@ -118,14 +125,12 @@ def _of_languages(table: DictionaryTable, languages: Sequence[str]) -> NDArray[n
             f"code_switch.source_languages names {', '.join(unknown)}, expected languages whose words {_name(table)} "
             f"can replace: {', '.join(found) or 'none'}; correct the recipe or build the table with words of these"
         )
-    return np.isin(table.key_language, [table.languages.index(each) for each in languages])
 
 
 def _source_length(table: DictionaryTable) -> NDArray[np.int64]:
     """Characters of each group's source word `[G]`."""
-    characters = np.zeros(len(table.word_text) + 1, dtype=np.int64)
     # Every character of UTF-8 has one byte that is not 0b10......
-    np.cumsum(table.word_text & 0xC0 != 0x80, out=characters[1:])
+    characters = offsets_of(table.word_text & 0xC0 != 0x80)
     first = table.group_offsets[:-1]
     return characters[table.word_text_offsets[first + 1]] - characters[table.word_text_offsets[first]]
 
@@ -147,7 +152,7 @@ def _partners(table: DictionaryTable) -> NDArray[np.int64]:
 
 def _unchanged(table: DictionaryTable, changed: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The candidates of the `changed` keys (bool `[K]`) that are their key's own tokens, bool `[C]`."""
-    candidate_key = np.repeat(np.arange(table.num_keys), np.diff(table.key_candidate_offsets))
+    candidate_key = row_numbers(table.key_candidate_offsets)
     candidates = np.flatnonzero(changed[candidate_key])
     keys = candidate_key[candidates]
     same_length = np.diff(table.candidate_offsets)[candidates] == np.diff(table.key_offsets)[keys]
@@ -162,14 +167,12 @@ def _unchanged(table: DictionaryTable, changed: NDArray[np.bool_]) -> NDArray[np
 
 def _with_candidates(table: DictionaryTable, keep: NDArray[np.bool_]) -> DictionaryTable:
     """The table with the candidates `keep` (bool `[C]`) and the keys that still have one."""
-    candidate_key = np.repeat(np.arange(table.num_keys), np.diff(table.key_candidate_offsets))
+    candidate_key = row_numbers(table.key_candidate_offsets)
     left = np.bincount(candidate_key[keep], minlength=table.num_keys)
     tokens, candidate_offsets = row_indices(table.candidate_offsets, np.flatnonzero(keep))
-    key_candidate_offsets = np.zeros(table.num_keys + 1, dtype=np.int64)
-    np.cumsum(left, out=key_candidate_offsets[1:])
     thinned = replace(
         table,
-        key_candidate_offsets=key_candidate_offsets,
+        key_candidate_offsets=offsets_of(left),
         candidate_tokens=table.candidate_tokens[tokens],
         candidate_offsets=candidate_offsets,
         candidate_language=table.candidate_language[keep],

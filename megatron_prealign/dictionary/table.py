@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.files import write_atomically
+from megatron_prealign.dictionary.ragged import row_indices
 from megatron_prealign.errors import UserError
 
 FORMAT_VERSION = "2"
@@ -44,33 +45,6 @@ TENSORS: dict[str, type[np.generic]] = {
     "group_offsets": np.int64,
     "group_count": np.int64,
 }
-
-
-def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the elements of `rows` lie in a ragged array, and the offsets of those rows put together.
-
-    Args:
-        offsets: `[N+1]`, row i is `values[offsets[i]:offsets[i+1]]`.
-        rows: integers `[R]`.
-
-    Returns:
-        `index` and `new_offsets` `[R+1]`, so that `values[index]` are the chosen rows one after the other.
-    """
-    lengths = np.diff(offsets)[rows]
-    new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=new_offsets[1:])
-    index = np.arange(new_offsets[-1], dtype=np.int64) + np.repeat(offsets[:-1][rows] - new_offsets[:-1], lengths)
-    return index, new_offsets
-
-
-def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many `marks` are set in each row of a ragged array with these `offsets` `[N+1]`."""
-    if not marks.any():
-        return np.zeros(len(offsets) - 1, dtype=np.int64)
-    # Half the memory is several times faster where it has to come from the system first.
-    total = np.zeros(len(marks) + 1, dtype=np.int32 if len(marks) < 2**31 else np.int64)
-    np.cumsum(marks, out=total[1:])
-    return np.diff(total[offsets]).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,6 +188,6 @@ def test_check_table(table):
     with pytest.raises(UserError, match="source_languages names de"):
         check(source_languages=["de"])
     with pytest.raises(UserError, match="min_word_length 9"):
-        check(min_word_length=9)
+        select(table, min_word_length=9)
     with pytest.raises(UserError, match="none of the 0 keys"):
         check_table(table.with_keys(np.zeros(0, dtype=np.int64)), CodeSwitchSection(ratio=0.1), ("en",))

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.groups import GroupBuilder
-from megatron_prealign.dictionary.table import TENSORS, DictionaryTable, find_problem, load_table, row_indices
+from megatron_prealign.dictionary.ragged import row_indices
+from megatron_prealign.dictionary.table import TENSORS, DictionaryTable, find_problem, load_table
 from megatron_prealign.errors import UserError
 
 PAIRS = [["apple", "Apfel"], ["house", "Haus"], ["house", "Gebäude"], ["red", "rot"], ["Polish", "polnisch"]]

@@ -1,0 +1,44 @@
+"""Ragged arrays: rows of different lengths in one array, row i is `values[offsets[i]:offsets[i+1]]`."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """The offsets `[N+1]` of rows of these lengths `[N]`."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def row_numbers(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each element the number of its row `[offsets[-1]]`."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
+def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the elements of `rows` lie in a ragged array, and the offsets of those rows put together.
+
+    Args:
+        offsets: `[N+1]`, row i is `values[offsets[i]:offsets[i+1]]`.
+        rows: integers `[R]`.
+
+    Returns:
+        `index` and `new_offsets` `[R+1]`, so that `values[index]` are the chosen rows one after the other.
+    """
+    lengths = np.diff(offsets)[rows]
+    new_offsets = offsets_of(lengths)
+    index = np.arange(new_offsets[-1], dtype=np.int64) + np.repeat(offsets[:-1][rows] - new_offsets[:-1], lengths)
+    return index, new_offsets
+
+
+def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many `marks` are set in each row of a ragged array with these `offsets` `[N+1]`."""
+    if not marks.any():
+        return np.zeros(len(offsets) - 1, dtype=np.int64)
+    # Half the memory is several times faster where it has to come from the system first.
+    total = np.zeros(len(marks) + 1, dtype=np.int32 if len(marks) < 2**31 else np.int64)
+    np.cumsum(marks, out=total[1:])
+    return np.diff(total[offsets]).astype(np.int64)
