@@ -1,0 +1,261 @@
+"""Reads columns of parquet files in batches that fit into memory and travel to other processes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_prealign.data.problems import ReadError
+from megatron_prealign.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# Bytes decoded at a time if all rows were alike. Small, since rows are not: a thousand long ones may stand together.
+_STEP_BYTES = 1 << 16
+_MAX_STEP_ROWS = 4096
+_READ_BUFFER_BYTES = 1 << 20
+_SHOWN_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A part of a parquet file that can be read without the others."""
+
+    first_row: int
+    rows: int
+    disk_bytes: int
+    """Compressed size of all its columns."""
+
+
+def row_groups(path: str) -> list[RowGroup]:
+    """The row groups of a file, from its footer alone.
+
+    Raises:
+        ReadError: no parquet file, or a damaged or cut-off one.
+        UserError: it cannot be opened.
+    """
+    with _open(path) as file, _damage(path):
+        groups: list[RowGroup] = []
+        row = 0
+        for index in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(index)
+            size = sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+            groups.append(RowGroup(row, group.num_rows, size))
+            row += group.num_rows
+        return groups
+
+
+def read_batches(
+    path: str, columns: Sequence[str], first_row: int, stop_row: int, batch_bytes: int
+) -> Iterator[tuple[bytes, int]]:
+    """Reads the rows from `first_row` up to but not with `stop_row`.
+
+    Row groups are read page by page, so their size does not matter. The rows in front of `first_row` in its row group
+    are decoded and dropped.
+
+    Args:
+        path: the file.
+        columns: the columns to read; a field inside a struct is named with dots, `data.text`.
+        first_row: counted from 0.
+        stop_row: may lie behind the last row.
+        batch_bytes: about how many bytes of values make a batch; a batch has at least one row.
+
+    Yields:
+        The payload, which `rows_of` unpacks, and the number of the next row.
+
+    Raises:
+        ReadError: a missing column or damaged data; its place is the file, or `file:row` with rows counted from 1.
+        UserError: the file cannot be opened.
+    """
+    with _open(path) as file:
+        check_columns(file.schema_arrow, columns, path)
+        parts = _rows_between(file, path, columns, first_row, stop_row)
+        yield from pack_batches(parts, first_row, batch_bytes)
+
+
+def check_columns(schema: "pyarrow.Schema", columns: Sequence[str], where: str) -> None:
+    """Checks that all columns are there.
+
+    Raises:
+        ReadError: one is not; the message names those that are.
+    """
+    for column in columns:
+        if _find_field(schema, column) is None:
+            present = list(_leaves(schema))
+            names = ", ".join(present[:_SHOWN_COLUMNS]) + (", ..." if len(present) > _SHOWN_COLUMNS else "")
+            raise ReadError(
+                where, f"no column {column!r}; the columns are: {names or 'none'}; name the right one with --text-key"
+            )
+
+
+def select_columns(table: "pyarrow.Table", columns: Sequence[str], where: str) -> "pyarrow.Table":
+    """A table of exactly the wanted columns, nested ones by their dotted names.
+
+    Raises:
+        ReadError: one is missing.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    check_columns(table.schema, columns, where)
+    arrays = []
+    for column in columns:
+        top, *path = [column] if column in table.schema.names else column.split(".")
+        array = table.column(top)
+        arrays.append(pyarrow.compute.struct_field(array, path) if path else array)
+    return pyarrow.table(arrays, names=list(columns))
+
+
+def pack_batches(
+    parts: Iterator["pyarrow.RecordBatch"], first_row: int, batch_bytes: int
+) -> Iterator[tuple[bytes, int]]:
+    """Joins small batches to payloads of about `batch_bytes`, each with the number of the row behind it."""
+    waiting: list[pyarrow.RecordBatch] = []
+    size, row = 0, first_row
+    for part in parts:
+        if waiting and (size + part.nbytes > batch_bytes or part.schema != waiting[0].schema):
+            yield _payload(waiting), row
+            waiting, size = [], 0
+        if part.num_rows:
+            waiting.append(part)
+            size += part.nbytes
+            row += part.num_rows
+    if waiting:
+        yield _payload(waiting), row
+
+
+def rows_of(payload: bytes) -> dict[str, list[Any]]:
+    """The values of a payload: column -> Python values, None where a row has none.
+
+    Text that is not UTF-8 stays `bytes`, so that the reader can say so of its row; binary columns with UTF-8 in them,
+    as some writers leave text, become `str`.
+    """
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(payload) as reader:
+        table = reader.read_all()
+    return {name: _values(table.column(name)) for name in table.column_names}
+
+
+def _payload(batches: list["pyarrow.RecordBatch"]) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batches[0].schema) as writer:
+        writer.write_table(pyarrow.Table.from_batches(batches).combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def _values(column: "pyarrow.ChunkedArray") -> list[Any]:
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    binary = any(
+        test(kind) for test in (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_binary_view)
+    )
+    if not binary:
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            column = column.cast(kind).cast(pyarrow.large_binary())
+    return [value if value is None else _decoded(value) for value in column.to_pylist()]
+
+
+def _decoded(value: bytes) -> str | bytes:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+@contextmanager
+def _open(path: str) -> Iterator[Any]:
+    """The file as `pyarrow.parquet.ParquetFile`, reading column by column through small buffers."""
+    import pyarrow.parquet
+
+    try:
+        raw = open(path, "rb")  # noqa: SIM115 - closed below, apart from the errors of opening
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path and its permissions") from error
+    with raw:
+        with _damage(path):
+            # Otherwise all of a row group's columns are fetched before the first row comes out.
+            file = pyarrow.parquet.ParquetFile(
+                raw, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES, page_checksum_verification=True
+            )
+        with file:
+            yield file
+
+
+@contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """Turns pyarrow's errors about a file into ours."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        told = " ".join(str(error).split())
+        raise ReadError(where, f"damaged or cut-off parquet data ({told[:200]}); fetch the file again") from error
+
+
+def _rows_between(
+    file: Any, path: str, columns: Sequence[str], first_row: int, stop_row: int
+) -> Iterator["pyarrow.RecordBatch"]:
+    import pyarrow
+
+    row = 0
+    for index in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(index)
+        begin, row = row, row + group.num_rows
+        if row <= first_row or begin >= stop_row:
+            continue
+        at = begin
+        steps = file.iter_batches(
+            _step_rows(group, columns), row_groups=[index], columns=list(columns), use_threads=False
+        )
+        while at < min(row, stop_row):
+            with _damage(f"{path}:{at + 1}"):
+                batch = next(steps)
+            low, high = max(first_row - at, 0), min(stop_row - at, batch.num_rows)
+            at += batch.num_rows
+            if low < high:
+                table = pyarrow.Table.from_batches([batch.slice(low, high - low)])
+                yield from select_columns(table, columns, path).to_batches()
+
+
+def _step_rows(group: Any, columns: Sequence[str]) -> int:
+    size = 0
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if any(chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns):
+            size += chunk.total_uncompressed_size
+    return max(1, min(_MAX_STEP_ROWS, _STEP_BYTES * group.num_rows // max(size, 1)))
+
+
+def _find_field(schema: "pyarrow.Schema", column: str) -> Any:
+    """The field of a column by its own name, or of a field inside structs by its dotted name; None if missing."""
+    import pyarrow
+
+    if column in schema.names:
+        return schema.field(column)
+    fields: Any = schema
+    field = None
+    for name in column.split("."):
+        if fields is None or fields.get_field_index(name) < 0:
+            return None
+        field = fields.field(fields.get_field_index(name))
+        fields = field.type if pyarrow.types.is_struct(field.type) else None
+    return field
+
+
+def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
+    import pyarrow
+
+    for index in range(len(fields.names) if hasattr(fields, "names") else fields.num_fields):
+        field = fields.field(index)
+        if pyarrow.types.is_struct(field.type):
+            yield from _leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
