@@ -3,6 +3,7 @@
 import os
 import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ _CODES = {
     "float32": 7,
     "uint16": 8,
 }
-_ITEM_BYTES = {code: numpy.dtype(name).itemsize for name, code in _CODES.items()}
-# Sequences that are written at a time.
+_TYPES = {code: numpy.dtype(name) for name, code in _CODES.items()}
+# Sequences that are written or checked at a time.
 _INDEX_CHUNK = 1 << 18
 # Megatron-Core's own limit below which it stores ids in 16 bits.
 _UINT16_VOCAB_LIMIT = 65_500
@@ -79,37 +80,138 @@ def import_indexed_dataset() -> Any:
 
 
 def check_indexed(prefix: str | Path) -> None:
-    """The checks of `open_indexed` alone. Reads the header and a few numbers of the index, not the tokens.
+    """The checks of `open_indexed` alone: all of the index, streamed, and the size of the tokens.
 
     Raises:
         UserError: as in `open_indexed`.
     """
-    tokens, index = bin_path(prefix), idx_path(prefix)
-    for path in (index, tokens):
-        if not path.is_file():
-            hint = "give the prefix without the ending" if str(prefix).endswith((".bin", ".idx", ".json")) else _AGAIN
-            raise UserError(f"{path}: no such file; {hint}")
-    sequences, boundaries, item_bytes = _read_header(index)
+    index = load_index(idx_path(prefix), str(prefix))
+    if index.sequences == 0:
+        raise UserError(f"{index.path}: holds no documents; {_AGAIN}")
+    if index.tokens == 0:
+        raise UserError(f"{index.path}: its {index.sequences:,} documents hold no tokens; {_AGAIN}")
+    check_token_bytes(bin_path(prefix), index)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """An .idx file, mapped."""
+
+    path: Path
+    dtype: numpy.dtype
+    """Type of the tokens."""
+    lengths: numpy.ndarray
+    """Tokens of each sequence, int32 [sequences]."""
+    pointers: numpy.ndarray
+    """Byte in the .bin at which each sequence starts, int64 [sequences]."""
+    boundaries: numpy.ndarray
+    """The sequence at which each document starts and, last, the number of sequences, int64 [documents + 1]."""
+    modes: bool
+    """Whether it is of a multimodal dataset, which has one more byte a sequence."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def documents(self) -> int:
+        return len(self.boundaries) - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.token_bytes // self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Size of the .bin that belongs to it."""
+        if self.sequences == 0:
+            return 0
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+
+
+def load_index(path: Path, prefix: str = "") -> Index:
+    """Maps an .idx file after checking all of it, in pieces: whatever opens is right in itself. It may be empty.
+
+    Args:
+        path: the file.
+        prefix: what the user gave, for the message about a missing file.
+
+    Raises:
+        UserError: the file is missing, truncated or damaged.
+    """
+    _check_is_file(path, prefix)
+    sequences, boundaries, dtype = _read_header(path)
     expected = index_bytes(sequences, boundaries)
-    found = index.stat().st_size
+    found = path.stat().st_size
     # Multimodal datasets carry one more byte a sequence.
     if found not in (expected, expected + sequences):
-        raise UserError(f"{index}: {found:,} bytes, expected {expected:,} for {sequences:,} documents; {_AGAIN}")
-    if sequences == 0:
-        raise UserError(f"{index}: holds no documents; {_AGAIN}")
-    lengths = numpy.memmap(index, numpy.dtype("<i4"), "r", _HEADER.size, (sequences,))
-    pointers = numpy.memmap(index, numpy.dtype("<i8"), "r", _HEADER.size + 4 * sequences, (sequences,))
-    documents = numpy.memmap(index, numpy.dtype("<i8"), "r", _HEADER.size + 12 * sequences, (boundaries,))
-    if boundaries == 0 or documents[0] != 0 or documents[-1] != sequences:
-        raise UserError(f"{index}: its document boundaries do not cover its {sequences:,} sequences; {_AGAIN}")
-    if int(lengths.min()) < 0 or int(pointers[0]) != 0:
-        raise UserError(f"{index}: damaged (a negative length, or the first document is not at 0); {_AGAIN}")
-    expected = int(pointers[-1]) + int(lengths[-1]) * item_bytes
-    found = tokens.stat().st_size
-    if int(lengths.sum(dtype=numpy.int64)) * item_bytes != expected:
-        raise UserError(f"{index}: damaged (its lengths and offsets do not fit together); {_AGAIN}")
-    if found != expected:
-        raise UserError(f"{tokens}: {found:,} bytes, expected {expected:,} as {index.name} says; {_AGAIN}")
+        raise UserError(f"{path}: {found:,} bytes, expected {expected:,} for {sequences:,} documents; {_AGAIN}")
+    index = Index(
+        path,
+        dtype,
+        _map(path, "<i4", _HEADER.size, sequences),
+        _map(path, "<i8", _HEADER.size + 4 * sequences, sequences),
+        _map(path, "<i8", _HEADER.size + 12 * sequences, boundaries),
+        found != expected,
+    )
+    _check_boundaries(index)
+    _check_pointers(index)
+    return index
+
+
+def _map(path: Path, dtype: str, offset: int, count: int) -> numpy.ndarray:
+    if count == 0:
+        # An empty range cannot be mapped.
+        return numpy.empty(0, dtype)
+    # A plain view: indexing through numpy's memmap class is several times slower.
+    return numpy.asarray(numpy.memmap(path, numpy.dtype(dtype), "r", offset, (count,)))
+
+
+def _check_is_file(path: Path, prefix: str) -> None:
+    if path.is_file():
+        return
+    if path.is_symlink():
+        raise UserError(f"{path}: a link that leads to no file ({os.readlink(path)}); mend the link")
+    hint = "give the prefix without the ending" if prefix.endswith((".bin", ".idx", ".json")) else _AGAIN
+    raise UserError(f"{path}: no such file; {hint}")
+
+
+def _check_boundaries(index: Index) -> None:
+    boundaries = index.boundaries
+    if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != index.sequences:
+        raise UserError(
+            f"{index.path}: its document boundaries do not cover its {index.sequences:,} sequences; {_AGAIN}"
+        )
+    for start in range(0, len(boundaries), _INDEX_CHUNK):
+        part = boundaries[start : start + _INDEX_CHUNK + 1]
+        if (part[1:] < part[:-1]).any():
+            raise UserError(f"{index.path}: damaged (its document boundaries go backwards); {_AGAIN}")
+
+
+def _check_pointers(index: Index) -> None:
+    expected = 0
+    for start in range(0, index.sequences, _INDEX_CHUNK):
+        lengths = index.lengths[start : start + _INDEX_CHUNK]
+        pointers = index.pointers[start : start + _INDEX_CHUNK]
+        if lengths.min() < 0 or (start == 0 and pointers[0] != 0):
+            raise UserError(f"{index.path}: damaged (a negative length, or the first document is not at 0); {_AGAIN}")
+        sizes = lengths.astype(numpy.int64) * index.dtype.itemsize
+        ends = numpy.cumsum(sizes) + expected
+        if (pointers != ends - sizes).any():
+            raise UserError(f"{index.path}: damaged (its lengths and offsets do not fit together); {_AGAIN}")
+        expected = int(ends[-1])
+
+
+def check_token_bytes(path: Path, index: Index) -> None:
+    """Checks that a .bin file is there and as large as its index says.
+
+    Raises:
+        UserError: it is not.
+    """
+    _check_is_file(path, "")
+    found = path.stat().st_size
+    if found != index.token_bytes:
+        raise UserError(f"{path}: {found:,} bytes, expected {index.token_bytes:,} as {index.path.name} says; {_AGAIN}")
 
 
 def index_bytes(sequences: int, boundaries: int) -> int:
@@ -146,7 +248,7 @@ def write_index(path: Path, dtype: type, lengths: numpy.ndarray, documents: nump
             stream.write(lengths[start : start + _INDEX_CHUNK].astype("<i4").tobytes())
         pointer = 0
         for start in range(0, sequences, _INDEX_CHUNK):
-            sizes = lengths[start : start + _INDEX_CHUNK].astype("<i8") * _ITEM_BYTES[code]
+            sizes = lengths[start : start + _INDEX_CHUNK].astype("<i8") * _TYPES[code].itemsize
             ends = numpy.cumsum(sizes) + pointer
             stream.write((ends - sizes).astype("<i8").tobytes())
             pointer = int(ends[-1])
@@ -158,13 +260,13 @@ def write_index(path: Path, dtype: type, lengths: numpy.ndarray, documents: nump
         os.fsync(stream.fileno())
 
 
-def _read_header(path: Path) -> tuple[int, int, int]:
-    """(sequences, document boundaries, bytes per token)."""
+def _read_header(path: Path) -> tuple[int, int, numpy.dtype]:
+    """(sequences, document boundaries, type of the tokens)."""
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise UserError(f"{path}: not a Megatron index file (it starts with {header[:9]!r}); {_AGAIN}")
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
-    if version != 1 or code not in _ITEM_BYTES:
+    if version != 1 or code not in _TYPES:
         raise UserError(f"{path}: version {version}, dtype code {code}; expected version 1, codes 1 to 8; {_AGAIN}")
-    return sequences, boundaries, _ITEM_BYTES[code]
+    return sequences, boundaries, _TYPES[code]
