@@ -51,8 +51,9 @@ def read_batches(
 ) -> Iterator[tuple[bytes, int]]:
     """Reads the rows from `first_row` up to but not with `stop_row`.
 
-    Row groups are read page by page, so their size does not matter. The rows in front of `first_row` in its row group
-    are decoded and dropped.
+    Row groups are read page by page, so their size does not matter; memory is a few times the largest page, the
+    smallest piece that the format can unpack (about 1 MB, or what its writer puts together as 1,024 rows). The rows in
+    front of `first_row` in its row group are decoded and dropped.
 
     Args:
         path: the file.
@@ -110,19 +111,36 @@ def select_columns(table: "pyarrow.Table", columns: Sequence[str], where: str) -
 def pack_batches(
     parts: Iterator["pyarrow.RecordBatch"], first_row: int, batch_bytes: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Joins small batches to payloads of about `batch_bytes`, each with the number of the row behind it."""
+    """Joins small batches, and cuts large ones, to payloads of about `batch_bytes`, each with the number of the row
+    behind it. What came before an error is given before it goes on."""
     waiting: list[pyarrow.RecordBatch] = []
     size, row = 0, first_row
-    for part in parts:
-        if waiting and (size + part.nbytes > batch_bytes or part.schema != waiting[0].schema):
+    failure: Exception | None = None
+    pieces = (piece for part in parts for piece in _cut(part, batch_bytes))
+    while True:
+        try:
+            piece = next(pieces, None)
+        except Exception as error:
+            failure, piece = error, None
+        if waiting and (piece is None or size + piece.nbytes > batch_bytes or piece.schema != waiting[0].schema):
             yield _payload(waiting), row
             waiting, size = [], 0
-        if part.num_rows:
-            waiting.append(part)
-            size += part.nbytes
-            row += part.num_rows
-    if waiting:
-        yield _payload(waiting), row
+        if piece is None:
+            break
+        waiting.append(piece)
+        size += piece.nbytes
+        row += piece.num_rows
+    if failure is not None:
+        raise failure
+
+
+def _cut(batch: "pyarrow.RecordBatch", batch_bytes: int) -> Iterator["pyarrow.RecordBatch"]:
+    if batch.num_rows > 1 and batch.nbytes > batch_bytes:
+        half = batch.num_rows // 2
+        yield from _cut(batch.slice(0, half), batch_bytes)
+        yield from _cut(batch.slice(half), batch_bytes)
+    elif batch.num_rows:
+        yield batch
 
 
 def rows_of(payload: bytes) -> dict[str, list[Any]]:
