@@ -15,6 +15,10 @@ from megatron_prealign.errors import UserError, user_error_of
 COMMANDS = {
     "train-tokenizer": ("megatron_prealign.tools.train_tokenizer", "train a byte-level BPE tokenizer on text files"),
     "preprocess": ("megatron_prealign.tools.preprocess", "turn text files into .bin/.idx token files"),
+    "dataset": (
+        "megatron_prealign.tools.dataset",
+        "merge, inspect, verify and repair datasets, prepare training's caches",
+    ),
     "dictionary": ("megatron_prealign.tools.dictionary", "build the word-translation table and measure its coverage"),
     "pretrain": ("megatron_prealign.tools.pretrain", "train a model as a recipe says (alone or under torchrun)"),
     "evaluate": ("megatron_prealign.tools.evaluate", "measure checkpoints and write report.json and report.html"),

@@ -3,6 +3,7 @@
 import os
 import struct
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,27 +236,67 @@ def write_index(path: Path, dtype: type, lengths: numpy.ndarray, documents: nump
     Raises:
         ValueError: a dtype that the format does not have, or `documents` does not go from 0 to the number of sequences.
     """
+    sequences = len(lengths)
+    if documents is not None and (len(documents) == 0 or documents[0] != 0 or documents[-1] != sequences):
+        raise ValueError(f"the document boundaries do not go from 0 to {sequences}, the number of sequences")
+    if documents is None:
+        chunks = (numpy.arange(start, min(start + _INDEX_CHUNK, sequences + 1)) for start in _chunks(sequences + 1))
+        _write(path, dtype, [lengths], sequences + 1, chunks)
+    else:
+        chunks = (documents[start : start + _INDEX_CHUNK] for start in _chunks(len(documents)))
+        _write(path, dtype, [lengths], len(documents), chunks)
+
+
+def write_joined_index(path: Path, indexes: "Sequence[Index]") -> None:
+    """Writes the index of a .bin file that holds those of several others one behind the other, as `write_index` does.
+
+    Args:
+        path: the file.
+        indexes: theirs, of one dtype, at least one.
+    """
+
+    def boundaries() -> Iterator[numpy.ndarray]:
+        yield numpy.zeros(1, dtype=numpy.int64)
+        first = 0
+        for index in indexes:
+            rest = index.boundaries[1:]
+            for start in _chunks(len(rest)):
+                yield rest[start : start + _INDEX_CHUNK] + first
+            first += index.sequences
+
+    count = sum(index.documents for index in indexes) + 1
+    _write(path, indexes[0].dtype, [index.lengths for index in indexes], count, boundaries())
+
+
+def _chunks(count: int) -> range:
+    return range(0, count, _INDEX_CHUNK)
+
+
+def _write(
+    path: Path,
+    dtype: type | numpy.dtype,
+    lengths: Sequence[numpy.ndarray],
+    boundaries: int,
+    documents: Iterable[numpy.ndarray],
+) -> None:
+    """`lengths` one behind the other; `documents` gives the `boundaries` numbers in pieces."""
     code = _CODES.get(numpy.dtype(dtype).name)
     if code is None:
         raise ValueError(f"dtype {numpy.dtype(dtype).name} has no code in an .idx file; expected one of {list(_CODES)}")
-    sequences = len(lengths)
-    boundaries = sequences + 1 if documents is None else len(documents)
-    if documents is not None and (boundaries == 0 or documents[0] != 0 or documents[-1] != sequences):
-        raise ValueError(f"the document boundaries do not go from 0 to {sequences}, the number of sequences")
     with path.open("wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, 1, code, sequences, boundaries))
-        for start in range(0, sequences, _INDEX_CHUNK):
-            stream.write(lengths[start : start + _INDEX_CHUNK].astype("<i4").tobytes())
+        stream.write(_HEADER.pack(_MAGIC, 1, code, sum(map(len, lengths)), boundaries))
+        for part in lengths:
+            for start in _chunks(len(part)):
+                stream.write(part[start : start + _INDEX_CHUNK].astype("<i4").tobytes())
         pointer = 0
-        for start in range(0, sequences, _INDEX_CHUNK):
-            sizes = lengths[start : start + _INDEX_CHUNK].astype("<i8") * _TYPES[code].itemsize
-            ends = numpy.cumsum(sizes) + pointer
-            stream.write((ends - sizes).astype("<i8").tobytes())
-            pointer = int(ends[-1])
-        for start in range(0, boundaries, _INDEX_CHUNK):
-            stop = min(start + _INDEX_CHUNK, boundaries)
-            part = numpy.arange(start, stop) if documents is None else documents[start:stop]
-            stream.write(part.astype("<i8").tobytes())
+        for part in lengths:
+            for start in _chunks(len(part)):
+                sizes = part[start : start + _INDEX_CHUNK].astype("<i8") * _TYPES[code].itemsize
+                ends = numpy.cumsum(sizes) + pointer
+                stream.write((ends - sizes).astype("<i8").tobytes())
+                pointer = int(ends[-1])
+        for numbers in documents:
+            stream.write(numbers.astype("<i8").tobytes())
         stream.flush()
         os.fsync(stream.fileno())
 

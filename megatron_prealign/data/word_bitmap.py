@@ -63,6 +63,26 @@ class BitmapWriter:
         self._stream.write(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._rest = bits[whole:]
 
+    def append_packed(self, packed: np.ndarray, count: int) -> None:
+        """Adds `count` bits as they lie in a file of this kind, uint8 [ceil(count / 8)]; what follows them in the last
+        byte is left out."""
+        if count == 0:
+            return
+        used = len(self._rest)
+        bits = packed.copy()
+        if count % 8:
+            bits[-1] &= (1 << count % 8) - 1
+        if used:
+            # Each byte is spread over two: its low bits fill up the one before.
+            shifted = np.zeros(len(bits) + 1, dtype=np.uint8)
+            shifted[:-1] = bits << used
+            shifted[1:] |= bits >> (8 - used)
+            shifted[0] |= np.packbits(self._rest, bitorder="little")[0]
+            bits = shifted
+        whole, rest = divmod(used + count, 8)
+        self._stream.write(bits[:whole].tobytes())
+        self._rest = np.unpackbits(bits[whole : whole + 1], count=rest, bitorder="little").view(np.bool_)
+
     def close(self) -> None:
         """Writes the last byte, filled up with zeros."""
         with self._stream:

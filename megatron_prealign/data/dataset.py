@@ -1,0 +1,95 @@
+"""A preprocessed dataset as the tools see it: its index and its sidecar, opened without torch and checked together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from megatron_prealign.data.indexed import Index, bin_path, check_token_bytes, idx_path, load_index
+from megatron_prealign.data.sidecar import Sidecar, load_sidecar, sidecar_path
+from megatron_prealign.data.word_bitmap import check_words, words_path
+from megatron_prealign.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One dataset on disk."""
+
+    prefix: str
+    """Path without ending."""
+    index: Index
+    sidecar: Sidecar | None
+    """None for token files without one, as Megatron's own tools make them."""
+
+    @property
+    def bin(self) -> Path:
+        return bin_path(self.prefix)
+
+    @property
+    def words(self) -> Path:
+        return words_path(self.prefix)
+
+
+def open_dataset(prefix: str, *, sidecar: bool = True) -> Dataset:
+    """Opens a dataset, an empty one too; all that can be told without reading tokens is checked.
+
+    Args:
+        prefix: path without ending.
+        sidecar: whether to read `PREFIX.json`.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files are not of one dataset.
+    """
+    index = load_index(idx_path(prefix), prefix)
+    check_token_bytes(bin_path(prefix), index)
+    if not sidecar:
+        return Dataset(prefix, index, None)
+    facts = load_sidecar(prefix)
+    for problem in contradictions(prefix, index, facts):
+        raise UserError(problem)
+    if facts.segmenter is not None:
+        check_words(prefix, index.tokens, facts.segmenter)
+    return Dataset(prefix, index, facts)
+
+
+def contradictions(prefix: str, index: Index, sidecar: Sidecar) -> list[str]:
+    """What the sidecar says otherwise than the index, one line each."""
+    found = []
+    if (index.documents, index.tokens) != (sidecar.documents, sidecar.tokens):
+        found.append(
+            f"{index.path}: holds {index.documents:,} documents and {index.tokens:,} tokens, its sidecar says "
+            f"{sidecar.documents:,} and {sidecar.tokens:,}; the files are not of one dataset, preprocess again or mend "
+            "it with megatron-prealign dataset repair"
+        )
+    vocab_size = sidecar.tokenizer.vocab_size
+    if index.dtype.kind not in "iu":
+        found.append(f"{index.path}: its tokens are of type {index.dtype}, expected whole numbers; preprocess again")
+    elif vocab_size - 1 > numpy.iinfo(index.dtype).max:
+        found.append(
+            f"{sidecar_path(prefix)}: the tokenizer has {vocab_size:,} ids, but {index.path.name} stores them as "
+            f"{index.dtype}, up to {numpy.iinfo(index.dtype).max:,}: larger ids became others; preprocess again"
+        )
+    if not 0 <= sidecar.eod_id < vocab_size:
+        found.append(
+            f"{sidecar_path(prefix)}: eod_id is {sidecar.eod_id}, expected an id from 0 to {vocab_size - 1}; "
+            "preprocess again"
+        )
+    return found
+
+
+def check_output_prefix(output: str) -> None:
+    """Refuses what cannot be a prefix to write to.
+
+    Raises:
+        UserError: it has an ending or is a folder.
+    """
+    if output.endswith((".bin", ".idx", ".words", ".json")):
+        raise UserError(f"output {output}: expected a path without ending; .bin, .idx and .json are added to it")
+    if output.endswith("/") or Path(output).is_dir():
+        raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
+
+
+def check_workers(workers: int) -> None:
+    """Raises `UserError` for a number of workers below 1."""
+    if workers < 1:
+        raise UserError(f"workers is {workers}; expected at least 1")

@@ -1,0 +1,76 @@
+"""`megatron-prealign dataset`: joins, shows, checks and mends preprocessed datasets, and prepares training's caches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prealign.arguments import underscored, with_value
+from megatron_prealign.cli import Actions, parse_options, run_action
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Joins datasets of one tokenizer into one: the shards of a preprocess run, or datasets made one by one. The bytes
+    are those of Megatron-LM's own merge, and for shards those of the run without --shard."""
+
+    input: list[str]
+    """Prefixes of the datasets, in the order of their documents; shards may be given in any order."""
+    output: str
+    """PREFIX: path of the files to write, without the ending."""
+    workers: int | None = None
+    """Threads that copy; by default one for each CPU core this process may use."""
+    language: str | None = None
+    """Language code of the result, for datasets of different languages."""
+    drop_words: bool = False
+    """Leave PREFIX.words out, for datasets of which only some were made with a segmenter."""
+    without_sidecar: bool = False
+    """Join .bin and .idx alone, for files of Megatron-LM's own tools; no .json is read or written."""
+
+
+def merge(argv: Sequence[str]) -> int:
+    options = parse_options(MergeOptions, "dataset merge", _flags(argv, "--drop_words", "--without_sidecar"))
+
+    from megatron_prealign.data.merge import merge as merge_datasets
+
+    result = merge_datasets(
+        options.input,
+        options.output,
+        workers=_workers(options.workers),
+        language=options.language,
+        drop_words=options.drop_words,
+        without_sidecar=options.without_sidecar,
+    )
+    facts = result.sidecar
+    bitmap = "" if facts is None or facts.segmenter is None else f", .words (by {facts.segmenter})"
+    print(f"wrote {options.output}.bin, .idx{bitmap}{'' if facts is None else ' and .json'}")
+    print(f"parts      {len(result.parts):,}: {', '.join(result.parts[:8])}{', ...' if len(result.parts) > 8 else ''}")
+    print(f"documents  {result.documents:,}")
+    print(f"tokens     {result.tokens:,}")
+    print(f"copied     {result.bytes:,} bytes, {result.bytes / result.seconds / 1e6:,.0f} MB/s")
+    return 0
+
+
+def _flags(argv: Sequence[str], *options: str) -> list[str]:
+    """Lets switches stand without a value."""
+    arguments = underscored(argv)
+    for option in options:
+        arguments = with_value(arguments, option)
+    return arguments
+
+
+def _workers(given: int | None) -> int:
+    import os
+
+    if given is not None:
+        return given
+    # A container's share is often less than the machine's cores; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+ACTIONS: Actions = {
+    "merge": (merge, "join shards or datasets into one"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `dataset ACTION`."""
+    return run_action("dataset", ACTIONS, argv)
