@@ -17,6 +17,7 @@ ROOMS = [
     "model",
     "data",
     "dictionary",
+    "dictionary.formats",
     "alignment",
     "code_switch",
     "benchmark",

@@ -93,13 +93,13 @@ def test_words_must_match_the_languages(tmp_path):
 
 
 def test_whole_files(tmp_path):
-    with pytest.raises(UserError, match="cannot read this dictionary file: No such file"):
+    with pytest.raises(UserError, match="cannot be opened .No such file"):
         read(tmp_path / "none.tsv")
     (tmp_path / "empty.tsv").write_text("\n \n")
     with pytest.raises(UserError, match="the file is empty"):
         read(tmp_path / "empty.tsv")
     (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(b"apple\tApfel\n" * 50_000)[:-20])
-    with pytest.raises(UserError, match=r"cut\.tsv\.gz:\d+: the gzip archive is damaged or cut off"):
+    with pytest.raises(UserError, match=r"cut\.tsv\.gz:\d+: the gzip data ends too early"):
         read(tmp_path / "cut.tsv.gz", on_error="skip")
 
 
@@ -142,7 +142,7 @@ ODD_LINES = [
 @pytest.mark.parametrize("block", [1, 40, 1 << 20])
 def test_blocks_of_lines_read_like_lines(tmp_path, monkeypatch, block):
     """Regular blocks take another way than odd ones; entries, numbers and messages must not show it."""
-    monkeypatch.setattr("megatron_prealign.dictionary.readers._BLOCK_BYTES", block)
+    monkeypatch.setattr("megatron_prealign.dictionary.formats.base.BLOCK_BYTES", block)
     regular = [b"word%d\twort%d" % (number, number) for number in range(20)]
     lines = [regular[0], *(line for odd in ODD_LINES for line in (odd, *regular))]
     (tmp_path / "a.tsv").write_bytes(b"\n".join(lines))

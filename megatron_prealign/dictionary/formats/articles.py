@@ -1,0 +1,108 @@
+"""Finds the translations in an article of a dictionary, which is text for people.
+
+An article is taken line by line. Numbers, grammar, pronunciation and notes in brackets go; what is left of a line is
+split at commas and semicolons. Lines that begin with a label (`Synonym:`) or a quotation mark (examples) are passed
+over, and so is what is too long to be a word or a short phrase.
+"""
+
+import html
+import re
+
+MAX_WORDS = 6
+MAX_CHARACTERS = 60
+
+# Their content is no translation: pronunciation, headword, examples, comments, references.
+_NO_TRANSLATION = re.compile(
+    r"<(k|tr|ex|co|kref|iref|rref|script|style|head|nu|opt|sup|abr|abbr|gr)\b[^>]*>.*?</\1\s*>",
+    re.DOTALL | re.IGNORECASE,
+)
+_BREAK = re.compile(
+    r"<\s*/?\s*(br|p|div|li|ol|ul|dd|dt|dl|tr|td|table|h\d|def|dtrn|ar|blockquote)\b[^>]*>", re.IGNORECASE
+)
+_TAG = re.compile(r"<[^<>]*>")
+_WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
+_WIKI_QUOTES = re.compile(r"'{2,}")
+
+_LABEL = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)? ?[:：](?:\s|$)")
+_NUMBER = re.compile(r"^(?:[(\[]?(?:\d+|[ivxIVX]+|[a-z])[)\].]+|[-•*–—▸►·◆①-⑳])\s*")
+_GRAMMAR = re.compile(
+    r"^(?:n|v|vt|vi|vr|adj|adv|a|prep|conj|pron|interj|int|num|art|pl|sg|abbr|aux|det|m|f|nt|s|subst|verb|noun)\.\s*(?=\S)",
+    re.IGNORECASE,
+)
+_PRONUNCIATION = re.compile(r"(?:^|(?<=\s))(?:/[^/\n]*/|\\[^\\\n]*\\)(?=\s|$)")
+_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|<[^<>]*>|（[^（）]*）|【[^【】]*】|〔[^〔〕]*〕")
+_SPLIT = re.compile(r"[,;،؛、，；|]| / ")
+_QUOTES = '"“„«»”‘`'
+_EDGES = " \t\u00a0.:=*~-–—→"
+
+
+def plain(text: str, kind: str = "m") -> str:
+    """The text of an article without its markup.
+
+    Args:
+        kind: `m` plain, `h` HTML or like it (Pango, XDXF, XML), `w` wiki text.
+    """
+    if kind == "w":
+        text = _WIKI_QUOTES.sub("", _WIKI_LINK.sub(r"\1", text))
+    if kind != "m":
+        text = _NO_TRANSLATION.sub(" ", text)
+        text = html.unescape(_TAG.sub("", _BREAK.sub("\n", text)))
+    return text
+
+
+def without_brackets(text: str) -> str:
+    """`text` without what stands in brackets, brackets in brackets included."""
+    while True:
+        shorter = _BRACKETS.sub(" ", text)
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def translations_of(article: str, headword: str) -> tuple[str, list[str]]:
+    """The headword as the article writes it, and its translations in the article's order, each once.
+
+    Indexes are often in small letters; where the first line is the headword in other letters, that spelling counts.
+    """
+    found: dict[str, None] = {}
+    lines = [line for line in map(str.strip, article.split("\n")) if line]
+    if lines:
+        headword, lines[0] = _headword(lines[0], headword)
+    for line in lines:
+        for text in _line_translations(line):
+            found.setdefault(text)
+    return headword, list(found)
+
+
+def _headword(line: str, headword: str) -> tuple[str, str]:
+    """The headword as the first line writes it, and what follows it; the whole line where it begins with another."""
+    alone = without_brackets(_PRONUNCIATION.sub(" ", line)).strip(_EDGES)
+    if _letters(alone) == _letters(headword):
+        return alone, ""
+    size = len(headword)
+    begins = line[:size]
+    if begins.casefold() != headword.casefold() or line[size : size + 1].isalnum():
+        return headword, line
+    return begins, line[size:].lstrip(_EDGES)
+
+
+def _letters(text: str) -> str:
+    """What indexes keep of a headword."""
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+def _line_translations(line: str) -> list[str]:
+    line = without_brackets(_PRONUNCIATION.sub(" ", line)).strip()
+    while True:
+        shorter = _GRAMMAR.sub("", _NUMBER.sub("", line))
+        if shorter == line:
+            break
+        line = shorter
+    if not line or line[0] in _QUOTES or _LABEL.match(line):
+        return []
+    parts = (" ".join(part.split()).strip(_EDGES) for part in _SPLIT.split(line))
+    return [part for part in parts if _is_short(part)]
+
+
+def _is_short(part: str) -> bool:
+    return 0 < len(part) <= MAX_CHARACTERS and part.count(" ") < MAX_WORDS and any(map(str.isalpha, part))

@@ -1,0 +1,236 @@
+"""Word lists with one entry a line: two JSON forms, columns separated by tabs, words separated by spaces."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import orjson
+
+from megatron_prealign.dictionary.formats.base import (
+    LARGEST_WEIGHT,
+    SMALLEST_WEIGHT,
+    Entries,
+    Reading,
+    decode_line,
+    empty,
+    read_blocks,
+)
+
+WORDS_SEPARATOR = "$"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read(reading: Reading) -> Iterator[Entries]:
+    """Entries of a file of lines, many lines at a time.
+
+    Raises:
+        UserError: see `readers.read_entries`.
+    """
+    reader = _LineReader(reading)
+    for number, block in read_blocks(reading.source.path):
+        entries = reader.read_columns(number, block) or reader.read_lines(number, block)
+        if entries.columns[0]:
+            yield entries
+    if not reader.seen:
+        raise empty(reading.source.path)
+
+
+def parse_weight(value: object) -> float:
+    """A weight as a number or a text.
+
+    Raises:
+        ValueError: it is no number above 0.
+    """
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        number = 0.0
+    if not SMALLEST_WEIGHT <= number <= LARGEST_WEIGHT:
+        raise ValueError(
+            f"the weight is {value!r}, expected a number above 0 ({SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g})"
+        )
+    return number
+
+
+def _split_columns(columns: list[str], weights: bool, how: str) -> tuple[list[str], float]:
+    expected = 3 if weights else 2
+    if len(columns) != expected:
+        raise ValueError(f"got {count_columns(len(columns))}, expected {expected} {how}")
+    return columns[:2], parse_weight(columns[2]) if weights else 1.0
+
+
+def _parse_tsv(line: str, weights: bool) -> tuple[list[str], float]:
+    how = "separated by one tab each, the third a weight" if weights else "separated by one tab"
+    return _split_columns(line.split("\t"), weights, how)
+
+
+def _parse_space(line: str, weights: bool) -> tuple[list[str], float]:
+    how = "words separated by a space" if not weights else "separated by a space, two words and a weight"
+    return _split_columns(line.split(), weights, f"{how} (by a tab if a word contains spaces)")
+
+
+def count_columns(count: int) -> str:
+    return "1 column" if count == 1 else f"{count} columns"
+
+
+def _parse_json(line: str) -> dict[str, object]:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        record = _parse_json_slowly(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"got a JSON {type(record).__name__}, expected an object")
+    return record
+
+
+def _parse_json_slowly(line: str) -> object:
+    """JSON as Python takes it, NaN and half a \\u pair included, so that the message can name them."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno}), expected one JSON object a line") from error
+
+
+def _text_of(record: dict[str, object], key: str) -> str:
+    if key not in record:
+        raise ValueError(
+            f'no "{key}" among the keys {sorted(record)}, expected {{"src_text", "tgt_text"}} or {{"words"}}'
+        )
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f'"{key}" is {value!r}, expected a string')
+    if _SURROGATE.search(value):
+        raise ValueError(f'"{key}" is {value!r}, which holds half of a \\u pair and is no text')
+    return value
+
+
+def _weight_of(record: dict[str, object]) -> float:
+    value = record.get("weight", 1.0)
+    if isinstance(value, str):
+        raise ValueError(f"the weight is {value!r}, expected a number without quotes")
+    return parse_weight(value)
+
+
+def _parse_pairs(line: str, weights: bool) -> tuple[list[str], float]:
+    record = _parse_json(line)
+    return [_text_of(record, "src_text"), _text_of(record, "tgt_text")], _weight_of(record)
+
+
+def _parse_words(line: str, weights: bool) -> tuple[list[str], float]:
+    record = _parse_json(line)
+    return _text_of(record, "words").split(WORDS_SEPARATOR), _weight_of(record)
+
+
+# Format -> (line, whether columns have a weight) -> words and weight.
+PARSERS: dict[str, Callable[[str, bool], tuple[list[str], float]]] = {
+    "pairs": _parse_pairs,
+    "words": _parse_words,
+    "tsv": _parse_tsv,
+    "space": _parse_space,
+}
+
+
+def detect_format(line: str, weights: bool = False) -> str:
+    """Format of a file from its first line that is not blank; `weights`: columns have one more, the weight."""
+    if line.lstrip().startswith("{"):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return "pairs"
+        return "words" if isinstance(record, dict) and "words" in record else "pairs"
+    return "tsv" if "\t" in line or len(line.split()) != (3 if weights else 2) else "space"
+
+
+class _LineReader:
+    """Reads blocks of one file; its first line decides the format."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading, self._source = reading, reading.source
+        self._format: str = reading.facts.format
+        self.seen = 0
+        """Lines that were not blank."""
+
+    def _settle(self, format: str) -> None:
+        self._format = self._reading.facts.format = format
+
+    def read_columns(self, number: int, block: bytes) -> Entries | None:
+        """A block of tab-separated lines without anything odd, all at once; None for any other."""
+        width = 3 if self._source.weights else 2
+        text = _decode_block(number, block)
+        if text is None or len(self._source.languages) != 2:
+            return None
+        if self._format == "auto":
+            first = text.partition("\n")[0]
+            if first.strip():
+                self._settle(detect_format(first, self._source.weights))
+        if self._format != "tsv" or not _is_regular(text, width):
+            return None
+        fields = text.replace("\n", "\t").split("\t")
+        # Behind the last line break.
+        fields.pop()
+        columns = [fields[0::width], fields[1::width]]
+        # A line of white space is no entry but a blank line.
+        if not all(map(str.strip, columns[0])):
+            return None
+        weights = None
+        if width == 3:
+            try:
+                weights = [parse_weight(field) for field in fields[2::width]]
+            except ValueError:
+                return None
+        self.seen += len(columns[0])
+        return Entries(columns, weights)
+
+    def read_lines(self, first: int, block: bytes) -> Entries:
+        """A block line by line."""
+        columns: list[list[str]] = [[] for _ in self._source.languages]
+        weights: list[float] = []
+        lines = block.split(b"\n")
+        for number, raw in enumerate(lines if lines[-1] else lines[:-1], start=first):
+            try:
+                entry = self._read_line(number, raw)
+            except ValueError as error:
+                why = f"not valid UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
+                # A line that does not decode still shows that the file is not empty.
+                self.seen += isinstance(error, UnicodeDecodeError)
+                self._reading.bad(number, why, error)
+                continue
+            if entry is not None:
+                for column, word in zip(columns, entry[0], strict=True):
+                    column.append(word)
+                weights.append(entry[1])
+        return Entries(columns, weights)
+
+    def _read_line(self, number: int, raw: bytes) -> tuple[list[str], float] | None:
+        line = decode_line(number, raw)
+        if not line.strip():
+            return None
+        self.seen += 1
+        weights, languages = self._source.weights, self._source.languages
+        if self._format == "auto":
+            self._settle(detect_format(line, weights))
+        words, weight = PARSERS[self._format](line, weights)
+        if len(words) != len(languages):
+            raise ValueError(f"got {len(words)} words, expected {len(languages)} ({'-'.join(languages)})")
+        return words, weight
+
+
+def _decode_block(number: int, block: bytes) -> str | None:
+    """The text of a block, its lines ending in a line break alone; None where lines have to be looked at one by one."""
+    block = block.replace(b"\r\n", b"\n")
+    if b"\r" in block:
+        return None
+    try:
+        text = block.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return None
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _is_regular(text: str, width: int) -> bool:
+    """Whether every line has `width` columns."""
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    breaks = data[(data == ord("\t")) | (data == ord("\n"))]
+    pattern = np.array([ord("\t")] * (width - 1) + [ord("\n")], dtype=np.uint8)
+    return len(breaks) % width == 0 and bool((breaks.reshape(-1, width) == pattern).all())

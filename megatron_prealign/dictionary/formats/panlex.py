@@ -1,0 +1,214 @@
+"""PanLex as CSV files: `langvar.csv`, `expr.csv` and `denotation.csv` of its database, in one folder.
+
+Two expressions translate each other where they share a meaning. Every meaning is one entry of one source, so the weight
+of a pair is the number of its meanings: what many dictionaries say counts more.
+
+A language is its standard variety (number 0); `zh_hant` is variety 1 of Mandarin, and any other is named by its three
+letters and its number, such as `cmn_001`.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prealign.dictionary.formats.base import DictionaryInput, Entries, Reading, read_blocks, read_lines
+from megatron_prealign.dictionary.formats.language_codes import same_language
+from megatron_prealign.dictionary.ragged import offsets_of, row_indices
+from megatron_prealign.errors import UserError
+
+_COMPRESSED = ("", ".gz", ".zst", ".bz2")
+_VARIETY = re.compile(r"([a-z]{3})_(\d{3})")
+_TRADITIONAL = frozenset({"zh_hant", "zh_tw", "zh_hk", "zh_mo"})
+# A meaning with more expressions of one language is a list of something, not a word.
+_MOST_OF_A_LANGUAGE = 64
+
+
+def read(reading: Reading) -> Iterator[Entries]:
+    """Pairs of the first language and each other one, by headword in the order of `expr.csv`, heaviest first.
+
+    Raises:
+        UserError: a file or a column is missing, a language is not in the files, or nothing translates; with `stop`
+            also a line that cannot be read.
+    """
+    folder = reading.source.path if reading.source.path.is_dir() else reading.source.path.parent
+    varieties = _varieties(reading, folder)
+    texts: list[str] = []
+    languages: list[int] = []
+    ids: list[int] = []
+    for number, row in _rows(reading, folder, "expr.csv", ("id", "langvar", "txt")):
+        language = varieties.get(row[1])
+        if language is None:
+            continue
+        if not (row[0].isascii() and row[0].isdigit() and len(row[0]) < 19):
+            reading.bad(f"expr.csv:{number}", f"id is {row[0]!r}, expected a number")
+            continue
+        ids.append(int(row[0]))
+        languages.append(language)
+        texts.append(row[2])
+    meaning, expression = _denotations(reading, folder, np.array(ids, dtype=np.int64))
+    language_of = np.array(languages, dtype=np.int64)[expression] if len(expression) else expression
+    names = reading.source.languages
+    found = 0
+    for target in range(1, len(names)):
+        left, right, weight = _pairs(meaning, expression, language_of, target)
+        found += len(left)
+        if len(left):
+            columns = [[texts[place] for place in side.tolist()] for side in (left, right)]
+            yield Entries(columns, weight.tolist(), (names[0], names[target]))
+    if not found:
+        raise UserError(
+            f"{folder}: no meaning joins words of {names[0]} and {' or '.join(names[1:])}; check the languages"
+        )
+    reading.facts.title = "PanLex"
+
+
+def _file(folder: Path, name: str) -> Path:
+    found = next((path for ending in _COMPRESSED if (path := folder / (name + ending)).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{folder}: {name} is missing, expected langvar.csv, expr.csv and denotation.csv of PanLex there"
+        )
+    return found
+
+
+def _rows(reading: Reading, folder: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """The named columns of a file with the number of each row's last line."""
+    path = _file(folder, name)
+    source = DictionaryInput(path=path, languages=reading.source.languages)
+    own = Reading(source, reading.errors, reading.on_error, reading.facts)
+    place = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal place
+        for number, line in read_lines(own):
+            place = number
+            yield f"{line}\n"
+
+    parser = csv.reader(lines())
+    places: list[int] | None = None
+    while True:
+        try:
+            row = next(parser, None)
+        except csv.Error as error:
+            own.bad(place, f"no CSV ({error})", error)
+            continue
+        if row is None:
+            return
+        if places is None:
+            places = _places(path, row, columns)
+        elif len(row) > max(places):
+            yield place, [row[each] for each in places]
+        elif row:
+            own.bad(place, f"got {len(row)} columns, expected {max(places) + 1} or more")
+
+
+def _places(path: Path, header: list[str], columns: Sequence[str]) -> list[int]:
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise UserError(
+            f"{path}:1: no column {', '.join(missing)} among {', '.join(header)[:120]}; expected the header of "
+            "PanLex's own CSV files"
+        )
+    return [header.index(column) for column in columns]
+
+
+def _varieties(reading: Reading, folder: Path) -> dict[str, int]:
+    """Id of a variety -> place of its language among those of the input."""
+    wanted: dict[tuple[str, int], int] = {}
+    for place, language in enumerate(reading.source.languages):
+        code = language.lower()
+        variety = _VARIETY.fullmatch(code)
+        if variety:
+            wanted[variety[1], int(variety[2])] = place
+        else:
+            wanted |= {(each, int(code in _TRADITIONAL)): place for each in same_language(code)}
+    found = {
+        identity: wanted[code, int(number)]
+        for _, (identity, code, number) in _rows(reading, folder, "langvar.csv", ("id", "lang_code", "var_code"))
+        if number.isascii() and number.isdigit() and (code, int(number)) in wanted
+    }
+    missing = [name for place, name in enumerate(reading.source.languages) if place not in found.values()]
+    if missing:
+        raise UserError(
+            f"{folder}: langvar.csv has no variety of {', '.join(missing)}; write it as its three letters and the "
+            "number of the variety, such as deu_000"
+        )
+    return found
+
+
+def _denotations(reading: Reading, folder: Path, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Meaning and place in `ids` of every denotation of one of the wanted expressions."""
+    order = np.argsort(ids, kind="stable")
+    known = ids[order]
+    meanings, expressions = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    path = _file(folder, "denotation.csv")
+    places: list[int] | None = None
+    width = 0
+    for first, block in read_blocks(path):
+        if places is None:
+            header, _, block = block.partition(b"\n")
+            names = header.decode("utf-8-sig", "replace").strip().split(",")
+            places, width = _places(path, names, ("meaning", "expr")), len(names)
+            first += 1
+        numbers = _numbers(reading, path, first, block, width)
+        if not len(known) or not len(numbers):
+            continue
+        meaning, expression = numbers[:, places[0]], numbers[:, places[1]]
+        place = np.minimum(np.searchsorted(known, expression), len(known) - 1)
+        chosen = known[place] == expression
+        meanings.append(meaning[chosen])
+        expressions.append(order[place[chosen]])
+    return np.concatenate(meanings), np.concatenate(expressions)
+
+
+def _numbers(reading: Reading, path: Path, first: int, block: bytes, width: int) -> NDArray[np.int64]:
+    """The rows of a block of numbers `[rows, width]`."""
+    data = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", dtype=np.uint8)
+    ends = np.flatnonzero((data == ord(",")) | (data == ord("\n")))
+    pattern = np.array([ord(",")] * (width - 1) + [ord("\n")], dtype=np.uint8)
+    digits = np.diff(ends, prepend=-1) - 1
+    regular = (
+        np.isin(data, np.frombuffer(b"0123456789,\n", dtype=np.uint8)).all()
+        and len(ends) % width == 0
+        and (data[ends].reshape(-1, width) == pattern).all()
+        # 64 bits hold any number of 18 digits.
+        and ((digits > 0) & (digits < 19)).all()
+    )
+    if regular:
+        fields = data.tobytes().replace(b"\n", b",").split(b",")[:-1]
+        return np.array(fields, dtype=np.bytes_).astype(np.int64).reshape(-1, width)
+    rows = []
+    for number, line in enumerate(block.split(b"\n"), start=first):
+        fields = [field.strip(b' "\r') for field in line.split(b",")]
+        if len(fields) == width and all(field.isdigit() and len(field) < 19 for field in fields):
+            rows.append([int(field) for field in fields])
+        elif line.strip():
+            reading.bad(f"{path.name}:{number}", f"got {line[:60]!r}, expected {width} numbers")
+    return np.array(rows, dtype=np.int64).reshape(-1, width)
+
+
+def _pairs(
+    meaning: NDArray[np.int64], expression: NDArray[np.int64], language: NDArray[np.int64], target: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Expressions of the first and of the target language that share meanings, and how many."""
+    sides = []
+    for side in (0, target):
+        chosen = np.flatnonzero(language == side)
+        both = np.unique(np.stack([meaning[chosen], expression[chosen]], axis=1), axis=0)
+        _, number, counts = np.unique(both[:, 0], return_inverse=True, return_counts=True)
+        sides.append(both[(counts <= _MOST_OF_A_LANGUAGE)[number.reshape(-1)]])
+    left, right = sides
+    starts, counts = np.unique(right[:, 0], return_counts=True)
+    place = np.searchsorted(starts, left[:, 0])
+    place = np.minimum(place, max(len(starts) - 1, 0))
+    shared = starts[place] == left[:, 0] if len(starts) else np.zeros(len(left), dtype=bool)
+    left, place = left[shared], place[shared]
+    index, offsets = row_indices(offsets_of(counts), place)
+    pairs = np.stack([np.repeat(left[:, 1], np.diff(offsets)), right[index, 1]], axis=1)
+    pairs, weight = np.unique(pairs, axis=0, return_counts=True)
+    order = np.lexsort((pairs[:, 1], -weight, pairs[:, 0]))
+    return pairs[order, 0], pairs[order, 1], weight[order]

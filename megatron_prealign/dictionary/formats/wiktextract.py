@@ -1,0 +1,131 @@
+"""Wiktextract (kaikki.org): one JSON object a line for each word of a Wiktionary.
+
+`wiktextract` takes the translations that the articles on words of the first language list, into all other languages of
+the input. `wiktextract-glosses` takes the definitions of words of the first language, which in the articles on foreign
+words are mostly translations; their language is that of the Wiktionary, and the input's second.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from megatron_prealign.dictionary.formats.articles import MAX_CHARACTERS, MAX_WORDS, without_brackets
+from megatron_prealign.dictionary.formats.base import ENTRIES_AT_ONCE, NO_TRANSLATION, Entries, Reading, read_lines
+from megatron_prealign.dictionary.formats.language_codes import same_language
+
+OTHER_LANGUAGE = "entries on words of another language"
+NO_TRANSLATION_GLOSS = "glosses that are explanations or point to other entries"
+
+_SPLIT = re.compile(r"[,;]")
+_INFINITIVE = re.compile(r"to (?=\S+$)")
+# Tags of senses that explain a form instead of translating it.
+_FORMS = frozenset({"form-of", "alt-of", "abbreviation", "misspelling"})
+
+
+def read(reading: Reading) -> Iterator[Entries]:
+    """Entries in the order of the file, a block for each pair of languages.
+
+    Raises:
+        UserError: see `read_lines`; with `stop` also a line that is no JSON object or has no word.
+    """
+    source, *targets = reading.source.languages
+    wanted = same_language(source)
+    by_code = {code: target for target in targets for code in same_language(target)}
+    # A code given as it is means itself, whatever else it is part of: hr and sr beside sh.
+    by_code |= {target.lower(): target for target in targets}
+    glosses = reading.facts.format == "wiktextract-glosses"
+    if glosses:
+        reading.two_languages()
+    found: dict[str, tuple[list[str], list[str]]] = {target: ([], []) for target in targets}
+    count = 0
+    for number, line in read_lines(reading):
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"got a JSON {type(record).__name__}, expected an object")
+            if "redirect" in record and "word" not in record:
+                continue
+            word, code = _text(record, "word"), _text(record, "lang_code").lower()
+        except ValueError as error:
+            reading.bad(
+                number, f"not JSON ({error})" if isinstance(error, orjson.JSONDecodeError) else str(error), error
+            )
+            continue
+        if code not in wanted:
+            reading.facts.left_out[OTHER_LANGUAGE] += 1
+            continue
+        translations = (
+            [(targets[0], gloss) for gloss in _glosses(reading, record, targets[0])]
+            if glosses
+            else list(_translations(record, by_code))
+        )
+        reading.facts.left_out[NO_TRANSLATION] += not translations
+        for target, translation in dict.fromkeys(translations):
+            found[target][0].append(word)
+            found[target][1].append(translation)
+            count += 1
+        if count >= ENTRIES_AT_ONCE:
+            yield from _blocks(source, found)
+            found, count = {target: ([], []) for target in targets}, 0
+    yield from _blocks(source, found)
+    reading.facts.title = "Wiktionary by Wiktextract"
+    reading.facts.licence = reading.source.licence or "CC BY-SA (Wiktionary)"
+
+
+def _blocks(source: str, found: dict[str, tuple[list[str], list[str]]]) -> Iterator[Entries]:
+    for target, columns in found.items():
+        if columns[0]:
+            yield Entries(list(columns), None, (source, target))
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f'"{key}" is {value!r:.60}, expected a string; not an entry of Wiktextract')
+    return value
+
+
+def _dicts(values: object) -> Iterator[dict[str, Any]]:
+    """The objects in what should be a list of them."""
+    if isinstance(values, list):
+        yield from (value for value in values if isinstance(value, dict))
+
+
+def _strings(values: object) -> list[str]:
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
+
+
+def _translations(record: dict[str, Any], by_code: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Target language and word of the translations of an article and of its senses."""
+    lists = [record.get("translations"), *(sense.get("translations") for sense in _dicts(record.get("senses")))]
+    for translations in lists:
+        for translation in _dicts(translations):
+            word = translation.get("word")
+            # Newer files call the code lang_code.
+            code = translation.get("lang_code", translation.get("code"))
+            target = by_code.get(code.lower()) if isinstance(code, str) else None
+            if target is not None and isinstance(word, str):
+                yield target, word
+
+
+def _glosses(reading: Reading, record: dict[str, Any], language: str) -> list[str]:
+    """The short parts of an entry's glosses; the last gloss of a sense is the narrowest."""
+    found: dict[str, None] = {}
+    for sense in _dicts(record.get("senses")):
+        glosses = _strings(sense.get("glosses"))
+        if not glosses or _FORMS & set(_strings(sense.get("tags"))):
+            reading.facts.left_out[NO_TRANSLATION_GLOSS] += bool(glosses)
+            continue
+        parts = [" ".join(part.split()).rstrip(".") for part in _SPLIT.split(without_brackets(glosses[-1]))]
+        if any(len(part) > MAX_CHARACTERS or part.count(" ") >= MAX_WORDS for part in parts):
+            reading.facts.left_out[NO_TRANSLATION_GLOSS] += 1
+            continue
+        for part in parts:
+            word = _INFINITIVE.sub("", part) if language.lower() == "en" else part
+            if word:
+                found.setdefault(word)
+    return list(found)

@@ -1,0 +1,37 @@
+"""Reads dictionary files for tests."""
+
+import bz2
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_prealign.dictionary.readers import DictionaryInput, FileFacts, ReadErrors, read_entries
+
+
+def read(path: Path, languages: str = "en-de", **options):
+    """All pairs, with the languages where a block has its own; the facts; the errors."""
+    errors, facts = ReadErrors(), FileFacts()
+    on_error = options.pop("on_error", "stop")
+    source = DictionaryInput(path=path, languages=tuple(languages.split("-")), **options)
+    pairs = []
+    for block in read_entries(source, errors, on_error, facts):
+        weights = block.weights or [1.0] * len(block.columns[0])
+        pairs += [
+            (*words, *((weight,) if block.weights else ()), *(block.languages or ())[1:])
+            for *words, weight in zip(*block.columns, weights, strict=True)
+        ]
+    return pairs, facts, errors
+
+
+def zstd(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard", reason="zstandard is not installed").compress(data)
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstd,
+}

@@ -1,0 +1,110 @@
+"""Any bytes in a dictionary are read or are one line for the user, and never anything else."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+from dictionary_files import read
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_prealign.errors import UserError
+
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+# Pieces that mean something to some format, so that random files come past the first check.
+PIECES = [
+    *(b"\t", b"\n", b"\r\n", b" ", b"\0", b"$", b",", b";", b'"', b"/", b"[", b"]", b"#!", b"\xef\xbb\xbf", b"\xff"),
+    *(b"apple", "Äpfel".encode(), "银行 银行 [yin2] /bank/".encode(), b"\xed\xa0\x80", b"-1", b"1e999", b"0"),
+    *(b'{"src_text": "a", "tgt_text": "b"}', b'{"words": "a $ b"}', b'{"word": "a", "lang_code": "en", "senses": []}'),
+    *(b"id,langvar,txt", b"id,meaning,expr", b"id,lang_code,var_code", b"1,eng,0", b"2,deu,0", b"1,1,1"),
+    *(b"StarDict's dict ifo file", b"version=3.0.0", b"wordcount=1", b"idxfilesize=14", b"sametypesequence=m"),
+    *(b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh9", b"\\ud800", b"QQ==", b"A\tB", b"\x0b", b"\x85"),
+]
+BYTES = st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join))
+LINES = st.lists(st.sampled_from(PIECES), max_size=40).map(b"\n".join)
+DATA = st.one_of(BYTES, LINES, BYTES.map(gzip.compress))
+
+
+def check(path: Path, languages: str = "en-de", **options) -> None:
+    for on_error in ("stop", "skip"):
+        try:
+            pairs, _, _ = read(path, languages, on_error=on_error, **options)
+        except UserError as error:
+            assert "\n" not in str(error) and str(path.parent) in str(error)
+        else:
+            assert all(isinstance(word, str) for pair in pairs for word in pair[:2])
+
+
+@pytest.mark.parametrize(
+    "format", ["auto", "pairs", "words", "tsv", "csv", "space", "cedict", "wiktextract", "wiktextract-glosses"]
+)
+@FUZZ
+@given(data=DATA, weights=st.booleans())
+def test_one_file(tmp_path, format, data, weights):
+    (tmp_path / "file").write_bytes(data)
+    check(tmp_path / "file", format=format, weights=weights)
+
+
+@FUZZ
+@given(index=DATA, articles=DATA)
+def test_dictd(tmp_path, index, articles):
+    (tmp_path / "d.index").write_bytes(index)
+    (tmp_path / "d.dict.dz").write_bytes(articles)
+    check(tmp_path / "d.index")
+
+
+@FUZZ
+@given(
+    places=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=5),
+    articles=BYTES,
+)
+def test_dictd_places(tmp_path, places, articles):
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    rows = [f"apple\t{digits[begin]}\t{digits[size]}\n" for begin, size in places]
+    (tmp_path / "d.index").write_text("".join(rows))
+    (tmp_path / "d.dict").write_bytes(articles)
+    check(tmp_path / "d.index")
+
+
+@FUZZ
+@given(ifo=DATA, idx=DATA, syn=DATA, articles=DATA)
+def test_stardict(tmp_path, ifo, idx, syn, articles):
+    for ending, data in ((".ifo", ifo), (".idx", idx), (".syn", syn), (".dict", articles)):
+        (tmp_path / f"s{ending}").write_bytes(data)
+    check(tmp_path / "s.ifo")
+
+
+@FUZZ
+@given(
+    rows=st.lists(st.tuples(BYTES, st.integers(0, 2**32 - 1) | st.integers(0, 30), st.integers(0, 30)), max_size=4),
+    articles=BYTES,
+    types=st.text("mhwtgxWPX?é", max_size=3),
+    synonyms=st.lists(st.tuples(BYTES, st.integers(0, 5)), max_size=3),
+)
+def test_stardict_with_an_index_that_fits(tmp_path, rows, articles, types, synonyms):
+    idx = b"".join(word + b"\0" + struct.pack(">II", begin, size) for word, begin, size in rows)
+    syn = b"".join(word + b"\0" + struct.pack(">I", number) for word, number in synonyms)
+    facts = f"version=2.4.2\nwordcount={len(rows)}\nidxfilesize={len(idx)}\nsynwordcount={len(synonyms)}\n"
+    (tmp_path / "s.ifo").write_text(f"StarDict's dict ifo file\n{facts}sametypesequence={types}\n", encoding="utf-8")
+    for ending, data in ((".idx", idx), (".syn", syn), (".dict", articles)):
+        (tmp_path / f"s{ending}").write_bytes(data)
+    check(tmp_path / "s.ifo")
+
+
+@FUZZ
+@given(langvar=DATA, expr=DATA, denotation=DATA, good=st.integers(0, 3))
+def test_panlex(tmp_path, langvar, expr, denotation, good):
+    # Some of the files are whole, so that the others are looked at.
+    langvar = b"id,lang_code,var_code\n1,eng,0\n2,deu,0\n" if good > 0 else langvar
+    expr = b"id,langvar,txt\n1,1,apple\n2,2,Apfel\n" + expr if good > 1 else expr
+    denotation = b"id,meaning,expr\n1,1,1\n2,1,2\n" + denotation if good > 2 else denotation
+    for name, data in (("langvar", langvar), ("expr", expr), ("denotation", denotation)):
+        (tmp_path / f"{name}.csv").write_bytes(data)
+    check(tmp_path)

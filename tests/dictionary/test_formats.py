@@ -1,0 +1,325 @@
+"""Dictionaries of every format: what is read, and what is wrong with a broken one."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+from dictionary_files import COMPRESSIONS, read
+
+from megatron_prealign.dictionary.formats.articles import plain, translations_of
+from megatron_prealign.dictionary.formats.language_codes import same_language
+from megatron_prealign.dictionary.readers import detect_file
+from megatron_prealign.errors import UserError
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "dictionaries"
+
+
+@pytest.mark.parametrize("ending", COMPRESSIONS)
+def test_compressed_lists(tmp_path, ending):
+    path = tmp_path / f"list.tsv{ending}"
+    path.write_bytes(COMPRESSIONS[ending](b"apple\tApfel\n" * 3))
+    assert read(path)[0] == [("apple", "Apfel")] * 3
+    if ending:
+        whole = COMPRESSIONS[ending](b"".join(b"word%d\tWort%d\n" % (n, n) for n in range(50_000)))
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=rf"list\.tsv\{ending}:\d+: .*too early"):
+            read(path, on_error="skip")
+
+
+# dictd
+
+
+def base64(number: int) -> str:
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    text = ""
+    while True:
+        number, digit = divmod(number, 64)
+        text = digits[digit] + text
+        if not number:
+            return text
+
+
+def write_dictd(folder: Path, articles: dict[str, str], *, compress: bool = True) -> Path:
+    index, data = [], b""
+    for headword, article in articles.items():
+        index.append(f"{headword}\t{base64(len(data))}\t{base64(len(article.encode()))}\n")
+        data += article.encode()
+    (folder / "d.index").write_text("".join(index), encoding="utf-8")
+    (folder / ("d.dict.dz" if compress else "d.dict")).write_bytes(gzip.compress(data) if compress else data)
+    return folder / "d.index"
+
+
+ARTICLES = {
+    "00databaseinfo": "00-database-info\nSome words.\n\nAvailability:\n\n  Available under the GPL. Thanks to all.\n",
+    "00databaseshort": "00-database-short\n     English-German test\n",
+    "adams apple": "Adam's apple /ˈadəmz/ <n>\nAdamsapfel\n",
+    "bank": 'bank /bæŋk/ <n>\n1. Bank [fin.], Kreditinstitut\n2. (river) Ufer; Böschung\n  "at the bank" - "am Ufer"\n'
+    "Synonym: shore\n",
+    "berlin": "Berlin\nBerlin\n",
+    "empty": "empty\n<adj>\n",
+}
+
+
+@pytest.mark.parametrize("name", ["d.index", "d.dict.dz", "d.dict"])
+def test_dictd(tmp_path, name):
+    write_dictd(tmp_path, ARTICLES, compress=name.endswith("dz"))
+    if not (tmp_path / name).exists():
+        write_dictd(tmp_path, ARTICLES, compress=False)
+    pairs, facts, _ = read(tmp_path / name)
+    assert pairs == [
+        ("Adam's apple", "Adamsapfel"),
+        *(("bank", word) for word in ("Bank", "Kreditinstitut", "Ufer", "Böschung")),
+        ("Berlin", "Berlin"),
+    ]
+    assert (facts.format, facts.title) == ("dictd", "English-German test")
+    assert facts.licence == "Available under the GPL."
+    assert sum(facts.left_out.values()) == 1
+
+
+def test_real_dictd_is_its_list():
+    """FreeDict's English-Russian dictionary, and the list that somebody else made of it."""
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there")
+    pairs, facts, errors = read(REAL / "freedict-eng-rus.index", "en-ru")
+    expected, _, _ = read(REAL / "en-ru.tsv.gz", "en-ru")
+
+    def letters(pair):
+        return tuple("".join(filter(str.isalnum, word.casefold())) for word in pair)
+
+    # The list has the headwords of the index, without their signs.
+    assert len(expected) == 1896 and {letters(pair) for pair in expected} <= {letters(pair) for pair in pairs}
+    # What it has more are headwords of several words.
+    listed = {letters(pair) for pair in expected}
+    more = [pair for pair in pairs if letters(pair) not in listed]
+    assert sum(" " in source for source, _ in more) > 0.9 * len(more)
+    assert errors.count == 0 and "English-Russian FreeDict" in facts.title and "GNU General Public" in facts.licence
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("bank\tA\n", r"d\.index:1: got 2 columns, expected headword, place and size"),
+        ("bank\tA\t!\n", r"d\.index:1: place 'A' and size '!', expected two numbers"),
+        ("bank\tA\tAAAAAAAAAAAAB\n", "expected two numbers in dictd's base 64"),
+        ("bank\tA\tB//\n", r"d\.index:1: the article of 'bank' ends at byte 8191, but .* has \d+; the two files"),
+        ("", "the file is empty"),
+    ],
+)
+def test_broken_dictd(tmp_path, index, message):
+    write_dictd(tmp_path, ARTICLES)
+    (tmp_path / "d.index").write_text(index)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "d.index")
+
+
+def test_dictd_files_that_are_missing_or_damaged(tmp_path):
+    path = write_dictd(tmp_path, ARTICLES)
+    data = (tmp_path / "d.dict.dz").read_bytes()
+    (tmp_path / "d.dict.dz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"d\.dict\.dz: the gzip data ends too early"):
+        read(path)
+    (tmp_path / "d.dict.dz").write_bytes(gzip.compress(b"\xff" * 1000))
+    with pytest.raises(UserError, match="the article of '00databaseinfo' is not valid UTF-8"):
+        read(path)
+    _, _, errors = read(path, on_error="skip")
+    assert errors.count == len(ARTICLES)
+    with pytest.raises(UserError, match="languages en-de-fr, expected two for this format"):
+        read(path, "en-de-fr")
+    (tmp_path / "d.dict.dz").unlink()
+    with pytest.raises(UserError, match=r"d\.dict\.dz or d\.dict is missing beside it"):
+        read(path)
+    path.unlink()
+    write_dictd(tmp_path, ARTICLES)
+    path.unlink()
+    with pytest.raises(UserError, match=r"d\.index is missing beside it"):
+        read(tmp_path / "d.dict.dz")
+
+
+# StarDict
+
+
+def write_stardict(
+    folder: Path,
+    articles: dict[str, bytes],
+    *,
+    types: str = "m",
+    synonyms: dict[str, int] | None = None,
+    wide: bool = False,
+    **changes: object,
+) -> Path:
+    index, data = b"", b""
+    for headword, article in articles.items():
+        index += headword.encode() + b"\0" + struct.pack(">QI" if wide else ">II", len(data), len(article))
+        data += article
+    values: dict[str, object] = {
+        "version": "3.0.0",
+        "bookname": "English-German",
+        "wordcount": len(articles),
+        "idxfilesize": len(index),
+        "description": "Free for all. Licence: CC0.",
+    }
+    values |= {"sametypesequence": types} if types else {}
+    values |= {"idxoffsetbits": 64} if wide else {}
+    if synonyms is not None:
+        values["synwordcount"] = len(synonyms)
+        rows = [word.encode() + b"\0" + struct.pack(">I", place) for word, place in synonyms.items()]
+        (folder / "s.syn").write_bytes(b"".join(rows))
+    lines = [f"{key}={value}" for key, value in (values | changes).items() if value is not None]
+    (folder / "s.ifo").write_text("StarDict's dict ifo file\n" + "\n".join(lines) + "\n")
+    (folder / "s.idx").write_bytes(index)
+    (folder / "s.dict").write_bytes(data)
+    return folder / "s.ifo"
+
+
+def test_stardict(tmp_path):
+    articles = {"apple": b"n. Apfel\n", "go": b"1. gehen\n2. fahren, laufen"}
+    write_stardict(tmp_path, articles, synonyms={"apples": 0, "went": 1})
+    expected = [
+        ("apple", "Apfel"),
+        *(("go", word) for word in ("gehen", "fahren", "laufen")),
+        ("apples", "Apfel"),
+        *(("went", word) for word in ("gehen", "fahren", "laufen")),
+    ]
+    for name in ("s.ifo", "s.idx", "s.syn", "s.dict"):
+        pairs, facts, _ = read(tmp_path / name)
+        assert pairs == expected
+    assert (facts.format, facts.title, facts.licence) == ("stardict", "English-German", "Licence: CC0.")
+    # As it is handed out: the index and the articles compressed.
+    for name, compressed in (("s.idx", "s.idx.gz"), ("s.dict", "s.dict.dz")):
+        (tmp_path / compressed).write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        (tmp_path / name).unlink()
+    assert read(tmp_path / "s.ifo")[0] == expected
+
+
+def test_stardict_fields(tmp_path):
+    """Articles of several fields: pronunciation, HTML, a picture."""
+    html = b"<k>apple</k><b>apple</b> <i>n.</i><ol><li>Apfel &amp; <ex>an apple</ex></li><li>Apfelbaum</li></ol>"
+    write_stardict(tmp_path, {"apple": b"aepl\0" + html + b"\0" + b"\xff\xd8"}, types="thP", wide=True)
+    assert read(tmp_path / "s.ifo")[0] == [("apple", "Apfel &"), ("apple", "Apfelbaum")]
+    each_its_own = b"taepl\0" + b"W" + struct.pack(">I", 3) + b"\0\0\0" + b"mApfel\nApfelbaum\0"
+    write_stardict(tmp_path, {"apple": each_its_own}, types="")
+    assert read(tmp_path / "s.ifo")[0] == [("apple", "Apfel"), ("apple", "Apfelbaum")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"idxfilesize": 999}, r"s\.idx: 14 bytes, but the \.ifo says 999"),
+        ({"idxfilesize": 5}, r"s\.idx: 14 bytes and more, but the \.ifo says 5"),
+        ({"wordcount": 2}, r"s\.idx: 1 headwords, but the \.ifo says 2"),
+        ({"wordcount": None}, r"s\.ifo: wordcount is None, expected a number"),
+        ({"version": "9"}, r"s\.ifo: version is '9', expected 2\.4\.2 or 3\.0\.0"),
+        ({"idxoffsetbits": 48}, "idxoffsetbits is 48"),
+        ({"sametypesequence": "?"}, r"'apple': a field of type '\?', expected a letter"),
+        ({"synwordcount": 3}, r"s\.syn: 1 headwords, but the \.ifo says 3"),
+    ],
+)
+def test_broken_stardict(tmp_path, changes, message):
+    path = write_stardict(tmp_path, {"apple": b"Apfel"}, synonyms={"apples": 0}, **changes)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_stardict_files_that_do_not_fit(tmp_path):
+    path = write_stardict(tmp_path, {"apple": b"Apfel", "pear": b"Birne"}, synonyms={"apples": 7})
+    with pytest.raises(UserError, match="'apples' stands for headword 7 of 2"):
+        read(path)
+    (tmp_path / "s.syn").unlink()
+    (tmp_path / "s.dict").write_bytes(b"Apfel")
+    with pytest.raises(UserError, match=r"s\.ifo:'pear': the article ends at byte 10, but there are 5"):
+        read(path)
+    pairs, _, errors = read(path, on_error="skip")
+    assert pairs == [("apple", "Apfel")] and errors.count == 1
+    (tmp_path / "s.dict").write_bytes(b"\xff" * 10)
+    with pytest.raises(UserError, match="invalid start byte"):
+        read(path)
+    (tmp_path / "s.ifo").write_text("hello\n")
+    with pytest.raises(UserError, match="not a StarDict file"):
+        read(path)
+    (tmp_path / "s.idx").write_bytes(b"apple\0\0")
+    write_stardict(tmp_path, {"apple": b"Apfel"}, idxfilesize=7)
+    (tmp_path / "s.idx").write_bytes(b"apple\0\0")
+    with pytest.raises(UserError, match="the last headword, at byte 0, is cut off"):
+        read(path)
+    (tmp_path / "s.idx").unlink()
+    with pytest.raises(UserError, match=r"s\.idx is missing beside it"):
+        read(path)
+
+
+# Which format it is
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format"),
+    [
+        ("a.CSV.gz", b"", "csv"),
+        ("a.u8", b"# CC-CEDICT\n", "cedict"),
+        ("a.txt", "一 一 [yi1] /one/\n".encode(), "cedict"),
+        ("a.jsonl", b'{"src_text": "a", "tgt_text": "b"}\n', "auto"),
+        ("a.jsonl", b'{"word": "a", "senses": []}\n', "wiktextract"),
+        ("a.jsonl", b'{"senses": [], "lang_code": "en", ' + b" " * 70_000 + b'"word": "a"}\n', "wiktextract"),
+        ("a.ifo", b"", "stardict"),
+        ("expr.csv.zst", b"", "panlex"),
+        ("a.mdx", b"", "pyglossary"),
+        ("a", b"apple\tApfel\n", "auto"),
+    ],
+)
+def test_detection(tmp_path, name, content, format):
+    (tmp_path / name).write_bytes(content)
+    assert detect_file(tmp_path / name) == format
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "a").write_bytes(b"\x7fELF\0\0")
+    with pytest.raises(UserError, match="not a text file and of no known ending"):
+        read(tmp_path / "a")
+    (tmp_path / "a").write_bytes("apple\tApfel\n".encode("utf-16"))
+    with pytest.raises(UserError, match="the text is UTF-16, expected UTF-8"):
+        read(tmp_path / "a")
+
+
+def test_one_endless_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_prealign.dictionary.formats.base.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("megatron_prealign.dictionary.formats.base.BLOCK_BYTES", 1000)
+    (tmp_path / "a").write_bytes(b"a\tb\n" + b"x" * 5000)
+    with pytest.raises(UserError, match=r"/a:2: a line of more than 0 MiB"):
+        read(tmp_path / "a")
+
+
+# Articles
+
+
+@pytest.mark.parametrize(
+    ("article", "expected"),
+    [
+        ("house\nHaus (n); Gebäude [arch. [old]]", ["Haus", "Gebäude"]),
+        ("house /haʊs/ n. Haus", ["Haus"]),
+        ("House: Haus, Heim / Wohnung", ["Haus", "Heim", "Wohnung"]),
+        ("1) Haus\n2) b) Bau.\n• Heim", ["Haus", "Bau", "Heim"]),
+        ("see also: home\n“a house” ein Haus", []),
+        ("a long explanation that is no word at all but a text", []),
+        ("household\nHaushalt", ["household", "Haushalt"]),
+        ("房子；家，住宅、楼", ["房子", "家", "住宅", "楼"]),
+        ("", []),
+        ("123", []),
+    ],
+)
+def test_articles(article, expected):
+    assert translations_of(article, "house")[1] == expected
+
+
+def test_headwords_as_the_article_writes_them():
+    assert translations_of("Berlin /bə:lin/\nBerlin", "berlin")[0] == "Berlin"
+    assert translations_of("up‐to‐date /x/\naktuell", "uptodate")[0] == "up‐to‐date"
+    assert translations_of("Stadt", "berlin")[0] == "berlin"
+
+
+def test_markup():
+    assert translations_of(plain("<b>a</b><br/>x &lt;y&gt;<p>z", "h"), "a")[1] == ["x", "z"]
+    assert plain("''x'' [[Haus|ein Haus]] [[Heim]]", "w") == "x ein Haus Heim"
+
+
+def test_codes_of_one_language():
+    assert same_language("zh_hant") == {"zh", "zho", "cmn"}
+    assert "de" in same_language("deu") and same_language("XX") == {"xx"}

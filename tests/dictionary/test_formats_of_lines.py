@@ -1,0 +1,260 @@
+"""Dictionaries that are text, one entry a line: CC-CEDICT, Wiktextract, PanLex, CSV; and all others."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from dictionary_files import COMPRESSIONS, read
+
+from megatron_prealign.errors import UserError
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "dictionaries"
+
+
+# CC-CEDICT
+
+CEDICT = """# CC-CEDICT
+# Community maintained free Chinese-English dictionary.
+#! version=1
+#! license=https://creativecommons.org/licenses/by-sa/4.0/
+學習 学习 [xue2 xi2] /to learn; to study/
+銀行 银行 [yin2 hang2] /bank/CL:家[jia1],個|个[ge4]/
+台 台 [tai2] /(classical) you (in letters)/variant of 臺|台[tai2]/
+"""
+
+
+def test_cedict(tmp_path):
+    path = tmp_path / "cedict_ts.u8"
+    path.write_text(CEDICT, encoding="utf-8")
+    pairs, facts, _ = read(path, "zh-en")
+    assert pairs == [("学习", "learn"), ("学习", "study"), ("银行", "bank"), ("台", "you")]
+    assert facts.format == "cedict" and facts.licence == "https://creativecommons.org/licenses/by-sa/4.0/"
+    assert facts.left_out["glosses that point to other entries"] == 2
+    assert read(path, "zh_hant-en")[0][2] == ("銀行", "bank")
+    # Its sisters in other languages, and a file without a head.
+    path.write_text("銀行 银行 [yin2 hang2] /Bank (S)/to go/\n", encoding="utf-8")
+    assert read(path, "zh-de")[0] == [("银行", "Bank"), ("银行", "to go")]
+    path.write_text(CEDICT + "銀行 银行 /bank/\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cedict_ts\.u8:8: got '銀行 银行 /bank/', expected TRADITIONAL SIMPLIFIED"):
+        read(path, "zh-en")
+
+
+# Wiktextract
+
+WIKTEXTRACT = [
+    {
+        "word": "bank",
+        "lang_code": "en",
+        "pos": "noun",
+        "translations": [
+            {"code": "de", "word": "Bank"},
+            {"code": "cmn", "word": "銀行"},
+            {"code": "fr", "word": "banque"},
+        ],
+        "senses": [
+            {"glosses": ["edge of river"], "translations": [{"lang_code": "de", "word": "Ufer"}, {"code": "de"}]}
+        ],
+    },
+    {"word": "Bank", "lang_code": "de", "pos": "noun", "senses": [{"glosses": ["seat", "bench, long seat"]}]},
+    {
+        "word": "gehen",
+        "lang_code": "de",
+        "pos": "verb",
+        "senses": [
+            {"glosses": ["to go, to walk (on foot)"]},
+            {"glosses": ["past of something"], "tags": ["form-of"]},
+            {"glosses": ["a rather long explanation of what the word may mean somewhere"]},
+        ],
+    },
+]
+
+
+def test_wiktextract(tmp_path):
+    path = tmp_path / "extract.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps(record) for record in WIKTEXTRACT).encode()))
+    pairs, facts, _ = read(path, "en-de-zh")
+    assert pairs == [("bank", "Bank", "de"), ("bank", "Ufer", "de"), ("bank", "銀行", "zh")]
+    assert facts.format == "wiktextract" and "CC BY-SA" in facts.licence
+    assert facts.left_out["entries on words of another language"] == 2
+    pairs, facts, _ = read(path, "de-en", format="wiktextract-glosses")
+    assert pairs == [
+        (*pair, "en") for pair in (("Bank", "bench"), ("Bank", "long seat"), ("gehen", "go"), ("gehen", "walk"))
+    ]
+    assert facts.left_out["glosses that are explanations or point to other entries"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"word": "a", "lang_code": "en", "senses": [', ":2: not JSON"),
+        ('["bank"]', ":2: got a JSON list, expected an object"),
+        ('{"word": 3, "lang_code": "en"}', ':2: "word" is 3, expected a string'),
+        ('{"word": "bank"}', ':2: "lang_code" is None'),
+    ],
+)
+def test_broken_wiktextract(tmp_path, line, message):
+    path = tmp_path / "extract.jsonl"
+    path.write_text(json.dumps(WIKTEXTRACT[0]) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}{message}")):
+        read(path)
+    pairs, _, errors = read(path, on_error="skip")
+    assert len(pairs) == 2 and errors.count == 1
+
+
+def test_wiktextract_of_odd_shapes(tmp_path):
+    path = tmp_path / "extract.jsonl"
+    odd = {"word": "a", "lang_code": "en", "senses": "x", "translations": [3, {"code": 4, "word": "b"}, {"code": "de"}]}
+    path.write_text(json.dumps(WIKTEXTRACT[0]) + "\n" + json.dumps(odd) + "\n" + '{"redirect": "b", "title": "a"}\n')
+    assert len(read(path)[0]) == 2
+
+
+# PanLex
+
+
+def write_panlex(folder: Path, ending: str = "") -> Path:
+    tables = {
+        "langvar": [["id", "lang_code", "var_code"], [187, "eng", 0], [157, "deu", 0], [1627, "cmn", 0], [9, "cmn", 1]],
+        "expr": [
+            ["id", "langvar", "txt", "txt_degr"],
+            *([1, 187, "bank", "bank"], [2, 157, "Bank", "bank"], [3, 157, "Ufer", "ufer"]),
+            *([4, 1627, "银行", ""], [5, 9, "銀行", ""], [6, 187, "shore, coast", ""], [7, 157, "ungesagt", ""]),
+        ],
+        "denotation": [
+            ["id", "meaning", "expr"],
+            *([1, 100, 1], [2, 100, 3], [3, 101, 1], [4, 101, 2], [5, 102, 1], [6, 102, 2]),
+            *([7, 102, 4], [8, 102, 5], [9, 103, 6], [10, 103, 3], [11, 104, 7], [12, 105, 99]),
+        ],
+    }
+    for name, rows in tables.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        (folder / f"{name}.csv{ending}").write_bytes(COMPRESSIONS[ending](text.getvalue().encode()))
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_panlex(tmp_path, ending):
+    write_panlex(tmp_path, ending)
+    for path in (tmp_path, tmp_path / f"expr.csv{ending}"):
+        assert read(path, "en-de-zh")[0] == [
+            ("bank", "Bank", 2.0, "de"),
+            ("bank", "Ufer", 1.0, "de"),
+            ("shore, coast", "Ufer", 1.0, "de"),
+            ("bank", "银行", 1.0, "zh"),
+        ]
+    assert read(tmp_path, "de-zh_hant")[0] == [("Bank", "銀行", 1.0, "zh_hant")]
+    assert read(tmp_path, "de-cmn_001")[0] == [("Bank", "銀行", 1.0, "cmn_001")]
+    with pytest.raises(UserError, match="langvar.csv has no variety of fr;"):
+        read(tmp_path, "en-fr")
+
+
+def test_broken_panlex(tmp_path):
+    write_panlex(tmp_path)
+    good = (tmp_path / "denotation.csv").read_text()
+    for bad, message in (("13,x,1", "got b'13,x,1', expected 3 numbers"), ("13,1", "got b'13,1'"), (",,", "got b',,'")):
+        (tmp_path / "denotation.csv").write_text(good + bad + "\n")
+        with pytest.raises(UserError, match=re.escape(f"denotation.csv:14: {message}")):
+            read(tmp_path)
+        pairs, _, errors = read(tmp_path, on_error="skip")
+        assert len(pairs) == 3 and errors.count == 1
+    (tmp_path / "denotation.csv").write_text("id,meaning,expr\n")
+    with pytest.raises(UserError, match="no meaning joins words of en and de"):
+        read(tmp_path)
+    (tmp_path / "denotation.csv").write_text("id,mn,ex\n1,2,3\n")
+    with pytest.raises(UserError, match="no column meaning, expr among id, mn, ex"):
+        read(tmp_path)
+    (tmp_path / "langvar.csv").unlink()
+    with pytest.raises(UserError, match=r"langvar\.csv is missing"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=r"is a folder without expr\.csv"):
+        read(tmp_path.parent)
+
+
+# CSV
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("apple,Apfel\n", [("apple", "Apfel")]),
+        ('"apple","a ""red"" one, big"\n', [("apple", 'a "red" one, big')]),
+        ('apple;"Apfel; rot"\r\n', [("apple", "Apfel; rot")]),
+        ('\ufeffapple,"two\nlines"\n\nhouse,Haus\n', [("apple", "two\nlines"), ("house", "Haus")]),
+        ("de,note,en\nApfel,noun,apple\n", [("apple", "Apfel")]),
+    ],
+)
+def test_csv(tmp_path, text, expected):
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
+    assert read(tmp_path / "list.csv")[0] == expected
+
+
+def test_csv_with_weights_and_languages(tmp_path):
+    (tmp_path / "list.csv").write_text("en,weight,de\napple,0.5,Apfel\n")
+    assert read(tmp_path / "list.csv", weights=True)[0] == [("apple", "Apfel", 0.5)]
+    (tmp_path / "list.csv").write_text("apple,Apfel,pomme\n")
+    assert read(tmp_path / "list.csv", "en-de-fr")[0] == [("apple", "Apfel", "pomme")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("apple,Apfel\nhouse\n", ":2: got 1 column, expected 2 (en, de)"),
+        ("apple,Apfel\na,b,c,d,e,f,g\n", ":2: got 7 columns, expected 2"),
+        ('apple,Apfel\nhouse,"Ha"us\n', ":2: no CSV"),
+        ('apple,Apfel\nhouse,"Haus\n', ": a quotation mark is never closed"),
+        ("", ": the file is empty"),
+    ],
+)
+def test_broken_csv(tmp_path, text, message):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path / "list.csv")
+
+
+# pyglossary
+
+
+def pyglossary_works() -> bool:
+    try:
+        import pyglossary.glossary_v2  # noqa: F401
+    except (ImportError, SyntaxError):
+        return False
+    return True
+
+
+XDXF = """<?xml version="1.0" encoding="UTF-8" ?><!DOCTYPE xdxf SYSTEM "">
+<xdxf lang_from="ENG" lang_to="GER" format="visual"><full_name>Test</full_name><description>GPL</description>
+<ar><k>apple</k><tr>aepl</tr><dtrn>Apfel</dtrn></ar></xdxf>"""
+DSL = (
+    '#NAME "Test"\n#INDEX_LANGUAGE "English"\n#CONTENTS_LANGUAGE "German"\n'
+    "apple\n\t[m1]Apfel[/m]\n\t[m1]Apfelbaum[/m]\n"
+)
+
+
+@pytest.mark.skipif(not pyglossary_works(), reason="pyglossary is not installed, or not for this Python")
+def test_pyglossary(tmp_path):
+    path = tmp_path / "a.dsl"
+    path.write_text(DSL, encoding="utf-8")
+    pairs, facts, _ = read(path)
+    assert pairs == [("apple", "Apfel"), ("apple", "Apfelbaum")]
+    assert (facts.format, facts.title) == ("pyglossary", "Test")
+    (tmp_path / "a.slob").write_bytes(b"hello" * 100)
+    with pytest.raises(UserError, match=r"a\.slob: pyglossary cannot read this file \("):
+        read(tmp_path / "a.slob")
+    (tmp_path / "a.nothing").write_text("hello\n")
+    with pytest.raises(UserError, match=r"a\.nothing: pyglossary cannot read this file \("):
+        read(tmp_path / "a.nothing", format="pyglossary")
+
+
+def test_pyglossary_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "a.dsl").write_text(DSL, encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "pyglossary", None)
+    with pytest.raises(UserError, match=r"the package pyglossary is needed for this format; .*\[dictionaries\]"):
+        read(tmp_path / "a.dsl")
+    with pytest.raises(UserError, match=r"none\.dsl: cannot be opened \(No such file"):
+        read(tmp_path / "none.dsl")
