@@ -5,6 +5,7 @@ import errno
 import fnmatch
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,17 @@ def resolve_inputs(texts: Sequence[str | Path]) -> list[Input]:
         UserError: nothing given; something missing, unreadable, of an unknown ending or compressed otherwise than its
             name says; the same file twice, also through links; a folder or pattern without any file.
     """
+    return [one for found in resolve_each(texts) for one in found]
+
+
+def resolve_each(texts: Sequence[str | Path]) -> list[list[Input]]:
+    """`resolve_inputs`, apart for each of `texts`."""
     if not texts:
         raise UserError(f"no input given; expected one or more files of {EXPECTED}, folders, patterns or hf:NAME")
-    found: list[Input] = []
+    found: list[list[Input]] = []
     seen: dict[str, str] = {}
     for text in map(str, texts):
+        found.append([])
         for name in [text] if text.startswith(HUB_PREFIX) else _paths(text):
             real = name if text.startswith(HUB_PREFIX) else os.path.realpath(name)
             if real in seen:
@@ -74,8 +81,20 @@ def resolve_inputs(texts: Sequence[str | Path]) -> list[Input]:
                     f"{name}: given twice (also as {seen[real]}); its documents would count double, leave one out"
                 )
             seen[real] = name
-            found.append(_input(name))
+            found[-1].append(_input(name))
     return found
+
+
+def split_language(text: str) -> tuple[str, str | None]:
+    """Takes `FILE:de` apart into what `resolve_inputs` knows and the language; None where none is named.
+
+    A colon in the name of an existing file is left alone. `hf:NAME:SPLIT` needs its split before a language.
+    """
+    head, colon, tail = text.rpartition(":")
+    named = bool(colon) and bool(re.fullmatch(r"[\w-]+", tail)) and not os.path.lexists(text)
+    if text.startswith(HUB_PREFIX):
+        named = named and ":" in head[len(HUB_PREFIX) :]
+    return (head, tail) if named else (text, None)
 
 
 def ending_of(name: str) -> str | None:

@@ -95,13 +95,28 @@ BUILT_IN: dict[str, Callable[[str], Segmenter]] = {
     "icu": IcuSegmenter,
 }
 
+AUTO = "auto"
+BY_LANGUAGE = {"zh": "jieba", "ja": "sudachi", "th": "newmm", "lo": "icu", "km": "icu", "my": "icu"}
+"""What `auto` means for a language; scripts with spaces need none."""
+
+
+def resolve_segmenter(name: str | None, language: str) -> str | None:
+    """The segmenter that `name` means for a language: `auto` is looked up in `BY_LANGUAGE`, None and others stay.
+
+    A region, a script or a suffix behind the code changes nothing: zh_TW, zh-Hans and zh_clone are zh.
+    """
+    if name != AUTO:
+        return name
+    return BY_LANGUAGE.get(language.replace("-", "_").partition("_")[0].lower())
+
 
 def open_segmenter(name: str, language: str) -> Segmenter:
     """The segmenter of a name: one of `BUILT_IN`, or `module:Class` for a class of one's own.
 
     Args:
-        name: for `module:Class`, the module is imported as Python finds it; the class is called with the language code
-            and its instance must have `word_starts`, as in `Segmenter`.
+        name: not `auto`, which `resolve_segmenter` takes care of. For `module:Class`, the module is imported as Python
+            finds it; the class is called with the language code and its instance must have `word_starts`, as in
+            `Segmenter`.
         language: language code of the corpus.
 
     Raises:
@@ -112,7 +127,7 @@ def open_segmenter(name: str, language: str) -> Segmenter:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(
-            f"segmenter {name!r}: unknown; expected {', '.join(BUILT_IN)}, or module:Class for a class of your own"
+            f"segmenter {name!r}: unknown; expected auto, {', '.join(BUILT_IN)}, or module:Class for a class of your own"
         )
     try:
         made = getattr(importlib.import_module(module), attribute)(language)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_prealign.data.inputs import Input, resolve_inputs
+from megatron_prealign.data.inputs import Input, resolve_each, resolve_inputs, split_language
 from megatron_prealign.errors import UserError
 
 PACK = {
@@ -93,6 +93,27 @@ def test_empty_files_are_found(tmp_path: Path) -> None:
 def test_hub_names_are_taken_as_they_are() -> None:
     found = resolve_inputs(["hf:owner/name,config:validation", "hf:./folder"])
     assert found == [Input("hf:owner/name,config:validation", "hub", "", 0), Input("hf:./folder", "hub", "", 0)]
+
+
+def test_files_with_languages(tmp_path: Path) -> None:
+    (tmp_path / "a:b.txt").touch()
+    assert split_language(f"{tmp_path}/a:b.txt") == (f"{tmp_path}/a:b.txt", None)
+    assert split_language(f"{tmp_path}/a:b.txt:en") == (f"{tmp_path}/a:b.txt", "en")
+    for text, parts in {
+        "a.txt": ("a.txt", None),
+        "data/**/*.jsonl.gz:zh-Hans": ("data/**/*.jsonl.gz", "zh-Hans"),
+        "data:en_clone": ("data", "en_clone"),
+        "data:2/a.txt": ("data:2/a.txt", None),
+        "hf:owner/name": ("hf:owner/name", None),
+        "hf:owner/name:de": ("hf:owner/name:de", None),
+        "hf:owner/name,de:train:de": ("hf:owner/name,de:train", "de"),
+    }.items():
+        assert split_language(text) == parts
+
+
+def test_inputs_of_each_text(tree: Path) -> None:
+    found = resolve_each([tree / "b.jsonl", tree / "a"])
+    assert [len(inputs) for inputs in found] == [1, len(BELOW_A)]
 
 
 @pytest.mark.parametrize(

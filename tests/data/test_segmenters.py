@@ -16,7 +16,7 @@ from megatron_prealign.data import preprocess as module
 from megatron_prealign.data import readers
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.preprocess import preprocess
-from megatron_prealign.data.segmenters import BUILT_IN, checked_word_starts, cut, open_segmenter
+from megatron_prealign.data.segmenters import BUILT_IN, checked_word_starts, cut, open_segmenter, resolve_segmenter
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
@@ -102,7 +102,7 @@ def test_missing_package_names_the_extra(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("jiba", "segmenter 'jiba': unknown; expected jieba, sudachi, newmm, icu, or module:Class"),
+        ("jiba", "segmenter 'jiba': unknown; expected auto, jieba, sudachi, newmm, icu, or module:Class"),
         (":KnownWords", "unknown; expected"),
         ("word_cutters:", "unknown; expected"),
         ("no_such_module:X", "cannot be made .*No module named 'no_such_module'"),
@@ -118,6 +118,22 @@ def test_missing_package_names_the_extra(name: str, monkeypatch: pytest.MonkeyPa
 def test_names_that_are_no_segmenter(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_segmenter(name, "zh")
+
+
+def test_auto_goes_by_the_language() -> None:
+    expected = {
+        "zh": "jieba",
+        "zh_TW": "jieba",
+        "zh-Hans": "jieba",
+        "ZH": "jieba",
+        "zh_clone": "jieba",
+        "ja": "sudachi",
+    }
+    expected.update(th="newmm", lo="icu", km="icu", my="icu")
+    assert {language: resolve_segmenter("auto", language) for language in expected} == expected
+    assert [resolve_segmenter("auto", language) for language in ("de", "en_clone", "zhx", "jav", "")] == [None] * 5
+    assert resolve_segmenter("icu", "de") == "icu"
+    assert resolve_segmenter(None, "zh") is None
 
 
 def test_answers_of_a_segmenter_are_checked() -> None:
