@@ -1,10 +1,11 @@
 """`megatron-prealign dataset`: joins, shows, checks and mends preprocessed datasets, and prepares training's caches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_prealign.arguments import underscored, with_value
 from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,34 @@ class MergeOptions:
     """Leave PREFIX.words out, for datasets of which only some were made with a segmenter."""
     without_sidecar: bool = False
     """Join .bin and .idx alone, for files of Megatron-LM's own tools; no .json is read or written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Shows what is in a dataset: counts, lengths of the documents, frequent tokens, samples of the text. Lengths are
+    those of all documents, tokens are sampled; memory does not depend on the size."""
+
+    input: str
+    """Prefix of the dataset."""
+    tokenizer: str | None = None
+    """Tokenizer that decodes; by default the one that PREFIX.json names, if it is still there."""
+    samples: int = 3
+    """Documents to show, spread evenly from the first on."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Reads datasets whole and lists everything that cannot be right: header, sizes and sums of the index, ids, ends of
+    documents, checksums, marks of words, the counts of PREFIX.json. Exit status 2 if anything is wrong."""
+
+    input: list[str]
+    """Prefixes of the datasets."""
+    tokenizer: str | None = None
+    """Also compare with this tokenizer."""
+    workers: int | None = None
+    """Threads that read; by default one for each CPU core this process may use."""
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -49,6 +78,44 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
+def inspect(argv: Sequence[str]) -> int:
+    options = parse_options(InspectOptions, "dataset inspect", _flags(argv, "--json"))
+    if options.samples < 0:
+        raise UserError(f"--samples is {options.samples}, expected a number from 0")
+
+    from megatron_prealign.data.inspect import inspect_dataset, render
+
+    found = inspect_dataset(options.input, tokenizer=options.tokenizer, samples=options.samples)
+    if options.json:
+        import json
+
+        print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(render(found)))
+    return 0
+
+
+def verify(argv: Sequence[str]) -> int:
+    options = parse_options(VerifyOptions, "dataset verify", argv)
+    if not options.input:
+        raise UserError("--input is empty; expected the prefixes of datasets")
+
+    from megatron_prealign.data.verify import verify as verify_dataset
+
+    wrong = 0
+    for prefix in options.input:
+        result = verify_dataset(prefix, workers=_workers(options.workers), tokenizer=options.tokenizer)
+        for problem in result.problems:
+            print(f"wrong: {problem}")
+        print(f"{prefix}: {len(result.problems) or 'nothing'} wrong; checked {', '.join(result.checked) or 'nothing'}")
+        wrong += bool(result.problems)
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(options.input)} datasets {'is' if wrong == 1 else 'are'} wrong, as listed above"
+        )
+    return 0
+
+
 def _flags(argv: Sequence[str], *options: str) -> list[str]:
     """Lets switches stand without a value."""
     arguments = underscored(argv)
@@ -68,6 +135,8 @@ def _workers(given: int | None) -> int:
 
 ACTIONS: Actions = {
     "merge": (merge, "join shards or datasets into one"),
+    "inspect": (inspect, "counts, lengths of documents, frequent tokens, decoded samples"),
+    "verify": (verify, "read everything and list what is wrong"),
 }
 
 

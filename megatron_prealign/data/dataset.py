@@ -77,6 +77,14 @@ def contradictions(prefix: str, index: Index, sidecar: Sidecar) -> list[str]:
     return found
 
 
+def token_positions(index: Index, sequences: numpy.ndarray) -> numpy.ndarray:
+    """The token at which each of these sequences starts, int64; for the number of sequences, the number of tokens."""
+    if index.sequences == 0:
+        return numpy.zeros(len(sequences), dtype=numpy.int64)
+    starts = index.pointers[numpy.minimum(sequences, index.sequences - 1)]
+    return numpy.where(sequences < index.sequences, starts, index.token_bytes) // index.dtype.itemsize
+
+
 def check_output_prefix(output: str) -> None:
     """Refuses what cannot be a prefix to write to.
 

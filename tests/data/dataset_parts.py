@@ -37,6 +37,7 @@ def write_tokens(prefix: Path, documents: Documents, dtype: type = np.uint16) ->
 def make_dataset(
     prefix: Path,
     documents: Documents,
+    /,
     *,
     segmenter: str | None = None,
     checksums: Sequence[str] = ("bin", "idx", "words"),
