@@ -37,13 +37,15 @@ def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> 
     Raises:
         UserError: an unknown option, a missing one or a value of the wrong type.
     """
-    from megatron_prealign.arguments import join_values, underscored
+    from megatron_prealign.arguments import join_values, underscored, with_value
     from megatron_prealign.recipe.load import as_user_error, new_parser
 
     arguments = underscored(argv)
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         if str(field.type).startswith("list["):
             arguments = join_values(arguments, f"--{field.name}")
+        elif str(field.type) in ("bool", "<class 'bool'>"):
+            arguments = with_value(arguments, f"--{field.name}")
     parser = new_parser(command, options.__doc__ or "")
     parser.add_class_arguments(options)
     with as_user_error(f"megatron-prealign {command}"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
@@ -88,7 +88,7 @@ def make_tiny(folder: Path) -> Tiny:
     tiny = Tiny(folder)
     train_tokenizer([str(corpus)], tiny.tokenizer, VOCAB_SIZE, "en_clone", show_progress=False)
     for language in ("en", "en_clone"):
-        preprocess([str(corpus)], tiny.tokenizer, str(folder / language), language, show_progress=False)
+        preprocess([str(corpus)], tiny.tokenizer, str(folder / language), PreprocessSettings(language=language), False)
     words = Counter(re.findall(r"[a-z]{3,}", " ".join(texts)))
     word_list = folder / "words.tsv"
     word_list.write_text("".join(f"{word}\t{word}\n" for word, _ in words.most_common(300)), encoding="utf-8")

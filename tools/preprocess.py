@@ -1,10 +1,14 @@
 """`megatron-prealign preprocess`: text files to .bin/.idx token files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import parse_options
+from megatron_prealign.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prealign.data.preprocess import PreprocessResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,56 +17,105 @@ class PreprocessOptions:
     segmenter also PREFIX.words, one bit a token: does a word start here?"""
 
     input: list[str]
-    """Files to read, one or more: .jsonl (one object a line) or .txt (documents separated by blank lines), also .gz."""
+    """What to read, one or more: files, folders, patterns ('data/*.jsonl.gz') or hf:NAME[,CONFIG][:SPLIT].
+
+    .jsonl (one object a line) and .txt (documents separated by blank lines), also with .gz, .zst or .bz2, and .parquet.
+    """
     tokenizer: str
     """Hugging Face tokenizer folder or sentencepiece .model file."""
     output: str
-    """PREFIX: path of the files to write, without the ending."""
-    language: str
+    """PREFIX: path of the files to write, without the ending.
+
+    Several text keys write PREFIX_KEY, a language key PREFIX_LANGUAGE, a shard PREFIX_00003-of-00008."""
+    language: str | None = None
     """Language code of the documents, as in the dictionary (en, de, ...)."""
-    text_key: str = "text"
-    """Key of the text in each JSON object."""
+    language_key: str | None = None
+    """Instead of --language: key of the language code in each document; a dataset for each language is written."""
+    text_key: list[str] = field(default_factory=lambda: ["text"])
+    """Key of the text in each object or row, nested with dots (data.text); of several, each makes a dataset."""
+    join: str | None = None
+    """Makes one document of several text keys, with this between them; \\n is a line break."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a bad document or a damaged file; skipped ones are listed in PREFIX.json."""
     segmenter: str | None = None
     """Who finds the words of a script without spaces: jieba (Chinese), sudachi (Japanese), newmm (Thai), icu (any), all
-    from the extra megatron-prealign[segmenters], or module:Class for one of your own; by default nobody."""
+    from the extra megatron-prealign[segmenters], auto by language, or module:Class for your own; by default nobody."""
     workers: int | None = None
     """Processes that tokenise; by default one for each CPU core this process may use."""
+    shard: str | None = None
+    """Reads one of N equal parts only, as I/N from 1/N to N/N; `megatron-prealign dataset merge` joins them."""
+    resume: bool = False
+    """Goes on from an unfinished run with the same options."""
+    engine: Literal["auto", "plain"] = "auto"
+    """Auto encodes with gigatoken where it takes the tokenizer and gives the same ids on samples, else and with plain
+    the tokenizer's own library does."""
+    max_document_mb: float = 32
+    """Longest document in MiB of the file; a longer one is an error."""
+    save_every_mb: float = 256
+    """MiB of text after which the work is saved, for --resume."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command with the arguments behind its name."""
     options = parse_options(PreprocessOptions, "preprocess", argv)
 
+    from megatron_prealign.data.blocks import Limits
+    from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
+    from megatron_prealign.data.readers import Fields
+
+    joined_by = None if options.join is None else options.join.replace("\\n", "\n").replace("\\t", "\t")
+    settings = PreprocessSettings(
+        language=options.language,
+        fields=Fields(tuple(options.text_key), joined_by, options.language_key),
+        on_error=options.on_error,
+        workers=_cores() if options.workers is None else options.workers,
+        segmenter=options.segmenter,
+        shard=_shard(options.shard),
+        resume=options.resume,
+        use_fast_engine=options.engine == "auto",
+        limits=Limits(document_bytes=_bytes(options.max_document_mb)),
+        save_every_bytes=_bytes(options.save_every_mb),
+    )
+    _print(preprocess(options.input, options.tokenizer, options.output, settings))
+    return 0
+
+
+def _bytes(mebibytes: float) -> int:
+    # Infinite and the like become something that the checks refuse.
+    return int(mebibytes * (1 << 20)) if 0 < mebibytes < 1 << 30 else -1
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
+        raise UserError(f"--shard is {text!r}; expected I/N such as 1/8")
+    return int(number), int(count)
+
+
+def _cores() -> int:
     import os
 
-    from megatron_prealign.data.preprocess import preprocess
+    # A container's share is often less than the machine's cores; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    workers = options.workers
-    if workers is None:
-        # A container's share is often less than the machine's cores; macOS cannot tell.
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    result = preprocess(
-        options.input,
-        options.tokenizer,
-        options.output,
-        options.language,
-        options.text_key,
-        options.on_error,
-        workers,
-        segmenter=options.segmenter,
-    )
-    facts = result.sidecar
-    bitmap = "" if facts.segmenter is None else f", .words (by {facts.segmenter})"
-    print(f"wrote {options.output}.bin, .idx{bitmap} and .json")
-    print(f"documents        {facts.documents:,}")
-    print(f"tokens           {facts.tokens:,} (with one end-of-document token each)")
-    print(f"text             {facts.bytes:,} bytes, {facts.bytes / result.seconds / 1e6:.2f} MB/s")
-    print(f"tokens per word  {(facts.tokens - facts.documents) / max(result.words, 1):.2f} (words between white space)")
+
+def _print(result: "PreprocessResult") -> None:
+    for prefix, facts in result.outputs.items():
+        bitmap = "" if facts.segmenter is None else f", .words (by {facts.segmenter})"
+        print(f"wrote {prefix}.bin, .idx{bitmap} and .json")
+        print(f"language         {facts.language}")
+        print(f"documents        {facts.documents:,}")
+        print(f"tokens           {facts.tokens:,} (with one end-of-document token each)")
+        print(f"text             {facts.bytes:,} bytes")
+        print(f"encoded by       {facts.engine}")
+    if result.text_bytes:
+        print(f"speed            {result.text_bytes / result.seconds / 1e6:.2f} MB of text a second")
+    print(f"tokens per word  {result.tokens_per_word:.2f} (words between white space, in a sample)")
+    prefix, facts = next(iter(result.outputs.items()))
     print(f"skipped          {facts.skipped_count:,}")
     for problem in facts.skipped[:5]:
         print(f"  {problem.where}: {problem.why}")
     if facts.skipped_count > 5:
-        print(f"  ... the first {len(facts.skipped)} are listed in {options.output}.json")
-    return 0
+        print(f"  ... the first {len(facts.skipped)} are listed in {prefix}.json")

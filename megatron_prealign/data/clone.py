@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import orjson
 
+from megatron_prealign.data.gigatoken_engine import RowEngine
 from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.errors import UserError
 
@@ -28,6 +29,7 @@ class CloneTokenizer(Tokenizer):
         self.path = base.path
         self.vocab_size = 2 * base.vocab_size
         self.eod_id = base.eod_id
+        self.library = base.library
         self.special_ids = base.special_ids | {index + base.vocab_size for index in base.special_ids}
         content = f"{base.fingerprint}\nclone {language}"
         self.fingerprint = "sha256:" + hashlib.sha256(content.encode()).hexdigest()
@@ -38,11 +40,32 @@ class CloneTokenizer(Tokenizer):
         special, offset = self.base.special_ids, self.base.vocab_size
         return [[index if index in special else index + offset for index in row] for row in rows]
 
+    def _shift_array(self, ids: numpy.ndarray, language: str | None) -> numpy.ndarray:
+        if language != self.language:
+            return ids
+        special = numpy.isin(ids, list(self.base.special_ids))
+        return numpy.where(special, ids, ids + self.base.vocab_size).astype(ids.dtype)
+
     def encode(self, text: str, language: str | None = None) -> list[int]:
         return self._shift([self.base.encode(text)], language)[0]
 
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         return self._shift(self.base.encode_batch(texts), language)
+
+    def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
+        ids, offsets = self.base.encode_rows(texts)
+        return self._shift_array(ids, language), offsets
+
+    def fast_engine(self, language: str | None = None) -> RowEngine | None:
+        engine = self.base.fast_engine()
+        if engine is None or language != self.language:
+            return engine
+
+        def encode(texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+            ids, offsets = engine(texts)
+            return self._shift_array(ids, language), offsets
+
+        return encode
 
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
         ids, spans = self.base.encode_with_offsets(text)
@@ -58,10 +81,7 @@ class CloneTokenizer(Tokenizer):
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
         ids, offsets = self.base.encode_word_rows(words, None, word_initial)
         self.word_encoder = self.base.word_encoder
-        if language == self.language:
-            special = numpy.isin(ids, list(self.base.special_ids))
-            ids = numpy.where(special, ids, ids + self.base.vocab_size).astype(numpy.int32)
-        return ids, offsets
+        return self._shift_array(ids, language), offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """The base text of `ids`; each run of clone ids stands between `CLONE_OPEN` and `CLONE_CLOSE`."""

@@ -11,6 +11,7 @@ import numpy
 import orjson
 
 from megatron_prealign.data.boundaries import byte_level_alphabet, vocabulary_flags
+from megatron_prealign.data.gigatoken_engine import RowEngine, engine_for_definition
 from megatron_prealign.data.tokenizer import EOD_NAMES, Tokenizer
 from megatron_prealign.data.word_lines import WordLines
 from megatron_prealign.errors import UserError
@@ -25,6 +26,8 @@ _IRRELEVANT = ("version", "truncation", "padding", "post_processor", "decoder")
 
 class HuggingFaceTokenizer(Tokenizer):
     """A folder with `tokenizer.json`, or one that transformers can convert to it."""
+
+    library = "tokenizers"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,6 +73,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         return _batch(self._tokenizer, list(texts))
+
+    def fast_engine(self, language: str | None = None) -> RowEngine | None:
+        return engine_for_definition(self._definition)
 
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)

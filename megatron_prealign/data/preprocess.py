@@ -1,259 +1,181 @@
 """Text files to .bin/.idx token files: blocks of documents are tokenised by worker processes and written in order."""
 
-import multiprocessing
+import errno
 import os
-import signal
+import re
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy
-
-from megatron_prealign.data.files import make_folder, write_all_atomically
-from megatron_prealign.data.indexed import bin_path, idx_path, import_indexed_dataset, token_dtype
-from megatron_prealign.data.readers import (
-    Block,
-    OnError,
-    Problems,
-    ReadError,
-    check_inputs,
-    parse_block,
-    read_blocks,
+from megatron_prealign.data.blocks import Block, Limits, extents, read_blocks
+from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
+from megatron_prealign.data.inputs import Input, resolve_inputs
+from megatron_prealign.data.readers import EMPTY, Fields, OnError, Places, ReadError, unit_of
+from megatron_prealign.data.segmenters import segmenter_for
+from megatron_prealign.data.sidecar import (
+    InputRecord,
+    Sidecar,
+    TokenizerRecord,
+    load_sidecar,
+    sidecar_path,
+    write_sidecar,
 )
-from megatron_prealign.data.segmenters import Segmenter, checked_word_starts, open_segmenter
-from megatron_prealign.data.sidecar import InputRecord, Sidecar, TokenizerRecord, sidecar_path, write_sidecar
+from megatron_prealign.data.tokenise import BlockTokeniser, Route, TokenisedBlock, TokeniserSettings
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_prealign.data.word_bitmap import BitmapWriter, token_word_starts, words_path
+from megatron_prealign.data.unfinished import TokenWriter, Unfinished, open_unfinished
+from megatron_prealign.data.word_bitmap import words_path
+from megatron_prealign.data.worker_pool import EngineChoice, tokenise_in_order
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+SAVE_EVERY_BYTES = 256 << 20
+"""Text between two places to go on from: about a minute with a plain tokenizer on two cores, seconds with gigatoken."""
+# Beyond it a language field holds something else than languages, and every value opens three files.
+_MOST_DATASETS = 500
+_LARGEST_DOCUMENT_LIMIT = 1 << 30
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
-# Blocks in flight per worker: one at work, one waiting, so that no worker starves while the parent writes.
-_BLOCKS_PER_WORKER = 2
-# The index stores the length of a document as int32.
-_MAX_DOCUMENT_TOKENS = 2**31 - 1
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings:
+    """What to read and how."""
+
+    language: str | None = None
+    """Language code of all documents; None if `fields.language_key` tells it."""
+    fields: Fields = Fields()
+    """Where texts and languages stand in a document."""
+    on_error: OnError = "stop"
+    """`stop` at the first bad document or file, or `skip` it and list it in the sidecar."""
+    workers: int = 1
+    """Processes that tokenise; with 1 this process does, where a Hugging Face tokenizer uses its own threads."""
+    segmenter: str | None = None
+    """Who marks the words in `OUTPUT.words`, a name for `segmenters.open_segmenter` or `auto`; None for nobody."""
+    shard: tuple[int, int] | None = None
+    """(number from 1, count): read one of `count` equal parts of the inputs only."""
+    resume: bool = False
+    """Go on from an unfinished run with this output, if there is one."""
+    use_fast_engine: bool = True
+    """Whether gigatoken may encode, where it takes the tokenizer and gives the same ids."""
+    limits: Limits = Limits()
+    """What bounds the memory."""
+    save_every_bytes: int = SAVE_EVERY_BYTES
+    """Bytes of text after which the work is saved, to go on from there."""
 
 
 @dataclass(frozen=True)
 class PreprocessResult:
     """What one run of `preprocess` did."""
 
-    sidecar: Sidecar
-    """As written to PREFIX.json."""
-    words: int
-    """Stretches of text between white space."""
+    outputs: dict[str, Sidecar]
+    """Prefix -> what was written there; one, unless several keys or a language key were given."""
+    tokens_per_word: float
+    """In a sample of the documents; words stand between white space."""
     seconds: float
-    """Time for reading, tokenising and writing; the start of the workers included, the import of torch not."""
-
-
-@dataclass
-class _Tokenised:
-    """The documents of one block, as a worker hands them back."""
-
-    ids: numpy.ndarray
-    """All documents behind each other, each with its end-of-document id, in the dtype of the file."""
-    lengths: numpy.ndarray
-    """int64 [documents], tokens of each."""
+    """Time for reading, tokenising and writing, the start of the workers included."""
     text_bytes: int
-    words: int
-    problems: Problems
-    word_starts: numpy.ndarray | None
-    """bool, one for each of `ids`; None without a segmenter."""
+    """UTF-8 bytes that this run, without what an earlier one did, tokenised."""
 
-
-@dataclass
-class _Totals:
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    words: int = 0
-    problems: Problems = field(default_factory=Problems)
-
-    def add(self, block: _Tokenised) -> None:
-        self.documents += len(block.lengths)
-        self.tokens += len(block.ids)
-        self.text_bytes += block.text_bytes
-        self.words += block.words
-        self.problems.extend(block.problems)
-
-
-@dataclass(frozen=True)
-class _BlockTokeniser:
-    """Everything that turns a block into ids; what a worker process keeps between blocks."""
-
-    tokenizer: Tokenizer
-    language: str
-    text_key: str
-    on_error: OnError
-    segmenter: Segmenter | None
-    segmenter_name: str | None
-
-    @classmethod
-    def open(
-        cls, tokenizer: Tokenizer, language: str, text_key: str, on_error: OnError, segmenter_name: str | None
-    ) -> "_BlockTokeniser":
-        segmenter = None if segmenter_name is None else open_segmenter(segmenter_name, language)
-        return cls(tokenizer, language, text_key, on_error, segmenter, segmenter_name)
-
-    def __call__(self, block: Block) -> _Tokenised:
-        eod, dtype = self.tokenizer.eod_id, token_dtype(self.tokenizer.vocab_size)
-        problems = Problems()
-        texts: list[str] = []
-        places: list[str] = []
-        for text, where in parse_block(block, self.text_key, self.on_error, problems):
-            if not text or text.isspace():
-                problems.add(where, "empty document")
-                continue
-            texts.append(text)
-            places.append(where)
-        rows, word_starts = self._encode(texts, places)
-        arrays: list[numpy.ndarray] = []
-        for row, where in zip(rows, places, strict=True):
-            ids = numpy.array([*row, eod], dtype=numpy.int64)
-            _check_document(ids, self.tokenizer.vocab_size, where)
-            arrays.append(ids.astype(dtype))
-        text_bytes = sum(len(text.encode("utf-8")) for text in texts)
-        words = sum(len(text.split()) for text in texts)
-        lengths = numpy.array([len(array) for array in arrays], dtype=numpy.int64)
-        ids_of_all = numpy.concatenate([numpy.empty(0, dtype), *arrays])
-        return _Tokenised(ids_of_all, lengths, text_bytes, words, problems, word_starts)
-
-    def _encode(self, texts: list[str], places: list[str]) -> tuple[list[list[int]], numpy.ndarray | None]:
-        """The ids of every text, and where words start among them with one end-of-document token each."""
-        if self.segmenter is None or self.segmenter_name is None:
-            return self.tokenizer.encode_batch(texts, self.language), None
-        rows: list[list[int]] = []
-        bits = [numpy.empty(0, dtype=numpy.bool_)]
-        for text, where in zip(texts, places, strict=True):
-            ids, spans = self.tokenizer.encode_with_offsets(text, self.language)
-            starts = checked_word_starts(self.segmenter, self.segmenter_name, text, where)
-            rows.append(ids)
-            bits += [token_word_starts(text, spans, starts), numpy.ones(1, dtype=numpy.bool_)]
-        return rows, numpy.concatenate(bits)
-
-
-def _check_document(ids: numpy.ndarray, vocab_size: int, where: str) -> None:
-    """Checks ids before they are cast to the file's dtype, where a number too large would silently become another."""
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer gave ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}; "
-            "its files do not fit together, save the tokenizer again"
-        )
-    if len(ids) > _MAX_DOCUMENT_TOKENS:
-        raise UserError(f"{where}: {len(ids):,} tokens, at most {_MAX_DOCUMENT_TOKENS:,} fit; split the document")
+    @property
+    def sidecar(self) -> Sidecar:
+        """Of the only output."""
+        (sidecar,) = self.outputs.values()
+        return sidecar
 
 
 def preprocess(
     inputs: Sequence[str | Path],
     tokenizer: str | Path,
     output: str | Path,
-    language: str,
-    text_key: str = "text",
-    on_error: OnError = "stop",
-    workers: int = 1,
+    settings: PreprocessSettings,
     show_progress: bool = True,
-    segmenter: str | None = None,
 ) -> PreprocessResult:
-    """Writes `OUTPUT.bin`, `OUTPUT.idx`, `OUTPUT.json` and, with a segmenter, `OUTPUT.words`. The bytes do not depend
-    on `workers`.
+    """Writes `OUTPUT.bin`, `OUTPUT.idx`, `OUTPUT.json` and, with a segmenter, `OUTPUT.words`. The bytes depend neither
+    on the number of workers nor on whether the run was interrupted.
 
-    Empty documents are left out and counted. The files appear when all is done, or not at all.
+    With several text keys there is one dataset for each, `OUTPUT_KEY`; with a language key one for each language,
+    `OUTPUT_LANGUAGE`; with both `OUTPUT_KEY_LANGUAGE`. A shard is `OUTPUT_00003-of-00008`. Empty documents are left out
+    and counted. The files appear when all is done, or not at all; a run that ends early leaves `OUTPUT.unfinished` if
+    there is something to go on from.
 
     Args:
-        inputs: `.jsonl` or `.txt` files, also gzipped; their order is the order of the documents.
+        inputs: what `inputs.resolve_inputs` takes; their order is the order of the documents.
         tokenizer: Hugging Face tokenizer folder or sentencepiece model.
         output: path without ending; its folder is made.
-        language: language code of all the documents.
-        text_key: key of the text in each JSON object.
-        on_error: `stop` at the first bad document or file, or `skip` it and list it in the sidecar.
-        workers: processes that tokenise; with 1 this process does, where a Hugging Face tokenizer uses its own threads.
+        settings: see there.
         show_progress: whether to write a progress bar to standard error.
-        segmenter: who marks the words in `OUTPUT.words`, a name for `segmenters.open_segmenter`; None writes no such
-            file. The ids are the same.
 
     Raises:
-        UserError: bad options, inputs or documents; an unusable tokenizer or segmenter; nothing left to write.
+        UserError: bad options, inputs or documents; an unusable tokenizer or segmenter; nothing left to write; a full
+            disk; an input that changed.
     """
-    total_bytes = check_inputs(inputs)
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1")
-    if not language.strip():
-        raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
+    _check_settings(settings)
     _check_output(output)
+    sources = resolve_inputs(inputs)
+    if settings.shard is not None:
+        _check_shard(settings.shard, sources)
+        output = f"{output}_{settings.shard[0]:05d}-of-{settings.shard[1]:05d}"
     loaded = load_tokenizer(tokenizer)
-    tokenise = _BlockTokeniser.open(loaded, language, text_key, on_error, segmenter)
-    # Megatron-Core imports torch, several seconds; only after everything that a user can mistype is checked.
-    import_indexed_dataset()
+    tokenise = BlockTokeniser(
+        TokeniserSettings(str(tokenizer), settings.fields, settings.limits, settings.language, settings.segmenter),
+        loaded,
+    )
     start_s = time.monotonic()
-    make_folder(Path(output).parent, "output")
-    # The sidecar last: no command takes files without it for a dataset.
-    outputs = [bin_path(output), idx_path(output), words_path(output), sidecar_path(output)]
-    if segmenter is None:
-        outputs.remove(words_path(output))
-    with (
-        write_all_atomically(outputs) as temporary,
-        Progress("preprocess", total_bytes, unit="B", unit_scale=True, enabled=show_progress) as progress,
-    ):
-        totals = _write_tokens(inputs, tokenise, str(tokenizer), workers, temporary[:-1], progress)
-        sidecar = Sidecar(
-            language=language,
-            tokenizer=TokenizerRecord(str(tokenizer), loaded.fingerprint, loaded.vocab_size),
-            eod_id=loaded.eod_id,
-            documents=totals.documents,
-            tokens=totals.tokens,
-            bytes=totals.text_bytes,
-            skipped=totals.problems.listed,
-            skipped_count=totals.problems.count,
-            inputs=[InputRecord(str(path), os.path.getsize(path)) for path in inputs],
-            segmenter=segmenter,
+    run = _Run(sources, tokenise, str(tokenizer), str(output), settings)
+    with open_unfinished(output, run.identity(), settings.resume) as unfinished:
+        try:
+            return run.carry_out(unfinished, show_progress, start_s)
+        except UserError as error:
+            raise _with_kept(error, unfinished) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise _with_kept(
+                UserError(f"{unfinished.folder}: cannot be written ({error.strerror}); make room"), unfinished
+            ) from error
+
+
+def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
+    if not unfinished.is_kept:
+        return error
+    documents = sum(state["documents"] for state in unfinished.journal.outputs)
+    return UserError(
+        f"{error} ({documents:,} documents are kept in {unfinished.folder}; go on from there with --resume)"
+    )
+
+
+def _check_settings(settings: PreprocessSettings) -> None:
+    fields = settings.fields
+    if settings.workers < 1:
+        raise UserError(f"workers is {settings.workers}; expected at least 1")
+    if (settings.language is None) == (fields.language_key is None):
+        raise UserError(
+            "expected either --language, a code like en or de for all documents, or --language-key, the key under "
+            f"which each tells its own; got {'both' if settings.language is not None else 'neither'}"
         )
-        write_sidecar(sidecar, temporary[-1])
-    if segmenter is None:
-        # Of the dataset that lay here before; the new sidecar does not name it.
-        words_path(output).unlink(missing_ok=True)
-    return PreprocessResult(sidecar, totals.words, time.monotonic() - start_s)
+    if settings.language is not None and not settings.language.strip():
+        raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
+    if not fields.text_keys or len(set(fields.columns)) != len(fields.columns) or not all(fields.columns):
+        raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}; expected one or more different keys")
+    if not 1 <= settings.limits.document_bytes <= _LARGEST_DOCUMENT_LIMIT:
+        raise UserError(
+            f"--max-document-mb is {settings.limits.document_bytes / (1 << 20):g}; expected more than 0, at most 1024"
+        )
+    if settings.save_every_bytes < 1:
+        raise UserError(f"--save-every-mb is {settings.save_every_bytes / (1 << 20):g}; expected more than 0")
 
 
-def _write_tokens(
-    inputs: Sequence[str | Path],
-    tokenise: _BlockTokeniser,
-    tokenizer_path: str,
-    workers: int,
-    targets: list[Path],
-    progress: Progress,
-) -> _Totals:
-    """Tokenises all inputs into `targets`: the tokens, their index and, with a segmenter, the bitmap of words."""
-    totals = _Totals()
-    dtype = token_dtype(tokenise.tokenizer.vocab_size)
-    builder = import_indexed_dataset().IndexedDatasetBuilder(str(targets[0]), dtype=dtype)
-    with closing(builder.data_file), ExitStack() as stack:
-        bitmap = stack.enter_context(closing(BitmapWriter(targets[2]))) if len(targets) > 2 else None
-        blocks = _read_all(inputs, tokenise.on_error, totals.problems)
-        for block, result in _in_order(blocks, tokenise, tokenizer_path, workers):
-            _write(builder, result)
-            if bitmap is not None and result.word_starts is not None:
-                bitmap.append(result.word_starts)
-            totals.add(result)
-            progress.update(block.disk_bytes)
-        if totals.documents == 0:
+def _check_shard(shard: tuple[int, int], sources: Sequence[Input]) -> None:
+    if not 1 <= shard[0] <= shard[1]:
+        raise UserError(f"--shard is {shard[0]}/{shard[1]}; expected 1/{shard[1]} to {shard[1]}/{shard[1]}")
+    for source in sources:
+        if source.kind == "hub":
             raise UserError(
-                f"no document left of {len(inputs)} input files ({totals.problems.count} skipped); "
-                f"first reason: {_first_reason(totals.problems)}"
+                f"{source.name}: a dataset read over the network has no bytes to share out; download it, or leave "
+                "--shard out"
             )
-        builder.finalize(str(targets[1]))
-    return totals
-
-
-def _first_reason(problems: Problems) -> str:
-    return f"{problems.listed[0].where}: {problems.listed[0].why}" if problems.listed else "none"
 
 
 def _check_output(output: str | Path) -> None:
@@ -266,78 +188,213 @@ def _check_output(output: str | Path) -> None:
         raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
 
 
-def _write(builder: "IndexedDatasetBuilder", block: _Tokenised) -> None:
-    start = 0
-    for length in block.lengths.tolist():
-        builder.add_document(block.ids[start : start + length], [length])
-        start += length
+@dataclass
+class _Run:
+    sources: list[Input]
+    tokenise: BlockTokeniser
+    tokenizer_path: str
+    output: str
+    settings: PreprocessSettings
+    modified_ns: list[int] = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.modified_ns = [0 if source.kind == "hub" else os.stat(source.name).st_mtime_ns for source in self.sources]
 
-def _read_all(inputs: Sequence[str | Path], on_error: OnError, problems: Problems) -> Iterator[Block]:
-    """The blocks of all files; damage to a file ends that file only, if `on_error` says so."""
-    for path in inputs:
-        try:
-            yield from read_blocks(path)
-        except ReadError as error:
-            if on_error == "stop":
-                raise
-            problems.add(error.where, error.why)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.tokenise.tokenizer
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the output."""
+        settings = self.settings
+        return {
+            "inputs": [
+                (source.name, source.bytes, modified)
+                for source, modified in zip(self.sources, self.modified_ns, strict=True)
+            ],
+            "tokenizer": self.tokenizer.fingerprint,
+            "language": settings.language,
+            **asdict(settings.fields),
+            "segmenter": settings.segmenter,
+            "shard": settings.shard,
+            "fast engine": settings.use_fast_engine,
+            **asdict(settings.limits),
+        }
 
-def _in_order(
-    blocks: Iterator[Block], tokenise: _BlockTokeniser, tokenizer_path: str, workers: int
-) -> Iterator[tuple[Block, _Tokenised]]:
-    """Tokenises blocks, in this process or several, and gives the results in the order of the blocks."""
-    if workers == 1:
-        for block in blocks:
-            yield block, tokenise(block)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # Forking a process in which torch and tokenizers may hold threads can deadlock the child.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(
-            tokenizer_path,
-            tokenise.language,
-            tokenise.text_key,
-            tokenise.on_error,
-            tokenise.segmenter_name,
-        ),
-    )
-    try:
-        waiting: deque[tuple[Block, Future[_Tokenised]]] = deque()
-        for block in blocks:
-            waiting.append((block, pool.submit(_tokenise_in_worker, block)))
-            if len(waiting) >= workers * _BLOCKS_PER_WORKER:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process died (out of memory?); give fewer --workers than {workers}, or split long documents"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    def carry_out(self, unfinished: Unfinished, show_progress: bool, start_s: float) -> PreprocessResult:
+        journal = unfinished.journal
+        before = sum(state["text_bytes"] for state in journal.outputs)
+        if not journal.is_complete:
+            unfinished.open_writers(lambda language: segmenter_for(self.settings.segmenter, language) is not None)
+            total = sum(source.bytes for source in self.sources)
+            if self.settings.shard is not None:
+                total //= self.settings.shard[1]
+            with Progress("preprocess", total or None, unit="B", unit_scale=True, enabled=show_progress) as progress:
+                progress.update(journal.disk_bytes)
+                self._tokenise_all(unfinished, progress)
+            self._check_unchanged()
+            self._finish(unfinished)
+        outputs = self._publish(unfinished)
+        text_bytes = sum(sidecar.bytes for sidecar in outputs.values()) - before
+        ratio = journal.counted_tokens / max(journal.counted_words, 1)
+        return PreprocessResult(outputs, ratio, time.monotonic() - start_s, text_bytes)
 
+    def _tokenise_all(self, unfinished: Unfinished, progress: Progress) -> None:
+        journal, settings = unfinished.journal, self.settings
+        choice = EngineChoice(not settings.use_fast_engine or journal.plain_from is not None)
+        places = self._places(journal.input, journal.lines)
+        since_saved = 0
+        blocks = self._blocks(journal.input, journal.position)
+        results = tokenise_in_order(blocks, self.tokenise, self.tokenise.settings, settings.workers, choice)
+        with closing(results):
+            for block, result in results:
+                if block.source != journal.input:
+                    journal.input = block.source
+                    places = self._places(journal.input, 0)
+                self._take(block, result, unfinished, places, choice)
+                places.pass_over(result.lines)
+                journal.position, journal.lines = block.next_position, places.lines
+                journal.disk_bytes += block.disk_bytes
+                progress.update(block.disk_bytes)
+                since_saved += block.size
+                if since_saved >= settings.save_every_bytes:
+                    unfinished.save()
+                    since_saved = 0
 
-# What a worker process keeps between blocks; set once when it starts, never in the parent.
-_worker: _BlockTokeniser | None = None
+    def _blocks(self, first: int, position: int) -> Iterator[Block]:
+        """The blocks of all inputs from a place on."""
+        settings = self.settings
+        for number, extent in enumerate(extents(self.sources, settings.shard)):
+            if number < first or extent is None:
+                continue
+            start = position if number == first else 0
+            for block in read_blocks(self.sources[number], settings.fields.columns, settings.limits, extent, start):
+                yield replace(block, source=number)
 
+    def _places(self, number: int, lines: int | None) -> Places:
+        source = self.sources[number]
+        # Lines in front of a shard's first byte are not counted.
+        if self.settings.shard is not None and source.kind == "jsonl" and not source.compression:
+            lines = None
+        return Places(source.name, unit_of(source), lines)
 
-def _start_worker(
-    tokenizer_path: str, language: str, text_key: str, on_error: OnError, segmenter_name: str | None
-) -> None:
-    global _worker
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores already; the library's threads in each would only get in their way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _BlockTokeniser.open(load_tokenizer(tokenizer_path), language, text_key, on_error, segmenter_name)
+    def _take(
+        self, block: Block, result: TokenisedBlock, unfinished: Unfinished, places: Places, choice: EngineChoice
+    ) -> None:
+        journal = unfinished.journal
+        if result.fault is not None:
+            raise UserError(f"{places.of(result.fault[0], -1)}: {result.fault[1]}")
+        for number, byte, why in result.problems:
+            where = block.place or places.of(number, byte)
+            if self.settings.on_error == "stop" and why != EMPTY:
+                raise ReadError(where, why)
+            journal.problems.add(where, why)
+        if result.mismatch is not None and journal.plain_from is None:
+            journal.plain_from = places.of(result.mismatch, -1)
+            choice.plain = True
+        for route, texts in result.routes.items():
+            unfinished.writer(self._checked(route, unfinished, places)).append(texts)
+        journal.counted_words += result.counted_words
+        journal.counted_tokens += result.counted_tokens
 
+    def _checked(self, route: Route, unfinished: Unfinished, places: Places) -> Route:
+        """Refuses what a language key must not open a dataset for."""
+        if self.settings.language is None:
+            if not _LANGUAGE.fullmatch(route.language):
+                raise UserError(
+                    f"{places.name}: the language {route.language!r} under {self.settings.fields.language_key!r}; "
+                    "expected a code of letters, digits, '_', '.' and '-' such as de: it becomes part of a file name"
+                )
+            if len(unfinished.writers) > _MOST_DATASETS:
+                raise UserError(
+                    f"{places.name}: more than {_MOST_DATASETS} languages under {self.settings.fields.language_key!r}; "
+                    "expected a key that holds language codes"
+                )
+        return route
 
-def _tokenise_in_worker(block: Block) -> _Tokenised:
-    assert _worker is not None, "the pool starts every process with _start_worker"
-    return _worker(block)
+    def _check_unchanged(self) -> None:
+        for source, modified in zip(self.sources, self.modified_ns, strict=True):
+            if source.kind != "hub":
+                facts = os.stat(source.name)
+                if (facts.st_size, facts.st_mtime_ns) != (source.bytes, modified):
+                    raise UserError(
+                        f"{source.name}: changed while it was read; wait until it is complete and preprocess it again"
+                    )
+
+    def _finish(self, unfinished: Unfinished) -> None:
+        """Writes indices and sidecars beside the tokens, and says in the journal that only names are missing."""
+        journal, settings = unfinished.journal, self.settings
+        if not unfinished.writers:
+            if settings.shard is None:
+                listed = journal.problems.listed
+                first = f"{listed[0].where}: {listed[0].why}" if listed else "none"
+                raise UserError(
+                    f"no document left of {len(self.sources)} inputs ({journal.problems.count} skipped); first reason: "
+                    f"{first}"
+                )
+            if settings.language is not None:
+                # A shard may be empty; its files stand for it when the shards are put together.
+                for column in range(1 if settings.fields.joined_by is not None else len(settings.fields.text_keys)):
+                    unfinished.writer(Route(column, settings.language))
+        journal.outputs = [writer.sync() for writer in unfinished.writers]
+        for writer in unfinished.writers:
+            sums = writer.finish(token_dtype(self.tokenizer.vocab_size))
+            write_sidecar(self._sidecar(writer, unfinished, sums), writer.paths["json"])
+        journal.is_complete = True
+        unfinished.save()
+
+    def _publish(self, unfinished: Unfinished) -> dict[str, Sidecar]:
+        """Gives the finished files their names, the sidecars last: no command takes files without one for a dataset."""
+        obsolete: list[Path] = []
+        moves: list[tuple[Path, Path]] = []
+        prefixes: list[str] = []
+        for number, state in enumerate(unfinished.journal.outputs):
+            prefix = self._prefix(Route(state["column"], state["language"]))
+            prefixes.append(prefix)
+            has_words = segmenter_for(self.settings.segmenter, state["language"]) is not None
+            for path in (bin_path(prefix), idx_path(prefix), words_path(prefix), sidecar_path(prefix)):
+                source = unfinished.folder / f"{number}{path.name[len(Path(prefix).name) :]}"
+                if path != words_path(prefix) or has_words:
+                    moves.append((source, path))
+                # Of the dataset that lay here before: a sidecar beside other tokens, a bitmap that the new one lacks.
+                if path == words_path(prefix) and not has_words or path == sidecar_path(prefix) and source.exists():
+                    obsolete.append(path)
+        unfinished.publish(moves, obsolete)
+        return {prefix: load_sidecar(prefix) for prefix in prefixes}
+
+    def _prefix(self, route: Route) -> str:
+        fields = self.settings.fields
+        parts = [self.output]
+        if fields.joined_by is None and len(fields.text_keys) > 1:
+            parts.append(fields.text_keys[route.column])
+        if fields.language_key is not None:
+            parts.append(route.language)
+        return "_".join(parts)
+
+    def _sidecar(self, writer: TokenWriter, unfinished: Unfinished, sums: dict[str, str]) -> Sidecar:
+        journal, settings = unfinished.journal, self.settings
+        keys = settings.fields.text_keys
+        return Sidecar(
+            language=writer.route.language,
+            tokenizer=TokenizerRecord(self.tokenizer_path, self.tokenizer.fingerprint, self.tokenizer.vocab_size),
+            eod_id=self.tokenizer.eod_id,
+            documents=writer.documents,
+            tokens=writer.tokens,
+            bytes=writer.text_bytes,
+            skipped=journal.problems.listed,
+            skipped_count=journal.problems.count,
+            inputs=[InputRecord(source.name, source.bytes) for source in self.sources],
+            segmenter=segmenter_for(settings.segmenter, writer.route.language),
+            checksums=sums,
+            engine=self._engine(writer.route.language, journal.plain_from),
+            text_keys=list(keys if settings.fields.joined_by is not None else keys[writer.route.column :][:1]),
+            shard=None if settings.shard is None else f"{settings.shard[0]}/{settings.shard[1]}",
+        )
+
+    def _engine(self, language: str, plain_from: str | None) -> str:
+        plain = self.tokenizer.library
+        if not self.settings.use_fast_engine or self.tokenise.segmenter(language) is not None:
+            return plain
+        if self.tokenise.engine(language) is None:
+            return plain
+        return "gigatoken" if plain_from is None else f"gigatoken, from {plain_from} on {plain}: the ids differed there"

@@ -1,265 +1,305 @@
-"""Streams documents out of text files and says exactly where a bad one lies.
+"""Finds the documents in blocks and says exactly which line is wrong.
 
-Formats, by the ending of the file name; each may be gzipped (`.gz` behind it):
-
-- `.jsonl`: one JSON object a line, its text under a key (`text` unless told otherwise). Blank lines are passed over.
-- `.txt`: UTF-8 text, documents separated by one or more blank lines.
-
-Files are read in blocks of whole documents, so that blocks can be parsed in any process and in any order.
+JSON lines hold one object each, tables one row; the text stands under a key, which may be nested (`data.text`). Blank
+lines are passed over. In `.txt` files blank lines separate the documents.
 """
 
-import gzip
-import os
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 
+from megatron_prealign.data.blocks import Block, Extent, Limits, Span, read_blocks, read_span, too_long
+from megatron_prealign.data.inputs import Input
 from megatron_prealign.data.problems import OnError as OnError
 from megatron_prealign.data.problems import Problem as Problem
 from megatron_prealign.data.problems import Problems as Problems
 from megatron_prealign.data.problems import ReadError as ReadError
-from megatron_prealign.errors import UserError
 
-BLOCK_BYTES = 1 << 20
-ENDINGS = (".jsonl", ".txt", ".jsonl.gz", ".txt.gz")
-_UTF8_BOM = b"\xef\xbb\xbf"
+EMPTY = "empty document"
+_SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True)
-class Block:
-    """A piece of a file that holds whole documents."""
+class Fields:
+    """Where the texts of a document stand."""
 
-    path: str
-    """The file, as the user wrote it."""
-    first_line: int
-    """Number of the block's first line, counted from 1."""
-    data: bytes
-    """Uncompressed bytes, whole lines."""
-    disk_bytes: int
-    """Bytes of the file on disk that were read for this block, for progress."""
+    text_keys: tuple[str, ...] = ("text",)
+    """Keys of the text; a dot leads into an object (`data.text`), unless there is a key with that dot."""
+    joined_by: str | None = None
+    """Makes one text of all keys, with this between them; None keeps each key as a text of its own."""
+    language_key: str | None = None
+    """Key of the language code; None if it is not in the documents."""
 
-
-def check_inputs(paths: Sequence[str | Path]) -> int:
-    """Checks that every path is a readable file of a known format, before any work starts.
-
-    A missing file is most often a typing error that would quietly shrink the corpus, so it always stops.
-
-    Args:
-        paths: the input files.
-
-    Returns:
-        Their total size on disk in bytes.
-
-    Raises:
-        UserError: no path, a missing or unreadable file, a folder, an unknown ending or the same file twice.
-    """
-    if not paths:
-        raise UserError(f"no input file given; expected at least one {', '.join(ENDINGS)} file")
-    seen: dict[str, str | Path] = {}
-    total = 0
-    for path in paths:
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file; check the path")
-        if os.path.isdir(path):
-            raise UserError(f"{path}: is a folder; name the files in it, for example {path}/*.jsonl")
-        if not str(path).endswith(ENDINGS):
-            raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(ENDINGS)}")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path}: may not be read; check its permissions")
-        real = os.path.realpath(path)
-        if real in seen:
-            raise UserError(f"{path}: given twice (also as {seen[real]}); its documents would count double")
-        seen[real] = path
-        total += os.path.getsize(path)
-    return total
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All keys that are read."""
+        return self.text_keys if self.language_key is None else (*self.text_keys, self.language_key)
 
 
-def read_blocks(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Reads a file in blocks of about `block_bytes` that end between two documents.
+@dataclass
+class Documents:
+    """The documents of a block, in order."""
+
+    texts: list[list[str]]
+    """For each key (one, if they are joined) the text of every document; none is empty unless another key has text."""
+    numbers: list[int] = field(default_factory=list)
+    """In which line or row of the block each begins, from 0."""
+    languages: list[str] = field(default_factory=list)
+    """The language code of each, as it stands there; empty without a language key."""
+    lines: int = 0
+    """Lines or rows in the block."""
+    problems: list[tuple[int, int, str]] = field(default_factory=list)
+    """What was passed over: its line or row in the block, its byte in the file (-1 where nobody knows), and why."""
+
+
+class _BadDocument(Exception):
+    """Why a document cannot be used."""
+
+
+def parse_block(block: Block, fields: Fields, limits: Limits) -> Documents:
+    """The documents of a block; what is wrong in it is listed, not raised.
 
     Raises:
-        ReadError: the file is empty, or its gzip data is damaged or cut off. All blocks before the damage come first.
-        UserError: the file is missing, unreadable or of an unknown kind.
+        ReadError: the file of a span cannot be read.
     """
-    name = str(path)
-    if not name.endswith(ENDINGS):
-        raise UserError(f"{name}: unknown kind of file; expected one of {', '.join(ENDINGS)}")
-    try:
-        raw = open(path, "rb")  # noqa: SIM115 - closed below, apart from the errors of reading
-    except OSError as error:
-        raise UserError(f"{name}: cannot be opened ({error.strerror}); check the path and its permissions") from error
-    with raw:
-        stream: BinaryIO = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw  # type: ignore[assignment]
-        yield from _split(name, stream, raw, block_bytes)
+    found = Documents([[] for _ in (fields.text_keys if fields.joined_by is None else ("joined",))])
+    if block.problem is not None:
+        found.lines = block.lines
+        found.problems.append((0, -1, block.problem))
+    elif block.kind == "rows":
+        assert isinstance(block.content, bytes), "rows are read in the parent"
+        _parse_rows(block.content, fields, limits, found)
+    else:
+        _parse_text(block, fields, limits, found)
+    return found
 
 
-def _split(name: str, stream: BinaryIO, raw: BinaryIO, block_bytes: int) -> Iterator[Block]:
-    """Cuts `stream` at document ends; `raw` is the file on disk under it."""
-    ends_document = _ends_at_any_line if ".jsonl" in name[-len(".jsonl.gz") :] else _ends_at_blank_line
-    lines: list[bytes] = []
-    size, line_number, first_line, disk_position = 0, 0, 1, 0
-    damage: ReadError | None = None
-    while True:
+def _parse_text(block: Block, fields: Fields, limits: Limits, found: Documents) -> None:
+    overlong = None
+    if isinstance(block.content, Span):
+        data, begin, overlong = read_span(block.content, limits)
+    else:
+        data, begin = block.content, None
+    lines = data.split(b"\n")
+    # What is behind the last line break is a line of its own only if something is there.
+    found.lines = len(lines) - (not lines[-1])
+    documents = _paragraphs(lines) if block.kind == "paragraphs" else enumerate(lines)
+    take = _Taker(fields, limits, found)
+    for number, raw in documents:
+        if raw and not raw.isspace():
+            try:
+                if len(raw) > limits.document_bytes:
+                    raise _BadDocument(too_long(limits))
+                take.add(number, {"text": _decode(raw)} if block.kind == "paragraphs" else _json_object(raw))
+            except _BadDocument as error:
+                byte = -1 if begin is None else begin + sum(len(line) + 1 for line in lines[:number])
+                found.problems.append((number, byte, str(error)))
+    if overlong is not None:
+        found.problems.append((found.lines, (begin or 0) + len(data), too_long(limits)))
+        found.lines += 1
+
+
+def _parse_rows(payload: bytes, fields: Fields, limits: Limits, found: Documents) -> None:
+    from megatron_prealign.data.parquet import rows_of
+
+    columns = rows_of(payload)
+    take = _Taker(fields, limits, found, nested=False)
+    values = [columns[key] for key in fields.columns]
+    found.lines = len(values[0])
+    for number, row in enumerate(zip(*values, strict=True)):
         try:
-            line = stream.readline()
-        except (EOFError, zlib.error, OSError) as error:
-            damage = ReadError(f"{name}:{line_number + 1}", _read_failure(error))
-            break
-        if not line:
-            break
-        line_number += 1
-        if line_number == 1 and line.startswith(_UTF8_BOM):
-            line = line[len(_UTF8_BOM) :]
-        lines.append(line)
-        size += len(line)
-        if size >= block_bytes and ends_document(line):
-            position = raw.tell()
-            yield Block(name, first_line, b"".join(lines), position - disk_position)
-            disk_position, first_line = position, line_number + 1
-            lines, size = [], 0
-    if damage is None and line_number == 0:
-        damage = ReadError(name, "empty file; expected at least one document")
-    # At the end of the file the remaining bytes on disk (a gzip footer, too) belong to the last block.
-    if lines or line_number:
-        yield Block(name, first_line, b"".join(lines), os.fstat(raw.fileno()).st_size - disk_position)
-    if damage is not None:
-        raise damage
+            take.add(number, dict(zip(fields.columns, row, strict=True)))
+        except _BadDocument as error:
+            found.problems.append((number, -1, str(error)))
 
 
-def _read_failure(error: Exception) -> str:
-    if isinstance(error, EOFError):
-        return "the gzip data ends too early (a cut-off download or copy?); fetch the file again"
-    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
-        return f"damaged gzip data ({error}); fetch the file again"
-    return f"cannot be read ({error}); check the disk"
+class _Taker:
+    """Takes the texts out of one document after the other."""
+
+    def __init__(self, fields: Fields, limits: Limits, found: Documents, nested: bool = True) -> None:
+        self._fields, self._limits, self._found = fields, limits, found
+        self._get: list[Callable[[dict[str, Any]], Any]] = [
+            _getter(key, nested and "." in key) for key in fields.text_keys
+        ]
+        key = fields.language_key
+        self._language = None if key is None else _getter(key, nested and "." in key)
+
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        """Adds a document, or says that it is empty.
+
+        Raises:
+            _BadDocument: a key is missing or holds something else.
+        """
+        fields, found = self._fields, self._found
+        texts: list[str] = []
+        for key, get in zip(fields.text_keys, self._get, strict=True):
+            text = get(record)
+            if type(text) is not str:
+                raise _BadDocument(_no_text(key, text))
+            texts.append("" if text.isspace() else text)
+        language = None
+        if self._language is not None:
+            language = self._language(record)
+            if not isinstance(language, str) or not language.strip():
+                raise _BadDocument(
+                    f"the language under {fields.language_key!r} is {language!r}; expected a code like de"
+                )
+        if fields.joined_by is not None:
+            texts = [fields.joined_by.join(text for text in texts if text)]
+        if not any(texts):
+            raise _BadDocument(EMPTY)
+        for column, text in zip(found.texts, texts, strict=True):
+            column.append(text)
+        found.numbers.append(number)
+        if language is not None:
+            found.languages.append(language.strip())
 
 
-def _ends_at_any_line(line: bytes) -> bool:
-    return True
-
-
-def _ends_at_blank_line(line: bytes) -> bool:
-    return not line.strip()
-
-
-def parse_block(
-    block: Block, text_key: str = "text", on_error: OnError = "stop", problems: Problems | None = None
-) -> Iterator[tuple[str, str]]:
-    """Yields the documents of a block in order.
-
-    Args:
-        block: what `read_blocks` gave.
-        text_key: the key of the text in each JSON object.
-        on_error: `stop` raises at the first bad document, `skip` adds it to `problems` and goes on.
-        problems: receives what was passed over.
-
-    Yields:
-        (text, `file:line`); the line is the document's first.
-
-    Raises:
-        ReadError: a bad document with `on_error="stop"`.
-    """
-    for line_number, raw in _json_lines(block) if ".jsonl" in block.path[-len(".jsonl.gz") :] else _paragraphs(block):
-        where = f"{block.path}:{line_number}"
+def _getter(key: str, nested: bool) -> Callable[[dict[str, Any]], Any]:
+    def get(record: dict[str, Any]) -> Any:
         try:
-            if ".jsonl" in block.path[-len(".jsonl.gz") :]:
-                yield _json_text(raw, text_key, where), where
-            else:
-                yield _decode(raw, where), where
-        except ReadError as error:
-            if on_error == "stop":
-                raise
-            if problems is not None:
-                problems.add(error.where, error.why)
+            return record[key]
+        except KeyError:
+            if not nested:
+                raise _BadDocument(_no_key(key, record)) from None
+        value: Any = record
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise _BadDocument(_no_key(key, value if isinstance(value, dict) else record))
+            value = value[part]
+        return value
+
+    return get
 
 
-def _json_lines(block: Block) -> Iterator[tuple[int, bytes]]:
-    # Only \n ends a line of JSON; bytes.splitlines() would also cut at a lone \r.
-    for offset, line in enumerate(block.data.split(b"\n")):
-        if line and not line.isspace():
-            yield block.first_line + offset, line
+def _no_key(key: str, record: dict[str, Any]) -> str:
+    keys = ", ".join(list(record)[:_SHOWN_KEYS]) or "none"
+    return f"no key {key!r}; the keys are: {keys}; name the right one with --text-key or --language-key"
 
 
-def _paragraphs(block: Block) -> Iterator[tuple[int, bytes]]:
-    lines: list[bytes] = []
+def _no_text(key: str, value: object) -> str:
+    if isinstance(value, bytes):
+        return f"the value of {key!r} is not UTF-8; convert the text to UTF-8"
+    return f"the value of {key!r} is a JSON {_json_kind(value)}; expected a string"
+
+
+def _paragraphs(lines: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
+    begun: list[bytes] = []
     first = 0
-    for offset, line in enumerate(block.data.split(b"\n")):
+    for number, line in enumerate(lines):
         if line.strip():
-            first = first if lines else block.first_line + offset
-            lines.append(line.rstrip(b"\r"))
-        elif lines:
-            yield first, b"\n".join(lines)
-            lines = []
-    if lines:
-        yield first, b"\n".join(lines)
+            first = first if begun else number
+            begun.append(line.rstrip(b"\r"))
+        elif begun:
+            yield first, b"\n".join(begun)
+            begun = []
+    if begun:
+        yield first, b"\n".join(begun)
 
 
-def _decode(raw: bytes, where: str) -> str:
+def _decode(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ReadError(
-            where, f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; convert the file to UTF-8"
+        raise _BadDocument(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1}; convert the file to UTF-8"
         ) from error
 
 
-def _json_text(raw: bytes, text_key: str, where: str) -> str:
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         # The parser calls broken UTF-8 broken JSON; the byte that is at fault helps more.
-        text = _decode(raw, where)
-        shown = text.strip()[:40]
-        raise ReadError(
-            where, f"not JSON ({error.msg} at column {error.colno}): {shown!r}; expected an object"
-        ) from error
+        shown = _decode(raw).strip()[:40]
+        raise _BadDocument(f"not JSON ({error.msg} at column {error.colno}): {shown!r}; expected an object") from error
     if not isinstance(value, dict):
-        raise ReadError(where, f'a JSON {_json_kind(value)}; expected an object like {{"{text_key}": "..."}}')
-    if text_key not in value:
-        keys = ", ".join(list(value)[:8]) or "none"
-        raise ReadError(where, f"no key {text_key!r}; the keys are: {keys}; name the right one with --text-key")
-    text = value[text_key]
-    if not isinstance(text, str):
-        raise ReadError(where, f"the value of {text_key!r} is a JSON {_json_kind(text)}; expected a string")
-    return text
+        raise _BadDocument(f'a JSON {_json_kind(value)}; expected an object like {{"text": "..."}}')
+    return value
 
 
 def _json_kind(value: object) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+class Places:
+    """Where the lines of an input lie, while its blocks are gone through in order."""
+
+    def __init__(self, name: str, unit: str = "", first: int | None = 0) -> None:
+        """Starts behind `first` lines of the input `name`; None where their number is not known. `unit` stands before a
+        number, as in `row 3`."""
+        self.name, self.unit, self.lines = name, unit, first
+
+    def of(self, number: int, byte: int) -> str:
+        """The place of a line of the block at hand."""
+        if self.lines is None:
+            return f"{self.name}:byte {byte:,}" if byte >= 0 else self.name
+        return f"{self.name}:{self.unit}{self.lines + number + 1}"
+
+    def pass_over(self, lines: int) -> None:
+        """Goes on behind a block with so many lines."""
+        if self.lines is not None:
+            self.lines += lines
+
+
+def unit_of(source: Input) -> str:
+    """What stands before a number in a place within this input."""
+    return "row " if source.kind in ("parquet", "hub") else ""
 
 
 def read_documents(
-    paths: Sequence[str | Path],
-    text_key: str = "text",
+    inputs: Sequence[Input],
+    text_keys: Sequence[str] = ("text",),
     on_error: OnError = "stop",
     problems: Problems | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Streams all documents of all files, in order.
+    """Streams all documents of all inputs, in order; several keys are joined by a line break. Empty documents are left
+    out.
 
     Args:
-        paths: the input files.
-        text_key: the key of the text in each JSON object.
+        inputs: as `inputs.resolve_inputs` found them.
+        text_keys: the keys of the text in each JSON object or row.
         on_error: `stop` raises at the first bad document or file; `skip` adds it to `problems` and goes on.
         problems: receives what was passed over.
+        limits: of a document's length.
 
     Yields:
-        (text, `file:line`). The text may be empty.
+        (text, `file:line`).
 
     Raises:
         ReadError: something bad with `on_error="stop"`.
-        UserError: a missing file or an unknown kind of file, whatever `on_error` says.
+        UserError: a file that cannot be opened, whatever `on_error` says.
     """
-    for path in paths:
-        try:
-            for block in read_blocks(path):
-                yield from parse_block(block, text_key, on_error, problems)
-        except ReadError as error:
-            if on_error == "stop":
-                raise
-            if problems is not None:
-                problems.add(error.where, error.why)
+    fields = Fields(tuple(text_keys), joined_by=None if len(text_keys) == 1 else "\n")
+    limits = Limits() if limits is None else limits
+    for source in inputs:
+        places = Places(source.name, unit_of(source))
+        for block in read_blocks(source, fields.columns, limits, Extent()):
+            found = parse_block(block, fields, limits)
+            # In the order of the file, so that everything in front of a bad document comes before the error.
+            bad = iter([*found.problems, None])
+            worst = next(bad)
+            for number, text in zip(found.numbers, found.texts[0], strict=True):
+                while worst is not None and worst[0] < number:
+                    _report(places, worst, block, on_error, problems)
+                    worst = next(bad)
+                yield text, places.of(number, -1)
+            while worst is not None:
+                _report(places, worst, block, on_error, problems)
+                worst = next(bad)
+            places.pass_over(found.lines)
+
+
+def _report(
+    places: Places, problem: tuple[int, int, str], block: Block, on_error: OnError, problems: Problems | None
+) -> None:
+    number, byte, why = problem
+    where = block.place or places.of(number, byte)
+    if on_error == "stop" and why != EMPTY:
+        raise ReadError(where, why)
+    if problems is not None:
+        problems.add(where, why)

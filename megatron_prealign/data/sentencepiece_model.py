@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class SentencePieceTokenizer(Tokenizer):
     """A `.model` file as `spm_train` writes it."""
 
+    library = "sentencepiece"
+
     def __init__(self, path: Path) -> None:
         import sentencepiece
 

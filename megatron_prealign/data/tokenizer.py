@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 
+from megatron_prealign.data.gigatoken_engine import RowEngine
 from megatron_prealign.errors import UserError
 
 # Tried in this order where the files name no end-of-sequence token.
@@ -32,6 +33,8 @@ class Tokenizer(ABC):
     """Control tokens: never replaced, never cloned, never part of a word."""
     fingerprint: str
     """`sha256:<hex>` of everything that decides ids; independent of file names and dates."""
+    library: str
+    """What encodes, for reports."""
     word_encoder: str = "word by word"
     """What `encode_word_rows` encoded with the last time, for reports."""
 
@@ -42,6 +45,22 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         """The ids of every text; equal to `encode` one by one, but faster."""
         return [self.encode(text, language) for text in texts]
+
+    def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """`encode_batch` as arrays.
+
+        Returns:
+            ids int64 `[tokens]` and offsets int64 `[len(texts)+1]`: text i is `ids[offsets[i]:offsets[i+1]]`.
+        """
+        rows = self.encode_batch(texts, language)
+        offsets = numpy.zeros(len(rows) + 1, dtype=numpy.int64)
+        numpy.cumsum([len(row) for row in rows], out=offsets[1:])
+        return numpy.fromiter(chain.from_iterable(rows), numpy.int64, int(offsets[-1])), offsets
+
+    def fast_engine(self, language: str | None = None) -> RowEngine | None:
+        """Something that is much faster than `encode_rows` and gives, as far as anyone knows, the same ids; None where
+        there is none. Its answers are to be compared with those of `encode_rows`."""
+        return None
 
     @abstractmethod
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:

@@ -52,15 +52,21 @@ def token_word_starts(text: str, spans: np.ndarray, word_starts: np.ndarray) -> 
 class BitmapWriter:
     """Packs bits that come in pieces into one file."""
 
-    def __init__(self, path: Path) -> None:
-        self._stream: IO[bytes] = path.open("wb")
-        self._rest = np.empty(0, dtype=np.bool_)
+    def __init__(self, path: Path, rest: str | None = None) -> None:
+        """Begins the file; or goes on behind its last whole byte, with the bits that `rest` once gave."""
+        self.stream: IO[bytes] = path.open("wb" if rest is None else "ab")
+        self._rest = np.array([bit == "1" for bit in rest or ""], dtype=np.bool_)
+
+    @property
+    def rest(self) -> str:
+        """The bits that do not fill a byte yet, as `0` and `1`."""
+        return "".join("1" if bit else "0" for bit in self._rest)
 
     def append(self, bits: np.ndarray) -> None:
         """Adds bool [n]; what does not fill a byte waits for more."""
         bits = np.concatenate([self._rest, bits])
         whole = len(bits) // 8 * 8
-        self._stream.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+        self.stream.write(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._rest = bits[whole:]
 
     def append_packed(self, packed: np.ndarray, count: int) -> None:
@@ -85,8 +91,8 @@ class BitmapWriter:
 
     def close(self) -> None:
         """Writes the last byte, filled up with zeros."""
-        with self._stream:
-            self._stream.write(np.packbits(self._rest, bitorder="little").tobytes())
+        with self.stream:
+            self.stream.write(np.packbits(self._rest, bitorder="little").tobytes())
 
 
 def check_words(prefix: str | Path, tokens: int, segmenter: str) -> None:

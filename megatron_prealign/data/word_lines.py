@@ -6,13 +6,12 @@ result is cut at the ids of the line breaks. That gives the ids of the single wo
 break (the number of line breaks shows it) and pre-tokenisation does not look across one, which a sample shows.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy
-import orjson
+
+from megatron_prealign.data.gigatoken_engine import engine_for_definition
 
 if TYPE_CHECKING:
     import tokenizers
@@ -128,30 +127,12 @@ def _splits_lines(definition: dict[str, Any]) -> bool:
 
 
 def _engines(tokenizer: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Iterator[tuple[str, _Engine]]:
-    # Not installed, another version, or a tokenizer it does not know: it is never needed.
-    with suppress(Exception):
-        yield "gigatoken", _gigatoken_engine(definition)
+    engine = engine_for_definition(definition)
+    if engine is not None:
+        yield "gigatoken", lambda texts: engine(texts)[0].astype(numpy.int32)
 
     def encode(texts: list[str]) -> numpy.ndarray:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return numpy.concatenate([numpy.array(encoding.ids, dtype=numpy.int32) for encoding in encodings])
 
     yield "tokenizers", encode
-
-
-def _gigatoken_engine(definition: dict[str, Any]) -> _Engine:
-    import gigatoken
-
-    data = copy.deepcopy(definition)
-    # The names of special tokens are plain text in our encoding.
-    plain = [token["content"] for token in data.get("added_tokens") or [] if not token["special"]]
-    data["added_tokens"] = []
-    engine = gigatoken.Tokenizer.from_json(orjson.dumps(data))
-
-    def encode(texts: list[str]) -> numpy.ndarray:
-        if any(name in text for name in plain for text in texts):
-            raise ValueError("an added token in the text")
-        ids, lengths = engine.encode_batch_padded(texts, pad_id=0)
-        return ids[numpy.arange(ids.shape[1]) < lengths[:, None]].astype(numpy.int32)
-
-    return encode

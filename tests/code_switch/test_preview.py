@@ -16,7 +16,7 @@ from megatron_prealign.code_switch import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
 from megatron_prealign.code_switch.preview_text import Look, render_preview, split_space
 from megatron_prealign.code_switch.token_text import INCOMPLETE
-from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.samples import TrainSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
@@ -96,7 +96,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     tokenizer = load_tokenizer(folder / "tokenizer")
     for language, segmenter in (("en", None), ("zh", "word_cutters:KnownWords")):
         source, prefix = str(folder / f"{language}.jsonl"), str(folder / language)
-        preprocess([source], str(tokenizer.path), prefix, language, show_progress=False, segmenter=segmenter)
+        settings = PreprocessSettings(language=language, segmenter=segmenter)
+        preprocess([source], str(tokenizer.path), prefix, settings, show_progress=False)
     english = build(folder, tokenizer, {f"en-{language}": pairs for language, pairs in PAIRS.items()})
     words = [f"{word} {english}" for word, english in zip(WORDS, ("apple", "bank", "house"), strict=False)]
     return Material(tokenizer, english, build(folder, tokenizer, {"zh-en": words}), documents["en"], folder)

@@ -75,7 +75,7 @@ def clone_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
     """Writes documents as PREFIX.bin, .idx and .json, with a segmenter also .words; returns the prefix."""
-    from megatron_prealign.data.preprocess import preprocess
+    from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 
     def make(tokenizer: Tokenizer, documents: list[str], language: str, segmenter: str | None = None) -> Path:
         import json
@@ -83,7 +83,8 @@ def make_dataset(tmp_path: Path) -> Callable[..., Path]:
         source = tmp_path / f"{language}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
         prefix = tmp_path / (f"data_{language}" if segmenter is None else f"words_{language}")
-        preprocess([str(source)], str(tokenizer.path), str(prefix), language, "text", "stop", 1, segmenter=segmenter)
+        settings = PreprocessSettings(language=language, segmenter=segmenter)
+        preprocess([str(source)], str(tokenizer.path), str(prefix), settings)
         return prefix
 
     return make

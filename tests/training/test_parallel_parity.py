@@ -11,7 +11,7 @@ from tiny import VOCAB_SIZE, Tiny
 from whole_runs import records, run, weights
 from workers import WorkerPool
 
-from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 
 # Sums run in another order under another layout; in fp32 five steps of Adam at lr 1e-3 stay well inside this.
 TOLERANCE = 1e-4
@@ -120,7 +120,7 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
     corpus = tmp_path / "lines.jsonl"
     corpus.write_text("\n".join(lines), encoding="utf-8")
     for language in ("en", "en_clone"):
-        preprocess([str(corpus)], tiny.tokenizer, str(tmp_path / language), language, show_progress=False)
+        preprocess([str(corpus)], tiny.tokenizer, str(tmp_path / language), PreprocessSettings(language=language), False)
 
     def trained(name: str, world_size: int, resets: bool, parallel: dict[str, Any], **model: Any) -> Path:
         folder = tmp_path / name
