@@ -14,7 +14,7 @@ from megatron_prealign.data.blocks import Block, Limits, extents, read_blocks
 from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
 from megatron_prealign.data.readers import EMPTY, Fields, OnError, Places, ReadError, unit_of
-from megatron_prealign.data.segmenters import segmenter_for
+from megatron_prealign.data.segmenters import resolve_segmenter
 from megatron_prealign.data.sidecar import (
     InputRecord,
     Sidecar,
@@ -225,7 +225,7 @@ class _Run:
         journal = unfinished.journal
         before = sum(state["text_bytes"] for state in journal.outputs)
         if not journal.is_complete:
-            unfinished.open_writers(lambda language: segmenter_for(self.settings.segmenter, language) is not None)
+            unfinished.open_writers(lambda language: resolve_segmenter(self.settings.segmenter, language) is not None)
             total = sum(source.bytes for source in self.sources)
             if self.settings.shard is not None:
                 total //= self.settings.shard[1]
@@ -351,7 +351,7 @@ class _Run:
         for number, state in enumerate(unfinished.journal.outputs):
             prefix = self._prefix(Route(state["column"], state["language"]))
             prefixes.append(prefix)
-            has_words = segmenter_for(self.settings.segmenter, state["language"]) is not None
+            has_words = resolve_segmenter(self.settings.segmenter, state["language"]) is not None
             for path in (bin_path(prefix), idx_path(prefix), words_path(prefix), sidecar_path(prefix)):
                 source = unfinished.folder / f"{number}{path.name[len(Path(prefix).name) :]}"
                 if path != words_path(prefix) or has_words:
@@ -384,7 +384,7 @@ class _Run:
             skipped=journal.problems.listed,
             skipped_count=journal.problems.count,
             inputs=[InputRecord(source.name, source.bytes) for source in self.sources],
-            segmenter=segmenter_for(settings.segmenter, writer.route.language),
+            segmenter=resolve_segmenter(settings.segmenter, writer.route.language),
             checksums=sums,
             engine=self._engine(writer.route.language, journal.plain_from),
             text_keys=list(keys if settings.fields.joined_by is not None else keys[writer.route.column :][:1]),

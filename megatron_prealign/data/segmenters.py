@@ -110,11 +110,6 @@ def resolve_segmenter(name: str | None, language: str) -> str | None:
     return BY_LANGUAGE.get(language.replace("-", "_").partition("_")[0].lower())
 
 
-def segmenter_for(name: str | None, language: str) -> str | None:
-    """x"""
-    return name
-
-
 def open_segmenter(name: str, language: str) -> Segmenter:
     """The segmenter of a name: one of `BUILT_IN`, or `module:Class` for a class of one's own.
 

@@ -11,7 +11,7 @@ from megatron_prealign.data.blocks import Block, Limits
 from megatron_prealign.data.gigatoken_engine import RowEngine, UnsuitableTextError
 from megatron_prealign.data.indexed import token_dtype
 from megatron_prealign.data.readers import EMPTY, Documents, Fields, parse_block
-from megatron_prealign.data.segmenters import Segmenter, checked_word_starts, open_segmenter, segmenter_for
+from megatron_prealign.data.segmenters import Segmenter, checked_word_starts, open_segmenter, resolve_segmenter
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.word_bitmap import token_word_starts
 from megatron_prealign.errors import UserError
@@ -119,7 +119,7 @@ class BlockTokeniser:
             UserError: its package is missing, or there is no such segmenter.
         """
         if language not in self._segmenters:
-            name = segmenter_for(self._settings.segmenter, language)
+            name = resolve_segmenter(self._settings.segmenter, language)
             self._segmenters[language] = None if name is None else open_segmenter(name, language)
         return self._segmenters[language]
 
@@ -203,7 +203,7 @@ class BlockTokeniser:
         """Ids, offsets, and where words start among the ids."""
         rows: list[numpy.ndarray] = [numpy.empty(0, dtype=numpy.int64)]
         bits: list[numpy.ndarray] = [numpy.empty(0, dtype=numpy.bool_)]
-        name = segmenter_for(self._settings.segmenter, language) or ""
+        name = resolve_segmenter(self._settings.segmenter, language) or ""
         for text, number in zip(texts, numbers, strict=True):
             ids, spans = self.tokenizer.encode_with_offsets(text, language)
             try:

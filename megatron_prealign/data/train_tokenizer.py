@@ -6,8 +6,7 @@ from pathlib import Path
 
 from megatron_prealign.data.clone import save_clone_language
 from megatron_prealign.data.files import make_folder, write_atomically
-from megatron_prealign.data.inputs import Input, resolve_inputs
-from megatron_prealign.data.readers import OnError, Problems, read_documents
+from megatron_prealign.data.readers import OnError, Problems, check_inputs, read_documents
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 
@@ -44,7 +43,7 @@ def train_tokenizer(
     Raises:
         UserError: bad options, inputs or documents, or too little text for `vocab_size` tokens.
     """
-    sources = resolve_inputs(inputs)
+    check_inputs(inputs)
     if vocab_size < MINIMUM_VOCABULARY:
         raise UserError(f"vocab_size is {vocab_size}; expected at least {MINIMUM_VOCABULARY} (256 bytes and {EOD})")
     if clone_language is not None and not clone_language.strip():
@@ -71,7 +70,7 @@ def train_tokenizer(
         show_progress=False,
     )
     with Progress("read text", unit="documents", enabled=show_progress) as progress:
-        tokenizer.train_from_iterator(_texts(sources, text_key, on_error, problems, progress), trainer)
+        tokenizer.train_from_iterator(_texts(inputs, text_key, on_error, problems, progress), trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise UserError(
@@ -93,8 +92,8 @@ def train_tokenizer(
 
 
 def _texts(
-    inputs: Sequence[Input], text_key: str, on_error: OnError, problems: Problems, progress: Progress
+    inputs: Sequence[str | Path], text_key: str, on_error: OnError, problems: Problems, progress: Progress
 ) -> Iterator[str]:
-    for text, _ in read_documents(inputs, (text_key,), on_error, problems):
+    for text, _ in read_documents(inputs, text_key, on_error, problems):
         progress.update()
         yield text

@@ -140,6 +140,8 @@ class TokenWriter:
 
     def close(self) -> None:
         """Closes the files, which lie as they are."""
+        if self._bin.closed:
+            return
         self._bin.close()
         self._lengths.close()
         if self._words is not None:

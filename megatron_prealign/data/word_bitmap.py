@@ -86,7 +86,7 @@ class BitmapWriter:
             shifted[0] |= np.packbits(self._rest, bitorder="little")[0]
             bits = shifted
         whole, rest = divmod(used + count, 8)
-        self._stream.write(bits[:whole].tobytes())
+        self.stream.write(bits[:whole].tobytes())
         self._rest = np.unpackbits(bits[whole : whole + 1], count=rest, bitorder="little").view(np.bool_)
 
     def close(self) -> None:

@@ -4,7 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,14 +15,18 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_prealign.arguments import join_values, underscored, with_value
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
-from megatron_prealign.data import readers
+from megatron_prealign.data.blocks import Block, Limits
+from megatron_prealign.data.checksum import file_checksum
 from megatron_prealign.data.indexed import open_indexed
-from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
+from megatron_prealign.data.readers import Fields
 from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.tokenise import BlockTokeniser, Route, TokeniserSettings
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.errors import UserError
 
+GERMAN = PreprocessSettings(language="de")
 WORDS = [
     "the",
     "dog's",
@@ -68,7 +73,7 @@ def run(folder: Path, out: Path, *arguments: str) -> int:
 
 def test_megatron_core_reads_the_tokens_back(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     inputs = [folder / "a.jsonl", folder / "b.txt.gz"]
-    result = preprocess(inputs, folder / "tok", tmp_path / "new/de", "de", show_progress=False)
+    result = preprocess(inputs, folder / "tok", tmp_path / "new/de", GERMAN, show_progress=False)
     texts = [*documents(300, 1), *documents(200, 2)]
     expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
     dataset = IndexedDataset(str(tmp_path / "new/de"))
@@ -84,31 +89,31 @@ def test_megatron_core_reads_the_tokens_back(folder: Path, tokenizer: Tokenizer,
     assert sidecar.tokenizer.fingerprint == tokenizer.fingerprint
     assert sidecar.tokenizer.vocab_size == 320
     assert [(item.path, item.bytes) for item in sidecar.inputs] == [(str(p), p.stat().st_size) for p in inputs]
-    assert result.words == sum(len(text.split()) for text in texts)
+    assert sidecar.engine == "gigatoken" and sidecar.text_keys == ["text"] and sidecar.shard is None
+    for ending in ("bin", "idx"):
+        assert sidecar.checksums[ending] == file_checksum(tmp_path / f"new/de.{ending}")
+    # Of every sixteenth document of a block; what follows a text file's last blank line is a block of its own.
+    sample = [*documents(300, 1)[::16], *documents(200, 2)[:199:16], documents(200, 2)[199]]
+    ratio = sum(len(tokenizer.encode(text)) for text in sample) / sum(len(text.split()) for text in sample)
+    assert result.tokens_per_word == pytest.approx(ratio, rel=1e-12)  # the same division of the same integers
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["de.bin", "de.idx", "de.json"]
 
 
-def test_workers_do_not_change_a_byte(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small blocks, so that there are many more than can be in flight.
-    small = readers.read_blocks
-
-    def read_small(path: Path) -> Iterator[readers.Block]:
-        return small(path, 700)
-
-    monkeypatch.setattr(module, "read_blocks", read_small)
+def test_workers_do_not_change_a_byte(folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"text": ""}\nx\n{"text": "b"}\n')
     for workers in (1, 2):
         inputs = [folder / "a.jsonl", bad, folder / "b.txt.gz"]
-        out = tmp_path / f"w{workers}"
-        preprocess(inputs, folder / "tok", out, "de", on_error="skip", workers=workers, show_progress=False)
+        # Small blocks, so that there are many more than can be in flight.
+        settings = replace(GERMAN, on_error="skip", workers=workers, limits=Limits(block_bytes=700))
+        preprocess(inputs, folder / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     for ending in ("bin", "idx", "json"):
         assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w2.{ending}").read_bytes()
     sidecar = load_sidecar(tmp_path / "w2")
     assert (sidecar.documents, sidecar.skipped_count) == (502, 2)
     assert [problem.where for problem in sidecar.skipped] == [f"{bad}:2", f"{bad}:3"]
     with pytest.raises(UserError, match=r"bad\.jsonl:3: not JSON"):
-        preprocess([bad, folder / "a.jsonl"], folder / "tok", tmp_path / "w3", "de", workers=2, show_progress=False)
+        preprocess([bad, folder / "a.jsonl"], folder / "tok", tmp_path / "w3", replace(GERMAN, workers=2), False)
     assert not list(tmp_path.glob("*w3*"))
 
 
@@ -116,7 +121,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     files = [str(folder / "a.jsonl"), str(folder / "b.txt.gz")]
     assert run(folder, tmp_path / "x", "--input", *files, "--workers", "1") == 0
     printed = capsys.readouterr().out
-    for part in ("documents        500", "tokens per word", "MB/s", "skipped          0"):
+    for part in ("documents        500", "tokens per word", "MB of text a second", "skipped          0"):
         assert part in printed
     assert run(folder, tmp_path / "y", "--input", files[0], "--text-key=body", "--workers=1") == 0
     dataset = open_indexed(tmp_path / "y")
@@ -139,7 +144,9 @@ def test_clone_language(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> N
         (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tok/clone.json").write_text('{"language": "en_clone"}')
     for language in ("en", "en_clone"):
-        preprocess([folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, language, show_progress=False)
+        preprocess(
+            [folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, PreprocessSettings(language=language), False
+        )
     plain, clone = open_indexed(tmp_path / "en"), open_indexed(tmp_path / "en_clone")
     for text, row, cloned in zip(documents(300, 1), plain, clone, strict=True):
         assert row.tolist() == [*tokenizer.encode(text), 0]
@@ -153,7 +160,7 @@ BAD_FILES = {
     "not a string": ("bad.jsonl", b'{"text": ["a"]}\n', ":1: the value of 'text' is a JSON array"),
     "not UTF-8": ("bad.txt", b"caf\xe9\n", ":1: not UTF-8"),
     "empty": ("bad.jsonl", b"", ": empty file"),
-    "only blank": ("bad.txt", b"\n \n", "no document left of 1 input files"),
+    "only blank": ("bad.txt", b"\n \n", "no document left of 1 inputs"),
     "cut gzip": ("bad.txt.gz", gzip.compress(b"text " * 5000)[:-20], ":1: the gzip data ends too early"),
     "unknown ending": ("bad.csv", b"a,b", "unknown kind of file"),
 }
@@ -201,12 +208,29 @@ def test_bad_options(
     assert not list(tmp_path.iterdir())
 
 
-def test_ids_outside_the_vocabulary_are_refused_before_the_cast(folder: Path, tmp_path: Path) -> None:
+class OneIdTooLarge(Tokenizer):
+    """Gives an id beyond its vocabulary for one word."""
+
+    def __init__(self, base: Tokenizer, index: int) -> None:
+        self.__dict__.update(base.__dict__)
+        self.base, self.index = base, index
+
+    def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+        return [[self.index] if text == "wrong" else self.base.encode(text) for text in texts]
+
+    encode = encode_words = encode_with_offsets = decode = word_boundaries = None  # type: ignore[assignment]
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_the_cast(tokenizer: Tokenizer) -> None:
+    settings = TokeniserSettings("", Fields(), Limits(), "de", None)
+    block = Block("lines", b'{"text": "a"}\n\n{"text": "wrong"}\n', 1, 0)
     # 65,536 + 3 would become 3 in 16 bits without a word.
-    for ids in ([5, 65_539], [-1], [400]):
-        with pytest.raises(UserError, match=r"a:1: the tokenizer gave ids from .* expected 0 to 399"):
-            module._check_document(numpy.array(ids), 400, "a:1")
-    module._check_document(numpy.array([0, 399]), 400, "a:1")
+    for index in (65_539, -1, 320):
+        result = BlockTokeniser(settings, OneIdTooLarge(tokenizer, index))(block, plain=True)
+        assert result.fault is not None and result.fault[0] == 2
+        assert f"gave the id {index}, expected 0 to 319" in result.fault[1]
+    result = BlockTokeniser(settings, OneIdTooLarge(tokenizer, 319))(block, plain=True)
+    assert result.fault is None and result.routes[Route(0, "de")].ids[-2:].tolist() == [319, 0]
 
 
 def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from word_cutters import WORDS, KnownWords
 
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
-from megatron_prealign.data import readers
+from megatron_prealign.data.blocks import Limits
 from megatron_prealign.data.indexed import open_indexed
-from megatron_prealign.data.preprocess import preprocess
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.segmenters import BUILT_IN, checked_word_starts, cut, open_segmenter, resolve_segmenter
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
@@ -195,8 +194,9 @@ def expected_bits(tokenizer: Tokenizer, text: str) -> tuple[list[bool], int]:
 def test_bits_from_text_to_file(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     inputs = [folder / "a.jsonl", folder / "b.txt.gz"]
     name = "word_cutters:KnownWords"
-    preprocess(inputs, folder / "tok", tmp_path / "with", "zh", show_progress=False, segmenter=name)
-    preprocess(inputs, folder / "tok", tmp_path / "without", "zh", show_progress=False)
+    for segmenter, out in ((name, "with"), (None, "without")):
+        settings = PreprocessSettings(language="zh", segmenter=segmenter)
+        preprocess(inputs, folder / "tok", tmp_path / out, settings, show_progress=False)
     for ending in ("bin", "idx"):
         assert (tmp_path / f"with.{ending}").read_bytes() == (tmp_path / f"without.{ending}").read_bytes()
     assert load_sidecar(tmp_path / "with").segmenter == name
@@ -216,27 +216,17 @@ def test_bits_from_text_to_file(folder: Path, tokenizer: Tokenizer, tmp_path: Pa
     assert inside > 20
 
 
-def test_workers_do_not_change_the_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_do_not_change_the_bits(folder: Path, tmp_path: Path) -> None:
     need("jieba")
-    small = readers.read_blocks
-
-    def read_small(path: Path) -> Iterator[readers.Block]:
-        return small(path, 700)
-
-    monkeypatch.setattr(module, "read_blocks", read_small)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "我们学习"}\n{"text": ""}\nx\n', encoding="utf-8")
     for workers in (1, 2):
-        preprocess(
-            [folder / "a.jsonl", bad, folder / "b.txt.gz"],
-            folder / "tok",
-            tmp_path / f"w{workers}",
-            "zh",
-            on_error="skip",
-            workers=workers,
-            show_progress=False,
-            segmenter="jieba",
+        # Small blocks, so that there are many more than can be in flight.
+        settings = PreprocessSettings(
+            language="zh", on_error="skip", workers=workers, segmenter="jieba", limits=Limits(block_bytes=700)
         )
+        inputs = [folder / "a.jsonl", bad, folder / "b.txt.gz"]
+        preprocess(inputs, folder / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     for ending in ("bin", "idx", "words", "json"):
         assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w2.{ending}").read_bytes()
 
@@ -292,13 +282,7 @@ def test_a_clone_has_the_same_bits(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tok/clone.json").write_text('{"language": "zh_clone"}')
     for language in ("zh", "zh_clone"):
-        preprocess(
-            [folder / "a.jsonl"],
-            tmp_path / "tok",
-            tmp_path / language,
-            language,
-            show_progress=False,
-            segmenter="word_cutters:KnownWords",
-        )
+        settings = PreprocessSettings(language=language, segmenter="word_cutters:KnownWords")
+        preprocess([folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, settings, show_progress=False)
     assert (tmp_path / "zh.words").read_bytes() == (tmp_path / "zh_clone.words").read_bytes()
     assert (tmp_path / "zh.bin").read_bytes() != (tmp_path / "zh_clone.bin").read_bytes()

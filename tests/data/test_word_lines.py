@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import awkward
 import numpy
 import pytest
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
@@ -82,13 +83,11 @@ def fake_gigatoken(monkeypatch: pytest.MonkeyPatch, shift: int = 0) -> list[str]
         def from_json(cls, data: bytes) -> "Engine":
             return cls(data)
 
-        def encode_batch_padded(self, texts: list[str], pad_id: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        def encode_batch(self, texts: list[str]) -> Any:
             asked.extend(texts)
             found = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-            width = max(map(len, found))
-            padded = numpy.array([row + [pad_id] * (width - len(row)) for row in found], dtype=numpy.uint32)
-            padded[-1, 0] += shift
-            return padded, numpy.array([len(row) for row in found])
+            found[-1][0] += shift
+            return awkward.Array([numpy.array(row, dtype=numpy.uint32) for row in found])
 
     module: Any = types.ModuleType("gigatoken")
     module.Tokenizer = Engine

@@ -120,7 +120,9 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
     corpus = tmp_path / "lines.jsonl"
     corpus.write_text("\n".join(lines), encoding="utf-8")
     for language in ("en", "en_clone"):
-        preprocess([str(corpus)], tiny.tokenizer, str(tmp_path / language), PreprocessSettings(language=language), False)
+        preprocess(
+            [str(corpus)], tiny.tokenizer, str(tmp_path / language), PreprocessSettings(language=language), False
+        )
 
     def trained(name: str, world_size: int, resets: bool, parallel: dict[str, Any], **model: Any) -> Path:
         folder = tmp_path / name
