@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from megatron_prealign.arguments import underscored, with_value
 from megatron_prealign.cli import Actions, parse_options, run_action
@@ -53,6 +54,29 @@ class VerifyOptions:
     """Also compare with this tokenizer."""
     workers: int | None = None
     """Threads that read; by default one for each CPU core this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairOptions:
+    """Makes PREFIX.idx and the counts and checksums in PREFIX.json again from PREFIX.bin, where every document ends
+    with the end-of-document id. Also gives token files of other tools a PREFIX.json. Older files are kept as .bak."""
+
+    input: str
+    """Prefix of the dataset."""
+    tokenizer: str | None = None
+    """Tokenizer that made the ids, if there is no PREFIX.json."""
+    language: str | None = None
+    """Language code of the documents, if there is no PREFIX.json."""
+    dtype: Literal["auto", "uint16", "int32"] = "auto"
+    """How the tokens are stored; auto: as the old index says, or else as the vocabulary needs it."""
+    cut_tail: bool = False
+    """Move what lies behind the last whole document into PREFIX.bin.tail."""
+    drop_words: bool = False
+    """Go on without the marks of words (PREFIX.words)."""
+    force: bool = False
+    """Write also if all is well, or if the tokens have changed since their checksum was taken."""
+    workers: int | None = None
+    """Threads that check; by default one for each CPU core this process may use."""
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -116,6 +140,31 @@ def verify(argv: Sequence[str]) -> int:
     return 0
 
 
+def repair(argv: Sequence[str]) -> int:
+    options = parse_options(RepairOptions, "dataset repair", _flags(argv, "--cut_tail", "--drop_words", "--force"))
+
+    from megatron_prealign.data.repair import repair as repair_dataset
+
+    done = repair_dataset(
+        options.input,
+        tokenizer=options.tokenizer,
+        language=options.language,
+        dtype=options.dtype,
+        cut_tail=options.cut_tail,
+        drop_words=options.drop_words,
+        force=options.force,
+        workers=_workers(options.workers),
+    )
+    if not done.changed:
+        print(f"{options.input}: nothing to repair; --force writes the index all the same")
+        return 0
+    facts = done.sidecar
+    print(f"wrote {options.input}.idx and .json: {facts.documents:,} documents, {facts.tokens:,} tokens")
+    for path in done.kept:
+        print(f"kept {path}")
+    return 0
+
+
 def _flags(argv: Sequence[str], *options: str) -> list[str]:
     """Lets switches stand without a value."""
     arguments = underscored(argv)
@@ -137,6 +186,7 @@ ACTIONS: Actions = {
     "merge": (merge, "join shards or datasets into one"),
     "inspect": (inspect, "counts, lengths of documents, frequent tokens, decoded samples"),
     "verify": (verify, "read everything and list what is wrong"),
+    "repair": (repair, "make the index and the counts again from the tokens"),
 }
 
 

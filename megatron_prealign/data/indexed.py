@@ -160,6 +160,15 @@ def load_index(path: Path, prefix: str = "") -> Index:
     return index
 
 
+def index_dtype(path: Path) -> numpy.dtype:
+    """The type of the tokens as the header alone says.
+
+    Raises:
+        UserError: it is no header.
+    """
+    return _read_header(path)[2]
+
+
 def _map(path: Path, dtype: str, offset: int, count: int) -> numpy.ndarray:
     if count == 0:
         # An empty range cannot be mapped.

@@ -288,7 +288,9 @@ def _fact_lines(facts: dict[str, Any]) -> list[str]:
         f"language      {facts['language']}",
         f"tokenizer     {tokenizer['path']}, {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:19]}...",
         f"documents     {ends}{', starts with BOS' if facts['bos'] else ''}",
-        f"text          {facts['bytes']:,} bytes, {facts['bytes'] / max(facts['tokens'], 1):.2f} a token",
+        f"text          {facts['bytes']:,} bytes, {facts['bytes'] / max(facts['tokens'], 1):.2f} a token"
+        if facts["bytes"]
+        else "text          of unknown size",
         f"words         {'not marked' if facts['segmenter'] is None else 'marked by ' + facts['segmenter']}",
     ]
     if facts["shard"] is not None:

@@ -55,7 +55,7 @@ class Sidecar:
     tokens: int
     """Tokens in the dataset, end-of-document tokens included."""
     bytes: int
-    """UTF-8 bytes of the tokenised text."""
+    """UTF-8 bytes of the tokenised text; 0 if nobody knows, after a repair."""
     skipped: list[Problem] = field(default_factory=list)
     """The first documents or files that were passed over."""
     skipped_count: int = 0
