@@ -127,7 +127,7 @@ def open_segmenter(name: str, language: str) -> Segmenter:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(
-            f"segmenter {name!r}: unknown; expected auto, {', '.join(BUILT_IN)}, or module:Class for a class of your own"
+            f"segmenter {name!r}: unknown; expected auto, {', '.join(BUILT_IN)}, or module:Class of your own"
         )
     try:
         made = getattr(importlib.import_module(module), attribute)(language)
