@@ -146,7 +146,7 @@ def open_materials(recipe: Recipe) -> Materials:
     """
     vocabulary, dictionary, validation, plan = on_every_rank("opening the data", lambda: _open_files(recipe))
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    on_every_rank("building the sample index", lambda: plan.write_index() if is_builder else None)
+    on_every_rank("building the sample index", lambda: is_builder and plan.write_index())
     train = on_every_rank("opening the sample index", plan.open)
     return Materials(vocabulary, dictionary, train, validation)
 
@@ -156,7 +156,17 @@ def _open_files(recipe: Recipe) -> tuple[Vocabulary, Dictionary | None, Validati
     vocabulary = open_vocabulary(recipe)
     dictionary = open_dictionary(recipe, vocabulary)
     validation = open_validation(recipe, vocabulary)
-    plan = TrainPlan.read(
+    plan = open_plan(recipe, vocabulary)
+    return vocabulary, dictionary, validation, plan
+
+
+def open_plan(recipe: Recipe, vocabulary: Vocabulary) -> TrainPlan:
+    """Opens the training data and says where its sample index belongs, which need not be there yet.
+
+    Raises:
+        UserError: a dataset is missing, damaged, too small or does not fit.
+    """
+    return TrainPlan.read(
         recipe.data,
         num_samples=num_samples(recipe),
         seed=recipe.training.seed,
@@ -166,7 +176,6 @@ def _open_files(recipe: Recipe) -> tuple[Vocabulary, Dictionary | None, Validati
         tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
         lookahead=lookahead_tokens(recipe),
     )
-    return vocabulary, dictionary, validation, plan
 
 
 def lookahead_tokens(recipe: Recipe) -> int:

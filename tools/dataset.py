@@ -165,6 +165,25 @@ def repair(argv: Sequence[str]) -> int:
     return 0
 
 
+def prepare_cache(argv: Sequence[str]) -> int:
+    from megatron_prealign.recipe import load_recipe
+
+    recipe = load_recipe(underscored(argv), "dataset prepare-cache")
+
+    from megatron_prealign.runtime import log
+
+    log.configure()
+    from megatron_prealign.prepare_cache import prepare_cache as prepare
+
+    done = prepare(recipe)
+    print(f"{'wrote' if done.built else 'already there:'} {done.directory}")
+    print(f"samples  {done.samples:,} of {recipe.data.seq_length:,} tokens")
+    print(f"index    {done.bytes:,} bytes")
+    if recipe.data.cache is None:
+        print("data.cache is not set: only runs with this logging.run_dir look there")
+    return 0
+
+
 def _flags(argv: Sequence[str], *options: str) -> list[str]:
     """Lets switches stand without a value."""
     arguments = underscored(argv)
@@ -187,6 +206,7 @@ ACTIONS: Actions = {
     "inspect": (inspect, "counts, lengths of documents, frequent tokens, decoded samples"),
     "verify": (verify, "read everything and list what is wrong"),
     "repair": (repair, "make the index and the counts again from the tokens"),
+    "prepare-cache": (prepare_cache, "make the sample index of a recipe before training does"),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prealign.data.files import sync_folder
 from megatron_prealign.errors import UserError
 
 _FORMAT_VERSION = 1
@@ -26,7 +27,7 @@ class IncompleteCacheError(Exception):
     """A cache folder is missing or not what its manifest says; the text is the reason."""
 
 
-def build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> None:
+def build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> bool:
     """Writes the cache folder `directory` where it is missing or damaged.
 
     One process per node calls this. Builders of several nodes on one shared disk take turns by a file lock, so the
@@ -36,11 +37,14 @@ def build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.
         directory: The cache folder. Its name must identify the content, because a complete folder is never rewritten.
         build: Yields (name, non-empty array); called only when needed.
 
+    Returns:
+        Whether this call built it.
+
     Raises:
         UserError: the folder cannot be written.
     """
     try:
-        _build_if_needed(directory, build)
+        return _build_if_needed(directory, build)
     except OSError as error:
         raise UserError(
             f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable folder "
@@ -102,12 +106,12 @@ def _load_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
     return np.asarray(array)
 
 
-def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> None:
+def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> bool:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(directory.parent / f".{directory.name}.lock") as locked:
         try:
             load_arrays(directory)
-            return
+            return False
         except IncompleteCacheError:
             pass
         if locked:
@@ -121,6 +125,7 @@ def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np
             _publish(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    return True
 
 
 def _write_arrays(directory: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -135,6 +140,7 @@ def _write_arrays(directory: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> 
     with open(directory / _MANIFEST, "w", encoding="utf-8") as text_file:
         json.dump({"format_version": _FORMAT_VERSION, "arrays": facts}, text_file, indent=1)
         _flush_to_disk(text_file.fileno(), text_file.flush)
+    sync_folder(directory)
 
 
 def _flush_to_disk(descriptor: int, flush: Callable[[], None]) -> None:
@@ -157,6 +163,7 @@ def _publish(temporary: Path, directory: Path) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
     try:
         os.rename(temporary, directory)
+        sync_folder(directory.parent)
     except OSError:
         try:
             load_arrays(directory)

@@ -109,13 +109,13 @@ class TrainPlan:
         key = _index_key(sources, weights, data.seq_length, num_samples, seed)
         return cls(sources, weights, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}", lookahead)
 
-    def write_index(self) -> None:
-        """Makes the index where it is missing or damaged; called on exactly one process per node.
+    def write_index(self) -> bool:
+        """Makes the index where it is missing or damaged; called on exactly one process per node. Says whether it was.
 
         Raises:
             UserError: the cache cannot be written.
         """
-        build_if_needed(
+        return build_if_needed(
             self.directory,
             lambda: _build_arrays(self.sources, self.weights, self.seq_length, self.num_samples, self.seed),
         )

@@ -1,0 +1,36 @@
+"""Makes the sample index that a training run would make, before it and without its processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prealign.data.index_cache import load_arrays
+from megatron_prealign.pretrain import open_plan, open_vocabulary
+from megatron_prealign.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PreparedCache:
+    """A sample index that training will find."""
+
+    directory: Path
+    built: bool
+    """False if it was there already."""
+    samples: int
+    """Rows of the whole run."""
+    bytes: int
+    """Size of its arrays."""
+
+
+def prepare_cache(recipe: Recipe) -> PreparedCache:
+    """Writes the sample index of a recipe into its cache folder, unless it is there. No process group, no GPU.
+
+    Training with the same data, weights, sequence length, budget and seed finds it, from any folder and in any layout.
+    Several processes may call it: those on one disk take turns, and the first one does the work.
+
+    Raises:
+        UserError: the tokenizer or a dataset is missing, damaged or does not fit, or the folder cannot be written.
+    """
+    plan = open_plan(recipe, open_vocabulary(recipe))
+    built = plan.write_index()
+    size = sum(array.nbytes for array in load_arrays(plan.directory).values())
+    return PreparedCache(plan.directory, built, plan.num_samples, size)

@@ -1,0 +1,127 @@
+"""`dataset prepare-cache`: the index that training would build, made before it, by any number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Tiny, recipe_of
+from workers import WorkerPool
+
+from megatron_prealign import cli
+
+
+def prepare_on_rank(values: dict[str, Any], folder: str, caches: list[str]) -> bool:
+    """Runs in a worker, each with a cache folder of its own or one for both; says whether it built."""
+    from megatron_prealign.prepare_cache import prepare_cache
+
+    values["data"]["cache"] = caches[int(os.environ["RANK"])]
+    return prepare_cache(recipe_of(values, Path(folder))).built
+
+
+def train_on_nodes(values: dict[str, Any], folder: str, caches: list[str]) -> int:
+    """Runs in a worker: trains with each rank as a node of its own, and fails if anyone would build."""
+    from megatron_prealign.data import samples
+    from megatron_prealign.pretrain import pretrain
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("training builds an index that was prepared")
+
+    values["data"]["cache"] = caches[int(os.environ["RANK"])]
+    # The first process of its node.
+    os.environ["LOCAL_RANK"] = "0"
+    build = samples._build_arrays
+    samples._build_arrays = refuse  # type: ignore[assignment]
+    try:
+        return pretrain(recipe_of(values, Path(folder)), leave_process_group=True).step
+    finally:
+        samples._build_arrays = build
+
+
+def small(tiny: Tiny, folder: Path) -> dict[str, Any]:
+    values = tiny.values(folder / "run")
+    for section in ("dictionary", "alignment", "code_switch"):
+        del values[section]
+    values["training"] |= {"train_iters": 2, "global_batch_size": 4}
+    return values
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    (cache,) = folder.iterdir() if not folder.name.startswith("blend") else (folder,)
+    return {path.name: path.read_bytes() for path in sorted(cache.iterdir())}
+
+
+def test_two_nodes(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    """With disks of their own both build the same; on one disk one does. Training then finds it on every node."""
+    values = small(tiny, tmp_path)
+    own = [str(tmp_path / "node0"), str(tmp_path / "node1")]
+    shared = [str(tmp_path / "shared")] * 2
+    assert workers.run(2, prepare_on_rank, values, str(tmp_path / "a"), own) == [True, True]
+    assert sorted(workers.run(2, prepare_on_rank, values, str(tmp_path / "b"), shared)) == [False, True]
+    names = [visible(tmp_path / name) for name in ("node0", "node1", "shared")]
+    assert names[0] == names[1] == names[2] and len(names[0]) == 1
+    contents = [arrays(tmp_path / name / names[0][0]) for name in ("node0", "node1", "shared")]
+    assert contents[0] == contents[1] == contents[2]
+    assert workers.run(2, train_on_nodes, values, str(tmp_path / "c"), own) == [2, 2]
+
+
+def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = small(tiny, tmp_path)
+    del values["data"]["cache"]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(values))
+    command = ["dataset", "prepare-cache", "--config", str(recipe), "--training.train_iters", "3"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    (cache,) = [path for path in (tmp_path / "run" / "cache").iterdir() if not path.name.endswith(".lock")]
+    size = sum(path.stat().st_size for path in cache.glob("*.npy"))
+    assert printed.startswith(f"wrote {cache}\nsamples  12 of 32 tokens\nindex    ")
+    assert "data.cache is not set" in printed
+    assert 0 < int(printed.split("index")[1].split()[0].replace(",", "")) < size
+    assert cli.main([*command, "--optimizer.lr", "0.5", "--parallel.tensor-model-parallel-size", "2"]) == 0
+    assert capsys.readouterr().out.startswith(f"already there: {cache}\n")
+    assert cli.main([*command, "--training.seed", "4", "--data.cache", str(tmp_path / "other")]) == 0
+    assert visible(tmp_path / "other") != [cache.name]
+    (tmp_path / "file").write_text("in the way")
+    for options, message in [
+        (["--data.cache", str(tmp_path / "file" / "cache")], "cannot write the sample index cache"),
+        (["--data.tokenizer", "none"], "none: no such tokenizer"),
+        (["--data.seq_length", "1000000"], "one sample needs data.seq_length + 1"),
+        (["--data.no", "1"], "no"),
+    ]:
+        assert cli.main([*command, *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+KILLED = """
+import os, signal, sys
+from megatron_prealign import cli
+from megatron_prealign.data import index_cache
+index_cache._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_builder(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed with all arrays written, under a name of its own: nothing looks complete, and the next one builds."""
+    values = small(tiny, tmp_path)
+    values["data"]["cache"] = str(tmp_path / "cache")
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    command = ["dataset", "prepare-cache", "--config", str(tmp_path / "recipe.json")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = visible(tmp_path / "cache")
+    assert left.startswith(".blend-") and ".tmp-" in left
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("wrote ")
+    (made,) = visible(tmp_path / "cache")
+    assert left.startswith(f".{made}.tmp-")
