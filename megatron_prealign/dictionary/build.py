@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, compress
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.tokenizer import Tokenizer
-from megatron_prealign.dictionary.groups import GroupBuilder, Groups
+from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder, Groups, ScriptFit
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
-from megatron_prealign.dictionary.readers import DictionaryInput, OnError, ReadErrors, read_entries
+from megatron_prealign.dictionary.readers import DictionaryInput, FileFacts, OnError, ReadErrors, read_entries
+from megatron_prealign.dictionary.running_words import WordCounts
+from megatron_prealign.dictionary.selection import drop_rare, keep_pairs, order_pairs
 from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
 from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
@@ -38,16 +40,30 @@ class BuildSettings:
     """Rules of a build."""
 
     max_translations: int = 4
-    """Most translations of one word in one language; a file's first ones are kept."""
+    """Most translations of one word in one language; the first ones are kept."""
+    order: Literal["file", "weight", "frequency"] = "file"
+    """Which translations come first: the files' own order, the heaviest, or the most frequent in the corpora."""
     max_target_tokens: int = 8
     """Longest translation, in tokens; it may be several words."""
     drop_identical: bool = True
     """Leave out pairs whose words are the same tokens: replacing one by the other changes nothing."""
+    min_count: int = 0
+    """Least occurrences of a source word in the corpora."""
+    min_target_count: int = 0
+    """Least occurrences of a translation in the corpora of its language."""
 
     def __post_init__(self) -> None:
         for name in ("max_translations", "max_target_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+        for name in ("min_count", "min_target_count"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether words of the corpora have to be counted."""
+        return bool(self.min_count or self.min_target_count or self.order == "frequency")
 
 
 @dataclass
@@ -60,6 +76,8 @@ class BuildReport:
     """Lines left out."""
     encoder: str = ""
     """What encoded the words."""
+    warnings: list[str] = field(default_factory=list)
+    """What a person should look at."""
 
 
 @dataclass
@@ -76,22 +94,79 @@ class _Keys:
 
 
 def read_groups(
-    inputs: Sequence[DictionaryInput], report: BuildReport, on_error: OnError = "stop"
+    inputs: Sequence[DictionaryInput],
+    report: BuildReport,
+    on_error: OnError = "stop",
+    *,
+    cleaning: Cleaning | None = None,
+    source_language: str | None = None,
+    pivot: str | None = None,
 ) -> tuple[Groups, list[dict[str, Any]]]:
     """Groups of all files, and one record per file for the table's `sources`.
 
+    Args:
+        inputs: the files.
+        report: gets what happened.
+        on_error: at a line that cannot be read.
+        cleaning: rules for words and pairs.
+        source_language: lists that have it as another than the first language are turned around.
+        pivot: language that lists will be joined over; its words may be phrases.
+
     Raises:
-        UserError: see `read_entries`.
+        UserError: see `read_entries`; a list whose columns are the other way round.
     """
-    builder = GroupBuilder(counts=report.rules)
+    cleaning = cleaning or Cleaning()
+    builder = GroupBuilder(report.rules, cleaning, frozenset({pivot} if pivot else ()))
     sources = []
     with without_cycle_collector():
         for source in inputs:
             pairs = 0
-            for block in read_entries(source, report.errors, on_error):
-                pairs += builder.add_columns(block.columns, source.languages, block.weights)
-            sources.append({"path": str(source.path), "pairs": pairs, "licence": source.licence})
+            facts = FileFacts()
+            builder.fit = ScriptFit()
+            for block in read_entries(source, report.errors, on_error, facts):
+                languages = block.languages or source.languages
+                columns = block.columns
+                if source_language in languages[1:]:
+                    columns, languages = _turned(columns, languages, languages.index(source_language))
+                pairs += builder.add_columns(columns, languages, block.weights)
+            if cleaning.scripts:
+                _check_scripts(source, builder.fit, report)
+            report.rules.update(facts.left_out)
+            sources.append(
+                {
+                    "path": str(source.path),
+                    "format": facts.format,
+                    "languages": "-".join(source.languages),
+                    "pairs": pairs,
+                    "title": facts.title,
+                    "licence": facts.licence,
+                }
+            )
         return builder.build(), sources
+
+
+def _turned(
+    columns: list[list[str]], languages: tuple[str, ...], first: int
+) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Columns and languages with number `first` in front."""
+    order = [first, *(place for place in range(len(languages)) if place != first)]
+    return [columns[place] for place in order], tuple(languages[place] for place in order)
+
+
+def _check_scripts(source: DictionaryInput, fit: ScriptFit, report: BuildReport) -> None:
+    declared = "-".join(source.languages)
+    if fit.turned * 2 > fit.pairs and fit.turned > 9 * fit.as_declared:
+        other = "-".join((*source.languages[1:], source.languages[0]))
+        raise UserError(
+            f"{source.path}: {fit.turned:,} of {fit.pairs:,} pairs are in the scripts of {declared} the other way "
+            f"round; declare the columns as they are ({other}), and to replace words of {source.languages[0]} "
+            f"turn the list with --source {source.languages[0]}"
+        )
+    if fit.as_declared * 2 < fit.pairs:
+        report.warnings.append(
+            f"{source.path}: only {fit.as_declared:,} of {fit.pairs:,} pairs are in the scripts of {declared}; check "
+            "the languages"
+        )
 
 
 def build_table(
@@ -101,13 +176,33 @@ def build_table(
     report: BuildReport,
     *,
     sources: Sequence[dict[str, Any]] = (),
+    counts: WordCounts | None = None,
     show_progress: bool = False,
 ) -> DictionaryTable:
     """The table of `groups` in the ids of `tokenizer`; its `group_count` is 0 until a corpus is counted.
 
+    Args:
+        groups: the pairs.
+        tokenizer: makes the ids.
+        settings: the rules.
+        report: gets what happened.
+        sources: records of the files, kept in the table.
+        counts: occurrences of words in corpora, where the settings need them (`needs_counts`).
+        show_progress: whether to show how many words have been encoded.
+
     Raises:
-        UserError: no pair is left.
+        UserError: no pair is left, or a language has no corpus to count its words in.
     """
+    if settings.needs_counts:
+        groups = drop_rare(
+            groups,
+            counts or {},
+            report.rules,
+            min_count=settings.min_count,
+            min_target_count=settings.min_target_count,
+        )
+    if settings.order != "file":
+        groups = order_pairs(groups, settings.order, counts or {})
     word_boundary = letter_boundaries(tokenizer)
     lexicon = SequenceLexicon(tokenizer, groups.languages, word_boundary)
     with without_cycle_collector(), Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
@@ -121,7 +216,9 @@ def build_table(
     keys = _usable_keys(keys, lexicon, settings, report.rules)
     keys = _unique_keys(keys, groups, lexicon, report.rules)
     report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
-    return _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary, sources)
+    table = _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary)
+    build = {"settings": asdict(settings), "rules": dict(report.rules), "lines_skipped": report.errors.count}
+    return replace(table, sources=tuple(sources), build=build)
 
 
 def _nothing_left(report: BuildReport) -> UserError:
@@ -161,15 +258,8 @@ def _keep_pairs(
     first = np.arange(len(kept)) - run_start < settings.max_translations
     rules[SURPLUS] += int((~first).sum())
     rules[KEPT] += int(first.sum())
-    kept = kept[first]
-    left, pair_group = np.unique(groups.pair_group[kept], return_inverse=True)
-    return replace(
-        groups,
-        source=groups.source[left],
-        pair_group=pair_group.astype(np.int32),
-        pair_target=groups.pair_target[kept],
-        pair_weight=groups.pair_weight[kept],
-    )
+    keep[kept[~first]] = False
+    return keep_pairs(groups, keep)
 
 
 def _encode_variants(
@@ -326,7 +416,6 @@ def _assemble(
     lexicon: SequenceLexicon,
     tokenizer: Tokenizer,
     word_boundary: NDArray[np.uint8],
-    sources: Sequence[dict[str, Any]],
 ) -> DictionaryTable:
     count = len(groups.source)
     key_tokens, key_offsets = lexicon.rows(keys.sequence)
@@ -363,5 +452,14 @@ def _assemble(
         word_text_offsets=word_text_offsets,
         group_offsets=group_offsets,
         group_count=np.zeros(count, dtype=np.int64),
-        sources=tuple(sources),
+        word_weight=_word_weights(groups, is_source),
     )
+
+
+def _word_weights(groups: Groups, is_source: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+    """The weight of each word as a translation `[W]`; None where all are 1."""
+    if (groups.pair_weight == 1).all():
+        return None
+    weights = np.ones(len(is_source), dtype=np.float32)
+    weights[~is_source] = groups.pair_weight
+    return weights

@@ -69,6 +69,10 @@ class Words(NamedTuple):
     length: NDArray[np.int64]
     has_letter: NDArray[np.bool_]
 
+    def take(self, chosen: NDArray[Any]) -> "Words":
+        """The chosen words."""
+        return Words(self.start[chosen], self.length[chosen], self.has_letter[chosen])
+
 
 def split_words(
     tokens: NDArray[Any],
@@ -144,7 +148,7 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more")
     sidecar = load_sidecar(prefix)
     table.check_tokenizer(sidecar.tokenizer.fingerprint, f"dataset {prefix}")
-    tokens, row_starts, word_starts = _sample(prefix, max_tokens, sidecar.segmenter)
+    tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter)
     if len(tokens) and int(tokens.max()) >= table.vocab_size:
         raise UserError(
             f"{prefix}.bin: token id {int(tokens.max())}, expected ids below the vocabulary's {table.vocab_size}; "
@@ -191,7 +195,7 @@ def blend_coverage(
     return {language: known[language] / weight for language, weight in weights.items()}
 
 
-def _sample(
+def read_sample(
     prefix: str | Path, max_tokens: int, segmenter: str | None
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.bool_] | None]:
     """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits."""

@@ -4,8 +4,6 @@ Nothing here knows a tokenizer. What is left out is counted by rule, so that a u
 Lists have millions of pairs: words are looked at once each and all at a time, pairs are arrays.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,33 +13,72 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Zero-width space, soft hyphen, byte-order mark and direction marks: invisible, and they change the tokens. The
-# zero-width joiners (U+200C, U+200D) are spelling in Persian and in Indic scripts and stay.
-_INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_CONTROL_OR_SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
+from megatron_prealign.dictionary.scripts import scripts_of
+from megatron_prealign.dictionary.words import (
+    EMPTY as EMPTY_BIT,
+)
+from megatron_prealign.dictionary.words import (
+    FIRST_SCRIPT_BIT,
+    HAS_LETTER,
+    TO_CLEAN,
+    WordFacts,
+    WordLooker,
+    clean,
+    has_note,
+)
+from megatron_prealign.errors import UserError
 
 # Rule names are what the user reads, in the order in which the rules apply.
 READ = "pairs read"
 EMPTY = "pairs without a word on one side"
 MULTI_WORD_SOURCE = "pairs with a source of several words"
 WITHOUT_LETTER = "pairs with a word without a letter"
+WRONG_SCRIPT = "pairs with a word in none of its language's scripts"
+SHORT = "pairs with a word of too few characters"
+LONG = "pairs with a word of too many characters"
+MANY_WORDS = "pairs with a translation of too many words"
 DUPLICATE = "pairs given before"
 CLEANED = "words cleaned (Unicode NFC, spaces, invisible characters)"
-
-# Bits of what is known of a word.
-_HAS_LETTER, _HAS_SPACE, _TO_CLEAN, _OUTSIDE_ASCII, _EMPTY = 1, 2, 4, 8, 16
-_SPACE = ord(" ")
+NOTES = "words without their notes in brackets and markup"
+_RULES = (READ, EMPTY, MULTI_WORD_SOURCE, WITHOUT_LETTER, WRONG_SCRIPT, SHORT, LONG, MANY_WORDS, DUPLICATE)
 
 
-def clean(word: str) -> str:
-    """`word` in Unicode NFC without invisible characters, its white space single and trimmed."""
-    word = unicodedata.normalize("NFC", _INVISIBLE.sub("", word))
-    return _CONTROL_OR_SPACE.sub(" ", word).strip()
+@dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """Rules for words and pairs that need no tokenizer."""
+
+    notes: bool = True
+    """Take notes in brackets and markup out of words."""
+    scripts: bool = True
+    """Leave out pairs with a word that has no letter of any script of its language."""
+    min_characters: int = 1
+    """Shortest word, in characters."""
+    max_characters: int = 100
+    """Longest word or phrase, in characters."""
+    max_words: int | None = None
+    """Longest translation, in words."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_characters", "max_characters", "max_words"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+        if self.max_characters < self.min_characters:
+            raise UserError(
+                f"--max-characters is {self.max_characters}, expected {self.min_characters} (--min-characters) or more"
+            )
 
 
-def has_letter(word: str) -> bool:
-    """True where at least one character is a letter of any script."""
-    return any(character.isalpha() for character in word)
+@dataclass
+class ScriptFit:
+    """How many pairs of a list are in the scripts of their languages, as it is declared and the other way round.
+
+    Only pairs of languages that share no script count.
+    """
+
+    pairs: int = 0
+    as_declared: int = 0
+    turned: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,8 +108,9 @@ class Groups:
 class _Vocabulary:
     """The words of one language as they stand in the files, each looked at once; they are numbered as they come."""
 
+    looker: WordLooker
     numbers: dict[str, int] = field(default_factory=dict)
-    flags: list[NDArray[np.uint8]] = field(default_factory=list)
+    facts: list[WordFacts] = field(default_factory=list)
     """What is known of each word once it is clean."""
     cleaned: dict[int, int] = field(default_factory=dict)
     """Number of a word that had to be cleaned -> number of the clean word."""
@@ -82,22 +120,26 @@ class _Vocabulary:
         numbers = self.numbers
         new = list(dict.fromkeys(filterfalse(numbers.__contains__, column)))
         numbers.update(zip(new, range(len(numbers), len(numbers) + len(new)), strict=True))
-        flags = _flags(new)
-        dirty = np.flatnonzero(flags & _TO_CLEAN).tolist()
+        facts = self.looker.look(new)
+        self.facts.append(facts)
+        dirty = np.flatnonzero(facts.flags & np.uint64(TO_CLEAN)).tolist()
         for place in dirty:
-            word = new[place]
-            cleaned.setdefault(word, clean(word))
-            flags[place] = _clean_flags(cleaned[word])
-        self.flags.append(flags)
+            if new[place] not in cleaned:
+                cleaned[new[place]] = clean(new[place], self.looker.notes)
+        dirty = [place for place in dirty if cleaned[new[place]] != new[place]]
         if dirty:
-            words = [cleaned[new[place]] for place in dirty]
-            self.cleaned.update(zip([numbers[new[place]] for place in dirty], self.number(words, cleaned), strict=True))
+            own = [numbers[new[place]] for place in dirty]
+            clean_ones = self.number([cleaned[new[place]] for place in dirty], cleaned)
+            self.cleaned.update(zip(own, clean_ones.tolist(), strict=True))
+            for values in self.known():
+                values[own] = values[clean_ones]
         return np.fromiter(map(numbers.__getitem__, column), np.int32, len(column))
 
-    def known(self) -> NDArray[np.uint8]:
+    def known(self) -> WordFacts:
         """What is known of each word."""
-        self.flags = [_joined(self.flags, np.uint8)]
-        return self.flags[0]
+        if len(self.facts) != 1:
+            self.facts = [WordFacts(*map(np.concatenate, zip(*self.facts, strict=True)))]
+        return self.facts[0]
 
     def clean_numbers(self) -> NDArray[np.int64]:
         """For each word the number of the clean one."""
@@ -124,6 +166,11 @@ class GroupBuilder:
     """Collects pairs from any number of files; pairs with the same source language and word join one group."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    cleaning: Cleaning = Cleaning()
+    phrase_sources: frozenset[str] = frozenset()
+    """Languages whose source words may be several words."""
+    fit: ScriptFit = field(default_factory=ScriptFit)
+    """Of what has been added since it was last set."""
     _languages: dict[str, int] = field(default_factory=dict)
     _vocabularies: list[_Vocabulary] = field(default_factory=list)
     """Per language."""
@@ -151,10 +198,11 @@ class GroupBuilder:
         Returns:
             The number of pairs.
         """
-        for rule in (READ, EMPTY, MULTI_WORD_SOURCE, WITHOUT_LETTER, DUPLICATE, CLEANED):
+        for rule in (*_RULES, CLEANED, NOTES):
             self.counts[rule] += 0
         ids = [self._languages.setdefault(code, len(self._languages)) for code in languages]
-        self._vocabularies += [_Vocabulary() for _ in range(len(self._languages) - len(self._vocabularies))]
+        for _ in range(len(self._languages) - len(self._vocabularies)):
+            self._vocabularies.append(_Vocabulary(WordLooker(self.cleaning.notes)))
         count, targets = len(columns[0]), len(columns) - 1
         weight = np.ones(count, dtype=np.float32) if weights is None else np.asarray(weights, dtype=np.float32)
         source, *translations = (
@@ -173,21 +221,47 @@ class GroupBuilder:
         self, source_language: int, source: NDArray[np.int32], target_language: int, target: NDArray[np.int32]
     ) -> NDArray[np.int64]:
         """The rows that no rule takes."""
-        source_flags = self._vocabularies[source_language].known()[source]
-        target_flags = self._vocabularies[target_language].known()[target]
-        keep = np.ones(len(source), dtype=bool)
+        names = list(self._languages)
+        scripts = [scripts_of(names[language]) for language in (source_language, target_language)]
+        left = self._vocabularies[source_language].known().take(source)
+        right = self._vocabularies[target_language].known().take(target)
+        flags = left.flags | right.flags
+        empty = flags & np.uint64(EMPTY_BIT) != 0
+        without_letter = left.flags & right.flags & np.uint64(HAS_LETTER) == 0
+        self._look_at_scripts(left.flags[~(empty | without_letter)], right.flags[~(empty | without_letter)], scripts)
+        phrases = names[source_language] in self.phrase_sources
+        rules, keep = self.cleaning, np.ones(len(source), dtype=bool)
+        shortest = np.minimum(left.characters, right.characters)
+        longest = np.maximum(left.characters, right.characters)
         for rule, bad in (
-            (EMPTY, (source_flags | target_flags) & _EMPTY),
-            (MULTI_WORD_SOURCE, source_flags & _HAS_SPACE),
-            (WITHOUT_LETTER, ~(source_flags & target_flags) & _HAS_LETTER),
+            (EMPTY, empty),
+            (MULTI_WORD_SOURCE, (left.spaces > 0) & (not phrases)),
+            (WITHOUT_LETTER, without_letter),
+            (
+                WRONG_SCRIPT,
+                ~(_written_in(left.flags, scripts[0]) & _written_in(right.flags, scripts[1])) & rules.scripts,
+            ),
+            (SHORT, shortest < rules.min_characters),
+            (LONG, longest > rules.max_characters),
+            (MANY_WORDS, right.spaces >= (rules.max_words or np.iinfo(np.int32).max)),
         ):
-            self.counts[rule] += int((keep & (bad != 0)).sum())
-            keep &= bad == 0
+            self.counts[rule] += int((keep & bad).sum())
+            keep &= ~bad
         return np.flatnonzero(keep)
+
+    def _look_at_scripts(self, left: NDArray[np.uint64], right: NDArray[np.uint64], scripts: Sequence[int]) -> None:
+        """Counts pairs, given as flags of their words, for `fit`."""
+        if not scripts[0] or not scripts[1] or scripts[0] & scripts[1]:
+            return
+        self.fit.pairs += len(left)
+        self.fit.as_declared += int(_fits(left, right, scripts).sum())
+        self.fit.turned += int(_fits(left, right, scripts[::-1]).sum())
 
     def build(self) -> Groups:
         """The groups of everything added so far."""
-        self.counts[CLEANED] = sum(cleaned != word.strip() for word, cleaned in self._cleaned.items())
+        changed = [word for word, cleaned in self._cleaned.items() if cleaned != word.strip()]
+        self.counts[NOTES] = sum(map(has_note, changed)) if self.cleaning.notes else 0
+        self.counts[CLEANED] = len(changed) - self.counts[NOTES]
         clean_numbers = [vocabulary.clean_numbers() for vocabulary in self._vocabularies]
         first = np.cumsum([0, *map(len, clean_numbers)])
         sources, targets = (
@@ -200,90 +274,78 @@ class GroupBuilder:
         source, target = _joined(sources, np.int64), _joined(targets, np.int64)
         weight = _joined([pairs.weight for pairs in self._pairs], np.float32)
         order = np.argsort(_joined([pairs.place for pairs in self._pairs], np.int64), kind="stable")
-        # Only words of pairs become texts.
-        used = np.zeros(first[-1], dtype=bool)
-        used[source] = used[target] = True
-        number = np.cumsum(used) - 1
-        texts = compress(chain.from_iterable(each.numbers for each in self._vocabularies), used.tolist())
         language = np.repeat(np.arange(len(self._languages), dtype=np.int16), np.diff(first))
-        return self._grouped(tuple(texts), language[used], number[source[order]], number[target[order]], weight[order])
-
-    def _grouped(
-        self,
-        texts: tuple[str, ...],
-        text_language: NDArray[np.int16],
-        source: NDArray[np.int64],
-        target: NDArray[np.int64],
-        weight: NDArray[np.float32],
-    ) -> Groups:
-        """Pairs, in the order in which they were read, as groups."""
-        # Groups are numbered in the order in which their source words come first.
-        words, first, source_rank = np.unique(source, return_index=True, return_inverse=True)
-        by_mention = np.argsort(first)
-        number = np.empty(len(words), dtype=np.int64)
-        number[by_mention] = np.arange(len(words))
-        group = number[source_rank]
-        # What comes first of equal pairs is the first mention.
-        _, once, same = np.unique(group * (len(texts) + 1) + target, return_index=True, return_inverse=True)
-        self.counts[DUPLICATE] = len(group) - len(once)
-        largest = np.zeros(len(once), dtype=np.float32)
-        np.maximum.at(largest, same, weight)
-        # By group and language; translations of one language keep the order of the files, where dictionaries put the
-        # best first.
-        order = np.lexsort((once, text_language[target[once]], group[once]))
-        return Groups(
-            languages=tuple(self._languages),
-            texts=texts,
-            text_language=text_language,
-            source=words[by_mention].astype(np.int32),
-            pair_group=group[once][order].astype(np.int32),
-            pair_target=target[once][order].astype(np.int32),
-            pair_weight=largest[order],
+        groups, repeated = group_pairs(
+            tuple(self._languages),
+            list(chain.from_iterable(each.numbers for each in self._vocabularies)),
+            language,
+            source[order],
+            target[order],
+            weight[order],
         )
+        self.counts[DUPLICATE] = repeated
+        return groups
+
+
+def group_pairs(
+    languages: tuple[str, ...],
+    texts: Sequence[str],
+    text_language: NDArray[np.int16],
+    source: NDArray[np.int64],
+    target: NDArray[np.int64],
+    weight: NDArray[np.float32],
+) -> tuple[Groups, int]:
+    """Pairs as groups, and how many of them were given before.
+
+    Args:
+        languages: codes.
+        texts: all different (language, word), the languages one after the other; those of no pair go [T].
+        text_language: language id of each text [T].
+        source: text of the source word of each pair, in the order in which they were read [P].
+        target: text of the translation of each pair [P].
+        weight: weight of each pair [P].
+    """
+    used = np.zeros(len(texts), dtype=bool)
+    used[source] = used[target] = True
+    text_number = np.cumsum(used) - 1
+    texts, text_language = tuple(compress(texts, used.tolist())), text_language[used]
+    source, target = text_number[source], text_number[target]
+    # Groups are numbered in the order in which their source words come first.
+    words, first, source_rank = np.unique(source, return_index=True, return_inverse=True)
+    by_mention = np.argsort(first)
+    number = np.empty(len(words), dtype=np.int64)
+    number[by_mention] = np.arange(len(words))
+    group = number[source_rank]
+    # What comes first of equal pairs is the first mention.
+    _, once, same = np.unique(group * (len(texts) + 1) + target, return_index=True, return_inverse=True)
+    largest = np.zeros(len(once), dtype=np.float32)
+    np.maximum.at(largest, same, weight)
+    # By group and language; translations of one language keep the order of the files, where dictionaries put the
+    # best first.
+    order = np.lexsort((once, text_language[target[once]], group[once]))
+    groups = Groups(
+        languages=languages,
+        texts=texts,
+        text_language=text_language,
+        source=words[by_mention].astype(np.int32),
+        pair_group=group[once][order].astype(np.int32),
+        pair_target=target[once][order].astype(np.int32),
+        pair_weight=largest[order],
+    )
+    return groups, len(group) - len(once)
+
+
+def _written_in(flags: NDArray[np.uint64], scripts: int) -> NDArray[np.bool_]:
+    """Where a word has a letter of one of the `scripts`; everywhere if there are none."""
+    if not scripts:
+        return np.ones(len(flags), dtype=bool)
+    return flags & np.uint64(scripts << FIRST_SCRIPT_BIT) != 0
+
+
+def _fits(left: NDArray[np.uint64], right: NDArray[np.uint64], scripts: Sequence[int]) -> NDArray[np.bool_]:
+    """Where both words of a pair are in the scripts of their languages."""
+    return _written_in(left, scripts[0]) & _written_in(right, scripts[1])
 
 
 def _joined(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype=dtype), *parts])
-
-
-def _flags(words: list[str]) -> NDArray[np.uint8]:
-    """What is known of each word; right but for words that are `_TO_CLEAN`."""
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    flags = np.zeros(len(words), dtype=np.uint8)
-    flags[lengths == 0] = _EMPTY
-    filled = np.flatnonzero(lengths)
-    if len(filled):
-        end = np.cumsum(lengths)[filled]
-        begin = end - lengths[filled]
-        character = _character_flags(codes)
-        space = codes == _SPACE
-        double = np.flatnonzero(space[1:] & space[:-1])
-        flags[filled] = np.bitwise_or.reduceat(character, begin)
-        flags[filled[space[begin] | space[end - 1]]] |= _TO_CLEAN
-        # Two spaces of neighbouring words, too, but those words have one at their end anyway.
-        flags[filled[np.searchsorted(end, double, side="right")]] |= _TO_CLEAN
-    for index in np.flatnonzero(flags & _OUTSIDE_ASCII).tolist():
-        if not unicodedata.is_normalized("NFC", words[index]):
-            flags[index] |= _TO_CLEAN
-    return flags
-
-
-def _clean_flags(word: str) -> int:
-    return has_letter(word) * _HAS_LETTER | (" " in word) * _HAS_SPACE | (not word) * _EMPTY
-
-
-def _character_flags(codes: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    present = np.zeros(0x110000, dtype=bool)
-    present[codes] = True
-    table = np.zeros(0x110000, dtype=np.uint8)
-    for code in np.flatnonzero(present).tolist():
-        character = chr(code)
-        dirt = code != _SPACE and (_INVISIBLE.match(character) or _CONTROL_OR_SPACE.match(character))
-        table[code] = (
-            character.isalpha() * _HAS_LETTER
-            | (code == _SPACE) * _HAS_SPACE
-            | (_TO_CLEAN if dirt else 0)
-            | (code > 127) * _OUTSIDE_ASCII
-        )
-    return table[codes]

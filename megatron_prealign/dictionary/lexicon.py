@@ -7,14 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.tokenizer import Tokenizer
-from megatron_prealign.dictionary.ragged import count_in_rows, offsets_of, row_indices
+from megatron_prealign.dictionary.ragged import MULTIPLIER, count_in_rows, hash_rows, offsets_of, row_indices
 from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER
 from megatron_prealign.progress import Progress
 
 # Words: few enough for the arrays of a batch to stay in the caches.
 _BATCH = 1 << 16
-# Odd, with bits all over: 2^64 divided by the golden ratio.
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def letter_boundaries(tokenizer: Tokenizer) -> NDArray[np.uint8]:
@@ -97,7 +95,7 @@ class SequenceLexicon:
             filled & (count_in_rows(self._special[tokens], offsets) == 0),
             inner_starts == 0,
             behind_space,
-            _hash_rows(tokens, offsets),
+            hash_rows(tokens, offsets),
         )
 
     def known(self) -> Rows:
@@ -133,7 +131,7 @@ class SequenceLexicon:
 
     def first_of_equal(self, rows: NDArray[np.int32], kind: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of `rows` are the first of their `kind` (integers `[len(rows)]`) with their ids, ascending."""
-        mixed = self.known().hashes[rows] + kind.astype(np.uint64) * _MULTIPLIER
+        mixed = self.known().hashes[rows] + kind.astype(np.uint64) * MULTIPLIER
         _, first, number = np.unique(mixed, return_index=True, return_inverse=True)
         if (self.same(rows, rows[first[number]]) & (kind == kind[first[number]])).all():
             return np.sort(first)
@@ -155,16 +153,3 @@ class SequenceLexicon:
             index, _ = row_indices(offsets, numbers[begin:end])
             np.take(tokens, index, out=chosen[new_offsets[begin] : new_offsets[end]])
         return chosen, new_offsets
-
-
-def _hash_rows(tokens: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-    lengths = np.diff(offsets)
-    place = np.arange(len(tokens), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
-    factors = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _MULTIPLIER))
-    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
-    mixed ^= mixed >> np.uint64(29)
-    mixed *= factors[place]
-    hashes = np.zeros(len(lengths), dtype=np.uint64)
-    filled = lengths > 0
-    hashes[filled] = np.add.reduceat(mixed, offsets[:-1][filled]) if filled.any() else 0
-    return hashes

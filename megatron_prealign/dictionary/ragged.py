@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Odd, with bits all over: 2^64 divided by the golden ratio.
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
 
 def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
     """The offsets `[N+1]` of rows of these lengths `[N]`."""
@@ -42,3 +45,17 @@ def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArr
     total = np.zeros(len(marks) + 1, dtype=np.int32 if len(marks) < 2**31 else np.int64)
     np.cumsum(marks, out=total[1:])
     return np.diff(total[offsets]).astype(np.int64)
+
+
+def hash_rows(tokens: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64 bits for each row of integers from 0; equal rows have equal ones `[N]`."""
+    lengths = np.diff(offsets)
+    place = np.arange(len(tokens), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+    factors = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, MULTIPLIER))
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * MULTIPLIER
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= factors[place]
+    hashes = np.zeros(len(lengths), dtype=np.uint64)
+    filled = lengths > 0
+    hashes[filled] = np.add.reduceat(mixed, offsets[:-1][filled]) if filled.any() else 0
+    return hashes

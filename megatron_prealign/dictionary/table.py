@@ -45,6 +45,8 @@ TENSORS: dict[str, type[np.generic]] = {
     "group_offsets": np.int64,
     "group_count": np.int64,
 }
+# Only in files that need it.
+_WORD_WEIGHT = "word_weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,9 @@ class DictionaryTable:
         word_text, word_text_offsets: UTF-8 of each word `[W+1]`.
         group_offsets: words of each group `[G+1]`, the source word first.
         group_count: occurrences of the source word in the counting corpus `[G]`, 0 if there was none.
-        sources: files the table was built from: `{"path", "pairs", "licence"}` each.
+        sources: files the table was built from: `{"path", "format", "languages", "pairs", "title", "licence"}` each.
+        word_weight: weight of each word as a translation, above 0; None where all are 1 `[W]`.
+        build: `{"settings", "rules", "lines_skipped"}` of the build, empty for tables of before they were kept.
         path: where the table was loaded from or saved to.
     """
 
@@ -97,6 +101,8 @@ class DictionaryTable:
     group_offsets: NDArray[np.int64]
     group_count: NDArray[np.int64]
     sources: tuple[dict[str, Any], ...] = ()
+    word_weight: NDArray[np.float32] | None = None
+    build: dict[str, Any] = field(default_factory=dict)
     path: Path | None = field(default=None)
 
     @property
@@ -217,8 +223,11 @@ class DictionaryTable:
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "vocab_size": str(self.vocab_size),
             "sources": json.dumps(self.sources, ensure_ascii=False),
+            "build": json.dumps(self.build, ensure_ascii=False),
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in TENSORS}
+        if self.word_weight is not None:
+            tensors[_WORD_WEIGHT] = np.ascontiguousarray(self.word_weight)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(path) as temporary:
@@ -250,11 +259,14 @@ def load_table(path: str | Path) -> DictionaryTable:
             if version != FORMAT_VERSION or missing:
                 raise _corrupt(path, f"format_version is {version}, missing tensors are {missing or 'none'}")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
+            if _WORD_WEIGHT in file.keys():  # noqa: SIM118
+                tensors[_WORD_WEIGHT] = file.get_tensor(_WORD_WEIGHT)
         table = DictionaryTable(
             languages=tuple(json.loads(metadata["languages"])),
             tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
             vocab_size=int(metadata["vocab_size"]),
             sources=tuple(json.loads(metadata["sources"])),
+            build=dict(json.loads(metadata.get("build", "{}"))),
             path=path,
             **tensors,
         )
@@ -279,7 +291,16 @@ def find_problem(table: DictionaryTable) -> str | None:
         values = getattr(table, name)
         if values.dtype != dtype or values.ndim != 1:
             return f"{name} is {values.dtype} {values.shape}, expected {np.dtype(dtype)} in one dimension"
-    return _shape_problem(table) or _offsets_problem(table) or _range_problem(table)
+    return _weight_problem(table) or _shape_problem(table) or _offsets_problem(table) or _range_problem(table)
+
+
+def _weight_problem(table: DictionaryTable) -> str | None:
+    weights = table.word_weight
+    if weights is None:
+        return None
+    if weights.dtype != np.float32 or weights.shape != (table.num_words,):
+        return f"word_weight is {weights.dtype} {weights.shape}, expected float32 ({table.num_words},)"
+    return None if (np.isfinite(weights) & (weights > 0)).all() else "word_weight has a value that is not above 0"
 
 
 def _shape_problem(table: DictionaryTable) -> str | None:

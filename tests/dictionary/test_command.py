@@ -31,7 +31,14 @@ def test_build_and_coverage(tokenizer, tmp_path, make_dataset, capsys):
     table = load_table(output)
     assert table.group_count.tolist() == [2, 1]
     assert table.group_words(0) == [("en", "apple"), ("de", "Apfel"), ("zh", "苹果")]
-    assert table.sources[1] == {"path": f"{tmp_path}/zh.jsonl", "pairs": 1, "licence": "CC0-1.0"}
+    assert table.sources[1] == {
+        "path": f"{tmp_path}/zh.jsonl",
+        "format": "pairs",
+        "languages": "en-zh",
+        "pairs": 1,
+        "title": "",
+        "licence": "CC0-1.0",
+    }
 
     assert main(["dictionary", "coverage", "--table", output, "--corpus", corpus]) == 0
     assert "(en): 60.0% (3 of 5 running words" in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_broken_panlex(tmp_path):
     with pytest.raises(UserError, match="no meaning joins words of en and de"):
         read(tmp_path)
     (tmp_path / "denotation.csv").write_text("id,mn,ex\n1,2,3\n")
-    with pytest.raises(UserError, match="no column meaning, expr among id, mn, ex"):
+    with pytest.raises(UserError, match="no column meaning, expr among 'id, mn, ex'"):
         read(tmp_path)
     (tmp_path / "langvar.csv").unlink()
     with pytest.raises(UserError, match=r"langvar\.csv is missing"):

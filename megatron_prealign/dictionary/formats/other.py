@@ -1,6 +1,7 @@
 """All other formats, through pyglossary, which is optional: its entries are taken as articles."""
 
 import logging
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,8 @@ from megatron_prealign.dictionary.formats.licences import licence_in, shorten
 from megatron_prealign.errors import UserError
 
 _INSTALL = "install it with pip install 'megatron-prealign[dictionaries]'"
-# Kinds of text that pyglossary tells -> markup.
-_MARKUP = {"m": "m", "h": "h", "x": "h"}
+# What is HTML it often calls plain text.
+_TAG = re.compile(r"</?\w+[^<>]*>")
 
 
 def read(reading: Reading) -> Iterator[Entries]:
@@ -46,7 +47,7 @@ def read(reading: Reading) -> Iterator[Entries]:
                 f"entry {number}", f"{type(error).__name__} in pyglossary: {' '.join(str(error).split())}", error
             )
             continue
-        text = plain(article, _MARKUP.get(kind, "h"))
+        text = plain(article, "h" if kind != "m" or _TAG.search(article) else "m")
         found = [translations_of(text, headword) for headword in headwords]
         reading.facts.left_out[NO_TRANSLATION] += not any(translations for _, translations in found)
         for headword, translations in found:

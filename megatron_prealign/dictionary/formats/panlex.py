@@ -110,7 +110,7 @@ def _places(path: Path, header: list[str], columns: Sequence[str]) -> list[int]:
     missing = [column for column in columns if column not in header]
     if missing:
         raise UserError(
-            f"{path}:1: no column {', '.join(missing)} among {', '.join(header)[:120]}; expected the header of "
+            f"{path}:1: no column {', '.join(missing)} among {', '.join(header)[:120]!r}; expected the header of "
             "PanLex's own CSV files"
         )
     return [header.index(column) for column in columns]

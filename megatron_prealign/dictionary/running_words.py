@@ -1,0 +1,110 @@
+"""The different words of a corpus as text, and how often each occurs."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.tokenizer import Tokenizer
+from megatron_prealign.dictionary.coverage import Words, read_sample, split_words
+from megatron_prealign.dictionary.ragged import hash_rows, offsets_of
+from megatron_prealign.errors import UserError
+
+# Language -> word in small letters -> occurrences.
+WordCounts = Mapping[str, Mapping[str, int]]
+
+_ASCII_WORD = re.compile("[a-z]+")
+
+
+class DistinctWords(NamedTuple):
+    """The different token sequences among running words, the most frequent first; U of them, N running words."""
+
+    first: NDArray[np.int64]
+    """A running word with each sequence `[U]`."""
+    occurrences: NDArray[np.int64]
+    """Of each `[U]`."""
+    number: NDArray[np.int64]
+    """The sequence of every running word `[N]`."""
+
+
+def distinct_words(tokens: NDArray[Any], words: Words) -> DistinctWords:
+    """Which running words are the same tokens.
+
+    Two sequences count as the same where their 64-bit hashes are: among a million words once in 37 million corpora.
+    """
+    offsets = offsets_of(words.length)
+    index = np.arange(offsets[-1]) + np.repeat(words.start - offsets[:-1], words.length)
+    hashes = hash_rows(tokens[index], offsets)
+    _, first, number, count = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    order = np.lexsort((first, -count))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return DistinctWords(first[order], count[order], place[number])
+
+
+def word_texts(tokenizer: Tokenizer, tokens: NDArray[Any], words: Words, chosen: NDArray[np.int64]) -> list[str]:
+    """The text of the `chosen` running words, without the space in front."""
+    bounds = zip(words.start[chosen].tolist(), words.length[chosen].tolist(), strict=True)
+    return [tokenizer.decode(tokens[start : start + length].tolist()).strip() for start, length in bounds]
+
+
+class _LettersOnly(dict[int, str]):
+    """For `str.translate`: letters and their marks stay, everything else becomes a space."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        kept = character if unicodedata.category(character)[0] in "LM" else " "
+        self[code] = kept
+        return kept
+
+
+_LETTERS_ONLY = _LettersOnly()
+
+
+def letter_runs(text: str) -> list[str]:
+    """The runs of letters of `text`, in small letters: what words of lists and of corpora have in common."""
+    text = text.casefold()
+    return _ASCII_WORD.findall(text) if text.isascii() else text.translate(_LETTERS_ONLY).split()
+
+
+def count_words(
+    prefixes: Sequence[str | Path], tokenizer: Tokenizer, word_boundary: NDArray[np.uint8], max_tokens: int
+) -> dict[str, Counter[str]]:
+    """How often each word occurs in preprocessed datasets, by language.
+
+    Args:
+        word_boundary: `[vocab_size]`, as in `DictionaryTable`.
+        max_tokens: tokens of each dataset to look at, drawn from all over it.
+
+    Raises:
+        UserError: a missing or damaged dataset, or one made with another tokenizer.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for prefix in prefixes:
+        sidecar = load_sidecar(prefix)
+        if sidecar.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"dataset {prefix}: made with tokenizer {sidecar.tokenizer.fingerprint}, but the table is built with "
+                f"{tokenizer.path} ({tokenizer.fingerprint}); preprocess it with that one"
+            )
+        tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter)
+        words = split_words(tokens, row_starts, word_boundary, word_starts)
+        words = words.take(words.has_letter)
+        language = counts.setdefault(sidecar.language, Counter())
+        distinct = distinct_words(tokens, words)
+        texts = word_texts(tokenizer, tokens, words, distinct.first)
+        for text, count in zip(texts, distinct.occurrences.tolist(), strict=True):
+            for run in letter_runs(text):
+                language[run] += count
+    return counts
+
+
+def occurrences(words: Sequence[str], counts: Mapping[str, int]) -> NDArray[np.int64]:
+    """How often each word was counted `[len(words)]`; of several runs of letters the rarest tells."""
+    return np.array([min((counts.get(run, 0) for run in letter_runs(word)), default=0) for word in words], np.int64)

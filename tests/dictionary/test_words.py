@@ -1,0 +1,119 @@
+"""Words cleaned and judged: notes, markup, scripts, lengths."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prealign.dictionary import groups as rules
+from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder
+from megatron_prealign.dictionary.scripts import script_names, scripts_of
+from megatron_prealign.dictionary.words import FIRST_SCRIPT_BIT, TO_CLEAN, WordLooker, clean
+from megatron_prealign.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("word", "cleaned"),
+    [
+        ("Bank (Geld)", "Bank"),
+        ("(sich) freuen", "freuen"),
+        ("Lehrer(in)", "Lehrer"),
+        ("a [b {c} (d)] e", "a e"),
+        ("Haus <i>n</i> &amp; Hof", "Haus n & Hof"),
+        ("Grundstock (an Wissen", "Grundstock"),
+        ("[verschieden", "verschieden"),
+        ("Bank)", "Bank"),
+        ("银行（金融）", "银行"),
+        ("''Haus'' l'eau", "Haus l'eau"),
+        ("&lt;b&gt;x", "x"),
+        ("&unknown; x", "&unknown; x"),
+        ("(nur Notiz)", ""),
+        ("M&uuml;he", "Mühe"),
+        ("AT&T", "AT&T"),
+    ],
+)
+def test_notes_and_markup(word, cleaned):
+    assert clean(word) == cleaned
+    assert clean(word, notes=False) == word
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from("ab ()[]{}<>&;'#x3amplt\u00e9\u0301\u200b\u00a0（）\U00020000\ud800"), max_size=30))
+def test_clean_words_are_clean(word):
+    cleaned = clean(word)
+    assert clean(cleaned) == cleaned == cleaned.strip()
+    # What looks for dirt agrees: a word that it does not find dirty is clean.
+    flags = WordLooker().look(["x", word, "y"]).flags
+    assert flags[1] & TO_CLEAN or cleaned == word
+
+
+def test_what_is_known_of_words():
+    facts = WordLooker().look(["apple", "", "яблоко и груша", "苹果 tree", "123"])
+    assert facts.characters.tolist() == [5, 0, 14, 7, 3]
+    assert facts.spaces.tolist() == [0, 0, 2, 1, 0]
+    scripts = [script_names(int(flags) >> FIRST_SCRIPT_BIT) for flags in facts.flags]
+    assert scripts == ["latin", "", "cyrillic", "latin or han", ""]
+
+
+def test_scripts_of_languages():
+    assert scripts_of("en") == scripts_of("de_AT") == scripts_of("en_clone") == scripts_of("sr_Latn") != 0
+    assert script_names(scripts_of("ja")) == "kana or han"
+    assert scripts_of("sr") == scripts_of("sr_latn") | scripts_of("ru")
+    assert scripts_of("x") == 0
+
+
+def build(pairs, languages=("en", "ru"), **fields):
+    builder = GroupBuilder(cleaning=Cleaning(**fields))
+    builder.add(pairs, languages)
+    built = builder.build()
+    groups = [
+        (built.texts[built.source[group]], built.texts[target])
+        for group, target in zip(built.pair_group, built.pair_target, strict=True)
+    ]
+    return groups, {rule: count for rule, count in builder.counts.items() if count}
+
+
+def test_every_filter_is_counted():
+    pairs = [
+        ["apple", "яблоко"],
+        ["bank", "bank"],
+        ["банк", "банк"],
+        ["house", "дом (здание)"],
+        ["house", "дом"],
+        ["up", "в"],
+        ["tree", "д" * 30],
+        ["red", "очень очень красный"],
+        ["note", "(note)"],
+    ]
+    groups, counts = build(pairs, min_characters=2, max_characters=20, max_words=2)
+    assert groups == [("apple", "яблоко"), ("house", "дом")]
+    assert counts == {
+        rules.READ: 9,
+        rules.EMPTY: 1,
+        rules.WRONG_SCRIPT: 2,
+        rules.SHORT: 1,
+        rules.LONG: 1,
+        rules.MANY_WORDS: 1,
+        rules.DUPLICATE: 1,
+        rules.NOTES: 2,
+    }
+    groups, counts = build(pairs, notes=False, scripts=False)
+    assert len(groups) == 9 and ("house", "дом (здание)") in groups and set(counts) == {rules.READ}
+
+
+def test_a_clean_word_may_come_before_or_behind_its_dirty_forms():
+    words = ["house (n)", "house", "house [x]", "(house", "house"]
+    for order in (words, words[::-1], ["house", *words]):
+        assert build([[word, "дом"] for word in order])[0] == [("house", "дом")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"min_characters": 0}, "--min-characters is 0, expected 1 or more"),
+        ({"max_words": 0}, "--max-words is 0"),
+        ({"min_characters": 9, "max_characters": 8}, "--max-characters is 8, expected 9"),
+    ],
+)
+def test_settings_that_cannot_be(fields, message):
+    with pytest.raises(UserError, match=message):
+        Cleaning(**fields)
