@@ -1,6 +1,7 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
+from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.tokenizer import load_tokenizer
@@ -72,8 +73,10 @@ def _summary(recipe: Recipe, tokens: int) -> str:
 
 
 def _check_source(source: DataSource | ValidationSource) -> Sidecar:
-    check_indexed(source.path)
+    index = check_indexed(source.path)
     sidecar = load_sidecar(source.path)
+    for problem in contradictions(source.path, index, sidecar):
+        raise UserError(problem)
     if sidecar.language != source.language:
         raise UserError(
             f"{source.path} is in language {sidecar.language}, but the recipe says {source.language}; "

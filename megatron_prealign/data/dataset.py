@@ -62,19 +62,27 @@ def contradictions(prefix: str, index: Index, sidecar: Sidecar) -> list[str]:
             "it with megatron-prealign dataset repair"
         )
     vocab_size = sidecar.tokenizer.vocab_size
-    if index.dtype.kind not in "iu":
-        found.append(f"{index.path}: its tokens are of type {index.dtype}, expected whole numbers; preprocess again")
-    elif vocab_size - 1 > numpy.iinfo(index.dtype).max:
-        found.append(
-            f"{sidecar_path(prefix)}: the tokenizer has {vocab_size:,} ids, but {index.path.name} stores them as "
-            f"{index.dtype}, up to {numpy.iinfo(index.dtype).max:,}: larger ids became others; preprocess again"
-        )
+    narrow = too_narrow(prefix, index.dtype, vocab_size)
+    if narrow is not None:
+        found.append(narrow)
     if not 0 <= sidecar.eod_id < vocab_size:
         found.append(
             f"{sidecar_path(prefix)}: eod_id is {sidecar.eod_id}, expected an id from 0 to {vocab_size - 1}; "
             "preprocess again"
         )
     return found
+
+
+def too_narrow(prefix: str, dtype: numpy.dtype, vocab_size: int) -> str | None:
+    """What is wrong with the type in which tokens of a vocabulary are stored; None if it holds all ids."""
+    if dtype.kind not in "iu":
+        return f"{idx_path(prefix)}: its tokens are of type {dtype}, expected whole numbers; preprocess again"
+    if vocab_size - 1 <= numpy.iinfo(dtype.name).max:
+        return None
+    return (
+        f"{sidecar_path(prefix)}: the tokenizer has {vocab_size:,} ids, but {idx_path(prefix).name} stores them as "
+        f"{dtype}, up to {numpy.iinfo(dtype.name).max:,}: larger ids became others; preprocess again"
+    )
 
 
 def token_positions(index: Index, sequences: numpy.ndarray) -> numpy.ndarray:

@@ -80,8 +80,11 @@ def import_indexed_dataset() -> Any:
     return indexed_dataset
 
 
-def check_indexed(prefix: str | Path) -> None:
+def check_indexed(prefix: str | Path) -> "Index":
     """The checks of `open_indexed` alone: all of the index, streamed, and the size of the tokens.
+
+    Returns:
+        The index, mapped.
 
     Raises:
         UserError: as in `open_indexed`.
@@ -92,6 +95,7 @@ def check_indexed(prefix: str | Path) -> None:
     if index.tokens == 0:
         raise UserError(f"{index.path}: its {index.sequences:,} documents hold no tokens; {_AGAIN}")
     check_token_bytes(bin_path(prefix), index)
+    return index
 
 
 @dataclass(frozen=True, eq=False)

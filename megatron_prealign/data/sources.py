@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_prealign.data.dataset import too_narrow
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.word_bitmap import WordBitmap
@@ -221,6 +222,9 @@ def _open(source: DataSource | ValidationSource, sidecar: Sidecar, languages: Se
             f"{source.path}.idx: holds {documents} documents and {opened.tokens} tokens, its sidecar says "
             f"{sidecar.documents} and {sidecar.tokens}; the files are not of one dataset, preprocess again"
         )
+    narrow = too_narrow(source.path, np.dtype(dataset.index.dtype), sidecar.tokenizer.vocab_size)
+    if narrow is not None:
+        raise UserError(narrow)
     return opened
 
 

@@ -1,10 +1,13 @@
 """`dataset prepare-cache`: the index that training would build, made before it, by any number of processes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,16 @@ from tiny import Tiny, recipe_of
 from workers import WorkerPool
 
 from megatron_prealign import cli
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """The command sends the package's log to standard error; later tests want it where it was."""
+    logger = logging.getLogger("megatron_prealign")
+    before = logger.handlers[:], logger.level, logger.propagate
+    with warnings.catch_warnings():
+        yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def prepare_on_rank(values: dict[str, Any], folder: str, caches: list[str]) -> bool:

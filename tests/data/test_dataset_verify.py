@@ -16,8 +16,11 @@ from megatron_prealign.data import checksum
 from megatron_prealign.data import verify as verify_module
 from megatron_prealign.data.indexed import import_indexed_dataset
 from megatron_prealign.data.sidecar import TokenizerRecord, load_sidecar, save_sidecar
+from megatron_prealign.data.sources import open_training_sources
 from megatron_prealign.data.verify import verify
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.data import DataSection, DataSource
+from megatron_prealign.validate import _check_source
 
 
 def problems(prefix: str, **options: object) -> list[str]:
@@ -206,3 +209,15 @@ def test_tokenizer_and_options(tmp_path, tiny, capsys):
     assert problems(str(tmp_path / "plain")) == [
         f"{tmp_path}/plain.json: no such file; make the dataset with megatron-prealign preprocess"
     ]
+
+
+def test_training_refuses_ids_that_were_cut(tmp_path):
+    prefix = make_dataset(tmp_path / "a", random_documents(4, seed=1), tokenizer=OTHER)
+    source = DataSource(path=prefix, language="zh")
+    data = DataSection(tokenizer="x", sources=[source], seq_length=8)
+    for check in (lambda: open_training_sources(data, ["zh"]), lambda: _check_source(source)):
+        with pytest.raises(UserError, match=r"70,000 ids, but a\.idx stores them as uint16, up to 65,535"):
+            check()
+    make_dataset(tmp_path / "a", random_documents(4, seed=1), documents=5)
+    with pytest.raises(UserError, match="holds 4 documents .* its sidecar says 5"):
+        _check_source(source)
