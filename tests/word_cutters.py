@@ -1,5 +1,8 @@
 """Segmenters of the tests' own, named on the command line as `word_cutters:Class`."""
 
+import os
+import time
+
 WORDS = ("苹果", "银行", "房子", "蓝山", "水果汁", "数据库")
 
 
@@ -46,3 +49,20 @@ class Mute:
 
 class NoLanguage:
     pass
+
+
+class Slow(KnownWords):
+    """Gives a test the time to kill it."""
+
+    def word_starts(self, text: str) -> list[int]:
+        time.sleep(0.001)
+        return super().word_starts(text)
+
+
+class Deadly(KnownWords):
+    """Takes its process along at one text."""
+
+    def word_starts(self, text: str) -> list[int]:
+        if text == "die now":
+            os._exit(9)
+        return super().word_starts(text)

@@ -1,0 +1,312 @@
+"""Runs that end early: whenever that is, nothing half-done is taken for a dataset, and a later run goes on."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from megatron_prealign.cli import main
+from megatron_prealign.data import unfinished as module
+from megatron_prealign.data.blocks import Limits
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
+from megatron_prealign.data.readers import Fields
+from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.train_tokenizer import train_tokenizer
+from megatron_prealign.errors import UserError
+
+# Small blocks and a journal behind every one or two of them.
+SETTINGS = PreprocessSettings(
+    language="zh", on_error="skip", limits=Limits(block_bytes=2500), save_every_bytes=3000, use_fast_engine=False
+)
+
+
+def text(generator: numpy.random.Generator) -> str:
+    return " ".join(generator.choice(["我们", "苹果", "dog", "14", "öl"], generator.integers(1, 60)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    generator = numpy.random.default_rng(0)
+    lines = [json.dumps({"text": text(generator), "l": ["zh", "de"][n % 2]}) for n in range(40)]
+    (path / "a.jsonl").write_text("\n".join([*lines[:20], "no JSON", *lines[20:]]) + "\n", encoding="utf-8")
+    (path / "b.txt").write_text("\n\n".join(text(generator) for _ in range(40)), encoding="utf-8")
+    train_tokenizer([path / "a.jsonl"], path / "tok", 270, on_error="skip", show_progress=False)
+    return path
+
+
+def inputs(folder: Path) -> list[Path]:
+    return [folder / "a.jsonl", folder / "b.txt"]
+
+
+def run(folder: Path, out: Path, settings: PreprocessSettings) -> None:
+    preprocess(inputs(folder), folder / "tok", out, settings, show_progress=False)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything written for this prefix."""
+    return {path.name[len(out.name) :]: path.read_bytes() for path in sorted(out.parent.glob(f"{out.name}*"))}
+
+
+class Killed(BaseException):
+    """Ends a run without a chance to tidy up."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Ends the process, as far as that can be done inside one, just before the given step that changes something on the
+    disk; gives the number of steps so far."""
+    steps = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps >= step:
+                raise Killed
+            return call(*arguments, **options)
+
+        return counting
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(module.TokenWriter, "append", counted(module.TokenWriter.append))
+    return lambda: steps
+
+
+@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, segmenter: str | None
+) -> None:
+    settings = replace(SETTINGS, segmenter=segmenter)
+    run(folder, tmp_path / "whole/x", settings)
+    expected = files(tmp_path / "whole/x")
+    old = tmp_path / "old/x"
+    preprocess([folder / "b.txt"], folder / "tok", old, replace(settings, segmenter="word_cutters:KnownWords"), False)
+    step, resumed, untouched = 0, 0, 0
+    while True:
+        step += 1
+        out = tmp_path / f"killed{step}/x"
+        shutil.copytree(old.parent, out.parent)
+        with pytest.MonkeyPatch.context() as patch:
+            count = kill_at(step, patch)
+            try:
+                run(folder, out, settings)
+            except Killed:
+                pass
+            else:
+                break
+            assert count() >= step
+        found = {path.name[1:]: path.read_bytes() for path in out.parent.glob("x.*") if path.is_file()}
+        if ".json" in found:
+            # Whoever finds a sidecar finds the dataset it speaks of, the old or the new one.
+            sidecar = load_sidecar(out)
+            assert found[".bin"] in (files(old)[".bin"], expected[".bin"])
+            assert sidecar == load_sidecar(old if found[".bin"] == files(old)[".bin"] else tmp_path / "whole/x")
+            untouched += 1
+        resumed += (out.parent / "x.unfinished/journal.json").exists()
+        run(folder, out, replace(settings, resume=True))
+        assert files(out) == expected, step
+        shutil.rmtree(out.parent)
+    # Most steps lie between the first journal and the end.
+    assert step > 40 and resumed > 0.8 * step and untouched > 0.7 * step
+
+
+SCRIPT = """
+import sys
+from megatron_prealign.data.blocks import Limits
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
+
+if __name__ == "__main__":
+    settings = PreprocessSettings(
+        language="zh", segmenter=sys.argv[4], workers=2, limits=Limits(block_bytes=2500), save_every_bytes=3000
+    )
+    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], settings, show_progress=False)
+"""
+
+
+def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big.jsonl"
+    lines = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    big.write_text("\n".join(line for line in lines * 30 if line != "no JSON"), encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "x"
+    command = [
+        sys.executable,
+        str(tmp_path / "script.py"),
+        str(big),
+        str(folder / "tok"),
+        str(out),
+        "word_cutters:Slow",
+    ]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    journal = tmp_path / "x.unfinished/journal.json"
+    deadline = time.monotonic() + 120
+    while not journal.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = _children(process.pid)
+    process.kill()
+    process.wait()
+    assert children and not (tmp_path / "x.bin").exists()
+    # Workers whose parent is gone go, too.
+    while any(_is_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    settings = PreprocessSettings(
+        language="zh", segmenter="word_cutters:Slow", limits=Limits(block_bytes=2500), save_every_bytes=1 << 30
+    )
+    with pytest.raises(UserError, match="an unfinished run lies here"):
+        preprocess([big], folder / "tok", out, settings, show_progress=False)
+    preprocess([big], folder / "tok", out, replace(settings, resume=True), show_progress=False)
+    preprocess([big], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    assert files(out) == files(tmp_path / "y")
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' * 50 + '{"text": "die now"}\n' + '{"text": "two"}\n' * 50)
+    arguments = ["--tokenizer", str(folder / "tok"), "--language", "zh", "--workers", "2"]
+    arguments += ["--segmenter", "word_cutters:Deadly", "--output", str(tmp_path / "x")]
+    assert main(["preprocess", "--input", str(path), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "a worker process died" in errors[0]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("at", [2, 8])
+def test_a_full_disk_keeps_what_was_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    append, count = module.TokenWriter.append, 0
+
+    def full(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, texts)
+
+    out = tmp_path / "x"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", full)
+        with pytest.raises(UserError, match=r"x.unfinished: cannot be written \(No space left on device\)") as caught:
+            run(folder, out, SETTINGS)
+    kept = at > 2
+    assert ("documents are kept in" in str(caught.value)) == kept
+    assert (tmp_path / "x.unfinished").exists() == kept
+    assert not (tmp_path / "x.bin").exists()
+    run(folder, out, replace(SETTINGS, resume=True))
+    run(folder, tmp_path / "y", SETTINGS)
+    assert files(out) == files(tmp_path / "y")
+
+
+def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settings: PreprocessSettings) -> None:
+    """Leaves an unfinished run."""
+    append, count = module.TokenWriter.append, 0
+
+    def interrupt(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        append(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, out, settings)
+    assert (out.parent / "x.unfinished").is_dir()
+
+
+def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "x"
+    interrupted(folder, out, monkeypatch, SETTINGS)
+    with pytest.raises(UserError, match="an unfinished run lies here; go on from it with --resume, or remove"):
+        run(folder, out, SETTINGS)
+    same = replace(SETTINGS, resume=True)
+    for other, named in [
+        (replace(same, language="ja"), "language was zh, is ja"),
+        (replace(same, fields=Fields(("l",))), r"text_keys was \['text'\], is \['l'\]"),
+        (replace(same, segmenter="word_cutters:KnownWords"), "segmenter was None"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            run(folder, out, other)
+    with pytest.raises(UserError, match="inputs was"):
+        preprocess([folder / "a.jsonl"], folder / "tok", out, same, show_progress=False)
+    with open(tmp_path / "x.unfinished/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing"):
+            run(folder, out, same)
+    # Whether bad lines stop the run, and how many workers there are, changes no byte of what was done.
+    run(folder, out, replace(same, workers=2))
+    run(folder, tmp_path / "y", SETTINGS)
+    assert files(out) == files(tmp_path / "y")
+
+
+@pytest.mark.parametrize("damage", ["journal", "short", "version"])
+def test_a_damaged_unfinished_run_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    interrupted(folder, tmp_path / "x", monkeypatch, SETTINGS)
+    journal = tmp_path / "x.unfinished/journal.json"
+    if damage == "journal":
+        journal.write_text(journal.read_text()[:-5])
+    elif damage == "version":
+        journal.write_text(journal.read_text().replace('"format_version": 1', '"format_version": 7'))
+    else:
+        os.truncate(tmp_path / "x.unfinished/0.bin", 100)
+    with pytest.raises(UserError, match=r"x.unfinished/.*(not a journal of this version|expected .* as the journal)"):
+        run(folder, tmp_path / "x", replace(SETTINGS, resume=True))
+    # Nothing is thrown away by that.
+    assert journal.exists()
+
+
+def test_an_input_that_changes_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    shutil.copy(folder / "a.jsonl", path)
+    finish = module.Unfinished.save
+
+    def touched(self: module.Unfinished) -> None:
+        path.write_bytes(path.read_bytes() + b'{"text": "late"}\n')
+        finish(self)
+
+    monkeypatch.setattr(module.Unfinished, "save", touched)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read"):
+        preprocess([path], folder / "tok", tmp_path / "x", SETTINGS, show_progress=False)
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_read_only_output(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be made"):
+        run(folder, tmp_path / "file/x", SETTINGS)
+    if os.geteuid() == 0:
+        return
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(UserError, match="cannot be made"):
+        run(folder, tmp_path / "locked/x", SETTINGS)
