@@ -24,6 +24,9 @@ class MergeOptions:
     """Language code of the result, for datasets of different languages."""
     drop_words: bool = False
     """Leave PREFIX.words out, for datasets of which only some were made with a segmenter."""
+    allow_missing: bool = False
+    """Take missing shards for empty ones: with --language-key, preprocess writes no files for a language that a shard
+    has no document of."""
     without_sidecar: bool = False
     """Join .bin and .idx alone, for files of Megatron-LM's own tools; no .json is read or written."""
 
@@ -80,7 +83,9 @@ class RepairOptions:
 
 
 def merge(argv: Sequence[str]) -> int:
-    options = parse_options(MergeOptions, "dataset merge", _flags(argv, "--drop_words", "--without_sidecar"))
+    options = parse_options(
+        MergeOptions, "dataset merge", _flags(argv, "--drop_words", "--allow_missing", "--without_sidecar")
+    )
 
     from megatron_prealign.data.merge import merge as merge_datasets
 
@@ -90,6 +95,7 @@ def merge(argv: Sequence[str]) -> int:
         workers=_workers(options.workers),
         language=options.language,
         drop_words=options.drop_words,
+        allow_missing=options.allow_missing,
         without_sidecar=options.without_sidecar,
     )
     facts = result.sidecar

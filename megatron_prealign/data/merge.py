@@ -50,6 +50,7 @@ def merge(
     workers: int = 1,
     language: str | None = None,
     drop_words: bool = False,
+    allow_missing: bool = False,
     without_sidecar: bool = False,
     show_progress: bool = True,
 ) -> MergeResult:
@@ -64,6 +65,8 @@ def merge(
         workers: threads that copy.
         language: language code of the result, for inputs of different languages; None if they have one.
         drop_words: leave `.words` out, for inputs of which only some have one.
+        allow_missing: take missing shards for empty ones: preprocess writes no files for a language that a shard has no
+            document of.
         without_sidecar: join `.bin` and `.idx` alone, for files without `.json`; writes none.
         show_progress: whether to write a progress bar to standard error.
 
@@ -77,15 +80,15 @@ def merge(
     if not inputs:
         raise UserError("--input is empty; expected the prefixes of two or more datasets")
     _check_distinct(inputs, output)
-    if without_sidecar and (language is not None or drop_words):
-        raise UserError("--without-sidecar joins tokens alone; leave --language and --drop-words out")
+    if without_sidecar and (language is not None or drop_words or allow_missing):
+        raise UserError("--without-sidecar joins tokens alone; leave --language, --drop-words and --allow-missing out")
     if without_sidecar and sidecar_path(output).exists():
         raise UserError(f"{sidecar_path(output)}: is there and would be of other tokens; choose another --output")
     parts = [open_dataset(prefix, sidecar=not without_sidecar) for prefix in inputs]
     _check_types(parts)
     merged = None
     if not without_sidecar:
-        parts = in_order_of_shards(parts)
+        parts = in_order_of_shards(parts, allow_missing)
         merged = _join_sidecars(parts, language, drop_words)
     if sum(part.index.tokens for part in parts) == 0:
         raise UserError(f"all {len(parts)} inputs are empty; there is nothing to merge")
@@ -125,8 +128,12 @@ def _check_types(parts: Sequence[Dataset]) -> None:
             )
 
 
-def in_order_of_shards(parts: Sequence[Dataset]) -> list[Dataset]:
+def in_order_of_shards(parts: Sequence[Dataset], allow_missing: bool = False) -> list[Dataset]:
     """The parts as they are if none is a shard, or else all the shards of one run, in their order.
+
+    Args:
+        parts: opened with their sidecars.
+        allow_missing: whether some of the shards may be missing.
 
     Raises:
         UserError: a shard is missing or there twice, or only some parts are shards.
@@ -150,11 +157,11 @@ def in_order_of_shards(parts: Sequence[Dataset]) -> list[Dataset]:
             )
         found[shard[0]] = part
     missing = [number for number in range(1, first[1] + 1) if number not in found]
-    if missing:
+    if missing and not allow_missing:
         some = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
         raise UserError(
             f"of {first[1]} shards {len(missing)} are missing: {some}; preprocess them (--shard i/{first[1]}) and "
-            "give all"
+            "give all, or give --allow-missing if --language-key found no document of this language in them"
         )
     return [found[number] for number in sorted(found)]
 

@@ -16,6 +16,7 @@ from megatron_prealign.data import merge as merge_module
 from megatron_prealign.data.checksum import file_checksum
 from megatron_prealign.data.indexed import import_indexed_dataset, open_indexed
 from megatron_prealign.data.merge import merge
+from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.problems import Problem
 from megatron_prealign.data.sidecar import InputRecord, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.data.word_bitmap import BitmapWriter
@@ -125,6 +126,25 @@ def test_shards_are_put_in_order(tmp_path):
     assert (facts.shard, facts.skipped_count, len(facts.skipped)) == (None, 660, 100)
 
 
+@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+def test_shards_of_a_real_run(tmp_path, tiny, segmenter):
+    """They give what the run without --shard gives, byte for byte, also where a shard is empty."""
+    (tmp_path / "more.txt").write_text("苹果和梨 are fruit.\n\nA second document.\n")
+    inputs = [str(tiny.folder / "corpus.jsonl"), str(tmp_path / "more.txt")]
+    settings = PreprocessSettings(language="en", segmenter=segmenter)
+    preprocess(inputs, tiny.tokenizer, tmp_path / "whole", settings, show_progress=False)
+    count = 70
+    for number in range(1, count + 1):
+        one = replace(settings, shard=(number, count))
+        preprocess(inputs, tiny.tokenizer, tmp_path / "part", one, show_progress=False)
+    prefixes = [str(tmp_path / f"part_{number:05d}-of-{count:05d}") for number in range(count, 0, -1)]
+    assert any(load_sidecar(prefix).documents == 0 for prefix in prefixes)
+    merge(prefixes, str(tmp_path / "merged"), workers=2, show_progress=False)
+    for ending in ("bin", "idx", *(["words"] if segmenter else [])):
+        assert (tmp_path / f"merged.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+    assert load_sidecar(tmp_path / "merged") == load_sidecar(tmp_path / "whole")
+
+
 def test_shards_that_are_not_whole(tmp_path, capsys):
     prefixes = shards(tmp_path, 5)
     other = make_dataset(tmp_path / "other", random_documents(3, seed=9))
@@ -144,6 +164,9 @@ def test_shards_that_are_not_whole(tmp_path, capsys):
         assert status == 2 and len(error.splitlines()) == 1
         assert message in error
     assert not (tmp_path / "out").exists()
+    some = ["--input", prefixes[3], prefixes[1], "--output", str(tmp_path / "out" / "all")]
+    assert cli.main(["dataset", "merge", *some, "--allow-missing"]) == 0
+    assert f"parts      2: {prefixes[1]}, {prefixes[3]}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
