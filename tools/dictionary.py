@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary`: builds the word-translation table, measures its coverage and shows it at work."""
+"""`megatron-prealign dictionary`: builds and merges word-translation tables, measures them and shows them at work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Literal
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
 from megatron_prealign.tools.dictionary_preview import preview
+from megatron_prealign.tools.dictionary_report import report
 
 if TYPE_CHECKING:
-    from megatron_prealign.dictionary.build import BuildReport
+    from megatron_prealign.data.tokenizer import Tokenizer
+    from megatron_prealign.dictionary.build import BuildReport, BuildSettings
     from megatron_prealign.dictionary.coverage import Coverage
+    from megatron_prealign.dictionary.groups import Cleaning
+    from megatron_prealign.dictionary.readers import DictionaryInput
+    from megatron_prealign.dictionary.running_words import WordCounts
     from megatron_prealign.dictionary.table import DictionaryTable
 
 
@@ -19,29 +24,73 @@ class BuildOptions:
     """Builds the word-translation table (table.safetensors) from word lists."""
 
     input: list[str]
-    """Word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de), one or more; translations of a word join."""
+    """Word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de), one or more; translations of a word join.
+
+    SOURCE is the language of the headwords. Of files that belong together (dictd, StarDict, PanLex) name any one. Text
+    files may be compressed with gzip, zstd or bzip2.
+    """
     tokenizer: str
     """Hugging Face tokenizer folder or sentencepiece model file, the one the corpora were preprocessed with."""
     output: str
     """Table file to write."""
     languages: str | None = None
     """Languages of the columns (en-de, or en-de-fr for lists of three), for inputs that do not name their own."""
-    format: Literal["auto", "pairs", "words", "tsv", "space"] = "auto"
+    format: Literal[
+        "auto",
+        "pairs",
+        "words",
+        "tsv",
+        "csv",
+        "space",
+        "dictd",
+        "stardict",
+        "cedict",
+        "wiktextract",
+        "wiktextract-glosses",
+        "panlex",
+        "pyglossary",
+    ] = "auto"
     """Format of the inputs; auto looks at each file.
 
     pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}, tsv two columns, space two words
-    (MUSE), with --weights one more.
+    (MUSE), csv a column for each language, with --weights one more; cedict is CC-CEDICT, wiktextract the translations
+    of a Wiktionary and wiktextract-glosses its definitions, pyglossary all that this package reads.
     """
+    source: str | None = None
+    """Language whose words are to be replaced: lists that have it in another column are turned around."""
+    pivot: str | None = None
+    """Join lists over this language: de-en and en-ru become de-ru. The lists themselves serve as a bridge alone."""
+    pivot_ambiguous: Literal["drop", "keep"] = "drop"
+    """Joined pairs that only one pivot word of several meanings supports."""
+    pivot_bridge: bool = False
+    """Keep also the pairs of the pivot language."""
     corpus: list[str] = field(default_factory=list)
-    """Prefixes of preprocessed datasets in the source languages: coverage is measured and words are counted in them."""
+    """Prefixes of preprocessed datasets: coverage is measured and words are counted in them."""
+    notes: Literal["drop", "keep"] = "drop"
+    """Notes in brackets and markup inside words."""
+    scripts: Literal["check", "any"] = "check"
+    """Leave out pairs with a word that has no letter of any script of its language, and refuse lists whose columns are
+    the other way round."""
+    min_characters: int = 1
+    """Shortest word, in characters."""
+    max_characters: int = 100
+    """Longest word or phrase, in characters."""
+    max_words: int | None = None
+    """Longest translation, in words."""
+    min_count: int = 0
+    """Least occurrences of a source word in the corpora of its language."""
+    min_target_count: int = 0
+    """Least occurrences of a translation in the corpora of its language."""
     max_translations: int = 4
-    """Most translations of a word in one language; the first of the lists are kept."""
+    """Most translations of a word in one language; the first by --order are kept."""
+    order: Literal["file", "weight", "frequency"] = "file"
+    """Which translations come first: the lists' own order, the heaviest, or the most frequent in the corpora."""
     max_target_tokens: int = 8
     """Longest translation, in tokens; it may be several words."""
     drop_identical: bool = True
     """Leave out pairs whose two words are the same tokens."""
     licence: str = ""
-    """Licence of the lists, noted in the table."""
+    """Licence of the lists that do not tell their own, noted in the table."""
     weights: bool = False
     """Every line of a list in columns has one more: the weight of the translation in the draw, a number above 0.
 
@@ -51,6 +100,26 @@ class BuildOptions:
     """Tokens of each corpus to look at."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a line that cannot be read: stop, or skip it and list the first 100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Puts tables of one tokenizer together, as if their lists had been built into one."""
+
+    table: list[str]
+    """Table files, two or more; of the translations of a word those of the first table come first."""
+    tokenizer: str
+    """The tokenizer that they were built with."""
+    output: str
+    """Table file to write."""
+    max_translations: int = 4
+    """Most translations of a word in one language; the first ones are kept."""
+    order: Literal["file", "weight"] = "file"
+    """Which translations come first: those of the first table, or the heaviest."""
+    max_target_tokens: int = 8
+    """Longest translation, in tokens."""
+    drop_identical: bool = True
+    """Leave out pairs whose two words are the same tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,29 +138,111 @@ def build(argv: Sequence[str]) -> int:
     options = parse_options(BuildOptions, "dictionary build", argv)
 
     from megatron_prealign.data.tokenizer import load_tokenizer
-    from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
+    from megatron_prealign.dictionary.build import BuildReport, build_table, read_groups
     from megatron_prealign.dictionary.coverage import count_groups, measure_coverage
+    from megatron_prealign.dictionary.pivot import join_over
+
+    settings, cleaning, inputs = _settings(options)
+    report = BuildReport()
+    tokenizer = load_tokenizer(options.tokenizer)
+    groups, sources = read_groups(
+        inputs,
+        report,
+        options.on_error,
+        cleaning=cleaning,
+        source_language=options.source,
+        pivot=options.pivot,
+    )
+    if options.pivot is not None:
+        keep_ambiguous = options.pivot_ambiguous == "keep"
+        groups = join_over(
+            groups, options.pivot, report.rules, keep_ambiguous=keep_ambiguous, keep_bridge=options.pivot_bridge
+        )
+    counts = _count_words(options, tokenizer) if settings.needs_counts else None
+    table = build_table(groups, tokenizer, settings, report, sources=sources, counts=counts, show_progress=True)
+    corpora = [measure_coverage(table, prefix, options.max_tokens) for prefix in options.corpus]
+    table = count_groups(table, corpora)
+    table.save(options.output)
+    _print_report(table, report)
+    _print_coverage(corpora)
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[DictionaryInput]]":
+    """Everything that can be wrong with the options alone, before anything is read."""
+    from megatron_prealign.dictionary.build import BuildSettings
+    from megatron_prealign.dictionary.groups import Cleaning
     from megatron_prealign.dictionary.readers import parse_input
 
     settings = BuildSettings(
         max_translations=options.max_translations,
+        order=options.order,
         max_target_tokens=options.max_target_tokens,
         drop_identical=options.drop_identical,
+        min_count=options.min_count,
+        min_target_count=options.min_target_count,
+    )
+    cleaning = Cleaning(
+        notes=options.notes == "drop",
+        scripts=options.scripts == "check",
+        min_characters=options.min_characters,
+        max_characters=options.max_characters,
+        max_words=options.max_words,
     )
     inputs = [
         parse_input(text, options.languages, options.format, options.licence, options.weights) for text in options.input
     ]
     if not inputs:
         raise UserError("--input is empty, expected one or more word lists as FILE:SOURCE-TARGET")
-    report = BuildReport()
+    languages = {language for each in inputs for language in each.languages}
+    for name in ("source", "pivot"):
+        language = getattr(options, name)
+        if language is not None and language not in languages:
+            raise UserError(f"--{name} is {language}, expected a language of the lists: {', '.join(sorted(languages))}")
+    if settings.needs_counts and not options.corpus:
+        raise UserError(
+            "--min-count, --min-target-count and --order frequency count words in corpora; name preprocessed datasets "
+            "with --corpus"
+        )
+    return settings, cleaning, inputs
+
+
+def _count_words(options: BuildOptions, tokenizer: "Tokenizer") -> "WordCounts":
+    from megatron_prealign.dictionary.lexicon import letter_boundaries
+    from megatron_prealign.dictionary.running_words import count_words
+
+    return count_words(options.corpus, tokenizer, letter_boundaries(tokenizer), options.max_tokens)
+
+
+def merge(argv: Sequence[str]) -> int:
+    options = parse_options(MergeOptions, "dictionary merge", argv)
+
+    from megatron_prealign.data.tokenizer import load_tokenizer
+    from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+    from megatron_prealign.dictionary.merge import merge_counts, merge_groups
+    from megatron_prealign.dictionary.table import load_table
+
+    settings = BuildSettings(
+        max_translations=options.max_translations,
+        order=options.order,
+        max_target_tokens=options.max_target_tokens,
+        drop_identical=options.drop_identical,
+    )
+    if len(options.table) < 2:
+        raise UserError("--table names one table, expected two or more to put together")
     tokenizer = load_tokenizer(options.tokenizer)
-    groups, sources = read_groups(inputs, report, options.on_error)
-    table = build_table(groups, tokenizer, settings, report, sources=sources, show_progress=True)
-    corpora = [measure_coverage(table, prefix, options.max_tokens) for prefix in options.corpus]
-    table = count_groups(table, corpora)
-    table.save(options.output)
-    _print_report(table, report)
-    _print_coverage(corpora)
+    tables = []
+    for path in options.table:
+        table = load_table(path)
+        table.check_tokenizer(tokenizer.fingerprint, f"tokenizer {options.tokenizer}")
+        tables.append(table)
+    report = BuildReport()
+    groups, sources = merge_groups(tables, report.rules)
+    merged = build_table(groups, tokenizer, settings, report, sources=sources, show_progress=True)
+    merged = merge_counts(merged, tables)
+    merged.save(options.output)
+    _print_report(merged, report)
     print(f"wrote {options.output}")
     return 0
 
@@ -112,6 +263,8 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
         print(f"skipped {line}")
     if report.errors.count > len(report.errors.first):
         print(f"skipped {report.errors.count - len(report.errors.first)} more lines")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     print(f"{report.errors.count:>12,}  lines skipped")
     for name, count in report.rules.items():
         print(f"{count:>12,}  {name}")
@@ -132,6 +285,8 @@ def _print_coverage(corpora: "Sequence[Coverage]") -> None:
 
 ACTIONS: Actions = {
     "build": (build, "build a table from word lists"),
+    "merge": (merge, "put tables of one tokenizer together"),
+    "report": (report, "what a table is worth on corpora, as JSON and HTML"),
     "coverage": (coverage, "share of the running words of corpora that a table knows"),
     "preview": (preview, "what code-switching will do to a dataset, row by row"),
 }

@@ -65,7 +65,7 @@ def test_weights_of_a_list(tokenizer, tmp_path, capsys):
     [
         (["--help"], 0, "coverage   share of the running words"),
         ([], 2, "usage: megatron-prealign dictionary ACTION"),
-        (["bulid"], 2, "unknown action 'bulid', expected one of build, coverage"),
+        (["bulid"], 2, "unknown action 'bulid', expected one of build, merge, report, coverage"),
         (["build", "--input", "a.tsv", "--tokenizer", "t", "--output", "o"], 2, "no languages given"),
         (["build", "--inptu", "a.tsv"], 2, "megatron-prealign dictionary build"),
     ],

@@ -1,0 +1,86 @@
+"""`megatron-prealign dictionary report`: what a table is worth on corpora, as JSON and as an HTML page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prealign.cli import parse_options
+from megatron_prealign.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Measures a table on corpora: coverage, switch rate, lengths, ambiguity, unknown words; with switched samples."""
+
+    table: str
+    """Table file."""
+    corpus: list[str]
+    """Prefixes of preprocessed datasets, one or more."""
+    output: str
+    """Folder to write report.json and report.html into."""
+    tokenizer: str | None = None
+    """Tokenizer of the datasets; by default the one that their .json name."""
+    ratio: float = 0.05
+    """Ratio of code-switching that the rates are for, from 0 to 1."""
+    samples: int = 20
+    """Switched words to show of each corpus."""
+    unknown_words: int = 50
+    """Most frequent unknown words to list."""
+    max_tokens: int = 5_000_000
+    """Tokens of each corpus to look at."""
+    seed: int = 1
+    """Decides the samples."""
+
+
+def report(argv: Sequence[str]) -> int:
+    """Runs `dictionary report`."""
+    options = parse_options(ReportOptions, "dictionary report", argv)
+
+    from megatron_prealign.data.files import make_folder, write_all_atomically
+    from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+    from megatron_prealign.dictionary.report import ReportSettings, make_report
+    from megatron_prealign.dictionary.report_page import render_page
+    from megatron_prealign.dictionary.table import load_table
+
+    settings = ReportSettings(
+        ratio=options.ratio,
+        max_tokens=options.max_tokens,
+        samples=options.samples,
+        unknown_words=options.unknown_words,
+        seed=options.seed,
+    )
+    if not options.corpus:
+        raise UserError("--corpus is empty, expected one or more prefixes of preprocessed datasets")
+    table = load_table(options.table)
+    loaded: dict[str, Tokenizer] = {}
+    paths = [options.tokenizer or _tokenizer_of(prefix) for prefix in options.corpus]
+    for path in paths:
+        if path not in loaded:
+            loaded[path] = load_tokenizer(path)
+    made = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
+    folder = Path(options.output)
+    make_folder(folder, "--output")
+    with write_all_atomically([folder / "report.html", folder / "report.json"]) as (page, values):
+        page.write_text(render_page(made), encoding="utf-8")
+        values.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for corpus in made["corpora"]:
+        print(
+            f"{corpus['prefix']} ({corpus['language']}): {corpus['coverage']:.1%} of {corpus['running_words']:,} "
+            f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} different ones, "
+            f"{corpus['switch_rate']:.2%} switched at a ratio of {options.ratio:g}"
+        )
+    print(f"wrote {folder / 'report.json'} and {folder / 'report.html'}")
+    return 0
+
+
+def _tokenizer_of(prefix: str) -> str:
+    from megatron_prealign.data.sidecar import load_sidecar, sidecar_path
+
+    tokenizer = load_sidecar(prefix).tokenizer.path
+    if not Path(tokenizer).exists():
+        raise UserError(
+            f"{sidecar_path(prefix)}: names tokenizer {tokenizer}, which is not there; give --tokenizer with the one "
+            "that the dataset was preprocessed with"
+        )
+    return tokenizer
