@@ -262,15 +262,15 @@ def load_table(path: str | Path) -> DictionaryTable:
             if _WORD_WEIGHT in file.keys():  # noqa: SIM118
                 tensors[_WORD_WEIGHT] = file.get_tensor(_WORD_WEIGHT)
         table = DictionaryTable(
-            languages=tuple(json.loads(metadata["languages"])),
+            languages=tuple(_list_of(str, metadata, "languages")),
             tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
             vocab_size=int(metadata["vocab_size"]),
-            sources=tuple(json.loads(metadata["sources"])),
+            sources=tuple(_list_of(dict, metadata, "sources")),
             build=dict(json.loads(metadata.get("build", "{}"))),
             path=path,
             **tensors,
         )
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise _corrupt(path, str(error) or type(error).__name__) from error
     problem = find_problem(table)
     if problem:
@@ -278,9 +278,16 @@ def load_table(path: str | Path) -> DictionaryTable:
     return table
 
 
+def _list_of(kind: type, metadata: dict[str, str], key: str) -> list[Any]:
+    values = json.loads(metadata[key])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"{key} is {metadata[key][:60]!r}, expected a list")
+    return values
+
+
 def _corrupt(path: Path, what: str) -> UserError:
     return UserError(
-        f"{path}: not a whole dictionary table of format {FORMAT_VERSION}: {what}; "
+        f"{path}: not a whole dictionary table of format {FORMAT_VERSION}: {' '.join(what.split())}; "
         "build it again with megatron-prealign dictionary build"
     )
 
@@ -291,7 +298,24 @@ def find_problem(table: DictionaryTable) -> str | None:
         values = getattr(table, name)
         if values.dtype != dtype or values.ndim != 1:
             return f"{name} is {values.dtype} {values.shape}, expected {np.dtype(dtype)} in one dimension"
-    return _weight_problem(table) or _shape_problem(table) or _offsets_problem(table) or _range_problem(table)
+    checks = (_languages_problem, _weight_problem, _shape_problem, _offsets_problem, _range_problem, _text_problem)
+    # Each relies on those before it.
+    return next((problem for check in checks if (problem := check(table))), None)
+
+
+def _languages_problem(table: DictionaryTable) -> str | None:
+    return None if len(set(table.languages)) == len(table.languages) else "languages has one code twice"
+
+
+def _text_problem(table: DictionaryTable) -> str | None:
+    try:
+        table.word_text.tobytes().decode()
+    except UnicodeDecodeError as error:
+        return f"word_text is not valid UTF-8 ({error})"
+    begins = table.word_text_offsets[:-1]
+    # The bytes of one character never belong to two words.
+    inside = table.word_text[begins[begins < len(table.word_text)]] & 0xC0 == 0x80
+    return "word_text_offsets cuts through a character" if inside.any() else None
 
 
 def _weight_problem(table: DictionaryTable) -> str | None:

@@ -1,14 +1,21 @@
-"""Any bytes in a dictionary are read or are one line for the user, and never anything else."""
+"""Any bytes in a dictionary or in a table are read or are one line for the user, and never anything else."""
 
 import gzip
+import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dictionary_files import read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.coverage import match_words, split_words
+from megatron_prealign.dictionary.groups import GroupBuilder
+from megatron_prealign.dictionary.table import TENSORS, DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 
 FUZZ = settings(
@@ -108,3 +115,91 @@ def test_panlex(tmp_path, langvar, expr, denotation, good):
     for name, data in (("langvar", langvar), ("expr", expr), ("denotation", denotation)):
         (tmp_path / f"{name}.csv").write_bytes(data)
     check(tmp_path)
+
+
+# Tables
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer) -> DictionaryTable:
+    builder = GroupBuilder()
+    builder.add([["apple", "Apfel"], ["house", "Haus"], ["house", "Gebäude"]], ("en", "de"), [1.0, 2.0, 1.0])
+    return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+
+
+def check_table(path: Path) -> None:
+    try:
+        table = load_table(path)
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+        return
+    # What loads can be used.
+    for group in range(table.num_groups):
+        table.group_words(group)
+    table.held_out_groups(0.5)
+    assert table.switching_digest()
+    match_words(table, 0, table.key_tokens, split_words(table.key_tokens, table.key_offsets[:-1], table.word_boundary))
+
+
+@FUZZ
+@given(data=DATA)
+def test_table_of_any_bytes(tmp_path, data):
+    (tmp_path / "t").write_bytes(data)
+    check_table(tmp_path / "t")
+
+
+@FUZZ
+@given(
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+    cut=st.floats(0, 1),
+)
+def test_table_with_bytes_changed(tmp_path, table, changes, cut):
+    table.save(tmp_path / "t")
+    data = bytearray((tmp_path / "t").read_bytes())
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    (tmp_path / "t").write_bytes(data[: int(cut * len(data))] if cut < 0.5 else data)
+    check_table(tmp_path / "t")
+
+
+VALUES = st.sampled_from([0, 1, -1, 2, 7, 100, 255, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63)])
+
+
+@FUZZ
+@given(
+    name=st.sampled_from([*TENSORS, "word_weight"]),
+    places=st.lists(st.tuples(st.integers(0, 10**6), VALUES), max_size=3),
+    length=st.sampled_from([None, None, None, -1, 0, 1]),
+    dtype=st.sampled_from([None, None, None, "float32", "int64", "bool"]),
+)
+def test_table_with_values_changed(tmp_path, table, name, places, length, dtype):
+    values = getattr(table, name).copy()
+    for place, value in places:
+        values[place % len(values)] = np.array(value).astype(values.dtype)
+    values = values[:length] if length is not None else values
+    changed = replace(table, **{name: values.astype(dtype or values.dtype)})
+    changed.save(tmp_path / "t")
+    check_table(tmp_path / "t")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 5) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@FUZZ
+@given(
+    key=st.sampled_from(["languages", "sources", "build", "vocab_size", "tokenizer_fingerprint", "format_version"]),
+    value=JSON.map(json.dumps) | st.text(max_size=5),
+)
+def test_table_with_metadata_changed(tmp_path, table, key, value):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    table.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", framework="numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "t", metadata | {key: value})
+    check_table(tmp_path / "t")
