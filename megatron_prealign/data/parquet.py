@@ -1,5 +1,6 @@
 """Reads columns of parquet files in batches that fit into memory and travel to other processes."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 # Bytes decoded at a time if all rows were alike. Small, since rows are not: a thousand long ones may stand together.
 _STEP_BYTES = 1 << 16
-_MAX_STEP_ROWS = 4096
+_MIN_STEP_ROWS, _MAX_STEP_ROWS = 16, 4096
+_MAX_STEP_BYTES = 1 << 26
 _READ_BUFFER_BYTES = 1 << 20
 _SHOWN_COLUMNS = 8
 
@@ -25,7 +27,7 @@ class RowGroup:
     first_row: int
     rows: int
     disk_bytes: int
-    """Compressed size of all its columns."""
+    """About how many bytes of the file it takes up."""
 
 
 def row_groups(path: str) -> list[RowGroup]:
@@ -35,14 +37,16 @@ def row_groups(path: str) -> list[RowGroup]:
         ReadError: no parquet file, or a damaged or cut-off one.
         UserError: it cannot be opened.
     """
-    with _open(path) as file, _damage(path):
+    with _open(path) as file:
+        # Sizes of the single columns would be exact, but asking for them ends the process on some damaged footers
+        # (pyarrow 26): an exception of the C++ code that nobody catches.
+        sizes = [(group.num_rows, group.total_byte_size) for group in _groups(file)]
+        share = os.path.getsize(path) / max(1, sum(size for _, size in sizes))
         groups: list[RowGroup] = []
         row = 0
-        for index in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(index)
-            size = sum(group.column(column).total_compressed_size for column in range(group.num_columns))
-            groups.append(RowGroup(row, group.num_rows, size))
-            row += group.num_rows
+        for rows, size in sizes:
+            groups.append(RowGroup(row, rows, int(size * share)))
+            row += rows
         return groups
 
 
@@ -70,7 +74,9 @@ def read_batches(
         UserError: the file cannot be opened.
     """
     with _open(path) as file:
-        check_columns(file.schema_arrow, columns, path)
+        with _damage(path):
+            schema = file.schema_arrow
+        check_columns(schema, columns, path)
         parts = _rows_between(file, path, columns, first_row, stop_row)
         yield from pack_batches(parts, first_row, batch_bytes)
 
@@ -213,7 +219,7 @@ def _damage(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())
         raise ReadError(where, f"damaged or cut-off parquet data ({told[:200]}); fetch the file again") from error
 
@@ -224,18 +230,17 @@ def _rows_between(
     import pyarrow
 
     row = 0
-    for index in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(index)
+    for index, group in enumerate(_groups(file)):
         begin, row = row, row + group.num_rows
         if row <= first_row or begin >= stop_row:
             continue
         at = begin
-        steps = file.iter_batches(
-            _step_rows(group, columns), row_groups=[index], columns=list(columns), use_threads=False
-        )
+        steps = file.iter_batches(_step_rows(group), row_groups=[index], columns=list(columns), use_threads=False)
         while at < min(row, stop_row):
             with _damage(f"{path}:{at + 1}"):
-                batch = next(steps)
+                batch = next(steps, None)
+            if batch is None:
+                raise ReadError(f"{path}:{at + 1}", "damaged parquet data (fewer rows than promised); fetch it again")
             low, high = max(first_row - at, 0), min(stop_row - at, batch.num_rows)
             at += batch.num_rows
             if low < high:
@@ -243,13 +248,15 @@ def _rows_between(
                 yield from select_columns(table, columns, path).to_batches()
 
 
-def _step_rows(group: Any, columns: Sequence[str]) -> int:
-    size = 0
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        if any(chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns):
-            size += chunk.total_uncompressed_size
-    return max(1, min(_MAX_STEP_ROWS, _STEP_BYTES * group.num_rows // max(size, 1)))
+def _groups(file: Any) -> list[Any]:
+    return [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+
+
+def _step_rows(group: Any) -> int:
+    """Rows to decode at a time, by the average row with all its columns, wanted or not."""
+    row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+    fewest = max(1, min(_MIN_STEP_ROWS, _MAX_STEP_BYTES // row_bytes))
+    return max(fewest, min(_MAX_STEP_ROWS, _STEP_BYTES // row_bytes))
 
 
 def _find_field(schema: "pyarrow.Schema", column: str) -> Any:

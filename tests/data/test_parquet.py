@@ -139,14 +139,34 @@ def test_damaged_files(path: str, tmp_path: Path, damage: str) -> None:
 
 def test_what_lies_before_damage_is_read(path: str, tmp_path: Path) -> None:
     data = bytearray(Path(path).read_bytes())
-    second = row_groups(path)[0].disk_bytes + 4
-    data[second + 200 : second + 400] = bytes(200)
+    second = parquet.read_metadata(path).row_group(1).column(0).data_page_offset
+    data[second + 50 : second + 150] = bytes(100)
     (tmp_path / "a.parquet").write_bytes(data)
     found: list[int] = []
     with pytest.raises(ReadError, match=r"a\.parquet:301: damaged"):
         for payload, _ in read_batches(str(tmp_path / "a.parquet"), ["id"], 0, 1000, 1000):
             found += rows_of(payload)["id"]
     assert found == list(range(300))
+
+
+def test_any_damage_is_a_read_error(path: str, tmp_path: Path) -> None:
+    data, broken, generator = Path(path).read_bytes(), tmp_path / "a.parquet", random.Random(3)
+    refused = 0
+    for _ in range(150):
+        changed = bytearray(data)
+        for _ in range(generator.choice((1, 20))):
+            # Half of them in the footer, where everything is described.
+            at = generator.randrange(len(data)) if generator.random() < 0.5 else -1 - generator.randrange(2000)
+            changed[at] = generator.randrange(256)
+        broken.write_bytes(changed)
+        try:
+            row_groups(str(broken))
+            values = read(read_batches(str(broken), ["text", "data.in.text"], 0, 1000, 1 << 20))
+            assert set(values) <= {"text", "data.in.text"}
+        except ReadError as error:
+            refused += 1
+            assert error.where.startswith(str(broken)) and "\n" not in str(error)
+    assert refused > 75
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
