@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.data.indexed import open_indexed
+from megatron_prealign.data.indexed import bin_path, check_indexed
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.data.word_bitmap import WordBitmap
+from megatron_prealign.data.word_bitmap import check_words, words_path
+from megatron_prealign.dictionary.ragged import offsets_of
 from megatron_prealign.dictionary.table import (
     BOUNDARY_AFTER,
     BOUNDARY_BEFORE,
@@ -198,20 +199,31 @@ def blend_coverage(
 def read_sample(
     prefix: str | Path, max_tokens: int, segmenter: str | None
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.bool_] | None]:
-    """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits."""
-    dataset = open_indexed(prefix)
-    bitmap = None if segmenter is None else WordBitmap(prefix, dataset, segmenter)
-    lengths = dataset.sequence_lengths
+    """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits.
+
+    Reads the files itself: Megatron-Core's reader would import torch, which takes longer than most measurements.
+    """
+    index = check_indexed(prefix)
+    lengths = index.lengths
     documents = _draw(lengths, max_tokens)
-    rows = [dataset[int(document)] for document in documents]
-    starts = np.zeros(len(rows), dtype=np.int64)
-    np.cumsum([len(row) for row in rows[:-1]], out=starts[1:])
+    tokens = np.memmap(bin_path(prefix), index.dtype, "r")
+    first = np.asarray(index.pointers)[documents] // index.dtype.itemsize
+    spans = list(zip(first.tolist(), (first + lengths[documents]).tolist(), strict=True))
+    starts = offsets_of(lengths[documents])[:-1]
     bits = None
-    if bitmap is not None:
-        bits = np.concatenate([bitmap.read(int(document), 0, int(lengths[document])) for document in documents])
-        bits = bits[:max_tokens]
+    if segmenter is not None:
+        check_words(prefix, index.tokens, segmenter)
+        marks = np.memmap(words_path(prefix), np.uint8, "r")
+        bits = np.concatenate([_bits(marks, begin, end) for begin, end in spans])[:max_tokens]
     # Only the last document drawn is cut, and one document of the whole corpus may be longer than the limit.
-    return np.concatenate(rows)[:max_tokens], starts, bits
+    return np.concatenate([tokens[begin:end] for begin, end in spans])[:max_tokens], starts, bits
+
+
+def _bits(marks: NDArray[np.uint8], begin: int, end: int) -> NDArray[np.bool_]:
+    """Bits `begin` to `end` of a bitmap whose bytes have the lowest bit first."""
+    skipped = begin % 8
+    part = np.asarray(marks[begin // 8 : -(-end // 8)])
+    return np.unpackbits(part, count=skipped + end - begin, bitorder="little")[skipped:].view(np.bool_)
 
 
 def _draw(lengths: NDArray[np.integer], max_tokens: int) -> NDArray[np.int64]:

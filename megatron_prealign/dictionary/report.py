@@ -5,7 +5,7 @@ The result is plain values, for JSON and for the page that `report_page` makes o
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ def make_report(
     Raises:
         UserError: a missing or damaged dataset, or one made with another tokenizer.
     """
+    translations = _translations(table)
     return {
         "format_version": FORMAT_VERSION,
         "table": _about_table(table),
@@ -131,7 +132,11 @@ def _about_table(table: DictionaryTable) -> dict[str, Any]:
 
 
 def _measure(
-    table: DictionaryTable, prefix: str | Path, tokenizer: Tokenizer, settings: ReportSettings
+    table: DictionaryTable,
+    translations: Mapping[int | None, _Translations],
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    settings: ReportSettings,
 ) -> dict[str, Any]:
     sidecar = load_sidecar(prefix)
     table.check_tokenizer(sidecar.tokenizer.fingerprint, f"dataset {prefix}")
@@ -142,9 +147,7 @@ def _measure(
     known = sample.keys >= 0
     vocabulary = _Vocabulary(texts, distinct, known[distinct.first])
     running, found = len(known), int(known.sum())
-    languages = np.unique(table.candidate_language).tolist()
     share = found / running if running else 0.0
-    everything = _translations(table, None)
     return {
         "prefix": str(prefix),
         "language": sidecar.language,
@@ -157,12 +160,15 @@ def _measure(
         "known_vocabulary": len(vocabulary.known),
         "vocabulary_coverage": len(vocabulary.known) / len(vocabulary.counts) if vocabulary.counts else 0.0,
         "switch_rate": settings.ratio * share,
-        **_lengths(table, everything, sample, settings.ratio),
+        **_lengths(table, translations[None], sample, settings.ratio),
         "by_rank": vocabulary.by_rank(),
         "pairs": [
-            _pair(table, language, sample, distinct, texts, settings.ratio)
-            for language in languages
-            if table.languages[language] != sidecar.language
+            {
+                "target": table.languages[language],
+                **_pair(table, of_language, sample, distinct, texts, settings.ratio),
+            }
+            for language, of_language in translations.items()
+            if language is not None and table.languages[language] != sidecar.language
         ],
         "unknown_words": vocabulary.unknown(settings.unknown_words, running),
         "samples": _samples(table, sample, tokenizer, settings),
@@ -220,26 +226,26 @@ class _Vocabulary:
         return bands
 
 
-def _translations(table: DictionaryTable, language: int | None) -> _Translations:
-    """Of the candidates in one language; None for all."""
-    key = row_numbers(table.key_candidate_offsets)
-    weight, length = table.candidate_weight.astype(np.float64), np.diff(table.candidate_offsets).astype(np.float64)
-    kinds = key * len(table.languages) + table.candidate_language
-    of_language, place = np.unique(kinds, return_inverse=True)
-    weight_sum = np.bincount(place, weights=weight)
-    languages = np.bincount(of_language // len(table.languages), minlength=table.num_keys)
-    if language is None:
+def _translations(table: DictionaryTable) -> dict[int | None, _Translations]:
+    """Of the candidates in each target language, and of all under None."""
+    key, language = row_numbers(table.key_candidate_offsets), table.candidate_language
+    weight, length = table.candidate_weight.astype(np.float64), np.diff(table.candidate_offsets)
+    # Candidates of a key are sorted by language: those of one lie together.
+    begins = np.ones(len(key), dtype=bool)
+    begins[1:] = (np.diff(key) != 0) | (np.diff(language) != 0)
+    run = np.cumsum(begins) - 1
+    share = weight / np.bincount(run, weights=weight)[run]
+    languages = np.bincount(key[begins], minlength=table.num_keys)
+    chance = 1.0 / np.maximum(languages, 1)
+    found: dict[int | None, _Translations] = {}
+    for each in (None, *np.unique(language).tolist()):
+        chosen = np.ones(len(key), dtype=bool) if each is None else language == each
         # A language with equal chances, a translation in it by weight.
-        share = weight / weight_sum[place] / languages[key]
-        chosen = np.ones(len(key), dtype=bool)
-    else:
-        share = weight / weight_sum[place]
-        chosen = table.candidate_language == language
-    count = np.bincount(key[chosen], minlength=table.num_keys)
-    tokens = np.bincount(key[chosen], weights=(share * length)[chosen], minlength=table.num_keys).astype(np.float64)
-    chance = np.zeros(table.num_keys)
-    np.divide(1.0, languages, out=chance, where=(languages > 0) & (count > 0))
-    return _Translations(count, np.ones_like(chance) if language is None else chance, tokens)
+        parts = share * length * (chance[key] if each is None else 1.0)
+        count = np.bincount(key[chosen], minlength=table.num_keys)
+        tokens = np.bincount(key[chosen], weights=parts[chosen], minlength=table.num_keys).astype(np.float64)
+        found[each] = _Translations(count, np.ones_like(chance) if each is None else chance * (count > 0), tokens)
+    return found
 
 
 def _lengths(
@@ -261,14 +267,13 @@ def _lengths(
 
 def _pair(
     table: DictionaryTable,
-    language: int,
+    translations: _Translations,
     sample: _Sample,
     distinct: DistinctWords,
     texts: Sequence[str],
     ratio: float,
 ) -> dict[str, Any]:
     """What the table knows in one target language."""
-    translations = _translations(table, language)
     count = np.where(sample.keys >= 0, translations.count[sample.keys], 0)
     chance = np.where(sample.keys >= 0, translations.chance[sample.keys], 0.0)
     known, running = count > 0, max(len(count), 1)
@@ -277,7 +282,6 @@ def _pair(
     found = int(known.sum())
     spread = np.bincount(np.minimum(count[known], MOST_TRANSLATIONS_SHOWN), minlength=MOST_TRANSLATIONS_SHOWN + 1)
     return {
-        "target": table.languages[language],
         "known_words": found,
         "coverage": found / running,
         "known_vocabulary": len(types),
