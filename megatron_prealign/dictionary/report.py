@@ -111,7 +111,8 @@ def make_report(
         "table": _about_table(table),
         "settings": {"ratio": settings.ratio, "max_tokens": settings.max_tokens, "seed": settings.seed},
         "corpora": [
-            _measure(table, prefix, tokenizer, settings) for prefix, tokenizer in zip(corpora, tokenizers, strict=True)
+            _measure(table, translations, prefix, tokenizer, settings)
+            for prefix, tokenizer in zip(corpora, tokenizers, strict=True)
         ],
         "definitions": DEFINITIONS,
     }
