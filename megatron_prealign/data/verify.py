@@ -1,6 +1,7 @@
 """Reads a whole dataset and lists everything about it that cannot be right."""
 
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -245,8 +246,9 @@ def _documents_ending(index: Index, first: int, stop: int) -> tuple[int, np.ndar
 
     def boundary_behind(token: int) -> int:
         # The first boundary that lies behind the token; sequences without tokens share their place.
-        sequence = int(np.searchsorted(index.pointers, token * index.dtype.itemsize, side="right"))
-        return int(np.searchsorted(index.boundaries, sequence))
+        # Not by numpy, which would copy the whole arrays first: behind the header they do not lie on multiples of 8.
+        sequence = bisect_right(index.pointers, token * index.dtype.itemsize)
+        return bisect_left(index.boundaries, sequence)
 
     low = 1 if first == 0 else boundary_behind(first)
     high = index.documents + 1 if stop == index.tokens else boundary_behind(stop)
