@@ -309,6 +309,13 @@ def test_articles(article, expected):
     assert translations_of(article, "house")[1] == expected
 
 
+def test_plain_text_that_is_html_and_articles_in_one(tmp_path):
+    write_dictd(tmp_path, {"bank": "bank /bæŋk/<br />Bank (&lt;Geld&gt;)<br/>bank /bæŋk/<br>Ufer\n"})
+    assert read(tmp_path / "d.index")[0] == [("bank", "Bank"), ("bank", "Ufer")]
+    write_stardict(tmp_path, {"00databaseurl": b"http://x", "computer": b"computer [x]<br/>Computer"})
+    assert read(tmp_path / "s.ifo")[0] == [("computer", "Computer")]
+
+
 def test_headwords_as_the_article_writes_them():
     assert translations_of("Berlin /bə:lin/\nBerlin", "berlin")[0] == "Berlin"
     assert translations_of("up‐to‐date /x/\naktuell", "uptodate")[0] == "up‐to‐date"

@@ -20,6 +20,8 @@ _BREAK = re.compile(
     r"<\s*/?\s*(br|p|div|li|ol|ul|dd|dt|dl|tr|td|table|h\d|def|dtrn|ar|blockquote)\b[^>]*>", re.IGNORECASE
 )
 _TAG = re.compile(r"<[^<>]*>")
+# What is told to be plain text often is HTML.
+_IS_HTML = re.compile(r"<\s*br\b|</\w+\s*>|<\w+\s*/>|&(?:#\d+|lt|gt|amp|quot|nbsp);", re.IGNORECASE)
 _WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
 _WIKI_QUOTES = re.compile(r"'{2,}")
 
@@ -33,7 +35,12 @@ _PRONUNCIATION = re.compile(r"(?:^|(?<=\s))(?:/[^/\n]*/|\\[^\\\n]*\\)(?=\s|$)")
 _BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|<[^<>]*>|（[^（）]*）|【[^【】]*】|〔[^〔〕]*〕")
 _SPLIT = re.compile(r"[,;،؛、，；|]| / ")
 _QUOTES = '"“„«»”‘`'
-_EDGES = " \t\u00a0.:=*~-–—→"
+_EDGES = " \t\u00a0.:=*~-‐–—→?!¿¡"
+
+
+def is_about(headword: str) -> bool:
+    """Whether the article tells about the dictionary: dictd's own name for such, which conversions carry along."""
+    return headword.startswith(("00database", "00-database"))
 
 
 def plain(text: str, kind: str = "m") -> str:
@@ -42,6 +49,8 @@ def plain(text: str, kind: str = "m") -> str:
     Args:
         kind: `m` plain, `h` HTML or like it (Pango, XDXF, XML), `w` wiki text.
     """
+    if kind == "m" and _IS_HTML.search(text):
+        kind = "h"
     if kind == "w":
         text = _WIKI_QUOTES.sub("", _WIKI_LINK.sub(r"\1", text))
     if kind != "m":
@@ -68,7 +77,10 @@ def translations_of(article: str, headword: str) -> tuple[str, list[str]]:
     lines = [line for line in map(str.strip, article.split("\n")) if line]
     if lines:
         headword, lines[0] = _headword(lines[0], headword)
-    for line in lines:
+    for number, line in enumerate(lines):
+        if number and _PRONUNCIATION.search(line) and _letters(_without_notes(line)) == _letters(headword):
+            # The headword again, with its pronunciation: some indexes put several articles into one.
+            continue
         for text in _line_translations(line):
             found.setdefault(text)
     return headword, list(found)
@@ -76,7 +88,7 @@ def translations_of(article: str, headword: str) -> tuple[str, list[str]]:
 
 def _headword(line: str, headword: str) -> tuple[str, str]:
     """The headword as the first line writes it, and what follows it; the whole line where it begins with another."""
-    alone = without_brackets(_PRONUNCIATION.sub(" ", line)).strip(_EDGES)
+    alone = _without_notes(line)
     if _letters(alone) == _letters(headword):
         return alone, ""
     size = len(headword)
@@ -84,6 +96,10 @@ def _headword(line: str, headword: str) -> tuple[str, str]:
     if begins.casefold() != headword.casefold() or line[size : size + 1].isalnum():
         return headword, line
     return begins, line[size:].lstrip(_EDGES)
+
+
+def _without_notes(line: str) -> str:
+    return without_brackets(_PRONUNCIATION.sub(" ", line)).strip(_EDGES)
 
 
 def _letters(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_prealign.dictionary.formats.articles import translations_of
+from megatron_prealign.dictionary.formats.articles import is_about, plain, translations_of
 from megatron_prealign.dictionary.formats.base import (
     NO_TRANSLATION,
     Collector,
@@ -20,8 +20,6 @@ from megatron_prealign.errors import UserError
 _DIGITS = {
     digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
-# Articles whose headword begins so tell about the dictionary.
-_ABOUT = ("00database", "00-database")
 # 64 bits would do; more digits are no number of bytes.
 _MAX_DIGITS = 11
 
@@ -56,11 +54,11 @@ def read(reading: Reading) -> Iterator[Entries]:
             )
             continue
         try:
-            article = data[row.begin : row.begin + row.size].decode()
+            article = plain(data[row.begin : row.begin + row.size].decode())
         except UnicodeDecodeError as error:
             reading.bad(row.line, f"the article of {row.headword!r} is not valid UTF-8 ({error})", error)
             continue
-        if row.headword.startswith(_ABOUT):
+        if is_about(row.headword):
             about.append((row.headword, article))
             continue
         headword, translations = translations_of(article, row.headword)
@@ -117,7 +115,7 @@ def _number(text: str) -> int | None:
 def _read_about(reading: Reading, about: list[tuple[str, str]]) -> None:
     for headword, article in about:
         # Most articles begin with their headword.
-        text = "\n".join(line for line in article.split("\n") if not line.strip().startswith(_ABOUT)).strip()
+        text = "\n".join(line for line in article.split("\n") if not is_about(line.strip())).strip()
         if headword.endswith("short"):
             reading.facts.title = text.partition("\n")[0].strip()
         elif headword.endswith(("info", "licence", "license", "copyright")):

@@ -1,19 +1,16 @@
 """All other formats, through pyglossary, which is optional: its entries are taken as articles."""
 
 import logging
-import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from megatron_prealign.dictionary.formats.articles import plain, translations_of
+from megatron_prealign.dictionary.formats.articles import is_about, plain, translations_of
 from megatron_prealign.dictionary.formats.base import NO_TRANSLATION, Collector, Entries, Reading, compression_of
 from megatron_prealign.dictionary.formats.licences import licence_in, shorten
 from megatron_prealign.errors import UserError
 
 _INSTALL = "install it with pip install 'megatron-prealign[dictionaries]'"
-# What is HTML it often calls plain text.
-_TAG = re.compile(r"</?\w+[^<>]*>")
 
 
 def read(reading: Reading) -> Iterator[Entries]:
@@ -39,7 +36,7 @@ def read(reading: Reading) -> Iterator[Entries]:
             break
         number += 1
         try:
-            if entry.isData():
+            if entry.isData() or is_about(str(entry.s_word)):
                 continue
             kind, article, headwords = str(entry.defiFormat), str(entry.defi), [str(word) for word in entry.l_word]
         except Exception as error:
@@ -47,7 +44,7 @@ def read(reading: Reading) -> Iterator[Entries]:
                 f"entry {number}", f"{type(error).__name__} in pyglossary: {' '.join(str(error).split())}", error
             )
             continue
-        text = plain(article, "h" if kind != "m" or _TAG.search(article) else "m")
+        text = plain(article, "m" if kind == "m" else "h")
         found = [translations_of(text, headword) for headword in headwords]
         reading.facts.left_out[NO_TRANSLATION] += not any(translations for _, translations in found)
         for headword, translations in found:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prealign.dictionary.formats.articles import plain, translations_of
+from megatron_prealign.dictionary.formats.articles import is_about, plain, translations_of
 from megatron_prealign.dictionary.formats.base import NO_TRANSLATION, Collector, Entries, Reading, read_whole
 from megatron_prealign.dictionary.formats.licences import licence_in, shorten
 from megatron_prealign.errors import UserError
@@ -59,8 +59,9 @@ def read(reading: Reading) -> Iterator[Entries]:
     for headword, begin, size in rows:
         found: list[str] = []
         try:
-            headword, found = _entry(headword, data, begin, size, header.types)
-            reading.facts.left_out[NO_TRANSLATION] += not found
+            if not is_about(headword):
+                headword, found = _entry(headword, data, begin, size, header.types)
+                reading.facts.left_out[NO_TRANSLATION] += not found
         except ValueError as error:
             reading.bad(f"{headword!r}", f"{error} ({files.articles.name})", error)
         if files.syn is not None:
