@@ -4,7 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_prealign.benchmark.options import CodeSwitchOptions, ContrastiveOptions, ResourcesOptions
+from megatron_prealign.benchmark.options import (
+    CodeSwitchOptions,
+    ContrastiveOptions,
+    PreprocessOptions,
+    ResourcesOptions,
+)
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.tools.benchmark_phases import main as phases
 
@@ -52,6 +57,28 @@ def _measure(
     return 0
 
 
+def preprocess(argv: Sequence[str]) -> int:
+    options = parse_options(PreprocessOptions, "benchmark preprocess", argv)
+
+    import torch
+
+    from megatron_prealign.benchmark.machine import describe_machine
+    from megatron_prealign.benchmark.preprocess import PreprocessBenchmark
+    from megatron_prealign.benchmark.report import preprocess_header, preprocess_line, write_csv
+
+    machine = describe_machine(torch.device("cpu"))
+    print("\n".join([*machine.lines(), "", preprocess_header()]), flush=True)
+    rows: list[dict[str, Any]] = []
+    for found in PreprocessBenchmark(options).measure():
+        print(preprocess_line(found), flush=True)
+        rates = {"mb_per_second": found.mb_per_second, "tokens_per_second": found.tokens_per_second}
+        rows.append(asdict(found) | rates | asdict(machine))
+    if options.output is not None:
+        write_csv(options.output, rows)
+        print(f"\nwrote {options.output}")
+    return 0
+
+
 def resources(argv: Sequence[str]) -> int:
     options = parse_options(ResourcesOptions, "benchmark resources", argv)
 
@@ -77,6 +104,7 @@ ACTIONS: Actions = {
     "code-switch": (code_switch, "code-switching of a batch: kernels, plain torch, a loop in Python"),
     "contrastive": (contrastive, "the contrastive loss of alignment: eager torch, torch.compile, strips, kernels"),
     "phases": (phases, "the alignment phase of a recipe against its language-model training"),
+    "preprocess": (preprocess, "preprocessing of text: gigatoken, the tokenizer's library, Megatron-LM's way"),
     "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
 }
 

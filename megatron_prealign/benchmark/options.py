@@ -130,6 +130,54 @@ class ContrastiveOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """Measures preprocessing: with gigatoken, with the tokenizer's own library, and one document after the other as
+    Megatron-LM's tool does it. All must write the same tokens."""
+
+    input: list[str] = field(default_factory=list)
+    """Files, folders or patterns to preprocess; by default synthetic text."""
+    text_key: str = "text"
+    """Key of the text in each object."""
+    tokenizer: str | None = None
+    """Tokenizer folder or sentencepiece model; by default a byte-level BPE of 4,096 ids is trained on the text."""
+    implementation: list[str] = field(default_factory=lambda: ["gigatoken", "plain", "megatron"])
+    """What to measure, one or more of gigatoken, plain and megatron."""
+    workers: int = 2
+    """Worker processes of each."""
+    mb: float = 200
+    """Synthetic text in 10^6 bytes."""
+    document_bytes: list[int] = field(default_factory=lambda: [200, 2000])
+    """Shortest and longest synthetic document; the lengths spread evenly over the orders of magnitude between."""
+    megatron_mb: float = 20
+    """How much of the text megatron gets, in 10^6 characters; it is slow, and keeps nothing from one document to the
+    next."""
+    folder: str | None = None
+    """Where text and results lie while it runs; by default the system's folder for temporary files."""
+    seed: int = 1234
+    """Of the synthetic text."""
+    output: str | None = None
+    """CSV file to write, one row a measurement."""
+
+    def __post_init__(self) -> None:
+        known = ("gigatoken", "plain", "megatron")
+        given = self.implementation
+        good = bool(given) and len(set(given)) == len(given) and set(given) <= set(known)
+        _require(good, "--implementation", " ".join(given) or "empty", f"one or more of {', '.join(known)}")
+        _require(self.workers >= 1, "--workers", self.workers, "at least 1")
+        _require(0 < self.mb <= 1e7, "--mb", self.mb, "more than 0, at most 10000000")
+        _require(0 < self.megatron_mb <= 1e7, "--megatron-mb", self.megatron_mb, "more than 0, at most 10000000")
+        sizes = self.document_bytes
+        good = len(sizes) == 2 and 1 <= sizes[0] <= sizes[-1] <= 1 << 28
+        _require(
+            good, "--document-bytes", " ".join(map(str, sizes)) or "empty", "two numbers from 1 to 2^28, ascending"
+        )
+        _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
+        folder = self.folder
+        _require(folder is None or Path(folder).is_dir(), "--folder", folder, "a folder that exists")
+        check_output(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResourcesOptions:
     """Compiles the kernels and lists the registers, spills and shared memory that they take. Needs no GPU."""
 

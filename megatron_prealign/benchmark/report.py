@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_prealign.benchmark.code_switch import Measurement
 from megatron_prealign.benchmark.contrastive import ContrastiveMeasurement
+from megatron_prealign.benchmark.preprocess import PreprocessMeasurement
 from megatron_prealign.data.files import write_atomically
 
 _DIGITS = 6
@@ -82,6 +83,46 @@ def contrastive_table(measured: Sequence[ContrastiveMeasurement]) -> list[str]:
         for each in measured
     ]
     return [f"{case.words} words x {case.hidden}, {layers}, {case.dtype}:", *align([_CONTRASTIVE_HEADINGS, *cells])]
+
+
+_PREPROCESS_WIDTHS = {
+    "implementation": 14,
+    "encoded by": 14,
+    "workers": 7,
+    "MB of text": 10,
+    "documents": 12,
+    "seconds": 9,
+    "MB/s": 8,
+    "M tokens/s": 10,
+    "peak MiB": 9,
+}
+
+
+def preprocess_header() -> str:
+    """The headings above `preprocess_line`."""
+    return "  ".join(
+        name.ljust(width) if place < 2 else name.rjust(width)
+        for place, (name, width) in enumerate(_PREPROCESS_WIDTHS.items())
+    )
+
+
+def preprocess_line(found: PreprocessMeasurement) -> str:
+    """One measurement of preprocessing, of fixed width: it may be minutes until the next one comes."""
+    cells = (
+        found.implementation,
+        found.encoded_by,
+        str(found.workers),
+        f"{found.text_bytes / 1e6:,.1f}",
+        f"{found.documents:,}",
+        f"{found.seconds:,.2f}",
+        f"{found.mb_per_second:,.2f}",
+        f"{found.tokens_per_second / 1e6:,.2f}",
+        f"{found.peak_bytes / (1 << 20):,.0f}",
+    )
+    return "  ".join(
+        cell.ljust(width) if place < 2 else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(cells, _PREPROCESS_WIDTHS.values(), strict=True))
+    )
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

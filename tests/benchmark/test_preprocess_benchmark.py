@@ -1,0 +1,97 @@
+"""`benchmark preprocess`: every implementation runs, writes the same tokens, and is measured apart."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prealign.benchmark import preprocess as module
+from megatron_prealign.benchmark.options import PreprocessOptions
+from megatron_prealign.cli import main
+
+
+def run(*arguments: str) -> int:
+    return main(["benchmark", "preprocess", "--workers", "1", *arguments])
+
+
+def test_synthetic_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.csv"
+    assert run("--mb", "0.4", "--megatron-mb", "0.1", "--folder", str(tmp_path), "--output", str(output)) == 0
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["implementation"], row["encoded_by"]) for row in rows] == [
+        ("gigatoken", "gigatoken"),
+        ("plain", "tokenizers"),
+        ("megatron", "Megatron-Core"),
+    ]
+    for row in rows:
+        assert row["implementation"] in printed
+        assert float(row["mb_per_second"]) == pytest.approx(
+            int(row["text_bytes"]) / float(row["seconds"]) / 1e6,
+            rel=1e-4,  # the file has six digits
+        )
+        # An interpreter alone takes more than 10 MB.
+        assert int(row["peak_bytes"]) > 10 << 20
+        assert row["cpu"] and row["commit"] and row["torch"]
+    assert rows[0]["text_bytes"] == rows[1]["text_bytes"] and rows[0]["tokens"] == rows[1]["tokens"]
+    assert 350_000 < int(rows[0]["text_bytes"]) < 400_000
+    assert 100_000 <= int(rows[2]["text_bytes"]) < 110_000
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"body": f"line {number} of a text of many words"}) for number in range(3000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--text-key", "body", "--implementation", "plain"]
+    assert run("--folder", str(tmp_path), *arguments) == 2
+    assert "the text yields only" in capsys.readouterr().err
+    assert main(["train-tokenizer", "--input", str(tmp_path / "a.jsonl"), "--text-key", "body", "--vocab-size", "280",
+                 "--output", str(tmp_path / "tok")]) == 0  # fmt: skip
+    assert run("--folder", str(tmp_path), *arguments, "--tokenizer", str(tmp_path / "tok")) == 0
+    assert "3,000" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "tok"]
+
+
+def test_other_tokens_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = iter("ab")
+    monkeypatch.setattr(module, "file_checksum", lambda path: next(sums))
+    arguments = ["--implementation", "gigatoken", "plain", "--mb", "0.3"]
+    assert run("--folder", str(tmp_path), *arguments) == 2
+    assert "plain wrote other tokens than the others" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_process_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_run", exit)
+    assert run("--folder", str(tmp_path), "--mb", "0.3") == 2
+    assert "gigatoken: the measuring process died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--implementation", "fast"], "--implementation is fast, expected one or more of gigatoken, plain, megatron"),
+        (["--implementation", "plain", "plain"], "--implementation is plain plain"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--mb", "0"], "--mb is 0"),
+        (["--document-bytes", "10"], "--document-bytes is 10, expected two numbers"),
+        (["--document-bytes", "20", "10"], "--document-bytes is 20 10"),
+        (["--folder", "/nowhere"], "--folder is /nowhere, expected a folder"),
+        (["--input", "missing.jsonl"], "missing.jsonl: no such file"),
+    ],
+)
+def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_documents_have_the_wanted_lengths(tmp_path: Path) -> None:
+    path = module._write_corpus(tmp_path, PreprocessOptions(mb=0.5, document_bytes=[10, 20_000], seed=3))
+    lengths = [len(json.loads(line)["text"]) for line in path.read_text().splitlines()]
+    assert 500_000 < path.stat().st_size < 530_000
+    assert min(lengths) < 20 and 10_000 < max(lengths) <= 20_000
