@@ -58,6 +58,9 @@ setup(
         "transformers>=4.46",
         "safetensors>=0.4",
         "orjson>=3.9",
+        "pyarrow>=14",
+        "zstandard>=0.21",
+        "xxhash>=3.2",
         "tqdm>=4.66",
         "tensorboard>=2.14",
         "matplotlib>=3.8",
@@ -73,6 +76,10 @@ setup(
         ],
         # A much faster tokenizer engine for byte-level BPE; its ids are compared with the plain one's before use.
         "fast": ["gigatoken>=0.10"],
+        # Inputs named hf:NAME.
+        "hub": ["datasets>=2.19"],
+        # Dictionaries in formats other than our own readers know; GPL.
+        "dictionaries": ["pyglossary>=4.6"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -80,6 +87,8 @@ setup(
             # The one real segmenter that every test run has; the tests of the others skip where they are not installed.
             "jieba>=0.42.1",
             "gigatoken>=0.10",
+            "datasets>=2.19",
+            "pyglossary>=4.6",
             "ruff==0.17.5",
             "mypy==2.4.1",
             "types-PyYAML",
