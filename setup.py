@@ -24,6 +24,7 @@ ROOMS = [
     "training",
     "evaluation",
 ]
+PYGLOSSARY = ["pyglossary>=4.6,<5.3; python_version < '3.12'", "pyglossary>=4.6; python_version >= '3.12'"]
 
 setup(
     name="megatron-prealign",
@@ -78,8 +79,9 @@ setup(
         "fast": ["gigatoken>=0.10"],
         # Inputs named hf:NAME.
         "hub": ["datasets>=2.19"],
-        # Dictionaries in formats other than our own readers know; GPL.
-        "dictionaries": ["pyglossary>=4.6"],
+        # Dictionaries in formats other than our own readers know; GPL. From 5.3 on it needs the syntax of Python 3.12,
+        # though its metadata says 3.10.
+        "dictionaries": PYGLOSSARY,
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -88,7 +90,7 @@ setup(
             "jieba>=0.42.1",
             "gigatoken>=0.10",
             "datasets>=2.19",
-            "pyglossary>=4.6",
+            *PYGLOSSARY,
             "ruff==0.17.5",
             "mypy==2.4.1",
             "types-PyYAML",
