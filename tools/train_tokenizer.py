@@ -29,7 +29,7 @@ class TrainTokenizerOptions:
     temperature: float = 1.0
     """Evens languages out: the share of a language is in proportion to its bytes to the power of 1/temperature."""
     sample_bytes: int | None = None
-    """Bytes of text to learn from, drawn evenly over the input; by default 1 GB, of sentencepiece 100 MB."""
+    """Bytes of text to learn from, drawn evenly over the input; by default 200 MB, for sentencepiece 100 MB."""
     held_out: float = 0.05
     """Share of the documents that is only measured on; of each language at most 1 MB."""
     seed: int = 0

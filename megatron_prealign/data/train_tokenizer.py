@@ -26,7 +26,7 @@ MINIMUM_VOCABULARY: dict[Kind, int] = {
     "sentencepiece-bpe": 256 + 3,
 }
 DEFAULT_SAMPLE_BYTES: dict[Kind, int] = {
-    "byte-bpe": 1_000_000_000,
+    "byte-bpe": 200_000_000,
     "sentencepiece-unigram": 100_000_000,
     "sentencepiece-bpe": 100_000_000,
 }
@@ -42,7 +42,11 @@ class TrainerSettings:
     temperature: float = 1.0
     """Evens the languages out; see `sampling.plan_shares`."""
     sample_bytes: int | None = None
-    """Bytes of text to learn from; None takes `DEFAULT_SAMPLE_BYTES`. A smaller corpus is taken whole."""
+    """Bytes of text to learn from; None takes `DEFAULT_SAMPLE_BYTES`. A smaller corpus is taken whole.
+
+    They decide the memory. For each byte: byte-bpe at most 2 where words are separated, by spaces or a segmenter, else
+    up to 75; sentencepiece-bpe at most 25, sentencepiece-unigram at most 30.
+    """
     held_out: float = 0.05
     """Share of the documents that is not learnt from but measured on; of each language at most 1 MB."""
     seed: int = 0

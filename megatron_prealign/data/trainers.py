@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_prealign.data.boundaries import is_letter
-from megatron_prealign.data.segmenters import Segmenter, checked_word_starts, cut
+from megatron_prealign.data.segmenters import Segmenter, checked_word_starts
 from megatron_prealign.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, 
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            pretokenization_delimiter=WORD_BREAK,
+            # The lines have it where it belongs.
+            add_dummy_prefix=False,
             # Another number of threads adds up in another order: other pieces.
             num_threads=1,
             shuffle_input_sentence=False,
@@ -124,7 +125,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, 
             raise _refused(str(error), vocab_size) from error
     if lines.failure is not None:
         raise lines.failure
-    return model.getvalue()
+    return _with_first_space(model.getvalue())
 
 
 class _Lines:
@@ -149,12 +150,35 @@ class _Lines:
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
+    """Lines, each with the space in front that marks its first word; where no token may reach across a line ends, too,
+    but the next one has no space."""
     for text in texts:
         # The library ends text at a zero.
         for line in text.replace("\0", "\n").split("\n"):
-            for part in cut(line, _LINE_CHARACTERS):
-                if part and not part.isspace():
-                    yield part
+            if line and not line.isspace():
+                for part in _cut_at_spaces(f" {line}"):
+                    yield from filter(None, part.split(WORD_BREAK))
+
+
+def _cut_at_spaces(line: str) -> Iterator[str]:
+    """Parts of at most `_LINE_CHARACTERS`, where possible cut in front of a space."""
+    begin = 0
+    while len(line) - begin > _LINE_CHARACTERS:
+        space = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
+        end = space if space > 0 else begin + _LINE_CHARACTERS
+        yield line[begin:end]
+        begin = end
+    yield line[begin:]
+
+
+def _with_first_space(model: bytes) -> bytes:
+    """The same model, but it puts a space in front of every text, as its training lines had one."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    proto.normalizer_spec.add_dummy_prefix = True
+    return proto.SerializeToString(deterministic=True)
 
 
 def _refused(reason: str, vocab_size: int) -> UserError:
