@@ -1,5 +1,6 @@
 """`megatron-prealign dataset`: joins, shows, checks and mends preprocessed datasets, and prepares training's caches."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -11,11 +12,13 @@ from megatron_prealign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Joins datasets of one tokenizer into one: the shards of a preprocess run, or datasets made one by one. The bytes
-    are those of Megatron-LM's own merge, and for shards those of the run without --shard."""
+    """Joins datasets of one tokenizer into one: the shards of a preprocess run, or datasets made one by one.
+
+    The bytes are those of Megatron-LM's own merge, and for shards those of the run without --shard.
+    """
 
     input: list[str]
-    """Prefixes of the datasets, in the order of their documents; shards may be given in any order."""
+    """Prefixes of the datasets, or their .bin files, in the order of their documents; shards in any order."""
     output: str
     """PREFIX: path of the files to write, without the ending."""
     workers: int | None = None
@@ -33,11 +36,13 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Shows what is in a dataset: counts, lengths of the documents, frequent tokens, samples of the text. Lengths are
-    those of all documents, tokens are sampled; memory does not depend on the size."""
+    """Shows what is in a dataset: counts, lengths of the documents, frequent tokens, samples of the text.
+
+    Lengths are those of all documents, tokens are sampled; memory does not depend on the size.
+    """
 
     input: str
-    """Prefix of the dataset."""
+    """Prefix of the dataset, or its .bin file."""
     tokenizer: str | None = None
     """Tokenizer that decodes; by default the one that PREFIX.json names, if it is still there."""
     samples: int = 3
@@ -48,11 +53,13 @@ class InspectOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Reads datasets whole and lists everything that cannot be right: header, sizes and sums of the index, ids, ends of
-    documents, checksums, marks of words, the counts of PREFIX.json. Exit status 2 if anything is wrong."""
+    """Reads datasets whole and lists everything that cannot be right; exit status 2 if anything is wrong.
+
+    Looked at are header, sizes and sums, ids, ends of documents, checksums, marks of words, the counts of PREFIX.json.
+    """
 
     input: list[str]
-    """Prefixes of the datasets."""
+    """Prefixes of the datasets, or their .bin files."""
     tokenizer: str | None = None
     """Also compare with this tokenizer."""
     workers: int | None = None
@@ -61,11 +68,14 @@ class VerifyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions:
-    """Makes PREFIX.idx and the counts and checksums in PREFIX.json again from PREFIX.bin, where every document ends
-    with the end-of-document id. Also gives token files of other tools a PREFIX.json. Older files are kept as .bak."""
+    """Makes PREFIX.idx and the counts and checksums in PREFIX.json again from PREFIX.bin.
+
+    Every document must end with the end-of-document id. Also gives token files of other tools a PREFIX.json. Older
+    files are kept as .bak.
+    """
 
     input: str
-    """Prefix of the dataset."""
+    """Prefix of the dataset, or its .bin file."""
     tokenizer: str | None = None
     """Tokenizer that made the ids, if there is no PREFIX.json."""
     language: str | None = None
@@ -90,7 +100,7 @@ def merge(argv: Sequence[str]) -> int:
     from megatron_prealign.data.merge import merge as merge_datasets
 
     result = merge_datasets(
-        options.input,
+        _prefixes(options.input),
         options.output,
         workers=_workers(options.workers),
         language=options.language,
@@ -99,8 +109,10 @@ def merge(argv: Sequence[str]) -> int:
         without_sidecar=options.without_sidecar,
     )
     facts = result.sidecar
-    bitmap = "" if facts is None or facts.segmenter is None else f", .words (by {facts.segmenter})"
-    print(f"wrote {options.output}.bin, .idx{bitmap}{'' if facts is None else ' and .json'}")
+    endings = [".bin", ".idx"]
+    if facts is not None:
+        endings += [".json"] if facts.segmenter is None else [f".words (by {facts.segmenter})", ".json"]
+    print(f"wrote {options.output}{', '.join(endings[:-1])} and {endings[-1]}")
     print(f"parts      {len(result.parts):,}: {', '.join(result.parts[:8])}{', ...' if len(result.parts) > 8 else ''}")
     print(f"documents  {result.documents:,}")
     print(f"tokens     {result.tokens:,}")
@@ -115,7 +127,7 @@ def inspect(argv: Sequence[str]) -> int:
 
     from megatron_prealign.data.inspect import inspect_dataset, render
 
-    found = inspect_dataset(options.input, tokenizer=options.tokenizer, samples=options.samples)
+    found = inspect_dataset(_prefixes([options.input])[0], tokenizer=options.tokenizer, samples=options.samples)
     if options.json:
         import json
 
@@ -133,7 +145,7 @@ def verify(argv: Sequence[str]) -> int:
     from megatron_prealign.data.verify import verify as verify_dataset
 
     wrong = 0
-    for prefix in options.input:
+    for prefix in _prefixes(options.input):
         result = verify_dataset(prefix, workers=_workers(options.workers), tokenizer=options.tokenizer)
         for problem in result.problems:
             print(f"wrong: {problem}")
@@ -151,8 +163,9 @@ def repair(argv: Sequence[str]) -> int:
 
     from megatron_prealign.data.repair import repair as repair_dataset
 
+    (prefix,) = _prefixes([options.input])
     done = repair_dataset(
-        options.input,
+        prefix,
         tokenizer=options.tokenizer,
         language=options.language,
         dtype=options.dtype,
@@ -162,10 +175,10 @@ def repair(argv: Sequence[str]) -> int:
         workers=_workers(options.workers),
     )
     if not done.changed:
-        print(f"{options.input}: nothing to repair; --force writes the index all the same")
+        print(f"{prefix}: nothing to repair; --force writes the index all the same")
         return 0
     facts = done.sidecar
-    print(f"wrote {options.input}.idx and .json: {facts.documents:,} documents, {facts.tokens:,} tokens")
+    print(f"wrote {prefix}.idx and .json: {facts.documents:,} documents, {facts.tokens:,} tokens")
     for path in done.kept:
         print(f"kept {path}")
     return 0
@@ -198,9 +211,12 @@ def _flags(argv: Sequence[str], *options: str) -> list[str]:
     return arguments
 
 
-def _workers(given: int | None) -> int:
-    import os
+def _prefixes(given: Sequence[str]) -> list[str]:
+    """Takes the .bin files of datasets for the datasets, so that a pattern of the shell can name them."""
+    return [name.removesuffix(".bin") if os.path.isfile(name) else name for name in given]
 
+
+def _workers(given: int | None) -> int:
     if given is not None:
         return given
     # A container's share is often less than the machine's cores; macOS cannot tell.

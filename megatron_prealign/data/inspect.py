@@ -272,10 +272,8 @@ def render(found: Inspection) -> list[str]:
     if found.samples:
         lines += ["", "samples:"]
     for sample in found.samples:
-        ids = " ".join(map(str, sample.ids[:20]))
-        lines.append(f"  document {sample.document:,}, {sample.tokens:,} tokens: {ids if sample.text is None else ''}")
-        if sample.text is not None:
-            lines.append(f"    {sample.text!r}")
+        lines.append(f"  document {sample.document:,}, {sample.tokens:,} tokens:")
+        lines.append(f"    {' '.join(map(str, sample.ids[:20])) if sample.text is None else repr(sample.text)}")
     if found.note is not None:
         lines.append(f"note: {found.note}")
     return lines

@@ -204,7 +204,10 @@ def test_a_language_and_no_words_if_told(tmp_path, capsys):
     b = make_dataset(tmp_path / "b", random_documents(3, seed=2), language="ja", engine="gigatoken", text_keys=["body"])
     out = str(tmp_path / "all")
     (tmp_path / "all.words").write_bytes(b"of an older dataset")
-    assert cli.main(["dataset", "merge", "--input", a, b, "--output", out, "--drop-words", "--language", "mul"]) == 0
+    assert (
+        cli.main(["dataset", "merge", "--input", a, f"{b}.bin", "--output", out, "--drop-words", "--language", "mul"])
+        == 0
+    )
     assert f"wrote {out}.bin, .idx and .json\nparts      2: {a}, {b}\ndocuments  6\n" in capsys.readouterr().out
     facts = load_sidecar(out)
     assert (facts.language, facts.segmenter, facts.engine) == ("mul", None, "tokenizers; gigatoken")

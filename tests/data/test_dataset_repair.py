@@ -1,6 +1,7 @@
 """`dataset repair`: the index that was lost comes back byte for byte, and what cannot be right is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,18 @@ def test_files_of_other_tools(tmp_path, tiny, capsys):
     assert (done.sidecar.tokenizer, done.sidecar.eod_id) == (facts.tokenizer, facts.eod_id)
     assert verify(prefix, tokenizer=tiny.tokenizer, show_progress=False).problems == []
     assert (tiny.folder / "en.idx").read_bytes() == (tmp_path / "a.idx").read_bytes()
+
+
+def test_a_tokenizer_without_an_end(tmp_path, tiny, capsys):
+    """Nobody can say then where documents end."""
+    write_tokens(tmp_path / "a", [[1, EOD]])
+    shutil.copytree(tiny.tokenizer, tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer").glob("*.json"):
+        path.write_text(path.read_text().replace("<eod>", "<none>").replace('"eos_token"', '"other_token"'))
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--language", "en"]
+    assert cli.main(["dataset", "repair", "--input", str(tmp_path / "a.bin"), *options]) == 2
+    error = capsys.readouterr().err
+    assert "no end-of-document token; expected eos_token" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
