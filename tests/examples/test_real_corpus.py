@@ -1,0 +1,127 @@
+"""From raw files to a training batch, with real text in eight languages and five real dictionaries, by the commands
+that a user types. The files lie beside the repository and are no part of it."""
+
+import gzip
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prealign.cli import main
+from megatron_prealign.code_switch import CodeSwitcher
+from megatron_prealign.data.indexed import open_indexed
+from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.dictionary.coverage import measure_coverage
+from megatron_prealign.dictionary.table import load_table
+from megatron_prealign.pretrain import format_of_rows, open_plan, open_vocabulary
+from megatron_prealign.recipe import load_recipe
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+LANGUAGES = ("ar", "de", "en", "es", "fr", "ja", "ru", "zh")
+DICTIONARIES = ("ar", "de", "es", "ja", "ru")
+RECIPE = """
+model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 4}}
+data:
+  tokenizer: {folder}/tokenizer
+  seq_length: 256
+  cache: {folder}/cache
+  validation_fraction: 0.05
+  sources:
+{sources}
+dictionary: {{table: {folder}/table.safetensors}}
+code_switch: {{ratio: 0.5}}
+optimizer: {{lr: 1.0e-3, lr_warmup_iters: 1}}
+training: {{seed: 1, precision: fp32, micro_batch_size: 4, global_batch_size: 64, train_iters: 2}}
+logging: {{run_dir: {folder}/run}}
+"""
+
+
+def command(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (REAL / "corpus").is_dir():
+        pytest.skip("the real corpora are not beside this checkout (../shared/data)")
+    path = tmp_path_factory.mktemp("real")
+    corpora = [f"{REAL}/corpus/{language}.jsonl.gz:{language}" for language in LANGUAGES]
+    # A third of the text makes the trainer quick; the temperature gives small languages their share.
+    command("train-tokenizer", "--input", *corpora, "--output", path / "tokenizer", "--vocab-size", 6000,
+            "--temperature", 2, "--sample-bytes", 2_000_000)  # fmt: skip
+    for language in LANGUAGES:
+        needs = {"zh": "jieba", "ja": "sudachipy"}.get(language)
+        segmenter = ["--segmenter", "auto"] if needs and importlib.util.find_spec(needs) else []
+        command("preprocess", "--input", REAL / "corpus" / f"{language}.jsonl.gz", "--tokenizer", path / "tokenizer",
+                "--output", path / language, "--language", language, "--workers", 1, *segmenter)  # fmt: skip
+    lists = [f"{REAL}/dictionaries/en-{language}.tsv.gz:en-{language}" for language in DICTIONARIES]
+    command("dictionary", "build", "--input", *lists, "--tokenizer", path / "tokenizer",
+            "--output", path / "table.safetensors", "--corpus", path / "en", "--on-error", "skip")  # fmt: skip
+    sources = [f"    - {{path: {path}/{language}, language: {language}, weight: 1.0}}" for language in LANGUAGES]
+    (path / "recipe.yaml").write_text(RECIPE.format(folder=path, sources="\n".join(sources)))
+    return path
+
+
+def test_the_token_files_hold_the_text(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for language in LANGUAGES:
+        with gzip.open(REAL / "corpus" / f"{language}.jsonl.gz") as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        dataset, sidecar = open_indexed(folder / language), load_sidecar(folder / language)
+        assert (len(dataset), sidecar.documents, sidecar.language) == (len(texts), len(texts), language)
+        assert sidecar.bytes == sum(len(text.encode()) for text in texts)
+        # Byte-level: what comes back is the text itself.
+        assert [tokenizer.decode(row[:-1]) for row in dataset] == texts
+    command("dataset", "verify", "--input", *(folder / language for language in LANGUAGES))
+
+
+def test_a_training_batch(folder: Path) -> None:
+    command("pretrain", "--config", folder / "recipe.yaml", "--validate")
+    command("dataset", "prepare-cache", "--config", folder / "recipe.yaml")
+    recipe = load_recipe(["--config", str(folder / "recipe.yaml")])
+    vocabulary = open_vocabulary(recipe)
+    plan = open_plan(recipe, vocabulary)
+    assert not plan.write_index()
+    rows = plan.open().rows(range(64))
+    assert set(rows.language.tolist()) == set(range(len(recipe.data.languages)))
+    table = load_table(folder / "table.safetensors")
+    switcher = CodeSwitcher(
+        table, recipe.code_switch, format_of_rows(recipe, vocabulary), seed=1,
+        languages=recipe.data.languages, device=torch.device("cpu"), coverage=None,
+    )  # fmt: skip
+    batch = switcher(rows.tokens, rows.language, rows.sample_id, 0, rows.word_starts)
+    assert batch.tokens.shape == batch.labels.shape == (64, 256)
+    english = rows.language == recipe.data.languages.index("en")
+    changed = (batch.tokens != rows.tokens[:, :256]).any(dim=1)
+    # The lists have English words alone on their left side.
+    assert changed[english].all() and not changed[~english].any()
+    # What the model is asked for is text, never a translation; where a row was switched, part of it is not asked for.
+    scored = batch.loss_mask.bool()
+    assert scored[~english].float().mean() > 0.99 and 0.3 < scored[english].float().mean() < 0.99
+    originals = [set(row.tolist()) for row in rows.tokens]
+    for number in range(64):
+        assert set(batch.labels[number][scored[number]].tolist()) <= originals[number]
+
+
+def test_what_the_dictionaries_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    command("dictionary", "report", "--table", folder / "table.safetensors", "--corpus", folder / "en",
+            "--output", folder / "report")  # fmt: skip
+    table = load_table(folder / "table.safetensors")
+    assert set(table.languages) == {"en", *DICTIONARIES}
+    assert table.num_groups > 50_000
+    report = json.loads((folder / "report/report.json").read_text(encoding="utf-8"))
+    (corpus,) = report["corpora"]
+    measured = measure_coverage(table, folder / "en")
+    assert (corpus["running_words"], corpus["known_words"]) == (measured.running_words, measured.known_words)
+    # A handbook in plain English, and 125,000 words.
+    assert 0.9 < corpus["coverage"] < 1
+    assert len(corpus["unknown_words"]) == 50 and len(corpus["samples"]) == 20
+    page = (folder / "report/report.html").read_text(encoding="utf-8")
+    assert f"{corpus['coverage']:.1%}" in page
+    # It fetches nothing.
+    assert not re.search(r"(src|href)=.?https?:|<link|@import", page)
