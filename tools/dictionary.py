@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
@@ -195,6 +196,9 @@ def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[Dic
     ]
     if not inputs:
         raise UserError("--input is empty, expected one or more word lists as FILE:SOURCE-TARGET")
+    overwritten = [each.path for each in inputs if Path(options.output).resolve() == each.path.resolve()]
+    if overwritten:
+        raise UserError(f"--output is {options.output}, one of the lists, which it would overwrite; name another file")
     languages = {language for each in inputs for language in each.languages}
     for name in ("source", "pivot"):
         language = getattr(options, name)
@@ -267,7 +271,8 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
         print(f"warning: {warning}")
     print(f"{report.errors.count:>12,}  lines skipped")
     for name, count in report.rules.items():
-        print(f"{count:>12,}  {name}")
+        if count:
+            print(f"{count:>12,}  {name}")
     print(f"words encoded with {report.encoder}")
     print(f"{table.num_groups:>12,}  groups")
     print(f"{table.num_words:>12,}  words in groups")

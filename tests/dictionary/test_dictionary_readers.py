@@ -52,6 +52,7 @@ def test_formats_are_told_by_content(tmp_path, name, text, languages, expected, 
     [
         (b"apple\n", "got 1 column, expected 2"),
         (b"apple\tApfel\tnoun\n", "got 3 columns, expected 2"),
+        (b"a\tb\tc\td\te\tf\tg\n", "got 7 columns, expected 2"),
         (b"caf\xe9\tKaffee\n", "not valid UTF-8"),
     ],
 )

@@ -106,6 +106,19 @@ def test_broken_wiktextract(tmp_path, line, message):
     assert len(pairs) == 2 and errors.count == 1
 
 
+def test_wiktextract_in_two_chinese_scripts(tmp_path):
+    path = tmp_path / "extract.jsonl"
+    translations = [
+        {"code": "cmn", "word": "銀行 /银行"},
+        {"code": "zh", "word": "堤", "tags": ["Traditional-Chinese", "Simplified-Chinese"]},
+        {"code": "zh", "word": "岸邊", "tags": ["Traditional-Chinese"]},
+        {"code": "zh", "word": "水"},
+    ]
+    path.write_text(json.dumps({"word": "bank", "lang_code": "en", "pos": "noun", "translations": translations}) + "\n")
+    assert [pair[1] for pair in read(path, "en-zh")[0]] == ["银行", "堤", "水"]
+    assert [pair[1] for pair in read(path, "en-zh_hant")[0]] == ["銀行", "堤", "岸邊", "水"]
+
+
 def test_wiktextract_of_odd_shapes(tmp_path):
     path = tmp_path / "extract.jsonl"
     odd = {"word": "a", "lang_code": "en", "senses": "x", "translations": [3, {"code": 4, "word": "b"}, {"code": "de"}]}

@@ -209,10 +209,12 @@ def test_build_with_a_pivot_turned_lists_and_counts(built, tokenizer, make_datas
         (["--max-words", "0"], "--max-words is 0, expected 1 or more"),
         (["--min-count", "-1"], "--min-count is -1, expected 0 or more"),
         (["--format", "excel"], "format"),
+        (["--output", "{}/none.tsv"], "one of the lists, which it would overwrite"),
     ],
 )
 def test_options_that_cannot_be(options, message, tmp_path, capsys):
-    arguments = ["--input", f"{tmp_path}/none.tsv:en-de", "--tokenizer", "t", "--output", "o", *options]
+    arguments = ["--input", f"{tmp_path}/none.tsv:en-de", "--tokenizer", "t", "--output", "o"]
+    arguments += [option.format(tmp_path) for option in options]
     assert main(["dictionary", "build", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and re.fullmatch(r"error: [^\n]*\n", error)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 from megatron_prealign.dictionary.formats.articles import without_brackets
 from megatron_prealign.dictionary.formats.base import NO_TRANSLATION, Collector, Entries, Reading, read_lines
+from megatron_prealign.dictionary.formats.language_codes import TRADITIONAL
 from megatron_prealign.dictionary.formats.licences import shorten
 
 REFERENCE = "glosses that point to other entries"
 
-_TRADITIONAL = frozenset({"zh_hant", "zh_tw", "zh_hk", "zh_mo"})
 _LINE = re.compile(r"(\S+) (\S+) \[+[^\]]*\]+ /(.*)/")
 _REFERENCE = re.compile(
     r"\b(variant of|abbr\. (?:for|of|to)|used in|see(?: also)?\b|also (?:written|pr\.)|same as|equivalent (?:of|to)|"
@@ -32,7 +32,7 @@ def read(reading: Reading) -> Iterator[Entries]:
     """
     reading.two_languages()
     source, target = (language.lower() for language in reading.source.languages)
-    traditional = source in _TRADITIONAL
+    traditional = source in TRADITIONAL
     facts: dict[str, str] = {}
     pairs = Collector()
     for number, line in read_lines(reading):

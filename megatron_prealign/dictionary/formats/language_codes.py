@@ -19,6 +19,9 @@ _PAIRS = _CODES.split()
 _MEMBERS = {"zh": "cmn", "ar": "arb", "fa": "pes", "ms": "zsm", "et": "ekk", "lv": "lvs", "sq": "als", "sw": "swh"}
 _MEMBERS |= {"ne": "npi", "or": "ory", "mn": "khk", "uz": "uzn", "az": "azj", "no": "nob", "ku": "kmr", "yi": "ydd"}
 
+TRADITIONAL = frozenset({"zh_hant", "zh_tw", "zh_hk", "zh_mo"})
+"""Codes of Chinese in traditional characters."""
+
 _SAME: dict[str, frozenset[str]] = {}
 for _two, _three in zip(_PAIRS[::2], _PAIRS[1::2], strict=True):
     _codes = frozenset({_two, _three, _MEMBERS.get(_two, _three)})

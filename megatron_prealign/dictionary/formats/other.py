@@ -61,7 +61,7 @@ def _pyglossary() -> ModuleType:
     except SyntaxError as error:
         raise UserError(
             "the installed pyglossary is for a newer Python than this one; install an older one with "
-            "pip install 'pyglossary<5.2'"
+            "pip install 'pyglossary<5.3'"
         ) from error
     return glossary_v2
 

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.dictionary.formats.base import DictionaryInput, Entries, Reading, read_blocks, read_lines
-from megatron_prealign.dictionary.formats.language_codes import same_language
+from megatron_prealign.dictionary.formats.language_codes import TRADITIONAL, same_language
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
 from megatron_prealign.errors import UserError
 
 _COMPRESSED = ("", ".gz", ".zst", ".bz2")
 _VARIETY = re.compile(r"([a-z]{3})_(\d{3})")
-_TRADITIONAL = frozenset({"zh_hant", "zh_tw", "zh_hk", "zh_mo"})
 # A meaning with more expressions of one language is a list of something, not a word.
 _MOST_OF_A_LANGUAGE = 64
 
@@ -125,7 +124,7 @@ def _varieties(reading: Reading, folder: Path) -> dict[str, int]:
         if variety:
             wanted[variety[1], int(variety[2])] = place
         else:
-            wanted |= {(each, int(code in _TRADITIONAL)): place for each in same_language(code)}
+            wanted |= {(each, int(code in TRADITIONAL)): place for each in same_language(code)}
     found = {
         identity: wanted[code, int(number)]
         for _, (identity, code, number) in _rows(reading, folder, "langvar.csv", ("id", "lang_code", "var_code"))

@@ -13,12 +13,14 @@ import orjson
 
 from megatron_prealign.dictionary.formats.articles import MAX_CHARACTERS, MAX_WORDS, without_brackets
 from megatron_prealign.dictionary.formats.base import ENTRIES_AT_ONCE, NO_TRANSLATION, Entries, Reading, read_lines
-from megatron_prealign.dictionary.formats.language_codes import same_language
+from megatron_prealign.dictionary.formats.language_codes import TRADITIONAL, same_language
 
 OTHER_LANGUAGE = "entries on words of another language"
 NO_TRANSLATION_GLOSS = "glosses that are explanations or point to other entries"
 
 _SPLIT = re.compile(r"[,;]")
+_HAN = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
+_SCRIPT_TAGS = {True: "Traditional-Chinese", False: "Simplified-Chinese"}
 _INFINITIVE = re.compile(r"to (?=\S+$)")
 # Tags of senses that explain a form instead of translating it.
 _FORMS = frozenset({"form-of", "alt-of", "abbreviation", "misspelling"})
@@ -32,7 +34,7 @@ def read(reading: Reading) -> Iterator[Entries]:
     """
     source, *targets = reading.source.languages
     wanted = same_language(source)
-    by_code = {code: target for target in targets for code in same_language(target)}
+    by_code = {code: target for target in reversed(targets) for code in same_language(target)}
     # A code given as it is means itself, whatever else it is part of: hr and sr beside sh.
     by_code |= {target.lower(): target for target in targets}
     glosses = reading.facts.format == "wiktextract-glosses"
@@ -108,8 +110,23 @@ def _translations(record: dict[str, Any], by_code: dict[str, str]) -> Iterator[t
             # Newer files call the code lang_code.
             code = translation.get("lang_code", translation.get("code"))
             target = by_code.get(code.lower()) if isinstance(code, str) else None
-            if target is not None and isinstance(word, str):
+            if target is None or not isinstance(word, str):
+                continue
+            if _HAN.search(word) and "zh" in same_language(target):
+                word = _in_one_script(word, _strings(translation.get("tags")), target)
+            if word:
                 yield target, word
+
+
+def _in_one_script(word: str, tags: list[str], language: str) -> str:
+    """The traditional or the simplified spelling of a Chinese word, whichever the language is written in; "" for the
+    other one alone."""
+    traditional = language.lower() in TRADITIONAL
+    if _SCRIPT_TAGS[not traditional] in tags and _SCRIPT_TAGS[traditional] not in tags:
+        return ""
+    spellings = [each.strip() for each in word.split("/")]
+    # Both are given with a stroke between them, the traditional one first.
+    return spellings[not traditional] if len(spellings) == 2 else word
 
 
 def _glosses(reading: Reading, record: dict[str, Any], language: str) -> list[str]:
