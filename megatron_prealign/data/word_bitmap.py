@@ -75,9 +75,7 @@ class BitmapWriter:
         if count == 0:
             return
         used = len(self._rest)
-        bits = packed.copy()
-        if count % 8:
-            bits[-1] &= (1 << count % 8) - 1
+        bits = packed
         if used:
             # Each byte is spread over two: its low bits fill up the one before.
             shifted = np.zeros(len(bits) + 1, dtype=np.uint8)

@@ -174,6 +174,15 @@ def test_what_cannot_be_repaired(tmp_path, tokens, facts, options, message):
     assert content(prefix) == before
 
 
+def test_a_document_too_long_for_an_index(tmp_path, monkeypatch):
+    prefix = make_dataset(tmp_path / "a", [[7, 8, EOD], [7, 8, 9, EOD]], checksums=())
+    monkeypatch.setattr(repair_module, "_MAX_DOCUMENT_TOKENS", 3)
+    before = content(prefix)
+    with pytest.raises(UserError, match=r"a\.bin: a document of 4 tokens, at most 3 fit"):
+        run(prefix)
+    assert content(prefix) == before
+
+
 def test_without_the_words_if_told(tmp_path):
     prefix = make_dataset(tmp_path / "a", DOCUMENTS, segmenter="jieba")
     os.unlink(f"{prefix}.words")

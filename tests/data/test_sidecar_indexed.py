@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from megatron_prealign.data import indexed
 from megatron_prealign.data.files import write_all_atomically, write_atomically
 from megatron_prealign.data.indexed import check_indexed, import_indexed_dataset, open_indexed, token_dtype
 from megatron_prealign.data.readers import Problem
@@ -134,9 +135,15 @@ def test_truncated_or_foreign_files(prefix: Path) -> None:
         (38, "<i", 2, "do not fit together"),
         (46, "<q", 2, "first document is not at 0"),
         (46 + 24 + 24, "<q", 2, "do not cover its 3 sequences"),
+        (46 + 24 + 8, "<q", 3, "its document boundaries go backwards"),
+        (46 + 24 + 16, "<q", -1, "its document boundaries go backwards"),
     ],
 )
-def test_damaged_index(prefix: Path, offset: int, form: str, value: int, message: str) -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_damaged_index(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, offset: int, form: str, value: int, message: str
+) -> None:
+    monkeypatch.setattr(indexed, "_INDEX_CHUNK", chunk)
     data = bytearray(Path(f"{prefix}.idx").read_bytes())
     struct.pack_into(form, data, offset, value)
     Path(f"{prefix}.idx").write_bytes(data)
