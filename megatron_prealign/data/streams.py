@@ -17,8 +17,7 @@ _CUT_OFF = "the {} data ends too early (a cut-off download or copy?); fetch the 
 _DAMAGED = "damaged {} data ({}); fetch the file again"
 
 _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
-_RLE_BLOCK, _RESERVED_BLOCK = 1, 3
-_ZSTD_BLOCK_BYTES = 1 << 17
+_RLE_BLOCK = 1
 
 
 def read_chunks(path: str, compression: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[bytes, int]]:
@@ -210,8 +209,6 @@ def _read_frame(file: BinaryIO, decompressor: Any, parameters_of: Callable[[byte
         block = _exactly(file, 3)
         value = int.from_bytes(block, "little")
         last, kind, size = bool(value & 1), value >> 1 & 3, value >> 3
-        if kind == _RESERVED_BLOCK or size > _ZSTD_BLOCK_BYTES:
-            raise _Damaged(_DAMAGED.format("zstd", "a block of an impossible kind or size"))
         yield frame.decompress(block + _exactly(file, 1 if kind == _RLE_BLOCK else size))
     if flags & 4:
         yield frame.decompress(_exactly(file, 4))

@@ -52,6 +52,8 @@ def names(inputs: list[Input]) -> list[str]:
         (["**"], [*BELOW_A, "b.jsonl"]),
         (["**/*.txt"], ["a/z.txt"]),
         (["**/x.*"], ["a/deep/x.TXT"]),
+        (["**/**/x.*"], ["a/deep/x.TXT"]),
+        (["*/*.txt"], ["a/z.txt"]),
         (["a/*"], BELOW_A),
         (["a/y.jsonl.*", "*.jsonl"], ["a/y.jsonl.bz2", "a/y.jsonl.gz", "a/y.jsonl.zst", "b.jsonl"]),
         (["a/**/deep/x*"], ["a/deep/x.TXT"]),
@@ -96,9 +98,9 @@ def test_hub_names_are_taken_as_they_are() -> None:
 
 
 def test_files_with_languages(tmp_path: Path) -> None:
-    (tmp_path / "a:b.txt").touch()
-    assert split_language(f"{tmp_path}/a:b.txt") == (f"{tmp_path}/a:b.txt", None)
-    assert split_language(f"{tmp_path}/a:b.txt:en") == (f"{tmp_path}/a:b.txt", "en")
+    (tmp_path / "a:de").touch()
+    assert split_language(f"{tmp_path}/a:de") == (f"{tmp_path}/a:de", None)
+    assert split_language(f"{tmp_path}/a:de:en") == (f"{tmp_path}/a:de", "en")
     for text, parts in {
         "a.txt": ("a.txt", None),
         "data/**/*.jsonl.gz:zh-Hans": ("data/**/*.jsonl.gz", "zh-Hans"),
@@ -156,6 +158,12 @@ def test_data_of_another_kind_than_the_name_says(tmp_path: Path, told: str, held
     else:
         with pytest.raises(UserError, match=f"holds {held} data by its first bytes, its name says .{told}; rename"):
             resolve_inputs([path])
+
+
+def test_zstd_that_begins_with_a_frame_without_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\x5a\x2a\x4d\x18\1\0\0\0x" + zstandard.compress(b"text"))
+    with pytest.raises(UserError, match="holds zst data"):
+        resolve_inputs([tmp_path / "a.txt"])
 
 
 def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,23 @@ def test_what_lies_before_damage_is_read(path: str, tmp_path: Path) -> None:
     assert found == list(range(300))
 
 
+def test_a_letter_that_changed_in_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["one", "two"]})
+    parquet.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    path.write_bytes(path.read_bytes().replace(b"\3\0\0\0two", b"\3\0\0\0tvo"))
+    with pytest.raises(ReadError, match="a.parquet:1: damaged"):
+        list(read_batches(str(path), ["text"], 0, 2, 100))
+
+
+def test_a_column_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"named": ["one"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"named", b"\xf9amed"))
+    with pytest.raises(ReadError, match="a.parquet: damaged"):
+        list(read_batches(str(path), ["text"], 0, 2, 100))
+
+
 def test_any_damage_is_a_read_error(path: str, tmp_path: Path) -> None:
     data, broken, generator = Path(path).read_bytes(), tmp_path / "a.parquet", random.Random(3)
     refused = 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prealign.data.fertility import MeasuredText
 from megatron_prealign.data.sampling import HELD_OUT_BYTES, Corpus, Drawn, TextCount, plan_shares
 
 COUNTS = {"big": TextCount(100_000, 64_000_000), "mid": TextCount(10_000, 4_000_000), "low": TextCount(1000, 250_000)}
@@ -33,6 +34,25 @@ def test_shares(temperature: float, parts: list[int]) -> None:
         assert share.part == pytest.approx(part / sum(parts), rel=1e-6)
         # Documents of all sizes are drawn alike: so many times bytes is the share.
         assert share.times * COUNTS[language].bytes == pytest.approx(1_000_000 * share.part)
+
+
+def test_shares_are_of_what_is_not_held_out() -> None:
+    for language, share in plan_shares(COUNTS, 1e12, 300_000, 0.05).items():
+        left = COUNTS[language].bytes * (1 - 1 / share.block)
+        assert share.times * left == pytest.approx(100_000)
+
+
+def test_few_documents_are_both_learnt_from_and_measured_on(tmp_path: Path) -> None:
+    found = draws(Corpus.open([write(tmp_path, "a", ["one", "two", "three"])], ("text",), "stop"), 1, 10**9, 0.05)
+    assert [(drawn.copies, drawn.measured) for drawn in found] == [(1, True)] * 3
+
+
+def test_what_is_measured_on_is_bounded() -> None:
+    measured = MeasuredText(held_out=True)
+    for _ in range(3):
+        measured.add(Drawn("en", "x" * 1_500_000, "a:1", 0, True))
+    assert [len(text) for text in measured.texts] == [1_500_000, 500_000]
+    assert (measured.bytes, len(measured.places)) == (2 * HELD_OUT_BYTES, 2)
 
 
 def test_a_small_corpus_is_taken_whole() -> None:

@@ -58,6 +58,15 @@ def test_whole_files(tmp_path: Path, compression: str, chunk_bytes: int) -> None
 
 
 @pytest.mark.parametrize("compression", NAMES)
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7])
+def test_tiny_pieces(tmp_path: Path, compression: str, chunk_bytes: int) -> None:
+    # What a compressor writes for such text unpacks to more than a piece: it must all come out at the end, too.
+    path, text = tmp_path / "a", b"ab" * 700
+    path.write_bytes(PACK[compression](text))
+    assert read(path, compression, chunk_bytes) == (text, None)
+
+
+@pytest.mark.parametrize("compression", NAMES)
 def test_files_of_several_parts(tmp_path: Path, compression: str) -> None:
     path, pack = tmp_path / "a", PACK[compression]
     parts = [TEXT[:300_000], b"", TEXT[300_000:300_001], TEXT[300_001:]]
@@ -134,6 +143,14 @@ def test_memory_stays_small_whatever_the_data_unpacks_to(tmp_path: Path, compres
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_dictionary_nobody_has(tmp_path: Path) -> None:
+    dictionary = zstandard.train_dictionary(2000, [TEXT[at : at + 300] for at in range(0, 300_000, 300)])
+    path = tmp_path / "a"
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(TEXT[:1000]))
+    found, error = read(path, "zst")
+    assert found == b"" and error is not None and "Dictionary mismatch" in error.why
 
 
 def test_a_window_of_too_much_memory(tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def test_tokens_do_not_reach_across_words(tmp_path: Path, kind: str) -> None:
         assert any(len(token) > 1 for token in chinese) and not any(WORD_BREAK in token for token in tokens)
         # Signs and digits stand apart as they would without it.
         assert tokenizer.decode(tokenizer.encode("苹果，RAID5")) == "苹果，RAID5"
+        if kind == "byte-bpe":
+            # No trace of it stays: other text has other words.
+            assert json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
     assert not crossing[True] and crossing[False]
 
 
