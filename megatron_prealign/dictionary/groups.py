@@ -4,10 +4,10 @@ Nothing here knows a tokenizer. What is left out is counted by rule, so that a u
 Lists have millions of pairs: words are looked at once each and all at a time, pairs are arrays.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress, filterfalse
+from itertools import chain, compress, count, islice
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,8 @@ class _Vocabulary:
     """The words of one language as they stand in the files, each looked at once; they are numbered as they come."""
 
     looker: WordLooker
-    numbers: dict[str, int] = field(default_factory=dict)
+    numbers: defaultdict[str, int] = field(default_factory=lambda: defaultdict(count().__next__))
+    """A word that is looked up for the first time gets the next number: one pass over a column finds and adds."""
     facts: list[WordFacts] = field(default_factory=list)
     """What is known of each word once it is clean."""
     cleaned: dict[int, int] = field(default_factory=dict)
@@ -117,9 +118,9 @@ class _Vocabulary:
 
     def number(self, column: list[str], cleaned: dict[str, str]) -> NDArray[np.int32]:
         """The number of each word; `cleaned` gets the words that had to be cleaned."""
-        numbers = self.numbers
-        new = list(dict.fromkeys(filterfalse(numbers.__contains__, column)))
-        numbers.update(zip(new, range(len(numbers), len(numbers) + len(new)), strict=True))
+        numbers, begin = self.numbers, len(self.numbers)
+        found = np.fromiter(map(numbers.__getitem__, column), np.int32, len(column))
+        new = list(islice(reversed(numbers), len(numbers) - begin))[::-1]
         facts = self.looker.look(new)
         self.facts.append(facts)
         dirty = np.flatnonzero(facts.flags & np.uint64(TO_CLEAN)).tolist()
@@ -128,12 +129,12 @@ class _Vocabulary:
                 cleaned[new[place]] = clean(new[place], self.looker.notes)
         dirty = [place for place in dirty if cleaned[new[place]] != new[place]]
         if dirty:
-            own = [numbers[new[place]] for place in dirty]
+            own = [begin + place for place in dirty]
             clean_ones = self.number([cleaned[new[place]] for place in dirty], cleaned)
             self.cleaned.update(zip(own, clean_ones.tolist(), strict=True))
             for values in self.known():
                 values[own] = values[clean_ones]
-        return np.fromiter(map(numbers.__getitem__, column), np.int32, len(column))
+        return found
 
     def known(self) -> WordFacts:
         """What is known of each word."""

@@ -85,3 +85,22 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_measuring_needs_no_torch(tokenizer, tmp_path, make_dataset):
+    """Torch and Megatron-Core take longer to import than most measurements take."""
+    (tmp_path / "de.tsv").write_text("apple\tApfel\n")
+    table, corpus = tmp_path / "table.safetensors", make_dataset(tokenizer, ["an apple"], "en")
+    options = {
+        "build": ["--input", f"{tmp_path}/de.tsv:en-de", "--tokenizer", tokenizer.path, "--output", table],
+        "coverage": ["--table", table],
+        "report": ["--table", table, "--output", tmp_path / "report"],
+    }
+    commands = [["dictionary", name, *map(str, values), "--corpus", str(corpus)] for name, values in options.items()]
+    code = (
+        "import sys; from megatron_prealign.cli import main\n"
+        f"for command in {commands!r}: assert main(command) == 0\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from dictionary_files import COMPRESSIONS, read
 
+from megatron_prealign.data.problems import ReadError
+from megatron_prealign.data.streams import read_chunks
 from megatron_prealign.dictionary.formats.articles import plain, translations_of
 from megatron_prealign.dictionary.formats.language_codes import same_language
 from megatron_prealign.dictionary.readers import detect_file
@@ -23,7 +25,13 @@ def test_compressed_lists(tmp_path, ending):
     if ending:
         whole = COMPRESSIONS[ending](b"".join(b"word%d\tWort%d\n" % (n, n) for n in range(50_000)))
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=rf"list\.tsv\{ending}:\d+: .*too early"):
+        readable = b""
+        with pytest.raises(ReadError):
+            for data, _ in read_chunks(str(path), ending[1:]):
+                readable += data
+        # The line that is cut.
+        line = readable.count(b"\n") + 1
+        with pytest.raises(UserError, match=rf"list\.tsv\{ending}:{line}: .*too early"):
             read(path, on_error="skip")
 
 

@@ -24,7 +24,7 @@ CEDICT = """# CC-CEDICT
 #! license=https://creativecommons.org/licenses/by-sa/4.0/
 學習 学习 [xue2 xi2] /to learn; to study/
 銀行 银行 [yin2 hang2] /bank/CL:家[jia1],個|个[ge4]/
-台 台 [tai2] /(classical) you (in letters)/variant of 臺|台[tai2]/
+台 台 [tai2] /(classical) you (in letters)/Tai, cf. 臺/variant of 臺|台[tai2]/
 """
 
 

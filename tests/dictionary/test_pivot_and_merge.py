@@ -80,6 +80,11 @@ def test_two_pivot_words_support_a_pair():
     ]
 
 
+def test_a_word_does_not_lead_back_to_itself():
+    lists = ("de-en", [["Hund", "dog"]]), ("en-de", [["dog", "Hund"]]), ("en-ru", [["dog", "собака"]])
+    assert pairs_of(join_over(groups_of(*lists), "en", Counter())) == [("Hund", "собака", 1.0)]
+
+
 def test_weights_of_the_steps():
     left, right = [["Haus", "house"], ["Haus", "home"]], [["house", "дом"], ["home", "дом"], ["home", "очаг"]]
     groups = groups_of(("de-en", left, [3.0, 1.0]), ("en-ru", right, [1.0, 1.0, 3.0]))

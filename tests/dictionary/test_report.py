@@ -164,10 +164,11 @@ def test_report_command(built, tokenizer, tmp_path, make_dataset, capsys):
     assert "no such tokenizer" in capsys.readouterr().err
 
 
-def test_merge_command(built, tokenizer, clone_tokenizer, tmp_path, capsys):
+def test_merge_command(built, tokenizer, clone_tokenizer, tmp_path, make_dataset, capsys):
     lists = {"a.tsv:en-de": "apple\tApfel\nbank\tUfer\n", "b.tsv:en-fr": "bank\tbanque\nhouse\tmaison\n"}
-    whole = built(lists, "whole")
-    parts = [built({key: text}, f"part{number}") for number, (key, text) in enumerate(lists.items())]
+    corpus = ["--corpus", str(make_dataset(tokenizer, ["a bank, the bank, house"], "en"))]
+    whole = built(lists, "whole", *corpus)
+    parts = [built({key: text}, f"part{number}", *corpus) for number, (key, text) in enumerate(lists.items())]
     output = tmp_path / "merged"
     arguments = ["dictionary", "merge", "--table", *map(str, parts), "--output", str(output)]
     assert main([*arguments, "--tokenizer", str(tokenizer.path)]) == 0
@@ -176,6 +177,7 @@ def test_merge_command(built, tokenizer, clone_tokenizer, tmp_path, capsys):
     assert merged.switching_digest() == expected.switching_digest()
     assert [merged.group_words(group) for group in range(3)] == [expected.group_words(group) for group in range(3)]
     assert merged.sources == expected.sources
+    assert merged.group_count.tolist() == expected.group_count.tolist() == [0, 2, 1]
     assert main([*arguments, "--tokenizer", str(clone_tokenizer.path)]) == 2
     assert clone_tokenizer.fingerprint in capsys.readouterr().err
     assert main(["dictionary", "merge", "--table", str(whole), "--output", "o", "--tokenizer", "t"]) == 2

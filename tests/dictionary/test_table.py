@@ -106,6 +106,29 @@ def test_every_broken_content_is_found(table, tmp_path, name, index, value, mess
         load_table(tmp_path / "t")
 
 
+def test_text_cut_through_a_character(table, tmp_path):
+    # The ä of Gebäude has two bytes.
+    cut = int(np.flatnonzero(table.word_text == "ä".encode()[1])[0])
+    word = int(np.flatnonzero(table.word_text_offsets > cut)[0]) - 1
+    broken = replace(table, word_text_offsets=changed(table.word_text_offsets, word, cut))
+    assert find_problem(broken) == "word_text_offsets cuts through a character"
+    assert "not valid UTF-8" in (find_problem(replace(table, word_text=changed(table.word_text, cut, 255))) or "")
+
+
+@pytest.mark.parametrize(("key", "value"), [("languages", '["en", null]'), ("sources", '["a"]'), ("languages", '"en"')])
+def test_metadata_of_other_types(table, tmp_path, key, value):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    table.save(tmp_path / "t")
+    with safe_open(tmp_path / "t", framework="numpy") as file:
+        metadata = file.metadata() | {key: value}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "t", metadata)
+    with pytest.raises(UserError, match=f"{key} is .*, expected a list"):
+        load_table(tmp_path / "t")
+
+
 def test_broken_shapes_types_and_keys(table):
     assert "vocab" not in (find_problem(table) or "")
     assert "word_boundary has" in (find_problem(replace(table, vocab_size=table.vocab_size + 1)) or "")
