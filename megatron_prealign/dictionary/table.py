@@ -159,8 +159,12 @@ class DictionaryTable:
             raise ValueError(f"fraction is {fraction}, expected 0 to 1")
         limit = int(fraction * 2**64)
         held_out = np.zeros(self.num_groups, dtype=bool)
-        for group in range(self.num_groups):
-            word = self.text(int(self.group_offsets[group])).casefold()
+        if not limit:
+            return held_out
+        data, source = self.word_text.tobytes(), self.group_offsets[:-1]
+        begins, ends = self.word_text_offsets[source].tolist(), self.word_text_offsets[source + 1].tolist()
+        for group, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            word = data[begin:end].decode().casefold()
             digest = hashlib.blake2b(word.encode(), digest_size=8, person=b"heldout").digest()
             held_out[group] = int.from_bytes(digest, "big") < limit
         return held_out
@@ -169,7 +173,7 @@ class DictionaryTable:
         """The table without the keys and candidates of the `dropped` groups (bool `[G]`); words and groups stay."""
         if dropped.dtype != bool or dropped.shape != (self.num_groups,):
             raise ValueError(f"mask is {dropped.dtype} {dropped.shape}, expected bool ({self.num_groups},)")
-        return self.with_keys(np.flatnonzero(~dropped[self.key_group]))
+        return self.with_keys(np.flatnonzero(~dropped[self.key_group])) if dropped.any() else self
 
     def switching_digest(self) -> str:
         """A hash of everything that decides which words are replaced and by what: boundaries, keys and candidates."""
