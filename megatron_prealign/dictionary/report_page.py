@@ -73,7 +73,7 @@ def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
     rows: list[list[str]] = []
     for corpus in corpora:
         name = f"{escape(corpus['prefix'])} ({escape(corpus['language'])})"
-        for pair in corpus["pairs"] if len(corpus["pairs"]) == 1 else [corpus, *corpus["pairs"]]:
+        for pair in _rows_of(corpus):
             rows.append(
                 [
                     name,
@@ -90,19 +90,28 @@ def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
     return _table(header, rows)
 
 
+def _rows_of(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A corpus as a whole and each of its language pairs; a single pair is the whole."""
+    pairs = list(corpus["pairs"])
+    return pairs if len(pairs) == 1 else [corpus, *pairs]
+
+
 def _corpus(corpus: Mapping[str, Any]) -> str:
     words = (
         f"{corpus['running_words']:,} running words, {corpus['vocabulary']:,} different ones, in {corpus['tokens']:,}"
     )
     marks = f" Words marked by {escape(corpus['segmenter'])}." if corpus["segmenter"] else ""
-    bars = [(f"into {pair['target']}", (pair["coverage"], pair["vocabulary_coverage"])) for pair in corpus["pairs"]]
+    bars = [
+        (f"into {pair['target']}" if "target" in pair else "all", (pair["coverage"], pair["vocabulary_coverage"]))
+        for pair in _rows_of(corpus)
+    ]
     ranks = [(f"words {band['from']:,}–{band['to']:,}", (band["known"],)) for band in corpus["by_rank"]]
     parts = [
         f"<h2>{escape(corpus['prefix'])} ({escape(corpus['language'])})</h2>",
         f"<p>{words}, in {corpus['tokens']:,} tokens.{marks}</p>",
         _figure(
             "Coverage",
-            _bars([("all", (corpus["coverage"], corpus["vocabulary_coverage"])), *bars]),
+            _bars(bars),
             "Share of the running words (upper bar) and of the vocabulary (lower bar) that the table knows.",
         ),
         _figure(
