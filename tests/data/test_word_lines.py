@@ -8,6 +8,7 @@ from typing import Any
 
 import awkward
 import numpy
+import psutil
 import pytest
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
@@ -189,3 +190,21 @@ def test_real_gigatoken(tmp_path):
     for initial in (True, False):
         assert rows(tokenizer, WORDS, initial) == tokenizer.encode_words(WORDS, word_initial=initial)
     assert tokenizer.word_encoder == "gigatoken"
+
+
+def test_gigatoken_does_not_keep_every_word_for_ever(tmp_path):
+    pytest.importorskip("gigatoken")
+    engine = make(tmp_path / "byte", "byte").fast_engine()
+    assert engine is not None
+    process, generator = psutil.Process(), numpy.random.default_rng(0)
+
+    def encode_new_words(times: int) -> int:
+        for _ in range(times):
+            words = generator.integers(ord("a"), ord("z") + 1, (200_000, 9), dtype=numpy.uint8)
+            words[:, 8] = ord(" ")
+            engine([words.tobytes().decode()])
+        return process.memory_info().rss
+
+    before = encode_new_words(1)
+    # Left alone, it grew by more than 600 MB here.
+    assert encode_new_words(40) - before < 400 << 20
