@@ -1,8 +1,9 @@
-"""Python's cycle collector out of the way of work that makes millions of objects and no cycles."""
+"""What happens to memory that is free: Python's cycle collector, and what the C library keeps."""
 
+import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -19,3 +20,10 @@ def without_cycle_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def give_back_memory() -> None:
+    """Has the C library give freed memory back to the system, which glibc else keeps for the process; does nothing with
+    others."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -49,7 +49,7 @@ class PreprocessOptions:
     engine: Literal["auto", "plain"] = "auto"
     """Auto encodes with gigatoken where it takes the tokenizer and gives the same ids on samples, else and with plain
     the tokenizer's own library does."""
-    max_document_mb: float = 32
+    max_document_mb: float = 16
     """Longest document in MiB of the file; a longer one is an error."""
     save_every_mb: float = 256
     """MiB of text after which the work is saved, for --resume."""

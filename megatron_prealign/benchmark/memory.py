@@ -1,13 +1,13 @@
 """How much memory a call takes on top of what was there before."""
 
-import contextlib
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_prealign.garbage_collection import give_back_memory
 
 _PROCESS = Path("/proc/self")
 
@@ -26,9 +26,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(AttributeError, OSError):
-        # glibc keeps what was freed; unless it gives that back, a call that uses it again takes no memory
-        ctypes.CDLL(None).malloc_trim(0)
+    # A call that uses again what was freed before would take no memory.
+    give_back_memory()
     try:
         # sets the high-water mark back to what is in use now
         (_PROCESS / "clear_refs").write_text("5", encoding="ascii")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2 << 20
 """Text of a block: some hundred documents, so that handing it over costs nothing beside the work on it."""
-MAX_DOCUMENT_BYTES = 32 << 20
+MAX_DOCUMENT_BYTES = 16 << 20
 """Longest document by default, in bytes of the file; it is in memory several times over while it is encoded."""
 _UTF8_BOM = b"\xef\xbb\xbf"
 # What follows a skipped document's line needs to know no more of it than that it was not blank.

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from megatron_prealign.data.blocks import Block
@@ -47,12 +48,10 @@ def tokenise_in_order(
         for block in blocks:
             yield block, tokenise(block, choice.plain)
         return
+    # Forking a process in which tokenizers may hold threads can deadlock the child.
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers,
-        # Forking a process in which tokenizers may hold threads can deadlock the child.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(settings,),
+        workers, mp_context=context, initializer=_start_worker, initargs=(settings, context.Lock())
     )
     waiting: deque[_Waiting] = deque()
 
@@ -85,14 +84,14 @@ def tokenise_in_order(
 _worker: BlockTokeniser | None = None
 
 
-def _start_worker(settings: TokeniserSettings) -> None:
+def _start_worker(settings: TokeniserSettings, large_texts: AbstractContextManager[object]) -> None:
     global _worker
     # Ctrl-C reaches every process of the terminal; the parent alone decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes share the cores already; the library's threads in each would only get in their way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = BlockTokeniser(settings)
+    _worker = BlockTokeniser(settings, large_texts=large_texts)
 
 
 def _end_with_parent() -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from megatron_prealign.data import word_lines
 from megatron_prealign.data.clone import CloneTokenizer
+from megatron_prealign.data.gigatoken_engine import _arrays
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = [
@@ -208,3 +209,9 @@ def test_gigatoken_does_not_keep_every_word_for_ever(tmp_path):
     before = encode_new_words(1)
     # Left alone, it grew by more than 600 MB here.
     assert encode_new_words(40) - before < 400 << 20
+
+
+@pytest.mark.parametrize("form", [awkward.Array, list])
+def test_both_forms_of_gigatokens_answer(form):
+    ids, offsets = _arrays(form([[5, 6], [], [7]]))
+    assert (ids.tolist(), offsets.tolist()) == ([5, 6, 7], [0, 2, 2, 3])
