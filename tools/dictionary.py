@@ -53,9 +53,9 @@ class BuildOptions:
     ] = "auto"
     """Format of the inputs; auto looks at each file.
 
-    pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}, tsv two columns, space two words
-    (MUSE), csv a column for each language, with --weights one more; cedict is CC-CEDICT, wiktextract the translations
-    of a Wiktionary and wiktextract-glosses its definitions, pyglossary all that this package reads.
+    pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}; tsv, csv and space (MUSE) have a
+    column for each language and with --weights one more; cedict is CC-CEDICT, wiktextract the translations of a
+    Wiktionary and wiktextract-glosses its definitions, pyglossary all that this package reads.
     """
     source: str | None = None
     """Language whose words are to be replaced: lists that have it in another column are turned around."""

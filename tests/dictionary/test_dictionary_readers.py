@@ -31,6 +31,8 @@ def read_weights(path: Path, *, format: str = "auto", on_error: str = "stop") ->
         ("a.tsv", "apple\tApfel\nriver bank\tdas Ufer\n", "en-de", [["apple", "Apfel"], ["river bank", "das Ufer"]]),
         ("a.txt", "apple Apfel\nhouse  Haus\n", "en-de", [["apple", "Apfel"], ["house", "Haus"]]),
         ("muse.txt", "apple\tApfel\n", "en-de", [["apple", "Apfel"]]),
+        ("three.tsv", "apple\tder Apfel\tpomme\n", "en-de-fr", [["apple", "der Apfel", "pomme"]]),
+        ("three.txt", "apple Apfel pomme\n", "en-de-fr", [["apple", "Apfel", "pomme"]]),
         ("a.jsonl", '{"src_text": "apple", "tgt_text": "苹果"}\n', "en-zh", [["apple", "苹果"]]),
         ("a.json", '{"words": "bank $ 银行 $ banque"}\n', "en-zh-fr", [["bank ", " 银行 ", " banque"]]),
         ("crlf.tsv", "\n\r\napple\tApfel\r\n\n", "en-de", [["apple", "Apfel"]]),
@@ -177,7 +179,7 @@ def test_weights(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("red\trot", "got 2 columns, expected 3 separated by one tab each, the third a weight"),
+        ("red\trot", "got 2 columns, expected 3 separated by one tab each, the last a weight"),
         ("red\trot\t", "the weight is '', expected a number above 0 (1e-30 to 1e+30)"),
         ("red\trot\tmuch", "the weight is 'much', expected"),
         ("red\trot\t0", "the weight is '0', expected"),

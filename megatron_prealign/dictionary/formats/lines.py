@@ -53,21 +53,21 @@ def parse_weight(value: object) -> float:
     return number
 
 
-def _split_columns(columns: list[str], weights: bool, how: str) -> tuple[list[str], float]:
-    expected = 3 if weights else 2
+def _split_columns(columns: list[str], languages: int, weights: bool, how: str) -> tuple[list[str], float]:
+    expected = languages + weights
     if len(columns) != expected:
         raise ValueError(f"got {count_columns(len(columns))}, expected {expected} {how}")
-    return columns[:2], parse_weight(columns[2]) if weights else 1.0
+    return columns[:languages], parse_weight(columns[languages]) if weights else 1.0
 
 
-def _parse_tsv(line: str, weights: bool) -> tuple[list[str], float]:
-    how = "separated by one tab each, the third a weight" if weights else "separated by one tab"
-    return _split_columns(line.split("\t"), weights, how)
+def _parse_tsv(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
+    how = "separated by one tab each, the last a weight" if weights else "separated by one tab"
+    return _split_columns(line.split("\t"), languages, weights, how)
 
 
-def _parse_space(line: str, weights: bool) -> tuple[list[str], float]:
-    how = "words separated by a space" if not weights else "separated by a space, two words and a weight"
-    return _split_columns(line.split(), weights, f"{how} (by a tab if a word contains spaces)")
+def _parse_space(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
+    how = "words separated by a space" if not weights else "separated by a space, words and a weight"
+    return _split_columns(line.split(), languages, weights, f"{how} (by a tab if a word contains spaces)")
 
 
 def count_columns(count: int) -> str:
@@ -112,18 +112,18 @@ def _weight_of(record: dict[str, object]) -> float:
     return parse_weight(value)
 
 
-def _parse_pairs(line: str, weights: bool) -> tuple[list[str], float]:
+def _parse_pairs(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
     record = _parse_json(line)
     return [_text_of(record, "src_text"), _text_of(record, "tgt_text")], _weight_of(record)
 
 
-def _parse_words(line: str, weights: bool) -> tuple[list[str], float]:
+def _parse_words(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
     record = _parse_json(line)
     return _text_of(record, "words").split(WORDS_SEPARATOR), _weight_of(record)
 
 
-# Format -> (line, whether columns have a weight) -> words and weight.
-PARSERS: dict[str, Callable[[str, bool], tuple[list[str], float]]] = {
+# Format -> (line, number of languages, whether columns have a weight) -> words and weight.
+PARSERS: dict[str, Callable[[str, int, bool], tuple[list[str], float]]] = {
     "pairs": _parse_pairs,
     "words": _parse_words,
     "tsv": _parse_tsv,
@@ -131,15 +131,15 @@ PARSERS: dict[str, Callable[[str, bool], tuple[list[str], float]]] = {
 }
 
 
-def detect_format(line: str, weights: bool = False) -> str:
-    """Format of a file from its first line that is not blank; `weights`: columns have one more, the weight."""
+def detect_format(line: str, columns: int = 2) -> str:
+    """Format of a file from its first line that is not blank; `columns`: of a list in columns, with the weight."""
     if line.lstrip().startswith("{"):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             return "pairs"
         return "words" if isinstance(record, dict) and "words" in record else "pairs"
-    return "tsv" if "\t" in line or len(line.split()) != (3 if weights else 2) else "space"
+    return "tsv" if "\t" in line or len(line.split()) != columns else "space"
 
 
 class _LineReader:
@@ -148,6 +148,7 @@ class _LineReader:
     def __init__(self, reading: Reading) -> None:
         self._reading, self._source = reading, reading.source
         self._format: str = reading.facts.format
+        self._columns = len(reading.source.languages) + reading.source.weights
         self.seen = 0
         """Lines that were not blank."""
 
@@ -156,27 +157,27 @@ class _LineReader:
 
     def read_columns(self, number: int, block: bytes) -> Entries | None:
         """A block of tab-separated lines without anything odd, all at once; None for any other."""
-        width = 3 if self._source.weights else 2
+        languages, width = len(self._source.languages), self._columns
         text = _decode_block(number, block)
-        if text is None or len(self._source.languages) != 2:
+        if text is None:
             return None
         if self._format == "auto":
             first = text.partition("\n")[0]
             if first.strip():
-                self._settle(detect_format(first, self._source.weights))
+                self._settle(detect_format(first, width))
         if self._format != "tsv" or not _is_regular(text, width):
             return None
         fields = text.replace("\n", "\t").split("\t")
         # Behind the last line break.
         fields.pop()
-        columns = [fields[0::width], fields[1::width]]
+        columns = [fields[place::width] for place in range(languages)]
         # A line of white space is no entry but a blank line.
         if not all(map(str.strip, columns[0])):
             return None
         weights = None
-        if width == 3:
+        if width > languages:
             try:
-                weights = [parse_weight(field) for field in fields[2::width]]
+                weights = [parse_weight(field) for field in fields[languages::width]]
             except ValueError:
                 return None
         self.seen += len(columns[0])
@@ -209,8 +210,8 @@ class _LineReader:
         self.seen += 1
         weights, languages = self._source.weights, self._source.languages
         if self._format == "auto":
-            self._settle(detect_format(line, weights))
-        words, weight = PARSERS[self._format](line, weights)
+            self._settle(detect_format(line, self._columns))
+        words, weight = PARSERS[self._format](line, len(languages), weights)
         if len(words) != len(languages):
             raise ValueError(f"got {len(words)} words, expected {len(languages)} ({'-'.join(languages)})")
         return words, weight
