@@ -60,6 +60,16 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
 
+    def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
+        if not hasattr(self._processor, "EncodeAsNumpy"):
+            # sentencepiece before 0.2.3
+            return super().encode_rows(texts, language)
+        # A fifth faster than lists of Python's integers.
+        rows = self._processor.EncodeAsNumpy(list(texts), num_threads=1)
+        offsets = numpy.zeros(len(rows) + 1, dtype=numpy.int64)
+        numpy.cumsum([len(row) for row in rows], out=offsets[1:])
+        return numpy.concatenate([numpy.zeros(0, numpy.int32), *rows]), offsets
+
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
         from sentencepiece import sentencepiece_pb2
 
