@@ -47,7 +47,8 @@ def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> 
         elif str(field.type) in ("bool", "<class 'bool'>"):
             arguments = with_value(arguments, f"--{field.name}")
     parser = new_parser(command, options.__doc__ or "")
-    parser.add_class_arguments(options)
+    # Its docstring is the description already.
+    parser.add_class_arguments(options, as_group=False)
     with as_user_error(f"megatron-prealign {command}"):
         values = parser.parse_args(arguments)
         return options(**{field.name: values[field.name] for field in dataclasses.fields(options)})  # type: ignore[arg-type]
