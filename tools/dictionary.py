@@ -1,8 +1,8 @@
 """`megatron-prealign dictionary`: builds and merges word-translation tables, measures them and shows them at work."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
@@ -196,8 +196,8 @@ def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[Dic
     ]
     if not inputs:
         raise UserError("--input is empty, expected one or more word lists as FILE:SOURCE-TARGET")
-    overwritten = [each.path for each in inputs if Path(options.output).resolve() == each.path.resolve()]
-    if overwritten:
+    # Unlike Path.resolve it does not mind a link that leads to itself, which reading the list will name.
+    if os.path.realpath(options.output) in [os.path.realpath(each.path) for each in inputs]:
         raise UserError(f"--output is {options.output}, one of the lists, which it would overwrite; name another file")
     languages = {language for each in inputs for language in each.languages}
     for name in ("source", "pivot"):

@@ -66,7 +66,10 @@ class SequenceLexicon:
         rows = np.zeros(len(words), dtype=np.int32)
         for language in np.unique(language_ids).tolist():
             places = np.flatnonzero(language_ids == language)
-            chosen = words if len(places) == len(words) else [words[place] for place in places.tolist()]
+            first, end = int(places[0]), int(places[-1]) + 1
+            # Words of one language mostly lie together, and a slice of a list is nearly free.
+            together = end - first == len(places)
+            chosen = words[first:end] if together else [words[place] for place in places.tolist()]
             rows[places] = self._count + np.arange(len(places))
             for begin in range(0, len(chosen), _BATCH):
                 batch = chosen[begin : begin + _BATCH]
