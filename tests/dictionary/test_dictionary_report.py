@@ -202,6 +202,13 @@ def test_build_with_a_pivot_turned_lists_and_counts(built, tokenizer, make_datas
     assert table.build["settings"]["min_count"] == 2
 
 
+def test_a_list_that_is_a_link_to_itself(tokenizer, tmp_path, capsys):
+    (tmp_path / "a.tsv").symlink_to(tmp_path / "a.tsv")
+    arguments = ["--input", f"{tmp_path}/a.tsv:en-de", "--tokenizer", str(tokenizer.path), "--output", f"{tmp_path}/t"]
+    assert main(["dictionary", "build", *arguments]) == 2
+    assert re.fullmatch(r"error: \S*a\.tsv: cannot be opened \([^\n]*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
