@@ -100,7 +100,10 @@ def check_output_prefix(output: str) -> None:
         UserError: it has an ending or is a folder.
     """
     if output.endswith((".bin", ".idx", ".words", ".json")):
-        raise UserError(f"output {output}: expected a path without ending; .bin, .idx and .json are added to it")
+        raise UserError(
+            f"output {output}: expected a path without ending; .bin, .idx, .json and, with a segmenter, .words are "
+            "added to it"
+        )
     if output.endswith("/") or Path(output).is_dir():
         raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
 

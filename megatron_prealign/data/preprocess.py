@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.data.blocks import Block, Limits, extents, read_blocks
+from megatron_prealign.data.dataset import check_output_prefix, check_workers
 from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
 from megatron_prealign.data.readers import EMPTY, Fields, OnError, Places, ReadError, unit_of
@@ -112,7 +113,7 @@ def preprocess(
             disk; an input that changed.
     """
     _check_settings(settings)
-    _check_output(output)
+    check_output_prefix(str(output))
     sources = resolve_inputs(inputs)
     if settings.shard is not None:
         _check_shard(settings.shard, sources)
@@ -148,8 +149,7 @@ def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
 
 def _check_settings(settings: PreprocessSettings) -> None:
     fields = settings.fields
-    if settings.workers < 1:
-        raise UserError(f"workers is {settings.workers}; expected at least 1")
+    check_workers(settings.workers)
     if (settings.language is None) == (fields.language_key is None):
         raise UserError(
             "expected either --language, a code like en or de for all documents, or --language-key, the key under "
@@ -176,16 +176,6 @@ def _check_shard(shard: tuple[int, int], sources: Sequence[Input]) -> None:
                 f"{source.name}: a dataset read over the network has no bytes to share out; download it, or leave "
                 "--shard out"
             )
-
-
-def _check_output(output: str | Path) -> None:
-    if str(output).endswith((".bin", ".idx", ".words", ".json")):
-        raise UserError(
-            f"output {output}: expected a path without ending; .bin, .idx, .json and, with a segmenter, "
-            ".words are added to it"
-        )
-    if str(output).endswith("/") or Path(output).is_dir():
-        raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
 
 
 @dataclass
