@@ -149,12 +149,7 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more")
     sidecar = load_sidecar(prefix)
     table.check_tokenizer(sidecar.tokenizer.fingerprint, f"dataset {prefix}")
-    tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter)
-    if len(tokens) and int(tokens.max()) >= table.vocab_size:
-        raise UserError(
-            f"{prefix}.bin: token id {int(tokens.max())}, expected ids below the vocabulary's {table.vocab_size}; "
-            "make the dataset again with megatron-prealign preprocess"
-        )
+    tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter, table.vocab_size)
     words = split_words(tokens, row_starts, table.word_boundary, word_starts)
     language_id = table.language_id(sidecar.language)
     # A language the table does not have: nothing is known, which is an answer and no mistake.
@@ -197,11 +192,14 @@ def blend_coverage(
 
 
 def read_sample(
-    prefix: str | Path, max_tokens: int, segmenter: str | None
+    prefix: str | Path, max_tokens: int, segmenter: str | None, vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.bool_] | None]:
     """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits.
 
     Reads the files itself: Megatron-Core's reader would import torch, which takes longer than most measurements.
+
+    Raises:
+        UserError: a damaged dataset, or an id that is not below `vocab_size`.
     """
     index = check_indexed(prefix)
     lengths = index.lengths
@@ -216,7 +214,13 @@ def read_sample(
         marks = np.memmap(words_path(prefix), np.uint8, "r")
         bits = np.concatenate([_bits(marks, begin, end) for begin, end in spans])[:max_tokens]
     # Only the last document drawn is cut, and one document of the whole corpus may be longer than the limit.
-    return np.concatenate([tokens[begin:end] for begin, end in spans])[:max_tokens], starts, bits
+    drawn = np.concatenate([tokens[begin:end] for begin, end in spans])[:max_tokens]
+    if len(drawn) and int(drawn.max()) >= vocab_size:
+        raise UserError(
+            f"{prefix}.bin: token id {int(drawn.max())}, expected ids below the vocabulary's {vocab_size}; "
+            "make the dataset again with megatron-prealign preprocess"
+        )
+    return drawn, starts, bits
 
 
 def _bits(marks: NDArray[np.uint8], begin: int, end: int) -> NDArray[np.bool_]:

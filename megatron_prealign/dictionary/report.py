@@ -177,12 +177,7 @@ def _measure(
 
 
 def _read(table: DictionaryTable, prefix: str | Path, sidecar: Sidecar, max_tokens: int) -> _Sample:
-    tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter)
-    if len(tokens) and int(tokens.max()) >= table.vocab_size:
-        raise UserError(
-            f"{prefix}.bin: token id {int(tokens.max())}, expected ids below the vocabulary's {table.vocab_size}; "
-            "make the dataset again with megatron-prealign preprocess"
-        )
+    tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter, table.vocab_size)
     words = split_words(tokens, row_starts, table.word_boundary, word_starts)
     words = words.take(words.has_letter)
     language = table.language_id(sidecar.language)

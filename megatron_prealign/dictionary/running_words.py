@@ -93,7 +93,7 @@ def count_words(
                 f"dataset {prefix}: made with tokenizer {sidecar.tokenizer.fingerprint}, but the table is built with "
                 f"{tokenizer.path} ({tokenizer.fingerprint}); preprocess it with that one"
             )
-        tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter)
+        tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter, tokenizer.vocab_size)
         words = split_words(tokens, row_starts, word_boundary, word_starts)
         words = words.take(words.has_letter)
         language = counts.setdefault(sidecar.language, Counter())

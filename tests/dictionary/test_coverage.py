@@ -142,7 +142,7 @@ def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
     """Documents of different lengths, so that the bits of another document would be wrong ones."""
     documents = ["我" * number + "苹果银行" for number in range(1, 120)]
     marked = make_dataset(tokenizer, documents, "zh", "word_cutters:KnownWords")
-    tokens, _, bits = coverage_module.read_sample(marked, 1000, "word_cutters:KnownWords")
+    tokens, _, bits = coverage_module.read_sample(marked, 1000, "word_cutters:KnownWords", tokenizer.vocab_size)
     first = [tokenizer.encode_word(word, word_initial=False)[0] for word in ("我", "苹果", "银行")]
     assert len(bits) == len(tokens) == 1000 and 20 < bits.sum() < 980
     np.testing.assert_array_equal(bits, np.isin(tokens, [*first, tokenizer.eod_id]))
