@@ -35,10 +35,9 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ["--help"],
         *[[command, "--help"] for command in cli.COMMANDS],
-        ["dictionary", "build", "--help"],
-        ["dictionary", "coverage", "--help"],
-        ["benchmark", "code-switch", "--help"],
-        ["benchmark", "resources", "--help"],
+        *[["dictionary", action, "--help"] for action in ("build", "coverage", "report", "merge", "preview")],
+        *[["dataset", action, "--help"] for action in ("merge", "inspect", "verify", "repair", "prepare-cache")],
+        *[["benchmark", action, "--help"] for action in ("code-switch", "contrastive", "preprocess", "resources")],
     ],
     ids=" ".join,
 )
