@@ -36,6 +36,14 @@ def test_cedict(tmp_path):
     assert facts.format == "cedict" and facts.licence == "https://creativecommons.org/licenses/by-sa/4.0/"
     assert facts.left_out["glosses that point to other entries"] == 2
     assert read(path, "zh_hant-en")[0][2] == ("銀行", "bank")
+    # Words that also point to entries.
+    glosses = "to see/see 看見|看见[kan4 jian4]/equivalent to/equivalent to 見|见[jian4]/used in 看護|看护[kan1 hu4]"
+    path.write_text(f"看 看 [kan4] /{glosses}/\n", encoding="utf-8")
+    pairs, facts, _ = read(path, "zh-en")
+    assert pairs == [("看", "see"), ("看", "equivalent to")]
+    assert facts.left_out["glosses that point to other entries"] == 3
+    path.write_text("看 看 [kan4] /voir/voir aussi 見|见[jian4]/\n", encoding="utf-8")
+    assert read(path, "zh-fr")[0] == [("看", "voir")]
     # Its sisters in other languages, and a file without a head.
     path.write_text("銀行 银行 [yin2 hang2] /Bank (S)/to go/\n", encoding="utf-8")
     assert read(path, "zh-de")[0] == [("银行", "Bank"), ("银行", "to go")]

@@ -15,11 +15,12 @@ from megatron_prealign.dictionary.formats.licences import shorten
 REFERENCE = "glosses that point to other entries"
 
 _LINE = re.compile(r"(\S+) (\S+) \[+[^\]]*\]+ /(.*)/")
-_REFERENCE = re.compile(
-    r"\b(variant of|abbr\. (?:for|of|to)|used in|see(?: also)?\b|also (?:written|pr\.)|same as|equivalent (?:of|to)|"
-    r"CL:|Variante von|siehe|[Aa]bk\. für|variante de|voir)"
-)
 _HAN = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
+# What is a word of its own, too (`to see`), points to an entry only in front of Chinese.
+_REFERENCE = re.compile(
+    r"\b(?:variant of|abbr\. (?:for|of|to)|also (?:written|pr\.)|CL:|Variante von|[Aa]bk\. für|variante de)|"
+    r"^\s*used in\b|\b(?:see(?: also)?|same as|equivalent (?:of|to)|siehe(?: auch)?|voir(?: aussi)?)\W*" + _HAN.pattern
+)
 _INFINITIVE = re.compile(r"to (?=\S+$)")
 _FACT = re.compile(r"#!\s*(\w+)\s*=\s*(.*)")
 
