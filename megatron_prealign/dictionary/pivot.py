@@ -22,6 +22,7 @@ BRIDGE = "pairs that served as a bridge of the pivot"
 WIDE = f"steps over a pivot word with more than {MOST_TRANSLATIONS} translations on one side"
 JOINED = "pairs joined over the pivot"
 AMBIGUOUS = "joined pairs that only one pivot word of several meanings supports"
+KNOWN = "joined pairs that are there without the pivot"
 
 
 def join_over(
@@ -67,7 +68,7 @@ def join_over(
         phrase = from_pivot & np.array([" " in groups.texts[text] for text in source.tolist()], dtype=bool)
         rules[MULTI_WORD_SOURCE] += int(phrase.sum())
         stay = ~phrase
-    result, _ = group_pairs(
+    result, known = group_pairs(
         groups.languages,
         groups.texts,
         groups.text_language,
@@ -75,6 +76,7 @@ def join_over(
         np.concatenate([target[stay], joined.target[kept]]),
         np.concatenate([weight[stay], joined.weight[kept]]).astype(np.float32),
     )
+    rules[KNOWN] += known
     return result
 
 
@@ -124,8 +126,8 @@ def _join(left: _Pairs, right: _Pairs, groups: Groups, rules: Counter[str]) -> _
     index, offsets = row_indices(offsets_of(np.bincount(right[0], minlength=texts)), left[1])
     rules[WIDE] += steps - len(index)
     path = row_numbers(offsets)
-    # A word leads back to itself where a list has both directions.
-    good = left[0][path] != right[1][index]
+    # A word leads back to itself and to its synonyms where there are lists in both directions.
+    good = language[left[0]][path] != language[right[1]][index]
     path, index = path[good], index[good]
     share = before_share[path] * after_share[index]
     return _Joined(left[0][path], right[1][index], share, single[index], texts)

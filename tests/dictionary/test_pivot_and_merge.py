@@ -80,9 +80,12 @@ def test_two_pivot_words_support_a_pair():
     ]
 
 
-def test_a_word_does_not_lead_back_to_itself():
-    lists = ("de-en", [["Hund", "dog"]]), ("en-de", [["dog", "Hund"]]), ("en-ru", [["dog", "собака"]])
-    assert pairs_of(join_over(groups_of(*lists), "en", Counter())) == [("Hund", "собака", 1.0)]
+def test_a_word_does_not_lead_back_to_its_own_language():
+    lists = ("de-en", [["Hund", "dog"]]), ("en-de", [["dog", "Hund"], ["dog", "Köter"]]), ("en-ru", [["dog", "собака"]])
+    groups = groups_of(*lists)
+    for keep_ambiguous in (False, True):
+        joined = join_over(groups, "en", Counter(), keep_ambiguous=keep_ambiguous)
+        assert pairs_of(joined) == [("Hund", "собака", 1.0)]
 
 
 def test_weights_of_the_steps():
@@ -94,7 +97,10 @@ def test_weights_of_the_steps():
 
 def test_direct_pairs_come_first_and_the_bridge_goes():
     lists = [("de-en", DE_EN), ("en-ru", EN_RU), ("de-ru", [["Bank", "банка"], ["Eis", "мороженое"]])]
-    joined = pairs_of(join_over(groups_of(*lists), "en", Counter()))
+    rules: Counter[str] = Counter()
+    joined = pairs_of(join_over(groups_of(*lists), "en", rules))
+    # 13 pairs, of which 11 are the bridge; of the 3 joined ones Eis → мороженое was there.
+    assert (rules[pivot_rules.JOINED], rules[pivot_rules.KNOWN], len(joined)) == (3, 1, 13 - 11 + 3 - 1)
     assert joined[:2] == [("Bank", "банка", 1.0), ("Bank", "скамья", 0.5)]
     assert ("Eis", "мороженое", 1.0) in joined and not any("bank" in pair for pair in joined)
     kept = pairs_of(join_over(groups_of(*lists), "en", Counter(), keep_bridge=True))
