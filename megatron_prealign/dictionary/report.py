@@ -311,9 +311,7 @@ def _samples(
         candidate = _draw(table, int(sample.keys[word]), draw)
         bounds = [max(row_begin, begin - CONTEXT_TOKENS), begin, begin + length]
         bounds.append(min(row_end, begin + length + CONTEXT_TOKENS))
-        before, original, after = (
-            _decode(tokenizer, sample.tokens[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)
-        )
+        before, original, after = _decode_parts(tokenizer, sample.tokens, bounds)
         tokens = table.candidate_tokens[slice(*table.candidate_offsets[candidate : candidate + 2])]
         shown.append(
             {
@@ -334,6 +332,20 @@ def _draw(table: DictionaryTable, key: int, draw: random.Random) -> int:
     language = draw.choice(sorted({int(table.candidate_language[each]) for each in candidates}))
     chosen = [each for each in candidates if table.candidate_language[each] == language]
     return draw.choices(chosen, weights=[float(table.candidate_weight[each]) for each in chosen])[0]
+
+
+def _decode_parts(tokenizer: Tokenizer, tokens: NDArray[Any], bounds: Sequence[int]) -> list[str]:
+    """The texts of neighbouring stretches of tokens."""
+    begin, first, *ends = bounds
+    parts = [_decode(tokenizer, tokens[begin:first])]
+    text = parts[0]
+    for start, end in zip([first, *ends], ends, strict=False):
+        # By itself a stretch would lack the space in front, which sentencepiece drops at the start of a text.
+        longer = _decode(tokenizer, tokens[begin:end])
+        whole = longer.startswith(text)
+        parts.append(longer[len(text) :] if whole else _decode(tokenizer, tokens[start:end]))
+        text = longer
+    return parts
 
 
 def _decode(tokenizer: Tokenizer, tokens: NDArray[Any]) -> str:

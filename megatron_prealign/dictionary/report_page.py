@@ -97,9 +97,7 @@ def _rows_of(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _corpus(corpus: Mapping[str, Any]) -> str:
-    words = (
-        f"{corpus['running_words']:,} running words, {corpus['vocabulary']:,} different ones, in {corpus['tokens']:,}"
-    )
+    words = f"{corpus['running_words']:,} running words, {corpus['vocabulary']:,} different ones"
     marks = f" Words marked by {escape(corpus['segmenter'])}." if corpus["segmenter"] else ""
     bars = [
         (f"into {pair['target']}" if "target" in pair else "all", (pair["coverage"], pair["vocabulary_coverage"]))

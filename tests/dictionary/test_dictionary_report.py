@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prealign.cli import main
+from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.data.trainers import train_sentencepiece
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.report import ReportSettings, make_report
@@ -89,6 +91,20 @@ def test_samples_are_known_words_in_their_documents(tokenizer, make_dataset):
     assert len(few["samples"]) == 2 and len(few["unknown_words"]) == 1
 
 
+def test_samples_of_a_tokenizer_that_drops_the_first_space(tmp_path, make_dataset):
+    path = tmp_path / "sentencepiece.model"
+    path.write_bytes(train_sentencepiece(iter(["the red apple and the red house"] * 50), 290, "bpe", 1.0))
+    tokenizer = load_tokenizer(path)
+    prefix = make_dataset(tokenizer, ["the red apple, red house and (red) apple"], "en")
+    (corpus,) = make_report(make_table(tokenizer), [prefix], [tokenizer], ReportSettings())["corpora"]
+    shown = [f"{each['before']}{each['space']}[{each['original']}]{each['after']}" for each in corpus["samples"]]
+    assert shown[:2] == [
+        "the [red] apple, red house and (red) apple",
+        "the red [apple], red house and (red) apple",
+    ]
+    assert len(shown) == 6
+
+
 def test_a_corpus_of_another_language(tokenizer, make_dataset):
     table = make_table(tokenizer)
     prefix = make_dataset(tokenizer, ["Apfel und Haus"], "es")
@@ -109,6 +125,7 @@ def test_page(tokenizer, make_dataset):
     for tag in ("table", "figure", "ul", "ol", "dl"):
         assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>")
     assert "pairs kept" in page and "max translations 4" in page
+    assert re.search(r"<p>13 running words, 7 different ones, in \d+ tokens\.</p>", page)
 
 
 @pytest.mark.parametrize(
