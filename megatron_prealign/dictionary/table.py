@@ -239,9 +239,24 @@ class DictionaryTable:
                 temporary.touch()
                 mode = temporary.stat().st_mode
                 save_file(tensors, temporary, metadata)
+                _sort_metadata(temporary)
                 temporary.chmod(mode)
         except OSError as error:
             raise UserError(f"{path}: cannot write the dictionary table: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the texts in the header: safetensors writes them in another order every time, and the same lists should
+    make the same file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # The tensors begin where they are: a header that became longer would have to stay as it was.
+        if len(data) <= size:
+            file.seek(8)
+            file.write(data.ljust(size))
 
 
 def load_table(path: str | Path) -> DictionaryTable:

@@ -42,6 +42,14 @@ def test_round_trip(table, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_the_same_table_is_the_same_file(table, tmp_path):
+    sources = tuple({"path": f"Wörter {number}\n.tsv", "pairs": number} for number in range(3))
+    for number in range(5):
+        replace(table, sources=sources).save(tmp_path / f"{number}")
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(5)}) == 1
+    assert load_table(tmp_path / "0").sources == sources
+
+
 def test_unwritable_output(table, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the dictionary table"):
