@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.tokenizer import Tokenizer
-from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder, Groups, ScriptFit
+from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder, Groups, ScriptFit, without_unused_texts
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
 from megatron_prealign.dictionary.readers import DictionaryInput, FileFacts, OnError, ReadErrors, read_entries
@@ -211,6 +211,9 @@ def build_table(
         groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
         if not len(groups.source):
             raise _nothing_left(report)
+        # Words of no pair that is left need no other spellings.
+        groups, used = without_unused_texts(groups)
+        plain = plain[used]
         keys = _join(_encode_variants(groups, plain, lexicon, progress))
     report.encoder = " and ".join(lexicon.encoders)
     keys = _usable_keys(keys, lexicon, settings, report.rules)
@@ -274,9 +277,7 @@ def _encode_variants(
         spell(texts[end - size : end], language)
         for language, size, end in zip(groups.languages, sizes.tolist(), ends, strict=True)
     ]
-    bare = np.full(len(texts), -1, dtype=np.int32)
-    _encode_into(bare, _mask(len(texts), groups.source, groups.pair_target), texts, groups, False, lexicon, progress)
-    as_is = {True: plain, False: bare}
+    as_is = {True: plain, False: lexicon.encode(texts, groups.text_language, False, progress)}
     for case in CASES:
         changed = np.concatenate([each.changed[case] for each in spellings])
         is_variant = np.concatenate([each.is_variant[case] for each in spellings])[groups.source]

@@ -6,7 +6,7 @@ Lists have millions of pairs: words are looked at once each and all at a time, p
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, compress, count, islice
 from typing import Any
 
@@ -306,11 +306,8 @@ def group_pairs(
         target: text of the translation of each pair [P].
         weight: weight of each pair [P].
     """
-    used = np.zeros(len(texts), dtype=bool)
-    used[source] = used[target] = True
-    text_number = np.cumsum(used) - 1
+    used, source, target = _renumbered(len(texts), source, target)
     texts, text_language = tuple(compress(texts, used.tolist())), text_language[used]
-    source, target = text_number[source], text_number[target]
     # Groups are numbered in the order in which their source words come first.
     words, first, source_rank = np.unique(source, return_index=True, return_inverse=True)
     by_mention = np.argsort(first)
@@ -334,6 +331,29 @@ def group_pairs(
         pair_weight=largest[order],
     )
     return groups, len(group) - len(once)
+
+
+def without_unused_texts(groups: Groups) -> tuple[Groups, NDArray[np.bool_]]:
+    """The groups with the texts alone that they are made of, and which of the texts those are `[T]`."""
+    used, source, target = _renumbered(len(groups.texts), groups.source, groups.pair_target)
+    kept = replace(
+        groups,
+        texts=tuple(compress(groups.texts, used.tolist())),
+        text_language=groups.text_language[used],
+        source=source.astype(np.int32),
+        pair_target=target.astype(np.int32),
+    )
+    return kept, used
+
+
+def _renumbered(
+    count: int, source: NDArray[Any], target: NDArray[Any]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+    """Which of `count` texts `source` and `target` name, bool `[count]`, and both by their numbers among those."""
+    used = np.zeros(count, dtype=bool)
+    used[source] = used[target] = True
+    number = np.cumsum(used) - 1
+    return used, number[source], number[target]
 
 
 def _written_in(flags: NDArray[np.uint64], scripts: int) -> NDArray[np.bool_]:

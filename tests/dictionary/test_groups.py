@@ -2,8 +2,11 @@
 
 from collections import Counter
 
+import numpy as np
+
 from megatron_prealign.dictionary import groups as rules
-from megatron_prealign.dictionary.groups import GroupBuilder
+from megatron_prealign.dictionary.groups import GroupBuilder, without_unused_texts
+from megatron_prealign.dictionary.selection import keep_pairs
 from megatron_prealign.dictionary.words import clean, has_letter
 
 
@@ -27,6 +30,21 @@ def test_files_join_by_source_language_and_word():
     assert [built.texts[i] for i in built.source] == ["bank", "apple", "bank"]
     assert [built.texts[i] for i in built.pair_target] == ["Bank", "Ufer", "banque", "银行", "Apfel", "bench"]
     assert built.pair_group.tolist() == [0, 0, 0, 0, 1, 2]
+
+
+def test_texts_of_no_pair_go():
+    builder = GroupBuilder()
+    builder.add([["apple", "Apfel"], ["bank", "Ufer"], ["bank", "Bank"], ["sea", "See"]], ("en", "de"))
+    built = keep_pairs(builder.build(), np.array([False, False, True, True]))
+    assert built.texts == ("apple", "bank", "sea", "Apfel", "Ufer", "Bank", "See")
+    left, used = without_unused_texts(built)
+    assert left.texts == ("bank", "sea", "Bank", "See")
+    assert used.tolist() == [False, True, True, False, False, True, True]
+    assert left.text_language.tolist() == [0, 0, 1, 1]
+    assert [left.texts[text] for text in left.source] == ["bank", "sea"]
+    assert [left.texts[text] for text in left.pair_target] == ["Bank", "See"]
+    assert left.pair_group.tolist() == [0, 1]
+    assert left.source.dtype == built.source.dtype and left.pair_target.dtype == built.pair_target.dtype
 
 
 def test_case_makes_groups_of_their_own():
