@@ -81,7 +81,9 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
     assert [source["segmenter"] for source in state["run"]["sources"]] == [None, None]
     assert list(state["consumed_samples_per_source"]) == [str(tiny.folder / "en"), str(tiny.folder / "en_clone")]
     assert (checkpoint / "recipe.yaml").exists()
-    for file in Path(tiny.tokenizer).iterdir():
+    files = {file for file in Path(tiny.tokenizer).iterdir() if file.name != "fertility.json"}
+    assert len(files) > 2
+    for file in files:
         assert (checkpoint / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
