@@ -1,7 +1,8 @@
 """Makes one set of groups of several tables, to build one table of them.
 
-Their pairs are put together as if they had been read from lists, table by table: the result is the table that all lists
-together give, wherever no limit of the single builds took a pair away that the whole would have kept.
+Their pairs are put together as if they had been read from lists, table by table: the result has the groups that all
+lists together give, wherever no limit of the single builds took a pair away that the whole would have kept. Their order
+may be another one: a word whose first pairs were left out counts from its first pair in a table.
 """
 
 from collections import Counter
