@@ -136,7 +136,7 @@ def in_order_of_shards(parts: Sequence[Dataset], allow_missing: bool = False) ->
         allow_missing: whether some of the shards may be missing.
 
     Raises:
-        UserError: a shard is missing or there twice, or only some parts are shards.
+        UserError: a shard is missing or there twice, only some parts are shards, or they are of different inputs.
     """
     shards = [(part, _shard_of(part)) for part in parts]
     if all(shard is None for _, shard in shards):
@@ -156,6 +156,7 @@ def in_order_of_shards(parts: Sequence[Dataset], allow_missing: bool = False) ->
                 "of one run at a time"
             )
         found[shard[0]] = part
+    _check_same_inputs(list(found.values()))
     missing = [number for number in range(1, first[1] + 1) if number not in found]
     if missing and not allow_missing:
         some = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
@@ -164,6 +165,20 @@ def in_order_of_shards(parts: Sequence[Dataset], allow_missing: bool = False) ->
             "give all, or give --allow-missing if --language-key found no document of this language in them"
         )
     return [found[number] for number in sorted(found)]
+
+
+def _check_same_inputs(shards: Sequence[Dataset]) -> None:
+    """Shards of two runs would leave documents out of the one and take some of the other."""
+    inputs = [(part, part.sidecar.inputs) for part in shards if part.sidecar is not None]
+    first, ours = inputs[0]
+    for part, others in inputs:
+        # Every shard names all files; their paths may differ from machine to machine.
+        if [each.bytes for each in others] != [each.bytes for each in ours]:
+            raise UserError(
+                f"{part.prefix} is a shard of {len(others)} inputs of {sum(each.bytes for each in others):,} bytes, "
+                f"{first.prefix} of {len(ours)} of {sum(each.bytes for each in ours):,}; merge the shards of one run, "
+                "made of the same files"
+            )
 
 
 def _shard_of(part: Dataset) -> tuple[int, int] | None:

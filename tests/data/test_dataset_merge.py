@@ -155,7 +155,13 @@ def test_shards_that_are_not_whole(tmp_path, capsys):
     ten = make_dataset(tmp_path / "ten", random_documents(3, seed=9), shard="2/10")
     bad = make_dataset(tmp_path / "bad", random_documents(3, seed=9), shard="6/5")
     again = make_dataset(tmp_path / "again", random_documents(3, seed=9), shard="2/5")
+    new = [InputRecord("new.jsonl", 101)]
+    elsewhere = make_dataset(tmp_path / "elsewhere", random_documents(3, seed=9), shard="5/5", inputs=new)
     for given_parts, message in [
+        (
+            [*prefixes[:4], elsewhere],
+            f"{elsewhere} is a shard of 1 inputs of 101 bytes, {prefixes[0]} of 2 of 15; merge the shards of one run",
+        ),
         ([prefixes[1], prefixes[3]], "of 5 shards 3 are missing: 1, 3, 5; preprocess them (--shard i/5)"),
         ([*prefixes, other], f"{other} is no shard, others are of 5 shards"),
         ([other, *prefixes], f"{other} is no shard, others are of 5 shards"),
