@@ -229,7 +229,8 @@ def _nothing_left(report: BuildReport) -> UserError:
     if report.errors.count:
         reasons.append(f"{report.errors.count} lines skipped, the first {report.errors.first[0]}")
     return UserError(
-        f"dictionary: no pair is left ({'; '.join(reasons)}); check the format, the languages and the tokenizer"
+        f"dictionary: no pair is left ({'; '.join(reasons) or 'none was read'}); check the format, the languages and "
+        "the tokenizer"
     )
 
 

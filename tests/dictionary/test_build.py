@@ -238,6 +238,8 @@ def test_letters_are_marked(tokenizer):
 def test_nothing_left_is_an_error_that_says_why(tokenizer):
     with pytest.raises(UserError, match=re.escape(f"1 {rules.IDENTICAL}")):
         make(tokenizer, ("en-de", [["bank", "bank"]]))
+    with pytest.raises(UserError, match=r"no pair is left \(none was read\)"):
+        build_table(GroupBuilder().build(), tokenizer, BuildSettings(), BuildReport())
     report = BuildReport()
     report.errors.add("a.tsv:1: got 1 column")
     with pytest.raises(UserError, match=r"no pair is left \(1 lines skipped, the first a\.tsv:1: got 1 column"):
