@@ -1,6 +1,8 @@
 """Segmenters of the tests' own, named on the command line as `word_cutters:Class`."""
 
+import multiprocessing
 import os
+import signal
 import time
 
 WORDS = ("苹果", "银行", "房子", "蓝山", "水果汁", "数据库")
@@ -65,4 +67,16 @@ class Deadly(KnownWords):
     def word_starts(self, text: str) -> list[int]:
         if text == "die now":
             os._exit(9)
+        return super().word_starts(text)
+
+
+class Undisturbed(KnownWords):
+    """Fails where Ctrl-C could end the process in which its words are cut."""
+
+    at_start = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    def word_starts(self, text: str) -> list[int]:
+        if multiprocessing.parent_process() is not None:
+            assert signal.SIGINT in self.at_start
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         return super().word_starts(text)

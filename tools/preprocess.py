@@ -10,6 +10,8 @@ from megatron_prealign.errors import UserError
 if TYPE_CHECKING:
     from megatron_prealign.data.preprocess import PreprocessResult
 
+_MOST_MEBIBYTES = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
@@ -73,16 +75,18 @@ def main(argv: Sequence[str]) -> int:
         shard=_shard(options.shard),
         resume=options.resume,
         use_fast_engine=options.engine == "auto",
-        limits=Limits(document_bytes=_bytes(options.max_document_mb)),
-        save_every_bytes=_bytes(options.save_every_mb),
+        limits=Limits(document_bytes=_bytes("max-document-mb", options.max_document_mb)),
+        save_every_bytes=_bytes("save-every-mb", options.save_every_mb),
     )
     _print(preprocess(options.input, options.tokenizer, options.output, settings))
     return 0
 
 
-def _bytes(mebibytes: float) -> int:
-    # Infinite and the like become something that the checks refuse.
-    return int(mebibytes * (1 << 20)) if 0 < mebibytes < 1 << 30 else -1
+def _bytes(option: str, mebibytes: float) -> int:
+    # Not a number is no number above 0, either.
+    if not 0 < mebibytes < _MOST_MEBIBYTES:
+        raise UserError(f"--{option} is {mebibytes:g}; expected a number of MiB above 0")
+    return max(int(mebibytes * (1 << 20)), 1)
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -113,9 +117,13 @@ def _print(result: "PreprocessResult") -> None:
     if result.text_bytes:
         print(f"speed            {result.text_bytes / result.seconds / 1e6:.2f} MB of text a second")
     print(f"tokens per word  {result.tokens_per_word:.2f} (words between white space, in a sample)")
+    if not result.outputs:
+        print("no document in this shard, and no language to write an empty dataset for")
+        return
     prefix, facts = next(iter(result.outputs.items()))
     print(f"skipped          {facts.skipped_count:,}")
     for problem in facts.skipped[:5]:
-        print(f"  {problem.where}: {problem.why}")
+        # File names that are not UTF-8 cannot be printed as they are.
+        print(f"  {problem.where}: {problem.why}".encode(errors="backslashreplace").decode())
     if facts.skipped_count > 5:
         print(f"  ... the first {len(facts.skipped)} are listed in {prefix}.json")

@@ -106,9 +106,8 @@ def read_blocks(
 
 def _spans(source: "Input", limits: Limits, extent: Extent, position: int) -> Iterator[Block]:
     stop = source.bytes if extent.stop is None else extent.stop
-    if source.bytes == 0:
+    if source.bytes == 0 and position == 0:
         yield _nothing(source.name)
-        return
     start = max(extent.start, position)
     while start < stop:
         # Cuts lie at multiples from the file's beginning.
@@ -121,12 +120,12 @@ def _nothing(name: str) -> Block:
     return Block("lines", b"", 1, 0, "empty file; expected at least one document", place=name)
 
 
-def read_span(span: Span, limits: Limits) -> tuple[bytes, int, int | None]:
+def read_span(span: Span, limits: Limits) -> tuple[bytes, int, bool]:
     """The lines of a span.
 
     Returns:
-        Their bytes, where in the file they begin, and None; or, where the last line is longer than a document may be,
-        the bytes without it and how many bytes of it were looked at.
+        Their bytes, where in the file they begin, and whether a last line was left out because it is longer than a
+        document may be.
 
     Raises:
         ReadError: the file cannot be read.
@@ -140,14 +139,15 @@ def read_span(span: Span, limits: Limits) -> tuple[bytes, int, int | None]:
             if span.start > 0:
                 first = data.find(b"\n", 0, span.stop - span.start) + 1
                 if first == 0:
-                    return b"", span.start, None
+                    return b"", span.start, False
                 begin, data = begin + first, data[first:]
             parts, size = [data], len(data)
-            longest = data.rfind(b"\n") + 1 + limits.document_bytes
+            last_line = data.rfind(b"\n") + 1
+            is_too_long = False
             while parts[-1] and not parts[-1].endswith(b"\n"):
-                if size > longest:
-                    kept = data.rfind(b"\n") + 1
-                    return data[:kept], begin, size - kept
+                if size > last_line + limits.document_bytes:
+                    parts, is_too_long = [data[:last_line]], True
+                    break
                 line_end = stream.readline(1 << 18)
                 parts.append(line_end)
                 size += len(line_end)
@@ -155,8 +155,8 @@ def read_span(span: Span, limits: Limits) -> tuple[bytes, int, int | None]:
         raise ReadError(span.path, f"cannot be read ({error.strerror}); check the disk") from error
     data = b"".join(parts)
     if begin == 0 and data.startswith(_UTF8_BOM):
-        return data[len(_UTF8_BOM) :], len(_UTF8_BOM), None
-    return data, begin, None
+        return data[len(_UTF8_BOM) :], len(_UTF8_BOM), is_too_long
+    return data, begin, is_too_long
 
 
 def _streamed(source: "Input", limits: Limits) -> Iterator[Block]:
@@ -344,7 +344,8 @@ def _row_extent(source: "Input", start: int, stop: int) -> Extent | None:
     first_row = last_row = None
     offset = 0
     for group in row_groups(source.name):
-        if start <= offset < stop:
+        # Whatever sizes the footer tells, each group begins inside the file and so belongs to a share.
+        if start <= min(max(offset, 0), source.bytes - 1) < stop:
             first_row = group.first_row if first_row is None else first_row
             last_row = group.first_row + group.rows
         offset += group.disk_bytes

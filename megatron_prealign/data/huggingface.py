@@ -75,6 +75,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return _batch(self._tokenizer, list(texts))
 
     def fast_engine(self, language: str | None = None) -> RowEngine | None:
+        return self._fast_engine
+
+    @cached_property
+    def _fast_engine(self) -> RowEngine | None:
+        # One for all languages: each keeps what it has seen of words.
         return engine_for_definition(self._definition)
 
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:

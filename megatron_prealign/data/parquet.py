@@ -88,6 +88,9 @@ def check_columns(schema: "pyarrow.Schema", columns: Sequence[str], where: str) 
         ReadError: one is not; the message names those that are.
     """
     for column in columns:
+        name = column if column in schema.names else column.partition(".")[0]
+        if schema.names.count(name) > 1:
+            raise ReadError(where, f"{schema.names.count(name)} columns are called {name!r}; expected one, rename them")
         if _find_field(schema, column) is None:
             present = list(_leaves(schema))
             names = ", ".join(present[:_SHOWN_COLUMNS]) + (", ..." if len(present) > _SHOWN_COLUMNS else "")

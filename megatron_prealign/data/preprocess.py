@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -10,8 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.blocks import Block, Limits, extents, read_blocks
+from megatron_prealign.data.blocks import Block, Extent, Limits, extents, read_blocks
 from megatron_prealign.data.dataset import check_output_prefix, check_workers
+from megatron_prealign.data.files import sync_file
 from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
 from megatron_prealign.data.readers import EMPTY, Fields, OnError, Places, ReadError, unit_of
@@ -37,7 +37,6 @@ SAVE_EVERY_BYTES = 256 << 20
 # Beyond it a language field holds something else than languages, and every value opens three files.
 _MOST_DATASETS = 500
 _LARGEST_DOCUMENT_LIMIT = 1 << 30
-_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +140,9 @@ def preprocess(
 def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
     if not unfinished.is_kept:
         return error
-    documents = sum(state["documents"] for state in unfinished.journal.outputs)
     return UserError(
-        f"{error} ({documents:,} documents are kept in {unfinished.folder}; go on from there with --resume)"
+        f"{error} ({unfinished.kept_documents:,} documents are kept in {unfinished.folder}; go on from there with "
+        "--resume)"
     )
 
 
@@ -159,6 +158,11 @@ def _check_settings(settings: PreprocessSettings) -> None:
         raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
     if not fields.text_keys or len(set(fields.columns)) != len(fields.columns) or not all(fields.columns):
         raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}; expected one or more different keys")
+    if len(fields.text_keys) > 1 and fields.joined_by is None and "/" in "".join(fields.text_keys):
+        raise UserError(
+            f"--text-key is {' '.join(fields.text_keys)!r}; of several keys each becomes part of a file name, where "
+            "'/' cannot stand; read that key alone, or give --join"
+        )
     if not 1 <= settings.limits.document_bytes <= _LARGEST_DOCUMENT_LIMIT:
         raise UserError(
             f"--max-document-mb is {settings.limits.document_bytes / (1 << 20):g}; expected more than 0, at most 1024"
@@ -186,6 +190,8 @@ class _Run:
     output: str
     settings: PreprocessSettings
     modified_ns: list[int] = field(init=False)
+    routes: dict[str, Route] = field(default_factory=dict)
+    """Prefix -> the dataset there, of those that are begun."""
 
     def __post_init__(self) -> None:
         self.modified_ns = [0 if source.kind == "hub" else os.stat(source.name).st_mtime_ns for source in self.sources]
@@ -216,6 +222,7 @@ class _Run:
         before = sum(state["text_bytes"] for state in journal.outputs)
         if not journal.is_complete:
             unfinished.open_writers(lambda language: resolve_segmenter(self.settings.segmenter, language) is not None)
+            self.routes = {self._prefix(writer.route): writer.route for writer in unfinished.writers}
             total = sum(source.bytes for source in self.sources)
             if self.settings.shard is not None:
                 total //= self.settings.shard[1]
@@ -232,15 +239,18 @@ class _Run:
     def _tokenise_all(self, unfinished: Unfinished, progress: Progress) -> None:
         journal, settings = unfinished.journal, self.settings
         choice = EngineChoice(not settings.use_fast_engine or journal.plain_from is not None)
-        places = self._places(journal.input, journal.lines)
+        parts = extents(self.sources, settings.shard)
+        places = self._places(journal.input, parts)
+        if journal.position > 0:
+            places.lines = journal.lines
         since_saved = 0
-        blocks = self._blocks(journal.input, journal.position)
+        blocks = self._blocks(parts, journal.input, journal.position)
         results = tokenise_in_order(blocks, self.tokenise, self.tokenise.settings, settings.workers, choice)
         with closing(results):
             for block, result in results:
                 if block.source != journal.input:
                     journal.input = block.source
-                    places = self._places(journal.input, 0)
+                    places = self._places(journal.input, parts)
                 self._take(block, result, unfinished, places, choice)
                 places.pass_over(result.lines)
                 journal.position, journal.lines = block.next_position, places.lines
@@ -251,22 +261,23 @@ class _Run:
                     unfinished.save()
                     since_saved = 0
 
-    def _blocks(self, first: int, position: int) -> Iterator[Block]:
+    def _blocks(self, parts: Sequence[Extent | None], first: int, position: int) -> Iterator[Block]:
         """The blocks of all inputs from a place on."""
         settings = self.settings
-        for number, extent in enumerate(extents(self.sources, settings.shard)):
+        for number, extent in enumerate(parts):
             if number < first or extent is None:
                 continue
             start = position if number == first else 0
             for block in read_blocks(self.sources[number], settings.fields.columns, settings.limits, extent, start):
                 yield replace(block, source=number)
 
-    def _places(self, number: int, lines: int | None) -> Places:
-        source = self.sources[number]
-        # Lines in front of a shard's first byte are not counted.
-        if self.settings.shard is not None and source.kind == "jsonl" and not source.compression:
-            lines = None
-        return Places(source.name, unit_of(source), lines)
+    def _places(self, number: int, parts: Sequence[Extent | None]) -> Places:
+        """Of an input, at the beginning of the part that is read."""
+        source, extent = self.sources[number], parts[number]
+        # Lines in front of a shard's first byte are not counted; rows are.
+        is_counted = self.settings.shard is None or source.kind != "jsonl" or source.compression
+        first = 0 if extent is None else extent.start
+        return Places(source.name, unit_of(source), first if is_counted else None)
 
     def _take(
         self, block: Block, result: TokenisedBlock, unfinished: Unfinished, places: Places, choice: EngineChoice
@@ -279,28 +290,31 @@ class _Run:
             if self.settings.on_error == "stop" and why != EMPTY:
                 raise ReadError(where, why)
             journal.problems.add(where, why)
+        journal.problems.count += result.unlisted
         if result.mismatch is not None and journal.plain_from is None:
             journal.plain_from = places.of(result.mismatch, -1)
             choice.plain = True
         for route, texts in result.routes.items():
-            unfinished.writer(self._checked(route, unfinished, places)).append(texts)
+            self._check_route(route, places)
+            unfinished.writer(route).append(texts)
         journal.counted_words += result.counted_words
         journal.counted_tokens += result.counted_tokens
 
-    def _checked(self, route: Route, unfinished: Unfinished, places: Places) -> Route:
-        """Refuses what a language key must not open a dataset for."""
-        if self.settings.language is None:
-            if not _LANGUAGE.fullmatch(route.language):
-                raise UserError(
-                    f"{places.name}: the language {route.language!r} under {self.settings.fields.language_key!r}; "
-                    "expected a code of letters, digits, '_', '.' and '-' such as de: it becomes part of a file name"
-                )
-            if len(unfinished.writers) > _MOST_DATASETS:
-                raise UserError(
-                    f"{places.name}: more than {_MOST_DATASETS} languages under {self.settings.fields.language_key!r}; "
-                    "expected a key that holds language codes"
-                )
-        return route
+    def _check_route(self, route: Route, places: Places) -> None:
+        """Refuses what no dataset must be opened for."""
+        prefix = self._prefix(route)
+        other = self.routes.setdefault(prefix, route)
+        keys, language_key = self.settings.fields.text_keys, self.settings.fields.language_key
+        if other != route:
+            raise UserError(
+                f"{places.name}: {keys[other.column]!r} in {other.language} and {keys[route.column]!r} in "
+                f"{route.language} would both be {prefix}; read one of these keys alone, with an --output of its own"
+            )
+        if len(self.routes) > _MOST_DATASETS:
+            raise UserError(
+                f"{places.name}: more than {_MOST_DATASETS} datasets by the language under {language_key!r}; expected "
+                "a key that holds language codes"
+            )
 
     def _check_unchanged(self) -> None:
         for source, modified in zip(self.sources, self.modified_ns, strict=True):
@@ -330,6 +344,9 @@ class _Run:
         for writer in unfinished.writers:
             sums = writer.finish(token_dtype(self.tokenizer.vocab_size))
             write_sidecar(self._sidecar(writer, unfinished, sums), writer.paths["json"])
+            for ending in writer.paths.keys() & {"words", "json"}:
+                sync_file(writer.paths[ending])
+        # From here on a run that goes on takes the files as they lie.
         journal.is_complete = True
         unfinished.save()
 

@@ -4,6 +4,7 @@ JSON lines hold one object each, tables one row; the text stands under a key, wh
 lines are passed over. In `.txt` files blank lines separate the documents.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import orjson
 
 from megatron_prealign.data.blocks import Block, Extent, Limits, Span, read_blocks, read_span, too_long
 from megatron_prealign.data.inputs import Input
+from megatron_prealign.data.problems import MAX_LISTED
 from megatron_prealign.data.problems import OnError as OnError
 from megatron_prealign.data.problems import Problem as Problem
 from megatron_prealign.data.problems import Problems as Problems
@@ -19,6 +21,7 @@ from megatron_prealign.data.problems import ReadError as ReadError
 
 EMPTY = "empty document"
 _SHOWN_KEYS = 8
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,17 @@ class Documents:
     """Lines or rows in the block."""
     problems: list[tuple[int, int, str]] = field(default_factory=list)
     """What was passed over: its line or row in the block, its byte in the file (-1 where nobody knows), and why."""
+    unlisted: int = 0
+    """What else was passed over: a block of nothing but bad lines must not fill the memory with reasons."""
+    _stops: bool = False
+
+    def pass_over(self, number: int, byte: int, why: str) -> None:
+        """Lists a problem while there is room, else counts it; what may stop the run always finds room."""
+        if len(self.problems) < MAX_LISTED or (why != EMPTY and not self._stops):
+            self.problems.append((number, byte, why))
+        else:
+            self.unlisted += 1
+        self._stops = self._stops or why != EMPTY
 
 
 class _BadDocument(Exception):
@@ -72,7 +86,7 @@ def parse_block(block: Block, fields: Fields, limits: Limits) -> Documents:
     found = Documents([[] for _ in (fields.text_keys if fields.joined_by is None else ("joined",))])
     if block.problem is not None:
         found.lines = block.lines
-        found.problems.append((0, -1, block.problem))
+        found.pass_over(0, -1, block.problem)
     elif block.kind == "rows":
         assert isinstance(block.content, bytes), "rows are read in the parent"
         _parse_rows(block.content, fields, limits, found)
@@ -82,19 +96,20 @@ def parse_block(block: Block, fields: Fields, limits: Limits) -> Documents:
 
 
 def _parse_text(block: Block, fields: Fields, limits: Limits, found: Documents) -> None:
-    overlong = None
+    begin, is_cut = None, False
     if isinstance(block.content, Span):
-        data, begin, overlong = read_span(block.content, limits)
+        data, begin, is_cut = read_span(block.content, limits)
     else:
-        data, begin = block.content, None
+        data = block.content
     lines = data.split(b"\n")
     # What is behind the last line break is a line of its own only if something is there.
     found.lines = len(lines) - (not lines[-1])
     documents = _paragraphs(lines) if block.kind == "paragraphs" else enumerate(lines)
-    take = _Taker(fields, limits, found)
+    take = _Taker(fields, found)
     # One key of JSON, which is nearly every corpus, is read with as little around the parser as there can be.
     only = fields.only_key if block.kind == "lines" else None
     texts, numbers, longest = found.texts[0], found.numbers, limits.document_bytes
+    counted, byte = 0, -1 if begin is None else begin
     for number, raw in documents:
         if raw and not raw.isspace():
             if only is not None and len(raw) <= longest:
@@ -108,10 +123,13 @@ def _parse_text(block: Block, fields: Fields, limits: Limits, found: Documents) 
                     raise _BadDocument(too_long(limits))
                 take.add(number, {"text": _decode(raw)} if block.kind == "paragraphs" else _json_object(raw))
             except _BadDocument as error:
-                byte = -1 if begin is None else begin + sum(len(line) + 1 for line in lines[:number])
-                found.problems.append((number, byte, str(error)))
-    if overlong is not None:
-        found.problems.append((found.lines, (begin or 0) + len(data), too_long(limits)))
+                if begin is not None:
+                    # On from the last bad line: all of them together take as long as one look at the block.
+                    byte += sum(len(line) + 1 for line in lines[counted:number])
+                    counted = number
+                found.pass_over(number, byte, str(error))
+    if is_cut:
+        found.pass_over(found.lines, (begin or 0) + len(data), too_long(limits))
         found.lines += 1
 
 
@@ -128,21 +146,29 @@ def _parse_rows(payload: bytes, fields: Fields, limits: Limits, found: Documents
     from megatron_prealign.data.parquet import rows_of
 
     columns = rows_of(payload)
-    take = _Taker(fields, limits, found, nested=False)
+    take = _Taker(fields, found, nested=False)
     values = [columns[key] for key in fields.columns]
     found.lines = len(values[0])
     for number, row in enumerate(zip(*values, strict=True)):
         try:
+            if sum(map(_utf8_bytes, row)) > limits.document_bytes:
+                raise _BadDocument(too_long(limits))
             take.add(number, dict(zip(fields.columns, row, strict=True)))
         except _BadDocument as error:
-            found.problems.append((number, -1, str(error)))
+            found.pass_over(number, -1, str(error))
+
+
+def _utf8_bytes(value: object) -> int:
+    if not isinstance(value, str):
+        return 0
+    return len(value) if value.isascii() else len(value.encode())
 
 
 class _Taker:
     """Takes the texts out of one document after the other."""
 
-    def __init__(self, fields: Fields, limits: Limits, found: Documents, nested: bool = True) -> None:
-        self._fields, self._limits, self._found = fields, limits, found
+    def __init__(self, fields: Fields, found: Documents, nested: bool = True) -> None:
+        self._fields, self._found = fields, found
         self._get: list[Callable[[dict[str, Any]], Any]] = [
             _getter(key, nested and "." in key) for key in fields.text_keys
         ]
@@ -165,9 +191,10 @@ class _Taker:
         language = None
         if self._language is not None:
             language = self._language(record)
-            if not isinstance(language, str) or not language.strip():
+            if not isinstance(language, str) or not _LANGUAGE.fullmatch(language.strip()):
                 raise _BadDocument(
-                    f"the language under {fields.language_key!r} is {language!r}; expected a code like de"
+                    f"the language under {fields.language_key!r} is {repr(language)[:80]}; expected a code of "
+                    "letters, digits, '_', '.' and '-' such as de: it becomes part of a file name"
                 )
         if fields.joined_by is not None:
             texts = [fields.joined_by.join(text for text in texts if text)]
@@ -314,6 +341,8 @@ def read_documents(
             while worst is not None:
                 _report(places, worst, block, on_error, problems)
                 worst = next(bad)
+            if problems is not None:
+                problems.count += found.unlisted
             places.pass_over(found.lines)
 
 

@@ -83,7 +83,8 @@ def sidecar_path(prefix: str | Path) -> Path:
 
 def write_sidecar(sidecar: Sidecar, path: Path) -> None:
     """Writes the sidecar to exactly `path`, not atomically: for a caller that renames a group of files itself."""
-    path.write_text(json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A file name that is not UTF-8 is kept as JSON escapes.
+    path.write_text(json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 def save_sidecar(sidecar: Sidecar, prefix: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Turns the documents of a block into token ids, with a fast engine that is checked on a sample of every block."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,8 @@ class TokenisedBlock:
     """Lines or rows of the block."""
     problems: list[tuple[int, int, str]] = field(default_factory=list)
     """As in `Documents`."""
+    unlisted: int = 0
+    """As in `Documents`."""
     fault: tuple[int, str] | None = None
     """A line and what the tokenizer or the segmenter did wrong there, which nobody may pass over."""
     mismatch: int | None = None
@@ -106,16 +108,17 @@ class BlockTokeniser:
     def __call__(self, block: Block, plain: bool) -> TokenisedBlock:
         """The tokens of a block; with `plain`, by the tokenizer's own library."""
         documents = parse_block(block, self._settings.fields, self._settings.limits)
-        result = TokenisedBlock(lines=documents.lines, problems=documents.problems)
+        result = TokenisedBlock(lines=documents.lines)
         try:
             for route, places in self._routes(documents):
                 self._add(result, route, documents, places, plain)
         except _Mismatch as error:
             result = self(block, plain=True)
             result.mismatch = error.number
+            return result
         except _Fault as error:
             result.fault = (error.number, str(error))
-        result.problems.sort()
+        result.problems, result.unlisted = sorted(documents.problems), documents.unlisted
         return result
 
     def engine(self, language: str) -> RowEngine | None:
@@ -165,8 +168,10 @@ class BlockTokeniser:
         self._check_range(ids, offsets, numbers)
         lengths = numpy.diff(offsets)
         for place in numpy.flatnonzero(lengths == 0).tolist():
-            result.problems.append((numbers[place], -1, EMPTY))
+            documents.pass_over(numbers[place], -1, EMPTY)
         filled = lengths > 0
+        if not filled.any():
+            return
         result.counted_words += sum(len(text.split()) for text in texts[::_COUNTED_DOCUMENTS])
         result.counted_tokens += int(lengths[::_COUNTED_DOCUMENTS].sum())
         # Behind the last token of every document that has any.
@@ -195,12 +200,17 @@ class BlockTokeniser:
         return ids, offsets
 
     def _encode_plain(self, texts: list[str], language: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        if max(map(len, texts)) <= _LARGE_CHARACTERS:
+        with self._alone_if_large(max(map(len, texts))):
             return self.tokenizer.encode_rows(texts, language)
+
+    @contextmanager
+    def _alone_if_large(self, characters: int) -> Iterator[None]:
+        if characters <= _LARGE_CHARACTERS:
+            yield
+            return
         with self._large_texts:
-            rows = self.tokenizer.encode_rows(texts, language)
+            yield
             give_back_memory()
-            return rows
 
     def _compare(
         self, engine: RowEngine, texts: list[str], ids: numpy.ndarray, offsets: numpy.ndarray, language: str
@@ -225,7 +235,8 @@ class BlockTokeniser:
         bits: list[numpy.ndarray] = [numpy.empty(0, dtype=numpy.bool_)]
         name = resolve_segmenter(self._settings.segmenter, language) or ""
         for text, number in zip(texts, numbers, strict=True):
-            ids, spans = self.tokenizer.encode_with_offsets(text, language)
+            with self._alone_if_large(len(text)):
+                ids, spans = self.tokenizer.encode_with_offsets(text, language)
             try:
                 starts = checked_word_starts(segmenter, name, text, _NO_PLACE)
             except UserError as error:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import IO, Any
 import numpy
 
 from megatron_prealign.data.checksum import Checksum, file_checksum
-from megatron_prealign.data.files import make_folder, sync_file, sync_folder, write_atomically
+from megatron_prealign.data.files import make_folder, sync_folder, write_atomically
 from megatron_prealign.data.indexed import write_index
 from megatron_prealign.data.problems import Problem, Problems
 from megatron_prealign.data.tokenise import Route, TokenisedTexts
@@ -29,6 +30,9 @@ ENDING = ".unfinished"
 _JOURNAL, _LOCK = "journal.json", "lock"
 _FORMAT_VERSION = 1
 _HASH_PIECE = 1 << 22
+# Of a dataset: tokens, lengths, bits.
+_FILES_A_WRITER = 3
+_OTHER_FILES = 200
 
 
 @dataclass
@@ -169,6 +173,8 @@ class Unfinished:
         """Whether it goes on from an earlier run."""
         self.is_kept = resumed
         """Whether there is something worth going on from."""
+        self.kept_documents = sum(state["documents"] for state in journal.outputs)
+        """Documents that a later run need not read again."""
         # A complete run has nothing to write any more.
         self._writers: dict[Route, TokenWriter] = {}
         self._has_words: Callable[[str], bool] = lambda language: False
@@ -189,6 +195,7 @@ class Unfinished:
         return self._writers[route] if route in self._writers else self._open(route, None)
 
     def _open(self, route: Route, state: dict[str, Any] | None) -> TokenWriter:
+        _allow_open_files(_FILES_A_WRITER * (len(self._writers) + 1) + _OTHER_FILES)
         opened = TokenWriter(self.folder, len(self._writers), route, self._has_words(route.language), state)
         self._writers[route] = opened
         return opened
@@ -199,21 +206,23 @@ class Unfinished:
             self.journal.outputs = [writer.sync() for writer in self._writers.values()]
         content = {"format_version": _FORMAT_VERSION, **asdict(self.journal)}
         with write_atomically(self.folder / _JOURNAL) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            # A file name that is not UTF-8 is kept as JSON escapes.
+            temporary.write_text(json.dumps(content, ensure_ascii=False), "utf-8", errors="backslashreplace")
         self.is_kept = True
+        self.kept_documents = sum(state["documents"] for state in self.journal.outputs)
 
     def publish(self, moves: Sequence[tuple[Path, Path]], obsolete: Sequence[Path]) -> None:
-        """Gives finished files their names: the moves in order, after the `obsolete` files are gone. A run that was
-        killed here does it again."""
+        """Gives finished and synced files their names: the moves in order, after the `obsolete` files are gone. A run
+        that was killed here does it again."""
         for path in obsolete:
             path.unlink(missing_ok=True)
+        if obsolete:
+            sync_folder(self.folder.parent)
         for source, target in moves:
             # Gone if an earlier run was killed behind this move.
             if source.exists():
-                sync_file(source)
                 os.replace(source, target)
-        for folder in {target.parent for _, target in moves}:
-            sync_folder(folder)
+        sync_folder(self.folder.parent)
         shutil.rmtree(self.folder)
 
     def close(self) -> None:
@@ -224,6 +233,14 @@ class Unfinished:
                 writer.close()
             except OSError:
                 continue
+
+
+def _allow_open_files(count: int) -> None:
+    """Many systems let a process open 256 or 1,024 files until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager
@@ -247,14 +264,10 @@ def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) 
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(
-                    f"{folder}: another process is writing {output} at this moment; wait for it, or choose another "
-                    "--output"
-                ) from error
+        if not _is_ours(lock, folder / _LOCK):
+            raise UserError(
+                f"{folder}: another process is writing {output} at this moment; wait for it, or choose another --output"
+            )
         saved = (folder / _JOURNAL).exists()
         if saved and not resume:
             raise UserError(
@@ -269,6 +282,16 @@ def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) 
             unfinished.close()
             if not unfinished.is_kept and folder.exists():
                 shutil.rmtree(folder)
+
+
+def _is_ours(lock: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems know no locks: better to go on without one than not at all.
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    # Whoever held it before may have finished and removed the folder: then this is a lock that nobody else sees.
+    return path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
 
 
 def _load(path: Path, settings: dict[str, Any]) -> Journal:

@@ -59,12 +59,12 @@ def tokenise_in_order(
         done = waiting.popleft()
         if done.plain != choice.plain:
             # Sent off before the choice was made.
-            done.future = pool.submit(_tokenise_in_worker, done.block, choice.plain)
+            done.future = _submit(pool, done.block, choice.plain)
         return done.block, done.future.result()
 
     try:
         for block in blocks:
-            waiting.append(_Waiting(block, choice.plain, pool.submit(_tokenise_in_worker, block, choice.plain)))
+            waiting.append(_Waiting(block, choice.plain, _submit(pool, block, choice.plain)))
             while len(waiting) >= workers * _BLOCKS_PER_WORKER or (
                 len(waiting) > 1 and sum(each.block.size for each in waiting) > _BYTES_IN_FLIGHT
             ):
@@ -78,6 +78,15 @@ def tokenise_in_order(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, block: Block, plain: bool) -> Future[TokenisedBlock]:
+    # This may start a process, which takes over what is blocked: Ctrl-C cannot hit it before `_start_worker` runs.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_tokenise_in_worker, block, plain)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # What a worker process keeps between blocks; set once when it starts, never in the parent.

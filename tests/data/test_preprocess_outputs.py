@@ -2,25 +2,35 @@
 
 import gzip
 import json
+import os
+import resource
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 import transformers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_prealign.cli import main
-from megatron_prealign.data.blocks import Limits
+from megatron_prealign.data import preprocess as preprocess_module
+from megatron_prealign.data import tokenise as tokenise_module
+from megatron_prealign.data.blocks import Block, Limits
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.readers import Fields
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.data.tokenise import BlockTokeniser, TokeniserSettings
+from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
+from megatron_prealign.errors import UserError
 
 WORDS = ["the", "dog's", "14", "die", "Äpfel", "собака", "и", "яблоко", "犬と林檎。", "\n", "  ", "🙂", "naïve"]
 GERMAN = PreprocessSettings(language="de", limits=Limits(block_bytes=3000))
@@ -248,20 +258,30 @@ BAD = [
     (
         ["--language-key", "lang"],
         '{"text": "a", "lang": "../x"}',
-        "the language '../x' under 'lang'; expected",
+        "a.jsonl:1: the language under 'lang' is '../x'; expected",
     ),
     (["--language-key", "lang"], '{"text": "a"}', "no key 'lang'"),
     (["--language-key", "lang", "--language", "de"], "{}", "got both"),
     ([], "{}", "expected either --language, a code like en or de for all documents, or --language-key"),
     (["--language", "de", "--text-key", "a", "a"], "{}", "expected one or more different keys"),
-    (["--language", "de", "--max-document-mb", "0"], "{}", "--max-document-mb is"),
+    (
+        ["--language", "de", "--text-key", "a/b", "c"],
+        '{"a/b": "x", "c": "y"}',
+        "--text-key is 'a/b c'; of several keys each becomes part of a file name",
+    ),
+    (
+        ["--language-key", "l", "--text-key", "a", "a_b"],
+        '{"a": "x", "a_b": "y", "l": "b_c"}\n{"a": "x", "a_b": "y", "l": "c"}',
+        "'a' in b_c and 'a_b' in c would both be ",
+    ),
+    (["--language", "de", "--max-document-mb", "0"], "{}", "--max-document-mb is 0; expected"),
     (["--language", "de", "--max-document-mb", "inf"], "{}", "max_document_mb is inf, expected"),
     (
         ["--language", "de", "--max-document-mb", "0.0001"],
         '{"text": "%s"}' % ("x" * 200),
         "a document of more",
     ),
-    (["--language", "de", "--save-every-mb", "-1"], "{}", "--save-every-mb is"),
+    (["--language", "de", "--save-every-mb", "-1"], "{}", "--save-every-mb is -1; expected"),
 ]
 
 
@@ -296,3 +316,126 @@ def test_hub_and_tables(folder: Path, tmp_path: Path) -> None:
     preprocess([f"hf:{tmp_path}/set"], folder / "tok", tmp_path / "hub", GERMAN, show_progress=False)
     preprocess([folder / "a.jsonl"], folder / "tok", tmp_path / "file", GERMAN, show_progress=False)
     assert bytes_of(tmp_path / "hub") == bytes_of(tmp_path / "file")
+
+
+def test_rows_of_a_shard_are_counted_from_the_first_of_the_table(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [text if n != 25 else "" for n, text in enumerate(documents(40, 1))]})
+    pyarrow.parquet.write_table(table, path, row_group_size=10)
+    found = []
+    for number in (1, 2, 3):
+        settings = replace(GERMAN, shard=(number, 3))
+        result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+        found += [problem.where for problem in result.sidecar.skipped]
+    assert found == [f"{path}:row 26"]
+
+
+def test_a_document_with_an_odd_language_can_be_skipped(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "l": "de"}\n{"text": "b", "l": "../x"}\n{"text": "c", "l": "de"}\n')
+    settings = replace(GERMAN, language=None, fields=Fields(language_key="l"), on_error="skip")
+    result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    assert result.outputs.keys() == {str(tmp_path / "x_de")}
+    assert (result.sidecar.documents, result.sidecar.skipped[0].where) == (2, f"{path}:2")
+
+
+def test_a_shard_without_documents_and_language(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "l": "de"}\n')
+    arguments = ["--input", str(path), "--tokenizer", str(folder / "tok"), "--language-key", "l", "--workers", "1"]
+    assert main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", "2/2"]) == 0
+    assert "no document in this shard" in capsys.readouterr().out
+    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_more_languages_than_files_may_be_open(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n}", "l": f"l{n}"}) + "\n" for n in range(90)))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    settings = replace(GERMAN, language=None, fields=Fields(language_key="l"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+        result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [sidecar.documents for sidecar in result.outputs.values()] == [1] * 90
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_too_many_languages(folder: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess_module, "_MOST_DATASETS", 3)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x", "l": f"l{n % count}"}) + "\n" for n in range(400)))
+    settings = replace(GERMAN, language=None, fields=Fields(language_key="l"))
+    if count == 3:
+        result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+        assert len(result.outputs) == 3
+        return
+    with pytest.raises(UserError, match="more than 3 datasets by the language under 'l'"):
+        preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+
+
+def test_a_file_name_that_is_not_utf8(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    lines = [*(json.dumps({"text": text}) for text in documents(20, 1)), "bad"]
+    try:
+        (tmp_path / "in" / name).write_text("\n".join(lines))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(folder / "tok"), "--language", "de"]
+    # Saved again and again on the way.
+    arguments += ["--workers", "1", "--on-error", "skip", "--save-every-mb", "0.0001"]
+    assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 0
+    assert "caf\\udce9.jsonl:21: not JSON" in capsys.readouterr().out
+    assert load_sidecar(tmp_path / "x").inputs[0].path == str(tmp_path / "in" / name)
+
+
+class Counting:
+    """A lock that tells how often it was taken."""
+
+    taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+def test_large_texts_are_encoded_one_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, segmenter: str | None
+) -> None:
+    monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", segmenter)
+    lock = Counting()
+    tokenise = BlockTokeniser(settings, large_texts=lock)
+    tokenise(Block("lines", json.dumps({"text": "x" * 10}).encode(), 1, 0), plain=True)
+    assert lock.taken == 0
+    tokenise(Block("lines", json.dumps({"text": "x" * 11}).encode(), 1, 0), plain=True)
+    assert lock.taken == 1
+
+
+def test_documents_without_a_token_make_no_dataset(folder: Path, tmp_path: Path) -> None:
+    class Nothing(Tokenizer):
+        def __init__(self, base: Tokenizer) -> None:
+            self.__dict__.update(base.__dict__)
+
+        def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[Any, Any]:
+            return numpy.zeros(0, dtype=numpy.int64), numpy.zeros(len(texts) + 1, dtype=numpy.int64)
+
+        encode = encode_words = encode_with_offsets = decode = word_boundaries = None  # type: ignore[assignment]
+
+    settings = TokeniserSettings("", Fields(), Limits(), "de", None)
+    block = Block("lines", b'{"text": "a"}\nbad\n{"text": "b"}\n', 1, 0)
+    result = BlockTokeniser(settings, Nothing(load_tokenizer(folder / "tok")))(block, plain=True)
+    assert result.routes == {} and [number for number, _, _ in result.problems] == [0, 1, 2]
+
+
+def test_one_engine_serves_all_languages(folder: Path) -> None:
+    pytest.importorskip("gigatoken")
+    tokenizer = load_tokenizer(folder / "tok")
+    assert tokenizer.fast_engine("de") is tokenizer.fast_engine("en") is not None

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -225,6 +226,20 @@ def test_a_full_disk_keeps_what_was_saved(
     assert files(out) == files(tmp_path / "y")
 
 
+def test_only_what_is_kept_is_called_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_index", full)
+    # A second time, it goes on from what is kept.
+    for resume in (False, True):
+        with pytest.raises(UserError, match="No space left") as caught:
+            run(folder, tmp_path / "x", replace(SETTINGS, resume=resume))
+        journal = json.loads((tmp_path / "x.unfinished/journal.json").read_text())
+        kept = sum(state["documents"] for state in journal["outputs"])
+        assert 0 < kept < 80 and f"({kept} documents are kept in" in str(caught.value)
+
+
 def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settings: PreprocessSettings) -> None:
     """Leaves an unfinished run."""
     append, count = module.TokenWriter.append, 0
@@ -266,6 +281,87 @@ def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: py
     run(folder, out, replace(same, workers=2))
     run(folder, tmp_path / "y", SETTINGS)
     assert files(out) == files(tmp_path / "y")
+
+
+def test_the_lock_of_a_folder_that_is_gone_holds_nobody_off(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run opened its lock, and removed the folder before this one had locked it, too."""
+    flock = fcntl.flock
+
+    def late(lock: Any, operation: int) -> None:
+        shutil.rmtree(tmp_path / "x.unfinished")
+        (tmp_path / "x.unfinished").mkdir()
+        (tmp_path / "x.unfinished/lock").touch()
+        flock(lock, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(UserError, match="another process is writing"):
+            run(folder, tmp_path / "x", SETTINGS)
+    assert (tmp_path / "x.unfinished/lock").exists()
+
+
+def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    run(folder, tmp_path / "x", SETTINGS)
+    assert (tmp_path / "x.bin").exists()
+
+
+def test_everything_is_on_the_disk_before_anything_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine keeps that loses power is what was synced: files before the journal that counts on them, the
+    removal of an old sidecar before the first new name, names before the folder of the run goes."""
+    settings = replace(SETTINGS, segmenter="word_cutters:KnownWords")
+    run(folder, tmp_path / "x", settings)
+    synced: dict[int, int] = {}
+    events: list[str] = []
+    fsync, save, move = os.fsync, module.Unfinished.save, os.replace
+    sync_folder, rmtree = module.sync_folder, shutil.rmtree
+
+    def noted(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+        fsync(descriptor)
+
+    def checked(self: module.Unfinished) -> None:
+        save(self)
+        ends = ("bin", "lengths", "words") + (("idx", "json") if self.journal.is_complete else ())
+        for writer in self.writers:
+            for ending in ends:
+                status = writer.paths[ending].stat()
+                assert synced.get(status.st_ino) == status.st_size, ending
+
+    def moved(source: Any, target: Any) -> None:
+        if Path(target).parent == tmp_path:
+            events.append(Path(target).name)
+        move(source, target)
+
+    def folder_synced(path: Path) -> None:
+        events.append("sync" if path == tmp_path else "")
+        sync_folder(path)
+
+    def removed(path: Path, **options: Any) -> None:
+        events.append("gone")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", moved)
+    monkeypatch.setattr(module.Unfinished, "save", checked)
+    monkeypatch.setattr(module, "sync_folder", folder_synced)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    run(folder, tmp_path / "x", settings)
+    assert events == ["sync", "x.bin", "x.idx", "x.words", "x.json", "sync", "gone"]
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_starts(folder: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, workers=2, segmenter="word_cutters:Undisturbed")
+    run(folder, tmp_path / "x", settings)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.parametrize("damage", ["journal", "short", "version"])

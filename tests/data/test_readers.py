@@ -13,10 +13,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from megatron_prealign.data import parquet as parquet_module
 from megatron_prealign.data import problems as problems_module
 from megatron_prealign.data.blocks import Block, Extent, Limits, extents, read_blocks
 from megatron_prealign.data.inputs import resolve_inputs
-from megatron_prealign.data.problems import Problem, Problems, ReadError
+from megatron_prealign.data.problems import MAX_LISTED, Problem, Problems, ReadError
 from megatron_prealign.data.readers import Fields, parse_block, read_documents
 from megatron_prealign.errors import UserError
 
@@ -91,6 +92,35 @@ def test_parquet(tmp_path: Path) -> None:
         [],
         [Problem(f"{tmp_path}/none.parquet", "no rows; expected at least one document")],
     )
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ReadError, match="2 columns are called 'text'; expected one"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_long_row_is_a_bad_document(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", ["x" * 200, "ü" * 101, "ü" * 100, "x" * 201])
+    texts, passed = read_around(path, limits=Limits(document_bytes=200))
+    assert texts == ["x" * 200, "ü" * 100]
+    assert [problem.where for problem in passed] == [f"{path}:row 2", f"{path}:row 4"]
+    assert all("a document of more than 0.000190735 MiB" in problem.why for problem in passed)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (10**9, 0, 5), (-7, 3, 2)])
+def test_no_row_is_lost_by_what_a_footer_says(
+    tmp_path: Path, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source,) = resolve_inputs([parquet(tmp_path / "a.parquet", ["a", "b", "c"], row_group_size=1)])
+    groups = [parquet_module.RowGroup(n, 1, size) for n, size in enumerate(sizes)]
+    monkeypatch.setattr(parquet_module, "row_groups", lambda path: groups)
+    rows = []
+    for number in (1, 2, 3):
+        for extent in extents([source], (number, 3)):
+            rows += list(range(extent.start, extent.stop or 0)) if extent is not None else []
+    assert sorted(rows) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "txt", "jsonl.gz", "txt.zst", "txt.bz2", "parquet"])
@@ -207,6 +237,41 @@ def test_a_document_that_never_ends_is_passed_over_in_little_memory(tmp_path: Pa
     assert wheres == [f"{path}:{line + 1}" for line in lines]
     for block in blocks_of(path, limits):
         assert not isinstance(block.content, bytes) or len(block.content) < 1200
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_byte_order_mark_before_a_document_that_never_ends(tmp_path: Path, ending: str) -> None:
+    data = b'\xef\xbb\xbf{"text": "one"}\n' + b"y" * 5000 + b'\n{"text": "two"}\n'
+    path = write(tmp_path / f"a.{ending}", data)
+    texts, passed = read_around(path, limits=Limits(block_bytes=300, document_bytes=1000))
+    assert texts == ["one", "two"] and [problem.where for problem in passed] == [f"{path}:2"]
+
+
+def test_a_file_of_nothing_but_bad_lines(tmp_path: Path) -> None:
+    # To count the bytes in front of each line anew would take minutes.
+    path = write(tmp_path / "a.jsonl", b'{"text": ""}\n' * 150 + b"x\n" * 60_000)
+    (block,) = blocks_of(path, Limits())
+    found = parse_block(block, Fields(), Limits())
+    assert found.lines == 60_150 and len(found.problems) + found.unlisted == 60_150
+    # Enough for the list of a whole run, and the first one that may stop it.
+    assert [number for number, _, _ in found.problems] == [*range(MAX_LISTED), 150]
+    assert found.problems[150 - 50][1] == 150 * 13
+    problems = Problems()
+    assert not list(read_documents(resolve_inputs([path]), on_error="skip", problems=problems))
+    assert (problems.count, len(problems.listed)) == (60_150, MAX_LISTED)
+    with pytest.raises(ReadError, match=r"a\.jsonl:151: not JSON"):
+        read(path)
+
+
+def test_bytes_of_bad_lines(tmp_path: Path) -> None:
+    lines = [b"bad", b'{"text": "one"}', b"", b"worse", b'{"text": ""}', b"y" * 500]
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b"\n".join(lines))
+    found = [
+        path.read_bytes()[byte : byte + 5]
+        for block in blocks_of(path, Limits(document_bytes=100))
+        for _, byte, _ in parse_block(block, Fields(), Limits(document_bytes=100)).problems
+    ]
+    assert found == [b"bad\n{", b"worse", b'{"tex', b"yyyyy"]
 
 
 def test_keys(tmp_path: Path) -> None:
