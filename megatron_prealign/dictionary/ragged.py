@@ -31,9 +31,12 @@ def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray
     Returns:
         `index` and `new_offsets` `[R+1]`, so that `values[index]` are the chosen rows one after the other.
     """
-    lengths = np.diff(offsets)[rows]
+    # Not by the differences of all offsets: a few rows may be asked of very many.
+    begin = offsets[rows]
+    lengths = offsets[rows + 1] - begin
     new_offsets = offsets_of(lengths)
-    index = np.arange(new_offsets[-1], dtype=np.int64) + np.repeat(offsets[:-1][rows] - new_offsets[:-1], lengths)
+    index = np.arange(new_offsets[-1], dtype=np.int64)
+    index += np.repeat(begin - new_offsets[:-1], lengths)
     return index, new_offsets
 
 
