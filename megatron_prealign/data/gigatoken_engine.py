@@ -4,7 +4,6 @@ It also takes sentencepiece BPE models, but gave other ids for 14 of 6,000 docum
 0.10.0, sentencepiece 0.2.3): those stay with sentencepiece.
 """
 
-import copy
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -50,12 +49,10 @@ def engine_for_definition(definition: dict[str, Any]) -> RowEngine | None:
 
     It raises `UnsuitableTextError` for texts with an added token in them.
     """
-    data = copy.deepcopy(definition)
     # The names of special tokens are plain text in our encoding.
-    added_tokens = _Names([token["content"] for token in data.get("added_tokens") or [] if not token["special"]])
-    data["added_tokens"] = []
+    added_tokens = _Names([token["content"] for token in definition.get("added_tokens") or [] if not token["special"]])
     try:
-        return _Engine(orjson.dumps(data), added_tokens)
+        return _Engine(orjson.dumps(definition | {"added_tokens": []}), added_tokens)
     except Exception:  # It raises many kinds for what it does not support, other versions others.
         return None
 
