@@ -284,8 +284,8 @@ def load_table(path: str | Path) -> DictionaryTable:
             languages=tuple(_list_of(str, metadata, "languages")),
             tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
             vocab_size=int(metadata["vocab_size"]),
-            sources=tuple(_list_of(dict, metadata, "sources")),
-            build=dict(json.loads(metadata.get("build", "{}"))),
+            sources=_sources_of(metadata),
+            build=_build_of(metadata),
             path=path,
             **tensors,
         )
@@ -302,6 +302,24 @@ def _list_of(kind: type, metadata: dict[str, str], key: str) -> list[Any]:
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise ValueError(f"{key} is {metadata[key][:60]!r}, expected a list")
     return values
+
+
+def _sources_of(metadata: dict[str, str]) -> tuple[dict[str, Any], ...]:
+    sources = _list_of(dict, metadata, "sources")
+    if not all(isinstance(source.get("pairs", 0), int) for source in sources):
+        raise ValueError("sources has a number of pairs that is none")
+    return tuple(sources)
+
+
+def _build_of(metadata: dict[str, str]) -> dict[str, Any]:
+    """The record of the build, as reports show it: settings and counts by name."""
+    build = json.loads(metadata.get("build", "{}"))
+    if not isinstance(build, dict) or not all(isinstance(build.get(key, {}), dict) for key in ("settings", "rules")):
+        raise ValueError(f"build is {metadata['build'][:60]!r}, expected an object of settings and rules")
+    counts = [build.get("lines_skipped", 0), *build.get("rules", {}).values()]
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError("build has a count that is no number")
+    return build
 
 
 def _corrupt(path: Path, what: str) -> UserError:

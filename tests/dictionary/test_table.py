@@ -123,8 +123,21 @@ def test_text_cut_through_a_character(table, tmp_path):
     assert "not valid UTF-8" in (find_problem(replace(table, word_text=changed(table.word_text, cut, 255))) or "")
 
 
-@pytest.mark.parametrize(("key", "value"), [("languages", '["en", null]'), ("sources", '["a"]'), ("languages", '"en"')])
-def test_metadata_of_other_types(table, tmp_path, key, value):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("languages", '["en", null]', "languages is .*, expected a list"),
+        ("sources", '["a"]', "sources is .*, expected a list"),
+        ("languages", '"en"', "languages is .*, expected a list"),
+        ("sources", '[{"pairs": "5"}]', "sources has a number of pairs that is none"),
+        ("build", "[]", "build is .*, expected an object of settings and rules"),
+        ("build", '{"rules": 5}', "build is .*, expected an object of settings and rules"),
+        ("build", '{"settings": null}', "build is .*, expected an object of settings and rules"),
+        ("build", '{"rules": {"pairs read": "5"}}', "build has a count that is no number"),
+        ("build", '{"lines_skipped": []}', "build has a count that is no number"),
+    ],
+)
+def test_metadata_of_other_types(table, tmp_path, key, value, message):
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -133,7 +146,7 @@ def test_metadata_of_other_types(table, tmp_path, key, value):
         metadata = file.metadata() | {key: value}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(tensors, tmp_path / "t", metadata)
-    with pytest.raises(UserError, match=f"{key} is .*, expected a list"):
+    with pytest.raises(UserError, match=message):
         load_table(tmp_path / "t")
 
 
