@@ -137,7 +137,7 @@ def read_span(span: Span, limits: Limits) -> tuple[bytes, int, bool]:
             stream.seek(begin)
             data = stream.read(span.stop - begin)
             if span.start > 0:
-                first = data.find(b"\n", 0, span.stop - span.start) + 1
+                first = data.find(b"\n") + 1
                 if first == 0:
                     return b"", span.start, False
                 begin, data = begin + first, data[first:]
@@ -240,7 +240,7 @@ class _Cutter:
 
     def _too_long(self) -> Block:
         self._skipping = False
-        return self._block(b"", too_long(self._limits), max(self._skipped_lines, 1))
+        return self._block(b"", too_long(self._limits), self._skipped_lines)
 
     def _block(self, content: bytes, problem: str | None = None, lines: int = 0) -> Block:
         disk_bytes, self._disk_bytes = self._disk_bytes, 0

@@ -146,7 +146,7 @@ def _parse_rows(payload: bytes, fields: Fields, limits: Limits, found: Documents
     from megatron_prealign.data.parquet import rows_of
 
     columns = rows_of(payload)
-    take = _Taker(fields, found, nested=False)
+    take = _Taker(fields, found)
     values = [columns[key] for key in fields.columns]
     found.lines = len(values[0])
     for number, row in enumerate(zip(*values, strict=True)):
@@ -167,13 +167,10 @@ def _utf8_bytes(value: object) -> int:
 class _Taker:
     """Takes the texts out of one document after the other."""
 
-    def __init__(self, fields: Fields, found: Documents, nested: bool = True) -> None:
+    def __init__(self, fields: Fields, found: Documents) -> None:
         self._fields, self._found = fields, found
-        self._get: list[Callable[[dict[str, Any]], Any]] = [
-            _getter(key, nested and "." in key) for key in fields.text_keys
-        ]
-        key = fields.language_key
-        self._language = None if key is None else _getter(key, nested and "." in key)
+        self._get = [_getter(key) for key in fields.text_keys]
+        self._language = None if fields.language_key is None else _getter(fields.language_key)
 
     def add(self, number: int, record: dict[str, Any]) -> None:
         """Adds a document, or says that it is empty.
@@ -207,13 +204,10 @@ class _Taker:
             found.languages.append(language.strip())
 
 
-def _getter(key: str, nested: bool) -> Callable[[dict[str, Any]], Any]:
+def _getter(key: str) -> Callable[[dict[str, Any]], Any]:
     def get(record: dict[str, Any]) -> Any:
-        try:
+        if key in record:
             return record[key]
-        except KeyError:
-            if not nested:
-                raise _BadDocument(_no_key(key, record)) from None
         value: Any = record
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:

@@ -3,7 +3,9 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_prealign.benchmark import preprocess as module
@@ -62,6 +64,27 @@ def test_other_tokens_end_the_run(
     assert run("--folder", str(tmp_path), *arguments) == 2
     assert "plain wrote other tokens than the others" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_other_tokens_than_megatrons_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_checksum_of_part", lambda case: "other")
+    arguments = ["--implementation", "megatron", "--mb", "0.3", "--megatron-mb", "0.05"]
+    assert run("--folder", str(tmp_path), *arguments) == 2
+    assert "megatron wrote other tokens than the others" in capsys.readouterr().err
+
+
+def test_too_little_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert run("--folder", str(tmp_path), "--mb", "0.3") == 2
+    assert "1,000 bytes free" in capsys.readouterr().err
+
+
+def test_new_words_are_new() -> None:
+    document = module._document(b"a " * 1000, 4000, np.random.default_rng(0))
+    new = [word for word in document.split() if len(word) == 8]
+    assert len(new) > 15 and len(set(new)) == len(new)
 
 
 def test_a_dead_process_is_one_line(

@@ -5,8 +5,9 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as preprocess_module
 from megatron_prealign.data import tokenise as tokenise_module
+from megatron_prealign.data import worker_pool as pool_module
 from megatron_prealign.data.blocks import Block, Limits
+from megatron_prealign.data.gigatoken_engine import UnsuitableTextError
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.readers import Fields
@@ -243,15 +246,23 @@ def test_added_tokens_in_a_text_go_to_the_library(folder: Path, tmp_path: Path) 
     tokenizer.add_tokens(["<mark>"])
     tokenizer.save_pretrained(tmp_path / "tok")
     path = tmp_path / "a.txt"
-    path.write_text("one <mark> two <eod>\n\nthree")
-    preprocess([path], tmp_path / "tok", tmp_path / "x", GERMAN, show_progress=False)
+    # Many names begin alike.
+    text = "one <map> <mark> two <eod>"
+    path.write_text(f"{text}\n\nthree")
+    result = preprocess([path], tmp_path / "tok", tmp_path / "x", GERMAN, show_progress=False)
+    assert result.sidecar.engine == "gigatoken"
     loaded = load_tokenizer(tmp_path / "tok")
     dataset = open_indexed(tmp_path / "x")
     assert [row.tolist() for row in dataset] == [
-        [*loaded.encode("one <mark> two <eod>"), 0],
+        [*loaded.encode(text), 0],
         [*loaded.encode("three"), 0],
     ]
     assert 320 in dataset[0] and dataset[0].tolist().count(0) == 1
+    # The names of special tokens are plain text for the engine, too.
+    engine = loaded.fast_engine()
+    assert engine is not None and engine(["<eod>"])[0].tolist() == loaded.encode("<eod>")
+    with pytest.raises(UnsuitableTextError):
+        engine(["a", "<mark>"])
 
 
 BAD = [
@@ -363,6 +374,60 @@ def test_more_languages_than_files_may_be_open(folder: Path, tmp_path: Path) -> 
     assert [sidecar.documents for sidecar in result.outputs.values()] == [1] * 90
 
 
+def test_long_documents_are_compared_in_part(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "word " * 1000 + text}) for text in documents(6, 3)))
+    result = preprocess([path], folder / "tok", tmp_path / "x", GERMAN, show_progress=False)
+    assert result.sidecar.engine == "gigatoken"
+    settings = replace(GERMAN, segmenter="word_cutters:KnownWords")
+    result = preprocess([path], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    assert result.sidecar.engine == "tokenizers"
+    assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "y")
+
+
+def test_all_bad_lines_are_counted(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("bad\n" * 300 + '{"text": "good"}\n')
+    result = preprocess([path], folder / "tok", tmp_path / "x", replace(GERMAN, on_error="skip"), show_progress=False)
+    assert (result.sidecar.skipped_count, len(result.sidecar.skipped)) == (300, 100)
+
+
+@pytest.mark.parametrize("bytes_in_flight, most", [(1 << 28, 4), (20, 2)])
+def test_blocks_are_not_fetched_far_ahead(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bytes_in_flight: int, most: int
+) -> None:
+    monkeypatch.setattr(pool_module, "_BYTES_IN_FLIGHT", bytes_in_flight)
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
+    fetched = 0
+
+    def blocks() -> Iterator[Block]:
+        nonlocal fetched
+        for number in range(12):
+            fetched += 1
+            yield Block("lines", b'{"text": "x"}', number + 1, 0)
+
+    results = pool_module.tokenise_in_order(
+        blocks(), BlockTokeniser(settings), settings, 2, pool_module.EngineChoice(True)
+    )
+    for number, (block, _) in enumerate(results):
+        assert block.next_position == number + 1 and fetched - number <= most
+    assert fetched == 12
+
+
+def test_workers_share_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
+    monkeypatch.setattr(pool_module, "_worker", None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
+    before, lock = signal.getsignal(signal.SIGINT), Counting()
+    try:
+        pool_module._start_worker(settings, lock)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pool_module._tokenise_in_worker(Block("lines", json.dumps({"text": "x" * 11}).encode(), 1, 0), True)
+    assert lock.taken == 1
+
+
 @pytest.mark.parametrize("count", [3, 4])
 def test_too_many_languages(folder: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_module, "_MOST_DATASETS", 3)
@@ -373,8 +438,12 @@ def test_too_many_languages(folder: Path, tmp_path: Path, count: int, monkeypatc
         result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
         assert len(result.outputs) == 3
         return
-    with pytest.raises(UserError, match="more than 3 datasets by the language under 'l'"):
-        preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    # The languages of what an earlier run saved count, too.
+    for resume in (False, True):
+        settings = replace(settings, resume=resume, limits=Limits(block_bytes=60), save_every_bytes=60)
+        with pytest.raises(UserError, match="more than 3 datasets by the language under 'l'"):
+            preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+        assert (tmp_path / "x.unfinished").exists()
 
 
 def test_a_file_name_that_is_not_utf8(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

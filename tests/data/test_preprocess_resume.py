@@ -23,6 +23,7 @@ from megatron_prealign.data.blocks import Limits
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.readers import Fields
 from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.data.tokenise import BlockTokeniser
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.errors import UserError
 
@@ -268,17 +269,29 @@ def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: py
         (replace(same, language="ja"), "language was zh, is ja"),
         (replace(same, fields=Fields(("l",))), r"text_keys was \['text'\], is \['l'\]"),
         (replace(same, segmenter="word_cutters:KnownWords"), "segmenter was None"),
+        (replace(same, use_fast_engine=True), "fast engine was False, is True"),
+        (replace(same, limits=Limits(block_bytes=2501)), "block_bytes was 2500, is 2501"),
     ]:
         with pytest.raises(UserError, match=named):
             run(folder, out, other)
     with pytest.raises(UserError, match="inputs was"):
         preprocess([folder / "a.jsonl"], folder / "tok", out, same, show_progress=False)
+    train_tokenizer([folder / "a.jsonl"], tmp_path / "tok", 271, on_error="skip", show_progress=False)
+    with pytest.raises(UserError, match="tokenizer was sha256"):
+        preprocess(inputs(folder), tmp_path / "tok", out, same, show_progress=False)
+    shutil.rmtree(tmp_path / "tok")
+    touched = os.stat(folder / "b.txt")
+    os.utime(folder / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns + 1_000_000))
+    with pytest.raises(UserError, match="inputs was"):
+        run(folder, out, same)
+    os.utime(folder / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns))
     with open(tmp_path / "x.unfinished/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing"):
             run(folder, out, same)
     # Whether bad lines stop the run, and how many workers there are, changes no byte of what was done.
-    run(folder, out, replace(same, workers=2))
+    result = preprocess(inputs(folder), folder / "tok", out, replace(same, workers=2), show_progress=False)
+    assert 0 < result.text_bytes < result.sidecar.bytes
     run(folder, tmp_path / "y", SETTINGS)
     assert files(out) == files(tmp_path / "y")
 
@@ -362,6 +375,83 @@ def test_ctrl_c_does_not_reach_a_worker_that_starts(folder: Path, tmp_path: Path
     settings = replace(SETTINGS, workers=2, segmenter="word_cutters:Undisturbed")
     run(folder, tmp_path / "x", settings)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_the_command_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append, count = module.TokenWriter.append, 0
+
+    def interrupt(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        append(self, texts)
+
+    arguments = ["preprocess", "--input", str(folder / "b.txt"), str(folder / "a.jsonl"), "--tokenizer"]
+    arguments += [str(folder / "tok"), "--language", "zh", "--on-error", "skip", "--engine", "plain", "--workers", "1"]
+    arguments += ["--output", str(tmp_path / "x"), "--save-every-mb", "0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", interrupt)
+        assert main(arguments) == 130
+    assert main(arguments) == 2
+    assert "go on from it with --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    sidecar = load_sidecar(tmp_path / "x")
+    assert (sidecar.documents, sidecar.engine) == (80, "tokenizers")
+
+
+def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = BlockTokeniser.engine
+
+    def wrong(self: BlockTokeniser, language: str) -> Any:
+        right = engine(self, language)
+
+        def encode(texts: list[str]) -> Any:
+            ids, offsets = right(texts)
+            ids = ids.copy()
+            for number, text in enumerate(texts):
+                if "14 dog" in text:
+                    ids[offsets[number]] += 1
+            return ids, offsets
+
+        return encode
+
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(BlockTokeniser, "engine", wrong)
+    generator = numpy.random.default_rng(2)
+    texts = ["14 dog"] * 40 + [text(generator) for _ in range(80)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    settings = replace(SETTINGS, use_fast_engine=True)
+    preprocess([path], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    append, count = module.TokenWriter.append, 0
+
+    def interrupt(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        append(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    asked: list[bool] = []
+    call = BlockTokeniser.__call__
+
+    def noted(self: BlockTokeniser, block: Any, plain: bool) -> Any:
+        asked.append(plain)
+        return call(self, block, plain)
+
+    monkeypatch.setattr(BlockTokeniser, "__call__", noted)
+    preprocess([path], folder / "tok", tmp_path / "x", replace(settings, resume=True), show_progress=False)
+    assert asked and all(asked)
+    assert files(tmp_path / "x") == files(tmp_path / "y")
 
 
 @pytest.mark.parametrize("damage", ["journal", "short", "version"])

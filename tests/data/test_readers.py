@@ -5,6 +5,7 @@ import gzip
 import json
 import pickle
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,11 +110,14 @@ def test_a_long_row_is_a_bad_document(tmp_path: Path) -> None:
     assert all("a document of more than 0.000190735 MiB" in problem.why for problem in passed)
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 0), (10**9, 0, 5), (-7, 3, 2)])
-def test_no_row_is_lost_by_what_a_footer_says(
-    tmp_path: Path, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (10**9, 0, 5), (-7, 3, 2), None])
+def test_no_row_is_lost_or_doubled_by_what_a_footer_says(
+    tmp_path: Path, sizes: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source,) = resolve_inputs([parquet(tmp_path / "a.parquet", ["a", "b", "c"], row_group_size=1)])
+    if sizes is None:
+        # Groups begin exactly where shares do.
+        sizes = (source.bytes // 3, source.bytes * 2 // 3 - source.bytes // 3, 1)
     groups = [parquet_module.RowGroup(n, 1, size) for n, size in enumerate(sizes)]
     monkeypatch.setattr(parquet_module, "row_groups", lambda path: groups)
     rows = []
@@ -182,6 +186,33 @@ def test_shards_are_a_partition_in_order(tmp_path: Path, count: int) -> None:
     assert found == texts
 
 
+def test_shards_leave_no_byte_between_them(tmp_path: Path) -> None:
+    sources = resolve_inputs([write(tmp_path / "a.jsonl", b"x" * 1000)])
+    for count in (3, 7, 999):
+        parts = [extent for number in range(1, count + 1) for extent in extents(sources, (number, count)) if extent]
+        assert [extent.stop for extent in parts[:-1]] == [extent.start for extent in parts[1:]]
+        assert (parts[0].start, parts[-1].stop) == (0, 1000)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_every_file_that_is_read_whole_belongs_to_one_shard(tmp_path: Path, count: int) -> None:
+    # Of one size: with two and four shards, files and shares begin at the same bytes.
+    sources = resolve_inputs([write(tmp_path / f"{n}.txt", b"text") for n in range(4)])
+    found = [
+        source.name
+        for number in range(1, count + 1)
+        for source, extent in zip(sources, extents(sources, (number, count)), strict=True)
+        if extent is not None
+    ]
+    assert found == [source.name for source in sources]
+
+
+def test_byte_order_marks_inside_a_text_stay(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "\ufeffabc\ufeff\ufeffd".encode())
+    for block_bytes in (3, 1 << 20):
+        assert read(path, limits=Limits(block_bytes=block_bytes))[0][0] == "abc\ufeff\ufeffd"
+
+
 BAD_LINES = [
     (b'{"text": "x"', "not JSON"),
     (b"plain words", "not JSON"),
@@ -223,7 +254,9 @@ def test_a_document_that_never_ends_is_passed_over_in_little_memory(tmp_path: Pa
     json_lines = "json" in ending
     short = [b'{"text": "%d"}\n' % n if json_lines else b"%d\n\n" % n for n in range(40)]
     # Longer than many blocks; as text it has lines, too.
-    long = b'{"text": "' + b"y" * 5000 + b'"}\n' if json_lines else b"y" * 700 + b"\nz" * 3000 + b"\n\n"
+    # And than a piece of a line that is read at once.
+    size = 600_000 if ending == "jsonl" else 5000
+    long = b'{"text": "' + b"y" * size + b'"}\n' if json_lines else b"y" * 700 + b"\nz" * 3000 + b"\n\n"
     at = {"first": 0, "middle": 20, "last": 40}[place]
     path = write(tmp_path / f"a.{ending}", b"".join([*short[:at], long, *short[at:]]))
     limits = Limits(block_bytes=64, document_bytes=1000)
@@ -241,10 +274,22 @@ def test_a_document_that_never_ends_is_passed_over_in_little_memory(tmp_path: Pa
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
 def test_byte_order_mark_before_a_document_that_never_ends(tmp_path: Path, ending: str) -> None:
-    data = b'\xef\xbb\xbf{"text": "one"}\n' + b"y" * 5000 + b'\n{"text": "two"}\n'
+    data = b'\xef\xbb\xbf{"text": "one"}\n' + b"y" * 600_000 + b'\n{"text": "two"}\n'
     path = write(tmp_path / f"a.{ending}", data)
     texts, passed = read_around(path, limits=Limits(block_bytes=300, document_bytes=1000))
     assert texts == ["one", "two"] and [problem.where for problem in passed] == [f"{path}:2"]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"text": "next"}'])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("block_bytes", [16, 99, 1 << 20])
+def test_the_longest_document_that_may_be(tmp_path: Path, block_bytes: int, ending: str, end: bytes) -> None:
+    limits = Limits(block_bytes=block_bytes, document_bytes=100)
+    for length, is_good in ((88, True), (89, False)):
+        path = write(tmp_path / f"{length}.{ending}", b'{"text": "' + b"x" * length + b'"}' + end)
+        texts, passed = read_around(path, limits=limits)
+        assert texts[:1] == (["x" * length] if is_good else ["next"][: len(end) // 2])
+        assert [problem.where for problem in passed] == ([] if is_good else [f"{path}:1"])
 
 
 def test_a_file_of_nothing_but_bad_lines(tmp_path: Path) -> None:
@@ -264,7 +309,7 @@ def test_a_file_of_nothing_but_bad_lines(tmp_path: Path) -> None:
 
 
 def test_bytes_of_bad_lines(tmp_path: Path) -> None:
-    lines = [b"bad", b'{"text": "one"}', b"", b"worse", b'{"text": ""}', b"y" * 500]
+    lines = [b"bad", b'{"text": "one"}', b"", b"worse", b'{"text": ""}', b"y" * 600_000]
     path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b"\n".join(lines))
     found = [
         path.read_bytes()[byte : byte + 5]
@@ -272,6 +317,18 @@ def test_bytes_of_bad_lines(tmp_path: Path) -> None:
         for _, byte, _ in parse_block(block, Fields(), Limits(document_bytes=100)).problems
     ]
     assert found == [b"bad\n{", b"worse", b'{"tex', b"yyyyy"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "txt"])
+def test_a_line_that_never_ends_does_not_stay_in_memory(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"a.{ending}", b"y" * 20_000_000)
+    tracemalloc.start()
+    try:
+        blocks = blocks_of(path, Limits(block_bytes=1 << 16, document_bytes=1 << 17))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(blocks) == 1 and peak < 2_000_000
 
 
 def test_keys(tmp_path: Path) -> None:
@@ -323,6 +380,8 @@ def test_an_empty_file_is_a_problem(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: empty file"):
         read(empty, good)
     assert read_around(empty, good) == (["text"], [Problem(str(empty), "empty file; expected at least one document")])
+    (block,) = blocks_of(empty, Limits())
+    assert blocks_of(empty, Limits(), position=block.next_position) == []
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.zst", "txt.bz2"])

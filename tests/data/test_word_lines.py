@@ -215,3 +215,6 @@ def test_gigatoken_does_not_keep_every_word_for_ever(tmp_path):
 def test_both_forms_of_gigatokens_answer(form):
     ids, offsets = _arrays(form([[5, 6], [], [7]]))
     assert (ids.tolist(), offsets.tolist()) == ([5, 6, 7], [0, 2, 2, 3])
+    # A part of an array shares the whole one's memory.
+    ids, offsets = _arrays(form([[4], [5, 6], [7]])[1:])
+    assert (ids.tolist(), offsets.tolist()) == ([5, 6, 7], [0, 2, 3])
