@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -15,6 +17,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_prealign.arguments import join_values, underscored, with_value
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
+from megatron_prealign.data import tokenise as tokenise_module
+from megatron_prealign.data import worker_pool as pool_module
 from megatron_prealign.data.blocks import Block, Limits
 from megatron_prealign.data.checksum import file_checksum
 from megatron_prealign.data.indexed import open_indexed
@@ -281,3 +285,87 @@ def test_argument_spellings() -> None:
         "--b",
         "--json=true",
     ]
+
+
+class Counting:
+    """A lock that tells how often it was taken."""
+
+    taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+def test_large_texts_are_encoded_one_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, segmenter: str | None
+) -> None:
+    monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", segmenter)
+    lock = Counting()
+    tokenise = BlockTokeniser(settings, large_texts=lock)
+    tokenise(Block("lines", json.dumps({"text": "x" * 10}).encode(), 1, 0), plain=True)
+    assert lock.taken == 0
+    tokenise(Block("lines", json.dumps({"text": "x" * 11}).encode(), 1, 0), plain=True)
+    assert lock.taken == 1
+
+
+def test_workers_share_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
+    monkeypatch.setattr(pool_module, "_worker", None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
+    before, lock = signal.getsignal(signal.SIGINT), Counting()
+    try:
+        pool_module._start_worker(settings, lock)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pool_module._tokenise_in_worker(Block("lines", json.dumps({"text": "x" * 11}).encode(), 1, 0), True)
+    assert lock.taken == 1
+
+
+@pytest.mark.parametrize("bytes_in_flight, most", [(1 << 28, 4), (20, 2)])
+def test_blocks_are_not_fetched_far_ahead(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bytes_in_flight: int, most: int
+) -> None:
+    monkeypatch.setattr(pool_module, "_BYTES_IN_FLIGHT", bytes_in_flight)
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
+    fetched = 0
+
+    def blocks() -> Iterator[Block]:
+        nonlocal fetched
+        for number in range(12):
+            fetched += 1
+            yield Block("lines", b'{"text": "x"}', number + 1, 0)
+
+    results = pool_module.tokenise_in_order(
+        blocks(), BlockTokeniser(settings), settings, 2, pool_module.EngineChoice(True)
+    )
+    for number, (block, _) in enumerate(results):
+        assert block.next_position == number + 1 and fetched - number <= most
+    assert fetched == 12
+
+
+def test_documents_without_a_token_make_no_dataset(folder: Path, tmp_path: Path) -> None:
+    class Nothing(Tokenizer):
+        def __init__(self, base: Tokenizer) -> None:
+            self.__dict__.update(base.__dict__)
+
+        def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[Any, Any]:
+            return numpy.zeros(0, dtype=numpy.int64), numpy.zeros(len(texts) + 1, dtype=numpy.int64)
+
+        encode = encode_words = encode_with_offsets = decode = word_boundaries = None  # type: ignore[assignment]
+
+    settings = TokeniserSettings("", Fields(), Limits(), "de", None)
+    block = Block("lines", b'{"text": "a"}\nbad\n{"text": "b"}\n', 1, 0)
+    result = BlockTokeniser(settings, Nothing(load_tokenizer(folder / "tok")))(block, plain=True)
+    assert result.routes == {} and [number for number, _, _ in result.problems] == [0, 1, 2]
+
+
+def test_one_engine_serves_all_languages(folder: Path) -> None:
+    pytest.importorskip("gigatoken")
+    tokenizer = load_tokenizer(folder / "tok")
+    assert tokenizer.fast_engine("de") is tokenizer.fast_engine("en") is not None

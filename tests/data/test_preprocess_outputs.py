@@ -5,12 +5,9 @@ import json
 import os
 import resource
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pyarrow
@@ -22,16 +19,13 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as preprocess_module
-from megatron_prealign.data import tokenise as tokenise_module
-from megatron_prealign.data import worker_pool as pool_module
-from megatron_prealign.data.blocks import Block, Limits
+from megatron_prealign.data.blocks import Limits
 from megatron_prealign.data.gigatoken_engine import UnsuitableTextError
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.readers import Fields
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.data.tokenise import BlockTokeniser, TokeniserSettings
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.errors import UserError
 
@@ -392,42 +386,6 @@ def test_all_bad_lines_are_counted(folder: Path, tmp_path: Path) -> None:
     assert (result.sidecar.skipped_count, len(result.sidecar.skipped)) == (300, 100)
 
 
-@pytest.mark.parametrize("bytes_in_flight, most", [(1 << 28, 4), (20, 2)])
-def test_blocks_are_not_fetched_far_ahead(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, bytes_in_flight: int, most: int
-) -> None:
-    monkeypatch.setattr(pool_module, "_BYTES_IN_FLIGHT", bytes_in_flight)
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
-    fetched = 0
-
-    def blocks() -> Iterator[Block]:
-        nonlocal fetched
-        for number in range(12):
-            fetched += 1
-            yield Block("lines", b'{"text": "x"}', number + 1, 0)
-
-    results = pool_module.tokenise_in_order(
-        blocks(), BlockTokeniser(settings), settings, 2, pool_module.EngineChoice(True)
-    )
-    for number, (block, _) in enumerate(results):
-        assert block.next_position == number + 1 and fetched - number <= most
-    assert fetched == 12
-
-
-def test_workers_share_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
-    monkeypatch.setattr(pool_module, "_worker", None)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
-    before, lock = signal.getsignal(signal.SIGINT), Counting()
-    try:
-        pool_module._start_worker(settings, lock)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    pool_module._tokenise_in_worker(Block("lines", json.dumps({"text": "x" * 11}).encode(), 1, 0), True)
-    assert lock.taken == 1
-
-
 @pytest.mark.parametrize("count", [3, 4])
 def test_too_many_languages(folder: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_module, "_MOST_DATASETS", 3)
@@ -460,51 +418,3 @@ def test_a_file_name_that_is_not_utf8(folder: Path, tmp_path: Path, capsys: pyte
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 0
     assert "caf\\udce9.jsonl:21: not JSON" in capsys.readouterr().out
     assert load_sidecar(tmp_path / "x").inputs[0].path == str(tmp_path / "in" / name)
-
-
-class Counting:
-    """A lock that tells how often it was taken."""
-
-    taken = 0
-
-    def __enter__(self) -> None:
-        self.taken += 1
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
-def test_large_texts_are_encoded_one_at_a_time(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, segmenter: str | None
-) -> None:
-    monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", segmenter)
-    lock = Counting()
-    tokenise = BlockTokeniser(settings, large_texts=lock)
-    tokenise(Block("lines", json.dumps({"text": "x" * 10}).encode(), 1, 0), plain=True)
-    assert lock.taken == 0
-    tokenise(Block("lines", json.dumps({"text": "x" * 11}).encode(), 1, 0), plain=True)
-    assert lock.taken == 1
-
-
-def test_documents_without_a_token_make_no_dataset(folder: Path, tmp_path: Path) -> None:
-    class Nothing(Tokenizer):
-        def __init__(self, base: Tokenizer) -> None:
-            self.__dict__.update(base.__dict__)
-
-        def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[Any, Any]:
-            return numpy.zeros(0, dtype=numpy.int64), numpy.zeros(len(texts) + 1, dtype=numpy.int64)
-
-        encode = encode_words = encode_with_offsets = decode = word_boundaries = None  # type: ignore[assignment]
-
-    settings = TokeniserSettings("", Fields(), Limits(), "de", None)
-    block = Block("lines", b'{"text": "a"}\nbad\n{"text": "b"}\n', 1, 0)
-    result = BlockTokeniser(settings, Nothing(load_tokenizer(folder / "tok")))(block, plain=True)
-    assert result.routes == {} and [number for number, _, _ in result.problems] == [0, 1, 2]
-
-
-def test_one_engine_serves_all_languages(folder: Path) -> None:
-    pytest.importorskip("gigatoken")
-    tokenizer = load_tokenizer(folder / "tok")
-    assert tokenizer.fast_engine("de") is tokenizer.fast_engine("en") is not None
