@@ -328,6 +328,8 @@ def test_headwords_as_the_article_writes_them():
     assert translations_of("Berlin /bə:lin/\nBerlin", "berlin")[0] == "Berlin"
     assert translations_of("up‐to‐date /x/\naktuell", "uptodate")[0] == "up‐to‐date"
     assert translations_of("Stadt", "berlin")[0] == "berlin"
+    # Six words are a phrase, seven an explanation.
+    assert translations_of("a b c d e f\na b c d e f g", "x")[1] == ["a b c d e f"]
 
 
 def test_markup():

@@ -117,6 +117,8 @@ def test_pivot_words_with_very_many_translations():
     )
     assert pairs_of(joined) == [("Hund", "собака", 1.0)]
     assert rules[pivot_rules.WIDE] == 10 * 59
+    few, rules = groups_of(("de-en", left), ("en-ru", right[: pivot_rules.MOST_TRANSLATIONS])), Counter()
+    assert len(join_over(few, "en", rules, keep_ambiguous=True).pair_target) == 10 * 50 and not rules[pivot_rules.WIDE]
 
 
 def test_a_pivot_that_joins_nothing():
@@ -127,6 +129,16 @@ def test_a_pivot_that_joins_nothing():
 
 
 # Lists that are turned around
+
+
+def test_a_mixed_list_is_no_turned_one(tmp_path):
+    path = tmp_path / "a.tsv"
+    rows = ["apple\tяблоко", "house\tдом", *(f"слово{letter}\tword" for letter in "абв")]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    report = BuildReport()
+    read_groups([parse_input(f"{path}:en-ru")], report)
+    (warning,) = report.warnings
+    assert "only 2 of 5 pairs are in the scripts of en-ru; check the languages" in warning
 
 
 def test_turned_lists(tmp_path):
@@ -244,6 +256,11 @@ def test_merged_counts_are_the_largest(tokenizer):
     counted = [replace(table, group_count=np.arange(1, table.num_groups + 1)) for table in tables]
     # apple, bank, polish; house, bank
     assert merge_counts(merged, counted).group_count.tolist() == [1, 2, 3, 1]
+    # bank is there 2 times and 2 times; of different counts the larger one stays, whichever table has it.
+    counted[0] = replace(counted[0], group_count=np.array([1, 7, 3]))
+    assert merge_counts(merged, counted).group_count.tolist() == [1, 7, 3, 1]
+    counted[1] = replace(counted[1], group_count=np.array([1, 9]))
+    assert merge_counts(merged, counted).group_count.tolist() == [1, 9, 3, 1]
 
 
 def test_word_weights_are_checked(tokenizer, tmp_path):
