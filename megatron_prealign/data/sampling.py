@@ -140,8 +140,8 @@ def plan_shares(
     """How much of every language is drawn.
 
     The share of a language is in proportion to its bytes that are not held out, to the power of 1 / `temperature`: 1
-    leaves the languages as
-    they are, larger numbers make them more alike. A language that has less text than its share is read several times.
+    leaves the languages as they are, larger numbers make them more alike. A language that has less text than its share
+    is read several times.
 
     Args:
         counts: what there is, for each language.
