@@ -1,6 +1,7 @@
 """Text files to .bin/.idx token files: blocks of documents are tokenised by worker processes and written in order."""
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -204,10 +205,7 @@ class _Run:
         """Everything that decides the bytes of the output."""
         settings = self.settings
         return {
-            "inputs": [
-                (source.name, source.bytes, modified)
-                for source, modified in zip(self.sources, self.modified_ns, strict=True)
-            ],
+            "inputs": self._inputs_digest(),
             "tokenizer": self.tokenizer.fingerprint,
             "language": settings.language,
             **asdict(settings.fields),
@@ -216,6 +214,14 @@ class _Run:
             "fast engine": settings.use_fast_engine,
             **asdict(settings.limits),
         }
+
+    def _inputs_digest(self) -> str:
+        """Names, sizes and times of all inputs. A digest: the journal is written often, and there may be a million."""
+        digest = hashlib.sha256()
+        for source, modified in zip(self.sources, self.modified_ns, strict=True):
+            digest.update(f"{source.name}\0{source.bytes}\0{modified}\0".encode("utf-8", "surrogateescape"))
+        total = sum(source.bytes for source in self.sources)
+        return f"{len(self.sources):,} of {total:,} bytes together, sha256:{digest.hexdigest()[:16]}"
 
     def carry_out(self, unfinished: Unfinished, show_progress: bool, start_s: float) -> PreprocessResult:
         journal = unfinished.journal
