@@ -224,12 +224,15 @@ def test_the_place_where_the_engine_changes_depends_on_nothing_but_the_text(
     monkeypatch.syspath_prepend(str(tmp_path / "fake"))
     for name in [name for name in sys.modules if name.partition(".")[0] == "gigatoken"]:
         monkeypatch.delitem(sys.modules, name)
-    generator = numpy.random.default_rng(3)
-    texts = [("WRONG " if generator.random() < 0.05 else "") + text for text in documents(300, 5)]
+    # Ten documents make a block. The third block is wrong as a whole; of those behind it, which are already on their
+    # way then, one document is, and none of the three that are compared.
+    wrong = [n // 10 == 2 or (n >= 30 and n % 10 == 3) for n in range(200)]
+    lines = [json.dumps({"text": f"{'WRONG' if wrong[n] else 'right'} {n:04}"}) + "\n" for n in range(200)]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    path.write_text("".join(lines))
     for workers in (1, 2, 3):
-        preprocess([path], folder / "tok", tmp_path / f"w{workers}", replace(GERMAN, workers=workers), False)
+        settings = replace(GERMAN, workers=workers, limits=Limits(block_bytes=10 * len(lines[0])))
+        preprocess([path], folder / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     assert bytes_of(tmp_path / "w1") == bytes_of(tmp_path / "w2") == bytes_of(tmp_path / "w3")
     assert (tmp_path / "w1.json").read_bytes() == (tmp_path / "w3.json").read_bytes()
     assert "ids differed" in load_sidecar(tmp_path / "w1").engine
@@ -390,7 +393,7 @@ def test_all_bad_lines_are_counted(folder: Path, tmp_path: Path) -> None:
 def test_too_many_languages(folder: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_module, "_MOST_DATASETS", 3)
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "x", "l": f"l{n % count}"}) + "\n" for n in range(400)))
+    path.write_text("".join(json.dumps({"text": "x", "l": f"l{min(n // 100, count - 1)}"}) + "\n" for n in range(400)))
     settings = replace(GERMAN, language=None, fields=Fields(language_key="l"))
     if count == 3:
         result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)

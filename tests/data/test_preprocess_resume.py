@@ -472,13 +472,15 @@ def test_a_damaged_unfinished_run_is_one_line(
     assert journal.exists()
 
 
-def test_an_input_that_changes_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("added", [b"", b'{"text": "late"}\n'])
+def test_an_input_that_changes_is_noticed(folder: Path, tmp_path: Path, monkeypatch: Any, added: bytes) -> None:
     path = tmp_path / "a.jsonl"
     shutil.copy(folder / "a.jsonl", path)
     finish = module.Unfinished.save
 
     def touched(self: module.Unfinished) -> None:
-        path.write_bytes(path.read_bytes() + b'{"text": "late"}\n')
+        path.write_bytes(path.read_bytes() + added)
+        os.utime(path, (1, 1))
         finish(self)
 
     monkeypatch.setattr(module.Unfinished, "save", touched)
