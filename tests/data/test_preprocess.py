@@ -369,3 +369,13 @@ def test_one_engine_serves_all_languages(folder: Path) -> None:
     pytest.importorskip("gigatoken")
     tokenizer = load_tokenizer(folder / "tok")
     assert tokenizer.fast_engine("de") is tokenizer.fast_engine("en") is not None
+
+
+def test_first_and_last_tokens_of_a_document_start_words(folder: Path) -> None:
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", "word_cutters:KnownWords")
+    block = Block("lines", '{"text": "苹果银行"}\n{"text": "银行"}\n'.encode(), 1, 0)
+    found = BlockTokeniser(settings)(block, plain=False).routes[Route(0, "de")]
+    assert found.word_starts is not None
+    ends = numpy.cumsum(found.lengths)
+    assert found.word_starts[ends - 1].all() and found.word_starts[ends - found.lengths].all()
+    assert not found.word_starts.all()
