@@ -13,13 +13,16 @@ from megatron_prealign.errors import UserError, user_error_of
 # Sub-command -> (module, one line of help). Only the chosen module is imported: each `--help` must answer in under
 # half a second.
 COMMANDS = {
-    "train-tokenizer": ("megatron_prealign.tools.train_tokenizer", "train a byte-level BPE tokenizer on text files"),
+    "train-tokenizer": (
+        "megatron_prealign.tools.train_tokenizer",
+        "train a tokenizer on text: byte-level BPE, sentencepiece",
+    ),
     "preprocess": ("megatron_prealign.tools.preprocess", "turn text files into .bin/.idx token files"),
     "dataset": (
         "megatron_prealign.tools.dataset",
         "merge, inspect, verify and repair datasets, prepare training's caches",
     ),
-    "dictionary": ("megatron_prealign.tools.dictionary", "build the word-translation table and measure its coverage"),
+    "dictionary": ("megatron_prealign.tools.dictionary", "build, merge, measure and preview word-translation tables"),
     "pretrain": ("megatron_prealign.tools.pretrain", "train a model as a recipe says (alone or under torchrun)"),
     "evaluate": ("megatron_prealign.tools.evaluate", "measure checkpoints and write report.json and report.html"),
     "benchmark": ("megatron_prealign.tools.benchmark", "measure the kernels on this machine"),

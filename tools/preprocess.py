@@ -47,7 +47,9 @@ class PreprocessOptions:
     shard: str | None = None
     """Reads one of N equal parts only, as I/N from 1/N to N/N; `megatron-prealign dataset merge` joins them."""
     resume: bool = False
-    """Goes on from an unfinished run with the same options."""
+    """Goes on from an unfinished run with the same options; leaves a finished one as it is."""
+    overwrite: bool = False
+    """Replaces a dataset that lies there already."""
     engine: Literal["auto", "plain"] = "auto"
     """Auto encodes with gigatoken where it takes the tokenizer and gives the same ids on samples, else and with plain
     the tokenizer's own library does."""
@@ -60,6 +62,8 @@ class PreprocessOptions:
 def main(argv: Sequence[str]) -> int:
     """Runs the command with the arguments behind its name."""
     options = parse_options(PreprocessOptions, "preprocess", argv)
+
+    import signal
 
     from megatron_prealign.data.blocks import Limits
     from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
@@ -74,10 +78,14 @@ def main(argv: Sequence[str]) -> int:
         segmenter=options.segmenter,
         shard=_shard(options.shard),
         resume=options.resume,
+        overwrite=options.overwrite,
         use_fast_engine=options.engine == "auto",
         limits=Limits(document_bytes=_bytes("max-document-mb", options.max_document_mb)),
         save_every_bytes=_bytes("save-every-mb", options.save_every_mb),
     )
+    for name in ("SIGTERM", "SIGHUP"):
+        # As Ctrl-C: a job that is cancelled says what is kept.
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     _print(preprocess(options.input, options.tokenizer, options.output, settings))
     return 0
 
@@ -107,6 +115,9 @@ def _cores() -> int:
 
 def _print(result: "PreprocessResult") -> None:
     for prefix, facts in result.outputs.items():
+        if not result.seconds:
+            print(f"{prefix}: already there, complete, of the same inputs and options")
+            continue
         bitmap = "" if facts.segmenter is None else f", .words (by {facts.segmenter})"
         print(f"wrote {prefix}.bin, .idx{bitmap} and .json")
         print(f"language         {facts.language}")
@@ -116,7 +127,9 @@ def _print(result: "PreprocessResult") -> None:
         print(f"encoded by       {facts.engine}")
     if result.text_bytes:
         print(f"speed            {result.text_bytes / result.seconds / 1e6:.2f} MB of text a second")
-    print(f"tokens per word  {result.tokens_per_word:.2f} (words between white space, in a sample)")
+    # Where a segmenter marks the words, white space does not tell them.
+    if result.seconds and all(facts.segmenter is None for facts in result.outputs.values()):
+        print(f"tokens per word  {result.tokens_per_word:.2f} (words between white space, in a sample)")
     if not result.outputs:
         print("no document in this shard, and no language to write an empty dataset for")
         return

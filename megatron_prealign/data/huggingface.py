@@ -202,6 +202,8 @@ def _read_config(path: Path) -> dict[str, Any]:
                 content = orjson.loads(file.read_bytes())
             except orjson.JSONDecodeError as error:
                 raise UserError(f"{file}: not JSON ({error}); save the tokenizer again") from error
+            if not isinstance(content, dict):
+                raise UserError(f"{file}: holds no JSON object; save the tokenizer again")
             config.update({key: value for key, value in content.items() if value is not None})
     return config
 

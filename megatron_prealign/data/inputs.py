@@ -109,7 +109,8 @@ def _input(name: str) -> Input:
         return Input(name, "hub", "", 0)
     ending = ending_of(name)
     if ending is None:
-        raise UserError(f"{name}: unknown kind of file; expected one of {EXPECTED}")
+        hint = "; if it holds one object a line, name it .jsonl" if ".json" in name else ""
+        raise UserError(f"{name}: unknown kind of file; expected one of {EXPECTED}{hint}")
     kind, compression = ENDINGS[ending]
     try:
         status = os.stat(name)
@@ -122,6 +123,11 @@ def _input(name: str) -> Input:
     except OSError as error:
         raise _unreadable(name, error) from error
     written = _magic(start, end)
+    if written is None and compression and status.st_size:
+        raise UserError(
+            f"{name}: holds no {compression} data by its first bytes, its name says {ending}; rename the file after "
+            "what it holds, or fetch it again"
+        )
     if written is not None and written != (compression or kind):
         raise UserError(
             f"{name}: holds {written} data by its first bytes, its name says {ending}; "

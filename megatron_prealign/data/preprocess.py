@@ -1,8 +1,10 @@
 """Text files to .bin/.idx token files: blocks of documents are tokenised by worker processes and written in order."""
 
 import errno
+import glob
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -10,12 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.blocks import Block, Extent, Limits, extents, read_blocks
-from megatron_prealign.data.dataset import check_output_prefix, check_workers
+from megatron_prealign.data.blocks import Block, Extent, extents, read_blocks
+from megatron_prealign.data.dataset import check_output_prefix
 from megatron_prealign.data.files import sync_file
 from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
-from megatron_prealign.data.readers import EMPTY, Fields, OnError, Places, ReadError, unit_of
+from megatron_prealign.data.preprocess_settings import PreprocessSettings as PreprocessSettings
+from megatron_prealign.data.preprocess_settings import check_settings, check_shard, shard_text
+from megatron_prealign.data.readers import EMPTY, Places, ReadError, unit_of
 from megatron_prealign.data.segmenters import resolve_segmenter
 from megatron_prealign.data.sidecar import (
     InputRecord,
@@ -27,43 +31,14 @@ from megatron_prealign.data.sidecar import (
 )
 from megatron_prealign.data.tokenise import BlockTokeniser, Route, TokenisedBlock, TokeniserSettings
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_prealign.data.unfinished import TokenWriter, Unfinished, open_unfinished
+from megatron_prealign.data.unfinished import TokenWriter, Unfinished, has_unfinished, open_unfinished
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.data.worker_pool import EngineChoice, tokenise_in_order
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 
-SAVE_EVERY_BYTES = 256 << 20
-"""Text between two places to go on from: about a minute with a plain tokenizer on two cores, seconds with gigatoken."""
 # Beyond it a language field holds something else than languages, and every value opens three files.
 _MOST_DATASETS = 500
-_LARGEST_DOCUMENT_LIMIT = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
-    """What to read and how."""
-
-    language: str | None = None
-    """Language code of all documents; None if `fields.language_key` tells it."""
-    fields: Fields = Fields()
-    """Where texts and languages stand in a document."""
-    on_error: OnError = "stop"
-    """`stop` at the first bad document or file, or `skip` it and list it in the sidecar."""
-    workers: int = 1
-    """Processes that tokenise; with 1 this process does, where a Hugging Face tokenizer uses its own threads."""
-    segmenter: str | None = None
-    """Who marks the words in `OUTPUT.words`, a name for `segmenters.open_segmenter` or `auto`; None for nobody."""
-    shard: tuple[int, int] | None = None
-    """(number from 1, count): read one of `count` equal parts of the inputs only."""
-    resume: bool = False
-    """Go on from an unfinished run with this output, if there is one."""
-    use_fast_engine: bool = True
-    """Whether gigatoken may encode, where it takes the tokenizer and gives the same ids."""
-    limits: Limits = Limits()
-    """What bounds the memory."""
-    save_every_bytes: int = SAVE_EVERY_BYTES
-    """Bytes of text after which the work is saved, to go on from there."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +87,11 @@ def preprocess(
         UserError: bad options, inputs or documents; an unusable tokenizer or segmenter; nothing left to write; a full
             disk; an input that changed.
     """
-    _check_settings(settings)
+    check_settings(settings)
     check_output_prefix(str(output))
     sources = resolve_inputs(inputs)
     if settings.shard is not None:
-        _check_shard(settings.shard, sources)
+        check_shard(settings.shard, sources)
         output = f"{output}_{settings.shard[0]:05d}-of-{settings.shard[1]:05d}"
     loaded = load_tokenizer(tokenizer)
     tokenise = BlockTokeniser(
@@ -125,17 +100,33 @@ def preprocess(
     )
     start_s = time.monotonic()
     run = _Run(sources, tokenise, str(tokenizer), str(output), settings)
+    if not settings.overwrite and not has_unfinished(output):
+        finished = run.finished()
+        if finished:
+            return PreprocessResult(finished, 0.0, 0.0, 0)
     with open_unfinished(output, run.identity(), settings.resume) as unfinished:
         try:
             return run.carry_out(unfinished, show_progress, start_s)
         except UserError as error:
             raise _with_kept(error, unfinished) from error
+        except KeyboardInterrupt:
+            print(f"\n{_interrupted(unfinished)}", file=sys.stderr)
+            raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG):
                 raise
             raise _with_kept(
                 UserError(f"{unfinished.folder}: cannot be written ({error.strerror}); make room"), unfinished
             ) from error
+
+
+def _interrupted(unfinished: Unfinished) -> str:
+    if not unfinished.is_kept:
+        return "interrupted; nothing was saved yet, nothing is left behind"
+    return (
+        f"interrupted; {unfinished.kept_documents:,} documents are kept in {unfinished.folder}, the same command with "
+        "--resume goes on from there"
+    )
 
 
 def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
@@ -147,40 +138,19 @@ def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
     )
 
 
-def _check_settings(settings: PreprocessSettings) -> None:
-    fields = settings.fields
-    check_workers(settings.workers)
-    if (settings.language is None) == (fields.language_key is None):
-        raise UserError(
-            "expected either --language, a code like en or de for all documents, or --language-key, the key under "
-            f"which each tells its own; got {'both' if settings.language is not None else 'neither'}"
-        )
-    if settings.language is not None and not settings.language.strip():
-        raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
-    if not fields.text_keys or len(set(fields.columns)) != len(fields.columns) or not all(fields.columns):
-        raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}; expected one or more different keys")
-    if len(fields.text_keys) > 1 and fields.joined_by is None and "/" in "".join(fields.text_keys):
-        raise UserError(
-            f"--text-key is {' '.join(fields.text_keys)!r}; of several keys each becomes part of a file name, where "
-            "'/' cannot stand; read that key alone, or give --join"
-        )
-    if not 1 <= settings.limits.document_bytes <= _LARGEST_DOCUMENT_LIMIT:
-        raise UserError(
-            f"--max-document-mb is {settings.limits.document_bytes / (1 << 20):g}; expected more than 0, at most 1024"
-        )
-    if settings.save_every_bytes < 1:
-        raise UserError(f"--save-every-mb is {settings.save_every_bytes / (1 << 20):g}; expected more than 0")
+def _lies_at(prefix: str) -> bool:
+    return any(path(prefix).exists() for path in (bin_path, idx_path, sidecar_path))
 
 
-def _check_shard(shard: tuple[int, int], sources: Sequence[Input]) -> None:
-    if not 1 <= shard[0] <= shard[1]:
-        raise UserError(f"--shard is {shard[0]}/{shard[1]}; expected 1/{shard[1]} to {shard[1]}/{shard[1]}")
-    for source in sources:
-        if source.kind == "hub":
-            raise UserError(
-                f"{source.name}: a dataset read over the network has no bytes to share out; download it, or leave "
-                "--shard out"
-            )
+def _sidecars_of(output: str) -> Iterator[Path]:
+    return Path(output).parent.glob(f"{glob.escape(Path(output).name)}_*.json")
+
+
+def _in_the_way(prefix: str) -> UserError:
+    return UserError(
+        f"{prefix}.bin: a dataset lies here already; replace it with --overwrite, or choose another --output (--resume "
+        "leaves one of the same inputs and options as it is)"
+    )
 
 
 @dataclass
@@ -214,6 +184,40 @@ class _Run:
             "fast engine": settings.use_fast_engine,
             **asdict(settings.limits),
         }
+
+    def finished(self) -> dict[str, Sidecar]:
+        """With `resume`, the datasets that a finished run of the same kind left; empty if nothing is there.
+
+        Raises:
+            UserError: something else lies there.
+        """
+        settings = self.settings
+        if settings.language is not None:
+            columns = 1 if settings.fields.joined_by is not None else len(settings.fields.text_keys)
+            prefixes = [self._prefix(Route(column, settings.language)) for column in range(columns)]
+            there = [prefix for prefix in prefixes if _lies_at(prefix)]
+        else:
+            # Which languages there are, the documents alone know.
+            prefixes = there = sorted(str(path)[: -len(".json")] for path in _sidecars_of(self.output))
+        if settings.resume and there == prefixes:
+            found = {prefix: load_sidecar(prefix) for prefix in there if sidecar_path(prefix).exists()}
+            if len(found) == len(there) and all(self._is_ours(sidecar) for sidecar in found.values()):
+                return found
+        if there and settings.language is not None:
+            raise _in_the_way(there[0])
+        return {}
+
+    def _is_ours(self, sidecar: Sidecar) -> bool:
+        settings, fields = self.settings, self.settings.fields
+        keys = [fields.text_keys] if fields.joined_by is not None else [(key,) for key in fields.text_keys]
+        return (
+            sidecar.language == (settings.language or sidecar.language)
+            and sidecar.tokenizer.fingerprint == self.tokenizer.fingerprint
+            and tuple(sidecar.text_keys) in keys
+            and sidecar.segmenter == resolve_segmenter(settings.segmenter, sidecar.language)
+            and sidecar.shard == shard_text(settings.shard)
+            and sidecar.inputs == [InputRecord(source.name, source.bytes) for source in self.sources]
+        )
 
     def _inputs_digest(self) -> str:
         """Names, sizes and times of all inputs. A digest: the journal is written often, and there may be a million."""
@@ -309,6 +313,8 @@ class _Run:
     def _check_route(self, route: Route, places: Places) -> None:
         """Refuses what no dataset must be opened for."""
         prefix = self._prefix(route)
+        if prefix not in self.routes and not self.settings.overwrite and _lies_at(prefix):
+            raise _in_the_way(prefix)
         other = self.routes.setdefault(prefix, route)
         keys, language_key = self.settings.fields.text_keys, self.settings.fields.language_key
         if other != route:
@@ -337,7 +343,7 @@ class _Run:
         if not unfinished.writers:
             if settings.shard is None:
                 listed = journal.problems.listed
-                first = f"{listed[0].where}: {listed[0].why}" if listed else "none"
+                first = f"{listed[0].where}: {listed[0].why}" if listed else "they hold nothing but white space"
                 raise UserError(
                     f"no document left of {len(self.sources)} inputs ({journal.problems.count} skipped); first reason: "
                     f"{first}"
@@ -389,7 +395,9 @@ class _Run:
         keys = settings.fields.text_keys
         return Sidecar(
             language=writer.route.language,
-            tokenizer=TokenizerRecord(self.tokenizer_path, self.tokenizer.fingerprint, self.tokenizer.vocab_size),
+            tokenizer=TokenizerRecord(
+                os.path.abspath(self.tokenizer_path), self.tokenizer.fingerprint, self.tokenizer.vocab_size
+            ),
             eod_id=self.tokenizer.eod_id,
             documents=writer.documents,
             tokens=writer.tokens,
@@ -401,7 +409,7 @@ class _Run:
             checksums=sums,
             engine=self._engine(writer.route.language, journal.plain_from),
             text_keys=list(keys if settings.fields.joined_by is not None else keys[writer.route.column :][:1]),
-            shard=None if settings.shard is None else f"{settings.shard[0]}/{settings.shard[1]}",
+            shard=shard_text(settings.shard),
         )
 
     def _engine(self, language: str, plain_from: str | None) -> str:

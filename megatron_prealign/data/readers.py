@@ -4,6 +4,7 @@ JSON lines hold one object each, tables one row; the text stands under a key, wh
 lines are passed over. In `.txt` files blank lines separate the documents.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -257,8 +258,23 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         # The parser calls broken UTF-8 broken JSON; the byte that is at fault helps more.
-        shown = _decode(raw).strip()[:40]
+        text = _decode(raw)
+        if "NaN" in text or "Infinity" in text:
+            return _python_json(text)
+        shown = text.strip()[:40]
         raise _BadDocument(f"not JSON ({error.msg} at column {error.colno}): {shown!r}; expected an object") from error
+    if not isinstance(value, dict):
+        raise _BadDocument(f'a JSON {_json_kind(value)}; expected an object like {{"text": "..."}}')
+    return value
+
+
+def _python_json(text: str) -> dict[str, Any]:
+    """An object with the NaN and Infinity that Python and pandas write, which JSON has not; no half surrogate pairs."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:
+        raise _BadDocument(f"not JSON ({error}): {text.strip()[:40]!r}; expected an object") from error
     if not isinstance(value, dict):
         raise _BadDocument(f'a JSON {_json_kind(value)}; expected an object like {{"text": "..."}}')
     return value

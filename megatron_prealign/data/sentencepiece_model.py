@@ -27,7 +27,10 @@ class SentencePieceTokenizer(Tokenizer):
 
         self.path = path
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            data = path.read_bytes()
+            if not data:
+                raise RuntimeError("the file is empty")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a sentencepiece model ({error}); train or download it again") from error
         processor = self._processor

@@ -243,6 +243,11 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def has_unfinished(output: str | Path) -> bool:
+    """Whether there is a run to go on from."""
+    return (Path(f"{output}{ENDING}") / _JOURNAL).exists()
+
+
 @contextmanager
 def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) -> Iterator[Unfinished]:
     """Holds the folder of a run while it works. If nothing was saved in it by then, it is gone afterwards.

@@ -307,14 +307,51 @@ def test_mistakes(
 
 
 def test_a_run_over_another_dataset_leaves_nothing_of_it(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "x"
+    out, again = tmp_path / "x", replace(GERMAN, overwrite=True)
     preprocess([folder / "a.jsonl"], folder / "tok", out, replace(GERMAN, segmenter="word_cutters:KnownWords"), False)
-    preprocess([folder / "b.jsonl.gz"], folder / "tok", out, GERMAN, show_progress=False)
+    preprocess([folder / "b.jsonl.gz"], folder / "tok", out, again, show_progress=False)
     preprocess([folder / "b.jsonl.gz"], folder / "tok", tmp_path / "y", GERMAN, show_progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{ending}" for name in "xy" for ending in ("bin", "idx", "json")
     )
     assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
+
+
+def command(folder: Path, name: str, out: Path, *options: str) -> int:
+    arguments = ["--input", str(folder / name), "--tokenizer", str(folder / "tok"), "--workers", "1"]
+    return main(["preprocess", *arguments, "--output", str(out), *options])
+
+
+@pytest.mark.parametrize("languages", [["--language", "de"], ["--language-key", "meta.lang"]])
+def test_a_finished_dataset_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], languages: list[str]
+) -> None:
+    out = tmp_path / "x"
+    assert command(folder, "a.jsonl", out, *languages) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == (3 if languages[0] == "--language" else 9)
+    capsys.readouterr()
+    # Started again, as a job array is.
+    assert command(folder, "a.jsonl", out, *languages, "--resume") == 0
+    assert capsys.readouterr().out.count("already there, complete") == len(before) // 3
+    # Anything else is in its way.
+    for name, options in [
+        ("a.jsonl", []),
+        ("b.jsonl.gz", ["--resume"]),
+        ("a.jsonl", ["--text-key", "meta.title", "--resume"]),
+    ]:
+        assert command(folder, name, out, *languages, *options) == 2
+        assert "a dataset lies here already; replace it with --overwrite" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert command(folder, "b.jsonl.gz", out, *languages, "--overwrite") == 0
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} != before
+
+
+def test_files_without_a_sidecar_stay_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.bin").write_bytes(b"of Megatron's own tool")
+    assert command(folder, "a.jsonl", tmp_path / "x", "--language", "de", "--resume") == 2
+    assert "a dataset lies here already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
 def test_hub_and_tables(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,12 @@ from megatron_prealign.errors import UserError
 
 # Small blocks and a journal behind every one or two of them.
 SETTINGS = PreprocessSettings(
-    language="zh", on_error="skip", limits=Limits(block_bytes=2500), save_every_bytes=3000, use_fast_engine=False
+    language="zh",
+    on_error="skip",
+    limits=Limits(block_bytes=2500),
+    save_every_bytes=3000,
+    use_fast_engine=False,
+    overwrite=True,
 )
 
 

@@ -223,6 +223,9 @@ BAD_LINES = [
     (b'{"text": 5}', "the value of 'text' is a JSON number; expected a string"),
     (b'{"text": null}', "the value of 'text' is a JSON null; expected a string"),
     (b'{"text": true}', "is a JSON boolean"),
+    (b'{"text": "half \\ud83d", "score": NaN}', "not JSON ('utf-8' codec"),
+    (b'{"text": "x", "score": Infinit}', "not JSON ("),
+    (b"NaN", "a JSON number; expected an object"),
     (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 14; convert the file to UTF-8"),
     (b'{"text": "half \\ud83d"}', "not JSON ("),
     (b'{"text": "\\udc00"}', "surrogate"),
@@ -329,6 +332,11 @@ def test_a_line_that_never_ends_does_not_stay_in_memory(tmp_path: Path, ending: 
     finally:
         tracemalloc.stop()
     assert len(blocks) == 1 and peak < 2_000_000
+
+
+def test_numbers_that_only_python_writes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "one", "score": NaN}\n{"text": "two", "score": [-Infinity]}\n')
+    assert read(path) == [("one", f"{path}:1"), ("two", f"{path}:2")]
 
 
 def test_keys(tmp_path: Path) -> None:

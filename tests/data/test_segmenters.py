@@ -241,7 +241,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "x.bin, .idx, .words (by word_cutters:KnownWords) and .json" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.words"]
     # Made again without: nothing stays behind that belongs to other tokens.
-    assert run(folder, tmp_path / "x") == 0
+    assert run(folder, tmp_path / "x", "--overwrite") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
 
 

@@ -83,7 +83,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., Path]:
         source = tmp_path / f"{language}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
         prefix = tmp_path / (f"data_{language}" if segmenter is None else f"words_{language}")
-        settings = PreprocessSettings(language=language, segmenter=segmenter)
+        settings = PreprocessSettings(language=language, segmenter=segmenter, overwrite=True)
         preprocess([str(source)], str(tokenizer.path), str(prefix), settings)
         return prefix
 
