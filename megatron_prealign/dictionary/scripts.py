@@ -123,8 +123,3 @@ def scripts_of(language: str) -> int:
     if suffix in _SUFFIXES:
         return _mask(_SUFFIXES[suffix])
     return _MASKS.get(base, 0)
-
-
-def script_names(mask: int) -> str:
-    """The names of the scripts of a mask, such as `han or kana`."""
-    return " or ".join(name for name, bit in _BITS.items() if mask & bit)
