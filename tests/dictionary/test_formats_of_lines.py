@@ -237,6 +237,42 @@ def test_broken_csv(tmp_path, text, message):
         read(tmp_path / "list.csv")
 
 
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("English,German", 2),
+        ("german;english", 2),
+        ("eng,deu", 2),
+        ("en,German,fr", 3),
+        # Words, although they are codes of languages or the names of some.
+        ("to,zu", 2),
+        ("polish,poliert", 2),
+    ],
+)
+def test_csv_headers(tmp_path, header, words):
+    row = header.replace(";", ",").split(",")
+    values = {"english": "apple", "eng": "apple", "en": "apple", "german": "Apfel", "deu": "Apfel"}
+    line = (";" if ";" in header else ",").join(values.get(name.lower(), "x") for name in row)
+    (tmp_path / "list.csv").write_text(f"{header}\n{line}\n")
+    is_header = "x" not in line or words == 3
+    assert read(tmp_path / "list.csv")[0] == ([("apple", "Apfel")] if is_header else [tuple(row), ("x", "x")])
+
+
+@pytest.mark.parametrize("header", ["en,fr", "FR,DE", "English,French", "french,spanish", "en,fr,es", "eng,fra"])
+def test_csv_of_other_languages(tmp_path, header):
+    path = tmp_path / "list.csv"
+    path.write_text(f"{header}\napple,pomme\n")
+    message = (
+        f"{path}:1: the first row names the columns {header.replace(',', ', ')}, but the list was declared as en-de"
+    )
+    for on_error in ("stop", "skip"):
+        with pytest.raises(UserError, match=re.escape(message)):
+            read(path, on_error=on_error)
+    path.write_text(f"en,de\n{header}\n")
+    if header.count(",") == 1:
+        assert read(path)[0] == [tuple(header.split(","))]
+
+
 # pyglossary
 
 

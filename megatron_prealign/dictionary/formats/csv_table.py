@@ -1,12 +1,14 @@
 """CSV: a column for each language and, if told, one more for the weight; comma or semicolon, quotes where needed.
 
-A first row that is the codes of the languages names the columns; they may then stand in another order and among others.
+A first row that is the codes or English names of the languages names the columns; they may then stand in another order
+and among others.
 """
 
 import csv
 from collections.abc import Iterator
 
 from megatron_prealign.dictionary.formats.base import ENTRIES_AT_ONCE, Entries, Reading, read_lines
+from megatron_prealign.dictionary.formats.language_codes import language_called, same_language
 from megatron_prealign.dictionary.formats.lines import count_columns, parse_weight
 from megatron_prealign.errors import UserError
 
@@ -17,7 +19,8 @@ def read(reading: Reading) -> Iterator[Entries]:
     """Entries in the order of the file.
 
     Raises:
-        UserError: see `read_lines`; a quote that never ends; with `stop` also a row of other columns.
+        UserError: see `read_lines`; a quote that never ends; a first row of other languages; with `stop` also a row of
+            other columns.
     """
     source = reading.source
     names = [*source.languages, *([_WEIGHT] if source.weights else [])]
@@ -26,12 +29,13 @@ def read(reading: Reading) -> Iterator[Entries]:
     weights: list[float] = []
     first = True
     for number, row in _rows(reading):
-        if first and {cell.strip().lower() for cell in row} >= {name.lower() for name in names}:
-            header = [cell.strip().lower() for cell in row]
-            places, width = [header.index(name.lower()) for name in names], len(header)
-            first = False
-            continue
+        named = _places(row, names, len(source.languages)) if first else None
+        if first and named is None:
+            _check_languages(reading, number, row)
         first = False
+        if named is not None:
+            places, width = named, len(row)
+            continue
         try:
             if len(row) != width:
                 raise ValueError(f"got {count_columns(len(row))}, expected {width} ({', '.join(names)})")
@@ -47,6 +51,43 @@ def read(reading: Reading) -> Iterator[Entries]:
             columns, weights = [[] for _ in source.languages], []
     if weights:
         yield Entries(columns, weights if source.weights else None)
+
+
+def _places(row: list[str], names: list[str], languages: int) -> list[int] | None:
+    """The column of each name, of which the first `languages` are codes; None where the row is no header."""
+    cells = [cell.strip().lower() for cell in row]
+    wanted = [name.lower() for name in names]
+    if set(cells) >= set(wanted):
+        return [cells.index(name) for name in wanted]
+    called = [language_called(cell)[0] for cell in cells]
+    places = []
+    for name in wanted[:languages]:
+        codes = same_language(name)
+        places.append(next((place for place, language in enumerate(called) if codes & language), -1))
+    places += [cells.index(name) if name in cells else -1 for name in wanted[languages:]]
+    return places if -1 not in places and len(set(places)) == len(places) else None
+
+
+def _check_languages(reading: Reading, number: int, row: list[str]) -> None:
+    """Refuses a header of other languages than those declared.
+
+    Codes alone may be words (`to,zu` of an English-German list): one of them has to be a language of the list.
+    """
+    languages = reading.source.languages
+    cells = [cell.strip() for cell in row]
+    if reading.source.weights:
+        cells = [cell for cell in cells if cell.lower() != _WEIGHT]
+    called = [language_called(cell) for cell in cells]
+    codes = [codes for codes, _ in called]
+    if len(cells) < 2 or not all(codes) or len(set(codes)) < len(codes):
+        return
+    declared = frozenset().union(*map(same_language, languages))
+    if all(is_name for _, is_name in called) or any(each & declared for each in codes):
+        raise UserError(
+            f"{reading.source.path}:{number}: the first row names the columns {', '.join(cells)}, but the list was "
+            f"declared as {'-'.join(languages)}; declare the languages of the columns, or, if that row is words, put a "
+            f"row {','.join(languages)} before it"
+        )
 
 
 def _rows(reading: Reading) -> Iterator[tuple[int, list[str]]]:

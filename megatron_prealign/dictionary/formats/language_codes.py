@@ -29,6 +29,29 @@ for _two, _three in zip(_PAIRS[::2], _PAIRS[1::2], strict=True):
         _SAME[_code] = _SAME.get(_code, frozenset()) | _codes
 
 
+# English name and code of each language that a header is likely to name.
+_NAMES = """
+arabic ar armenian hy azerbaijani az basque eu belarusian be bengali bn bulgarian bg burmese my catalan ca
+chinese zh croatian hr czech cs danish da dutch nl english en esperanto eo estonian et finnish fi french fr
+galician gl georgian ka german de greek el gujarati gu hebrew he hindi hi hungarian hu icelandic is indonesian
+id irish ga italian it japanese ja kazakh kk khmer km korean ko lao lo latin la latvian lv lithuanian lt
+macedonian mk malay ms maltese mt marathi mr mongolian mn nepali ne norwegian no persian fa polish pl
+portuguese pt romanian ro russian ru serbian sr slovak sk slovenian sl spanish es swahili sw swedish sv
+tagalog tl tamil ta telugu te thai th tibetan bo turkish tr ukrainian uk urdu ur uzbek uz vietnamese vi welsh
+cy yiddish yi
+"""
+_NAMED = _NAMES.split()
+_CODE_OF_NAME = dict(zip(_NAMED[::2], _NAMED[1::2], strict=True))
+
+
+def language_called(text: str) -> tuple[frozenset[str], bool]:
+    """All codes of the language that a code or an English name stands for, none for any other text; and whether it is a
+    name."""
+    text = text.strip().lower()
+    code = _CODE_OF_NAME.get(text, text)
+    return (same_language(code) if code.partition("_")[0] in _SAME else frozenset()), text in _CODE_OF_NAME
+
+
 def same_language(code: str) -> frozenset[str]:
     """All codes of the language of `code`, in small letters; what follows an underscore (a script, a country) is left
     out."""
