@@ -35,6 +35,7 @@ _INDEX_CHUNK = 1 << 18
 # Megatron-Core's own limit below which it stores ids in 16 bits.
 _UINT16_VOCAB_LIMIT = 65_500
 _AGAIN = "make the dataset again with megatron-prealign preprocess"
+_MEND = "mend it with megatron-prealign dataset repair if its .bin is whole, or make it again with preprocess"
 
 
 def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
@@ -150,7 +151,7 @@ def load_index(path: Path, prefix: str = "") -> Index:
     found = path.stat().st_size
     # Multimodal datasets carry one more byte a sequence.
     if found not in (expected, expected + sequences):
-        raise UserError(f"{path}: {found:,} bytes, expected {expected:,} for {sequences:,} documents; {_AGAIN}")
+        raise UserError(f"{path}: {found:,} bytes, expected {expected:,} for {sequences:,} documents; {_MEND}")
     index = Index(
         path,
         dtype,
@@ -186,7 +187,9 @@ def _check_is_file(path: Path, prefix: str) -> None:
         return
     if path.is_symlink():
         raise UserError(f"{path}: a link that leads to no file ({os.readlink(path)}); mend the link")
-    hint = "give the prefix without the ending" if prefix.endswith((".bin", ".idx", ".json")) else _AGAIN
+    hint = _MEND if path.suffix == ".idx" and bin_path(prefix).is_file() else _AGAIN
+    if prefix.endswith((".bin", ".idx", ".json")) or "*" in prefix:
+        hint = "give the prefix without the ending, and patterns unquoted, for the shell"
     raise UserError(f"{path}: no such file; {hint}")
 
 
@@ -194,12 +197,12 @@ def _check_boundaries(index: Index) -> None:
     boundaries = index.boundaries
     if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != index.sequences:
         raise UserError(
-            f"{index.path}: its document boundaries do not cover its {index.sequences:,} sequences; {_AGAIN}"
+            f"{index.path}: its document boundaries do not cover its {index.sequences:,} sequences; {_MEND}"
         )
     for start in range(0, len(boundaries), _INDEX_CHUNK):
         part = boundaries[start : start + _INDEX_CHUNK + 1]
         if (part[1:] < part[:-1]).any():
-            raise UserError(f"{index.path}: damaged (its document boundaries go backwards); {_AGAIN}")
+            raise UserError(f"{index.path}: damaged (its document boundaries go backwards); {_MEND}")
 
 
 def _check_pointers(index: Index) -> None:
@@ -208,11 +211,11 @@ def _check_pointers(index: Index) -> None:
         lengths = index.lengths[start : start + _INDEX_CHUNK]
         pointers = index.pointers[start : start + _INDEX_CHUNK]
         if lengths.min() < 0 or (start == 0 and pointers[0] != 0):
-            raise UserError(f"{index.path}: damaged (a negative length, or the first document is not at 0); {_AGAIN}")
+            raise UserError(f"{index.path}: damaged (a negative length, or the first document is not at 0); {_MEND}")
         sizes = lengths.astype(numpy.int64) * index.dtype.itemsize
         ends = numpy.cumsum(sizes) + expected
         if (pointers != ends - sizes).any():
-            raise UserError(f"{index.path}: damaged (its lengths and offsets do not fit together); {_AGAIN}")
+            raise UserError(f"{index.path}: damaged (its lengths and offsets do not fit together); {_MEND}")
         expected = int(ends[-1])
 
 
@@ -319,7 +322,7 @@ def _read_header(path: Path) -> tuple[int, int, numpy.dtype]:
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{path}: not a Megatron index file (it starts with {header[:9]!r}); {_AGAIN}")
+        raise UserError(f"{path}: not a Megatron index file (it starts with {header[:9]!r}); {_MEND}")
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
     if version != 1 or code not in _TYPES:
         raise UserError(f"{path}: version {version}, dtype code {code}; expected version 1, codes 1 to 8; {_AGAIN}")

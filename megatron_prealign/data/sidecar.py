@@ -106,9 +106,14 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; make the dataset with megatron-prealign preprocess") from error
+        raise UserError(
+            f"{path}: no such file; make the dataset with megatron-prealign preprocess, or, if its .bin is there, the "
+            "missing files with megatron-prealign dataset repair"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}); make the dataset again") from error
+        raise UserError(
+            f"{path}: not a readable JSON file ({error}); mend it with megatron-prealign dataset repair"
+        ) from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds no JSON object; make the dataset again with megatron-prealign preprocess")
     version = data.get("format_version")

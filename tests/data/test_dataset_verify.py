@@ -207,7 +207,8 @@ def test_tokenizer_and_options(tmp_path, tiny, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
     write_tokens(tmp_path / "plain", [[1]])
     assert problems(str(tmp_path / "plain")) == [
-        f"{tmp_path}/plain.json: no such file; make the dataset with megatron-prealign preprocess"
+        f"{tmp_path}/plain.json: no such file; make the dataset with megatron-prealign preprocess, or, if its .bin is "
+        "there, the missing files with megatron-prealign dataset repair"
     ]
 
 
