@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
 from megatron_prealign.tools.dictionary_preview import preview
-from megatron_prealign.tools.dictionary_report import report
+from megatron_prealign.tools.dictionary_report import replaces_nothing, report
 
 if TYPE_CHECKING:
     from megatron_prealign.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class BuildOptions:
     tokenizer: str
     """Hugging Face tokenizer folder or sentencepiece model file, the one the corpora were preprocessed with."""
     output: str
-    """Table file to write."""
+    """Table file to write; an older table there is replaced, any other file is not."""
     languages: str | None = None
     """Languages of the columns (en-de, or en-de-fr for lists of three), for inputs that do not name their own."""
     format: Literal[
@@ -112,7 +112,7 @@ class MergeOptions:
     tokenizer: str
     """The tokenizer that they were built with."""
     output: str
-    """Table file to write."""
+    """Table file to write; an older table there is replaced, any other file is not."""
     max_translations: int = 4
     """Most translations of a word in one language; the first ones are kept."""
     order: Literal["file", "weight"] = "file"
@@ -141,9 +141,11 @@ def build(argv: Sequence[str]) -> int:
     from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.build import BuildReport, build_table, read_groups
     from megatron_prealign.dictionary.coverage import count_groups, measure_coverage
+    from megatron_prealign.dictionary.outputs import check_table_output
     from megatron_prealign.dictionary.pivot import join_over
 
     settings, cleaning, inputs = _settings(options)
+    check_table_output(options.output)
     report = BuildReport()
     tokenizer = load_tokenizer(options.tokenizer)
     groups, sources = read_groups(
@@ -165,7 +167,7 @@ def build(argv: Sequence[str]) -> int:
     table = count_groups(table, corpora)
     table.save(options.output)
     _print_report(table, report)
-    _print_coverage(corpora)
+    _print_coverage(table, corpora)
     print(f"wrote {options.output}")
     return 0
 
@@ -225,6 +227,7 @@ def merge(argv: Sequence[str]) -> int:
     from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
     from megatron_prealign.dictionary.merge import merge_counts, merge_groups
+    from megatron_prealign.dictionary.outputs import check_table_output
     from megatron_prealign.dictionary.table import load_table
 
     settings = BuildSettings(
@@ -235,6 +238,7 @@ def merge(argv: Sequence[str]) -> int:
     )
     if len(options.table) < 2:
         raise UserError("--table names one table, expected two or more to put together")
+    check_table_output(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     tables = []
     for path in options.table:
@@ -258,7 +262,7 @@ def coverage(argv: Sequence[str]) -> int:
     from megatron_prealign.dictionary.table import load_table
 
     table = load_table(options.table)
-    _print_coverage([measure_coverage(table, prefix, options.max_tokens) for prefix in options.corpus])
+    _print_coverage(table, [measure_coverage(table, prefix, options.max_tokens) for prefix in options.corpus])
     return 0
 
 
@@ -269,7 +273,8 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
         print(f"skipped {report.errors.count - len(report.errors.first)} more lines")
     for warning in report.warnings:
         print(f"warning: {warning}")
-    print(f"{report.errors.count:>12,}  lines skipped")
+    if report.errors.count:
+        print(f"{report.errors.count:>12,}  lines skipped")
     for name, count in report.rules.items():
         if count:
             print(f"{count:>12,}  {name}")
@@ -280,8 +285,12 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
     print(f"{table.num_candidates:>12,}  candidates")
 
 
-def _print_coverage(corpora: "Sequence[Coverage]") -> None:
+def _print_coverage(table: "DictionaryTable", corpora: "Sequence[Coverage]") -> None:
+    replaced = table.replaced_languages()
     for corpus in corpora:
+        if corpus.language not in replaced:
+            print(replaces_nothing(corpus.prefix, corpus.language, replaced))
+            continue
         print(
             f"coverage of {corpus.prefix} ({corpus.language}): {corpus.share:.1%} "
             f"({corpus.known_words:,} of {corpus.running_words:,} running words, {corpus.tokens:,} tokens)"

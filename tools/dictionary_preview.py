@@ -81,6 +81,8 @@ def preview(argv: Sequence[str]) -> int:
     """Runs `dictionary preview`."""
     options = parse_options(PreviewOptions, "dictionary preview", with_value(argv, "--labels"))
     _check(options)
+    if options.html is not None:
+        _check_page(Path(options.html))
     recipe = _recipe(options)
     section = _section(options, recipe)
 
@@ -205,14 +207,21 @@ def _check_length(prefix: str, seq_length: int) -> None:
         )
 
 
+def _check_page(path: Path) -> None:
+    from megatron_prealign.dictionary.outputs import check_folder
+
+    if path.is_dir():
+        raise UserError(f"--html is {path}, a folder; expected a file to write")
+    check_folder(path.parent, path, "--html")
+
+
 def _write_page(made: "Preview", path: Path) -> None:
     from megatron_prealign.code_switch.preview_page import render_page
     from megatron_prealign.data.files import make_folder, write_atomically
+    from megatron_prealign.dictionary.outputs import writing
 
     make_folder(path.parent, "--html")
-    if path.is_dir():
-        raise UserError(f"--html is {path}, a folder; expected a file to write")
-    with write_atomically(path) as temporary:
+    with writing(path, "page"), write_atomically(path) as temporary:
         temporary.write_text(render_page(made), encoding="utf-8")
 
 

@@ -39,6 +39,7 @@ def report(argv: Sequence[str]) -> int:
 
     from megatron_prealign.data.files import make_folder, write_all_atomically
     from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+    from megatron_prealign.dictionary.outputs import check_folder, writing
     from megatron_prealign.dictionary.report import ReportSettings, make_report
     from megatron_prealign.dictionary.report_page import render_page
     from megatron_prealign.dictionary.table import load_table
@@ -52,6 +53,8 @@ def report(argv: Sequence[str]) -> int:
     )
     if not options.corpus:
         raise UserError("--corpus is empty, expected one or more prefixes of preprocessed datasets")
+    folder = Path(options.output)
+    check_folder(folder, folder, "--output")
     table = load_table(options.table)
     loaded: dict[str, Tokenizer] = {}
     paths = [options.tokenizer or _tokenizer_of(prefix) for prefix in options.corpus]
@@ -59,12 +62,16 @@ def report(argv: Sequence[str]) -> int:
         if path not in loaded:
             loaded[path] = load_tokenizer(path)
     made = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
-    folder = Path(options.output)
     make_folder(folder, "--output")
-    with write_all_atomically([folder / "report.html", folder / "report.json"]) as (page, values):
+    files = [folder / "report.html", folder / "report.json"]
+    with writing(folder, "report"), write_all_atomically(files) as (page, values):
         page.write_text(render_page(made), encoding="utf-8")
         values.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    replaced = table.replaced_languages()
     for corpus in made["corpora"]:
+        if corpus["language"] not in replaced:
+            print(replaces_nothing(corpus["prefix"], corpus["language"], replaced))
+            continue
         print(
             f"{corpus['prefix']} ({corpus['language']}): {corpus['coverage']:.1%} of {corpus['running_words']:,} "
             f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} different ones, "
@@ -72,6 +79,11 @@ def report(argv: Sequence[str]) -> int:
         )
     print(f"wrote {folder / 'report.json'} and {folder / 'report.html'}")
     return 0
+
+
+def replaces_nothing(prefix: str, language: str, replaced: Sequence[str]) -> str:
+    """What stands in place of shares for a corpus whose language the table has no keys for."""
+    return f"{prefix} ({language}): the table replaces no words of {language}, only of {', '.join(replaced)}"
 
 
 def _tokenizer_of(prefix: str) -> str:

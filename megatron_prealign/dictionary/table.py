@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.files import write_atomically
+from megatron_prealign.dictionary.outputs import writing
 from megatron_prealign.dictionary.ragged import row_indices
 from megatron_prealign.errors import UserError
 
@@ -135,6 +136,10 @@ class DictionaryTable:
         """Id of a language code; None where the table does not have it."""
         return self.languages.index(language) if language in self.languages else None
 
+    def replaced_languages(self) -> list[str]:
+        """Codes of the languages that have keys: words of no other are ever replaced."""
+        return [self.languages[language] for language in np.unique(self.key_language)]
+
     def check_tokenizer(self, fingerprint: str, whose: str = "the tokenizer in use") -> None:
         """Checks that ids of this table mean the same as those of a tokenizer or dataset, called `whose` in the
         message.
@@ -216,7 +221,7 @@ class DictionaryTable:
         """Writes the table in one step: a reader sees the old file or the whole new one.
 
         Raises:
-            UserError: the folder does not exist or cannot be written.
+            UserError: the folder cannot be written or its disk is full.
         """
         from safetensors.numpy import save_file
 
@@ -232,7 +237,7 @@ class DictionaryTable:
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in TENSORS}
         if self.word_weight is not None:
             tensors[_WORD_WEIGHT] = np.ascontiguousarray(self.word_weight)
-        try:
+        with writing(path, "dictionary table"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(path) as temporary:
                 # safetensors makes files that only their owner can read, whatever the umask says.
@@ -241,8 +246,6 @@ class DictionaryTable:
                 save_file(tensors, temporary, metadata)
                 _sort_metadata(temporary)
                 temporary.chmod(mode)
-        except OSError as error:
-            raise UserError(f"{path}: cannot write the dictionary table: {error}") from error
 
 
 def _sort_metadata(path: Path) -> None:

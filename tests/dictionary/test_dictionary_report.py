@@ -176,9 +176,36 @@ def test_report_command(built, tokenizer, tmp_path, make_dataset, capsys):
     assert (tmp_path / "new" / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
     (tmp_path / "file").write_text("")
     assert main([*arguments, "--output", str(tmp_path / "file")]) == 2
-    assert "--output: the folder" in capsys.readouterr().err
+    assert f"--output is {tmp_path}/file, but {tmp_path}/file does not take new files" in capsys.readouterr().err
     assert main([*arguments, "--output", str(tmp_path / "r"), "--tokenizer", str(tmp_path / "none")]) == 2
     assert "no such tokenizer" in capsys.readouterr().err
+
+
+def test_corpora_that_the_table_says_nothing_of(tokenizer, tmp_path, make_dataset, capsys):
+    corpora = [str(make_dataset(tokenizer, ["Apfel und Haus"], language)) for language in ("de", "es")]
+    lines = [
+        f"{corpus} ({language}): the table replaces no words of {language}, only of en, ru\n"
+        for corpus, language in zip(corpora, ("de", "es"), strict=True)
+    ]
+    lists = {"a.tsv:en-de": "apple\tApfel\n", "b.tsv:ru-de": "дом\tHaus\n"}
+    capsys.readouterr()
+    inputs = []
+    for key, text in lists.items():
+        (tmp_path / key.partition(":")[0]).write_text(text, encoding="utf-8")
+        inputs.append(f"{tmp_path}/{key}")
+    table = str(tmp_path / "table")
+    given = ["--tokenizer", str(tokenizer.path), "--output", table, "--corpus", *corpora]
+    commands = {
+        "build": ["--input", *inputs, *given],
+        "coverage": ["--table", table, "--corpus", *corpora],
+        "report": ["--table", table, "--corpus", *corpora, "--output", f"{tmp_path}/report"],
+    }
+    for action, arguments in commands.items():
+        assert main(["dictionary", action, *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert "".join(lines) in printed and "%" not in printed and "lines skipped" not in printed
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [corpus["coverage"] for corpus in report["corpora"]] == [0.0, 0.0]
 
 
 def test_merge_command(built, tokenizer, clone_tokenizer, tmp_path, make_dataset, capsys):
