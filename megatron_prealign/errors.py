@@ -1,5 +1,7 @@
 """The one error type for mistakes a user can make and mend."""
 
+import errno
+
 
 class UserError(Exception):
     """A mistake in the user's files, recipe or command line.
@@ -14,10 +16,17 @@ class UserError(Exception):
 
 
 def user_error_of(error: OSError) -> UserError | None:
-    """What the operating system refused as a line for the user; None where it names no file, which is for us to
-    mend."""
-    if error.filename is None or error.strerror is None:
+    """What the operating system refused as a line for the user; None where it names no file and is about no disk, which
+    is for us to mend."""
+    if error.strerror is None:
         return None
+    if error.filename is None:
+        # Writing to a file that is open does not say which one it is.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return None
+        return UserError(
+            f"the output cannot be written ({error.strerror}); make room on its disk, or choose another place for it"
+        )
     return UserError(
         f"{error.filename}: {error.strerror} ({type(error).__name__}); check this path, its permissions and the space "
         "left on its disk"

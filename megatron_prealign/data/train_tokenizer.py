@@ -218,7 +218,9 @@ def _training_texts(
 
 def _train(texts: Iterator[str], folder: Path, vocab_size: int, settings: TrainerSettings) -> None:
     if settings.kind == "byte-bpe":
-        train_byte_bpe(texts, vocab_size).save(str(folder / "tokenizer.json"))
+        # Not its own `save`, which tells a full disk as an exception without a kind.
+        definition = train_byte_bpe(texts, vocab_size).to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": EOD,

@@ -167,6 +167,23 @@ def test_file_that_the_system_refuses_is_one_line(
     )
 
 
+def test_full_disk_without_a_file_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        # A device that is always full.
+        with open("/dev/full", "w") as stream:
+            stream.write("x")
+        return 0
+
+    with_command(monkeypatch, main)
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the output cannot be written (No space left on device); make room on its disk, or choose another place "
+        "for it\n"
+    )
+
+
 def test_system_error_without_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(argv: Sequence[str]) -> int:
         raise ConnectionResetError("by peer")

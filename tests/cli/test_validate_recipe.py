@@ -140,7 +140,7 @@ def test_missing_file(
     values["data"]["sources"][0]["path"] = str(prefix)
     message = refusal(values, tmp_path, capsys)
     assert f"{prefix}{ending}" in message
-    assert "megatron-prealign preprocess" in message
+    assert f"megatron-prealign {'dataset repair' if ending == '.idx' else 'preprocess'}" in message
 
 
 def test_validation_sources_are_checked_too(
