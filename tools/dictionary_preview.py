@@ -217,11 +217,10 @@ def _check_page(path: Path) -> None:
 
 def _write_page(made: "Preview", path: Path) -> None:
     from megatron_prealign.code_switch.preview_page import render_page
-    from megatron_prealign.data.files import make_folder, write_atomically
+    from megatron_prealign.data.files import write_atomically
     from megatron_prealign.dictionary.outputs import writing
 
-    make_folder(path.parent, "--html")
-    with writing(path, "page"), write_atomically(path) as temporary:
+    with writing(path.parent, path, "page"), write_atomically(path) as temporary:
         temporary.write_text(render_page(made), encoding="utf-8")
 
 

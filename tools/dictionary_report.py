@@ -37,7 +37,7 @@ def report(argv: Sequence[str]) -> int:
     """Runs `dictionary report`."""
     options = parse_options(ReportOptions, "dictionary report", argv)
 
-    from megatron_prealign.data.files import make_folder, write_all_atomically
+    from megatron_prealign.data.files import write_all_atomically
     from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
     from megatron_prealign.dictionary.outputs import check_folder, writing
     from megatron_prealign.dictionary.report import ReportSettings, make_report
@@ -62,9 +62,8 @@ def report(argv: Sequence[str]) -> int:
         if path not in loaded:
             loaded[path] = load_tokenizer(path)
     made = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
-    make_folder(folder, "--output")
     files = [folder / "report.html", folder / "report.json"]
-    with writing(folder, "report"), write_all_atomically(files) as (page, values):
+    with writing(folder, folder, "report"), write_all_atomically(files) as (page, values):
         page.write_text(render_page(made), encoding="utf-8")
         values.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     replaced = table.replaced_languages()
@@ -83,7 +82,8 @@ def report(argv: Sequence[str]) -> int:
 
 def replaces_nothing(prefix: str, language: str, replaced: Sequence[str]) -> str:
     """What stands in place of shares for a corpus whose language the table has no keys for."""
-    return f"{prefix} ({language}): the table replaces no words of {language}, only of {', '.join(replaced)}"
+    only = f"words of {language}, only of {', '.join(replaced)}" if replaced else "words at all"
+    return f"{prefix} ({language}): the table replaces no {only}"
 
 
 def _tokenizer_of(prefix: str) -> str:

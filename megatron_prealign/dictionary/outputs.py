@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_prealign.errors import UserError
@@ -54,11 +54,11 @@ def check_folder(folder: Path, path: str | Path, option: str) -> None:
 
 
 @contextmanager
-def writing(path: str | Path, what: str) -> Iterator[None]:
-    """Turns what the disk refuses within the block into one line.
+def writing(folder: Path, path: str | Path, what: str) -> Iterator[None]:
+    """Makes `folder` and turns what the disk refuses within the block into one line; then no new folder stays.
 
     Args:
-        path: what the user named.
+        path: what the user named, for the message.
         what: what is written there, for the message.
 
     Raises:
@@ -66,19 +66,29 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
+        _remove_empty(new)
         number = error.errno
         if number is None:
             raise
         raise _refused(path, what, number) from error
     except SafetensorError as error:
+        _remove_empty(new)
         # It carries the number of the system's error in its text alone.
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:
             raise
         raise _refused(path, what, int(found[1])) from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _refused(path: str | Path, what: str, number: int) -> UserError:

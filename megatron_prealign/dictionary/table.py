@@ -237,15 +237,13 @@ class DictionaryTable:
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in TENSORS}
         if self.word_weight is not None:
             tensors[_WORD_WEIGHT] = np.ascontiguousarray(self.word_weight)
-        with writing(path, "dictionary table"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with write_atomically(path) as temporary:
-                # safetensors makes files that only their owner can read, whatever the umask says.
-                temporary.touch()
-                mode = temporary.stat().st_mode
-                save_file(tensors, temporary, metadata)
-                _sort_metadata(temporary)
-                temporary.chmod(mode)
+        with writing(path.parent, path, "dictionary table"), write_atomically(path) as temporary:
+            # safetensors makes files that only their owner can read, whatever the umask says.
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file(tensors, temporary, metadata)
+            _sort_metadata(temporary)
+            temporary.chmod(mode)
 
 
 def _sort_metadata(path: Path) -> None:

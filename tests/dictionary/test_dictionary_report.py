@@ -15,6 +15,7 @@ from megatron_prealign.dictionary.report import ReportSettings, make_report
 from megatron_prealign.dictionary.report_page import render_page
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
+from megatron_prealign.tools.dictionary_report import replaces_nothing
 
 DOCUMENTS = ['The apple, (apple) and "Apple" - red! house', "red\nhouse. 42 Houses <b>houses</b>"]
 
@@ -204,6 +205,7 @@ def test_corpora_that_the_table_says_nothing_of(tokenizer, tmp_path, make_datase
         assert main(["dictionary", action, *arguments]) == 0
         printed = capsys.readouterr().out
         assert "".join(lines) in printed and "%" not in printed and "lines skipped" not in printed
+    assert replaces_nothing("en", "en", []) == "en (en): the table replaces no words at all"
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [corpus["coverage"] for corpus in report["corpora"]] == [0.0, 0.0]
 
