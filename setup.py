@@ -85,6 +85,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             # The one real segmenter that every test run has; the tests of the others skip where they are not installed.
             "jieba>=0.42.1",
