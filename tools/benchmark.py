@@ -60,6 +60,8 @@ def _measure(
 def preprocess(argv: Sequence[str]) -> int:
     options = parse_options(PreprocessOptions, "benchmark preprocess", argv)
 
+    from pathlib import Path
+
     import torch
 
     from megatron_prealign.benchmark.machine import describe_machine
@@ -67,12 +69,18 @@ def preprocess(argv: Sequence[str]) -> int:
     from megatron_prealign.benchmark.report import preprocess_header, preprocess_line, write_csv
 
     machine = describe_machine(torch.device("cpu"))
-    print("\n".join([*machine.lines(), "", preprocess_header()]), flush=True)
+    sizes = " to ".join(f"{size:,}" for size in options.document_bytes)
+    corpus = " ".join(Path(path).name for path in options.input) or f"synthetic, documents of {sizes} bytes"
+    tokenizer = Path(options.tokenizer).name if options.tokenizer is not None else "byte-level BPE, 4,096 ids"
+    print(
+        "\n".join([*machine.lines(), f"corpus    {corpus}", f"tokenizer {tokenizer}", "", preprocess_header()]),
+        flush=True,
+    )
     rows: list[dict[str, Any]] = []
     for found in PreprocessBenchmark(options).measure():
         print(preprocess_line(found), flush=True)
         rates = {"mb_per_second": found.mb_per_second, "tokens_per_second": found.tokens_per_second}
-        rows.append(asdict(found) | rates | asdict(machine))
+        rows.append({"corpus": corpus, "tokenizer": tokenizer} | asdict(found) | rates | asdict(machine))
     if options.output is not None:
         write_csv(options.output, rows)
         print(f"\nwrote {options.output}")

@@ -36,6 +36,8 @@ def test_synthetic_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         # An interpreter alone takes more than 10 MB.
         assert int(row["peak_bytes"]) > 10 << 20
         assert row["cpu"] and row["commit"] and row["torch"]
+        assert row["corpus"] == "synthetic, documents of 200 to 2,000 bytes"
+        assert row["tokenizer"] == "byte-level BPE, 4,096 ids"
     assert rows[0]["text_bytes"] == rows[1]["text_bytes"] and rows[0]["tokens"] == rows[1]["tokens"]
     assert 350_000 < int(rows[0]["text_bytes"]) < 400_000
     assert 100_000 <= int(rows[2]["text_bytes"]) < 110_000
