@@ -49,7 +49,8 @@ def prepare() -> None:
     run(
         megatron_prealign(
             *("train-tokenizer", "--input", train_text, "--output", str(tokenizer)),
-            *("--vocab-size", "4096", "--clone-language", "en_clone"),
+            # There is little text: it learns from all of it.
+            *("--vocab-size", "4096", "--clone-language", "en_clone", "--held-out", "0"),
         ),
         tokenizer,
     )
@@ -69,6 +70,8 @@ def prepare() -> None:
         megatron_prealign(
             *("dictionary", "build", "--input", f"{DATA / 'words.tsv'}:en-en_clone"),
             *("--tokenizer", str(tokenizer), "--output", str(table), "--corpus", str(DATA / "train_en")),
+            # The words stand in the list as they do in the text, brackets included.
+            *("--notes", "keep"),
         ),
         table,
     )

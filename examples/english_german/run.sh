@@ -12,9 +12,9 @@ data=runs/english_german/data
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$data"
 
-[ -d "$data/tokenizer" ] || megatron-prealign train-tokenizer --input "$english" "$german" --output "$data/tokenizer" --vocab-size 6000
-[ -f "$data/en.json" ] || megatron-prealign preprocess --input "$english" --tokenizer "$data/tokenizer" --output "$data/en" --language en
-[ -f "$data/de.json" ] || megatron-prealign preprocess --input "$german" --tokenizer "$data/tokenizer" --output "$data/de" --language de
+[ -d "$data/tokenizer" ] || megatron-prealign train-tokenizer --input "$english" "$german" --output "$data/tokenizer" --vocab-size 6000 --held-out 0
+[ -f "$data/en.json" ] || megatron-prealign preprocess --input "$english" --tokenizer "$data/tokenizer" --output "$data/en" --language en --resume
+[ -f "$data/de.json" ] || megatron-prealign preprocess --input "$german" --tokenizer "$data/tokenizer" --output "$data/de" --language de --resume
 [ -f "$data/table.safetensors" ] || megatron-prealign dictionary build --input "$words:en-de" --tokenizer "$data/tokenizer" \
   --output "$data/table.safetensors" --corpus "$data/en"
 
