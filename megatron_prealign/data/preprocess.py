@@ -193,8 +193,7 @@ class _Run:
         """
         settings = self.settings
         if settings.language is not None:
-            columns = 1 if settings.fields.joined_by is not None else len(settings.fields.text_keys)
-            prefixes = [self._prefix(Route(column, settings.language)) for column in range(columns)]
+            prefixes = [self._prefix(Route(column, settings.language)) for column in range(len(settings.fields.texts))]
             there = [prefix for prefix in prefixes if _lies_at(prefix)]
         else:
             # Which languages there are, the documents alone know.
@@ -208,12 +207,11 @@ class _Run:
         return {}
 
     def _is_ours(self, sidecar: Sidecar) -> bool:
-        settings, fields = self.settings, self.settings.fields
-        keys = [fields.text_keys] if fields.joined_by is not None else [(key,) for key in fields.text_keys]
+        settings = self.settings
         return (
             sidecar.language == (settings.language or sidecar.language)
             and sidecar.tokenizer.fingerprint == self.tokenizer.fingerprint
-            and tuple(sidecar.text_keys) in keys
+            and tuple(sidecar.text_keys) in settings.fields.texts
             and sidecar.segmenter == resolve_segmenter(settings.segmenter, sidecar.language)
             and sidecar.shard == shard_text(settings.shard)
             and sidecar.inputs == [InputRecord(source.name, source.bytes) for source in self.sources]
@@ -350,7 +348,7 @@ class _Run:
                 )
             if settings.language is not None:
                 # A shard may be empty; its files stand for it when the shards are put together.
-                for column in range(1 if settings.fields.joined_by is not None else len(settings.fields.text_keys)):
+                for column in range(len(settings.fields.texts)):
                     unfinished.writer(Route(column, settings.language))
         journal.outputs = [writer.sync() for writer in unfinished.writers]
         for writer in unfinished.writers:
@@ -384,7 +382,7 @@ class _Run:
     def _prefix(self, route: Route) -> str:
         fields = self.settings.fields
         parts = [self.output]
-        if fields.joined_by is None and len(fields.text_keys) > 1:
+        if len(fields.texts) > 1:
             parts.append(fields.text_keys[route.column])
         if fields.language_key is not None:
             parts.append(route.language)
@@ -392,7 +390,6 @@ class _Run:
 
     def _sidecar(self, writer: TokenWriter, unfinished: Unfinished, sums: dict[str, str]) -> Sidecar:
         journal, settings = unfinished.journal, self.settings
-        keys = settings.fields.text_keys
         return Sidecar(
             language=writer.route.language,
             tokenizer=TokenizerRecord(
@@ -408,7 +405,7 @@ class _Run:
             segmenter=resolve_segmenter(settings.segmenter, writer.route.language),
             checksums=sums,
             engine=self._engine(writer.route.language, journal.plain_from),
-            text_keys=list(keys if settings.fields.joined_by is not None else keys[writer.route.column :][:1]),
+            text_keys=list(settings.fields.texts[writer.route.column]),
             shard=shard_text(settings.shard),
         )
 

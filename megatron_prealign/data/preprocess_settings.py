@@ -55,7 +55,7 @@ def check_settings(settings: PreprocessSettings) -> None:
         raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
     if not fields.text_keys or len(set(fields.columns)) != len(fields.columns) or not all(fields.columns):
         raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}; expected one or more different keys")
-    if len(fields.text_keys) > 1 and fields.joined_by is None and "/" in "".join(fields.text_keys):
+    if len(fields.texts) > 1 and "/" in "".join(fields.text_keys):
         raise UserError(
             f"--text-key is {' '.join(fields.text_keys)!r}; of several keys each becomes part of a file name, where "
             "'/' cannot stand; read that key alone, or give --join"

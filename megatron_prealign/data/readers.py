@@ -42,6 +42,11 @@ class Fields:
         return self.text_keys[0] if len(self.columns) == 1 and self.joined_by is None else None
 
     @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The keys of each text of a document: all together if they are joined, else each by itself."""
+        return (self.text_keys,) if self.joined_by is not None else tuple((key,) for key in self.text_keys)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """All keys that are read."""
         return self.text_keys if self.language_key is None else (*self.text_keys, self.language_key)
@@ -84,7 +89,7 @@ def parse_block(block: Block, fields: Fields, limits: Limits) -> Documents:
     Raises:
         ReadError: the file of a span cannot be read.
     """
-    found = Documents([[] for _ in (fields.text_keys if fields.joined_by is None else ("joined",))])
+    found = Documents([[] for _ in fields.texts])
     if block.problem is not None:
         found.lines = block.lines
         found.pass_over(0, -1, block.problem)
