@@ -47,7 +47,7 @@ def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> 
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         if str(field.type).startswith("list["):
             arguments = join_values(arguments, f"--{field.name}")
-        elif str(field.type) in ("bool", "<class 'bool'>"):
+        elif field.type is bool:
             arguments = with_value(arguments, f"--{field.name}")
     parser = new_parser(command, options.__doc__ or "")
     # Its docstring is the description already.

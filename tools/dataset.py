@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from megatron_prealign.arguments import underscored, with_value
+from megatron_prealign.arguments import underscored
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
 
@@ -93,9 +93,7 @@ class RepairOptions:
 
 
 def merge(argv: Sequence[str]) -> int:
-    options = parse_options(
-        MergeOptions, "dataset merge", _flags(argv, "--drop_words", "--allow_missing", "--without_sidecar")
-    )
+    options = parse_options(MergeOptions, "dataset merge", argv)
 
     from megatron_prealign.data.merge import merge as merge_datasets
 
@@ -121,7 +119,7 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    options = parse_options(InspectOptions, "dataset inspect", _flags(argv, "--json"))
+    options = parse_options(InspectOptions, "dataset inspect", argv)
     if options.samples < 0:
         raise UserError(f"--samples is {options.samples}, expected a number from 0")
 
@@ -159,7 +157,7 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def repair(argv: Sequence[str]) -> int:
-    options = parse_options(RepairOptions, "dataset repair", _flags(argv, "--cut_tail", "--drop_words", "--force"))
+    options = parse_options(RepairOptions, "dataset repair", argv)
 
     from megatron_prealign.data.repair import repair as repair_dataset
 
@@ -201,14 +199,6 @@ def prepare_cache(argv: Sequence[str]) -> int:
     if recipe.data.cache is None:
         print("data.cache is not set: only runs with this logging.run_dir look there")
     return 0
-
-
-def _flags(argv: Sequence[str], *options: str) -> list[str]:
-    """Lets switches stand without a value."""
-    arguments = underscored(argv)
-    for option in options:
-        arguments = with_value(arguments, option)
-    return arguments
 
 
 def _prefixes(given: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.arguments import with_value
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
@@ -79,7 +78,7 @@ class PreviewOptions:
 
 def preview(argv: Sequence[str]) -> int:
     """Runs `dictionary preview`."""
-    options = parse_options(PreviewOptions, "dictionary preview", with_value(argv, "--labels"))
+    options = parse_options(PreviewOptions, "dictionary preview", argv)
     _check(options)
     if options.html is not None:
         _check_page(Path(options.html))

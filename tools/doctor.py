@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_prealign.arguments import with_value
 from megatron_prealign.cli import parse_options
 
 
@@ -19,7 +18,7 @@ class DoctorOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Runs all checks; returns 1 if one failed, else 0."""
-    options = parse_options(DoctorOptions, "doctor", with_value(argv, "--json"))
+    options = parse_options(DoctorOptions, "doctor", argv)
     from megatron_prealign.runtime.doctor import CHECKS, run_checks
 
     findings = []
