@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_prealign.arguments import underscored
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
+from megatron_prealign.processors import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,10 +208,7 @@ def _prefixes(given: Sequence[str]) -> list[str]:
 
 
 def _workers(given: int | None) -> int:
-    if given is not None:
-        return given
-    # A container's share is often less than the machine's cores; macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cores() if given is None else given
 
 
 ACTIONS: Actions = {

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.processors import available_cores
 
 if TYPE_CHECKING:
     from megatron_prealign.data.preprocess import PreprocessResult
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         language=options.language,
         fields=Fields(tuple(options.text_key), joined_by, options.language_key),
         on_error=options.on_error,
-        workers=_cores() if options.workers is None else options.workers,
+        workers=available_cores() if options.workers is None else options.workers,
         segmenter=options.segmenter,
         shard=_shard(options.shard),
         resume=options.resume,
@@ -104,13 +105,6 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
         raise UserError(f"--shard is {text!r}; expected I/N such as 1/8")
     return int(number), int(count)
-
-
-def _cores() -> int:
-    import os
-
-    # A container's share is often less than the machine's cores; macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _print(result: "PreprocessResult") -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import megatron_prealign
+from megatron_prealign.processors import available_cores
 from megatron_prealign.runtime.probe import ProbeError, run_command
 
 _TIMEOUT_S = 20.0
@@ -75,7 +76,7 @@ def describe_machine(device: torch.device) -> Machine:
         driver=driver,
         cuda=torch.version.cuda or "",
         cpu=_cpu_model(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         load=_load(),
         python=platform.python_version(),
         torch=torch.__version__,

@@ -1,42 +1,13 @@
 """Writes files so that a reader sees all of one or nothing: temporary names, synced, then a rename."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_prealign.disk import sync_file, sync_folder
 from megatron_prealign.errors import UserError
-
-# File systems that cannot sync a folder say so with one of these.
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
-
-
-def sync_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk, so that it outlasts a machine that loses power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder, new, renamed or removed ones, are on the disk. A file system that has no such
-    thing is left alone."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:
-        # One may write into a folder and yet not list it.
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

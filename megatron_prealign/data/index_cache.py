@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prealign.data.files import sync_folder
+from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
 
 _FORMAT_VERSION = 1

@@ -14,7 +14,6 @@ from typing import Any
 
 from megatron_prealign.data.blocks import Block, Extent, extents, read_blocks
 from megatron_prealign.data.dataset import check_output_prefix
-from megatron_prealign.data.files import sync_file
 from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
 from megatron_prealign.data.preprocess_settings import PreprocessSettings as PreprocessSettings
@@ -34,6 +33,7 @@ from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.unfinished import TokenWriter, Unfinished, has_unfinished, open_unfinished
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.data.worker_pool import EngineChoice, tokenise_in_order
+from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 

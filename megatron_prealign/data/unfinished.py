@@ -19,11 +19,12 @@ from typing import IO, Any
 import numpy
 
 from megatron_prealign.data.checksum import Checksum, file_checksum
-from megatron_prealign.data.files import make_folder, sync_folder, write_atomically
+from megatron_prealign.data.files import make_folder, write_atomically
 from megatron_prealign.data.indexed import write_index
 from megatron_prealign.data.problems import Problem, Problems
 from megatron_prealign.data.tokenise import Route, TokenisedTexts
 from megatron_prealign.data.word_bitmap import BitmapWriter
+from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
 
 ENDING = ".unfinished"

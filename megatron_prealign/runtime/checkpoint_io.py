@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime.agreement import all_ranks_ok, on_every_rank, on_rank_zero
 
@@ -40,15 +41,6 @@ OPTIMIZER_METADATA = {
 }
 _BACKEND = CheckpointingConfig("torch_dist", 1)
 _WRITER_THREADS = 2
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -196,7 +188,7 @@ def _write_metadata(strategy: _Strategy, results: Any, directory: Path, name: Pa
         strategy.writer.finish(strategy.global_metadata, results)
         # Last: nothing takes a folder without it for a checkpoint.
         save_config(_BACKEND, str(directory))
-        sync(directory / CONFIG_FNAME)
+        sync_file(directory / CONFIG_FNAME)
 
 
 def check_files(directory: Path) -> None:

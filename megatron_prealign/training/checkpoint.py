@@ -17,6 +17,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_prealign.disk import sync_file, sync_folder
 from megatron_prealign.recipe import Recipe, recipe_to_dict, save_recipe
 from megatron_prealign.runtime import random_state
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
@@ -27,7 +28,6 @@ from megatron_prealign.runtime.checkpoint_io import (
     load_sharded,
     read_errors_as_mistakes,
     save_sharded,
-    sync,
 )
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
@@ -189,8 +189,10 @@ class CheckpointStore:
         tokenizer = _copy_tokenizer(Path(self._recipe.data.tokenizer), working / "tokenizer")
         (working / "state.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         # The sharded files were synced by the ranks that wrote them.
-        for path in (working / "recipe.yaml", *tokenizer, working / "tokenizer", working / "state.json", working):
-            sync(path)
+        for path in (working / "recipe.yaml", *tokenizer, working / "state.json"):
+            sync_file(path)
+        for folder in (working / "tokenizer", working):
+            sync_folder(folder)
         abandoned = self.directory / f".{final.name}.abandoned.incomplete"
         if final.exists():
             # A run that was resumed from an older checkpoint reaches this step again.
@@ -198,9 +200,9 @@ class CheckpointStore:
         os.replace(working, final)
         pointer = self.directory / f".{LATEST}.incomplete"
         pointer.write_text(final.name + "\n", encoding="utf-8")
-        sync(pointer)
+        sync_file(pointer)
         os.replace(pointer, self.directory / LATEST)
-        sync(self.directory)
+        sync_folder(self.directory)
         remove_unfinished(self.directory)
         prune(self.directory, final, self._recipe.checkpoint.keep)
 
