@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[command][0]).main(arguments[1:]) or 0
     except UserError as error:
         return _report(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            print(f"\n{interrupt}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output went away (`| head`); point stdout elsewhere so that the interpreter's exit flush is

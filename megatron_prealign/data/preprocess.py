@@ -4,7 +4,6 @@ import errno
 import glob
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -30,7 +29,7 @@ from megatron_prealign.data.sidecar import (
 )
 from megatron_prealign.data.tokenise import BlockTokeniser, Route, TokenisedBlock, TokeniserSettings
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_prealign.data.unfinished import TokenWriter, Unfinished, has_unfinished, open_unfinished
+from megatron_prealign.data.unfinished import TokenWriter, Unfinished, UnusableRunError, has_unfinished, open_unfinished
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.data.worker_pool import EngineChoice, tokenise_in_order
 from megatron_prealign.disk import sync_file
@@ -86,6 +85,7 @@ def preprocess(
     Raises:
         UserError: bad options, inputs or documents; an unusable tokenizer or segmenter; nothing left to write; a full
             disk; an input that changed.
+        KeyboardInterrupt: with what is kept as its text.
     """
     check_settings(settings)
     check_output_prefix(str(output))
@@ -107,11 +107,12 @@ def preprocess(
     with open_unfinished(output, run.identity(), settings.resume) as unfinished:
         try:
             return run.carry_out(unfinished, show_progress, start_s)
+        except UnusableRunError:
+            raise
         except UserError as error:
             raise _with_kept(error, unfinished) from error
         except KeyboardInterrupt:
-            print(f"\n{_interrupted(unfinished)}", file=sys.stderr)
-            raise
+            raise KeyboardInterrupt(_interrupted(unfinished)) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG):
                 raise
@@ -253,7 +254,7 @@ class _Run:
             places.lines = journal.lines
         since_saved = 0
         blocks = self._blocks(parts, journal.input, journal.position)
-        results = tokenise_in_order(blocks, self.tokenise, self.tokenise.settings, settings.workers, choice)
+        results = tokenise_in_order(blocks, self.tokenise, settings.workers, choice)
         with closing(results):
             for block, result in results:
                 if block.source != journal.input:

@@ -96,7 +96,7 @@ class BlockTokeniser:
     ) -> None:
         """Opens what the settings name, unless the tokenizer is given. `large_texts` is a lock that all workers share:
         one of them at a time encodes a large text by the tokenizer's own library."""
-        self.settings = self._settings = settings
+        self.settings = settings
         self._large_texts = nullcontext() if large_texts is None else large_texts
         self.tokenizer = load_tokenizer(Path(settings.tokenizer)) if tokenizer is None else tokenizer
         self._dtype = token_dtype(self.tokenizer.vocab_size)
@@ -107,7 +107,7 @@ class BlockTokeniser:
 
     def __call__(self, block: Block, plain: bool) -> TokenisedBlock:
         """The tokens of a block; with `plain`, by the tokenizer's own library."""
-        documents = parse_block(block, self._settings.fields, self._settings.limits)
+        documents = parse_block(block, self.settings.fields, self.settings.limits)
         result = TokenisedBlock(lines=documents.lines)
         try:
             for route, places in self._routes(documents):
@@ -134,14 +134,14 @@ class BlockTokeniser:
             UserError: its package is missing, or there is no such segmenter.
         """
         if language not in self._segmenters:
-            name = resolve_segmenter(self._settings.segmenter, language)
+            name = resolve_segmenter(self.settings.segmenter, language)
             self._segmenters[language] = None if name is None else open_segmenter(name, language)
         return self._segmenters[language]
 
     def _routes(self, documents: Documents) -> list[tuple[Route, list[int]]]:
         """The datasets of a block, each with its documents."""
-        if self._settings.language is not None:
-            languages = {self._settings.language: list(range(len(documents.numbers)))}
+        if self.settings.language is not None:
+            languages = {self.settings.language: list(range(len(documents.numbers)))}
         else:
             languages = {}
             for place, language in enumerate(documents.languages):
@@ -233,7 +233,7 @@ class BlockTokeniser:
         """Ids, offsets, and where words start among the ids."""
         rows: list[numpy.ndarray] = [numpy.empty(0, dtype=numpy.int64)]
         bits: list[numpy.ndarray] = [numpy.empty(0, dtype=numpy.bool_)]
-        name = resolve_segmenter(self._settings.segmenter, language) or ""
+        name = resolve_segmenter(self.settings.segmenter, language) or ""
         for text, number in zip(texts, numbers, strict=True):
             with self._alone_if_large(len(text)):
                 ids, spans = self.tokenizer.encode_with_offsets(text, language)

@@ -36,6 +36,10 @@ _FILES_A_WRITER = 3
 _OTHER_FILES = 200
 
 
+class UnusableRunError(UserError):
+    """What an unfinished run left is damaged, so that nothing can go on from it."""
+
+
 @dataclass
 class Journal:
     """How far a run has come."""
@@ -68,7 +72,7 @@ class TokenWriter:
         """Opens the files with the `number` in `folder`: new ones, or cut to what `state` says.
 
         Raises:
-            UserError: they are shorter than that.
+            UnusableRunError: they are shorter than that.
         """
         self.route = route
         self.tokens = self.documents = self.text_bytes = 0
@@ -156,7 +160,7 @@ class TokenWriter:
 def _cut(path: Path, size: int) -> None:
     found = path.stat().st_size if path.exists() else 0
     if found < size:
-        raise UserError(
+        raise UnusableRunError(
             f"{path}: {found:,} bytes, expected {size:,} as the journal beside it says; remove that folder and begin "
             "anew"
         )
@@ -170,8 +174,6 @@ class Unfinished:
         """For `open_unfinished`."""
         self.folder = Path(f"{output}{ENDING}")
         self.journal = journal
-        self.resumed = resumed
-        """Whether it goes on from an earlier run."""
         self.is_kept = resumed
         """Whether there is something worth going on from."""
         self.kept_documents = sum(state["documents"] for state in journal.outputs)

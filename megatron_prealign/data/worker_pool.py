@@ -37,9 +37,9 @@ class _Waiting:
 
 
 def tokenise_in_order(
-    blocks: Iterator[Block], tokenise: BlockTokeniser, settings: TokeniserSettings, workers: int, choice: EngineChoice
+    blocks: Iterator[Block], tokenise: BlockTokeniser, workers: int, choice: EngineChoice
 ) -> Generator[tuple[Block, TokenisedBlock], None, None]:
-    """Tokenises blocks, in this process (`workers` 1, with `tokenise`) or in others.
+    """Tokenises blocks, with `tokenise` in this process (`workers` 1) or with its like in others.
 
     Raises:
         UserError: a worker process died.
@@ -51,7 +51,7 @@ def tokenise_in_order(
     # Forking a process in which tokenizers may hold threads can deadlock the child.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(settings, context.Lock())
+        workers, mp_context=context, initializer=_start_worker, initargs=(tokenise.settings, context.Lock())
     )
     waiting: deque[_Waiting] = deque()
 

@@ -341,9 +341,7 @@ def test_blocks_are_not_fetched_far_ahead(
             fetched += 1
             yield Block("lines", b'{"text": "x"}', number + 1, 0)
 
-    results = pool_module.tokenise_in_order(
-        blocks(), BlockTokeniser(settings), settings, 2, pool_module.EngineChoice(True)
-    )
+    results = pool_module.tokenise_in_order(blocks(), BlockTokeniser(settings), 2, pool_module.EngineChoice(True))
     for number, (block, _) in enumerate(results):
         assert block.next_position == number + 1 and fetched - number <= most
     assert fetched == 12

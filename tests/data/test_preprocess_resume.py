@@ -182,6 +182,27 @@ def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
     assert files(out) == files(tmp_path / "y")
 
 
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGTERM", "2"), ("SIGHUP", "1"), ("SIGINT", "2")])
+def test_a_signal_tells_what_is_kept(folder: Path, tmp_path: Path, name: str, workers: str) -> None:
+    path = tmp_path / "big.jsonl"
+    path.write_text('{"text": "我们"}\n' * 2_000, encoding="utf-8")
+    arguments = ["--input", path, "--tokenizer", folder / "tok", "--language", "zh", "--output", tmp_path / "x"]
+    arguments += ["--segmenter", "word_cutters:Slow", "--workers", workers]
+    command = [sys.executable, "-m", "megatron_prealign", "preprocess", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "x.unfinished/lock").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was saved yet, nothing is left behind" in errors and "Traceback" not in errors
+    assert [each.name for each in tmp_path.iterdir()] == ["big.jsonl"]
+
+
 def _children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
@@ -471,8 +492,11 @@ def test_a_damaged_unfinished_run_is_one_line(
         journal.write_text(journal.read_text().replace('"format_version": 1', '"format_version": 7'))
     else:
         os.truncate(tmp_path / "x.unfinished/0.bin", 100)
-    with pytest.raises(UserError, match=r"x.unfinished/.*(not a journal of this version|expected .* as the journal)"):
+    match = r"x.unfinished/.*(not a journal of this version|expected .* as the journal)"
+    with pytest.raises(UserError, match=match) as caught:
         run(folder, tmp_path / "x", replace(SETTINGS, resume=True))
+    # One cannot go on from there.
+    assert "--resume" not in str(caught.value)
     # Nothing is thrown away by that.
     assert journal.exists()
 
