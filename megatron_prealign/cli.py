@@ -24,6 +24,14 @@ COMMANDS = {
     ),
     "dictionary": ("megatron_prealign.tools.dictionary", "build, merge, measure and preview word-translation tables"),
     "pretrain": ("megatron_prealign.tools.pretrain", "train a model as a recipe says (alone or under torchrun)"),
+    "checkpoint": (
+        "megatron_prealign.tools.checkpoint",
+        "list, inspect and verify checkpoints, take their weights out",
+    ),
+    "convert": (
+        "megatron_prealign.tools.convert",
+        "checkpoints to and from Hugging Face, and the proof that they agree",
+    ),
     "evaluate": ("megatron_prealign.tools.evaluate", "measure checkpoints and write report.json and report.html"),
     "benchmark": ("megatron_prealign.tools.benchmark", "measure the kernels on this machine"),
     "doctor": ("megatron_prealign.tools.doctor", "check the installation, one line a part with the fix"),

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_prealign.data.checksum import Checksum, file_checksum
+from megatron_prealign.checksum import Checksum, file_checksum
 from megatron_prealign.data.dataset import Dataset, check_output_prefix, check_workers, open_dataset
 from megatron_prealign.data.files import make_folder, write_all_atomically
 from megatron_prealign.data.indexed import bin_path, idx_path, index_bytes, write_joined_index

@@ -11,7 +11,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from megatron_prealign.data.checksum import Checksum, file_checksum
+from megatron_prealign.checksum import Checksum, file_checksum
 from megatron_prealign.data.dataset import check_workers
 from megatron_prealign.data.files import write_all_atomically, write_atomically
 from megatron_prealign.data.indexed import bin_path, idx_path, index_dtype, token_dtype, write_index

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy
 
-from megatron_prealign.data.checksum import Checksum, file_checksum
+from megatron_prealign.checksum import Checksum, file_checksum
 from megatron_prealign.data.files import make_folder, write_atomically
 from megatron_prealign.data.indexed import write_index
 from megatron_prealign.data.problems import Problem, Problems

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_prealign.data.checksum import CHECKSUM_BLOCK, checksum_of_blocks, file_checksum
+from megatron_prealign.checksum import CHECKSUM_BLOCK, checksum_of_blocks, file_checksum
 from megatron_prealign.data.dataset import check_workers, contradictions, token_positions
 from megatron_prealign.data.indexed import Index, bin_path, check_token_bytes, idx_path, load_index
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar, sidecar_path

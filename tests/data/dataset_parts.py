@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prealign.data.checksum import file_checksum
+from megatron_prealign.checksum import file_checksum
 from megatron_prealign.data.indexed import import_indexed_dataset
 from megatron_prealign.data.sidecar import InputRecord, Sidecar, TokenizerRecord, sidecar_path, write_sidecar
 

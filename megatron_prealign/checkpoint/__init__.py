@@ -1,0 +1,1 @@
+"""What a checkpoint folder is: its names, its manifest, and its tensors read and written by one process."""

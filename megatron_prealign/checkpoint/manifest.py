@@ -1,0 +1,129 @@
+"""The manifest of a checkpoint: size and checksum of every file in it. Written last, so that a folder with a manifest
+was complete once, and read first, so that damage is found before anything is loaded."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from megatron_prealign.checksum import file_checksum
+from megatron_prealign.disk import sync_file
+from megatron_prealign.errors import UserError
+
+MANIFEST = "manifest.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file was when it was written."""
+
+    bytes: int
+    """Its size."""
+    checksum: str
+    """`checksum.file_checksum` of it."""
+
+
+class ManifestError(ValueError):
+    """A manifest is missing or damaged; the text says how."""
+
+
+def record_file(path: Path) -> FileRecord:
+    """Reads a file and returns its record.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    checksum = file_checksum(path)
+    return FileRecord(path.stat().st_size, checksum)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below `folder` but the manifest, as paths relative to it with `/`, sorted."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        base = Path(parent).relative_to(folder)
+        found += [(base / name).as_posix() for name in names]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Writes and syncs the manifest of `folder`.
+
+    Args:
+        records: Path relative to the folder -> record; files of the folder that are not there are read for theirs.
+
+    Raises:
+        OSError: it cannot be written.
+        UserError: a file cannot be read.
+    """
+    complete = {name: records.get(name) or record_file(folder / name) for name in list_files(folder)}
+    content = {
+        "format_version": _FORMAT_VERSION,
+        "files": {name: asdict(record) for name, record in sorted(complete.items())},
+    }
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    sync_file(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """Path relative to `folder` -> record of each file.
+
+    Raises:
+        ManifestError: there is none, or it is damaged.
+    """
+    file = folder / MANIFEST
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format_version"] != _FORMAT_VERSION:
+            raise ManifestError(
+                f"{MANIFEST} has format_version {content['format_version']}, expected {_FORMAT_VERSION}"
+            )
+        records = {name: FileRecord(**facts) for name, facts in content["files"].items()}
+        for name, record in records.items():
+            path = PurePosixPath(name)
+            inside = not path.is_absolute() and ".." not in path.parts
+            if not (inside and type(record.bytes) is int and record.bytes >= 0 and isinstance(record.checksum, str)):
+                raise ManifestError(f"{MANIFEST} is damaged (entry {name!r})")
+    except FileNotFoundError as error:
+        raise ManifestError(f"{MANIFEST} is missing: the checkpoint was never completed") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"{MANIFEST} is damaged ({error})") from error
+    return records
+
+
+def find_damage(
+    folder: Path,
+    records: Mapping[str, FileRecord],
+    *,
+    checksums: bool,
+    names: Iterable[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line each; empty when all is well.
+
+    Args:
+        records: What `read_manifest` gave.
+        checksums: Read the files too; otherwise only their sizes are compared.
+        names: Files to look at; None for all. Ranks share them out.
+        progress: Told the bytes as they are read.
+    """
+    problems = []
+    for name in sorted(records) if names is None else names:
+        record, path = records[name], folder / name
+        try:
+            size = path.stat().st_size
+            if size != record.bytes:
+                problems.append(f"{name} has {size:,} bytes, expected {record.bytes:,}")
+            elif checksums and file_checksum(path, progress=progress) != record.checksum:
+                problems.append(f"{name} has another checksum than when it was written")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+        except UserError as error:
+            problems.append(str(error).removeprefix(f"{folder}/"))
+    return problems

@@ -1,0 +1,1 @@
+"""A declarative table for each family of models."""
