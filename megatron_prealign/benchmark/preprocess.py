@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_prealign.benchmark.options import PreprocessOptions
-from megatron_prealign.data.blocks import Limits
 from megatron_prealign.checksum import file_checksum
+from megatron_prealign.data.blocks import Limits
 from megatron_prealign.data.indexed import import_indexed_dataset, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess

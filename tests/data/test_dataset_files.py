@@ -14,8 +14,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prealign.data import checksum, files, indexed
+from megatron_prealign import checksum
 from megatron_prealign.checksum import Checksum, file_checksum
+from megatron_prealign.data import files, indexed
 from megatron_prealign.data.files import write_all_atomically, write_atomically
 from megatron_prealign.data.indexed import check_indexed, import_indexed_dataset, index_bytes, write_index
 from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, load_sidecar, save_sidecar

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prealign import cli
-from megatron_prealign.data import merge as merge_module
 from megatron_prealign.checksum import file_checksum
+from megatron_prealign.data import merge as merge_module
 from megatron_prealign.data.indexed import import_indexed_dataset, open_indexed
 from megatron_prealign.data.merge import merge
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess

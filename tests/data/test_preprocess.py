@@ -15,12 +15,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_prealign.arguments import join_values, underscored, with_value
+from megatron_prealign.checksum import file_checksum
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
 from megatron_prealign.data import tokenise as tokenise_module
 from megatron_prealign.data import worker_pool as pool_module
 from megatron_prealign.data.blocks import Block, Limits
-from megatron_prealign.checksum import file_checksum
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.readers import Fields
