@@ -29,13 +29,16 @@ class TrainingSection:
     """Validation samples of seq_length tokens per language (at most what there is)."""
     retrieval_words: int = 1000
     """Word pairs of the word-retrieval measure."""
+    exit_after_minutes: float | None = None
+    """Minutes after which the run saves and ends, time for the save included; the same command goes on. null for no
+    limit."""
     garbage_collection_interval: int = 100
     """Collect Python garbage every so many steps, on all ranks at once; 0 leaves it to Python."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words"):
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number above 0")
-        for name in ("train_iters", "train_tokens", "eval_interval"):
+        for name in ("train_iters", "train_tokens", "eval_interval", "exit_after_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"training.{name}", value, "null or a number above 0")
         require(
