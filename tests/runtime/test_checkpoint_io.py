@@ -39,7 +39,7 @@ def started() -> tuple[int, int]:
 def save_and_load(folder: str) -> dict[str, Any]:
     import psutil
 
-    from megatron_prealign.runtime import checkpoint_io
+    from megatron_prealign.runtime import checkpoint_io, checkpoint_load
 
     rank, world_size = started()
     process = psutil.Process()
@@ -48,12 +48,12 @@ def save_and_load(folder: str) -> dict[str, Any]:
     with replaced_write_item(lambda real, *args, **kwargs: watch(process, during, real, *args, **kwargs)):
         checkpoint_io.save_sharded(sharded(rank, world_size, filled=True), Path(folder), timeout_s=60)
     after = {child.pid for child in process.children(recursive=True)}
-    loaded = checkpoint_io.load_sharded(sharded(rank, world_size, filled=False), Path(folder))
+    loaded = checkpoint_load.load_sharded(sharded(rank, world_size, filled=False), Path(folder))
     return {
         "tensor": loaded["tensor"].tolist(),
         "object": loaded["object"],
         "plain": loaded["plain"],
-        "common": checkpoint_io.load_common(Path(folder))["plain"],
+        "common": checkpoint_load.load_common(Path(folder))["plain"],
         "new_children": sorted((after | set().union(*during)) - before),
         "writes": len(during),
     }

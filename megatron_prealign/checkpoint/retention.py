@@ -1,28 +1,12 @@
 """Which folders of checkpoints stay and which are removed."""
 
 import logging
-import re
 import shutil
 from pathlib import Path
 
+from megatron_prealign.checkpoint.folder import step_of
+
 logger = logging.getLogger(__name__)
-
-_STEP = re.compile(r"step_(\d+)")
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def working_name(step: int) -> str:
-    """The folder's name until it is complete."""
-    return f".{step_name(step)}.incomplete"
-
-
-def step_of(checkpoint: Path) -> int | None:
-    """The step by which a folder is named; None for folders that no run of ours wrote."""
-    match = _STEP.fullmatch(checkpoint.name)
-    return int(match[1]) if match else None
 
 
 def remove_unfinished(directory: Path) -> None:

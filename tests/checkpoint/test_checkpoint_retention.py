@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prealign.training.retention import prune, remove_unfinished, step_name
+from megatron_prealign.checkpoint.retention import prune, remove_unfinished, step_name
 
 
 def write(directory: Path, *steps: int) -> None:
