@@ -1,0 +1,167 @@
+"""Tensors of a checkpoint read and written by one process: torch's own reader and writer agree, damage is one line."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+
+from megatron_prealign.checkpoint.manifest import record_file
+from megatron_prealign.checkpoint.shards import METADATA, ShardReader, ShardWriter
+from megatron_prealign.errors import UserError
+
+LAYERS = 4
+STACKED = "decoder.layers.mlp.linear_fc2.weight"
+
+
+def make_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "embedding.word_embeddings.weight": torch.randn(12, 6, generator=generator),
+        STACKED: torch.randn(LAYERS, 6, 8, generator=generator).bfloat16(),
+        "decoder.layers.input_layernorm.weight": torch.randn(LAYERS, 6, generator=generator),
+        "decoder.final_layernorm.weight": torch.randn(6, generator=generator),
+        "output_layer.weight": torch.randn(12, 6, generator=generator),
+    }
+
+
+SPLITS = {"embedding.word_embeddings.weight": 0, STACKED: 1, "output_layer.weight": 0}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], tensor: int = 1, pipeline: int = 1) -> None:
+    with ShardWriter(folder, tensor_parallel=tensor, pipeline_parallel=pipeline) as writer:
+        for key, value in tensors.items():
+            if key.startswith("decoder.layers."):
+                for layer in range(LAYERS):
+                    writer.add(key, value[layer], layer=layer, num_layers=LAYERS, split=SPLITS.get(key))
+            else:
+                writer.add(key, value, split=SPLITS.get(key))
+        records = writer.close()
+    assert {name: record_file(folder / name) for name in os.listdir(folder)} == records
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+def test_what_was_written_is_read(tmp_path: Path, tensor: int, pipeline: int) -> None:
+    tensors = make_tensors()
+    write(tmp_path, tensors, tensor, pipeline)
+    assert len(list(tmp_path.glob("*.distcp"))) == tensor * pipeline
+    with ShardReader(tmp_path) as reader:
+        assert {key: (facts.shape, facts.dtype) for key, facts in reader.tensors.items()} == {
+            key: (tuple(value.shape), value.dtype) for key, value in tensors.items()
+        }
+        for key, value in tensors.items():
+            assert torch.equal(reader.read(key), value), key
+        for layer in range(LAYERS):
+            assert torch.equal(reader.read(STACKED, layer), tensors[STACKED][layer])
+        with pytest.raises(IndexError, match="no layer 4"):
+            reader.read(STACKED, LAYERS)
+
+
+def test_torch_reads_it_too(tmp_path: Path) -> None:
+    """In parts of another size than those written."""
+    tensors = make_tensors()
+    write(tmp_path, tensors, 2, 2)
+    state = {key: torch.zeros_like(value) for key, value in tensors.items()}
+    load(state, storage_reader=FileSystemReader(tmp_path), no_dist=True)
+    for key, value in tensors.items():
+        assert torch.equal(state[key], value), key
+
+
+def test_views_and_odd_tensors_of_torch_are_read(tmp_path: Path) -> None:
+    base = torch.arange(24.0)
+    state = {
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.zeros(0, 4),
+        "part": base[6:18].view(3, 4),
+        "turned": base.view(4, 6).t(),
+        "flags": torch.tensor([True, False]),
+    }
+    save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    with ShardReader(tmp_path) as reader:
+        for key, value in state.items():
+            assert torch.equal(reader.read(key), value), key
+
+
+def test_an_unfit_split_or_layer_is_an_error_of_the_caller(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, tensor_parallel=4)
+    with pytest.raises(ValueError, match="cannot be shared by 4"):
+        writer.add("output_layer.weight", torch.zeros(6, 2), split=0)
+    writer.add("decoder.layers.x", torch.zeros(2), layer=0, num_layers=2)
+    with pytest.raises(ValueError, match="its other layers"):
+        writer.add("decoder.layers.x", torch.zeros(3), layer=1, num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write(folder, make_tensors())
+    return folder
+
+
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def read_all(folder: Path) -> None:
+    with ShardReader(folder) as reader:
+        for key in reader.tensors:
+            reader.read(key)
+
+
+def test_a_missing_or_short_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    shard = folder / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    with pytest.raises(UserError, match=r"__0_0\.distcp.*copy this one again"):
+        read_all(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"__0_0\.distcp cannot be opened \(No such file"):
+        read_all(folder)
+    (folder / METADATA).unlink()
+    with pytest.raises(UserError, match="expected the folder of a checkpoint"):
+        read_all(folder)
+
+
+class Harmful:
+    def __init__(self, target: str) -> None:
+        self._target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self._target,)
+
+
+def test_a_pickle_calls_nothing(tmp_path: Path) -> None:
+    """A harmful `.metadata` names a function; it is refused before the call."""
+    (tmp_path / METADATA).write_bytes(pickle.dumps(Harmful(str(tmp_path / "made"))))
+    with pytest.raises(UserError, match="which no checkpoint holds"):
+        ShardReader(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["os\nsystem", "builtins\neval", "torch.distributed.checkpoint.planner\noperator"])
+def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / METADATA).write_bytes(b"c" + name.encode() + b"\n.")
+    with pytest.raises(UserError, match="which no checkpoint holds"):
+        ShardReader(tmp_path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_is_one_kind_of_error(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    file = folder / data.draw(st.sampled_from([METADATA, "__0_0.distcp"]))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        read_all(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
