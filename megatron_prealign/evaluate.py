@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.folder import resolve_checkpoint
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.model.build import build_model
 from megatron_prealign.pretrain import (
+    model_identity,
     open_dictionary,
     open_evaluator,
-    open_store,
     open_validation,
     open_vocabulary,
 )
@@ -22,7 +23,8 @@ from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
-from megatron_prealign.training.checkpoint_folder import read_state, resolve_checkpoint
+from megatron_prealign.training.resuming import load_weights
+from megatron_prealign.training.run_identity import read_run
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +75,9 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
-        store = open_store(recipe, runtime, vocabulary)
-        on_every_rank("loading weights", lambda: store.load_weights(models, None, checkpoint))
+        identity = model_identity(recipe, vocabulary)
+        on_every_rank("loading weights", lambda: load_weights(models, None, checkpoint, identity=identity))
         logger.info("measuring %s", checkpoint)
         result = open_evaluator(recipe, runtime, vocabulary, validation, dictionary).measure(models)
-        state = read_state(checkpoint)["train_state"]
+        state = read_run(checkpoint)["train_state"]
         return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
+from megatron_prealign.checkpoint.folder import latest_checkpoint
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,14 +34,20 @@ from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer, hold
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
-from megatron_prealign.training.checkpoint import CheckpointStore, StateBeside
-from megatron_prealign.training.checkpoint_folder import latest_checkpoint, read_state
+from megatron_prealign.training.checkpoint import CheckpointStore
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
+from megatron_prealign.training.resuming import load_weights, resume
 from megatron_prealign.training.rows import RowReader
-from megatron_prealign.training.run_identity import facts_of_switching, saved_coverage
+from megatron_prealign.training.run_identity import (
+    facts_of_model,
+    facts_of_run,
+    facts_of_switching,
+    read_run,
+    saved_coverage,
+)
 from megatron_prealign.training.saving import SaveCheckpoints
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.tensorboard import TensorBoard
@@ -288,7 +296,7 @@ def words_known(recipe: Recipe, section: CodeSwitchSection, table: DictionaryTab
     """Share of running words of each language that code-switching knows: that of the checkpoint to go on from, so that
     no threshold moves, or else measured on the data."""
     checkpoint = latest_checkpoint(recipe.checkpoint_dir)
-    coverage = None if checkpoint is None else saved_coverage(read_state(checkpoint), section, digest)
+    coverage = None if checkpoint is None else saved_coverage(read_run(checkpoint), section, digest)
     source = f"from {checkpoint}"
     if coverage is None:
         coverage = blend_coverage(select_keys(table, section), recipe.data.sources)
@@ -298,28 +306,32 @@ def words_known(recipe: Recipe, section: CodeSwitchSection, table: DictionaryTab
     return coverage
 
 
-def open_store(
-    recipe: Recipe,
-    runtime: Runtime,
-    vocabulary: Vocabulary,
-    switching: Switching | None = None,
-    beside: StateBeside | None = None,
-) -> CheckpointStore:
-    """The run's checkpoints; without `switching` and `beside` for their weights alone."""
+def model_identity(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What weights that are loaded must agree on."""
+    return facts_of_model(
+        recipe,
+        vocab_size=vocabulary.size,
+        padded_vocab_size=vocabulary.padded_size,
+        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
+    )
+
+
+def run_identity(
+    recipe: Recipe, phases: Sequence[Phase], train: TrainSamples, switching: Switching | None
+) -> dict[str, Any]:
+    """What a run that goes on must agree on besides its model."""
     facts = None
     if switching is not None:
         assert recipe.code_switch is not None and recipe.dictionary is not None
         facts = facts_of_switching(
             recipe.dictionary.table, recipe.code_switch, digest=switching.digest, coverage=switching.coverage
         )
-    return CheckpointStore(
+    return facts_of_run(
         recipe,
-        runtime,
-        vocab_size=vocabulary.size,
-        padded_vocab_size=vocabulary.padded_size,
-        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
+        phases=[phase.name for phase in phases],
+        num_samples=len(train),
+        segmenters=train.segmenters,
         switching=facts,
-        beside=beside,
     )
 
 
@@ -385,18 +397,19 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
     heads = None if words is None else words.attach(chunks)
-    store = open_store(recipe, runtime, materials.vocabulary, switching, heads)
-    names = [phase.name for phase in phases]
-    train = materials.train
+    identity = model_identity(recipe, materials.vocabulary)
+    run = run_identity(recipe, phases, materials.train, switching)
+    directory = recipe.checkpoint_dir
     state = on_every_rank(
         "resuming",
-        lambda: store.resume(chunks, optimizer, phases=names, num_samples=len(train), segmenters=train.segmenters),
+        lambda: resume(directory, chunks, optimizer, runtime, identity=identity, run=run, beside=heads),
     )
     if state is None:
         state = TrainState()
         if recipe.checkpoint.load is not None:
             load = recipe.checkpoint.load
-            on_every_rank("loading weights", lambda: store.load_weights(chunks, optimizer, load))
+            on_every_rank("loading weights", lambda: load_weights(chunks, optimizer, load, identity=identity))
+    store = CheckpointStore(recipe, runtime, identity=identity, run=run, beside=heads)
     # Only now: a run that is refused must not change what its folder says of the run that is there.
     on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
     logger.info(
@@ -425,7 +438,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
             ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=materials.vocabulary.padded_size),
             *watch,
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
-            SaveCheckpoints(store, train, recipe.checkpoint.save_interval),
+            SaveCheckpoints(store, materials.train, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),
             *callbacks,
         ],

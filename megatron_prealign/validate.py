@@ -1,6 +1,7 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
+from megatron_prealign.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
@@ -11,9 +12,8 @@ from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import watched_pairs
-from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource, recipe_to_dict
-from megatron_prealign.training.checkpoint_folder import read_state, resolve_checkpoint
-from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model
+from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
+from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, facts_of_model
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
@@ -53,11 +53,10 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
             )
     if recipe.checkpoint.load is not None:
         checkpoint = resolve_checkpoint(recipe.checkpoint.load)
-        identity = {
-            "vocab_size": recipe.model.vocab_size or tokenizer.vocab_size,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "model": recipe_to_dict(recipe)["model"],
-        }
+        size = recipe.model.vocab_size or tokenizer.vocab_size
+        identity = facts_of_model(
+            recipe, vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
+        )
         check_model(checkpoint, read_state(checkpoint), identity, advice=OTHER_WEIGHTS)
     return _summary(recipe, sum(sidecars[source.path].tokens for source in recipe.data.sources))
 

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.folder import STATE, is_run, read_state
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe import CodeSwitchSection, Recipe
+from megatron_prealign.recipe import CodeSwitchSection, Recipe, recipe_to_dict
+from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +26,22 @@ _FREE_MODEL_FIELDS = {
 # Fields of code_switch that choose the words which code-switching knows, and so the share of them in the data.
 _WORD_FIELDS = ("source_languages", "min_word_length", "max_word_length", "case")
 _SWITCHING_FIELDS = {"table": str, "digest": str, "settings": dict, "coverage": dict | None}
+_RUN_FIELDS = ("phases", "seq_length", "precision", "use_distributed_optimizer", "seed", "num_samples", "sources")
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
 OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 """What to do about weights that were only to be loaded."""
+
+
+def facts_of_model(
+    recipe: Recipe, *, vocab_size: int, padded_vocab_size: int, tokenizer_fingerprint: str
+) -> dict[str, Any]:
+    """What weights must agree on, as plain values for `state.json`."""
+    return {
+        "vocab_size": vocab_size,
+        "padded_vocab_size": padded_vocab_size,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "model": recipe_to_dict(recipe)["model"],
+    }
 
 
 def facts_of_run(
@@ -106,6 +121,38 @@ def find_switching_problem(run: dict[str, Any]) -> str | None:
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             return f"run.switching.coverage.{language} is {share!r}, expected a number from 0 to 1"
     return None
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint that a run can go on from.
+
+    Raises:
+        UserError: the file is damaged, or the checkpoint holds weights alone.
+    """
+    summary = read_state(checkpoint)
+    if not is_run(summary):
+        raise UserError(
+            f"{checkpoint} holds weights alone, a run cannot go on from it; name it in checkpoint.load, with "
+            "checkpoint.load_parts weights"
+        )
+    try:
+        _check_facts(summary["run"])
+        TrainState.from_dict(summary["train_state"])
+    except ValueError as error:
+        raise UserError(f"{checkpoint / STATE} is damaged ({error}); use another checkpoint") from error
+    return summary
+
+
+def _check_facts(run: dict[str, Any]) -> None:
+    missing = [name for name in _RUN_FIELDS if name not in run]
+    if missing:
+        raise ValueError(f"run lacks {', '.join(missing)}")
+    for source in run["sources"]:
+        if not isinstance(source, dict) or not {"path", "language", "weight"} <= source.keys():
+            raise ValueError(f"run.sources holds {source!r}, expected path, language and weight")
+    problem = find_switching_problem(run)
+    if problem:
+        raise ValueError(problem)
 
 
 def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, digest: str) -> dict[str, float] | None:

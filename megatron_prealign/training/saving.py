@@ -40,9 +40,6 @@ class SaveCheckpoints(Callback):
             trainer.optimizer,
             state,
             phase=trainer.phase.name,
-            phases=[phase.name for phase in trainer.phases],
-            num_samples=len(self._samples),
-            segmenters=self._samples.segmenters,
             consumed=self._samples.consumed_per_source(state.consumed_samples),
         )
         self._saved_step = state.step

@@ -89,9 +89,9 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
 
 def found(function: str, path: str) -> str | None:
     """Runs in a worker: what `latest_checkpoint` or `resolve_checkpoint` finds."""
-    from megatron_prealign.training import checkpoint
+    from megatron_prealign.checkpoint import folder
 
-    answer = getattr(checkpoint, function)(Path(path))
+    answer = getattr(folder, function)(Path(path))
     return None if answer is None else str(answer)
 
 

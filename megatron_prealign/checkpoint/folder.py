@@ -2,26 +2,40 @@
 without it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.training.run_identity import find_switching_problem
-from megatron_prealign.training.state import TrainState
 
 LATEST = "latest"
+STATE = "state.json"
 
-_SUMMARY_FIELDS = {
+# What every checkpoint says about its weights, and what one that a run can go on from says about the run.
+_WEIGHTS_FIELDS = {
     "vocab_size": int,
     "padded_vocab_size": int,
     "tokenizer_fingerprint": str,
     "model": dict,
-    "run": dict,
-    "train_state": dict,
-    "phase": str,
     "layout": dict,
 }
-_RUN_FIELDS = ("phases", "seq_length", "precision", "use_distributed_optimizer", "seed", "num_samples", "sources")
+_RUN_FIELDS = {"run": dict, "train_state": dict, "phase": str}
+_STEP = re.compile(r"step_(\d+)")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def working_name(step: int) -> str:
+    """The folder's name until it is complete."""
+    return f".{step_name(step)}.incomplete"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step by which a folder is named; None for folders that no run of ours wrote."""
+    match = _STEP.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -34,7 +48,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
     if not pointer.exists():
         return None
     checkpoint = directory / pointer.read_text(encoding="utf-8").strip()
-    if not (checkpoint / "state.json").exists():
+    if not (checkpoint / STATE).exists():
         raise UserError(
             f"{pointer} names {checkpoint.name}, which is not a complete checkpoint there; "
             f"restore it, or write the name of another step_* folder of {directory} into {pointer}"
@@ -49,7 +63,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         UserError: there is no complete checkpoint at any of these.
     """
     path = Path(path)
-    if (path / "state.json").exists():
+    if (path / STATE).exists():
         return path
     for directory in (path, path / "checkpoints"):
         found = latest_checkpoint(directory)
@@ -60,34 +74,37 @@ def resolve_checkpoint(path: str | Path) -> Path:
     )
 
 
+def is_run(summary: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of a run, which can go on from it; otherwise it holds weights alone.
+
+    Args:
+        summary: The checkpoint's `state.json`.
+    """
+    # Checkpoints from before there were others do not say what they are.
+    return bool(summary.get("kind", "run") == "run")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's `state.json`.
+    """The checkpoint's `state.json`. What it says of a run is looked at by `run_identity.check_run`.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = checkpoint / "state.json"
+    file = checkpoint / STATE
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         _check_summary(summary)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
-    return summary
+    return dict(summary)
 
 
 def _check_summary(summary: Any) -> None:
     if not isinstance(summary, dict):
         raise ValueError(f"it holds a {type(summary).__name__}, expected an object")
-    for name, kind in _SUMMARY_FIELDS.items():
+    if summary.get("kind", "run") not in ("run", "weights"):
+        raise ValueError(f"kind is {summary['kind']!r}, expected run or weights")
+    fields = {**_WEIGHTS_FIELDS, **(_RUN_FIELDS if is_run(summary) else {})}
+    for name, kind in fields.items():
         if not isinstance(summary.get(name), kind):
             raise ValueError(f"{name} is {summary.get(name, 'missing')!r}, expected {kind.__name__}")
-    missing = [name for name in _RUN_FIELDS if name not in summary["run"]]
-    if missing:
-        raise ValueError(f"run lacks {', '.join(missing)}")
-    for source in summary["run"]["sources"]:
-        if not isinstance(source, dict) or not {"path", "language", "weight"} <= source.keys():
-            raise ValueError(f"run.sources holds {source!r}, expected path, language and weight")
-    problem = find_switching_problem(summary["run"])
-    if problem:
-        raise ValueError(problem)
-    TrainState.from_dict(summary["train_state"])

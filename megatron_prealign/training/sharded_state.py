@@ -1,0 +1,42 @@
+"""The sharded state of a run in the form that `dist_checkpointing` saves and loads."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.dist_checkpointing import ShardedObject
+
+from megatron_prealign.runtime import random_state
+from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.runtime.engine import unwrap
+
+
+def layout_of(runtime: Runtime) -> dict[str, Any]:
+    """How a run is laid out, as plain values for `state.json`."""
+    return {
+        "tensor_model_parallel_size": runtime.parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": runtime.parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": runtime.parallel.model_chunks,
+        "data_parallel_size": runtime.data_size,
+        "device": runtime.device.type,
+    }
+
+
+def random_state_of(runtime: Runtime) -> ShardedObject:
+    """This rank's random states; one object per rank, since dropout differs between ranks."""
+    shape = (runtime.groups.pp.size(), runtime.groups.tp.size(), runtime.data_size)
+    rank = (runtime.pipeline_rank, runtime.tensor_rank, runtime.data_rank)
+    return ShardedObject("random_state", random_state.capture(), shape, rank, replica_id=0)
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The weights of this rank's chunks."""
+    return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+class StateBeside(Protocol):
+    """State of a run beside its model and optimizer, in the form of `dist_checkpointing`."""
+
+    def sharded_state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, content: dict[str, Any]) -> None: ...
