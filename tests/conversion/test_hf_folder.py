@@ -1,0 +1,416 @@
+"""The reader of Hugging Face folders: what is right is read bit by bit, everything else is one line for the user."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_prealign.conversion.hf_folder import HuggingFaceFolder, is_buffer
+from megatron_prealign.conversion.safetensors_header import HeaderError, read_header
+from megatron_prealign.errors import UserError
+
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+TENSORS = {
+    "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "b.weight": torch.arange(4, dtype=torch.bfloat16),
+    "c.weight": torch.tensor(2.5, dtype=torch.float16),
+    "d.weight": torch.empty(0, 3),
+    "e.attn.bias": torch.ones(2, 2, dtype=torch.bool),
+}
+SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items() if not is_buffer(name)}
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def single(folder: Path, config: Any = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "x"}), encoding="utf-8")
+    save_file(TENSORS, folder / "model.safetensors")
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    single(folder)
+    (folder / "model.safetensors").unlink()
+    names = list(TENSORS)
+    shards = {FIRST: names[:2], SECOND: names[2:]}
+    for file, part in shards.items():
+        save_file({name: TENSORS[name] for name in part}, folder / file)
+    write_index(folder, {name: file for file, part in shards.items() for name in part})
+    return folder
+
+
+def write_index(folder: Path, places: Any, name: str = INDEX) -> None:
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    return json.loads((folder / INDEX).read_bytes())["weight_map"]
+
+
+def pickled(folder: Path, content: Any = None, **options: Any) -> Path:
+    single(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(TENSORS if content is None else content, folder / "pytorch_model.bin", **options)
+    return folder
+
+
+def error_of(folder: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        HuggingFaceFolder(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_same(folder: HuggingFaceFolder) -> None:
+    assert set(folder.tensors) == set(TENSORS)
+    for name in SHAPES:
+        read = folder.read(name)
+        assert read.dtype == TENSORS[name].dtype and torch.equal(read, TENSORS[name])
+
+
+@pytest.mark.parametrize("make", [single, sharded])
+def test_tensors_are_read_bit_by_bit(tmp_path: Path, make: Any) -> None:
+    folder = HuggingFaceFolder(make(tmp_path))
+    assert_same(folder)
+    assert folder.config == {"model_type": "x"}
+    assert folder.float_dtypes == {"F32", "BF16", "F16"}
+    folder.check(SHAPES)
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_pickles_are_read_if_that_is_asked_for(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = pickled(tmp_path, **options)
+    assert "--allow-pickle" in error_of(folder)
+    opened = HuggingFaceFolder(folder, allow_pickle=True)
+    assert_same(opened)
+    opened.check(SHAPES)
+
+
+def test_sharded_pickles_are_mapped_anew_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickled(tmp_path)
+    os.replace(tmp_path / "pytorch_model.bin", tmp_path / "pytorch_model-00001-of-00001.bin")
+    write_index(
+        tmp_path, {name: "pytorch_model-00001-of-00001.bin" for name in TENSORS}, "pytorch_model.bin.index.json"
+    )
+    monkeypatch.setattr("megatron_prealign.conversion.hf_folder._MAPPED_BYTES", 0)
+    assert_same(HuggingFaceFolder(tmp_path, allow_pickle=True))
+
+
+class Runs:
+    """What a pickle must not do: run something."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.file),))
+
+
+def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
+    folder = pickled(tmp_path / "model", {"a.weight": Runs(tmp_path / "ran")})
+    assert "weights_only" in error_of(folder, allow_pickle=True)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    assert "weights_only" in error_of(folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1], {"state_dict": {"a": torch.ones(1)}}, {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(1, device="meta")}],
+)
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
+    assert "no table of tensors" in error_of(pickled(tmp_path, content), allow_pickle=True)
+
+
+def test_every_difference_is_named(tmp_path: Path) -> None:
+    folder = HuggingFaceFolder(single(tmp_path))
+    expected = {"a.weight": (3, 2), "x.weight": (1,), "b.weight": (4,), "c.weight": ()}
+    with pytest.raises(UserError) as caught:
+        folder.check(expected)
+    text = str(caught.value)
+    assert "x.weight is missing" in text
+    assert "a.weight has shape [2, 3], expected [3, 2]" in text
+    assert "d.weight is not known" in text
+    assert "b.weight" not in text and "c.weight" not in text and "e.attn.bias" not in text
+    with pytest.raises(UserError, match="and 4 more"):
+        folder.check({**SHAPES, **{f"layer.{number}": (1,) for number in range(24)}})
+
+
+def test_weights_are_floating_point_numbers(tmp_path: Path) -> None:
+    single(tmp_path)
+    save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="a has dtype I8, expected one of F64, F32, F16, BF16"):
+        HuggingFaceFolder(tmp_path).check({"a": (2,)})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("rotary_emb.inv_freq", True),
+        ("transformer.h.0.attn.bias", True),
+        ("h.11.attn.masked_bias", True),
+        ("model.layers.0.self_attn.q_proj.bias", False),
+        ("transformer.h.0.attn.c_attn.bias", False),
+        ("model.layers.0.self_attn.bias", False),
+    ],
+)
+def test_buffers_are_known_by_name(name: str, expected: bool) -> None:
+    assert is_buffer(name) is expected
+
+
+def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / SECOND).unlink()
+    assert f"not there: {SECOND}" in error_of(tmp_path)
+
+
+def test_a_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    (folder / "model-00003-of-00003.safetensors").write_bytes((folder / FIRST).read_bytes())
+    (folder / "consolidated.safetensors").write_bytes(b"of another format, which is none of ours")
+    text = error_of(folder)
+    assert "does not name: model-00003-of-00003.safetensors;" in text
+    assert "consolidated" not in text
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    (folder / INDEX).unlink()
+    assert "no weights" in error_of(folder)
+    save_file(TENSORS, folder / "model.safetensors")
+    assert f"without an index: {FIRST}, {SECOND}" in error_of(folder)
+
+
+def test_index_and_files_differ(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    places = read_index(folder)
+    del places["a.weight"]
+    places["x.weight"] = FIRST
+    places["c.weight"] = FIRST
+    write_index(folder, places)
+    text = error_of(folder)
+    assert f"a.weight of {FIRST} is not in the index" in text
+    assert f"x.weight is not in {FIRST}" in text
+    assert f"c.weight is not in {FIRST}" in text
+    save_file(TENSORS, folder / FIRST)
+    assert f"c.weight is in {FIRST} and in {SECOND}" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "x/../../model.safetensors"])
+def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    single(tmp_path)
+    folder = sharded(tmp_path / "model")
+    write_index(folder, {**read_index(folder), "a.weight": name})
+    assert f"outside its folder ({name})" in error_of(folder)
+
+
+def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
+    elsewhere = single(tmp_path / "elsewhere")
+    folder = sharded(tmp_path / "model")
+    (folder / FIRST).unlink()
+    (folder / FIRST).symlink_to(elsewhere / "model.safetensors")
+    assert "leads out of its folder" in error_of(folder)
+    (folder / FIRST).unlink()
+    (folder / FIRST).symlink_to(folder / FIRST)
+    assert "cannot be read" in error_of(folder)
+    (folder / FIRST).unlink()
+    (folder / FIRST).mkdir()
+    assert "is no file" in error_of(folder)
+
+
+def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path) -> None:
+    single(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    assert_same(HuggingFaceFolder(snapshot))
+
+
+def test_a_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(sharded(tmp_path / "model"))
+    assert_same(HuggingFaceFolder(tmp_path / "link"))
+
+
+def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
+    file = single(tmp_path) / "model.safetensors"
+    opened = HuggingFaceFolder(tmp_path)
+    content = file.read_bytes()
+    for length in (0, 5, 8, 30, len(content) - 1):
+        file.write_bytes(content[:length])
+        assert "damaged" in error_of(tmp_path)
+    last = max(opened.tensors, key=lambda name: opened.tensors[name].offset if name in SHAPES else -1)
+    file.write_bytes(content[: opened.tensors[last].offset])
+    with pytest.raises(UserError, match="became shorter"):
+        opened.read(last)
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    assert "config.json is missing" in error_of(tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert "no weights" in error_of(tmp_path)
+    assert "cannot be read" in error_of(tmp_path / "none")
+    assert "cannot be read" in error_of(tmp_path / "config.json")
+
+
+def with_header(header: Any, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (struct.pack("<Q", 2**62) + b"{}", "header has"),
+        (with_header([]), "a list"),
+        (with_header(b"[" * 100_000), "nested too deeply"),
+        (with_header(b'{"a": ' + json.dumps(ENTRY).encode() + b', "a": {}}', bytes(8)), "a is there twice"),
+        (with_header({"a": ENTRY, "b": ENTRY}, bytes(8)), "b begins at byte"),
+        (with_header({"a": ENTRY, "b": {**ENTRY, "data_offsets": [9, 17]}}, bytes(17)), "b begins at byte"),
+        (with_header({"a": ENTRY}, bytes(9)), "tensors end at byte"),
+        (with_header({"a": {**ENTRY, "shape": [3]}}, bytes(8)), "a has 8 bytes, expected 12 for F32"),
+        (with_header({"a": {**ENTRY, "shape": [2**62, 2**62]}}, bytes(8)), "a has 8 bytes"),
+        (with_header({"a": {**ENTRY, "shape": [-2]}}, bytes(8)), "shape of a is no list"),
+        (with_header({"a": {**ENTRY, "shape": [True, 2]}}, bytes(8)), "shape of a is no list"),
+        (with_header({"a": {**ENTRY, "dtype": "F33"}}, bytes(8)), "a has dtype F33, expected one of"),
+        (with_header({"a": {**ENTRY, "dtype": ["F32"]}}, bytes(8)), "a has dtype"),
+        (with_header({"a": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8)), "data_offsets of a"),
+        (with_header({"a\nb": {}}), r"entry of 'a\\nb' is no object"),
+    ],
+)
+def test_damaged_headers(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(HeaderError, match=message):
+        read_header(tmp_path / "file")
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        st.floats(),
+        st.text(max_size=5),
+        st.sampled_from(["F32", "BF16", "BOOL", FIRST, SECOND, "../x", "\0", "\ud800", "a" * 300, "."]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["dtype", "shape", "data_offsets", "weight_map", "metadata", "a.weight", "x", "\ud800"]),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+BYTES = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()))
+
+
+def opens_or_is_refused(folder: Path, **options: Any) -> None:
+    try:
+        opened = HuggingFaceFolder(folder, **options)
+        opened.check(SHAPES)
+    except UserError as error:
+        assert "\n" not in str(error) and str(folder) in str(error) and len(str(error)) < 5000
+    else:
+        for name in SHAPES:
+            assert opened.read(name).shape == SHAPES[name]
+
+
+@FUZZ
+@given(data=BYTES, name=st.sampled_from(["config.json", INDEX, FIRST]))
+def test_any_bytes_in_a_file(tmp_path: Path, data: bytes, name: str) -> None:
+    (sharded(tmp_path) / name).write_bytes(data)
+    opens_or_is_refused(tmp_path)
+
+
+@FUZZ
+@given(places=st.dictionaries(st.sampled_from([*TENSORS, "x", "\ud800", "\n"]), JSON, max_size=6))
+def test_any_index(tmp_path: Path, places: dict[str, Any]) -> None:
+    write_index(sharded(tmp_path), places)
+    opens_or_is_refused(tmp_path)
+
+
+NUMBER = st.one_of(st.integers(0, 20), st.sampled_from([-1, 2**31, 2**63, 2**64, 1.0, True, None]))
+HEADER_ENTRY = st.one_of(
+    st.builds(
+        lambda dtype, shape, begin, length: {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + length]},
+        st.sampled_from(["F32", "BF16", "U8", "F64", "F4", "X"]),
+        st.lists(st.integers(0, 3), max_size=3),
+        st.integers(0, 12),
+        st.integers(0, 12),
+    ),
+    st.fixed_dictionaries(
+        {"dtype": st.just("U8"), "shape": st.lists(NUMBER, max_size=3), "data_offsets": st.lists(NUMBER, max_size=3)}
+    ),
+    JSON,
+)
+
+
+@settings(FUZZ, max_examples=400)
+@given(
+    header=st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), HEADER_ENTRY, max_size=3),
+    size=st.integers(0, 24),
+    shorter=st.integers(-3, 3),
+)
+def test_headers_that_are_taken_are_those_that_safetensors_takes(
+    tmp_path: Path, header: dict[str, Any], size: int, shorter: int
+) -> None:
+    text = json.dumps(header).encode()
+    content = struct.pack("<Q", max(0, len(text) - shorter)) + text + bytes(size)
+    file = tmp_path / "file.safetensors"
+    file.write_bytes(content)
+    try:
+        tensors = read_header(file)
+    except HeaderError:
+        return
+    # Of metadata we read nothing.
+    if "__metadata__" not in header:
+        with safe_open(file, framework="pt") as theirs:
+            assert set(theirs.keys()) == set(tensors)
+            for name, tensor in tensors.items():
+                assert tuple(theirs.get_slice(name).get_shape()) == tensor.shape
+                assert theirs.get_slice(name).get_dtype() == tensor.dtype
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_file_with_changed_bytes(tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([FIRST, SECOND, INDEX]))
+    file = sharded(tmp_path) / name
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    opens_or_is_refused(tmp_path)
+
+
+@settings(FUZZ, max_examples=80)
+@given(data=st.data())
+def test_a_pickle_with_changed_bytes(tmp_path: Path, data: st.DataObject) -> None:
+    zipped = data.draw(st.booleans())
+    file = pickled(tmp_path, _use_new_zipfile_serialization=zipped) / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    opens_or_is_refused(tmp_path, allow_pickle=True)
