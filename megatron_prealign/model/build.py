@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_prealign.model.config import block_spec, padded_vocab_size, transformer_config
 from megatron_prealign.model.initialise import initialise
+from megatron_prealign.model.rotary import scale_rotary
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 
@@ -32,11 +33,13 @@ def build_model(recipe: Recipe, runtime: Runtime, *, vocab_size: int) -> list[GP
             pre_process=runtime.is_first_stage and stage == 0,
             post_process=runtime.is_last_stage and stage == parallel.model_chunks - 1,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-            position_embedding_type="rope" if model.family == "llama" else "learned_absolute",
+            position_embedding_type="rope" if model.is_rotary else "learned_absolute",
             rotary_base=model.rotary_base,
             pg_collection=runtime.groups,
             vp_stage=vp_stage,
         )
+        if model.rope_scaling is not None:
+            scale_rotary(chunk, model.rope_scaling)
         if chunk.post_process:
             _mask_padded_logits(chunk, vocab_size, runtime.tensor_rank)
         chunks.append(chunk.to(device=runtime.device, dtype=config.params_dtype))

@@ -39,7 +39,7 @@ def _leave(tensor: torch.Tensor) -> None:
 def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
     """Megatron-Core's configuration for this recipe on this device."""
     model, parallel = recipe.model, recipe.parallel
-    llama = model.family == "llama"
+    rotary = model.is_rotary
     on_gpu = runtime.device.type == "cuda"
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     # Megatron-Core's fused element-wise parts are compiled at first use, which needs Triton and pays on a GPU only.
@@ -52,11 +52,13 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         num_query_groups=model.query_groups,
         ffn_hidden_size=model.mlp_width,
         kv_channels=model.head_channels,
-        normalization="RMSNorm" if llama else "LayerNorm",
+        normalization="RMSNorm" if rotary else "LayerNorm",
         layernorm_epsilon=model.layernorm_epsilon,
-        gated_linear_unit=llama,
-        activation_func=F.silu if llama else gelu_tanh,
-        add_bias_linear=not llama,
+        gated_linear_unit=rotary,
+        activation_func=F.silu if rotary else gelu_tanh,
+        add_bias_linear=not rotary,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method=_leave,
@@ -73,7 +75,7 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         recompute_granularity=model.recompute_granularity,
         recompute_method="uniform" if model.recompute_granularity == "full" else None,
         recompute_num_layers=model.recompute_num_layers if model.recompute_granularity == "full" else None,
-        bias_activation_fusion=fuse and llama,
+        bias_activation_fusion=fuse and rotary,
         bias_dropout_fusion=fuse,
         cross_entropy_loss_fusion=fuse,
         masked_softmax_fusion=False,
@@ -110,15 +112,18 @@ def block_spec(
                 "model.transformer_impl is transformer_engine, but Transformer Engine is not installed; "
                 "install it or set model.transformer_impl to local"
             ) from error
-        engine_layer = get_gpt_layer_with_transformer_engine_spec()
+        engine_layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=recipe.model.qk_layernorm)
         if recipe.data.reset_attention_mask:
             engine_layer = copy.deepcopy(engine_layer)
             engine_layer.submodules.self_attention.submodules.core_attention = FusedCausalAttention
         return engine_layer
-    norm = RMSNorm if recipe.model.family == "llama" else LayerNorm
+    norm = RMSNorm if recipe.model.is_rotary else LayerNorm
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
     layer.submodules.input_layernorm = norm
     layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = FusedCausalAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = FusedCausalAttention
+    if recipe.model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=runtime.pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

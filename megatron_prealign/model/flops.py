@@ -24,7 +24,7 @@ def forward_flops_per_token(model: ModelSection, *, vocab_size: int, seq_length:
     """
     heads, groups, channels = model.num_attention_heads, model.query_groups, model.head_channels
     attention_weights = model.hidden_size * channels * (heads + 2 * groups) + heads * channels * model.hidden_size
-    mlp_weights = model.hidden_size * model.mlp_width * (3 if model.family == "llama" else 2)
+    mlp_weights = model.hidden_size * model.mlp_width * (3 if model.is_rotary else 2)
     scores = 2 * heads * channels * seq_length * (0.5 if causal else 1.0)
     per_layer = attention_weights + mlp_weights + scores
     return 2.0 * (model.num_layers * per_layer + model.hidden_size * vocab_size)

@@ -10,7 +10,7 @@ from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSou
 from megatron_prealign.recipe.dictionary import DictionarySection
 from megatron_prealign.recipe.load import load_recipe, recipe_to_dict, save_recipe
 from megatron_prealign.recipe.logging import LoggingSection
-from megatron_prealign.recipe.model import ModelSection
+from megatron_prealign.recipe.model import ModelSection, RopeScaling
 from megatron_prealign.recipe.optimizer import OptimizerSection
 from megatron_prealign.recipe.parallel import ParallelSection
 from megatron_prealign.recipe.recipe import Recipe
@@ -32,6 +32,7 @@ __all__ = [
     "ParallelSection",
     "Recipe",
     "RecipeValueError",
+    "RopeScaling",
     "TrainingSection",
     "ValidationSource",
     "load_recipe",

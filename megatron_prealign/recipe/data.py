@@ -48,7 +48,7 @@ class DataSection:
     """Do not score the token that follows an end-of-document token."""
     reset_position_ids: bool = False
     """Count positions from 0 again after every end-of-document token. Only learned positions (model.family gpt2) read
-    them; rotary ones (llama) depend on distances alone, which are the same either way."""
+    them; rotary ones depend on distances alone, which are the same either way."""
     reset_attention_mask: bool = False
     """Let no token attend to an earlier document of its sample. Attention then needs a mask of seq_length x seq_length
     per row and cannot use the flash kernel."""

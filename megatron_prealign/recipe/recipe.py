@@ -95,6 +95,12 @@ class Recipe:
             f"at least data.seq_length ({self.data.seq_length})",
         )
         require(
+            model.sliding_window is None or model.sliding_window >= self.data.seq_length,
+            "data.seq_length",
+            self.data.seq_length,
+            f"at most model.sliding_window ({model.sliding_window}): attention to a part of a sequence is not built in",
+        )
+        require(
             self.training.global_batch_size % self.training.micro_batch_size == 0,
             "training.global_batch_size",
             self.training.global_batch_size,
@@ -256,7 +262,7 @@ class Recipe:
     @property
     def max_word_tokens(self) -> int | float:
         """The longest word the model has positions for; without learned positions any."""
-        if self.model.family != "gpt2":
+        if self.model.is_rotary:
             return math.inf
         return self.model.max_position_embeddings or self.data.seq_length
 
