@@ -5,10 +5,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_prealign.data.blend import Blend, SavedBlend, continue_blend, first_blend
 from megatron_prealign.data.index_cache import build_if_needed, wait_for_arrays
 from megatron_prealign.data.sources import (
     OpenSource,
@@ -23,12 +25,14 @@ from megatron_prealign.runtime.index_builder import (
     MAX_BLEND_SOURCES,
     MAX_SEQUENCES,
     blending_indices,
+    epoch_indices,
     megatron_core_version,
-    sample_indices,
 )
 
 # Positions of the blend counted at a time, so that counting never copies an index of billions of positions at once.
 _COUNT_CHUNK = 1 << 24
+# Part of the name of an index: another way to order samples must not find an older one.
+_ORDER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class TrainPlan:
     """
 
     sources: Sequence[OpenSource]
-    weights: Sequence[float]
+    blend: Blend
     seq_length: int
     num_samples: int
     seed: int
@@ -76,12 +80,13 @@ class TrainPlan:
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
         lookahead: int = 0,
+        saved: SavedBlend | None = None,
     ) -> "TrainPlan":
         """Opens and checks the sources.
 
         A source with fewer samples than its share is repeated in epochs, reshuffled each time. Which samples follow
-        each other depends on the documents' lengths, the weights, `seed`, `num_samples` and the sequence length, not
-        on paths: moved data keeps its order and its cache.
+        each other depends on the documents' lengths, the weights, `seed` and the sequence length, not on paths: moved
+        data keeps its order and its cache. A plan of more samples begins with those of a shorter one.
 
         Args:
             data: The recipe's section.
@@ -93,9 +98,10 @@ class TrainPlan:
             tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
             lookahead: Tokens to read behind every sample, from 0: those that follow in the same source's shuffled order
                 of documents, and behind its last document those of its first.
+            saved: The blend of the checkpoint to go on from; None for a run that begins.
 
         Raises:
-            UserError: a source is missing, damaged, too small or does not fit.
+            UserError: a source is missing, damaged, too small, does not fit or is not what it was when it was saved.
         """
         if lookahead < 0:
             raise ValueError(f"lookahead is {lookahead}, expected a number from 0")
@@ -106,8 +112,13 @@ class TrainPlan:
         )
         _check_sizes(sources, data)
         weights = [source.weight for source in data.sources]
-        key = _index_key(sources, weights, data.seq_length, num_samples, seed)
-        return cls(sources, weights, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}", lookahead)
+        blend = first_blend(sources, weights, data.seq_length, [_digest_of_lengths(source) for source in sources])
+        if saved is not None:
+            blend = continue_blend(saved, blend)
+        # A run that is through may still be asked for its state: an index is never empty.
+        num_samples = max(num_samples, blend.start + 1)
+        key = _index_key(blend, data.seq_length, num_samples, seed)
+        return cls(sources, blend, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}", lookahead)
 
     def write_index(self) -> bool:
         """Makes the index where it is missing or damaged; called on exactly one process per node. Says whether it was.
@@ -117,7 +128,7 @@ class TrainPlan:
         """
         return build_if_needed(
             self.directory,
-            lambda: _build_arrays(self.sources, self.weights, self.seq_length, self.num_samples, self.seed),
+            lambda: _build_arrays(self.sources, self.blend, self.seq_length, self.num_samples, self.seed),
         )
 
     def open(self) -> "TrainSamples":
@@ -129,6 +140,7 @@ class TrainPlan:
         arrays = wait_for_arrays(self.directory)
         return TrainSamples(
             self.sources,
+            self.blend,
             arrays,
             seq_length=self.seq_length,
             num_samples=self.num_samples,
@@ -137,11 +149,15 @@ class TrainPlan:
 
 
 class TrainSamples:
-    """The training blend: sample i is the same whichever process asks, and in whatever order."""
+    """The training blend: sample i is the same whichever process asks, and in whatever order.
+
+    After a change of the blend only the positions behind it can be read.
+    """
 
     def __init__(
         self,
         sources: Sequence[OpenSource],
+        blend: Blend,
         arrays: Mapping[str, np.ndarray],
         *,
         seq_length: int,
@@ -149,6 +165,7 @@ class TrainSamples:
         lookahead: int = 0,
     ) -> None:
         self._sources = list(sources)
+        self._blend = blend
         self._row_tokens = seq_length + 1 + lookahead
         self._num_samples = num_samples
         self._source_of = arrays["blend_source"]
@@ -156,6 +173,8 @@ class TrainSamples:
         self._documents = [arrays.get(f"documents_{number}") for number in range(len(sources))]
         self._samples = [arrays.get(f"samples_{number}") for number in range(len(sources))]
         self._shuffle = [arrays.get(f"shuffle_{number}") for number in range(len(sources))]
+        # Counted once: a run asks at each checkpoint how far its sources were read.
+        self._counted = (0, np.zeros(len(sources), dtype=np.int64))
 
     @classmethod
     def build(
@@ -169,6 +188,7 @@ class TrainSamples:
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
         lookahead: int = 0,
+        saved: SavedBlend | None = None,
     ) -> "TrainSamples":
         """`TrainPlan.read`, then its index, for a process of its own. A job of several takes the steps one by one."""
         plan = TrainPlan.read(
@@ -180,6 +200,7 @@ class TrainSamples:
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint,
             lookahead=lookahead,
+            saved=saved,
         )
         plan.write_index()
         return plan.open()
@@ -188,24 +209,22 @@ class TrainSamples:
         return self._num_samples
 
     def rows(self, indices: Sequence[int]) -> SampleRows:
-        """The samples at positions `indices` of the blend.
+        """The samples at positions `indices` of the run.
 
         Raises:
-            IndexError: a position below 0 or not below `len(self)`.
+            IndexError: a position before the blend, or not below `len(self)`.
             UserError: a token id outside the vocabulary of the source's tokenizer.
         """
-        _check_indices(indices, len(self))
+        _check_indices(indices, len(self), self._blend.start)
         tokens = np.empty((len(indices), self._row_tokens), dtype=np.int64)
         marked = any(source.words is not None for source in self._sources)
         word_starts = np.zeros(tokens.shape, dtype=np.bool_) if marked else None
-        source_of_row = [int(self._source_of[index]) for index in indices]
+        source_of_row = [int(self._source_of[index - self._blend.start]) for index in indices]
         for row, (index, number) in enumerate(zip(indices, source_of_row, strict=True)):
-            documents, samples, shuffle = self._documents[number], self._samples[number], self._shuffle[number]
-            assert documents is not None and samples is not None and shuffle is not None, number
-            position, offset = samples[int(shuffle[self._sample_of[index]])]
+            documents, position, offset = self._place(number, int(self._sample_of[index - self._blend.start]))
             source = self._sources[number]
             bits = None if word_starts is None else word_starts[row]
-            read_span(source.dataset, documents, int(position), int(offset), tokens[row], source.words, bits)
+            read_span(source.dataset, documents, position, offset, tokens[row], source.words, bits)
         check_token_range(tokens, self._sources, source_of_row)
         return SampleRows(
             tokens=torch.from_numpy(tokens),
@@ -214,17 +233,51 @@ class TrainSamples:
             word_starts=None if word_starts is None else torch.from_numpy(word_starts),
         )
 
+    def _place(self, number: int, sample: int) -> tuple[np.ndarray, int, int]:
+        """Where a sample begins, as the blend counts those of its source: the order of the documents in the sample's
+        epoch, the place in it and the token there."""
+        documents, samples, shuffle = self._documents[number], self._samples[number], self._shuffle[number]
+        assert documents is not None and samples is not None and shuffle is not None, number
+        facts = self._blend.sources[number]
+        per_epoch = facts.samples_per_epoch
+        # The arrays begin with the epoch in which the source was when the blend began.
+        epoch, inside = divmod(sample + facts.consumed_at_start % per_epoch, per_epoch)
+        sequences = self._sources[number].stop
+        place = samples[epoch * (per_epoch + 1) + int(shuffle[epoch * per_epoch + inside])]
+        return documents[epoch * sequences : (epoch + 1) * sequences], int(place[0]), int(place[1])
+
     @property
     def segmenters(self) -> list[str | None]:
         """For each source who marked where its words start; None if nobody did."""
         return [source.sidecar.segmenter for source in self._sources]
 
+    @property
+    def blend(self) -> Blend:
+        """The sources, and where the blend of them begins."""
+        return self._blend
+
+    def blend_state(self, num_samples: int) -> dict[str, Any]:
+        """What a checkpoint keeps of the blend when the first `num_samples` rows of the run are consumed."""
+        return self._blend.to_dict(self._consumed(num_samples))
+
     def consumed_per_source(self, num_samples: int) -> dict[str, int]:
-        """For each source's path, how many of the first `num_samples` positions of the blend are its."""
-        if not 0 <= num_samples <= len(self):
-            raise ValueError(f"num_samples is {num_samples}, expected 0 to {len(self)}")
-        counts = _count_per_source(self._source_of[:num_samples], len(self._sources))
-        return {source.path: int(count) for source, count in zip(self._sources, counts, strict=True)}
+        """For each source's path, how many of the first `num_samples` rows of the run are its; sources that the run no
+        longer has come last."""
+        counts = self._consumed(num_samples)
+        dropped = {source.path: source.consumed_at_start for source in self._blend.dropped}
+        own = {source.path: int(count) for source, count in zip(self._sources, counts, strict=True)}
+        return own | {path: count for path, count in dropped.items() if path not in own}
+
+    def _consumed(self, num_samples: int) -> list[int]:
+        start = self._blend.start
+        if not start <= num_samples <= len(self):
+            raise ValueError(f"num_samples is {num_samples}, expected {start} to {len(self)}")
+        done, counts = self._counted if self._counted[0] <= num_samples - start else (0, 0)
+        counts = counts + _count_per_source(self._source_of[done : num_samples - start], len(self._sources))
+        self._counted = (num_samples - start, counts)
+        return [
+            source.consumed_at_start + int(count) for source, count in zip(self._blend.sources, counts, strict=True)
+        ]
 
 
 class ValidationSamples:
@@ -340,10 +393,12 @@ class _Stream:
             filled += count
 
 
-def _check_indices(indices: Sequence[int], count: int) -> None:
+def _check_indices(indices: Sequence[int], count: int, start: int = 0) -> None:
     for index in indices:
         if not 0 <= index < count:
             raise IndexError(f"sample {index} does not exist, there are {count}")
+        if index < start:
+            raise IndexError(f"sample {index} lies before the blend, which begins at {start}")
 
 
 def _check_sizes(sources: Sequence[OpenSource], data: DataSection) -> None:
@@ -363,42 +418,64 @@ def _check_sizes(sources: Sequence[OpenSource], data: DataSection) -> None:
             )
 
 
-def _index_key(
-    sources: Sequence[OpenSource], weights: Sequence[float], seq_length: int, num_samples: int, seed: int
-) -> str:
+def _digest_of_lengths(source: OpenSource) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(source.lengths).data, digest_size=16).hexdigest()
+
+
+def _index_key(blend: Blend, seq_length: int, num_samples: int, seed: int) -> str:
     """Hash of everything the arrays depend on: lengths and not tokens or paths decide where samples begin."""
     facts = {
+        "order": _ORDER_VERSION,
         "megatron_core": megatron_core_version(),
         "seq_length": seq_length,
+        "start": blend.start,
         "num_samples": num_samples,
         "seed": seed,
-        "weights": [float(weight) for weight in weights],
-        "lengths": [
-            hashlib.blake2b(np.ascontiguousarray(source.lengths).data, digest_size=16).hexdigest() for source in sources
-        ],
+        "sources": [[source.key, source.weight, source.digest, source.consumed_at_start] for source in blend.sources],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _build_arrays(
-    sources: Sequence[OpenSource], weights: Sequence[float], seq_length: int, num_samples: int, seed: int
+    sources: Sequence[OpenSource], blend: Blend, seq_length: int, num_samples: int, seed: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    source_of, sample_of = blending_indices(weights, num_samples)
+    source_of, sample_of = blending_indices([source.weight for source in blend.sources], num_samples - blend.start)
     yield "blend_source", source_of
     yield "blend_sample", sample_of
     counts = _count_per_source(source_of, len(sources))
-    for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+    for number, (source, facts, count) in enumerate(zip(sources, blend.sources, counts, strict=True)):
         if count == 0:
             continue
-        # A seed of its own for each source: with one seed for all, sources of equal size (parallel texts, a language
-        # and its clone) would be shuffled alike, and the same document would come up in both at the same time.
-        source_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        built = sample_indices(
-            source.dataset, sequences=source.stop, num_samples=int(count), seq_length=seq_length, seed=source_seed
-        )
-        yield f"documents_{number}", built.documents
-        yield f"samples_{number}", built.samples
-        yield f"shuffle_{number}", built.shuffle
+        per_epoch = facts.samples_per_epoch
+        first = facts.consumed_at_start // per_epoch
+        last = (facts.consumed_at_start + int(count) - 1) // per_epoch
+        built = [
+            epoch_indices(
+                source.dataset,
+                sequences=source.stop,
+                seq_length=seq_length,
+                seed=_epoch_seed(seed, facts.key, epoch),
+            )
+            for epoch in range(first, last + 1)
+        ]
+        yield f"documents_{number}", _joined([epoch.documents for epoch in built])
+        yield f"samples_{number}", _joined([epoch.samples for epoch in built])
+        yield f"shuffle_{number}", _joined([epoch.shuffle for epoch in built])
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    # The one epoch of a large source is not copied.
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _epoch_seed(seed: int, key: int, epoch: int) -> int:
+    """Seed of one epoch of one source.
+
+    One of its own for each source: with one seed for all, sources of equal size (parallel texts, a language and its
+    clone) would be shuffled alike, and the same document would come up in both at the same time. One of its own for
+    each epoch too, so that an epoch is the same however many there are.
+    """
+    return int(np.random.SeedSequence([seed, key, *([epoch] if epoch else [])]).generate_state(1)[0])
 
 
 def _count_per_source(source_of: np.ndarray, num_sources: int) -> np.ndarray:

@@ -18,7 +18,7 @@ MAX_SEQUENCES = 2**31 - 1
 
 
 class SampleIndices(NamedTuple):
-    """Where the samples of one source lie.
+    """Where the samples of one epoch of one source lie.
 
     Sample s of the shuffled order is number n = `shuffle[s]` of the token stream that the sequences
     `documents[0], documents[1], ...` form; it starts at token `samples[n, 1]` of sequence `documents[samples[n, 0]]`
@@ -26,7 +26,7 @@ class SampleIndices(NamedTuple):
     """
 
     documents: np.ndarray
-    """int32 [epochs * sequences]."""
+    """int32 [sequences]."""
     samples: np.ndarray
     """int32 or int64 [number of samples + 1, 2]."""
     shuffle: np.ndarray
@@ -56,17 +56,14 @@ def blending_indices(weights: Sequence[float], num_samples: int) -> tuple[np.nda
     return source_of, sample_of
 
 
-def sample_indices(
-    dataset: "IndexedDataset", *, sequences: int, num_samples: int, seq_length: int, seed: int
-) -> SampleIndices:
-    """At least `num_samples` shuffled samples from the first `sequences` sequences, in as many epochs as that takes.
+def epoch_indices(dataset: "IndexedDataset", *, sequences: int, seq_length: int, seed: int) -> SampleIndices:
+    """One epoch of the first `sequences` sequences: their documents shuffled, cut into samples, the samples shuffled.
 
     Works the same on every process and with or without `torch.distributed`.
 
     Args:
-        dataset: The source.
+        dataset: The source; its sequences hold more than `seq_length` tokens.
         sequences: How many sequences, from the first, may be used.
-        num_samples: Samples needed.
         seq_length: Tokens per sample, without the extra one for the last label.
         seed: From 0 to 2^32 - 1.
     """
@@ -91,7 +88,8 @@ def sample_indices(
             dataset,
             dataset.path_prefix,
             np.arange(sequences, dtype=np.int32),
-            num_samples,
+            # Any number up to an epoch's gives the whole epoch.
+            1,
             Split.train,
             config,
         )

@@ -57,9 +57,7 @@ def test_tokens_equal_a_plain_reconstruction(folder, tmp_path, seq_length):
     assert rows.sample_id.tolist() == list(range(num_samples))
 
 
-@pytest.mark.parametrize("num_samples", [10, 60, 75, 500])
-def test_epochs_repeat_as_in_megatron(folder, tmp_path, num_samples):
-    """Below one epoch (about 28 samples) up to many, with a part of the last one below and above Megatron's 80%."""
+def test_first_epoch_is_megatrons(folder, tmp_path):
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -80,12 +78,38 @@ def test_epochs_repeat_as_in_megatron(folder, tmp_path, num_samples):
         path_to_cache=str(tmp_path / "megatron"),
     )
     dataset = IndexedDataset(str(folder / "german"))
-    theirs = GPTDataset(dataset, "german", np.arange(25, dtype=np.int32), num_samples, Split.train, config)
-    rows = build(section(folder, {"german": 1.0}), tmp_path, num_samples).rows(range(num_samples))
-    for position in range(num_samples):
+    epoch = (sum(map(len, GERMAN)) - 1) // 16
+    theirs = GPTDataset(dataset, "german", np.arange(25, dtype=np.int32), epoch, Split.train, config)
+    rows = build(section(folder, {"german": 1.0}), tmp_path, 3 * epoch).rows(range(epoch))
+    for position in range(epoch):
         expected = theirs[position]
         assert torch.equal(rows.tokens[position, :-1], expected["tokens"])
         assert torch.equal(rows.tokens[position, 1:], expected["labels"])
+
+
+def test_each_epoch_is_a_shuffle_of_its_own(folder, tmp_path):
+    epoch = (sum(map(len, GERMAN)) - 1) // 16
+    rows = build(section(folder, {"german": 1.0}), tmp_path, 4 * epoch + 3, lookahead=9).rows(range(4 * epoch + 3))
+    seen = []
+    for number in range(4):
+        seed = source_seed(0) if number == 0 else source_seed(0, number)
+        expected = np.stack(plain_epoch(GERMAN, 16, seed, 9))
+        np.testing.assert_array_equal(rows.tokens[number * epoch : (number + 1) * epoch].numpy(), expected)
+        seen.append(expected.tobytes())
+    assert len(set(seen)) == 4
+    np.testing.assert_array_equal(rows.tokens[4 * epoch :].numpy(), plain_epoch(GERMAN, 16, source_seed(0, 4), 9)[:3])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_longer_plan_begins_with_the_shorter_one(folder, tmp_path, seed):
+    """Any weights, any two lengths, several epochs: what was read stays what it was."""
+    random = np.random.default_rng(seed)
+    weights = dict(zip(("english", "german", "latin"), random.dirichlet([0.7] * 3).tolist(), strict=True))
+    short, long = sorted(random.integers(1, 700, size=2).tolist())
+    data = section(folder, weights)
+    rows = build(data, tmp_path, long).rows(range(short))
+    expected = build(data, tmp_path, short).rows(range(short))
+    assert torch.equal(rows.tokens, expected.tokens) and torch.equal(rows.language, expected.language)
 
 
 def test_shares_follow_the_weights(folder, tmp_path):

@@ -68,8 +68,9 @@ def build(data: DataSection, cache_dir: Path, num_samples: int = 40, **options) 
     )
 
 
-def source_seed(number: int) -> int:
-    return int(np.random.SeedSequence([SEED, number]).generate_state(1)[0])
+def source_seed(number: int, *epoch: int) -> int:
+    """Seed of a source's first epoch, or of a later one."""
+    return int(np.random.SeedSequence([SEED, number, *epoch]).generate_state(1)[0])
 
 
 def plain_epoch(documents: Documents, seq_length: int, seed: int, lookahead: int = 0) -> list[np.ndarray]:
