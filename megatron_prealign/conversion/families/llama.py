@@ -1,0 +1,63 @@
+"""Llama 2 and 3: RMSNorm, gated MLP, rotary positions, grouped queries, no biases."""
+
+from megatron_prealign.conversion.family import Family, Gated, Packed, Same, Weight
+
+FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+}
+NEEDED = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"})
+DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+ATTENTION = "decoder.layers.self_attention."
+MLP = "decoder.layers.mlp."
+FIRST: tuple[Weight, ...] = (
+    Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocabulary", "hidden"), shared=0),
+)
+QUERY_KEY_VALUE = Packed(
+    f"{ATTENTION}linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"
+)
+LAYER: tuple[Weight, ...] = (
+    Same(f"{ATTENTION}linear_qkv.layer_norm_weight", "input_layernorm.weight", ("hidden",)),
+    QUERY_KEY_VALUE,
+    Same(f"{ATTENTION}linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "query"), shared=1),
+    Same(f"{MLP}linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ("hidden",)),
+    Gated(f"{MLP}linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    Same(f"{MLP}linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "width"), shared=1),
+)
+LAST: tuple[Weight, ...] = (Same("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),)
+OUTPUT = Same("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0)
+LAYER_NAME = "model.layers.{}."
+BUFFERS = ("rotary_emb.inv_freq",)
+
+FAMILY = Family(
+    name="llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    base="model.",
+    fields=FIELDS,
+    needed=NEEDED,
+    defaults={**DEFAULTS, "max_position_embeddings": 2048},
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    rope=True,
+    first=FIRST,
+    layer=LAYER,
+    last=LAST,
+    output=OUTPUT,
+    layer_name=LAYER_NAME,
+    buffers=BUFFERS,
+)

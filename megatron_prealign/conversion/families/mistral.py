@@ -1,0 +1,28 @@
+"""Mistral: Llama's tensors, and a sliding window."""
+
+from megatron_prealign.conversion.families import llama
+from megatron_prealign.conversion.family import Family
+
+FAMILY = Family(
+    name="mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    base="model.",
+    fields={**llama.FIELDS, "sliding_window": "sliding_window"},
+    needed=llama.NEEDED,
+    # Absent and null differ: the first is transformers' default, the second no window.
+    defaults={
+        **llama.DEFAULTS,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    fixed={"hidden_act": "silu"},
+    rope=True,
+    first=llama.FIRST,
+    layer=llama.LAYER,
+    last=llama.LAST,
+    output=llama.OUTPUT,
+    layer_name=llama.LAYER_NAME,
+    buffers=llama.BUFFERS,
+)

@@ -1,0 +1,32 @@
+"""Qwen2 and Qwen2.5: Llama's tensors, and biases of query, key and value."""
+
+from megatron_prealign.conversion.families import llama
+from megatron_prealign.conversion.family import Family, Packed
+
+BIAS = Packed(
+    f"{llama.ATTENTION}linear_qkv.bias",
+    "self_attn.q_proj.bias",
+    "self_attn.k_proj.bias",
+    "self_attn.v_proj.bias",
+    bias=True,
+)
+
+FAMILY = Family(
+    name="qwen2",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    base="model.",
+    fields={theirs: ours for theirs, ours in llama.FIELDS.items() if theirs != "head_dim"},
+    needed=llama.NEEDED,
+    defaults={**llama.DEFAULTS, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    # They mean something only with use_sliding_window.
+    ignored=frozenset({"sliding_window", "max_window_layers", "use_mrope"}),
+    rope=True,
+    first=llama.FIRST,
+    layer=(*llama.LAYER, BIAS),
+    last=llama.LAST,
+    output=llama.OUTPUT,
+    layer_name=llama.LAYER_NAME,
+    buffers=llama.BUFFERS,
+)

@@ -1,0 +1,28 @@
+"""Qwen3: Llama's tensors, and norms of query and key."""
+
+from megatron_prealign.conversion.families import llama
+from megatron_prealign.conversion.family import Family, Same
+
+FAMILY = Family(
+    name="qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    base="model.",
+    fields=llama.FIELDS,
+    needed=llama.NEEDED,
+    defaults={**llama.DEFAULTS, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    # They mean something only with use_sliding_window.
+    ignored=frozenset({"sliding_window", "max_window_layers"}),
+    rope=True,
+    first=llama.FIRST,
+    layer=(
+        *llama.LAYER,
+        Same(f"{llama.ATTENTION}q_layernorm.weight", "self_attn.q_norm.weight", ("channels",)),
+        Same(f"{llama.ATTENTION}k_layernorm.weight", "self_attn.k_norm.weight", ("channels",)),
+    ),
+    last=llama.LAST,
+    output=llama.OUTPUT,
+    layer_name=llama.LAYER_NAME,
+    buffers=llama.BUFFERS,
+)
