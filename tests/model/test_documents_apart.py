@@ -135,7 +135,7 @@ def engine_attention(reset_attention_mask: bool) -> tuple[str, str]:
     nothing: Any = None
     with (
         patch.dict("sys.modules", {"transformer_engine": ModuleType("transformer_engine")}),
-        patch.object(config, "get_gpt_layer_with_transformer_engine_spec", lambda: engines),
+        patch.object(config, "get_gpt_layer_with_transformer_engine_spec", lambda **_: engines),
     ):
         layer: Any = config.block_spec(recipe, nothing, nothing, None)
     found = [each.submodules.self_attention.submodules.core_attention.__name__ for each in (layer, engines)]
