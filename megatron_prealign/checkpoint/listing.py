@@ -1,0 +1,199 @@
+"""What lies in a folder of checkpoints, told from their small files. Imports no torch: a thousand of them are a matter
+of a second."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.checkpoint.folder import LATEST, STATE, is_run, read_state, step_of
+from megatron_prealign.checkpoint.manifest import MANIFEST, ManifestError, find_damage, read_manifest
+from megatron_prealign.errors import UserError
+
+_COLUMNS = ("checkpoint", "status", "kind", "saved", "size", "phase", "tokens", "measures")
+
+
+@dataclass(frozen=True)
+class ListedCheckpoint:
+    """One folder, as far as its small files and the sizes of the others tell."""
+
+    name: str
+    latest: bool
+    """Whether `latest` names it."""
+    problems: tuple[str, ...]
+    """Empty for a complete checkpoint; its files are not read for this."""
+    complete: bool
+    """Whether it was ever completed."""
+    kind: str | None
+    """run or weights; None if its state.json cannot be read, as for what follows."""
+    step: int | None
+    saved_at: str | None
+    """ISO time."""
+    bytes: int
+    """Of all files, as they are."""
+    phase: str | None
+    tokens: int | None
+    metrics: dict[str, float]
+
+    @property
+    def status(self) -> str:
+        return ("damaged" if self.complete else "incomplete") if self.problems else "complete"
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The folders of checkpoints at `path` by step, then by name, complete or not: a run's folder, a folder of
+    checkpoints, or one checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    if _is_checkpoint(path):
+        return [path]
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    try:
+        found = [each for each in directory.iterdir() if each.is_dir() and _is_checkpoint(each)]
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be read ({error.strerror}); expected a folder of checkpoints or a run's folder"
+        ) from error
+    if not found:
+        raise UserError(f"{directory} holds no checkpoints; expected step_* folders, as pretrain writes them")
+    return sorted(found, key=lambda each: (_step_in(each) is None, _step_in(each) or 0, each.name))
+
+
+def list_checkpoints(path: Path) -> list[ListedCheckpoint]:
+    """Every checkpoint at `path`, in the order of `checkpoint_folders`.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = checkpoint_folders(path)
+    latest = _latest_name(folders[0].parent)
+    return [_look_at(folder, folder.name == latest) for folder in folders]
+
+
+def find_pointer_problem(path: Path) -> str | None:
+    """What is wrong with the file `latest` at `path`, in words; None when all is well or there is none."""
+    directory = checkpoint_folders(path)[0].parent
+    name = _latest_name(directory)
+    if name is None or (name and (directory / name / STATE).exists()):
+        return None
+    return f"{directory / LATEST} names {name!r}, which is no checkpoint there"
+
+
+def find_problems(folder: Path) -> tuple[list[str], bool]:
+    """What is wrong with a checkpoint by the sizes of its files, and whether it was ever completed."""
+    try:
+        records = read_manifest(folder)
+    except ManifestError as error:
+        return [str(error)], (folder / MANIFEST).exists()
+    return find_damage(folder, records, checksums=False), True
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def render(listed: Sequence[ListedCheckpoint]) -> list[str]:
+    """A table with a line for each checkpoint; what is wrong with one follows below it."""
+    rows = [list(_COLUMNS), *(_row(each) for each in listed)]
+    # Measures are the last column, of any width.
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS) - 1)]
+    lines = []
+    for row, checkpoint in zip(rows, [None, *listed], strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+        for problem in checkpoint.problems[:3] if checkpoint is not None else ():
+            lines.append(f"    {problem}")
+        if checkpoint is not None and len(checkpoint.problems) > 3:
+            lines.append(f"    and {len(checkpoint.problems) - 3} more")
+    return lines
+
+
+def readable_bytes(count: int) -> str:
+    """Such as 1.5 GB."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _latest_name(directory: Path) -> str | None:
+    """The first 200 characters of what is in `latest`; None if there is no such file."""
+    try:
+        with (directory / LATEST).open(encoding="utf-8", errors="replace") as pointer:
+            return pointer.read(200).strip()
+    except OSError:
+        return None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    named = step_of(folder) is not None or _step_in(folder) is not None
+    return named or (folder / STATE).exists() or (folder / MANIFEST).exists()
+
+
+def _step_in(folder: Path) -> int | None:
+    """The step in the name of a folder that a save or a damage gave another one: .step_X.incomplete, step_X.damaged."""
+    return step_of(folder.with_name(folder.name.lstrip(".").split(".")[0] or "_"))
+
+
+def _look_at(folder: Path, latest: bool) -> ListedCheckpoint:
+    problems, complete = find_problems(folder)
+    summary: dict[str, Any] = {}
+    try:
+        summary = read_state(folder)
+    except UserError as error:
+        problems = [*problems, *([str(error).split(";")[0]] if complete else [])]
+    if folder.name.startswith("."):
+        problems, complete = ["a save that did not come to its end, or is under way"], False
+    elif folder.suffix == ".damaged":
+        problems = problems or ["it was found damaged by a start"]
+    state = summary.get("train_state")
+    state = state if isinstance(state, dict) else {}
+    metrics = summary.get("metrics")
+    return ListedCheckpoint(
+        name=folder.name,
+        latest=latest,
+        problems=tuple(problems),
+        complete=complete,
+        kind=None if not summary else "run" if is_run(summary) else "weights",
+        step=state.get("step", _step_in(folder)),
+        saved_at=_saved_at(folder, summary),
+        bytes=folder_bytes(folder),
+        phase=summary.get("phase"),
+        tokens=state.get("tokens"),
+        metrics=metrics if isinstance(metrics, dict) else {},
+    )
+
+
+def _saved_at(folder: Path, summary: dict[str, Any]) -> str | None:
+    if isinstance(summary.get("saved_at"), str):
+        return str(summary["saved_at"])
+    try:
+        # Of a checkpoint from before they said it.
+        changed_s = (folder / STATE).stat().st_mtime
+    except OSError:
+        return None
+    return datetime.fromtimestamp(changed_s, timezone.utc).isoformat(timespec="seconds")
+
+
+def _row(checkpoint: ListedCheckpoint) -> list[str]:
+    measures = [
+        f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {json.dumps(value)}"
+        for name, value in sorted(checkpoint.metrics.items())
+    ]
+    return [
+        checkpoint.name + (" *" if checkpoint.latest else ""),
+        checkpoint.status,
+        checkpoint.kind or "?",
+        (checkpoint.saved_at or "?")[:19].replace("T", " "),
+        readable_bytes(checkpoint.bytes),
+        checkpoint.phase or "-",
+        "-" if checkpoint.tokens is None else f"{checkpoint.tokens:,}",
+        ", ".join(measures) or "-",
+    ]

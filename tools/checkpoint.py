@@ -1,0 +1,195 @@
+"""`megatron-prealign checkpoint`: what lies in folders of checkpoints, whether it is whole, and its weights alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.errors import UserError
+from megatron_prealign.processors import available_cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """Lists checkpoints: steps, sizes, measures, and whether they are complete by the sizes of their files.
+
+    The folder may be named without --folder. The one that `latest` names has a star.
+    """
+
+    folder: str
+    """A run's folder, its folder of checkpoints, or one checkpoint."""
+    json: bool = False
+    """Print JSON instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Shows what a checkpoint says about itself: model, layout, run.
+
+    The folder may be named without --folder.
+    """
+
+    folder: str
+    """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
+    tensors: bool = False
+    """List every tensor with its type and shape."""
+    json: bool = False
+    """Print JSON instead, tensors included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Reads a checkpoint whole, compares all its files with their checksums and names every damaged one.
+
+    The folder may be named without --folder. Exit status 1 if one is damaged.
+    """
+
+    folder: str
+    """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
+    all: bool = False
+    """Every checkpoint in the folder."""
+    workers: int | None = None
+    """Files read at the same time; by default one for each CPU core this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Takes the weights of a checkpoint into one of their own, without the optimizer: for `pretrain --checkpoint.load`
+    and `convert to-hf`. Needs no GPU and little memory."""
+
+    checkpoint: str
+    """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
+    output: str
+    """Folder to write."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Type of the weights; by default they stay as they are."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """How the checkpoint's files are checked first: read whole and compared with their checksums, or by their sizes."""
+    overwrite: bool = False
+    """Replace a checkpoint that is there."""
+
+
+def list_(argv: Sequence[str]) -> int:
+    options = parse_options(ListOptions, "checkpoint list", _with_folder(argv))
+
+    from megatron_prealign.checkpoint.listing import find_pointer_problem, list_checkpoints, render
+
+    folder = Path(options.folder)
+    listed = list_checkpoints(folder)
+    if options.json:
+        import json
+
+        print(json.dumps([{**asdict(each), "status": each.status} for each in listed], ensure_ascii=False, indent=2))
+        return 0
+    print("\n".join(render(listed)))
+    problem = find_pointer_problem(folder)
+    if problem:
+        print(f"warning: {problem}")
+    return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    options = parse_options(InspectOptions, "checkpoint inspect", _with_folder(argv))
+
+    from megatron_prealign.checkpoint.folder import resolve_checkpoint
+    from megatron_prealign.checkpoint.inspect import inspect_checkpoint, render
+
+    facts = inspect_checkpoint(resolve_checkpoint(options.folder))
+    if options.json:
+        import json
+
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(render(facts, options.tensors)))
+    return 0
+
+
+def verify(argv: Sequence[str]) -> int:
+    options = parse_options(VerifyOptions, "checkpoint verify", _with_folder(argv))
+    workers = available_cores() if options.workers is None else options.workers
+    if workers < 1:
+        raise UserError(f"--workers is {workers}, expected a number above 0")
+
+    from megatron_prealign.checkpoint.listing import readable_bytes
+    from megatron_prealign.checkpoint.verify import bytes_to_read, checkpoints_to_verify, verify_checkpoint
+    from megatron_prealign.progress import Progress
+
+    folders = checkpoints_to_verify(Path(options.folder), options.all)
+    damaged = 0
+    with Progress("verifying", bytes_to_read(folders), unit="B", unit_scale=True) as bar:
+        for folder in folders:
+            result = verify_checkpoint(folder, workers=workers, progress=bar.update)
+            for problem in result.problems:
+                print(f"damaged: {folder}: {problem}")
+            for name in result.unknown:
+                print(f"unknown: {folder}: {name} is not in the manifest")
+            if not result.problems:
+                print(f"{folder}: {result.files} files, {readable_bytes(result.bytes)}, all as they were written")
+            damaged += bool(result.problems)
+    if len(folders) > 1:
+        print(f"{damaged} of {len(folders)} checkpoints {'is' if damaged == 1 else 'are'} damaged")
+    return 1 if damaged else 0
+
+
+def export_weights(argv: Sequence[str]) -> int:
+    options = parse_options(ExportOptions, "checkpoint export-weights", argv)
+
+    from megatron_prealign.checkpoint.export import export_weights as export
+    from megatron_prealign.checkpoint.folder import resolve_checkpoint
+    from megatron_prealign.checkpoint.listing import readable_bytes
+    from megatron_prealign.progress import Progress
+
+    checkpoint = resolve_checkpoint(options.checkpoint)
+    if options.verify == "checksums":
+        _refuse_damage(checkpoint)
+    bar: Progress | None = None
+    done = 0
+
+    def show(now: int, total: int) -> None:
+        nonlocal bar, done
+        bar = bar or Progress("exporting", total, unit="B", unit_scale=True)
+        bar.update(now - done)
+        done = now
+
+    try:
+        written = export(
+            checkpoint, Path(options.output), dtype=options.dtype, overwrite=options.overwrite, progress=show
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    print(
+        f"wrote {options.output}: {written.tensors} tensors, {written.parameters:,} numbers, {written.dtype}, "
+        f"{readable_bytes(written.bytes)}, from {checkpoint}"
+    )
+    return 0
+
+
+def _refuse_damage(checkpoint: Path) -> None:
+    from megatron_prealign.checkpoint.verify import bytes_to_read, verify_checkpoint
+    from megatron_prealign.progress import Progress
+
+    with Progress("verifying", bytes_to_read([checkpoint]), unit="B", unit_scale=True) as bar:
+        problems = verify_checkpoint(checkpoint, workers=available_cores(), progress=bar.update).problems
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{checkpoint} is damaged ({'; '.join(problems[:5])}{more}); use another checkpoint")
+
+
+def _with_folder(argv: Sequence[str]) -> list[str]:
+    """Takes the first argument that is no option for the folder."""
+    return [f"--folder={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
+
+
+ACTIONS: Actions = {
+    "list": (list_, "steps, sizes and measures of the checkpoints in a folder"),
+    "inspect": (inspect, "model, layout and run of a checkpoint"),
+    "verify": (verify, "read checkpoints whole and name every damaged file"),
+    "export-weights": (export_weights, "a checkpoint of the weights alone"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `checkpoint ACTION`."""
+    return run_action("checkpoint", ACTIONS, argv)
