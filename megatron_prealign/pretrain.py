@@ -3,7 +3,9 @@ else."""
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.checkpoint.folder import latest_checkpoint
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
+from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.dictionary.coverage import blend_coverage
@@ -27,13 +30,13 @@ from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.model.config import padded_vocab_size
 from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError
-from megatron_prealign.run_folder import check_run_folder, record_run
+from megatron_prealign.run_folder import check_run_folder, lock_folders, record_run, versions
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer, hold
 from megatron_prealign.training.alignment_phase import AlignmentPhase
-from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
+from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 from megatron_prealign.training.checkpoint import CheckpointStore
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
@@ -316,6 +319,17 @@ def model_identity(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
     )
 
 
+def exported_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
+    """config.json of the model, as an export to Hugging Face would write it."""
+    return huggingface_config(
+        recipe.model,
+        vocab_size=vocabulary.size,
+        seq_length=recipe.data.seq_length,
+        dtype="bfloat16" if recipe.training.precision == "bf16" else "float32",
+        eod_id=vocabulary.tokenizer.eod_id,
+    )
+
+
 def run_identity(
     recipe: Recipe, phases: Sequence[Phase], train: TrainSamples, switching: Switching | None
 ) -> dict[str, Any]:
@@ -373,18 +387,23 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
     Raises:
         UserError: a mistake in the recipe or the files; raised on all ranks.
     """
-    with running(
-        recipe.parallel,
-        seed=recipe.training.seed,
-        patience_minutes=recipe.checkpoint.timeout_minutes,
-        leave_process_group=leave_process_group,
-    ) as runtime:
-        return _pretrain(recipe, runtime, callbacks)
+    started_s = time.monotonic()
+    with (
+        running(
+            recipe.parallel,
+            seed=recipe.training.seed,
+            patience_minutes=recipe.checkpoint.timeout_minutes,
+            leave_process_group=leave_process_group,
+        ) as runtime,
+        ExitStack() as held,
+    ):
+        on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
+        on_rank_zero("checking logging.run_dir", lambda: check_run_folder(recipe))
+        on_rank_zero("locking logging.run_dir", lambda: held.enter_context(lock_folders(recipe)))
+        return _pretrain(recipe, runtime, callbacks, started_s)
 
 
-def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -> TrainState:
-    on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
-    on_rank_zero("checking logging.run_dir", lambda: check_run_folder(recipe))
+def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], started_s: float) -> TrainState:
     materials = open_materials(recipe)
     switching = open_switching(recipe, materials.dictionary)
     watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
@@ -409,7 +428,15 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         if recipe.checkpoint.load is not None:
             load = recipe.checkpoint.load
             on_every_rank("loading weights", lambda: load_weights(chunks, optimizer, load, identity=identity))
-    store = CheckpointStore(recipe, runtime, identity=identity, run=run, beside=heads)
+    store = CheckpointStore(
+        recipe,
+        runtime,
+        identity=identity,
+        run=run,
+        huggingface=exported_config(recipe, materials.vocabulary),
+        versions=versions(),
+        beside=heads,
+    )
     # Only now: a run that is refused must not change what its folder says of the run that is there.
     on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
     logger.info(
@@ -434,11 +461,11 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback]) -
         optimizer,
         phases,
         [
-            StopOnSignal(),
+            StopOnRequest(store, exit_after_minutes=recipe.training.exit_after_minutes, started_s=started_s),
             ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=materials.vocabulary.padded_size),
             *watch,
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
-            SaveCheckpoints(store, materials.train, recipe.checkpoint.save_interval),
+            SaveCheckpoints(store, materials.train, metrics, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),
             *callbacks,
         ],

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,6 +15,7 @@ from megatron_prealign.alignment.dropped_words import report_dropped_words
 from megatron_prealign.data.files import write_atomically
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe, save_recipe
+from megatron_prealign.run_lock import holding
 from megatron_prealign.training.word_steps import WordSteps
 
 
@@ -43,6 +44,15 @@ def check_run_folder(recipe: Recipe) -> None:
 def _folders(recipe: Recipe) -> list[Path]:
     run_dir = Path(recipe.logging.run_dir)
     return [run_dir, recipe.checkpoint_dir, *([run_dir / "tensorboard"] if recipe.logging.tensorboard else [])]
+
+
+def lock_folders(recipe: Recipe) -> AbstractContextManager[None]:
+    """Keeps other runs out of this run's folders for as long as the context is open.
+
+    Raises:
+        UserError: another run is there.
+    """
+    return holding([Path(recipe.logging.run_dir), recipe.checkpoint_dir])
 
 
 def record_run(recipe: Recipe, words: WordSteps | None) -> None:

@@ -1,39 +1,94 @@
 """Which folders of checkpoints stay and which are removed."""
 
 import logging
+import math
+import os
 import shutil
 from pathlib import Path
 
-from megatron_prealign.checkpoint.folder import step_of
+from megatron_prealign.checkpoint.folder import LATEST, read_state, step_of
+from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import CheckpointSection
 
 logger = logging.getLogger(__name__)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what interrupted saves left. A folder that cannot be removed is a warning."""
+    """Removes what interrupted saves and removals left. A folder that cannot be removed is a warning."""
     for path in directory.glob(".step_*.incomplete"):
-        _remove(path)
+        _delete(path)
 
 
-def prune(directory: Path, newest: Path, keep: int) -> None:
-    """Removes complete checkpoints until `keep` are left, `newest` (just written) among them.
+def prune(directory: Path, newest: Path, section: CheckpointSection) -> None:
+    """Removes complete checkpoints until `section.keep` are left, `newest` (just written) among them, and those that
+    `keep_every` and `keep_best` hold.
 
     Steps after `newest` belong to a branch that was abandoned when the run was rolled back to an older checkpoint: they
-    go first. Then the oldest go. A folder that cannot be removed is a warning.
+    go first. Then the oldest go. A folder that is damaged, has another name or is none of ours does not count and is
+    left alone. A folder that cannot be removed is a warning.
     """
     written = step_of(newest)
     assert written is not None
-    steps = {path: step_of(path) for path in directory.glob("step_*") if (path / "state.json").exists()}
-    others = {path: step for path, step in steps.items() if step is not None and step != written}
-    in_order = sorted(others, key=lambda path: (others[path] < written, others[path]))
-    for path in in_order[: max(0, len(others) + 1 - keep)]:
-        _remove(path)
+    good = {path: step for path in directory.glob("step_*") if (step := step_of(path)) is not None and _is_good(path)}
+    held = {path for path, step in good.items() if section.keep_every and step % section.keep_every == 0}
+    held |= {newest, directory / _named_latest(directory), *_best(list(good), section)}
+    others = [path for path in good if path != newest]
+    in_order = sorted(others, key=lambda path: (good[path] < written, good[path]))
+    for path in in_order[: max(0, len(others) + 1 - section.keep)]:
+        if path not in held:
+            _remove(path)
 
 
-def _remove(path: Path) -> None:
+def _named_latest(directory: Path) -> str:
     try:
-        # First, so that a removal that is cut short does not leave what looks like a complete checkpoint.
-        (path / "state.json").unlink(missing_ok=True)
-        shutil.rmtree(path)
+        return (directory / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _is_good(checkpoint: Path) -> bool:
+    """Whether all its files are there in their size. Without a manifest it was never complete."""
+    try:
+        problems = find_damage(checkpoint, read_manifest(checkpoint), checksums=False)
+    except ManifestError as error:
+        problems = [str(error)]
+    if problems:
+        logger.warning(
+            "%s is damaged (%s); it does not count as a checkpoint kept and is left alone", checkpoint, problems[0]
+        )
+    return not problems
+
+
+def _best(checkpoints: list[Path], section: CheckpointSection) -> list[Path]:
+    """The checkpoint with the best measure, in a list; of equal ones the newest; none where there are no measures."""
+    if section.keep_best is None:
+        return []
+    sign = 1 if section.keep_best_mode == "max" else -1
+    ranked = []
+    for path in checkpoints:
+        try:
+            value = read_state(path).get("metrics", {}).get(section.keep_best)
+        except UserError:
+            continue
+        if isinstance(value, int | float) and math.isfinite(value):
+            ranked.append((sign * value, step_of(path) or 0, path))
+    return [max(ranked)[2]] if ranked else []
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renames first: a removal that is cut short leaves nothing with the name of a checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed.incomplete")
+    try:
+        os.replace(checkpoint, doomed)
     except OSError as error:
-        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", path, error)
+        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", checkpoint, error)
+    else:
+        _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", folder, error)

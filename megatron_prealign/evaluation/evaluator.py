@@ -1,7 +1,8 @@
 """Measures a model: validation loss per language and word retrieval per layer."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,6 +92,7 @@ class Evaluate(PeriodicMeasurement):
         shared = [self._evaluator.measure(trainer.chunks)]
         dist.broadcast_object_list(shared, src=0)
         result = shared[0]
+        trainer.measures, trainer.measured_step = flat_measures(result), state.step
         trainer.phase.saw_evaluation(state, result)
         self._metrics.write(
             {
@@ -106,3 +108,12 @@ class Evaluate(PeriodicMeasurement):
         logger.info("evaluation at step %d: loss %s", state.step, losses or "none (no held-out text)")
         for pair, values in result["word_retrieval_p_at_1"].items():
             logger.info("  word retrieval %s by layer: %s", pair, " ".join(f"{value:.2f}" for value in values))
+
+
+def flat_measures(result: Mapping[str, Mapping[str, float | Sequence[float]]]) -> dict[str, float]:
+    """One number for each measure, by a name such as `validation_loss/en`; of a measure by layers the mean."""
+    return {
+        f"{measure}/{name}": math.fsum(value) / len(value) if isinstance(value, Sequence) else value
+        for measure, by_name in result.items()
+        for name, value in by_name.items()
+    }

@@ -1,33 +1,49 @@
-"""Writes sharded state through Megatron-Core's `dist_checkpointing`, without its helper processes.
+"""Writes sharded state in the format of Megatron-Core's `dist_checkpointing`, while training goes on.
 
 Megatron-Core 0.16.1 writes through forked processes and a manager process, and waits without end when one of them dies.
-Here each rank writes its own files in threads of its own process, so an error comes back as an error, and a file
-system that stops answering ends in a timeout.
+Here a save has two halves. `stage` plans it and copies what it needs into host memory: all ranks take part, and
+training stands still. `BackgroundSave` writes in threads of this process and talks to no other rank, for collectives of
+two threads would mix: each rank leaves a receipt beside its files, and the first rank completes the folder when it has
+them all. An error is kept until the ranks ask for it together, and a disk that stops answering ends in a timeout.
 """
 
+import io
+import json
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    FileSystemWriterAsync,
+    _split_by_size_and_type,
+)
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_prealign.checksum import Checksum
 from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
-from megatron_prealign.runtime.agreement import all_ranks_ok, on_every_rank, on_rank_zero
+from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank
 
 # Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same
 # DP only), gathered over gloo on the first data-parallel rank alone: the others need no host memory for the whole
@@ -38,21 +54,42 @@ OPTIMIZER_METADATA = {
 }
 _BACKEND = CheckpointingConfig("torch_dist", 1)
 _WRITER_THREADS = 2
+_TOKEN = ".save"
+_LONGEST_PAUSE_S = 1.0
+
+FileFacts = tuple[int, str]
+"""Bytes and checksum of a file, as they were written."""
 
 
-@contextmanager
-def disk_errors_as_mistakes(checkpoint: Path) -> Iterator[None]:
-    """Turns what a full, read-only or broken disk raises while `checkpoint` is written into a `UserError`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = _disk_error(error)
-        if reason is None:
-            raise
-        raise UserError(
-            f"checkpoint {checkpoint} cannot be written: {reason}; the previous checkpoint stays, mend the disk or "
-            "choose another checkpoint.directory and start the same command again"
-        ) from error
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint is written and what messages say of it."""
+
+    folder: Path
+    """Where it lies until it is complete."""
+    name: Path
+    """Where it will lie then."""
+    previous: str | None
+    """Name of the newest complete checkpoint, which stays if this one fails."""
+
+    @contextmanager
+    def disk_errors_as_mistakes(self) -> Iterator[None]:
+        """Turns what a full, read-only or broken disk raises while the checkpoint is written into a `UserError`."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            reason = _disk_error(error)
+            if reason is None:
+                raise
+            raise UserError(self.failure(reason)) from error
+
+    def failure(self, reason: str) -> str:
+        """The line about a save that failed."""
+        kept = "there is none before it" if self.previous is None else f"{self.previous} is the newest complete one"
+        return (
+            f"checkpoint {self.name} cannot be written: {reason}; {kept}; mend the disk or choose another "
+            "checkpoint.directory and start the same command again"
+        )
 
 
 def _disk_error(error: BaseException | None) -> str | None:
@@ -65,124 +102,386 @@ def _disk_error(error: BaseException | None) -> str | None:
     return "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in text else None
 
 
-class _Count:
-    """Stands in for the queue by which a writer process would say that it is done."""
+class HostBuffers:
+    """Host memory that the tensors of a rank are copied into; kept from save to save, for new memory costs more time
+    than the copy. One save may use it at a time."""
 
-    def get(self) -> None: ...
+    def __init__(self) -> None:
+        self._buffers: dict[MetadataIndex, torch.Tensor] = {}
 
-    def task_done(self) -> None: ...
-
-
-def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> Any:
-    """Writes and fsyncs one file; returns Megatron-Core's write results."""
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    FileSystemWriterAsync.write_preloaded_data(
-        transforms,
-        local_proc_idx=index,
-        write_bucket=bucket,
-        results_queue=results,
-        count_queue=_Count(),
-        use_fsync=True,
-    )
-    _, written = results.get_nowait()
-    if isinstance(written, Exception):
-        raise written
-    return written
+    def copy(self, index: MetadataIndex, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in host memory; a copy from a GPU is complete after the device has been synchronised."""
+        buffer = self._buffers.get(index)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            # Pinned, or a copy from a GPU would take several times as long.
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            self._buffers[index] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
 
 
-def _write_all(transforms: list[Any], buckets: Sequence[Any], timeout_s: float) -> dict[int, Any]:
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+@dataclass(frozen=True, eq=False)
+class _File:
+    """One file of this rank and what goes into it."""
 
-    def write(index: int, bucket: Any) -> None:
-        try:
-            results.put((index, _write_bucket(transforms, index, bucket)))
-        except Exception as error:
-            results.put((index, error))
-
-    for index, bucket in enumerate(buckets):
-        # The interpreter joins the threads of a pool when it ends, and a write that never returns would keep the
-        # process alive after the timeout: these threads end with it.
-        name = f"checkpoint-writer-{index}"
-        threading.Thread(target=write, args=(index, bucket), name=name, daemon=True).start()
-    deadline_s = time.monotonic() + timeout_s
-    written: dict[int, Any] = {}
-    while len(written) < len(buckets):
-        try:
-            index, result = results.get(timeout=max(0.0, deadline_s - time.monotonic()))
-        except queue.Empty as error:
-            raise TimeoutError(f"the file system did not take the checkpoint within {timeout_s:.0f} s") from error
-        if isinstance(result, Exception):
-            raise result
-        written[index] = result
-    return written
+    name: str
+    items: Sequence[tuple[WriteItem, io.BytesIO | torch.Tensor]]
 
 
-class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's way of planning a save; keeps what is needed to complete it here."""
+class _Writer(FileSystemWriterAsync):
+    """Takes a plan and leaves it in memory: a disk that fails between two collectives would keep the others waiting."""
 
-    writer: FileSystemWriterAsync
-    global_metadata: Any
+    files: list[_File]
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
-        self.writer, self.global_metadata = writer, save_state_dict_ret[1]
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+    def __init__(self, folder: Path, buffers: HostBuffers, *, copy: bool) -> None:
+        super().__init__(folder, thread_count=_WRITER_THREADS)
+        self._buffers = buffers
+        self._copy = copy
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        filled = [items for items in _split_by_size_and_type(_WRITER_THREADS, plan.items) if items]
+        self.files = [
+            _File(
+                f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}",
+                [(item, self._in_host_memory(item.index, planner.resolve_data(item))) for item in items],
+            )
+            for number, items in enumerate(filled)
+        ]
+
+    def _in_host_memory(self, index: MetadataIndex, data: Any) -> io.BytesIO | torch.Tensor:
+        if isinstance(data, io.BytesIO):
+            return data
+        tensor: torch.Tensor = data.detach()
+        # A view would be written with all of the memory it looks into.
+        is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
+        return self._buffers.copy(index, tensor) if self._copy or tensor.is_cuda or is_view else tensor
 
 
-def save_sharded(state: dict[str, Any], directory: Path, *, timeout_s: float, name: Path | None = None) -> None:
-    """Saves `state` (sharded tensors and plain values) into the existing, empty folder `directory`.
+@dataclass(frozen=True, eq=False)
+class StagedState:
+    """A checkpoint that is planned and in host memory, to be written without any other rank's help."""
 
-    Takes part: all ranks. Every rank raises if any rank's write fails or times out; the folder is then incomplete.
-    Megatron-Core writes its small files on the first rank between collectives, where an error leaves the other ranks
-    waiting: here each is written by itself, and the ranks agree afterwards.
+    target: Target
+    token: str
+    rank: int
+    world_size: int
+    files: Sequence[_File]
+    common: bytes
+    """Plain values, as `common.pt` holds them."""
+    writer: _Writer
+    metadata: Any
+    """On the first rank what `.metadata` begins with."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of this rank's tensors."""
+        tensors = (data for file in self.files for _, data in file.items if isinstance(data, torch.Tensor))
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def stage(state: dict[str, Any], target: Target, *, buffers: HostBuffers, copy: bool = True) -> StagedState:
+    """Plans how `state` (sharded tensors and plain values) goes into the target's existing, empty folder. Takes part:
+    all ranks.
 
     Args:
-        name: what messages call the checkpoint, when it is not `directory`.
+        buffers: of this rank, not in use by another save.
+        copy: copy what is in host memory already too; without it the tensors must stay as they are until the save is
+            complete. What is on a GPU is always copied.
 
     Raises:
-        UserError: the disk is full, read-only, not shared by all ranks, or did not answer within `timeout_s`.
+        UserError: the folder cannot be written or is not shared by all ranks; raised on all ranks.
     """
-    name = name or directory
     sharded, common = save_preprocess(state)
-    on_every_rank(f"saving {name}", lambda: _check_folder(directory, name))
-    on_rank_zero(f"saving {name}", lambda: _write_common(common, directory, name))
-    # The module-level queue would otherwise start a manager process to carry results between processes.
-    filesystem_async._results_queue = queue.Queue()
-    strategy = _Strategy(_BACKEND.sharded_backend, _BACKEND.sharded_backend_version, thread_count=_WRITER_THREADS)
-    request = strategy.async_save(sharded, directory)
-    written: dict[int, Any] = {}
-    error: Exception | None = None
+    what = f"saving {target.name}"
+    token = from_rank_zero(what, lambda: _write_token(target))
+    on_every_rank(what, lambda: _open_receipt(target, token))
+    writer = _Writer(target.folder, buffers, copy=copy)
+    metadata, plain, error = None, b"", None
     try:
-        if request.async_fn is not None:
-            with disk_errors_as_mistakes(name):
-                # `async_fn` would start the writer processes: its first bound argument is all that is needed of it.
-                written = _write_all(request.async_fn.args[0], request.preload_fn(), timeout_s)
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planned, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(renamed, False), writer, control_group(), 0, planner=planner
+        )
+        metadata = planned[1]
+        if dist.get_rank() == 0:
+            plain = _pickled(common)
+            # Every rank's plan, which nothing reads from the file.
+            del metadata.all_local_plans
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except Exception as caught:
         error = caught
-    all_ranks_ok(error, f"saving the checkpoint {name}")
-    own = list(chain.from_iterable(written.values()))
-    results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, results)
-    on_rank_zero(f"saving {name}", lambda: _write_metadata(strategy, results, directory, name))
+    all_ranks_ok(error, what)
+    return StagedState(target, token, dist.get_rank(), dist.get_world_size(), writer.files, plain, writer, metadata)
 
 
-def _check_folder(directory: Path, name: Path) -> None:
-    if not directory.is_dir():
+def _pickled(common: dict[str, Any]) -> bytes:
+    """Now: training goes on changing the optimizer's settings, which are among these values."""
+    stream = io.BytesIO()
+    torch.save(common, stream)
+    return stream.getvalue()
+
+
+def _write_token(target: Target) -> str:
+    token = uuid.uuid4().hex
+    with target.disk_errors_as_mistakes():
+        (target.folder / _TOKEN).write_text(token, encoding="utf-8")
+    return token
+
+
+def _receipt(folder: Path, rank: int) -> Path:
+    return folder / f".receipt_{rank:05d}"
+
+
+def _open_receipt(target: Target, token: str) -> None:
+    """Makes sure that this rank sees what the first one wrote, and that its receipt has a name from now on: a client of
+    a network disk may remember for long that a name was not there."""
+    try:
+        seen = (target.folder / _TOKEN).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        seen = ""
+    if seen != token:
         raise UserError(
-            f"checkpoint {name} cannot be written: process {dist.get_rank()} does not see {directory}; "
-            "checkpoint.directory must lie on a disk that all nodes share"
+            f"checkpoint {target.name} cannot be written: process {dist.get_rank()} does not see what process 0 wrote "
+            f"into {target.folder}; checkpoint.directory must lie on a disk that all nodes share"
         )
+    with target.disk_errors_as_mistakes():
+        _receipt(target.folder, dist.get_rank()).touch()
 
 
-def _write_common(common: dict[str, Any], directory: Path, name: Path) -> None:
-    with disk_errors_as_mistakes(name), (directory / COMMON_STATE_FNAME).open("wb") as file:
-        torch.save(common, file)
-        file.flush()
-        os.fsync(file.fileno())
+class _HashedFile:
+    """A file to write from its beginning to its end, with the checksum of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._checksum = Checksum()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._stream.write(data)
+        self._checksum.update(data)
+        size = memoryview(data).nbytes
+        self._bytes += size
+        return size
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def sync(self) -> FileFacts:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return self._bytes, self._checksum.hexdigest()
+
+    def __enter__(self) -> "_HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
 
 
-def _write_metadata(strategy: _Strategy, results: Any, directory: Path, name: Path) -> None:
-    with disk_errors_as_mistakes(name):
-        strategy.writer.finish(strategy.global_metadata, results)
-        # Last: nothing takes a folder without it for a checkpoint.
-        save_config(_BACKEND, str(directory))
-        sync_file(directory / CONFIG_FNAME)
+def _write_file(folder: Path, file: _File) -> tuple[list[WriteResult], FileFacts]:
+    """Writes and syncs one file; says where in it each item lies."""
+    results = []
+    with _HashedFile(folder / file.name) as stream:
+        for item, data in file.items:
+            start = stream.tell()
+            if isinstance(data, torch.Tensor):
+                torch.save(data, stream)  # type: ignore[arg-type]
+            else:
+                stream.write(data.getbuffer())
+            length = stream.tell() - start
+            place = _StorageInfo(file.name, start, length)
+            results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
+        return results, stream.sync()
+
+
+class _CancelledError(Exception):
+    """Another rank could not write: this one need not go on."""
+
+
+class BackgroundSave:
+    """A save under way, in threads of this process that end with it."""
+
+    def __init__(
+        self, staged: StagedState, *, timeout_s: float, complete: Callable[[Mapping[str, FileFacts]], None]
+    ) -> None:
+        """Starts to write.
+
+        Args:
+            timeout_s: the longest that writing and completing may take from now on.
+            complete: called on the first rank, in another thread, when the sharded state is in the folder with all its
+                files; it is given their facts by name, and makes the folder a checkpoint.
+        """
+        self._staged = staged
+        self._complete = complete
+        self._timeout_s = timeout_s
+        self._deadline_s = time.monotonic() + timeout_s
+        self._error: Exception | None = None
+        self._written, self._over, self._cancelled = threading.Event(), threading.Event(), threading.Event()
+        # Daemons: a write that never returns must not keep the process alive after the timeout.
+        threading.Thread(target=self._run, name="checkpoint-save", daemon=True).start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save cannot succeed."""
+        late = not self._over.is_set() and time.monotonic() > self._deadline_s
+        return self._error is not None or late
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank has done its part, well or not."""
+        return self._over.is_set()
+
+    def wait_written(self) -> None:
+        """Waits until this rank's files are written.
+
+        Raises:
+            UserError: the disk failed or did not answer in time.
+        """
+        self._wait(self._written)
+
+    def wait(self) -> None:
+        """Waits until this rank's part is done, on the first rank until the checkpoint is complete.
+
+        Raises:
+            UserError: the disk failed or did not answer in time.
+        """
+        self._wait(self._over)
+
+    def cancel(self) -> None:
+        """Tells the thread not to wait for other ranks any more."""
+        self._cancelled.set()
+
+    def _wait(self, event: threading.Event) -> None:
+        if not event.wait(max(0.0, self._deadline_s - time.monotonic())):
+            self._raise_late("the file system did not take the checkpoint")
+        if self._error is not None:
+            raise self._error
+
+    def _raise_late(self, what: str) -> NoReturn:
+        reason = f"{what} within {self._timeout_s:.0f} s (checkpoint.timeout_minutes)"
+        raise UserError(self._staged.target.failure(reason))
+
+    def _run(self) -> None:
+        staged = self._staged
+        try:
+            with staged.target.disk_errors_as_mistakes():
+                self._write()
+                self._written.set()
+                if staged.rank == 0:
+                    results, facts = self._collect()
+                    facts |= self._write_metadata(results)
+                    self._complete(facts)
+        except Exception as error:
+            self._error = error
+            self._leave_receipt({"error": str(error) if isinstance(error, UserError) else repr(error)}, quietly=True)
+        finally:
+            self._written.set()
+            self._over.set()
+
+    def _write(self) -> None:
+        answers: queue.SimpleQueue[tuple[_File, Any]] = queue.SimpleQueue()
+
+        def write(file: _File) -> None:
+            try:
+                answers.put((file, _write_file(self._staged.target.folder, file)))
+            except Exception as error:
+                answers.put((file, error))
+
+        for file in self._staged.files:
+            threading.Thread(target=write, args=(file,), name=f"checkpoint-{file.name}", daemon=True).start()
+        results: list[Any] = []
+        facts: dict[str, FileFacts] = {}
+        for _ in self._staged.files:
+            try:
+                file, answer = answers.get(timeout=max(0.0, self._deadline_s - time.monotonic()))
+            except queue.Empty:
+                self._raise_late("the file system did not take the checkpoint")
+            if isinstance(answer, Exception):
+                raise answer
+            written, facts[file.name] = answer
+            results += [
+                (result.index.fqn, result.index.offset, result.index.index, file.name, *_place(result))
+                for result in written
+            ]
+        self._leave_receipt({"results": results, "files": facts})
+
+    def _leave_receipt(self, content: dict[str, Any], *, quietly: bool = False) -> None:
+        """Writes in place: a new name could hide from the first rank for as long as its directory is cached."""
+        path = _receipt(self._staged.target.folder, self._staged.rank)
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                json.dump({"token": self._staged.token, **content}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if not quietly:
+                raise
+
+    def _collect(self) -> tuple[list[list[WriteResult]], dict[str, FileFacts]]:
+        """Waits for every rank's receipt. Each is opened to look: a listing may be older than the file."""
+        results: dict[int, list[WriteResult]] = {}
+        facts: dict[str, FileFacts] = {}
+        pause_s = 0.005
+        while missing := [rank for rank in range(self._staged.world_size) if rank not in results]:
+            for rank in missing:
+                receipt = self._read_receipt(rank)
+                if receipt is None:
+                    continue
+                results[rank] = [_result(*place) for place in receipt["results"]]
+                facts |= {file: (size, checksum) for file, (size, checksum) in receipt["files"].items()}
+                pause_s = 0.005
+            if len(results) < self._staged.world_size:
+                if self._cancelled.wait(pause_s):
+                    raise _CancelledError
+                if time.monotonic() > self._deadline_s:
+                    self._raise_late(f"process {missing[0]} did not say that its part is written")
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return [results[rank] for rank in sorted(results)], facts
+
+    def _read_receipt(self, rank: int) -> dict[str, Any] | None:
+        try:
+            receipt = json.loads(_receipt(self._staged.target.folder, rank).read_bytes())
+        except ValueError:
+            # Empty until the rank is done, and cut off while it writes.
+            return None
+        if receipt.get("token") != self._staged.token:
+            return None
+        if "error" in receipt:
+            raise UserError(receipt["error"])
+        return receipt
+
+    def _write_metadata(self, results: list[list[WriteResult]]) -> dict[str, FileFacts]:
+        staged = self._staged
+        with _HashedFile(staged.target.folder / COMMON_STATE_FNAME) as file:
+            file.write(staged.common)
+            facts = {COMMON_STATE_FNAME: file.sync()}
+        staged.writer.finish(staged.metadata, results)
+        # Last: Megatron-Core takes no folder without it for a checkpoint.
+        save_config(_BACKEND, str(staged.target.folder))
+        sync_file(staged.target.folder / CONFIG_FNAME)
+        for path in (
+            staged.target.folder / _TOKEN,
+            *(_receipt(staged.target.folder, rank) for rank in range(staged.world_size)),
+        ):
+            path.unlink()
+        return facts
+
+
+def _place(result: WriteResult) -> tuple[int, int]:
+    return result.storage_data.offset, result.storage_data.length
+
+
+def _result(
+    name: str, offset: Sequence[int] | None, index: int | None, file: str, start: int, length: int
+) -> WriteResult:
+    """What `_write_file` said, back from a receipt."""
+    return WriteResult(
+        index=MetadataIndex(name, offset, index), size_in_bytes=length, storage_data=_StorageInfo(file, start, length)
+    )

@@ -1,71 +1,112 @@
-"""Checkpoints: written beside, renamed when complete, found again by a `latest` file.
+"""Saving a run's checkpoints: written beside, renamed when complete, found again by a `latest` file.
 
 A checkpoint is a folder `step_00000400` with the sharded state (Megatron-Core's `dist_checkpointing`), `state.json`
-(what a reader wants to know without loading tensors), `recipe.yaml` and a copy of the tokenizer. It loads in any
-parallel layout.
+(what a reader wants to know without loading tensors), the recipe, the tokenizer and a manifest with the checksum of
+every file. It loads in any parallel layout.
 """
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_prealign.checkpoint.commit import Beside, commit, tidy, write_beside
 from megatron_prealign.checkpoint.folder import LATEST, step_name, working_name
-from megatron_prealign.checkpoint.retention import prune, remove_unfinished
-from megatron_prealign.disk import sync_file, sync_folder
-from megatron_prealign.recipe import Recipe, save_recipe
-from megatron_prealign.runtime.agreement import on_rank_zero
-from megatron_prealign.runtime.checkpoint_io import OPTIMIZER_METADATA, disk_errors_as_mistakes, save_sharded
+from megatron_prealign.checkpoint.manifest import MANIFEST, FileRecord
+from megatron_prealign.checkpoint.retention import remove_unfinished
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
+from megatron_prealign.runtime.checkpoint_io import (
+    OPTIMIZER_METADATA,
+    BackgroundSave,
+    FileFacts,
+    HostBuffers,
+    Target,
+    stage,
+)
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.sharded_state import StateBeside, layout_of, model_state, random_state_of
 from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-# Weights of a model may lie in the same folder: they are no part of the tokenizer.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "clone.json",
-    "chat_template*",
-)
+
+@dataclass
+class SaveReport:
+    """How long a save took and how much it wrote."""
+
+    phase: str
+    step: int
+    paused_s: float
+    """Training stood still for so long, for the copy into host memory."""
+    waited_s: float
+    """And before that, for the save before this one."""
+    seconds: float = 0.0
+    """From the request until the checkpoint was complete."""
+    bytes: int = 0
+    """Size of the whole checkpoint."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes / max(self.seconds, 1e-9)
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    """A save in the background."""
+
+    writing: BackgroundSave
+    report: SaveReport
+    final: Path
 
 
 class CheckpointStore:
-    """Saves to one folder."""
+    """Saves to one folder, one checkpoint at a time."""
 
     def __init__(
         self,
         recipe: Recipe,
         runtime: Runtime,
         *,
-        identity: dict[str, Any],
-        run: dict[str, Any],
+        identity: Mapping[str, Any],
+        run: Mapping[str, Any],
+        huggingface: Mapping[str, Any],
+        versions: Mapping[str, str],
         beside: StateBeside | None = None,
     ) -> None:
         """
         Args:
             identity: `run_identity.facts_of_model`.
             run: `run_identity.facts_of_run`.
+            huggingface: config.json of the model, as Hugging Face has it.
+            versions: of the packages the run uses.
             beside: what is saved beside the model and its optimizer; None for nothing.
         """
         self._recipe = recipe
         self._runtime = runtime
         self._identity = identity
         self._run = run
+        self._huggingface = huggingface
+        self._versions = versions
         self._beside = beside
+        self._buffers = HostBuffers()
+        self._under_way: _UnderWay | None = None
         self.directory = recipe.checkpoint_dir
+        self.reports: list[SaveReport] = []
+        """On rank 0, of the saves that were completed since somebody took them from here."""
+        self.longest_s = 0.0
+        """The longest save so far, from its request until it was complete."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save under way cannot succeed."""
+        return self._under_way is not None and self._under_way.writing.failed
 
     def save(
         self,
@@ -74,83 +115,143 @@ class CheckpointStore:
         state: TrainState,
         *,
         phase: str,
-        consumed: dict[str, int],
-    ) -> Path:
-        """Writes everything needed to resume. Takes part: all ranks.
+        consumed: Mapping[str, int],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Saves everything needed to resume. Takes part: all ranks.
+
+        With `checkpoint.async_save` it returns when the state is copied; the checkpoint is complete when `finish` has
+        returned. Waits for the save before this one.
 
         Args:
             phase: Name of the current phase.
             consumed: Samples taken from each source so far.
+            metrics: What was measured after this very step.
 
         Raises:
-            UserError: the disk is full, read-only, or did not answer in time; raised on all ranks, and the checkpoint
-                before it stays.
+            UserError: the disk is full, read-only, or did not answer in time, for this save or the one before it;
+                raised on all ranks, and the newest complete checkpoint stays.
         """
+        asked_s = time.perf_counter()
+        self.finish()
+        start_s = time.perf_counter()
         final = self.directory / step_name(state.step)
         working = self.directory / working_name(state.step)
-        self._on_disk(final, "preparing", lambda: self._fresh_folder(working))
+        previous = from_rank_zero(f"preparing {final}", lambda: self._fresh_folder(Target(working, final, None)))
+        target = Target(working, final, previous)
         model = model_state(chunks)
         content = {
             **model,
             "optimizer": optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA),
             "random_state": random_state_of(self._runtime),
-            **self._content_beside(),
+            **({} if self._beside is None else {"beside": self._beside.sharded_state_dict()}),
         }
-        save_sharded(content, working, timeout_s=self._recipe.checkpoint.timeout_minutes * 60, name=final)
-        summary = {
+        staged = stage(content, target, buffers=self._buffers, copy=self._recipe.checkpoint.async_save)
+        paused_s = time.perf_counter() - start_s
+        report = SaveReport(phase, state.step, paused_s=paused_s, waited_s=start_s - asked_s)
+        beside = Beside(
+            recipe=self._recipe,
+            summary=self._summary(state, phase=phase, consumed=consumed, metrics=metrics),
+            huggingface=self._huggingface,
+        )
+        timeout_s = self._recipe.checkpoint.timeout_minutes * 60
+        complete = self._completion(target, beside, report, start_s)
+        self._under_way = _UnderWay(BackgroundSave(staged, timeout_s=timeout_s, complete=complete), report, final)
+        if self._recipe.checkpoint.async_save:
+            logger.info(
+                "checkpoint of step %d requested: training paused %.2f s to copy %.2f GB%s",
+                state.step,
+                report.paused_s,
+                staged.bytes / 1e9,
+                f", after {report.waited_s:.1f} s for the one before it" if report.waited_s > 1 else "",
+            )
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until the save under way, if there is one, is complete. Takes part: all ranks.
+
+        Raises:
+            UserError: it failed; raised on all ranks.
+        """
+        if self._under_way is None:
+            return
+        writing, what = self._under_way.writing, f"saving {self._under_way.final}"
+        try:
+            # Two agreements: a rank that cannot write may not be able to say so in its receipt either, and the first
+            # rank would wait for that.
+            on_every_rank(what, writing.wait_written)
+            on_rank_zero(what, writing.wait)
+        except BaseException:
+            writing.cancel()
+            raise
+        finally:
+            self._under_way = None
+
+    def settle(self) -> None:
+        """Waits for this rank's part of the save under way, when the ranks no longer agree about anything: after an
+        error. What becomes of it is logged."""
+        if self._under_way is None:
+            return
+        under_way, self._under_way = self._under_way, None
+        try:
+            under_way.writing.wait()
+        except Exception as error:
+            logger.error("%s", error)
+
+    def _completion(
+        self, target: Target, beside: Beside, report: SaveReport, start_s: float
+    ) -> Callable[[Mapping[str, FileFacts]], None]:
+        """What rank 0 does in the background when the sharded state of all ranks is written."""
+
+        def complete(facts: Mapping[str, FileFacts]) -> None:
+            write_beside(target.folder, beside)
+            commit(target.folder, target.name, {name: FileRecord(*each) for name, each in facts.items()})
+            report.seconds = time.perf_counter() - start_s
+            report.bytes = _size(target.name)
+            self.longest_s = max(self.longest_s, report.seconds)
+            self.reports.append(report)
+            logger.info(
+                "checkpoint %s committed: %.2f GB in %.1f s (%.2f GB/s)",
+                target.name,
+                report.bytes / 1e9,
+                report.seconds,
+                report.bytes_per_second / 1e9,
+            )
+            tidy(target.name, self._recipe)
+
+        return complete
+
+    def _summary(
+        self, state: TrainState, *, phase: str, consumed: Mapping[str, int], metrics: Mapping[str, float]
+    ) -> dict[str, Any]:
+        return {
+            "kind": "run",
             **self._identity,
-            "run": self._run,
+            "run": dict(self._run),
             "train_state": state.to_dict(),
             "phase": phase,
             "layout": layout_of(self._runtime),
-            "consumed_samples_per_source": consumed,
+            "consumed_samples_per_source": dict(consumed),
+            "metrics": dict(metrics),
+            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": dict(self._versions),
         }
-        self._on_disk(final, "completing", lambda: self._complete(working, final, summary))
-        logger.info("saved %s", final)
-        return final
 
-    def _content_beside(self) -> dict[str, Any]:
-        return {} if self._beside is None else {"beside": self._beside.sharded_state_dict()}
-
-    def _on_disk(self, final: Path, what: str, work: Callable[[], None]) -> None:
-        def guarded() -> None:
-            with disk_errors_as_mistakes(final):
-                work()
-
-        on_rank_zero(f"{what} {final}", guarded)
-
-    def _fresh_folder(self, working: Path) -> None:
-        remove_unfinished(self.directory)
-        working.mkdir(parents=True)
-
-    def _complete(self, working: Path, final: Path, summary: dict[str, Any]) -> None:
-        save_recipe(self._recipe, working / "recipe.yaml")
-        tokenizer = _copy_tokenizer(Path(self._recipe.data.tokenizer), working / "tokenizer")
-        (working / "state.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
-        # The sharded files were synced by the ranks that wrote them.
-        for path in (working / "recipe.yaml", *tokenizer, working / "state.json"):
-            sync_file(path)
-        for folder in (working / "tokenizer", working):
-            sync_folder(folder)
-        abandoned = self.directory / f".{final.name}.abandoned.incomplete"
-        if final.exists():
-            # A run that was resumed from an older checkpoint reaches this step again.
-            os.replace(final, abandoned)
-        os.replace(working, final)
-        pointer = self.directory / f".{LATEST}.incomplete"
-        pointer.write_text(final.name + "\n", encoding="utf-8")
-        sync_file(pointer)
-        os.replace(pointer, self.directory / LATEST)
-        sync_folder(self.directory)
-        remove_unfinished(self.directory)
-        prune(self.directory, final, self._recipe.checkpoint.keep)
+    def _fresh_folder(self, target: Target) -> str | None:
+        """Makes the folder to write into; returns the name of the newest complete checkpoint."""
+        previous = None
+        with target.disk_errors_as_mistakes():
+            pointer = self.directory / LATEST
+            if pointer.exists():
+                previous = pointer.read_text(encoding="utf-8").strip()
+            if previous and not (self.directory / previous / MANIFEST).exists():
+                previous = None
+        with Target(target.folder, target.name, previous).disk_errors_as_mistakes():
+            remove_unfinished(self.directory)
+            target.folder.mkdir(parents=True)
+        return previous
 
 
-def _copy_tokenizer(source: Path, target: Path) -> list[Path]:
-    """Copies the tokenizer's own files; returns the copies."""
-    if source.is_dir():
-        files = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
-    else:
-        files = [source]
-    target.mkdir()
-    return [Path(shutil.copy2(file, target / file.name)) for file in files]
+def _size(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from megatron.core.distributed import DistributedDataParallel
@@ -42,6 +42,10 @@ class Trainer:
         self.callbacks = callbacks
         self.state = state
         self.grad_norm: float | None = None
+        self.measures: Mapping[str, float] = {}
+        """What the last evaluation found, by names such as validation_loss/en."""
+        self.measured_step = -1
+        """The step it was made after."""
 
     @property
     def phase(self) -> Phase:

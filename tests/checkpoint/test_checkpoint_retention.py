@@ -1,23 +1,45 @@
-"""Which checkpoints stay: the newest of the branch that is being written, whatever else lies beside them."""
+"""Which checkpoints stay: the newest of the branch that is being written, every n-th, the best, and nothing damaged
+instead of a good one."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_prealign.checkpoint.retention import prune, remove_unfinished, step_name
+from megatron_prealign.checkpoint.folder import step_name
+from megatron_prealign.checkpoint.manifest import write_manifest
+from megatron_prealign.checkpoint.retention import prune, remove_unfinished
+from megatron_prealign.recipe import CheckpointSection
+
+SUMMARY: dict[str, Any] = {
+    "kind": "weights",
+    "vocab_size": 8,
+    "padded_vocab_size": 8,
+    "tokenizer_fingerprint": "sha256:x",
+    "model": {},
+    "layout": {},
+}
 
 
-def write(directory: Path, *steps: int) -> None:
+def write(directory: Path, *steps: int, metrics: dict[int, dict[str, Any]] | None = None) -> None:
     for step in steps:
         folder = directory / step_name(step)
         folder.mkdir()
-        (folder / "state.json").write_text("{}")
+        summary = {**SUMMARY, "metrics": (metrics or {}).get(step, {})}
+        (folder / "state.json").write_text(json.dumps(summary))
+        write_manifest(folder, {})
 
 
 def steps(directory: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in directory.glob("step_*"))
+
+
+def prune_after(directory: Path, newest: int, **section: Any) -> list[int]:
+    prune(directory, directory / step_name(newest), CheckpointSection(**section))
+    return steps(directory)
 
 
 @pytest.mark.parametrize(
@@ -36,46 +58,106 @@ def test_abandoned_steps_go_first_then_the_oldest(
     tmp_path: Path, there: list[int], newest: int, keep: int, left: list[int]
 ) -> None:
     write(tmp_path, *there)
-    prune(tmp_path, tmp_path / step_name(newest), keep)
-    assert steps(tmp_path) == left
+    assert prune_after(tmp_path, newest, keep=keep) == left
 
 
 def test_more_steps_than_eight_digits_are_ordered_as_numbers(tmp_path: Path) -> None:
     write(tmp_path, 99_999_999, 100_000_000, 100_000_001)
-    prune(tmp_path, tmp_path / step_name(100_000_001), 2)
-    assert steps(tmp_path) == [100_000_000, 100_000_001]
+    assert prune_after(tmp_path, 100_000_001, keep=2) == [100_000_000, 100_000_001]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [4, 8, 9]), (2, [4, 8, 9]), (3, [4, 7, 8, 9])])
+def test_every_nth_stays_for_good_and_the_newest_beside_it(tmp_path: Path, keep: int, left: list[int]) -> None:
+    write(tmp_path, *range(1, 10))
+    assert prune_after(tmp_path, 9, keep=keep, keep_every=4) == left
+
+
+LOSSES = {1: {"loss/en": 5.0}, 2: {"loss/en": 3.0}, 3: {"loss/en": 4.0, "p": 0.5}, 4: {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "metrics", "left"),
+    [
+        ("loss/en", "min", LOSSES, [2, 4]),
+        ("loss/en", "max", LOSSES, [1, 4]),
+        ("p", "max", LOSSES, [3, 4]),
+        ("unknown", "min", LOSSES, [4]),
+        # Of equal ones the newest; what is no number is not the best.
+        ("loss/en", "min", {1: {"loss/en": 2.0}, 2: {"loss/en": 2.0}, 3: {"loss/en": float("nan")}}, [2, 4]),
+        ("loss/en", "min", {1: {"loss/en": "low"}, 2: {"loss/en": None}, 3: {"loss/en": 9}}, [3, 4]),
+        # The newest is the best itself.
+        ("loss/en", "min", {**LOSSES, 4: {"loss/en": 1.0}}, [4]),
+    ],
+)
+def test_the_best_stays(tmp_path: Path, name: str, mode: str, metrics: dict[int, Any], left: list[int]) -> None:
+    write(tmp_path, 1, 2, 3, 4, metrics=metrics)
+    assert prune_after(tmp_path, 4, keep=1, keep_best=name, keep_best_mode=mode) == left
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no_manifest", "bad_manifest"])
+def test_damaged_ones_are_not_counted_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    write(tmp_path, 1, 2, 3, 4)
+    hurt = tmp_path / step_name(3)
+    if damage == "cut":
+        (hurt / "state.json").write_text("{")
+    elif damage == "gone":
+        (hurt / "state.json").unlink()
+    elif damage == "no_manifest":
+        (hurt / "manifest.json").unlink()
+    else:
+        (hurt / "manifest.json").write_text("{")
+    with caplog.at_level(logging.WARNING, logger="megatron_prealign.checkpoint.retention"):
+        # Without the damage these would be 3 and 4.
+        assert prune_after(tmp_path, 4, keep=2) == [2, 3, 4]
+    [warning] = caplog.messages
+    assert warning.startswith(f"{hurt} is damaged (") and "does not count" in warning
+
+
+def test_what_latest_names_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3)
+    (tmp_path / "latest").write_text("step_00000001\n")
+    assert prune_after(tmp_path, 3, keep=1) == [1, 3]
 
 
 def test_folders_of_the_user_are_left_alone(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
-    shutil.copytree(tmp_path / step_name(1), tmp_path / "step_00000001_best")
-    prune(tmp_path, tmp_path / step_name(2), 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001_best", "step_00000002"]
+    for name in ("step_00000001_best", "step_00000001.damaged"):
+        shutil.copytree(tmp_path / step_name(1), tmp_path / name)
+    prune(tmp_path, tmp_path / step_name(2), CheckpointSection(keep=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000001.damaged",
+        "step_00000001_best",
+        "step_00000002",
+    ]
 
 
 def test_unfinished_folders_of_any_step_are_removed(tmp_path: Path) -> None:
     write(tmp_path, 4)
-    for name in (".step_00000003.incomplete", ".step_00000099.incomplete", ".step_00000004.abandoned.incomplete"):
-        shutil.copytree(tmp_path / step_name(4), tmp_path / name)
+    for kind in (".step_00000003", ".step_00000099", ".step_00000004.abandoned", ".step_00000002.removed"):
+        shutil.copytree(tmp_path / step_name(4), tmp_path / f"{kind}.incomplete")
+    (tmp_path / ".latest.incomplete").write_text("step_00000004\n")
     remove_unfinished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".latest.incomplete", "step_00000004"]
 
 
-def test_a_folder_that_cannot_be_removed_is_a_warning(
+def test_removal_that_is_cut_short_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 1, 2, 3)
     real = shutil.rmtree
 
-    def busy(path: Path) -> None:
-        if path.name == step_name(1):
-            raise OSError(16, "Device or resource busy")
-        real(path)
+    def fail(path: Path, *args: Any) -> None:
+        if "00000001" in path.name:
+            raise PermissionError(13, "Permission denied")
+        real(path, *args)
 
-    monkeypatch.setattr(shutil, "rmtree", busy)
-    with caplog.at_level(logging.WARNING):
-        prune(tmp_path, tmp_path / step_name(3), 1)
-    assert "step_00000001 cannot be removed ([Errno 16] Device or resource busy)" in caplog.text
-    # The next one was removed all the same, and what is left of the first is no checkpoint.
-    assert steps(tmp_path) == [1, 3]
-    assert not (tmp_path / step_name(1) / "state.json").exists()
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with caplog.at_level(logging.WARNING, logger="megatron_prealign.checkpoint.retention"):
+        assert prune_after(tmp_path, 3, keep=1) == [3]
+    assert len(caplog.messages) == 1
+    assert "the run goes on, remove it by hand" in caplog.messages[0]
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

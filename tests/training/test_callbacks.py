@@ -12,15 +12,18 @@ from tiny import Tiny, recipe_of
 from whole_runs import records
 from workers import WorkerError, WorkerPool
 
-from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnSignal
+from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Rows of the alignment phase and of a step of language-model training, and the length of a row.
 ALIGNMENT_ROWS, ROWS, SEQ_LENGTH = 4, 8, 32
 
 
 def trainer_at(step: int) -> Any:
-    return SimpleNamespace(state=SimpleNamespace(step=step))
+    return SimpleNamespace(state=SimpleNamespace(step=step), runtime=SimpleNamespace(rank=0))
+
+
+NO_SAVES: Any = SimpleNamespace(failed=False, longest_s=0.0)
 
 
 @pytest.fixture
@@ -68,18 +71,21 @@ def test_interval_0_leaves_the_collector_alone(collections: list[int]) -> None:
     assert gc.isenabled()
 
 
-def test_signal_handlers_are_put_back() -> None:
+def test_signal_handlers_are_put_back_and_a_second_signal_is_answered(capfd: pytest.CaptureFixture[str]) -> None:
     def mine(number: int, frame: Any) -> None: ...
 
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
         signal.signal(signal.SIGTERM, mine)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        callback = StopOnSignal()
+        callback = StopOnRequest(NO_SAVES)
         callback.on_start(trainer_at(0))
         assert all(signal.getsignal(number) == callback._receive for number in SIGNALS)
-        # Now a signal only leaves a note.
+        # Now signals only leave notes.
         signal.raise_signal(signal.SIGTERM)
+        assert capfd.readouterr().err == "SIGTERM received: the run saves after this step and ends\n"
+        signal.raise_signal(signal.SIGUSR1)
+        assert capfd.readouterr().err.startswith("SIGUSR1 again: the run is about to save and ends after that; SIGKILL")
         callback.on_close(trainer_at(0))
         assert signal.getsignal(signal.SIGTERM) is mine
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

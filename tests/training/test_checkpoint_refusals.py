@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Tiny, recipe_of
+from tiny import Tiny
 from whole_runs import records, run, train
 from workers import WorkerError, WorkerPool
 
@@ -165,51 +165,6 @@ def test_alignment_added_later_does_not_shift_the_phase(workers: WorkerPool, tin
     values["alignment"] = tiny.values(tmp_path)["alignment"]
     run(workers, 2, values, tmp_path)
     assert list(records(tmp_path)) == [("language_model", last)]
-
-
-def train_on_a_bad_disk(values: dict[str, Any], folder: str, which: str, step: int) -> None:
-    """Runs in workers: from `step` on, rank 0 cannot write one kind of file."""
-    import megatron_prealign.runtime.checkpoint_io as io
-    from megatron_prealign.pretrain import pretrain
-    from megatron_prealign.training import checkpoint
-
-    holder: Any = {
-        "common.pt": (io.torch, "save"),
-        ".metadata": (io.FileSystemWriterAsync, "finish"),
-        "metadata.json": (io, "save_config"),
-        "recipe.yaml": (checkpoint, "save_recipe"),
-    }[which]
-    module, name = holder
-    real = getattr(module, name)
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        target = {"common.pt": lambda: getattr(args[1], "name", ""), ".metadata": lambda: args[0].path}.get(
-            which, lambda: args[1]
-        )()
-        if f"step_{step:08d}" in str(target):
-            if which == "common.pt":
-                raise RuntimeError("PytorchStreamWriter failed writing file data.pkl: file write failed")
-            raise OSError(28, "No space left on device")
-        return real(*args, **kwargs)
-
-    setattr(module, name, full)
-    try:
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
-    finally:
-        setattr(module, name, real)
-
-
-@pytest.mark.parametrize("which", ["common.pt", ".metadata", "metadata.json", "recipe.yaml"])
-def test_full_disk_under_the_first_rank_ends_all(workers: WorkerPool, tiny: Tiny, copied: Path, which: str) -> None:
-    values = values_for(tiny, copied, keep=1)
-    message = refusal(workers, train_on_a_bad_disk, values, str(copied), which, 2)
-    reason = "the disk took only a part of a file" if which == "common.pt" else "No space left on device"
-    checkpoints = copied / "checkpoints"
-    assert message.startswith(f"checkpoint {checkpoints / 'step_00000002'} cannot be written: {reason}")
-    assert "the previous checkpoint stays" in message
-    assert (checkpoints / "latest").read_text().strip() == "step_00000001"
-    run(workers, 2, values, copied)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000002"]
 
 
 def test_steps_of_a_branch_that_was_left_do_not_push_out_the_new_one(

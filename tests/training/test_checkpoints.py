@@ -201,33 +201,33 @@ def test_unfinished_folders_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_pat
 def run_until_the_disk_is_full(values: dict[str, Any], folder: str, step: int) -> None:
     """Runs in workers: from `step` on rank 1 cannot write tensors."""
     import torch.distributed as dist
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.runtime import checkpoint_io
 
-    real = FileSystemWriterAsync.write_preloaded_data
+    real = checkpoint_io._write_file
 
-    def write(
-        transforms: Any, local_proc_idx: int, write_bucket: Any, results_queue: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        if f"step_{step:08d}" in str(write_bucket[0]) and dist.get_rank() == 1:
-            results_queue.put((local_proc_idx, OSError(28, "No space left on device")))
-            return
-        real(transforms, local_proc_idx, write_bucket, results_queue, *args, **kwargs)
+    def write(folder: Path, file: Any) -> Any:
+        if f"step_{step:08d}" in folder.name and dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return real(folder, file)
 
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    checkpoint_io._write_file = write
     try:
         pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
     finally:
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(real)
+        checkpoint_io._write_file = real
 
 
 def test_failed_save_leaves_the_one_before(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
     values = values_for(tiny, tmp_path, save_interval=1, keep=1)
     with pytest.raises(WorkerError) as caught:
         workers.run(2, run_until_the_disk_is_full, values, str(tmp_path), 3, timeout_s=60)
-    message = mistake(caught)
-    assert message.startswith(f"checkpoint {tmp_path / 'checkpoints' / 'step_00000003'} cannot be written: No space")
+    assert mistake(caught) == (
+        f"checkpoint {tmp_path / 'checkpoints' / 'step_00000003'} cannot be written: No space left on device; "
+        "step_00000002 is the newest complete one; mend the disk or choose another checkpoint.directory and start the "
+        "same command again"
+    )
     assert steps_in(tmp_path) == [".step_00000003.incomplete", "latest", "step_00000002"]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000002"
     # With room again the same command goes on, and ends where the run ends that never failed.

@@ -1,0 +1,112 @@
+"""One run at a time writes into a folder."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.run_lock import LOCK, holding
+
+# Takes the lock, says so, and waits to be killed.
+HOLD = """
+import sys, time
+from pathlib import Path
+from megatron_prealign.run_lock import holding
+with holding([Path(sys.argv[1])]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_run_is_refused_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught, holding([tmp_path]):
+            raise AssertionError("two runs in one folder")
+        assert re.fullmatch(
+            re.escape(f"{tmp_path} is in use by a run: process {other.pid} on {socket.gethostname()} since ")
+            + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait for it, stop it, or choose another logging.run_dir and "
+            "checkpoint.directory",
+            str(caught.value),
+        )
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait(20)
+    # The file is still there, the lock is not.
+    assert (tmp_path / LOCK).exists()
+    with holding([tmp_path]):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_any_of_several_folders_refuses(tmp_path: Path) -> None:
+    run, shared = tmp_path / "run", tmp_path / "shared"
+    with holding([run, shared]):
+        with pytest.raises(UserError, match=f"^{re.escape(str(shared))} is in use"), holding([tmp_path / "b", shared]):
+            raise AssertionError("two runs in one folder")
+        # What the refused one made is gone again.
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shared"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_folder_by_two_names_is_locked_once(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with holding([tmp_path, tmp_path / "link", tmp_path / "."]):
+        assert (tmp_path / LOCK).exists()
+
+
+def test_folders_with_something_in_them_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with holding([folder]):
+        (tmp_path / "a" / "file").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+def test_holder_that_has_not_said_who_it_is(tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is in use by a run: another process; wait for it"), holding([tmp_path]):
+            raise AssertionError("two runs in one folder")
+
+
+def test_lock_that_is_removed_under_our_hands_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder ended, and removed it, between our opening and our locking."""
+    real, path = fcntl.flock, tmp_path / LOCK
+    removed: list[int] = []
+
+    def late(file: object, how: int) -> None:
+        if not removed:
+            path.unlink()
+            removed.append(1)
+        real(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with holding([tmp_path]):
+        monkeypatch.undo()
+        with path.open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING), holding([tmp_path]):
+        assert list(tmp_path.iterdir()) == []
+    assert caplog.messages == [
+        f"{tmp_path}: this file system has no locks ([Errno {number}] {os.strerror(number)}); make sure that no other "
+        "run writes there"
+    ]
