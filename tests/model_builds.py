@@ -20,7 +20,7 @@ def recipe_values(family: str, model: dict[str, Any] | None = None, **sections: 
             "num_layers": 4,
             "hidden_size": 32,
             "num_attention_heads": 4,
-            "num_query_groups": 2 if family == "llama" else 4,
+            "num_query_groups": 4 if family == "gpt2" else 2,
             "ffn_hidden_size": 48,
             "make_vocab_size_divisible_by": 16,
             **(model or {}),

@@ -161,11 +161,11 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     kind, named = config.get("model_type"), config.get("architectures")
     family = next((each for each in FAMILIES.values() if each.model_type == kind), None)
     known = ", ".join(each.architecture for each in FAMILIES.values())
-    classes = [named] if isinstance(named, str) else named
+    classes = named if isinstance(named, list) else [] if named is None else [named]
     # Files of the bare model, without an output layer, name that class or none.
     fits = family is not None and (not classes or classes[0] in (family.architecture, _bare(family)))
     if family is None or not fits:
-        got = classes[0] if isinstance(classes, list) and classes else f"model_type {kind!r}"
+        got = classes[0] if classes else f"model_type {kind!r}"
         raise UserError(f"{name}: the architecture is {got}, which cannot be converted; expected one of {known}")
     return family
 
@@ -237,7 +237,8 @@ def _find_problems(config: Mapping[str, Any], family: Family, ignore: set[str]) 
         for key, value in fixed.items()
         if key not in ignore and config.get(key) is not None and config[key] != value
     ]
-    kinds = set(map(str, config.get("layer_types") or ["full_attention"]))
+    given = config.get("layer_types") or ["full_attention"]
+    kinds = {str(kind) for kind in (given if isinstance(given, list) else [given])}
     allowed = {"full_attention", "sliding_attention"} if "sliding_window" in family.fields else {"full_attention"}
     if not kinds <= allowed:
         others = ", ".join(sorted(kinds - allowed))
@@ -256,7 +257,9 @@ def _is_kind(value: Any, kind: type, *, nullable: bool) -> bool:
         return nullable
     if kind is float:
         return _is_number(value) and not isinstance(value, bool)
-    return type(value) is kind and (kind is bool or 0 < value <= _MOST)
+    if kind is bool:
+        return isinstance(value, bool)
+    return type(value) is int and 0 < value <= _MOST
 
 
 def _is_number(value: Any) -> bool:
@@ -274,7 +277,7 @@ def _our_rope(config: Mapping[str, Any], family: Family, name: str) -> tuple[flo
     # `type` is the older name, and some files have both.
     old, kind = fields.pop("type", None), fields.pop("rope_type", None)
     kind = kind or old or "default"
-    if kind not in _ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         raise UserError(f"{name}: rope scaling of type {kind!r} is not built in; expected {', '.join(_ROPE_FIELDS)}")
     unknown = sorted(fields.keys() - _ROPE_FIELDS[kind])
     if unknown == ["original_max_position_embeddings"] and kind == "linear":

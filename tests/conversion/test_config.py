@@ -1,0 +1,243 @@
+"""config.json and the recipe's section `model`: transformers' own files come back as they were, and what would be
+another model is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import ModelSection
+
+SHAPE = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, initializer_range=0.01),
+    "llama3": LlamaConfig(**SHAPE, head_dim=12, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama_linear": LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, attention_dropout=0.1
+    ),
+    "mistral": MistralConfig(**SHAPE, head_dim=8, sliding_window=64),
+    "mistral_without_window": MistralConfig(**SHAPE, head_dim=8, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=10),
+    "gpt2": GPT2Config(
+        n_layer=3, n_embd=32, n_head=4, n_inner=48, n_positions=64, vocab_size=40, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
+    """What transformers writes."""
+    config.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """All fields but those that name a place or a version."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "architectures", "dtype")
+    }
+
+
+def back(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """Through the recipe's section to transformers again."""
+    config = huggingface_config(section_of(values), vocab_size=40, seq_length=64, dtype="float32", eod_id=2, bos_id=1)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return AutoConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_config_comes_back(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    values = model_values(saved(config, tmp_path), "config.json")
+    assert values["family"] == config.model_type
+    assert values["vocab_size"] == 40
+    assert facts(back(values, tmp_path)) == facts(config)
+
+
+def test_published_forms_are_read() -> None:
+    """Fields as Llama 2, Llama 3.1, Mistral 7B and GPT-2 were published with, which newer versions do not write."""
+    llama2 = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    }
+    values = model_values(llama2, "config.json")
+    assert "rope_scaling" not in values
+    assert section_of(values).head_channels == 128
+    # Two names of one field, as files between two versions have them.
+    llama3 = {**LLAMA3, "type": "llama3"}
+    del llama3["rope_theta"]
+    values = model_values({**llama2, "rope_scaling": llama3, "rope_theta": 500000.0}, "config.json")
+    assert values["rotary_base"] == 500000.0
+    assert values["rope_scaling"]["factor"] == 32.0
+    mistral = {**llama2, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+    del mistral["pretraining_tp"]
+    assert model_values(mistral, "config.json")["sliding_window"] == 4096
+    gpt2 = {
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": 50257,
+    }
+    values = model_values(gpt2, "config.json")
+    assert values["share_embeddings_and_output_weights"]
+    assert section_of(values).mlp_width == 3072
+
+
+CHANGES = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is built in"),
+    ("llama", {"attention_bias": True}, "attention_bias is True, only False is built in"),
+    ("llama", {"mlp_bias": True}, "mlp_bias is True, only False is built in"),
+    ("llama", {"pretraining_tp": 2}, "pretraining_tp is 2, only 1 is built in"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config not known for LlamaForCausalLM"),
+    ("llama", {"embedding_multiplier": 2, "auto_map": {}}, "auto_map, embedding_multiplier not known"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn' is not built in"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "has no fields, expected numbers for factor"),
+    ("llama", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("llama", {"rope_parameters": [1]}, "rope_scaling is [1], expected an object or null"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": -1.0}},
+        "factor is -1.0, expected",
+    ),
+    (
+        "llama",
+        {"model_type": "bert"},
+        "the architecture is LlamaForCausalLM, which cannot be converted; ",
+    ),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "the architecture is LlamaForSequenceClass"),
+    ("llama", {"hidden_size": None}, "hidden_size missing"),
+    ("llama", {"hidden_size": "32"}, "hidden_size is '32', expected a whole number above 0"),
+    ("llama", {"num_hidden_layers": 10**9}, "it has 1,000,000,000 layers, expected at most 10,000"),
+    ("llama", {"rms_norm_eps": None}, "rms_norm_eps is None, expected a number"),
+    ("llama", {"num_key_value_heads": 3}, "model.num_query_groups is 3, expected a divisor"),
+    ("mistral", {"attention_bias": True}, "attention_bias not known for MistralForCausalLM"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True, only False is built in"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+    ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', only 'gelu_new'"),
+    ("gpt2", {"resid_pdrop": 0.0}, "embd_pdrop is 0.1, another field says 0.0"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), CHANGES)
+def test_another_model_is_refused(tmp_path: Path, name: str, change: dict[str, Any], message: str) -> None:
+    config = {"architectures": ["LlamaForCausalLM"]} if name == "llama" else {}
+    config |= {**saved(CONFIGS[name], tmp_path), **config, **change}
+    with pytest.raises(UserError) as caught:
+        model_values(config, "config.json")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_the_user_vouches_for_is_passed_over(tmp_path: Path) -> None:
+    config = {**saved(CONFIGS["llama"], tmp_path), "embedding_multiplier": 1, "mlp_bias": True}
+    values = model_values(config, "config.json", ignore=["embedding_multiplier", "mlp_bias"])
+    assert values["family"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"family": "gpt2", "num_query_groups": 2}, "model.num_query_groups is 2, expected null: the family gpt2"),
+        ({"family": "qwen2", "kv_channels": 6}, "model.kv_channels is 6, expected null: the family qwen2"),
+        ({"sliding_window": 8}, "model.sliding_window is 8, expected null, or model.family mistral instead of llama"),
+        ({"family": "gpt2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "gpt2 learns its positions"),
+    ],
+)
+def test_a_recipe_has_no_model_that_nothing_else_opens(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="model") as caught:
+        section_of({"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, **fields})
+    assert message in str(caught.value)
+
+
+def test_the_context_is_that_of_the_training_unless_the_model_names_one() -> None:
+    model = ModelSection(num_layers=1, hidden_size=8, num_attention_heads=2)
+    config = huggingface_config(model, vocab_size=10, seq_length=24, dtype="bfloat16", eod_id=3)
+    assert (config["max_position_embeddings"], config["bos_token_id"], config["eos_token_id"]) == (24, 3, 3)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = sorted({key for config in CONFIGS.values() for key in config.to_dict()} | {"rope_scaling", "type"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(CONFIGS)),
+    changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+    rope=st.dictionaries(st.sampled_from(sorted(LLAMA3)), JSON, max_size=4),
+)
+def test_any_values_are_one_kind_of_error(name: str, changes: dict[str, Any], rope: dict[str, Any]) -> None:
+    try:
+        values = model_values({**CONFIGS[name].to_dict(), "rope_parameters": rope, **changes}, "config.json")
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert section_of(values).num_layers > 0
