@@ -30,6 +30,13 @@ LAYOUTS = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2_tied": {"family": "gpt2", "share_embeddings_and_output_weights": True, "num_query_groups": 4},
+    # The stretching reaches the 32 positions of a row.
+    "qwen2": {
+        "family": "qwen2",
+        "rope_scaling": {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    # Each rank of a tensor-parallel group has other heads, and all of them the norms of query and key.
+    "qwen3": {"family": "qwen3", "kv_channels": 12},
 }
 
 
@@ -90,13 +97,16 @@ def test_layouts_agree_with_one_process(
     assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
 
 
-@pytest.mark.parametrize("layout", ["pp2", "sp_tp2"])
-def test_tied_gpt2_agrees_with_one_process(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], layout: str
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("gpt2_tied", "pp2"), ("gpt2_tied", "sp_tp2"), ("qwen2", "tp2_pp2"), ("qwen3", "tp2"), ("qwen3", "sp_tp2")],
+)
+def test_other_families_agree_with_one_process(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], family: str, layout: str
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    run(workers, world_size, values_for(tiny, tmp_path, FAMILIES["gpt2_tied"], parallel), tmp_path)
-    folder, expected = reference["gpt2_tied"]
+    run(workers, world_size, values_for(tiny, tmp_path, FAMILIES[family], parallel), tmp_path)
+    folder, expected = reference[family]
     assert_same_run(tmp_path, folder)
     assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
 
