@@ -5,6 +5,7 @@ with a timeout of its own, since one rank may build an index or write a checkpoi
 training may take.
 """
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -45,13 +46,23 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
 
     Raises:
         UserError: some rank met a user's mistake (the first such rank's message). It is `agreed` where rank 0 raises
-            the same.
+            the same. Or a rank has ended.
         RankError: some other rank failed otherwise. The failing rank raises its own error.
     """
     group = group or control_group()
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     failed = torch.tensor([0 if error is None else 1], device=device)
-    dist.all_reduce(failed, group=group)
+    try:
+        dist.all_reduce(failed, group=group)
+    except RuntimeError as lost:
+        if error is not None:
+            raise error from lost
+        # gloo begins with the place in its own source.
+        reason = re.sub(r"^\[.*?\] ", "", (str(lost).splitlines() or [type(lost).__name__])[0])
+        raise UserError(
+            f"{what}: another process of this run has ended or does not answer ({reason}); its own output says why, "
+            "start the same command again"
+        ) from lost
     if int(failed) == 0:
         return
     reports: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)

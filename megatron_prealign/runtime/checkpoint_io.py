@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_prealign.checksum import Checksum
 from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
-from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank
+from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank, on_rank_zero
 
 # Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same
 # DP only), gathered over gloo on the first data-parallel rank alone: the others need no host memory for the whole
@@ -338,13 +338,21 @@ class BackgroundSave:
         """Whether this rank has done its part, well or not."""
         return self._over.is_set()
 
-    def wait_written(self) -> None:
-        """Waits until this rank's files are written.
+    def finish(self) -> None:
+        """Waits until the checkpoint is complete. Takes part: all ranks.
 
         Raises:
-            UserError: the disk failed or did not answer in time.
+            UserError: the disk failed some rank, or did not answer in time; raised on all ranks.
         """
-        self._wait(self._written)
+        what = f"saving {self._staged.target.name}"
+        try:
+            # Two agreements: a rank that cannot write may not be able to say so in its receipt either, and the first
+            # rank would wait for that.
+            on_every_rank(what, lambda: self._wait(self._written))
+            on_rank_zero(what, self.wait)
+        except BaseException:
+            self._cancelled.set()
+            raise
 
     def wait(self) -> None:
         """Waits until this rank's part is done, on the first rank until the checkpoint is complete.
@@ -353,10 +361,6 @@ class BackgroundSave:
             UserError: the disk failed or did not answer in time.
         """
         self._wait(self._over)
-
-    def cancel(self) -> None:
-        """Tells the thread not to wait for other ranks any more."""
-        self._cancelled.set()
 
     def _wait(self, event: threading.Event) -> None:
         if not event.wait(max(0.0, self._deadline_s - time.monotonic())):

@@ -109,9 +109,7 @@ class StopOnRequest(Callback):
         if self._received == 1:
             text = f"{name} received: the run saves after this step and ends"
         else:
-            text = (
-                f"{name} again: the run is about to save and ends after that; SIGKILL would lose its last steps"
-            )
+            text = f"{name} again: the run is about to save and ends after that; SIGKILL would lose its last steps"
         # Not by the logger: a signal may come while it holds its lock.
         os.write(sys.stderr.fileno(), f"{text}\n".encode())
 

@@ -21,7 +21,7 @@ from megatron_prealign.checkpoint.folder import LATEST, step_name, working_name
 from megatron_prealign.checkpoint.manifest import MANIFEST, FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
+from megatron_prealign.runtime.agreement import from_rank_zero
 from megatron_prealign.runtime.checkpoint_io import (
     OPTIMIZER_METADATA,
     BackgroundSave,
@@ -57,15 +57,6 @@ class SaveReport:
         return self.bytes / max(self.seconds, 1e-9)
 
 
-@dataclass(eq=False)
-class _UnderWay:
-    """A save in the background."""
-
-    writing: BackgroundSave
-    report: SaveReport
-    final: Path
-
-
 class CheckpointStore:
     """Saves to one folder, one checkpoint at a time."""
 
@@ -96,7 +87,7 @@ class CheckpointStore:
         self._versions = versions
         self._beside = beside
         self._buffers = HostBuffers()
-        self._under_way: _UnderWay | None = None
+        self._writing: BackgroundSave | None = None
         self.directory = recipe.checkpoint_dir
         self.reports: list[SaveReport] = []
         """On rank 0, of the saves that were completed since somebody took them from here."""
@@ -106,7 +97,7 @@ class CheckpointStore:
     @property
     def failed(self) -> bool:
         """Whether this rank knows that the save under way cannot succeed."""
-        return self._under_way is not None and self._under_way.writing.failed
+        return self._writing is not None and self._writing.failed
 
     def save(
         self,
@@ -116,6 +107,7 @@ class CheckpointStore:
         *,
         phase: str,
         consumed: Mapping[str, int],
+        blend: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> None:
         """Saves everything needed to resume. Takes part: all ranks.
@@ -126,6 +118,7 @@ class CheckpointStore:
         Args:
             phase: Name of the current phase.
             consumed: Samples taken from each source so far.
+            blend: `TrainSamples.blend_state`.
             metrics: What was measured after this very step.
 
         Raises:
@@ -151,12 +144,12 @@ class CheckpointStore:
         report = SaveReport(phase, state.step, paused_s=paused_s, waited_s=start_s - asked_s)
         beside = Beside(
             recipe=self._recipe,
-            summary=self._summary(state, phase=phase, consumed=consumed, metrics=metrics),
+            summary=self._summary(state, phase=phase, consumed=consumed, blend=blend, metrics=metrics),
             huggingface=self._huggingface,
         )
         timeout_s = self._recipe.checkpoint.timeout_minutes * 60
         complete = self._completion(target, beside, report, start_s)
-        self._under_way = _UnderWay(BackgroundSave(staged, timeout_s=timeout_s, complete=complete), report, final)
+        self._writing = BackgroundSave(staged, timeout_s=timeout_s, complete=complete)
         if self._recipe.checkpoint.async_save:
             logger.info(
                 "checkpoint of step %d requested: training paused %.2f s to copy %.2f GB%s",
@@ -174,28 +167,18 @@ class CheckpointStore:
         Raises:
             UserError: it failed; raised on all ranks.
         """
-        if self._under_way is None:
-            return
-        writing, what = self._under_way.writing, f"saving {self._under_way.final}"
-        try:
-            # Two agreements: a rank that cannot write may not be able to say so in its receipt either, and the first
-            # rank would wait for that.
-            on_every_rank(what, writing.wait_written)
-            on_rank_zero(what, writing.wait)
-        except BaseException:
-            writing.cancel()
-            raise
-        finally:
-            self._under_way = None
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.finish()
 
     def settle(self) -> None:
         """Waits for this rank's part of the save under way, when the ranks no longer agree about anything: after an
         error. What becomes of it is logged."""
-        if self._under_way is None:
+        writing, self._writing = self._writing, None
+        if writing is None:
             return
-        under_way, self._under_way = self._under_way, None
         try:
-            under_way.writing.wait()
+            writing.wait()
         except Exception as error:
             logger.error("%s", error)
 
@@ -223,7 +206,13 @@ class CheckpointStore:
         return complete
 
     def _summary(
-        self, state: TrainState, *, phase: str, consumed: Mapping[str, int], metrics: Mapping[str, float]
+        self,
+        state: TrainState,
+        *,
+        phase: str,
+        consumed: Mapping[str, int],
+        blend: Mapping[str, Any],
+        metrics: Mapping[str, float],
     ) -> dict[str, Any]:
         return {
             "kind": "run",
@@ -233,6 +222,7 @@ class CheckpointStore:
             "phase": phase,
             "layout": layout_of(self._runtime),
             "consumed_samples_per_source": dict(consumed),
+            "blend": dict(blend),
             "metrics": dict(metrics),
             "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": dict(self._versions),

@@ -55,6 +55,7 @@ class SaveCheckpoints(Callback):
             state,
             phase=trainer.phase.name,
             consumed=self._samples.consumed_per_source(state.consumed_samples),
+            blend=self._samples.blend_state(state.consumed_samples),
             metrics=trainer.measures if trainer.measured_step == state.step else {},
         )
         self._saved_step = state.step
