@@ -11,20 +11,16 @@ from typing import Any
 from megatron_prealign.checkpoint.folder import resolve_checkpoint
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
+from megatron_prealign.materials import open_dictionary, open_validation, open_vocabulary
 from megatron_prealign.model.build import build_model
-from megatron_prealign.pretrain import (
-    model_identity,
-    open_dictionary,
-    open_evaluator,
-    open_validation,
-    open_vocabulary,
-)
+from megatron_prealign.pretrain import model_identity, open_evaluator
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
 from megatron_prealign.training.resuming import load_weights
 from megatron_prealign.training.run_identity import read_run
+from megatron_prealign.training.start import verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +71,7 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
+        verify_checkpoint(checkpoint, recipe.checkpoint)
         identity = model_identity(recipe, vocabulary)
         on_every_rank("loading weights", lambda: load_weights(models, None, checkpoint, identity=identity))
         logger.info("measuring %s", checkpoint)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prealign.data.index_cache import load_arrays
-from megatron_prealign.pretrain import open_plan, open_vocabulary
+from megatron_prealign.materials import open_plan, open_vocabulary
 from megatron_prealign.recipe import Recipe
 
 

@@ -2,39 +2,31 @@
 else."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
-from megatron_prealign.checkpoint.folder import latest_checkpoint
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.conversion.config import huggingface_config
-from megatron_prealign.data.samples import SampleRows, TrainPlan, TrainSamples, ValidationSamples
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_prealign.dictionary.coverage import blend_coverage
-from megatron_prealign.dictionary.switchable import select_keys
-from megatron_prealign.dictionary.table import DictionaryTable, load_table
+from megatron_prealign.data.samples import SampleRows, TrainSamples, ValidationSamples
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
+from megatron_prealign.materials import Dictionary, Materials, Vocabulary, open_materials
 from megatron_prealign.model.build import build_model, count_parameters
-from megatron_prealign.model.config import padded_vocab_size
-from megatron_prealign.recipe import CodeSwitchSection, Recipe, RecipeValueError
+from megatron_prealign.recipe import Recipe, RecipeValueError
 from megatron_prealign.run_folder import check_run_folder, lock_folders, record_run, versions
-from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
+from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer, hold
+from megatron_prealign.switching import Switching, open_switching
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 from megatron_prealign.training.checkpoint import CheckpointStore
@@ -48,161 +40,15 @@ from megatron_prealign.training.run_identity import (
     facts_of_model,
     facts_of_run,
     facts_of_switching,
-    read_run,
-    saved_coverage,
 )
 from megatron_prealign.training.saving import SaveCheckpoints
+from megatron_prealign.training.start import choose_start, settle_start
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
 from megatron_prealign.training.word_steps import WordSteps
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Vocabulary:
-    """The tokenizer and the number of ids the model has for it."""
-
-    tokenizer: Tokenizer
-    size: int
-    """True number of ids."""
-    padded_size: int
-    """Rows of the embedding, a multiple that tensor parallelism needs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dictionary:
-    """The word table and the groups kept out of training."""
-
-    table: DictionaryTable
-    held_out: np.ndarray
-    """bool `[groups]`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Switching:
-    """What code-switching replaces words with."""
-
-    table: DictionaryTable
-    """Without the held-out groups."""
-    digest: str
-    """Of `table`, for the checkpoints."""
-    coverage: dict[str, float] | None
-    """Share of running words of each language that code-switching knows; None where the ratio does not ask for it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Materials:
-    """What a run reads from disk, opened and checked."""
-
-    vocabulary: Vocabulary
-    dictionary: Dictionary | None
-    train: TrainSamples
-    validation: ValidationSamples
-
-
-def open_vocabulary(recipe: Recipe) -> Vocabulary:
-    """Opens the tokenizer.
-
-    Raises:
-        UserError: it is missing or damaged, or has more ids than the model.
-    """
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    size = recipe.model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {size}, but the tokenizer {recipe.data.tokenizer} has "
-            f"{tokenizer.vocab_size} ids; raise it or leave it out"
-        )
-    padded = padded_vocab_size(
-        size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
-    )
-    return Vocabulary(tokenizer, size, padded)
-
-
-def open_dictionary(recipe: Recipe, vocabulary: Vocabulary) -> Dictionary | None:
-    """Opens the recipe's table, if it names one.
-
-    Raises:
-        UserError: it is missing, damaged or of another tokenizer.
-    """
-    if recipe.dictionary is None:
-        return None
-    table = load_table(recipe.dictionary.table)
-    table.check_tokenizer(vocabulary.tokenizer.fingerprint)
-    return Dictionary(table, table.held_out_groups(recipe.dictionary.held_out_fraction))
-
-
-def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples:
-    """Opens the held-out text of every language.
-
-    Raises:
-        UserError: a dataset is missing, damaged or does not fit.
-    """
-    return ValidationSamples.build(
-        recipe.data,
-        languages=recipe.data.languages,
-        max_samples=recipe.training.eval_samples,
-        vocab_size=vocabulary.size,
-        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
-    )
-
-
-def open_materials(recipe: Recipe) -> Materials:
-    """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index.
-
-    Raises:
-        UserError: anything is missing, damaged or does not fit together; raised on all ranks.
-    """
-    vocabulary, dictionary, validation, plan = on_every_rank("opening the data", lambda: _open_files(recipe))
-    is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    on_every_rank("building the sample index", lambda: is_builder and plan.write_index())
-    train = on_every_rank("opening the sample index", plan.open)
-    return Materials(vocabulary, dictionary, train, validation)
-
-
-def _open_files(recipe: Recipe) -> tuple[Vocabulary, Dictionary | None, ValidationSamples, TrainPlan]:
-    """What each rank opens by itself."""
-    vocabulary = open_vocabulary(recipe)
-    dictionary = open_dictionary(recipe, vocabulary)
-    validation = open_validation(recipe, vocabulary)
-    plan = open_plan(recipe, vocabulary)
-    return vocabulary, dictionary, validation, plan
-
-
-def open_plan(recipe: Recipe, vocabulary: Vocabulary) -> TrainPlan:
-    """Opens the training data and says where its sample index belongs, which need not be there yet.
-
-    Raises:
-        UserError: a dataset is missing, damaged, too small or does not fit.
-    """
-    return TrainPlan.read(
-        recipe.data,
-        num_samples=num_samples(recipe),
-        seed=recipe.training.seed,
-        languages=recipe.data.languages,
-        cache_dir=recipe.cache_dir,
-        vocab_size=vocabulary.size,
-        tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
-        lookahead=lookahead_tokens(recipe),
-    )
-
-
-def lookahead_tokens(recipe: Recipe) -> int:
-    """Tokens that are read beyond each sample."""
-    return recipe.code_switch.lookahead_tokens(recipe.data.seq_length) if recipe.code_switch is not None else 0
-
-
-def num_samples(recipe: Recipe) -> int:
-    """Rows of the blend that all phases together can consume."""
-    training, alignment = recipe.training, recipe.alignment
-    if training.train_tokens is not None:
-        # Rows of the alignment phase count towards the same total.
-        return -(-training.train_tokens // recipe.data.seq_length)
-    assert training.train_iters is not None
-    rows = training.train_iters * training.global_batch_size
-    return rows + (alignment.train_iters * alignment.lm_global_batch_size if alignment is not None else 0)
 
 
 def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
@@ -273,42 +119,6 @@ def open_words(recipe: Recipe, runtime: Runtime, dictionary: Dictionary | None) 
     return WordSteps(recipe, runtime, sampler)
 
 
-def open_switching(recipe: Recipe, dictionary: Dictionary | None) -> Switching | None:
-    """What the recipe's code-switching works with, None without it. Takes part: all ranks; one measures the data.
-
-    Raises:
-        UserError: the table or a dataset does not fit; raised on all ranks.
-    """
-    section = recipe.code_switch
-    if section is None:
-        return None
-    assert dictionary is not None
-
-    def read() -> tuple[DictionaryTable, str]:
-        table = dictionary.table.without_groups(dictionary.held_out)
-        return table, table.switching_digest()
-
-    table, digest = on_every_rank("reading the dictionary", read)
-    coverage = None
-    if section.ratio_of == "words":
-        coverage = from_rank_zero("measuring the known words", lambda: words_known(recipe, section, table, digest))
-    return Switching(table, digest, coverage)
-
-
-def words_known(recipe: Recipe, section: CodeSwitchSection, table: DictionaryTable, digest: str) -> dict[str, float]:
-    """Share of running words of each language that code-switching knows: that of the checkpoint to go on from, so that
-    no threshold moves, or else measured on the data."""
-    checkpoint = latest_checkpoint(recipe.checkpoint_dir)
-    coverage = None if checkpoint is None else saved_coverage(read_run(checkpoint), section, digest)
-    source = f"from {checkpoint}"
-    if coverage is None:
-        coverage = blend_coverage(select_keys(table, section), recipe.data.sources)
-        source = "measured"
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
-    logger.info("known running words, %s: %s", source, shares)
-    return coverage
-
-
 def model_identity(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
     """What weights that are loaded must agree on."""
     return facts_of_model(
@@ -344,6 +154,7 @@ def run_identity(
         recipe,
         phases=[phase.name for phase in phases],
         num_samples=len(train),
+        keys=[source.key for source in train.blend.sources],
         segmenters=train.segmenters,
         switching=facts,
     )
@@ -404,8 +215,9 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
 
 
 def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], started_s: float) -> TrainState:
-    materials = open_materials(recipe)
-    switching = open_switching(recipe, materials.dictionary)
+    start = choose_start(recipe)
+    materials = open_materials(recipe, start)
+    switching = open_switching(recipe, materials.dictionary, start)
     watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
     words = on_every_rank("choosing the words", lambda: open_words(recipe, runtime, materials.dictionary))
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching, words))
@@ -418,16 +230,15 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     heads = None if words is None else words.attach(chunks)
     identity = model_identity(recipe, materials.vocabulary)
     run = run_identity(recipe, phases, materials.train, switching)
-    directory = recipe.checkpoint_dir
-    state = on_every_rank(
-        "resuming",
-        lambda: resume(directory, chunks, optimizer, runtime, identity=identity, run=run, beside=heads),
-    )
-    if state is None:
-        state = TrainState()
-        if recipe.checkpoint.load is not None:
-            load = recipe.checkpoint.load
-            on_every_rank("loading weights", lambda: load_weights(chunks, optimizer, load, identity=identity))
+    state = TrainState()
+    if start.summary is not None:
+        state = on_every_rank(
+            "resuming",
+            lambda: resume(start, chunks, optimizer, runtime, identity=identity, run=run, beside=heads),
+        )
+    elif start.choice is not None:
+        on_every_rank("loading weights", lambda: load_weights(chunks, optimizer, start.checkpoint, identity=identity))
+    settle_start(start)
     store = CheckpointStore(
         recipe,
         runtime,

@@ -2,11 +2,16 @@
 without it."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.manifest import MANIFEST
 from megatron_prealign.errors import UserError
+from megatron_prealign.runtime.log import warn_once
+
+logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 STATE = "state.json"
@@ -38,22 +43,40 @@ def step_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in `directory`, or None when there is none.
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end; its files may be damaged since."""
+    return not checkpoint.name.startswith(".") and (checkpoint / MANIFEST).is_file()
 
-    Raises:
-        UserError: `latest` names a checkpoint that is not there.
-    """
-    pointer = directory / LATEST
-    if not pointer.exists():
+
+def step_folders(directory: Path) -> list[Path]:
+    """The folders in `directory` that are named as checkpoints are, complete or not, by rising step."""
+    if not directory.is_dir():
+        return []
+    steps = [(step, path) for path in directory.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(steps)]
+
+
+def named_latest(directory: Path) -> Path | None:
+    """The folder that `latest` names, which need not be there; None without such a file, or if it names no step."""
+    try:
+        name = (directory / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
         return None
-    checkpoint = directory / pointer.read_text(encoding="utf-8").strip()
-    if not (checkpoint / STATE).exists():
-        raise UserError(
-            f"{pointer} names {checkpoint.name}, which is not a complete checkpoint there; "
-            f"restore it, or write the name of another step_* folder of {directory} into {pointer}"
-        )
-    return checkpoint
+    return directory / name if _STEP.fullmatch(name) else None
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The complete checkpoint that `latest` names in `directory`, else, with a warning, the one of the highest step;
+    None when there is none."""
+    named = named_latest(directory)
+    if named is not None and is_complete(named):
+        return named
+    complete = [path for path in step_folders(directory) if is_complete(path)]
+    if not complete:
+        return None
+    told = "there is none" if named is None else f"it names {named.name}, which is not complete"
+    warn_once(logger, "%s should name the newest checkpoint, but %s: taking %s", directory / LATEST, told, complete[-1])
+    return complete[-1]
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -63,7 +86,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         UserError: there is no complete checkpoint at any of these.
     """
     path = Path(path)
-    if (path / STATE).exists():
+    if is_complete(path):
         return path
     for directory in (path, path / "checkpoints"):
         found = latest_checkpoint(directory)

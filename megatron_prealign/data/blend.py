@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_prealign.data.sources import OpenSource
 from megatron_prealign.errors import UserError
+from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -255,8 +256,11 @@ def _warn_of_moves(
         if partner is not None and known[partner].path != now.path
     ]
     if moved:
-        logger.warning(
-            "data.sources moved since %s was saved, known again by what they hold: %s", checkpoint, ", ".join(moved)
+        warn_once(
+            logger,
+            "data.sources moved since %s was saved, known again by what they hold: %s",
+            checkpoint,
+            ", ".join(moved),
         )
 
 
@@ -269,7 +273,8 @@ def _tell(before: Blend, now: Blend, checkpoint: Path) -> None:
         change = f"weight {source.weight:g}" if old is None else f"weight {old.weight:g} -> {source.weight:g}"
         new = ", new" if old is None and source.consumed_at_start == 0 else ""
         parts.append(f"{source.path} ({change}, {source.consumed_at_start:,} samples consumed{new})")
-    logger.warning(
+    warn_once(
+        logger,
         "the blend changed since %s was saved, from sample %s on each source goes on where it stood: %s",
         checkpoint,
         f"{now.start:,}",
@@ -278,7 +283,8 @@ def _tell(before: Blend, now: Blend, checkpoint: Path) -> None:
     for source in now.dropped:
         if source.key in earlier:
             rest = -source.consumed_at_start % source.samples_per_epoch
-            logger.warning(
+            warn_once(
+                logger,
                 "%s is no longer in data.sources: %s of its %s samples were not read in the epoch that it was in",
                 source.path,
                 f"{rest:,}",

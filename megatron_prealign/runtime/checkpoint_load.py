@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_prealign.errors import UserError
 
@@ -30,6 +33,24 @@ def check_files(directory: Path) -> None:
         size = (directory / file).stat().st_size
         if size < end:
             raise ValueError(f"{file} has {size} bytes, expected {end}")
+
+
+def tensor_shapes(state: Any) -> dict[str, tuple[int, ...] | None]:
+    """Key -> whole shape of the sharded tensors in `state`; None where the checkpoint's may be another, as that of a
+    vocabulary with other padding."""
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor):
+            shapes[tensor.key] = None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
+        elif isinstance(tensor, ShardedTensorFactory):
+            shapes.update(tensor_shapes(tensor.build()))
+    return shapes
+
+
+def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> whole shape of every tensor of a checkpoint. Needs no other rank."""
+    entries = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 @contextmanager

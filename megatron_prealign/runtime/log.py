@@ -41,3 +41,9 @@ def configure(rank: int | None = None) -> None:
     logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(_is_worth_saying)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=re.escape(message))
+
+
+def warn_once(speaker: logging.Logger, message: str, *values: object) -> None:
+    """A warning about what all ranks see: the first one says it."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        speaker.warning(message, *values)

@@ -44,13 +44,16 @@ class LanguageModelPhase(Phase):
         if training.train_iters is not None:
             return training.train_iters
         assert training.train_tokens is not None
-        left = training.train_tokens - state.phase_start_tokens
-        iters = left // (training.global_batch_size * self._recipe.data.seq_length)
+        seq_length = self._recipe.data.seq_length
+        consumed = (state.consumed_samples - state.phase_start_samples) * seq_length
+        left = training.train_tokens - state.phase_start_tokens - consumed
+        # Counted from here: a resumed run may have had another batch size.
+        iters = state.phase_step + left // (training.global_batch_size * seq_length)
         if iters < 1:
             raise UserError(
                 f"training.train_tokens is {training.train_tokens}, of which the alignment phase took "
                 f"{state.phase_start_tokens}: less than one step of {training.global_batch_size} x "
-                f"{self._recipe.data.seq_length} tokens is left; raise it"
+                f"{seq_length} tokens is left; raise it"
             )
         return iters
 

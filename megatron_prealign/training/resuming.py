@@ -6,24 +6,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_prealign.checkpoint.folder import LATEST, latest_checkpoint, read_state, resolve_checkpoint
+from megatron_prealign.checkpoint.choose import listed
+from megatron_prealign.checkpoint.folder import read_state
+from megatron_prealign.errors import UserError
 from megatron_prealign.runtime import random_state
-from megatron_prealign.runtime.agreement import on_every_rank
+from megatron_prealign.runtime.agreement import control_group, on_every_rank
 from megatron_prealign.runtime.checkpoint_io import OPTIMIZER_METADATA
-from megatron_prealign.runtime.checkpoint_load import check_files, load_sharded, read_errors_as_mistakes
+from megatron_prealign.runtime.checkpoint_load import (
+    check_files,
+    load_sharded,
+    read_errors_as_mistakes,
+    saved_shapes,
+    tensor_shapes,
+)
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.runtime.engine import unwrap
-from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, check_run, read_run
-from megatron_prealign.training.sharded_state import StateBeside, layout_of, model_state, random_state_of
+from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, check_run
+from megatron_prealign.training.sharded_state import (
+    StateBeside,
+    layout_of,
+    load_model_state,
+    model_state,
+    random_state_of,
+)
+from megatron_prealign.training.start import Start
 from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+# What the keys of a model's tensors begin with; those of the optimizer and of what lies beside have other beginnings.
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+_ADVICE = "start again with checkpoint.verify checksums, which finds the damaged file and what to go on from"
+
 
 def resume(
-    directory: Path,
+    start: Start,
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     runtime: Runtime,
@@ -31,11 +51,11 @@ def resume(
     identity: dict[str, Any],
     run: dict[str, Any],
     beside: StateBeside | None = None,
-) -> TrainState | None:
-    """Loads the newest checkpoint of this run, if there is one. Takes part: all ranks.
+) -> TrainState:
+    """Loads all of the checkpoint that a run goes on from. Takes part: all ranks.
 
     Args:
-        directory: Folder of the run's checkpoints.
+        start: Of the kind resume or continue.
         identity: `run_identity.facts_of_model`.
         run: `run_identity.facts_of_run`; the state's `phase` is a position in its phases.
         beside: What is resumed beside the model and its optimizer; None for nothing.
@@ -44,13 +64,11 @@ def resume(
         UserError: it is of another model, tokenizer, phase, number format, order of the data or dictionary, or
             damaged.
     """
-    checkpoint = latest_checkpoint(directory)
-    if checkpoint is None:
-        return None
-    summary = read_run(checkpoint)
+    checkpoint, summary = start.checkpoint, start.summary
+    assert summary is not None
     check_model(checkpoint, summary, identity)
     phase = check_run(checkpoint, summary, run)
-    on_every_rank(f"reading {checkpoint}", lambda: _reading(checkpoint, lambda: check_files(checkpoint)))
+    _check_tensors(chunks, checkpoint)
     _reading(checkpoint, lambda: _load_all(chunks, optimizer, runtime, beside, checkpoint, summary["layout"]))
     logger.info("resumed from %s", checkpoint)
     return TrainState.from_dict({**summary["train_state"], "phase": phase})
@@ -59,26 +77,55 @@ def resume(
 def load_weights(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
-    path: str | Path,
+    checkpoint: Path,
     *,
     identity: dict[str, Any],
 ) -> None:
-    """Takes the weights alone from a checkpoint of any run. Takes part: all ranks.
+    """Takes the weights alone from a checkpoint of any run, or from one that holds nothing else. Takes part: all ranks.
 
     Args:
         optimizer: Takes the weights over as its own; None if there is none.
+        checkpoint: Its files were verified.
         identity: `run_identity.facts_of_model`.
 
     Raises:
         UserError: it is of another model or tokenizer, or damaged.
     """
-    checkpoint = resolve_checkpoint(path)
     check_model(checkpoint, read_state(checkpoint), identity, advice=OTHER_WEIGHTS)
-    on_every_rank(f"reading {checkpoint}", lambda: _reading(checkpoint, lambda: check_files(checkpoint)))
-    _reading(checkpoint, lambda: _take_weights(chunks, load_sharded(model_state(chunks), checkpoint)))
+    _check_tensors(chunks, checkpoint)
+    _reading(checkpoint, lambda: load_model_state(chunks, load_sharded(model_state(chunks), checkpoint)))
     if optimizer is not None:
         optimizer.reload_model_params()
     logger.info("took the weights of %s", checkpoint)
+
+
+def _check_tensors(chunks: Sequence[torch.nn.Module], checkpoint: Path) -> None:
+    """Checks that the checkpoint has the tensors of the model and no others. Takes part: all ranks.
+
+    Raises:
+        UserError: a tensor is missing, too many or of another shape; all are named.
+    """
+
+    def read() -> tuple[dict[str, tuple[int, ...] | None], dict[str, tuple[int, ...]]]:
+        with read_errors_as_mistakes(checkpoint, _ADVICE):
+            check_files(checkpoint)
+            return tensor_shapes(model_state(chunks)), saved_shapes(checkpoint)
+
+    own, saved = on_every_rank(f"reading {checkpoint}", read)
+    # Each stage of a pipeline knows its own tensors.
+    each: list[dict[str, tuple[int, ...] | None]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(each, own, group=control_group())
+    wanted = {key: shape for shapes in each for key, shape in shapes.items()}
+    extra = sorted(key for key in saved if key.startswith(_MODEL_KEYS) and key not in wanted)
+    problems = [f"{key} is missing" for key in sorted(wanted) if key not in saved]
+    problems += [f"{key} is there and not in the model" for key in extra]
+    problems += [
+        f"{key} is {list(saved[key])}, expected {list(shape)}"
+        for key, shape in sorted(wanted.items())
+        if shape is not None and key in saved and saved[key] != shape
+    ]
+    if problems:
+        raise UserError(f"{checkpoint} does not have the tensors of the model: {listed(problems, 20)}; {OTHER_WEIGHTS}")
 
 
 def _load_all(
@@ -100,9 +147,9 @@ def _load_all(
     if same_layout:
         content["random_state"] = random_state_of(runtime)
     else:
-        logger.warning("the layout changed since %s: dropout draws anew, everything else continues", checkpoint)
+        warn_once(logger, "the layout changed since %s: dropout draws anew, everything else continues", checkpoint)
     loaded = load_sharded(content, checkpoint)
-    _take_weights(chunks, loaded)
+    load_model_state(chunks, loaded)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
         if beside is not None:
@@ -111,12 +158,6 @@ def _load_all(
         random_state.restore(loaded["random_state"])
 
 
-def _take_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
-
-
 def _reading(checkpoint: Path, work: Callable[[], None]) -> None:
-    advice = f"write the name of an older step_* folder into {checkpoint.parent / LATEST}"
-    with read_errors_as_mistakes(checkpoint, advice):
+    with read_errors_as_mistakes(checkpoint, _ADVICE):
         work()

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.folder import STATE, is_run, read_state
+from megatron_prealign.checkpoint.folder import LATEST, STATE, is_run, read_state
+from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, Recipe, recipe_to_dict
+from megatron_prealign.runtime.log import warn_once
 from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -26,8 +28,18 @@ _FREE_MODEL_FIELDS = {
 # Fields of code_switch that choose the words which code-switching knows, and so the share of them in the data.
 _WORD_FIELDS = ("source_languages", "min_word_length", "max_word_length", "case")
 _SWITCHING_FIELDS = {"table": str, "digest": str, "settings": dict, "coverage": dict | None}
-_RUN_FIELDS = ("phases", "seq_length", "precision", "use_distributed_optimizer", "seed", "num_samples", "sources")
+_RUN_FIELDS = (
+    "phases",
+    "seq_length",
+    "precision",
+    "use_distributed_optimizer",
+    "seed",
+    "num_samples",
+    "budget",
+    "sources",
+)
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
+_LANGUAGE_MODEL = "language_model"
 OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 """What to do about weights that were only to be loaded."""
 
@@ -49,14 +61,16 @@ def facts_of_run(
     *,
     phases: Sequence[str],
     num_samples: int,
+    keys: Sequence[int],
     segmenters: Sequence[str | None],
     switching: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What decides a run's course besides its model, as plain values for `state.json`.
+    """What decides a run's course besides its model and its blend, as plain values for `state.json`.
 
     Args:
         phases: Names of the run's phases, in order.
-        num_samples: Rows of the training blend.
+        num_samples: Rows of the whole run.
+        keys: The number of each source in the run's blend.
         segmenters: Who marked the words of each source, as its sidecar says.
         switching: `facts_of_switching`; None without code-switching.
     """
@@ -73,9 +87,20 @@ def facts_of_run(
         "projection": _projection(recipe),
         "seed": recipe.training.seed,
         "num_samples": num_samples,
+        "budget": {
+            "training.train_iters": recipe.training.train_iters,
+            "training.train_tokens": recipe.training.train_tokens,
+            "training.global_batch_size": recipe.training.global_batch_size,
+        },
         "sources": [
-            {"path": source.path, "language": source.language, "weight": source.weight, "segmenter": segmenter}
-            for source, segmenter in zip(recipe.data.sources, segmenters, strict=True)
+            {
+                "key": key,
+                "path": source.path,
+                "language": source.language,
+                "weight": source.weight,
+                "segmenter": segmenter,
+            }
+            for source, key, segmenter in zip(recipe.data.sources, keys, segmenters, strict=True)
         ],
     }
 
@@ -138,6 +163,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     try:
         _check_facts(summary["run"])
         TrainState.from_dict(summary["train_state"])
+        SavedBlend.from_state(checkpoint, summary)
     except ValueError as error:
         raise UserError(f"{checkpoint / STATE} is damaged ({error}); use another checkpoint") from error
     return summary
@@ -148,8 +174,8 @@ def _check_facts(run: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"run lacks {', '.join(missing)}")
     for source in run["sources"]:
-        if not isinstance(source, dict) or not {"path", "language", "weight"} <= source.keys():
-            raise ValueError(f"run.sources holds {source!r}, expected path, language and weight")
+        if not isinstance(source, dict) or not {"key", "path", "language", "weight"} <= source.keys():
+            raise ValueError(f"run.sources holds {source!r}, expected key, path, language and weight")
     problem = find_switching_problem(run)
     if problem:
         raise ValueError(problem)
@@ -241,6 +267,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             "checkpoint.load to this one"
         )
     _check_order(checkpoint, summary, mine)
+    _check_budget(checkpoint, summary, mine)
     if mine["code_switch"]:
         _check_words(checkpoint, saved, mine)
     return int(mine["phases"].index(summary["phase"]))
@@ -248,32 +275,55 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
 
 def _check_order(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
     saved = summary["run"]
-    order = []
     if saved["seed"] != mine["seed"]:
-        order.append(_difference("training.seed", saved["seed"], mine["seed"]))
-    if saved["num_samples"] != mine["num_samples"]:
-        what = "rows of the whole run (from training.train_iters or train_tokens, and alignment)"
-        order.append(_difference(what, saved["num_samples"], mine["num_samples"]))
-    saved_paths, paths = ([source["path"] for source in run["sources"]] for run in (saved, mine))
-    # The same paths in another order are another blend; other paths may be the same data, moved.
-    shuffled = saved_paths != paths and set(saved_paths) == set(paths)
-    if shuffled or _shares(saved) != _shares(mine):
-        order.append(_difference("data.sources", _listed(saved), _listed(mine)))
-    if order:
         rows = summary["train_state"]["consumed_samples"]
         raise UserError(
             f"{checkpoint} cannot go on with this recipe, the order of the data would change and rows be repeated or "
-            f"skipped after the first {rows}: {', '.join(order)}; make the recipe agree, or {_NEW_RUN}"
+            f"skipped after the first {rows:,}: {_difference('training.seed', saved['seed'], mine['seed'])}; make the "
+            f"recipe agree, or {_NEW_RUN}"
         )
-    if saved_paths != paths:
-        logger.warning("data.sources moved since %s was saved: taken to be the same data", checkpoint)
+
+
+def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
+    """A run may become longer or shorter, but not shorter than it is."""
+    saved, state = summary["run"], TrainState.from_dict(summary["train_state"])
+    budget = mine["budget"]
+    iters, tokens = budget["training.train_iters"], budget["training.train_tokens"]
+    if summary["phase"] == _LANGUAGE_MODEL:
+        rows = state.consumed_samples - state.phase_start_samples
+        done = state.phase_start_tokens + rows * mine["seq_length"]
+        short = [
+            f"{name} is {value:,}, of which {used:,} are done"
+            for name, value, used in (
+                ("training.train_iters", iters, state.phase_step),
+                ("training.train_tokens", tokens, done),
+            )
+            if value is not None and value < used
+        ]
+        if short:
+            raise UserError(
+                f"{checkpoint} cannot go on with this recipe: {short[0]}; raise it, or name an older checkpoint in "
+                f"{checkpoint.parent / LATEST}"
+            )
+    changed = [
+        f"{name} {saved['budget'].get(name)} -> {value}"
+        for name, value in budget.items()
+        if saved["budget"].get(name) != value
+    ]
+    if changed:
+        warn_once(
+            logger,
+            "%s since %s was saved: steps and the learning-rate schedule are counted anew, data goes on where it stood",
+            ", ".join(changed),
+            checkpoint,
+        )
 
 
 def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
     """Another segmenter finds other words in the same tokens, and another dictionary knows others."""
-    for before, now in zip(saved["sources"], mine["sources"], strict=True):
-        # Absent: saved before there were segmenters.
-        segmenter = before.get("segmenter")
+    segmenters = {source["key"]: source.get("segmenter") for source in saved["sources"]}
+    for now in mine["sources"]:
+        segmenter = segmenters.get(now["key"], now["segmenter"])
         if segmenter != now["segmenter"]:
             raise UserError(
                 f"{checkpoint} cannot go on with {now['path']}, in which other words would be switched: its segmenter "
@@ -296,18 +346,13 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) 
         if name in before["settings"] and before["settings"][name] != value
     ]
     if changed:
-        logger.warning(
-            "%s changed since %s was saved: words are switched otherwise from here on", ", ".join(changed), checkpoint
+        warn_once(
+            logger,
+            "%s changed since %s was saved: words are switched otherwise from here on",
+            ", ".join(changed),
+            checkpoint,
         )
 
 
 def _difference(field: str, saved: Any, mine: Any) -> str:
     return f"{field} {saved} (recipe: {mine})"
-
-
-def _shares(run: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(source["language"], source["weight"]) for source in run["sources"]]
-
-
-def _listed(run: dict[str, Any]) -> str:
-    return "[" + ", ".join(f"{s['path']} {s['language']} x {s['weight']}" for s in run["sources"]) + "]"

@@ -30,8 +30,34 @@ def random_state_of(runtime: Runtime) -> ShardedObject:
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """The weights of this rank's chunks."""
-    return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    """The weights of this rank's chunks.
+
+    Without `_extra_state`, which Transformer Engine has for number formats that no recipe can ask for: checkpoints of
+    either layer implementation load into the other.
+    """
+    return {
+        f"model{index}": {
+            name: value for name, value in unwrap(chunk).sharded_state_dict().items() if not _is_extra(name)
+        }
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Copies what was loaded for `model_state` into the chunks.
+
+    Raises:
+        ValueError: a tensor is missing or too many.
+    """
+    for index, chunk in enumerate(chunks):
+        different = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        names = [name for name in (*different.missing_keys, *different.unexpected_keys) if not _is_extra(name)]
+        if names:
+            raise ValueError(f"the model and its checkpoint differ in {', '.join(names)}")
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith("_extra_state")
 
 
 class StateBeside(Protocol):

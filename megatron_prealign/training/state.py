@@ -15,6 +15,7 @@ class TrainState:
         tokens: tokens consumed in all phases, words of the alignment phase included.
         phase_start_tokens: value of `tokens` when the phase began.
         consumed_samples: rows of the training blend consumed so far, the position in the blended order.
+        phase_start_samples: value of `consumed_samples` when the phase began.
         phase_done: the phase ended before its last step (it reached its goal).
         below_floor: word retrieval was last measured below the floor of the alignment guard.
         seconds: wall-clock seconds of training, over all resumptions.
@@ -27,6 +28,7 @@ class TrainState:
     tokens: int = 0
     phase_start_tokens: int = 0
     consumed_samples: int = 0
+    phase_start_samples: int = 0
     phase_done: bool = False
     below_floor: bool = False
     seconds: float = 0.0
@@ -62,3 +64,4 @@ class TrainState:
         self.phase_step = 0
         self.phase_done = False
         self.phase_start_tokens = self.tokens
+        self.phase_start_samples = self.consumed_samples

@@ -232,7 +232,8 @@ def three_gradients(values: dict[str, Any], folder: str) -> dict[str, tuple[dict
     """Runs in workers: gradients and metrics of a guarded step, of its rows and of its words with a weight of one."""
     from dataclasses import replace
 
-    from megatron_prealign.pretrain import build_phases, open_switching, open_words
+    from megatron_prealign.pretrain import build_phases, open_words
+    from megatron_prealign.switching import open_switching
     from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)

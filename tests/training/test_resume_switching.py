@@ -21,11 +21,12 @@ SHARE = {"en": 0.4375, "en_clone": 0.0}
 def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float]) -> tuple[int, list[Any]]:
     """Runs in a worker: how often this rank measured, and the thresholds that the run switched with."""
     from megatron_prealign import pretrain as module
+    from megatron_prealign import switching
     from megatron_prealign.code_switch.switcher import CodeSwitcher
 
     measured = []
     made: list[CodeSwitcher] = []
-    measure, switcher = module.blend_coverage, module.CodeSwitcher
+    measure, switcher = switching.blend_coverage, module.CodeSwitcher
 
     def counted(*arguments: Any) -> dict[str, float]:
         measured.append(arguments)
@@ -35,11 +36,11 @@ def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float
         made.append(switcher(*arguments, **named))
         return made[-1]
 
-    module.blend_coverage, module.CodeSwitcher = counted, kept
+    switching.blend_coverage, module.CodeSwitcher = counted, kept
     try:
         module.pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
     finally:
-        module.blend_coverage, module.CodeSwitcher = measure, switcher
+        switching.blend_coverage, module.CodeSwitcher = measure, switcher
     return len(measured), made[0]._thresholds.tolist()
 
 

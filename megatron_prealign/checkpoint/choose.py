@@ -1,0 +1,153 @@
+"""Which checkpoint a run goes on from: the newest one whose files are what they were when they were written."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_prealign.checkpoint.folder import LATEST, named_latest, step_folders, step_of
+from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
+from megatron_prealign.disk import sync_file, sync_folder
+from megatron_prealign.errors import UserError
+from megatron_prealign.runtime.log import warn_once
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = ".damaged"
+"""Ending of the name of a folder that was set aside; nothing reads or removes it."""
+
+FindProblems = Callable[[Path], list[str]]
+"""What is wrong with the files of a checkpoint, a line each; empty when all is well."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A good checkpoint, and the damaged ones that are newer."""
+
+    checkpoint: Path
+    damaged: dict[Path, list[str]] = field(default_factory=dict)
+    """Folder -> what is wrong with it."""
+
+
+def candidates(directory: Path) -> list[Path]:
+    """The folders of checkpoints that a run may go on from, the best first: the one that `latest` names and those
+    before it, or all if it names none. Complete or not: a folder that lacks its manifest is a damaged one.
+
+    Steps behind `latest` belong to a branch that was left when the run was rolled back.
+
+    Raises:
+        UserError: there are none but such that were set aside as damaged.
+    """
+    folders = step_folders(directory)
+    named = named_latest(directory)
+    if named in folders:
+        return folders[folders.index(named) :: -1]
+    if folders:
+        told = "there is no such file" if named is None else f"it names {named.name}, which is not there"
+        warn_once(
+            logger,
+            "%s should name the newest checkpoint, but %s: looking at all step_* folders",
+            directory / LATEST,
+            told,
+        )
+    elif directory.is_dir():
+        aside = sorted(path.name for path in directory.glob(f"step_*{DAMAGED}*"))
+        if aside:
+            raise UserError(
+                f"{directory} holds damaged checkpoints alone ({', '.join(aside)}), expected a good one; restore one, "
+                "or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+            )
+    return folders[::-1]
+
+
+def choose(folders: Sequence[Path], find_problems: FindProblems, on_damage: Literal["fail", "fall_back"]) -> Choice:
+    """The first good one of `folders`, which are not empty. Every process that calls it with the same arguments gets
+    the same answer.
+
+    Raises:
+        UserError: the first is damaged and `on_damage` is fail, or all are damaged.
+    """
+    damaged: dict[Path, list[str]] = {}
+    for folder in folders:
+        problems = find_problems(folder)
+        if not problems:
+            return Choice(folder, damaged)
+        damaged[folder] = problems
+        if on_damage == "fail" and len(folders) > 1:
+            raise UserError(
+                f"{folder} is damaged: {listed(problems)}; restore it, or go on from an older checkpoint with "
+                "checkpoint.on_damage fall_back"
+            )
+    told = "; ".join(f"{folder.name}: {listed(problems)}" for folder, problems in damaged.items())
+    if len(damaged) == 1:
+        folder = folders[0]
+        raise UserError(f"{folder} is damaged: {listed(damaged[folder])}, and there is no older one; {_RESTORE}")
+    raise UserError(f"{folders[0].parent} holds no good checkpoint ({told}); {_RESTORE}")
+
+
+_RESTORE = "restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+
+
+def listed(problems: Sequence[str], told: int = 3) -> str:
+    """The first `told` problems, and how many more there are."""
+    rest = f" and {len(problems) - told} more" if len(problems) > told else ""
+    return ", ".join(problems[:told]) + rest
+
+
+def find_problems(folder: Path, *, checksums: bool) -> list[str]:
+    """`choose`'s question, answered by one process."""
+    try:
+        return find_damage(folder, read_manifest(folder), checksums=checksums)
+    except ManifestError as error:
+        return [str(error)]
+
+
+def shares(records: dict[str, FileRecord], parts: int) -> list[list[str]]:
+    """The files of a manifest in `parts` shares of about equal size, the same whoever asks."""
+    filled = [0] * parts
+    names: list[list[str]] = [[] for _ in range(parts)]
+    for name in sorted(records, key=lambda name: (-records[name].bytes, name)):
+        smallest = filled.index(min(filled))
+        # A file costs a little whatever its size.
+        filled[smallest] += records[name].bytes + 4096
+        names[smallest].append(name)
+    return names
+
+
+def warn_of_fall_back(choice: Choice) -> None:
+    """A line for each checkpoint that is passed over, with what going on from an older one costs."""
+    for folder, problems in choice.damaged.items():
+        step, good = step_of(folder), step_of(choice.checkpoint)
+        lost = f", {step - good:,} steps are done again" if step is not None and good is not None else ""
+        warn_once(
+            logger,
+            "%s is damaged (%s): going on from %s instead%s",
+            folder,
+            listed(problems),
+            choice.checkpoint.name,
+            lost,
+        )
+
+
+def set_aside(choice: Choice) -> None:
+    """Points `latest` at the good checkpoint and renames the damaged ones, so that nothing takes them for good.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    directory = choice.checkpoint.parent
+    if named_latest(directory) != choice.checkpoint:
+        pointer = directory / f".{LATEST}.incomplete"
+        pointer.write_text(choice.checkpoint.name + "\n", encoding="utf-8")
+        sync_file(pointer)
+        os.replace(pointer, directory / LATEST)
+    for folder in choice.damaged:
+        target, number = folder.with_name(folder.name + DAMAGED), 1
+        while target.exists():
+            number += 1
+            target = folder.with_name(f"{folder.name}{DAMAGED}-{number}")
+        os.rename(folder, target)
+        logger.warning("%s was renamed to %s; remove it when you no longer need it", folder, target.name)
+    sync_folder(directory)
