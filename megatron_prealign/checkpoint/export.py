@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_prealign.checkpoint.weights import (
     CONFIG,
     TOKENIZER,
     complete_weights,
-    copy_tokenizer,
+    converted,
     is_stacked,
     is_weight,
     is_weights_folder,
@@ -75,7 +76,7 @@ def export_weights(
             with ShardWriter(working) as writer:
                 written = _copy(reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
                 records = writer.close()
-            copy_tokenizer(checkpoint / TOKENIZER, working / TOKENIZER)
+            shutil.copytree(checkpoint / TOKENIZER, working / TOKENIZER)
             complete_weights(
                 working,
                 vocab_size=summary["vocab_size"],
@@ -107,20 +108,13 @@ def _copy(
             tensor = reader.read(key, layer)
             done += tensor.nbytes
             if dtype is not None:
-                tensor = _converted(key, tensor, dtype)
+                tensor = converted(key, tensor, dtype)
             writer.add(key, tensor, layer=layer, num_layers=layers)
             written += tensor.nbytes
             kinds.add(str(tensor.dtype).removeprefix("torch."))
             if progress is not None:
                 progress(done, total)
     return Exported(len(keys), sum(sizes.values()), written, " and ".join(sorted(kinds)))
-
-
-def _converted(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    converted = tensor.to(dtype)
-    if not torch.isfinite(converted).all() and torch.isfinite(tensor).all():
-        raise UserError(f"{key} has numbers that are too large for {dtype}; leave --dtype out")
-    return converted
 
 
 def _source(checkpoint: Path, summary: dict[str, Any]) -> dict[str, Any]:

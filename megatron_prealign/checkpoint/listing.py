@@ -151,7 +151,7 @@ def _look_at(folder: Path, latest: bool) -> ListedCheckpoint:
         problems = [*problems, *([str(error).split(";")[0]] if complete else [])]
     if folder.name.startswith("."):
         problems, complete = ["a save that did not come to its end, or is under way"], False
-    elif folder.suffix == ".damaged":
+    elif ".damaged" in folder.name:
         problems = problems or ["it was found damaged by a start"]
     state = summary.get("train_state")
     state = state if isinstance(state, dict) else {}

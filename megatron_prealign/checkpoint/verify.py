@@ -36,7 +36,7 @@ def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
         return [path]
     if not everything:
         return [resolve_checkpoint(path)]
-    found = [each for each in checkpoint_folders(path) if not each.name.startswith(".") and each.suffix != ".damaged"]
+    found = [each for each in checkpoint_folders(path) if not each.name.startswith(".") and ".damaged" not in each.name]
     if not found:
         raise UserError(f"{path} holds no checkpoint but unfinished and damaged ones")
     return found

@@ -1,15 +1,18 @@
 """What weights of a model are in a checkpoint folder, and the folders that hold nothing else."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_prealign.checkpoint.folder import STATE
 from megatron_prealign.checkpoint.manifest import MANIFEST, FileRecord, write_manifest
+from megatron_prealign.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL_FILE = "model.yaml"
 TOKENIZER = "tokenizer"
@@ -93,6 +96,19 @@ def written_layout(tensor_parallel: int, pipeline_parallel: int) -> dict[str, An
     }
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the folder `tokenizer` of a checkpoint."""
-    shutil.copytree(source, target)
+def converted(name: str, tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """The tensor in another type; itself if it has that type.
+
+    Raises:
+        UserError: finite numbers of it are too large for that type.
+    """
+    import torch
+
+    if tensor.dtype == dtype:
+        return tensor
+    changed = tensor.to(dtype)
+    if not torch.isfinite(changed).all() and torch.isfinite(tensor).all():
+        raise UserError(
+            f"{name} has numbers that are too large for {str(dtype).removeprefix('torch.')}; leave --dtype out"
+        )
+    return changed

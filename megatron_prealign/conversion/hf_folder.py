@@ -4,7 +4,7 @@ of it, and nothing is allocated by what it says about itself before that fits th
 import os
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ _MOST_NAMED = 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A mapped file stays in memory as far as it was read; so much of a pickle is read before it is mapped anew.
 _MAPPED_BYTES = 1 << 30
-# Buffers that older versions of transformers saved with the weights. They follow from config.json.
-_BUFFERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
 
 
 class HuggingFaceFolder:
@@ -65,16 +63,12 @@ class HuggingFaceFolder:
         places = {file: self._header(file) for file in files}
         self.tensors = self._joined(places, index)
 
-    @property
-    def float_dtypes(self) -> set[str]:
-        """Names of the dtypes of its weights, buffers aside."""
-        return {tensor.dtype for name, tensor in self.tensors.items() if not is_buffer(name)}
-
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks that the folder has these tensors and, buffers aside, no others.
+    def check(self, expected: Mapping[str, tuple[int, ...]], may_have: Callable[[str], bool] = lambda _: False) -> None:
+        """Checks that the folder has these tensors and no others.
 
         Args:
             expected: name -> shape.
+            may_have: whether a tensor of this name may be there too, and is not read.
 
         Raises:
             UserError: tensors are missing, unknown, of another shape or no floating-point numbers; up to 20 are named.
@@ -82,7 +76,7 @@ class HuggingFaceFolder:
         problems = [f"{shown(name)} is missing" for name in expected if name not in self.tensors]
         for name, tensor in self.tensors.items():
             if name not in expected:
-                if not is_buffer(name):
+                if not may_have(name):
                     problems.append(f"{shown(name)} is not known")
             elif tensor.shape != tuple(expected[name]):
                 problems.append(f"{shown(name)} has shape {list(tensor.shape)}, expected {list(expected[name])}")
@@ -151,7 +145,7 @@ class HuggingFaceFolder:
         """A file with a JSON object."""
         if name not in self._names:
             raise UserError(f"{self.path}: {name} is missing; expected a folder as save_pretrained writes it")
-        file = self._inside(name)
+        file = self.path_of(name)
         try:
             size = file.stat().st_size
             if size > _MOST_JSON_BYTES:
@@ -194,7 +188,7 @@ class HuggingFaceFolder:
                 "is no part of the model away"
             )
 
-    def _inside(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         """The path of a file of the folder, which does not lead out of it.
 
         Raises:
@@ -218,7 +212,7 @@ class HuggingFaceFolder:
         return file
 
     def _header(self, name: str) -> dict[str, StoredTensor]:
-        file = self._inside(name)
+        file = self.path_of(name)
         if self._is_pickle:
             return self._pickled_header(file)
         try:
@@ -292,11 +286,6 @@ def _is_plain(value: Any) -> bool:
         and value.device.type == "cpu"
         and not value.is_quantized
     )
-
-
-def is_buffer(name: str) -> bool:
-    """Whether this is a buffer that follows from config.json and need not be read."""
-    return any(fnmatch(f".{name}", pattern) for pattern in _BUFFERS)
 
 
 def _listed(names: Iterable[str], separator: str = ", ") -> str:
