@@ -31,8 +31,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        data = _read_definition(path)
-        config = _read_config(path)
+        data = read_definition(path)
+        config = read_config(path)
         # Padding, truncation and dropout would make ids depend on the batch, the length or chance.
         # The post-processor adds special tokens, which nobody here asks for, and cuts white space off the offsets.
         data.update(truncation=None, padding=None, post_processor=None)
@@ -167,7 +167,7 @@ def _build(data: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
     return tokenizer
 
 
-def _read_definition(path: Path) -> dict[str, Any]:
+def read_definition(path: Path) -> dict[str, Any]:
     """The contents of tokenizer.json, or what transformers makes of an older folder."""
     file = path / "tokenizer.json"
     try:
@@ -192,7 +192,7 @@ def _convert(path: Path) -> bytes:
         ) from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     # The later file wins: tokenizer_config.json is what transformers itself goes by.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

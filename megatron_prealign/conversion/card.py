@@ -1,0 +1,282 @@
+"""The model card: what the checkpoint and its run say about the model, for whoever finds the folder later."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron_prealign import __version__
+from megatron_prealign.checkpoint.folder import is_run
+from megatron_prealign.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from megatron_prealign.conversion.to_hf import Converted
+    from megatron_prealign.conversion.tokenizer import TokenizerExport
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}")
+_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT-2"}
+_MOST_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the run."""
+
+    phase: str
+    step: int
+    tokens: int
+    validation_loss: Mapping[str, float]
+    """Nats per token, by language."""
+    retrieval: Mapping[str, float]
+    """Pair of languages -> share of words that find their translation first, the mean over the layers."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the run's metrics say, up to the step of the checkpoint."""
+
+    evaluations: Sequence[Evaluation] = field(default_factory=list)
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Phase -> the first and the last loss that was logged."""
+
+
+def model_card(
+    name: str,
+    checkpoint: Path,
+    summary: Mapping[str, Any],
+    model: ModelSection,
+    seq_length: int,
+    converted: "Converted",
+    tokenizer: "TokenizerExport",
+    history: History | None,
+) -> str:
+    """The content of README.md. The same checkpoint gives the same text."""
+    facts = summary if is_run(dict(summary)) else {**summary, **(summary.get("source") or {})}
+    parts = [
+        _front_matter(facts),
+        f"# {_plain(name)}\n",
+        _introduction(facts, converted),
+        _usage(tokenizer),
+        _architecture(summary, model, seq_length, converted),
+        _training(checkpoint, facts),
+        _data(facts, seq_length),
+        _measures(facts, history),
+        _tokenizer(tokenizer, converted),
+        _versions(facts),
+        "## Licence\n\nNot said by those who made this folder: it depends on the licence of the data and on who "
+        "trained the model. Add it here, and as `license` at the top of this file.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(facts: Mapping[str, Any]) -> str:
+    content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    languages = sorted({source["language"] for source in _sources(facts)})
+    known = [language for language in languages if _LANGUAGE.fullmatch(language)]
+    if known:
+        content["language"] = known
+    content["tags"] = ["megatron-prealign"]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
+
+
+def _introduction(facts: Mapping[str, Any], converted: "Converted") -> str:
+    phases = (facts.get("run") or {}).get("phases") or []
+    text = "A causal language model"
+    if "alignment" in phases and len(phases) > 1:
+        text += (
+            " whose word representations were aligned across languages by a bilingual dictionary before pretraining "
+            "(the PreAlign method, arXiv:2407.16222)"
+        )
+    if (facts.get("run") or {}).get("code_switch"):
+        text += ", pretrained on text in which known words are replaced by their translations"
+    precision = f"The weights are {converted.dtype}"
+    if converted.from_masters:
+        precision += ", the optimizer's own numbers in full precision"
+    return f"{text}. Exported by megatron-prealign {__version__}. {precision}.\n"
+
+
+def _usage(tokenizer: "TokenizerExport") -> str:
+    policy = (
+        f"Documents in training ended with\n`{tokenizer.eod_token}` (id {tokenizer.eod_id}), which is the `eos_token` "
+        "and, since it is what the next document begins\nafter, the `bos_token`. Nothing is added to a text by itself."
+        if tokenizer.converted
+        else f"A document ends with\n`{tokenizer.eod_token}` (id {tokenizer.eod_id}). What begins a text is as those "
+        "who made the tokenizer meant it."
+    )
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+{policy}
+"""
+
+
+def _architecture(summary: Mapping[str, Any], model: ModelSection, seq_length: int, converted: "Converted") -> str:
+    rows = [
+        ("architecture", _FAMILIES.get(model.family, model.family)),
+        ("parameters", f"{converted.parameters:,}"),
+        ("layers", f"{model.num_layers:,}"),
+        ("hidden size", f"{model.hidden_size:,}"),
+        ("MLP width", f"{model.mlp_width:,}"),
+        ("attention heads", f"{model.num_attention_heads} ({model.query_groups} of keys and values)"),
+        ("context", f"{seq_length:,} tokens"),
+        ("vocabulary", f"{summary['vocab_size']:,} ids"),
+        ("tied embeddings", "yes" if model.share_embeddings_and_output_weights else "no"),
+    ]
+    if model.rope_scaling is not None:
+        rows.append(("rotary positions", f"stretched ({model.rope_scaling.rope_type})"))
+    return "## Model\n\n" + _table(("", ""), rows)
+
+
+def _training(checkpoint: Path, facts: Mapping[str, Any]) -> str:
+    state = facts.get("train_state") or facts
+    run = facts.get("run") or {}
+    rows = [
+        ("checkpoint", checkpoint.name),
+        ("step", _count(state.get("step"))),
+        ("tokens seen", _count(state.get("tokens"))),
+        ("phase", facts.get("phase")),
+        ("phases of the run", ", ".join(run.get("phases") or [])),
+        ("precision", run.get("precision")),
+        ("sequence length", _count(run.get("seq_length"))),
+        ("seed", run.get("seed")),
+        ("saved", facts.get("saved_at")),
+        ("brought from", _origin(facts)),
+    ]
+    text = "## Training\n\n" + _table(("", ""), [(name, value) for name, value in rows if value not in (None, "")])
+    switching = (run.get("switching") or {}).get("settings") or {}
+    if switching:
+        shown = ("ratio", "ratio_of", "label_mode", "schedule", "final_ratio")
+        settings = {name: switching[name] for name in shown if switching.get(name) is not None}
+        text += f"\nCode-switching: `{json.dumps(settings)}`.\n"
+    return text + _recipe(checkpoint)
+
+
+def _origin(facts: Mapping[str, Any]) -> str | None:
+    """Name of the folder that the weights were read from, when they were not trained here."""
+    source = facts.get("source") or {}
+    return _plain(Path(str(source.get("model"))).name) if source.get("format") == "huggingface" else None
+
+
+def _recipe(checkpoint: Path) -> str:
+    """The sections of the recipe that say how the model was trained, without places on the machine."""
+    try:
+        recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    shown = {
+        name: {key: value for key, value in recipe[name].items() if value is not None}
+        for name in ("alignment", "alignment_guard", "optimizer", "training")
+        if isinstance(recipe, dict) and isinstance(recipe.get(name), dict)
+    }
+    if not shown:
+        return ""
+    text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return f"\n<details><summary>Recipe</summary>\n\n```yaml\n{text}```\n\n</details>\n"
+
+
+def _sources(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    sources = (facts.get("run") or {}).get("sources") or facts.get("sources") or []
+    return [source for source in sources if isinstance(source, dict) and isinstance(source.get("language"), str)]
+
+
+def _data(facts: Mapping[str, Any], seq_length: int) -> str:
+    sources = _sources(facts)
+    if not sources:
+        return ""
+    consumed = facts.get("consumed_samples_per_source") or {}
+    length = (facts.get("run") or {}).get("seq_length") or seq_length
+    total = sum(float(source.get("weight") or 0) for source in sources) or 1.0
+    rows = []
+    for source in sources:
+        path = str(source.get("path", ""))
+        samples = consumed.get(source.get("key", path), consumed.get(path))
+        seen = f"{samples * length:,}" if isinstance(samples, int) else ""
+        share = f"{float(source.get('weight') or 0) / total:.1%}"
+        rows.append((_plain(Path(path).name), source["language"], share, seen))
+    more = len(rows) - 200
+    table = _table(("source", "language", "share", "tokens seen"), rows[:200])
+    return f"## Data\n\n{table}" + (f"\nand {more} more sources\n" if more > 0 else "")
+
+
+def _measures(facts: Mapping[str, Any], history: History | None) -> str:
+    metrics = {name: value for name, value in (facts.get("metrics") or {}).items() if isinstance(value, int | float)}
+    parts = []
+    if metrics:
+        rows = []
+        for name, value in sorted(metrics.items()):
+            loss = name.startswith("validation_loss") and 0 <= value < 50
+            rows.append((f"`{name}`", f"{value:.4f}" + (f" (perplexity {math.exp(value):,.1f})" if loss else "")))
+        parts.append("At this checkpoint:\n\n" + _table(("measure", ""), rows))
+    if history is not None and history.evaluations:
+        parts.append(_evaluations(history.evaluations))
+    if history is not None and history.losses:
+        losses = [(phase, f"{first:.4f}", f"{last:.4f}") for phase, (first, last) in history.losses.items()]
+        parts.append(_table(("phase", "first training loss", "last"), losses))
+    if not parts:
+        return ""
+    return (
+        "## Measures\n\nLosses are nats per token of this tokenizer. Word retrieval is the share of words whose "
+        "nearest neighbour is their translation, the mean over the layers.\n\n" + "\n".join(parts)
+    )
+
+
+def _evaluations(evaluations: Sequence[Evaluation]) -> str:
+    losses = sorted({language for each in evaluations for language in each.validation_loss})
+    pairs = sorted({pair for each in evaluations for pair in each.retrieval})
+    step = max(1, math.ceil(len(evaluations) / _MOST_ROWS))
+    # Always with the last one.
+    chosen = list(reversed(list(reversed(evaluations))[::step]))
+    rows = [
+        (
+            each.phase,
+            f"{each.step:,}",
+            f"{each.tokens:,}",
+            *(
+                f"{each.validation_loss[language]:.3f}" if language in each.validation_loss else ""
+                for language in losses
+            ),
+            *(f"{each.retrieval[pair]:.3f}" if pair in each.retrieval else "" for pair in pairs),
+        )
+        for each in chosen
+    ]
+    header = ("phase", "step", "tokens", *(f"loss {name}" for name in losses), *(f"P@1 {name}" for name in pairs))
+    return _table(header, rows)
+
+
+def _tokenizer(tokenizer: "TokenizerExport", converted: "Converted") -> str:
+    notes = "".join(f"- {note}\n" for note in converted.notes)
+    return f"## Tokenizer\n\nMade from: {tokenizer.kind}.\n" + (f"\n{notes}" if notes else "")
+
+
+def _versions(facts: Mapping[str, Any]) -> str:
+    versions = facts.get("versions") or {}
+    rows = [(name, value) for name, value in versions.items() if name != "machine"]
+    return "## Versions\n\nOf the training.\n\n" + _table(("", ""), rows) if rows else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _count(value: Any) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
+
+
+def _plain(text: str) -> str:
+    """Without line breaks, which would end a table or a title."""
+    return " ".join(text.split())

@@ -1,0 +1,326 @@
+"""From a checkpoint to a folder that transformers opens as it is: weights, config, tokenizer, model card.
+
+One process on a CPU reads the checkpoint tensor by tensor, whatever layout wrote it, and writes safetensors files as it
+goes. The folder gets its name when it is complete.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_prealign.checkpoint.folder import is_run, read_state, resolve_checkpoint
+from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
+from megatron_prealign.checkpoint.new_folder import new_folder
+from megatron_prealign.checkpoint.shards import ShardReader
+from megatron_prealign.checkpoint.weights import CONFIG, TOKENIZER
+from megatron_prealign.conversion.card import History, model_card
+from megatron_prealign.conversion.config import huggingface_config, section_of
+from megatron_prealign.conversion.safetensors_shards import SafetensorsWriter
+from megatron_prealign.conversion.tensors import Entry, TensorPlan
+from megatron_prealign.conversion.tokenizer import TokenizerExport, check_tokenizer, copy_tokenizer, export_tokenizer
+from megatron_prealign.errors import UserError
+from megatron_prealign.progress import Progress
+from megatron_prealign.recipe import ModelSection, RecipeValueError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_POSITIONS = "embedding.position_embeddings.weight"
+# What the optimizers, the plain and the distributed one, call the weights in full precision.
+_MASTERS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+_MOST_NAMED = 20
+
+
+@dataclass(frozen=True)
+class ToHuggingFace:
+    """What is to be written."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """None is the type of the weights in the checkpoint."""
+    shard_bytes: int = 5_000_000_000
+    """Most bytes of a file with weights."""
+    tokenizer: Literal["convert", "copy"] | None = None
+    """None converts that of a run, and copies that of a model that was only brought from Hugging Face."""
+    overwrite: bool = False
+    """Replace a model that is there."""
+    checksums: bool = False
+    """Read the checkpoint's files once more before, and compare them with its manifest."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    checkpoint: Path
+    dtype: str
+    from_masters: bool
+    """Whether the numbers are the optimizer's in full precision and not the model's own."""
+    tensors: int
+    parameters: int
+    bytes: int
+    """Of the weights."""
+    files: int
+    """With weights."""
+    notes: list[str]
+    """What a user should know about the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was looked at."""
+
+    folder: Path
+    summary: dict[str, Any]
+    model: ModelSection
+    plan: TensorPlan
+    seq_length: int
+
+
+def open_source(path: str | Path) -> Source:
+    """Looks at the small files of a checkpoint.
+
+    Args:
+        path: The checkpoint, a folder of checkpoints or a run's folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder = resolve_checkpoint(path)
+    summary = read_state(folder)
+    try:
+        model = section_of(summary["model"])
+    except (RecipeValueError, TypeError) as error:
+        raise UserError(f"{folder}/state.json: its model is none of this version ({error})") from error
+    with ShardReader(folder) as reader:
+        stored = {key: facts.shape for key, facts in reader.tensors.items()}
+    positions = stored[_POSITIONS][0] if len(stored.get(_POSITIONS, ())) == 2 else None
+    plan = TensorPlan(model, summary["vocab_size"], positions)
+    _check_tensors(folder, plan, stored, summary)
+    run = summary["run"] if is_run(summary) else (summary.get("source") or {})
+    length = run.get("seq_length") if isinstance(run, dict) else None
+    length = positions or model.max_position_embeddings or length
+    if not isinstance(length, int):
+        raise UserError(f"{folder}/state.json names no sequence length; set max_position_embeddings in its model")
+    return Source(folder, summary, model, plan, length)
+
+
+def check_manifest(folder: Path, *, checksums: bool) -> None:
+    """Compares a checkpoint with its manifest.
+
+    Raises:
+        UserError: it is damaged; all files are named.
+    """
+    try:
+        records = read_manifest(folder)
+        if checksums:
+            total = sum(record.bytes for record in records.values())
+            with Progress("verify checkpoint", total, unit="B", unit_scale=True) as progress:
+                problems = find_damage(folder, records, checksums=True, progress=progress.update)
+        else:
+            problems = find_damage(folder, records, checksums=False)
+    except ManifestError as error:
+        problems = [str(error)]
+    if problems:
+        raise UserError(f"{folder} is damaged ({_some(problems)}); use another checkpoint or copy this one again")
+
+
+def _check_tensors(folder: Path, plan: TensorPlan, stored: dict[str, Any], summary: dict[str, Any]) -> None:
+    vocabulary = {entry.key for entry in plan.entries if entry.vocabulary}
+    problems = []
+    for key, shape in plan.stacks.items():
+        found = stored.get(key)
+        if found is None:
+            problems.append(f"{key} is missing")
+        # Rows behind the vocabulary only pad it.
+        elif found != shape and not (key in vocabulary and found[1:] == shape[1:] and found[0] >= shape[0]):
+            problems.append(f"{key} is {list(found)}, expected {list(shape)}")
+    if problems:
+        raise UserError(
+            f"{folder}: the weights are not those of the model in its state.json ({summary['model'].get('family')}): "
+            f"{_some(problems)}; use another checkpoint"
+        )
+
+
+def _some(problems: Sequence[str]) -> str:
+    rest = len(problems) - _MOST_NAMED
+    return "; ".join(problems[:_MOST_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def read_weights(
+    source: Source, dtype: torch.dtype | None = None
+) -> Iterator[tuple[Entry, dict[str, torch.Tensor], int]]:
+    """Every tensor of a checkpoint as transformers has it, in the order of the model.
+
+    Memory: one tensor of the checkpoint and what is made of it.
+
+    Args:
+        dtype: Of the results; None leaves them as they are. float32 takes the optimizer's own numbers where they are
+            in the checkpoint.
+
+    Yields:
+        The entry, name -> tensor, and the bytes that were read.
+
+    Raises:
+        UserError: the checkpoint is damaged, or a number is NaN, infinite or too large for `dtype`.
+    """
+    with ShardReader(source.folder) as reader:
+        prefix = masters_of(reader, dtype) or ""
+        for entry in source.plan.entries:
+            ours = reader.read(prefix + entry.key, entry.layer)
+            read = ours.nbytes
+            if entry.vocabulary:
+                ours = ours[: entry.shape[0]]
+            name = entry.key if entry.layer is None else f"{entry.key}, layer {entry.layer}"
+            _check_numbers(ours, name, source.folder)
+            if dtype is not None and ours.dtype is not dtype:
+                converted = ours.to(dtype)
+                if not _is_finite(converted):
+                    raise UserError(
+                        f"{source.folder}: {name} has numbers up to {float(ours.abs().max()):.3g}, too large for "
+                        f"{dtype}; choose bf16 or fp32"
+                    )
+                ours = converted
+            yield entry, entry.to_huggingface(ours), read
+
+
+def masters_of(reader: ShardReader, dtype: torch.dtype | None) -> str | None:
+    """What stands before the names of the optimizer's weights in full precision; None where they are not there or where
+    `dtype` has no use for them."""
+    if dtype is not torch.float32:
+        return None
+    embedding = "embedding.word_embeddings.weight"
+    if reader.tensors[embedding].dtype is torch.float32:
+        return None
+    return next((prefix for prefix in _MASTERS if prefix + embedding in reader.tensors), None)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    # One pass without memory of its own; NaN comes through as NaN.
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_numbers(tensor: torch.Tensor, name: str, folder: Path) -> None:
+    if not _is_finite(tensor):
+        broken = int((~torch.isfinite(tensor)).sum())
+        raise UserError(
+            f"{folder}: {broken:,} of the {tensor.numel():,} numbers of {name} are NaN or infinite: the training had "
+            "broken down; use an older checkpoint"
+        )
+
+
+def to_huggingface(
+    path: str | Path,
+    output: Path,
+    options: ToHuggingFace,
+    *,
+    history: History | None = None,
+    show_progress: bool = True,
+) -> Converted:
+    """Writes a checkpoint as a folder for transformers.
+
+    Memory: the largest tensor twice, and what transformers needs to open the tokenizer.
+
+    Args:
+        path: The checkpoint, a folder of checkpoints or a run's folder.
+        output: Folder to write.
+        history: What the run's metrics say, for the model card.
+
+    Raises:
+        UserError: the checkpoint is damaged, its numbers or its tokenizer cannot be carried over, or the output cannot
+            be written; nothing is left of it then.
+    """
+    source = open_source(path)
+    if output.resolve() == source.folder.resolve():
+        raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
+    check_manifest(source.folder, checksums=options.checksums)
+    with ShardReader(source.folder) as reader:
+        stored = reader.tensors[source.plan.entries[0].key].dtype
+        dtype = DTYPES[options.dtype] if options.dtype is not None else stored
+        masters = masters_of(reader, dtype) is not None
+    with new_folder(output, overwrite=options.overwrite, replaceable=is_model_folder) as working:
+        # First what can be refused in seconds.
+        exported, notes = _write_tokenizer(source, working, options, _dtype_name(dtype))
+        with SafetensorsWriter(working, source.plan.names, dtype, options.shard_bytes) as writer:
+            with Progress(
+                "write weights", writer.total_bytes, unit="B", unit_scale=True, enabled=show_progress
+            ) as progress:
+                for _, theirs, _ in read_weights(source, dtype):
+                    for name, tensor in theirs.items():
+                        writer.add(name, tensor)
+                        progress.update(tensor.nbytes)
+                writer.close()
+            written, files = writer.total_bytes, len(writer.files)
+        parameters = written // dtype.itemsize
+        converted = Converted(
+            source.folder,
+            _dtype_name(dtype),
+            masters,
+            len(source.plan.names),
+            parameters,
+            written,
+            files,
+            notes,
+        )
+        card = model_card(
+            output.name, source.folder, source.summary, source.model, source.seq_length, converted, exported, history
+        )
+        (working / "README.md").write_text(card, encoding="utf-8")
+    return converted
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether there is a model of transformers, which may be replaced by another."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_tokenizer(
+    source: Source, working: Path, options: ToHuggingFace, dtype: str
+) -> tuple[TokenizerExport, list[str]]:
+    """Writes tokenizer, config.json and generation_config.json, and opens the tokenizer with transformers."""
+    folder, vocab_size = source.folder / TOKENIZER, source.summary["vocab_size"]
+    mode = options.tokenizer or ("copy" if _came_from_huggingface(source.summary) else "convert")
+    if mode == "copy":
+        exported = copy_tokenizer(folder, working)
+    else:
+        exported = export_tokenizer(folder, working, family=source.model.family, max_length=source.seq_length)
+    config = huggingface_config(
+        source.model, vocab_size=vocab_size, seq_length=source.seq_length, dtype=dtype, eod_id=exported.eod_id
+    )
+    generation: dict[str, Any] = {"bos_token_id": exported.eod_id, "eos_token_id": exported.eod_id}
+    if _came_from_huggingface(source.summary):
+        own = _their_tokens(source.folder)
+        config |= own
+        generation |= own
+    _write_json(working / "config.json", config)
+    _write_json(working / "generation_config.json", {"_from_model_config": True, **generation})
+    found = [] if mode == "copy" else check_tokenizer(folder, working, vocab_size)
+    return exported, [*exported.notes, *found]
+
+
+def _came_from_huggingface(summary: dict[str, Any]) -> bool:
+    """Whether the weights were only brought here: their tokenizer keeps the policy of those who trained them."""
+    source = summary.get("source") or {}
+    return not is_run(summary) and source.get("format") == "huggingface"
+
+
+def _their_tokens(folder: Path) -> dict[str, Any]:
+    """Ids with a role, as the model that was brought here had them."""
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: content[name] for name in roles if content.get(name) is not None}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
