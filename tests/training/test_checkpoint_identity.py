@@ -18,6 +18,7 @@ from megatron_prealign.training.run_identity import (
     find_switching_problem,
     saved_coverage,
 )
+from megatron_prealign.training.state import TrainState
 
 CHECKPOINT = Path("run/checkpoints/step_00000007")
 PHASES = ["alignment", "language_model"]
@@ -28,11 +29,14 @@ def facts(tmp_path: Path) -> dict[str, Any]:
     recipe = recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path)
     assert recipe.code_switch is not None
     switching = facts_of_switching("table", recipe.code_switch, digest="d1", coverage={"en": 0.5})
-    return facts_of_run(recipe, phases=PHASES, num_samples=60, segmenters=[None, "jieba"], switching=switching)
+    return facts_of_run(
+        recipe, phases=PHASES, num_samples=60, keys=[0, 1], segmenters=[None, "jieba"], switching=switching
+    )
 
 
-def summary_of(facts: dict[str, Any], phase: str = "language_model") -> dict[str, Any]:
-    return {"run": copy.deepcopy(facts), "phase": phase, "train_state": {"consumed_samples": 24}}
+def summary_of(facts: dict[str, Any], phase: str = "language_model", **counters: int) -> dict[str, Any]:
+    state = TrainState(consumed_samples=24, **counters).to_dict()
+    return {"run": copy.deepcopy(facts), "phase": phase, "train_state": state}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,6 @@ def test_phase_that_the_recipe_lacks_is_refused(facts: dict[str, Any]) -> None:
         ("precision", "fp32", "bf16", "training.precision fp32 (recipe: bf16)"),
         ("use_distributed_optimizer", True, False, "parallel.use_distributed_optimizer True (recipe: False)"),
         ("seed", 3, 4, "training.seed 3 (recipe: 4)"),
-        ("num_samples", 60, 80, "alignment) 60 (recipe: 80)"),
     ],
 )
 def test_difference_is_named_with_both_values(
@@ -85,33 +88,55 @@ def test_difference_is_named_with_both_values(
     assert "\n" not in message
 
 
-def changed(facts: dict[str, Any], change: str) -> dict[str, Any]:
-    facts = copy.deepcopy(facts)
-    first = facts["sources"][0]
-    if change == "weight":
-        first["weight"] = 0.7
-    elif change == "language":
-        first["language"] = "de"
-    elif change == "one more":
-        facts["sources"].append({"path": "more", "language": "en", "weight": 1.0})
-    elif change == "swapped paths":
-        first["path"], facts["sources"][1]["path"] = facts["sources"][1]["path"], first["path"]
-    return facts
-
-
-@pytest.mark.parametrize("change", ["weight", "language", "one more", "swapped paths"])
-def test_other_blend_is_refused(facts: dict[str, Any], change: str) -> None:
-    with pytest.raises(UserError, match=r"after the first 24: data\.sources \[.*en x 0\.8"):
-        check_run(CHECKPOINT, summary_of(facts), changed(facts, change))
-
-
-def test_moved_data_is_the_same_blend(facts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    moved = copy.deepcopy(facts)
-    for source in moved["sources"]:
-        source["path"] = "elsewhere/" + Path(source["path"]).name
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("training.train_iters", 9, "training.train_iters 5 -> 9"),
+        ("training.train_iters", 3, "training.train_iters 5 -> 3"),
+        ("training.global_batch_size", 16, "training.global_batch_size 8 -> 16"),
+    ],
+)
+def test_a_run_may_become_longer_or_shorter(
+    facts: dict[str, Any], caplog: pytest.LogCaptureFixture, field: str, value: int, expected: str
+) -> None:
+    mine = copy.deepcopy(facts)
+    mine["budget"][field] = value
     with caplog.at_level(logging.WARNING):
-        assert check_run(CHECKPOINT, summary_of(facts), moved) == 1
-    assert "data.sources moved" in caplog.text
+        assert check_run(CHECKPOINT, summary_of(facts, phase_step=3), mine) == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{expected} since {CHECKPOINT} was saved: steps and the learning-rate ")
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ({"training.train_iters": 2}, "training.train_iters is 2, of which 3 are done; "),
+        # 16 rows of 32 tokens in this phase, behind 100 tokens of the one before it.
+        (
+            {"training.train_iters": None, "training.train_tokens": 611},
+            "training.train_tokens is 611, of which 612 are done; ",
+        ),
+    ],
+)
+def test_a_run_does_not_become_shorter_than_it_is(facts: dict[str, Any], budget: dict[str, int], expected: str) -> None:
+    mine = copy.deepcopy(facts)
+    mine["budget"].update(budget)
+    summary = summary_of(facts, phase_step=3, phase_start_samples=8, phase_start_tokens=100)
+    with pytest.raises(UserError) as caught:
+        check_run(CHECKPOINT, summary, mine)
+    assert str(caught.value).startswith(f"{CHECKPOINT} cannot go on with this recipe: {expected}raise it")
+    for name, value in budget.items():
+        mine["budget"][name] = None if value is None else value + 1
+    assert check_run(CHECKPOINT, summary, mine) == 1
+
+
+def test_order_of_the_sources_does_not_confuse_their_segmenters(facts: dict[str, Any]) -> None:
+    mine = copy.deepcopy(facts)
+    mine["sources"].reverse()
+    assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
+    # A source that is new has no segmenter to keep.
+    mine["sources"].append({"key": 2, "path": "new", "language": "zh", "weight": 1.0, "segmenter": "jieba"})
+    assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
 
 
 @pytest.mark.parametrize(

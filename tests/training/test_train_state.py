@@ -14,6 +14,7 @@ STATE = TrainState(
     tokens=500,
     phase_start_tokens=100,
     consumed_samples=40,
+    phase_start_samples=8,
     phase_done=True,
     below_floor=True,
     seconds=1.5,
@@ -67,6 +68,7 @@ def test_next_phase_starts_its_own_counters_only() -> None:
         tokens=500,
         phase_start_tokens=500,
         consumed_samples=40,
+        phase_start_samples=40,
         phase_done=False,
         # What was measured at the end of one phase holds for the next.
         below_floor=True,
