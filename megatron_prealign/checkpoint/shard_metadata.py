@@ -18,9 +18,8 @@ def read_metadata(file: Path) -> dcp.Metadata:
     with file.open("rb") as stream:
         try:
             metadata = _MetadataUnpickler(stream).load()
-        except MemoryError:
-            raise
-        except Exception as error:  # A damaged pickle raises whatever its bytes happen to ask for.
+        except Exception as error:
+            # A damaged pickle raises whatever its bytes happen to ask for, a MemoryError for a length that is none.
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{type(error).__name__}: {reason}") from error
     if not isinstance(metadata, dcp.Metadata):

@@ -32,6 +32,9 @@ def test_every_file_is_recorded(folder: Path) -> None:
     assert list(records) == ["empty", "tokenizer/vocab.json", "weights"]
     assert records["weights"] == FileRecord(2560, file_checksum(folder / "weights"))
     assert find_damage(folder, records, checksums=True) == []
+    before = (folder / MANIFEST).read_bytes()
+    write_manifest(folder, {})
+    assert (folder / MANIFEST).read_bytes() == before
 
 
 def test_damage_is_named(folder: Path) -> None:

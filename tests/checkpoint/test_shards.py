@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_prealign.checkpoint.manifest import record_file
 from megatron_prealign.checkpoint.shards import METADATA, ShardReader, ShardWriter
@@ -127,6 +129,32 @@ def test_a_missing_or_short_file_is_named(checkpoint: Path, tmp_path: Path) -> N
     (folder / METADATA).unlink()
     with pytest.raises(UserError, match="expected the folder of a checkpoint"):
         read_all(folder)
+
+
+def changed_metadata(folder: Path, change: Callable[[Any], None]) -> None:
+    metadata = FileSystemReader(folder).read_metadata()
+    change(metadata)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def test_parts_that_are_missing_or_made_up_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    changed_metadata(folder, lambda metadata: metadata.state_dict_metadata[STACKED].chunks.pop())
+    with ShardReader(folder) as reader:
+        assert reader.read(STACKED, 0).shape == (6, 8)
+        with pytest.raises(UserError, match=r"places 144 of its 192 elements"):
+            reader.read(STACKED)
+    # More elements than the file has bytes must not be asked for as memory.
+    key, huge = "output_layer.weight", torch.Size([2**40, 6])
+
+    def grow(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata[key]
+        entry.size = huge
+        entry.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), huge)]
+
+    changed_metadata(folder, grow)
+    with pytest.raises(UserError, match="more elements than bytes"):
+        ShardReader(folder)
 
 
 class Harmful:

@@ -114,6 +114,8 @@ def test_published_forms_are_read() -> None:
     values = model_values({**llama2, "rope_scaling": llama3, "rope_theta": 500000.0}, "config.json")
     assert values["rotary_base"] == 500000.0
     assert values["rope_scaling"]["factor"] == 32.0
+    older = {"type": "linear", "factor": 2.0}
+    assert model_values({**llama2, "rope_scaling": older}, "config.json")["rope_scaling"]["rope_type"] == "linear"
     mistral = {**llama2, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
     del mistral["pretraining_tp"]
     assert model_values(mistral, "config.json")["sliding_window"] == 4096
@@ -170,6 +172,7 @@ CHANGES = [
     ("llama", {"hidden_size": "32"}, "hidden_size is '32', expected a whole number above 0"),
     ("llama", {"num_hidden_layers": 10**9}, "it has 1,000,000,000 layers, expected at most 10,000"),
     ("llama", {"rms_norm_eps": None}, "rms_norm_eps is None, expected a number"),
+    ("llama", {"rms_norm_eps": True}, "rms_norm_eps is True, expected a number"),
     ("llama", {"num_key_value_heads": 3}, "model.num_query_groups is 3, expected a divisor"),
     ("mistral", {"attention_bias": True}, "attention_bias not known for MistralForCausalLM"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True, only False is built in"),
@@ -218,6 +221,8 @@ def test_the_context_is_that_of_the_training_unless_the_model_names_one() -> Non
     model = ModelSection(num_layers=1, hidden_size=8, num_attention_heads=2)
     config = huggingface_config(model, vocab_size=10, seq_length=24, dtype="bfloat16", eod_id=3)
     assert (config["max_position_embeddings"], config["bos_token_id"], config["eos_token_id"]) == (24, 3, 3)
+    # Said, and not left to the defaults of whatever reads it.
+    assert (config["hidden_act"], config["attention_bias"], config["mlp_bias"]) == ("silu", False, False)
 
 
 JSON = st.recursive(

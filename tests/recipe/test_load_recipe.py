@@ -112,7 +112,22 @@ def test_documents_are_kept_apart_only_when_asked(tmp_path: Path) -> None:
         ({"dictionary.held_out_fraction": 2}, "dictionary.held_out_fraction is 2.0, expected at least 0 and below 1"),
         ({"model.num_layers": "two"}, "model.num_layers is two, expected a whole number"),
         ({"model.num_layers": 2.5}, "model.num_layers is 2.5, expected a whole number"),
-        ({"model.family": "bert"}, "model.family is bert, expected one of 'llama', 'mistral', 'qwen2', 'qwen3', 'gpt2'"),
+        (
+            {"model.family": "bert"},
+            "model.family is bert, expected one of 'llama', 'mistral', 'qwen2', 'qwen3', 'gpt2'",
+        ),
+        (
+            {"model.family": "mistral", "model.sliding_window": 7},
+            "data.seq_length is 16, expected at most model.sliding_window (7)",
+        ),
+        (
+            {"model.rope_scaling": {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 0.5}},
+            "model.rope_scaling.high_freq_factor is 0.5, expected a number above low_freq_factor (1.0)",
+        ),
+        (
+            {"model.rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "model.rope_scaling.rope_type is yarn, expected one of",
+        ),
         ({"model": "small"}, "model is small, expected a section with fields of its own"),
         ({"model.num_layers": 0}, "model.num_layers is 0, expected a number above 0"),
         ({"training.eval_interval": "x"}, "training.eval_interval is x, expected a whole number"),
