@@ -56,7 +56,7 @@ class SourceFacts:
         alike = (self.language, self.documents, self.tokens) == (other.language, other.documents, other.tokens)
         if self.checksum and other.checksum:
             return alike and self.checksum == other.checksum
-        return alike and self.digest == other.digest
+        return alike and (self.digest == other.digest or self.path == other.path)
 
 
 @dataclass(frozen=True)
@@ -231,19 +231,20 @@ def _refuse_changed(
         before = by_path.get(now.path) if partner is None else known[partner]
         if before is None or (partner is not None and before.digest == now.digest):
             continue
-        if partner is None:
-            was, what = f"{before.documents:,} documents and {before.tokens:,} tokens in {before.language}", "holds"
-            got = f"{now.documents:,} and {now.tokens:,} in {now.language}"
+        held_out = (before.training_documents, before.training_tokens) != (now.training_documents, now.training_tokens)
+        if partner is not None and held_out:
+            was = f"{before.training_documents:,} documents and {before.training_tokens:,} tokens"
+            got = f"leaves to training {now.training_documents:,} and {now.training_tokens:,}"
+            advice = "set data.validation_fraction and data.validation as they were"
+        else:
+            was = f"{before.documents:,} documents and {before.tokens:,} tokens in {before.language}"
+            got = f"holds {now.documents:,} and {now.tokens:,} in {now.language}"
             if (before.documents, before.tokens, before.language) == (now.documents, now.tokens, now.language):
                 got += " of other text"
             advice = "restore the dataset, or put the new one at another path, where it counts as a source of its own"
-        else:
-            was = f"{before.training_documents:,} documents and {before.training_tokens:,} tokens"
-            got, what = f"{now.training_documents:,} and {now.training_tokens:,}", "leaves to training"
-            advice = "set data.validation_fraction and data.validation as they were"
         raise UserError(
             f"{checkpoint} cannot go on with {now.path}, of which {before.consumed_at_start:,} samples were read: it "
-            f"{what} {got}, expected {was}, and samples would be repeated or skipped; {advice}, or {_NEW_RUN}"
+            f"{got}, expected {was}, and samples would be repeated or skipped; {advice}, or {_NEW_RUN}"
         )
 
 

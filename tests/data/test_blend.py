@@ -1,0 +1,263 @@
+"""Blends that change while a run goes on: each source goes on where it stood, and nothing comes again too early."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from token_datasets import ENGLISH, EOD, GERMAN, LATIN, build, make_documents, section, write_dataset
+
+from megatron_prealign.data.blend import SavedBlend
+from megatron_prealign.data.samples import TrainSamples
+from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.data import DataSection, DataSource
+
+CHECKPOINT = Path("run/checkpoints/step_00000005")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, documents, language in (("english", ENGLISH, "en"), ("german", GERMAN, "de"), ("latin", LATIN, "la")):
+        write_dataset(tmp_path / name, documents, language)
+    return tmp_path
+
+
+def saved(samples: TrainSamples, position: int) -> SavedBlend:
+    """What a checkpoint at `position` hands on, through its file."""
+    summary = {"blend": samples.blend_state(position), "train_state": {"consumed_samples": position}}
+    return SavedBlend.from_state(CHECKPOINT, json.loads(json.dumps(summary)))
+
+
+def tokens_of(samples: TrainSamples, start: int, stop: int) -> list[tuple[int, bytes]]:
+    """(language, tokens) of a stretch of the run."""
+    rows = samples.rows(range(start, stop))
+    return [(int(language), row.numpy().tobytes()) for language, row in zip(rows.language, rows.tokens, strict=True)]
+
+
+def epoch_of(documents: Sequence[np.ndarray], seq_length: int = 16) -> int:
+    return (sum(map(len, documents)) - 1) // seq_length
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_repeats_before_its_epoch_ends(folder: Path, tmp_path: Path, seed: int) -> None:
+    """Weights, the list of sources and their order change at random positions, over many epochs."""
+    random = np.random.default_rng(seed)
+    seen: list[tuple[int, bytes]] = []
+    before, position = None, 0
+    for _ in range(6):
+        names = random.permutation(["english", "german", "latin"])[: random.integers(1, 4)].tolist()
+        weights = dict(zip(names, random.dirichlet([1.0] * len(names)).tolist(), strict=True))
+        stop = position + int(random.integers(1, 90))
+        samples = build(section(folder, weights), tmp_path / "cache", stop + 5, saved=before)
+        assert samples.rows(range(position, stop)).sample_id.tolist() == list(range(position, stop))
+        seen += tokens_of(samples, position, stop)
+        before, position = saved(samples, stop), stop
+        given = Counter(language for language, _ in seen)
+        codes = {"en": 1, "de": 0, "la": 2}
+        known = [*before.blend.sources, *before.blend.dropped]
+        counts = [*before.consumed, *(source.consumed_at_start for source in before.blend.dropped)]
+        assert {codes[source.language]: count for source, count in zip(known, counts, strict=True) if count} == given
+    # A source's later epochs cut other windows out of its documents: only within an epoch nothing comes twice.
+    for language, documents in ((1, ENGLISH), (0, GERMAN), (2, LATIN)):
+        own = [row for number, row in seen if number == language]
+        size = epoch_of(documents)
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            assert len(set(part)) == len(part)
+
+
+def test_each_source_goes_on_in_its_own_order(folder: Path, tmp_path: Path) -> None:
+    """What a source gives after a change is what it would have given without, whatever else is drawn."""
+    alone = tokens_of(build(section(folder, {"english": 1.0}), tmp_path / "cache", 300), 0, 300)
+    first = build(section(folder, {"english": 3.0, "german": 1.0}), tmp_path / "cache", 120)
+    second = build(section(folder, {"english": 1.0, "german": 9.0}), tmp_path / "cache", 250, saved=saved(first, 100))
+    third = build(section(folder, {"english": 1.0}), tmp_path / "cache", 300, saved=saved(second, 200))
+    seen = tokens_of(first, 0, 100) + tokens_of(second, 100, 200) + tokens_of(third, 200, 300)
+    english = [row for row in seen if row[0] == 1]
+    assert english == alone[: len(english)]
+    shares = Counter(language for language, _ in seen[100:200])
+    assert shares == {1: 10, 0: 90}
+
+
+def test_unchanged_blend_is_the_same_index(folder: Path, tmp_path: Path) -> None:
+    data = section(folder, {"english": 2.0, "german": 1.0})
+    whole = build(data, tmp_path / "cache", 80)
+    resumed = build(data, tmp_path / "cache", 80, saved=saved(whole, 33))
+    assert len(list((tmp_path / "cache").glob("blend-*"))) == 1
+    assert tokens_of(resumed, 0, 80) == tokens_of(whole, 0, 80)
+    # After a change too: a later resume finds the blend that began there.
+    other = section(folder, {"english": 1.0, "german": 1.0})
+    changed = build(other, tmp_path / "cache", 80, saved=saved(whole, 33))
+    again = build(other, tmp_path / "cache", 80, saved=saved(changed, 50))
+    assert len(list((tmp_path / "cache").glob("blend-*"))) == 2
+    assert again.blend == changed.blend and again.blend.start == 33
+    assert tokens_of(again, 50, 80) == tokens_of(changed, 50, 80)
+    assert again.consumed_per_source(80) == changed.consumed_per_source(80)
+    # And a longer run begins with the shorter one.
+    longer = build(other, tmp_path / "cache", 200, saved=saved(changed, 50))
+    assert tokens_of(longer, 33, 80) == tokens_of(changed, 33, 80)
+    with pytest.raises(IndexError, match="sample 32 lies before the blend, which begins at 33"):
+        longer.rows([32])
+    with pytest.raises(ValueError, match="num_samples is 32, expected 33 to 200"):
+        longer.consumed_per_source(32)
+
+
+def test_a_source_that_comes_back_goes_on(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40)
+    with caplog.at_level(logging.WARNING):
+        second = build(section(folder, {"english": 1.0, "latin": 1.0}), tmp_path / "cache", 80, saved=saved(first, 40))
+    told, dropped = (record.getMessage() for record in caplog.records)
+    english, german, latin = (str(folder / name) for name in ("english", "german", "latin"))
+    assert told == (
+        f"the blend changed since {CHECKPOINT} was saved, from sample 40 on each source goes on where it stood: "
+        f"{english} (weight 1 -> 1, 20 samples consumed), {latin} (weight 1, 0 samples consumed, new)"
+    )
+    size = epoch_of(GERMAN)
+    assert dropped == (
+        f"{german} is no longer in data.sources: {size - 20} of its {size} samples were not read in the epoch that it "
+        "was in"
+    )
+    assert second.consumed_per_source(60) == {english: 30, latin: 10, german: 20}
+    third = build(section(folder, {"german": 1.0}), tmp_path / "cache", 100, saved=saved(second, 60))
+    expected = tokens_of(build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 70), 40, 70)
+    assert tokens_of(third, 60, 63) == [row for row in expected if row[0] == 0][:3]
+    assert third.consumed_per_source(63) == {german: 23, english: 30, latin: 10}
+
+
+def moved(folder: Path, name: str) -> DataSource:
+    target = folder / "elsewhere"
+    target.mkdir(exist_ok=True)
+    for ending in ("bin", "idx", "json"):
+        shutil.move(folder / f"{name}.{ending}", target / f"{name}.{ending}")
+    return DataSource(path=str(target / name), language=load_sidecar(target / name).language)
+
+
+def test_moved_sources_are_known_by_what_they_hold(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = section(folder, {"english": 1.0, "german": 1.0})
+    whole = build(data, tmp_path / "cache", 60)
+    expected = tokens_of(whole, 0, 60)
+    before = saved(whole, 20)
+    data = replace(data, sources=[moved(folder, "english"), data.sources[1]])
+    with caplog.at_level(logging.WARNING):
+        samples = build(data, tmp_path / "cache", 60, saved=before)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"data.sources moved since {CHECKPOINT} was saved, known again by what they hold: {folder / 'english'} to "
+        f"{folder / 'elsewhere' / 'english'}"
+    )
+    assert tokens_of(samples, 0, 60) == expected
+    assert list(samples.consumed_per_source(60)) == [str(folder / "elsewhere" / "english"), str(folder / "german")]
+
+
+def test_swapped_files_are_told_apart_by_their_checksums(folder: Path, tmp_path: Path) -> None:
+    """Documents of the same lengths in one language: only the checksum of the tokens tells them apart."""
+    for number, name in enumerate("ab"):
+        write_dataset(tmp_path / name, [document + number * (document != EOD) for document in GERMAN], "de")
+        save_sidecar(replace(load_sidecar(tmp_path / name), checksums={"bin": f"xxh3:{name}"}), tmp_path / name)
+
+    def data(*names: str) -> DataSection:
+        sources = [DataSource(path=str(tmp_path / name), language="de") for name in names]
+        return replace(section(folder, {"german": 1.0}), sources=sources)
+
+    expected = tokens_of(build(data("a", "b"), tmp_path / "cache", 40), 0, 40)
+    before = saved(build(data("a", "b"), tmp_path / "cache", 40), 10)
+    for ending in ("bin", "idx", "json"):
+        shutil.move(tmp_path / f"a.{ending}", tmp_path / f"c.{ending}")
+        shutil.move(tmp_path / f"b.{ending}", tmp_path / f"a.{ending}")
+        shutil.move(tmp_path / f"c.{ending}", tmp_path / f"b.{ending}")
+    assert tokens_of(build(data("b", "a"), tmp_path / "cache", 40, saved=before), 0, 40) == expected
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "more documents": (
+        lambda prefix: write_dataset(prefix, [*GERMAN, *make_documents(2, 70_000, seed=4)], "de"),
+        "it holds 27 and {more} in de, expected 25 documents and {tokens} tokens in de",
+    ),
+    "other text": (
+        lambda prefix: save_sidecar(replace(load_sidecar(prefix), checksums={"bin": "xxh3:other"}), prefix),
+        "it holds 25 and {tokens} in de of other text, expected 25 documents and {tokens} tokens in de",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changed_is_refused_with_the_numbers(folder: Path, tmp_path: Path, change: str) -> None:
+    prefix = folder / "german"
+    save_sidecar(replace(load_sidecar(prefix), checksums={"bin": "xxh3:first"}), prefix)
+    data = section(folder, {"english": 3.0, "german": 1.0})
+    before = saved(build(data, tmp_path / "cache", 60), 40)
+    CHANGES[change][0](prefix)
+    with pytest.raises(UserError) as caught:
+        build(data, tmp_path / "cache", 60, saved=before)
+    numbers = {"tokens": f"{sum(map(len, GERMAN)):,}", "more": f"{load_sidecar(prefix).tokens:,}"}
+    assert str(caught.value).startswith(
+        f"{CHECKPOINT} cannot go on with {prefix}, of which 10 samples were read: "
+        f"{CHANGES[change][1].format(**numbers)}, and samples would be repeated or skipped; restore the dataset, or "
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_other_held_out_documents_are_refused(folder: Path, tmp_path: Path) -> None:
+    before = saved(build(section(folder, {"english": 1.0}, validation_fraction=0.1), tmp_path / "cache", 30), 30)
+    with pytest.raises(UserError) as caught:
+        build(section(folder, {"english": 1.0}, validation_fraction=0.2), tmp_path / "cache", 60, saved=before)
+    assert "it leaves to training 48 and " in str(caught.value)
+    assert "expected 54 documents and " in str(caught.value)
+    assert "; set data.validation_fraction and data.validation as they were, or set " in str(caught.value)
+
+
+def test_a_finished_run_can_be_opened_with_another_blend(folder: Path, tmp_path: Path) -> None:
+    first = build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40)
+    samples = build(section(folder, {"english": 1.0}), tmp_path / "cache", 40, saved=saved(first, 40))
+    assert samples.blend_state(40)["consumed"] == {"0": 20}
+
+
+def without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda blend: blend.pop(name)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no start": (without("start"), "blend is damaged (KeyError: 'start')"),
+    "no source": (lambda blend: blend["sources"].pop(), "blend does not add up: its sources gave 0 of the 0 samples "),
+    "counts": (lambda blend: blend["consumed"].update({"0": 7}), "gave 0 of the 0 samples before it and 17 of 20"),
+    "negative": (lambda blend: blend["consumed"].update({"0": -1}), "blend holds counts that are no numbers from 0"),
+    "text": (lambda blend: blend["sources"][0].update(tokens="9"), "blend.sources: tokens is '9', expected"),
+    "empty epoch": (lambda blend: blend["sources"][0].update(samples_per_epoch=0), "samples_per_epoch of"),
+    "unknown": (lambda blend: blend["sources"][0].update(more=1), "blend is damaged (TypeError"),
+    "twice": (
+        lambda blend: blend["dropped"].append({**blend["sources"][0], "consumed_at_start": 0}),
+        "blend names a source twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_counts_are_named(folder: Path, tmp_path: Path, case: str) -> None:
+    blend = build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40).blend_state(20)
+    change, expected = DAMAGE[case]
+    change(blend)
+    with pytest.raises(ValueError) as caught:
+        SavedBlend.from_state(CHECKPOINT, {"blend": blend, "train_state": {"consumed_samples": 20}})
+    assert expected in str(caught.value)
+
+
+def test_a_source_of_few_samples_and_many_epochs(tmp_path: Path) -> None:
+    """Three samples an epoch, a thousand epochs: the index is read in the middle of any of them."""
+    path = write_dataset(tmp_path / "small", make_documents(6, 1, seed=9), "en")
+    data = replace(section(tmp_path, {"english": 1.0}), sources=[DataSource(path=path, language="en")], seq_length=30)
+    samples = build(data, tmp_path / "cache", 3000)
+    size = samples.blend.sources[0].samples_per_epoch
+    assert 2 <= size <= 6
+    rows = samples.rows(range(2500, 3000)).tokens
+    later = build(data, tmp_path / "cache", 4000, saved=replace(saved(samples, 2500)))
+    assert torch.equal(later.rows(range(2500, 3000)).tokens, rows)
