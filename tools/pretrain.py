@@ -35,5 +35,5 @@ def main(argv: Sequence[str]) -> int:
 
     state = pretrain(recipe)
     if state.stop_requested:
-        log.logger.info("stopped by a signal at step %d; the same command goes on from there", state.step)
+        log.logger.info("stopped at step %d, as asked; the same command goes on from there", state.step)
     return 0

@@ -6,7 +6,8 @@ training may take.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -57,12 +58,7 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
     except RuntimeError as lost:
         if error is not None:
             raise error from lost
-        # gloo begins with the place in its own source.
-        reason = re.sub(r"^\[.*?\] ", "", (str(lost).splitlines() or [type(lost).__name__])[0])
-        raise UserError(
-            f"{what}: another process of this run has ended or does not answer ({reason}); its own output says why, "
-            "start the same command again"
-        ) from lost
+        raise UserError(_lost(what, lost)) from lost
     if int(failed) == 0:
         return
     reports: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
@@ -81,6 +77,27 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
         speaker = reports[0] or (kind, message)
         error.agreed = _has_rank_zero(group) and speaker == (UserError.__name__, str(error))
     raise error
+
+
+@contextmanager
+def lost_ranks_as_mistakes(what: str) -> Iterator[None]:
+    """Turns what a collective raises when another process has ended into one line: the cause is in the output of that
+    process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise UserError(_lost(what, error)) from error
+
+
+def _lost(what: str, error: RuntimeError) -> str:
+    # gloo begins with the place in its own source.
+    reason = re.sub(r"^\[.*?\] ", "", (str(error).splitlines() or [type(error).__name__])[0])
+    return (
+        f"{what}: another process of this run has ended or does not answer ({reason}); its own output says why, start "
+        "the same command again"
+    )
 
 
 def on_every_rank(what: str, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:

@@ -21,7 +21,7 @@ from megatron_prealign.checkpoint.folder import LATEST, step_name, working_name
 from megatron_prealign.checkpoint.manifest import MANIFEST, FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank, on_rank_zero
+from megatron_prealign.runtime.agreement import from_rank_zero
 from megatron_prealign.runtime.checkpoint_io import (
     OPTIMIZER_METADATA,
     BackgroundSave,
@@ -57,15 +57,6 @@ class SaveReport:
         return self.bytes / max(self.seconds, 1e-9)
 
 
-@dataclass(eq=False)
-class _UnderWay:
-    """A save in the background."""
-
-    writing: BackgroundSave
-    report: SaveReport
-    final: Path
-
-
 class CheckpointStore:
     """Saves to one folder, one checkpoint at a time."""
 
@@ -96,7 +87,7 @@ class CheckpointStore:
         self._versions = versions
         self._beside = beside
         self._buffers = HostBuffers()
-        self._under_way: _UnderWay | None = None
+        self._writing: BackgroundSave | None = None
         self.directory = recipe.checkpoint_dir
         self.reports: list[SaveReport] = []
         """On rank 0, of the saves that were completed since somebody took them from here."""
@@ -106,7 +97,7 @@ class CheckpointStore:
     @property
     def failed(self) -> bool:
         """Whether this rank knows that the save under way cannot succeed."""
-        return self._under_way is not None and self._under_way.writing.failed
+        return self._writing is not None and self._writing.failed
 
     def save(
         self,
@@ -158,7 +149,7 @@ class CheckpointStore:
         )
         timeout_s = self._recipe.checkpoint.timeout_minutes * 60
         complete = self._completion(target, beside, report, start_s)
-        self._under_way = _UnderWay(BackgroundSave(staged, timeout_s=timeout_s, complete=complete), report, final)
+        self._writing = BackgroundSave(staged, timeout_s=timeout_s, complete=complete)
         if self._recipe.checkpoint.async_save:
             logger.info(
                 "checkpoint of step %d requested: training paused %.2f s to copy %.2f GB%s",
@@ -176,28 +167,18 @@ class CheckpointStore:
         Raises:
             UserError: it failed; raised on all ranks.
         """
-        if self._under_way is None:
-            return
-        writing, what = self._under_way.writing, f"saving {self._under_way.final}"
-        try:
-            # Two agreements: a rank that cannot write may not be able to say so in its receipt either, and the first
-            # rank would wait for that.
-            on_every_rank(what, writing.wait_written)
-            on_rank_zero(what, writing.wait)
-        except BaseException:
-            writing.cancel()
-            raise
-        finally:
-            self._under_way = None
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.finish()
 
     def settle(self) -> None:
         """Waits for this rank's part of the save under way, when the ranks no longer agree about anything: after an
         error. What becomes of it is logged."""
-        if self._under_way is None:
+        writing, self._writing = self._writing, None
+        if writing is None:
             return
-        under_way, self._under_way = self._under_way, None
         try:
-            under_way.writing.wait()
+            writing.wait()
         except Exception as error:
             logger.error("%s", error)
 

@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.runtime.agreement import lost_ranks_as_mistakes
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.optimizer import build_schedule, reset_optimizer
 from megatron_prealign.training.callbacks import Callback
@@ -56,8 +57,12 @@ class Trainer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train(self) -> None:
-        """Runs from wherever `state` stands to the end of the last phase, or until a stop is requested."""
-        with ExitStack() as closing:
+        """Runs from wherever `state` stands to the end of the last phase, or until a stop is requested.
+
+        Raises:
+            UserError: the run diverged, a checkpoint cannot be written, or another process has ended.
+        """
+        with lost_ranks_as_mistakes("training"), ExitStack() as closing:
             for callback in self.callbacks:
                 closing.callback(callback.on_close, self)
             self._notify("on_start")
