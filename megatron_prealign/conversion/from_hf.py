@@ -26,6 +26,7 @@ from megatron_prealign.recipe import ModelSection
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Rows that are added up at a time for their mean.
 _MEAN_ROWS = 4096
 
@@ -305,8 +306,7 @@ def _source(work: _Import) -> dict[str, Any]:
         "format": "huggingface",
         "model": str(work.folder.path),
         "model_type": config.get("model_type"),
-        "bos_token_id": config.get("bos_token_id"),
-        "eos_token_id": config.get("eos_token_id"),
+        **{role: config.get(role) for role in _ROLES},
         "dtypes": sorted({work.folder.tensors[name].dtype for name in work.names.values()}),
         "vocab_size": work.rows.there,
         "tokenizer_size": work.tokenizer.vocab_size,
@@ -314,13 +314,17 @@ def _source(work: _Import) -> dict[str, Any]:
 
 
 def _config(work: _Import) -> dict[str, Any]:
-    """config.json as `convert to-hf` would write it; a text begins with what the folder says."""
-    bos = work.folder.config.get("bos_token_id")
-    return huggingface_config(
+    """config.json as `convert to-hf` would write it, with the folder's own ids of tokens that have a role."""
+    config = huggingface_config(
         work.model,
         vocab_size=work.rows.wanted,
         seq_length=work.model.max_position_embeddings or 0,
         dtype=_CONFIG_DTYPES[work.dtype],
         eod_id=work.tokenizer.eod_id,
-        bos_id=bos if isinstance(bos, int) else None,
     )
+    for role in _ROLES:
+        own = work.folder.config.get(role)
+        ids = own if isinstance(own, list) else [own]
+        if ids and all(type(each) is int and 0 <= each < work.rows.wanted for each in ids):
+            config[role] = own
+    return config

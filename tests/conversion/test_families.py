@@ -1,0 +1,71 @@
+"""Every family, made by transformers, goes from Hugging Face to a checkpoint and back: the same tensors bit by bit, and
+in between the same logits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import CONFIGS, ROWS, logits_of, make_model, rows_of_tokens, save_model, train
+from our_models import logits
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from workers import WorkerPool
+
+from megatron_prealign.conversion.from_hf import from_huggingface
+from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
+
+# fp32, sums in another order through four layers; logits are of order 1.
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Converted:
+    theirs: Path
+    ours: Path
+    back: Path
+    logits: torch.Tensor
+    """Of transformers."""
+
+
+def convert(name: str, folder: Path, *, trained: bool = False, dtype: torch.dtype = torch.float32) -> Converted:
+    model = make_model(name)
+    model = (train(model) if trained else model).to(dtype)
+    theirs = save_model(model, folder / "theirs")
+    from_huggingface(theirs, folder / "ours", tensor_parallel=2, pipeline_parallel=2)
+    to_huggingface(folder / "ours", folder / "back", ToHuggingFace(), show_progress=False)
+    return Converted(theirs, folder / "ours", folder / "back", logits_of(model))
+
+
+@pytest.fixture(scope="module", params=[(name, trained) for name in CONFIGS for trained in (False, True)], ids=str)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    name, trained = request.param
+    return convert(name, tmp_path_factory.mktemp(name), trained=trained)
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+
+
+def test_tensors_come_back_bit_by_bit(converted: Converted) -> None:
+    assert_same_tensors(converted.theirs, converted.back)
+
+
+def test_logits_are_those_of_transformers(converted: Converted, workers: WorkerPool) -> None:
+    ours = workers.run(1, logits, str(converted.ours), rows_of_tokens(), ROWS)[0]
+    torch.testing.assert_close(ours, converted.logits, **TOLERANCE)
+
+
+def test_transformers_opens_what_comes_back(converted: Converted) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted.back)
+    assert torch.equal(logits_of(model), converted.logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_the_bits(tmp_path: Path, name: str) -> None:
+    result = convert(name, tmp_path, dtype=torch.bfloat16)
+    assert_same_tensors(result.theirs, result.back)
+    assert next(iter(load_file(result.back / "model.safetensors").values())).dtype is torch.bfloat16

@@ -1,0 +1,406 @@
+"""`convert from-hf`: vocabularies, types and layouts of what it writes, what it refuses, and that it leaves behind a
+whole folder or none."""
+
+import os
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import (
+    CONFIGS,
+    ROWS,
+    SHAPE,
+    TOKENS,
+    change_config,
+    make_model,
+    save_model,
+    save_tokenizer,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from our_models import parameters
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
+from workers import WorkerPool
+
+from megatron_prealign.checkpoint.folder import read_state
+from megatron_prealign.checkpoint.manifest import MANIFEST, find_damage, read_manifest
+from megatron_prealign.checkpoint.shards import ShardReader
+from megatron_prealign.conversion.from_hf import Imported, from_huggingface
+from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
+from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.errors import UserError
+from megatron_prealign.tools.convert_from_hf import from_hf
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders that no test changes."""
+    folder = tmp_path_factory.mktemp("saved")
+    return {name: save_model(make_model(name), folder / name) for name in ("llama", "llama3_tied", "gpt2")}
+
+
+@pytest.fixture
+def llama(saved: dict[str, Path], tmp_path: Path) -> Path:
+    """A folder to change."""
+    shutil.copytree(saved["llama"], tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    with ShardReader(folder) as reader:
+        return {key: reader.read(key) for key in reader.tensors}
+
+
+def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = {**load_file(file), **changes}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+def refusal(folder: Path, output: Path, **options: Any) -> str:
+    """The one line; nothing of the output is left."""
+    before = set(os.listdir(output.parent))
+    with pytest.raises(UserError) as caught:
+        from_huggingface(folder, output, **options)
+    assert "\n" not in str(caught.value)
+    assert set(os.listdir(output.parent)) == before
+    return str(caught.value)
+
+
+def slices(whole: torch.Tensor, name: str, split: int | None, rank: int) -> torch.Tensor:
+    """The part of one of two tensor-parallel ranks."""
+    if split is None:
+        return whole
+    if name.endswith("mlp.linear_fc1.weight"):
+        # Gate and up are shared out each.
+        return torch.cat([part.chunk(2)[rank] for part in whole.chunk(2)])
+    return whole.chunk(2, dim=split)[rank]
+
+
+@pytest.mark.parametrize(("written", "read"), [((1, 1), (2, 2)), ((2, 2), (2, 1))])
+def test_it_loads_in_any_layout(
+    saved: dict[str, Path], tmp_path: Path, workers: WorkerPool, written: tuple[int, int], read: tuple[int, int]
+) -> None:
+    """Written in one layout, read in another and by one process; the vocabulary is padded to 384 here and 512 there."""
+    folder = tmp_path / "ours"
+    from_huggingface(saved["llama"], folder, tensor_parallel=written[0], pipeline_parallel=written[1])
+    whole = workers.run(1, parameters, str(folder), {})[0]
+    assert whole["embedding.word_embeddings.weight"][0].shape == (384, 32)
+    theirs = load_file(saved["llama"] / "model.safetensors")
+    for name, other in ((EMBEDDING, "model.embed_tokens.weight"), (OUTPUT, "lm_head.weight")):
+        assert torch.equal(whole[name][0][:ROWS], theirs[other])
+    layout = {"tensor_model_parallel_size": read[0], "pipeline_model_parallel_size": read[1]}
+    ranks = workers.run(read[0] * read[1], parameters, str(folder), layout)
+    seen = set()
+    for parts in ranks:
+        for name, (part, split, rank) in parts.items():
+            full = whole[name][0]
+            if name in (EMBEDDING, OUTPUT):
+                full = torch.cat([full, torch.zeros(512 - len(full), *full.shape[1:])])
+            assert torch.equal(part, slices(full, name, split, rank)), name
+            seen.add(name)
+    assert seen == whole.keys()
+
+
+def test_what_a_folder_says(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "ours"
+    argv = ["--model", saved["llama3_tied"], "--output", output, "--tensor", 2, "--make-vocab-size-divisible-by", 8]
+    assert from_hf([str(argument) for argument in argv]) == 0
+    text = capsys.readouterr().out
+    assert "261 ids, padded to 272; the tokenizer has 257" in text and "mean" not in text
+    model = make_model("llama3_tied")
+    assert f"llama, {sum(parameter.numel() for parameter in model.parameters()):,} parameters, float32" in text
+    summary = read_state(output)
+    assert summary["kind"] == "weights" and summary["vocab_size"] == ROWS and summary["padded_vocab_size"] == 272
+    assert summary["model"]["rope_scaling"]["rope_type"] == "llama3"
+    assert summary["model"]["share_embeddings_and_output_weights"] is True
+    assert summary["layout"]["tensor_model_parallel_size"] == 2
+    assert summary["tokenizer_fingerprint"] == load_tokenizer(saved["llama3_tied"]).fingerprint
+    assert load_tokenizer(output / "tokenizer").fingerprint == summary["tokenizer_fingerprint"]
+    assert not (output / "tokenizer" / "model.safetensors").exists()
+    assert find_damage(output, read_manifest(output), checksums=True) == []
+    weights = weights_of(output)
+    assert OUTPUT not in weights
+    assert not weights[EMBEDDING][ROWS:].any()
+    assert os.listdir(tmp_path) == ["ours"]
+
+
+def test_rows_for_new_tokens_are_the_mean(saved: dict[str, Path], llama: Path, tmp_path: Path) -> None:
+    """A tokenizer with 20 words more than the 257 that the model knows: 16 more than it has rows."""
+    save_tokenizer(llama, extra=20)
+    done = from_huggingface(llama, tmp_path / "ours")
+    assert (done.vocab_size, done.added_rows, done.dropped_rows, done.tokenizer_size) == (277, 16, 0, 277)
+    theirs = load_file(saved["llama"] / "model.safetensors")
+    for key, name in ((EMBEDDING, "model.embed_tokens.weight"), (OUTPUT, "lm_head.weight")):
+        ours = weights_of(tmp_path / "ours")[key]
+        assert torch.equal(ours[:ROWS], theirs[name])
+        mean = theirs[name].mean(0)
+        # A mean of 261 numbers of order 0.2, in single against double precision.
+        torch.testing.assert_close(ours[ROWS:277], mean.expand(16, -1), rtol=0, atol=1e-7)
+        assert ours.shape[0] == 384 and not ours[277:].any()
+
+
+def test_the_mean_is_of_rows_that_have_a_token(saved: dict[str, Path], tmp_path: Path) -> None:
+    done = from_huggingface(saved["llama"], tmp_path / "ours", vocab_size=265)
+    assert (done.vocab_size, done.added_rows) == (265, 4)
+    rows = load_file(saved["llama"] / "model.safetensors")["lm_head.weight"][:TOKENS]
+    ours = weights_of(tmp_path / "ours")[OUTPUT][ROWS:265]
+    torch.testing.assert_close(ours, rows.mean(0).expand(4, -1), rtol=0, atol=1e-7)
+
+
+def test_rows_without_a_token_may_be_left_out(saved: dict[str, Path], tmp_path: Path) -> None:
+    done = from_huggingface(saved["llama"], tmp_path / "ours", vocab_size=TOKENS, make_vocab_size_divisible_by=1)
+    assert (done.vocab_size, done.padded_vocab_size, done.dropped_rows, done.added_rows) == (TOKENS, TOKENS, 4, 0)
+    rows = load_file(saved["llama"] / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(weights_of(tmp_path / "ours")[OUTPUT], rows[:TOKENS])
+    text = refusal(saved["llama"], tmp_path / "other", vocab_size=TOKENS - 1)
+    assert "--vocab-size is 256" in text and "has 257 ids" in text
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "written"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float16, None, torch.float32),
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, "fp32", torch.float32),
+        (torch.float32, "bf16", torch.bfloat16),
+    ],
+)
+def test_types(tmp_path: Path, there: torch.dtype, asked: str | None, written: torch.dtype) -> None:
+    theirs = save_model(make_model("llama", there), tmp_path / "theirs")
+    done = from_huggingface(theirs, tmp_path / "ours", dtype=asked)
+    weights = weights_of(tmp_path / "ours")
+    assert {tensor.dtype for tensor in weights.values()} == {written} and f"torch.{done.dtype}" == str(written)
+    expected = load_file(theirs / "model.safetensors")["lm_head.weight"].to(written)
+    assert torch.equal(weights[OUTPUT][:ROWS], expected)
+
+
+def test_numbers_that_do_not_fit_the_type(llama: Path, tmp_path: Path) -> None:
+    """bfloat16 ends a little earlier than float32."""
+    change_tensors(llama, {"model.norm.weight": torch.full((32,), torch.finfo(torch.float32).max)})
+    assert "model.norm.weight has numbers that are too large" in refusal(llama, tmp_path / "ours", dtype="bf16")
+
+
+def test_pickles_and_shards_give_the_same_bytes(saved: dict[str, Path], llama: Path, tmp_path: Path) -> None:
+    from_huggingface(saved["llama"], tmp_path / "single")
+    tensors = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    torch.save(tensors, llama / "pytorch_model.bin")
+    assert "--allow-pickle" in refusal(llama, tmp_path / "ours")
+    from_huggingface(llama, tmp_path / "pickled", allow_pickle=True)
+    sharded = save_model(make_model("llama"), tmp_path / "shards", max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    from_huggingface(sharded, tmp_path / "sharded")
+    for name in ("pickled", "sharded"):
+        assert read_manifest(tmp_path / name)["__0_0.distcp"] == read_manifest(tmp_path / "single")["__0_0.distcp"]
+
+
+def test_gpt2_as_it_was_published(saved: dict[str, Path], tmp_path: Path) -> None:
+    """Without the prefix of the class with an output layer, and with buffers."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(saved["gpt2"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(4)}
+    save_file(old, folder / "model.safetensors")
+    change_config(folder, architectures=["GPT2Model"])
+    from_huggingface(folder, tmp_path / "old")
+    from_huggingface(saved["gpt2"], tmp_path / "new")
+    assert read_manifest(tmp_path / "old")["__0_0.distcp"] == read_manifest(tmp_path / "new")["__0_0.distcp"]
+
+
+def test_a_tied_output_layer_may_be_there_twice(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    shutil.copytree(saved["llama3_tied"], folder)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, {"lm_head.weight": embedding.clone()})
+    from_huggingface(folder, tmp_path / "ours")
+    change_tensors(folder, {"lm_head.weight": embedding + 1})
+    assert "lm_head.weight and model.embed_tokens.weight differ" in refusal(folder, tmp_path / "other")
+    change_tensors(folder, {"lm_head.weight": embedding[:-1]})
+    assert "lm_head.weight has shape [260, 32], expected [261, 32]" in refusal(folder, tmp_path / "other")
+
+
+def test_every_wrong_tensor_is_named(llama: Path, tmp_path: Path) -> None:
+    changes = {
+        "model.norm.weight": None,
+        "model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3),
+        "model.layers.0.self_attn.q_proj.bias": torch.zeros(32),
+        "model.layers.2.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        "model.layers.3.input_layernorm.weight": torch.zeros(32, dtype=torch.int8),
+    }
+    change_tensors(llama, changes)
+    text = refusal(llama, tmp_path / "ours")
+    assert "model.norm.weight is missing" in text
+    assert "up_proj.weight has shape [3, 3], expected [48, 32]" in text
+    assert "q_proj.bias is not known" in text
+    assert "input_layernorm.weight has dtype I8" in text
+    assert "inv_freq" not in text
+
+
+def test_a_config_of_another_shape_names_the_tensors(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, num_hidden_layers=5, vocab_size=300)
+    text = refusal(llama, tmp_path / "ours")
+    assert "model.layers.4.input_layernorm.weight is missing" in text
+    assert "lm_head.weight has shape [261, 32], expected [300, 32]" in text
+
+
+def test_other_models_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bert")
+    text = refusal(tmp_path / "bert", tmp_path / "ours")
+    assert "BertModel" in text and "LlamaForCausalLM" in text and "GPT2LMHeadModel" in text
+    change_config(llama, hidden_act="gelu", new_trick=0.5)
+    text = refusal(llama, tmp_path / "ours")
+    assert "hidden_act is 'gelu'" in text and "new_trick" in text
+    change_config(llama, hidden_act="silu")
+    from_huggingface(llama, tmp_path / "ours", ignore_config_fields=["new_trick"])
+
+
+def test_tokenizers(llama: Path, tmp_path: Path) -> None:
+    for file in llama.glob("*token*"):
+        file.unlink()
+    text = refusal(llama, tmp_path / "ours")
+    assert "no tokenizer" in text and "--tokenizer" in text
+    save_tokenizer(tmp_path / "tokenizer")
+    from_huggingface(llama, tmp_path / "ours", tokenizer=tmp_path / "tokenizer")
+    assert (tmp_path / "ours" / "tokenizer" / "tokenizer.json").exists()
+    os.replace(tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "elsewhere.json")
+    (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    for file in (tmp_path / "tokenizer").iterdir():
+        shutil.copy2(file, llama, follow_symlinks=False)
+    assert "leads out of its folder" in refusal(llama, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": 0}, "--tensor is 0"),
+        ({"pipeline_parallel": -1}, "--pipeline is -1"),
+        ({"tensor_parallel": 4}, "--tensor is 4, expected a common divisor"),
+        ({"pipeline_parallel": 3}, "--pipeline is 3, expected a divisor of the model's 4 layers"),
+        ({"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by is 0"),
+    ],
+)
+def test_options_that_cannot_be(saved: dict[str, Path], tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    assert message in refusal(saved["llama"], tmp_path / "ours", **options)
+
+
+def test_what_is_there_stays(saved: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine", encoding="utf-8")
+    assert "something else" in refusal(saved["llama"], tmp_path / "mine", overwrite=True)
+    assert os.listdir(tmp_path / "mine") == ["notes"]
+    from_huggingface(saved["llama"], tmp_path / "ours")
+    assert "--overwrite" in refusal(saved["gpt2"], tmp_path / "ours")
+    from_huggingface(saved["gpt2"], tmp_path / "ours", overwrite=True)
+    assert read_state(tmp_path / "ours")["model"]["family"] == "gpt2"
+    # A model folder is none of ours to replace.
+    assert "something else" in refusal(saved["llama"], saved["llama"], overwrite=True)
+
+
+def test_killed_at_any_time_it_leaves_nothing_that_looks_complete(saved: dict[str, Path], tmp_path: Path) -> None:
+    looks = []
+
+    def look(now: int, total: int) -> None:
+        looks.append((now, total))
+        assert os.listdir(tmp_path) == [".ours.incomplete"]
+        assert not (tmp_path / ".ours.incomplete" / MANIFEST).exists()
+        if len(looks) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        from_huggingface(saved["llama"], tmp_path / "ours", progress=look)
+    assert os.listdir(tmp_path) == []
+    looks.clear()
+    from_huggingface(saved["llama"], tmp_path / "ours", progress=lambda now, total: looks.append((now, total)))
+    size = sum(tensor.nbytes for tensor in load_file(saved["llama"] / "model.safetensors").values())
+    assert looks[-1] == (size, size) and looks == sorted(looks)
+
+
+def test_a_disk_that_refuses_leaves_nothing(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each of the first writes of a tensor, at a sync, at the rename."""
+    real = {"save": torch.save, "fsync": os.fsync, "replace": os.replace}
+    for where, number in (("save", 1), ("save", 7), ("fsync", 1), ("fsync", 5), ("replace", 1)):
+        calls = iter(range(1, 10_000))
+
+        def failing(
+            *args: Any, _calls: Any = calls, _number: int = number, _real: Any = real[where], **options: Any
+        ) -> Any:
+            if next(_calls) == _number:
+                raise OSError(28, "No space left on device")
+            return _real(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch if where == "save" else os, where, failing)
+            assert "No space left on device" in refusal(saved["llama"], tmp_path / "ours")
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_tensor_at_a_time(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read for one tensor of ours is gone when the next is read: query, key and value are three."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    read = HuggingFaceFolder.read
+
+    def tracking(self: HuggingFaceFolder, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(each() is not None for each in alive))
+        return tensor
+
+    monkeypatch.setattr(HuggingFaceFolder, "read", tracking)
+    from_huggingface(saved["llama"], tmp_path / "ours")
+    assert most == 3 and len(alive) == 39
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 70),
+    st.sampled_from([2**31, 2**70, 10**400, 0.5, -1.0, float("nan"), float("inf"), "", "silu", "llama3", "\ud800"]),
+    st.lists(st.sampled_from(["full_attention", 1, None]), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "factor", "rope_theta", "type", "x"]), st.sampled_from([1, "linear", None])
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(
+            [*SHAPE, "model_type", "architectures", "rope_parameters", "rope_scaling", "head_dim", "hidden_act"]
+        ),
+        VALUES,
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_any_values_in_the_config(saved: dict[str, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A line for the user, or the same weights: none of these changes them without a word."""
+    folder, output = tmp_path / "fuzzed", tmp_path / "out"
+    shutil.copytree(saved["llama"], folder, dirs_exist_ok=True)
+    change_config(folder, **changes)
+    try:
+        done = from_huggingface(folder, output, overwrite=True)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 5000
+        assert not output.exists() or is_of_llama(output)
+    else:
+        assert isinstance(done, Imported) and is_of_llama(output)
+
+
+def is_of_llama(output: Path) -> bool:
+    return weights_of(output)[EMBEDDING].shape == (384, CONFIGS["llama"].hidden_size)
