@@ -166,6 +166,66 @@ def to_hf(argv: Sequence[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Tells whether a checkpoint and a Hugging Face model folder are the same model: every tensor, the tokenizer, and
+    the states of every layer and the logits on a text. Exit status 0 if they are, 1 if not.
+
+    Both models are run on the CPU in fp32, one after the other.
+    """
+
+    checkpoint: str
+    """A step_* folder, a folder of checkpoints (its newest) or a run's folder."""
+    model: str
+    """Hugging Face model folder."""
+    text: str | None = None
+    """Text file to run through both models; by default some lines that are built in."""
+    tolerance: float = 1e-4
+    """Largest difference of states and logits, against numbers of the size of 1 or of the largest one there."""
+    logits: bool = True
+    """Run the models; false compares tensors and tokenizers alone, in little memory."""
+    output: str | None = None
+    """JSON file to write the whole report to."""
+
+
+def verify(argv: Sequence[str]) -> int:
+    options = parse_options(VerifyOptions, "convert verify", argv)
+    if not options.tolerance >= 0:
+        raise UserError(f"--tolerance is {options.tolerance}, expected a number of at least 0")
+
+    import json
+
+    from megatron_prealign.runtime import log
+
+    log.configure()
+    from megatron_prealign.benchmark.options import check_output
+    from megatron_prealign.conversion.verify import DEFAULT_TEXT, render
+    from megatron_prealign.conversion.verify import verify as compare
+    from megatron_prealign.data.files import write_atomically
+
+    check_output(options.output)
+    report = compare(
+        options.checkpoint,
+        Path(options.model),
+        text=DEFAULT_TEXT if options.text is None else _read_text(Path(options.text)),
+        tolerance=options.tolerance,
+        logits=options.logits,
+    )
+    print("\n".join(render(report)))
+    if options.output is not None:
+        with write_atomically(Path(options.output)) as temporary:
+            temporary.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"wrote {options.output}")
+    return 0 if report.agrees else 1
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path}: not a readable UTF-8 file ({error}); name another file") from error
+
+
 def parse_size(text: str, option: str) -> int:
     """Bytes of a size such as 5GB.
 
@@ -214,6 +274,7 @@ def _history(checkpoint: Path) -> "History | None":
 ACTIONS: Actions = {
     "to-hf": (to_hf, "write a checkpoint as a folder that transformers opens"),
     "from-hf": (from_hf, "write a Hugging Face model folder as a checkpoint to train from"),
+    "verify": (verify, "tell whether a checkpoint and a Hugging Face model folder are the same model"),
 }
 
 

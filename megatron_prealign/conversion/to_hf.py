@@ -287,7 +287,7 @@ def _write_tokenizer(
 ) -> tuple[TokenizerExport, list[str]]:
     """Writes tokenizer, config.json and generation_config.json, and opens the tokenizer with transformers."""
     folder, vocab_size = source.folder / TOKENIZER, source.summary["vocab_size"]
-    mode = options.tokenizer or ("copy" if _came_from_huggingface(source.summary) else "convert")
+    mode = options.tokenizer or ("copy" if came_from_huggingface(source.summary) else "convert")
     if mode == "copy":
         exported = copy_tokenizer(folder, working)
     else:
@@ -296,7 +296,7 @@ def _write_tokenizer(
         source.model, vocab_size=vocab_size, seq_length=source.seq_length, dtype=dtype, eod_id=exported.eod_id
     )
     generation: dict[str, Any] = {"bos_token_id": exported.eod_id, "eos_token_id": exported.eod_id}
-    if _came_from_huggingface(source.summary):
+    if came_from_huggingface(source.summary):
         own = _their_tokens(source.folder)
         config |= own
         generation |= own
@@ -306,7 +306,7 @@ def _write_tokenizer(
     return exported, [*exported.notes, *found]
 
 
-def _came_from_huggingface(summary: dict[str, Any]) -> bool:
+def came_from_huggingface(summary: dict[str, Any]) -> bool:
     """Whether the weights were only brought here: their tokenizer keeps the policy of those who trained them."""
     source = summary.get("source") or {}
     return not is_run(summary) and source.get("format") == "huggingface"
