@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_prealign.checkpoint.folder import STATE
-from megatron_prealign.checkpoint.manifest import MANIFEST, FileRecord, write_manifest
+from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,8 +38,12 @@ def is_vocabulary(key: str) -> bool:
 
 
 def is_weights_folder(folder: Path) -> bool:
-    """Whether there is a finished checkpoint, or what is left of one."""
-    return (folder / MANIFEST).exists() or (folder / STATE).exists()
+    """Whether there is a checkpoint of weights alone, which can be made again. A run's is never taken for one."""
+    try:
+        summary = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("kind") == "weights"
 
 
 def complete_weights(

@@ -243,13 +243,16 @@ def test_what_is_there_stays(whole: Path, tmp_path: Path, capsys: pytest.Capture
     assert os.listdir(mine) == ["thesis.tex"]
     status, text = printed(capsys, *options, mine / "thesis.tex")
     assert status == 2 and "no folder" in text
-    older = make_checkpoint(tmp_path / "older", 3)
+    of_a_run = make_checkpoint(tmp_path / "of_a_run", 4)
+    status, text = printed(capsys, *options, of_a_run, "--overwrite")
+    assert status == 2 and "something else" in text and (of_a_run / "recipe.yaml").exists()
+    older = make_checkpoint(tmp_path / "older", 3, kind="weights")
     status, text = printed(capsys, *options, older)
     assert status == 2 and "--overwrite" in text
     assert torch.equal(tensors_of(older)[STACKED], make_weights(3)[STACKED])
     assert printed(capsys, *options, older, "--overwrite")[0] == 0
     assert torch.equal(tensors_of(older)[STACKED], make_weights(100)[STACKED])
-    assert sorted(os.listdir(tmp_path)) == ["mine", "older"]
+    assert sorted(os.listdir(tmp_path)) == ["mine", "of_a_run", "older"]
     checkpoint = whole / "checkpoints" / "step_00000100"
     with pytest.raises(UserError, match="the checkpoint itself"):
         export_weights(checkpoint, checkpoint, overwrite=True)
@@ -295,7 +298,7 @@ def test_a_disk_that_refuses_leaves_nothing(whole: Path, tmp_path: Path, monkeyp
 
         return call
 
-    output = make_checkpoint(tmp_path / "out", 3)
+    output = make_checkpoint(tmp_path / "out", 3, kind="weights")
     checkpoint = whole / "checkpoints" / "step_00000100"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", failing(os.replace))
