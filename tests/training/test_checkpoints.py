@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import VOCAB_SIZE, Tiny, recipe_of
-from whole_runs import records, run, weights
+from whole_runs import records, reseal, run, weights
 from workers import WorkerError, WorkerPool
 
 
@@ -87,86 +87,11 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
         assert (checkpoint / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
-def found(function: str, path: str) -> str | None:
-    """Runs in a worker: what `latest_checkpoint` or `resolve_checkpoint` finds."""
-    from megatron_prealign.checkpoint import folder
-
-    answer = getattr(folder, function)(Path(path))
-    return None if answer is None else str(answer)
-
-
-def test_checkpoint_is_found_by_itself_its_folder_or_its_run(workers: WorkerPool, trained: Path) -> None:
-    checkpoints = trained / "checkpoints"
-    newest = str(checkpoints / "step_00000005")
-    assert workers.run(1, found, "latest_checkpoint", str(checkpoints)) == [newest]
-    assert workers.run(1, found, "resolve_checkpoint", str(checkpoints)) == [newest]
-    assert workers.run(1, found, "resolve_checkpoint", str(trained)) == [newest]
-    third = str(checkpoints / "step_00000003")
-    assert workers.run(1, found, "resolve_checkpoint", third) == [third]
-
-
-def test_where_there_is_no_checkpoint(workers: WorkerPool, tmp_path: Path) -> None:
-    assert workers.run(1, found, "latest_checkpoint", str(tmp_path)) == [None]
-    with pytest.raises(WorkerError) as caught:
-        workers.run(1, found, "resolve_checkpoint", str(tmp_path))
-    assert mistake(caught) == (
-        f"{tmp_path} holds no complete checkpoint; expected a step_* folder, a folder with `latest`, or a run's folder"
-    )
-
-
-@pytest.mark.parametrize("function", ["latest_checkpoint", "resolve_checkpoint"])
-def test_latest_that_names_nothing(workers: WorkerPool, tmp_path: Path, function: str) -> None:
-    (tmp_path / "latest").write_text("step_00000009\n")
-    # A folder without state.json was never completed.
-    (tmp_path / "step_00000009").mkdir()
-    with pytest.raises(WorkerError) as caught:
-        workers.run(1, found, function, str(tmp_path))
-    message = mistake(caught)
-    assert message.startswith(f"{tmp_path / 'latest'} names step_00000009, which is not a complete checkpoint there")
-
-
-@pytest.mark.parametrize(
-    "damage", ["cut_data", "empty_data", "no_data", "no_metadata", "cut_metadata", "no_common", "cut_common"]
-)
-def test_damaged_checkpoint_is_named(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, damage: str
-) -> None:
-    copied(trained, tmp_path, newest=2)
-    checkpoint = tmp_path / "checkpoints" / "step_00000002"
-    kind, what = damage.split("_")
-    files = {
-        "data": max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size),
-        "metadata": checkpoint / ".metadata",
-        "common": checkpoint / "common.pt",
-    }
-    file = files[what]
-    if kind == "no":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if kind == "cut" else b"")
-    with pytest.raises(WorkerError) as caught:
-        workers.run(2, resume_only, values_for(tiny, tmp_path), str(tmp_path), timeout_s=60)
-    message = mistake(caught)
-    assert message.startswith(f"{checkpoint} cannot be read (")
-    assert "\n" not in message
-    assert f"write the name of an older step_* folder into {tmp_path / 'checkpoints' / 'latest'}" in message
-
-
 def resume_only(values: dict[str, Any], folder: str) -> None:
     """Runs in workers: `pretrain`, on what must fail."""
     from megatron_prealign.pretrain import pretrain
 
     pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"train_state": {}}'])
-def test_damaged_state_is_named(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, text: str) -> None:
-    copied(trained, tmp_path, newest=2)
-    state = tmp_path / "checkpoints" / "step_00000002" / "state.json"
-    state.write_text(text)
-    with pytest.raises(WorkerError) as caught:
-        workers.run(2, resume_only, values_for(tiny, tmp_path), str(tmp_path), timeout_s=60)
-    assert mistake(caught).startswith(f"{state} is damaged")
 
 
 def test_checkpoint_of_another_tokenizer_is_refused(
@@ -177,6 +102,7 @@ def test_checkpoint_of_another_tokenizer_is_refused(
     state = json.loads(path.read_text())
     state["tokenizer_fingerprint"] = "sha256:other"
     path.write_text(json.dumps(state))
+    reseal(path.parent)
     with pytest.raises(WorkerError) as caught:
         workers.run(1, resume_only, values_for(tiny, tmp_path), str(tmp_path))
     message = mistake(caught)
