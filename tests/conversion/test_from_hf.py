@@ -29,11 +29,11 @@ from workers import WorkerPool
 from megatron_prealign.checkpoint.folder import read_state
 from megatron_prealign.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from megatron_prealign.checkpoint.shards import ShardReader
+from megatron_prealign.cli import main
 from megatron_prealign.conversion.from_hf import Imported, from_huggingface
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.errors import UserError
-from megatron_prealign.tools.convert_from_hf import from_hf
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -111,11 +111,12 @@ def test_it_loads_in_any_layout(
 def test_what_a_folder_says(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "ours"
     argv = ["--model", saved["llama3_tied"], "--output", output, "--tensor", 2, "--make-vocab-size-divisible-by", 8]
-    assert from_hf([str(argument) for argument in argv]) == 0
+    assert main(["convert", "from-hf", *map(str, argv)]) == 0
     text = capsys.readouterr().out
     assert "261 ids, padded to 272; the tokenizer has 257" in text and "mean" not in text
     model = make_model("llama3_tied")
-    assert f"llama, {sum(parameter.numel() for parameter in model.parameters()):,} parameters, float32" in text
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{numbers:,} numbers of 38 tensors, float32" in text
     summary = read_state(output)
     assert summary["kind"] == "weights" and summary["vocab_size"] == ROWS and summary["padded_vocab_size"] == 272
     assert summary["model"]["rope_scaling"]["rope_type"] == "llama3"
