@@ -13,6 +13,9 @@ from megatron_prealign.recipe import CheckpointSection
 
 logger = logging.getLogger(__name__)
 
+# Damaged checkpoints that the log has named: they are met again after every save.
+_told: set[Path] = set()
+
 
 def remove_unfinished(directory: Path) -> None:
     """Removes what interrupted saves and removals left. A folder that cannot be removed is a warning."""
@@ -53,7 +56,8 @@ def _is_good(checkpoint: Path) -> bool:
         problems = find_damage(checkpoint, read_manifest(checkpoint), checksums=False)
     except ManifestError as error:
         problems = [str(error)]
-    if problems:
+    if problems and checkpoint not in _told:
+        _told.add(checkpoint)
         logger.warning(
             "%s is damaged (%s); it does not count as a checkpoint kept and is left alone", checkpoint, problems[0]
         )

@@ -14,8 +14,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +43,7 @@ from megatron_prealign.checksum import Checksum
 from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank, on_rank_zero
+from megatron_prealign.runtime.checkpoint_target import Target
 
 # Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same
 # DP only), gathered over gloo on the first data-parallel rank alone: the others need no host memory for the whole
@@ -56,50 +56,11 @@ _BACKEND = CheckpointingConfig("torch_dist", 1)
 _WRITER_THREADS = 2
 _TOKEN = ".save"
 _LONGEST_PAUSE_S = 1.0
+# What a client of a network disk may take to see a file of another one.
+_VISIBLE_WITHIN_S = 5.0
 
 FileFacts = tuple[int, str]
 """Bytes and checksum of a file, as they were written."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a checkpoint is written and what messages say of it."""
-
-    folder: Path
-    """Where it lies until it is complete."""
-    name: Path
-    """Where it will lie then."""
-    previous: str | None
-    """Name of the newest complete checkpoint, which stays if this one fails."""
-
-    @contextmanager
-    def disk_errors_as_mistakes(self) -> Iterator[None]:
-        """Turns what a full, read-only or broken disk raises while the checkpoint is written into a `UserError`."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            reason = _disk_error(error)
-            if reason is None:
-                raise
-            raise UserError(self.failure(reason)) from error
-
-    def failure(self, reason: str) -> str:
-        """The line about a save that failed."""
-        kept = "there is none before it" if self.previous is None else f"{self.previous} is the newest complete one"
-        return (
-            f"checkpoint {self.name} cannot be written: {reason}; {kept}; mend the disk or choose another "
-            "checkpoint.directory and start the same command again"
-        )
-
-
-def _disk_error(error: BaseException | None) -> str | None:
-    """The reason, if `error` comes from the disk. torch reports a short write as a RuntimeError of its own."""
-    text = str(error)
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        error = error.__cause__ or error.__context__
-    return "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in text else None
 
 
 class HostBuffers:
@@ -181,12 +142,15 @@ class StagedState:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def stage(state: dict[str, Any], target: Target, *, buffers: HostBuffers, copy: bool = True) -> StagedState:
+def stage(
+    state: dict[str, Any], target: Target, *, buffers: HostBuffers, timeout_s: float, copy: bool = True
+) -> StagedState:
     """Plans how `state` (sharded tensors and plain values) goes into the target's existing, empty folder. Takes part:
     all ranks.
 
     Args:
         buffers: of this rank, not in use by another save.
+        timeout_s: the longest to wait for the disk.
         copy: copy what is in host memory already too; without it the tensors must stay as they are until the save is
             complete. What is on a GPU is always copied.
 
@@ -195,8 +159,8 @@ def stage(state: dict[str, Any], target: Target, *, buffers: HostBuffers, copy: 
     """
     sharded, common = save_preprocess(state)
     what = f"saving {target.name}"
-    token = from_rank_zero(what, lambda: _write_token(target))
-    on_every_rank(what, lambda: _open_receipt(target, token))
+    token = from_rank_zero(what, lambda: target.answer(lambda: _write_token(target.folder), timeout_s))
+    on_every_rank(what, lambda: target.answer(lambda: _open_receipt(target, token), timeout_s))
     writer = _Writer(target.folder, buffers, copy=copy)
     metadata, plain, error = None, b"", None
     try:
@@ -225,10 +189,9 @@ def _pickled(common: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def _write_token(target: Target) -> str:
+def _write_token(folder: Path) -> str:
     token = uuid.uuid4().hex
-    with target.disk_errors_as_mistakes():
-        (target.folder / _TOKEN).write_text(token, encoding="utf-8")
+    (folder / _TOKEN).write_text(token, encoding="utf-8")
     return token
 
 
@@ -239,17 +202,22 @@ def _receipt(folder: Path, rank: int) -> Path:
 def _open_receipt(target: Target, token: str) -> None:
     """Makes sure that this rank sees what the first one wrote, and that its receipt has a name from now on: a client of
     a network disk may remember for long that a name was not there."""
+    deadline_s = time.monotonic() + _VISIBLE_WITHIN_S
+    while _read_token(target.folder) != token:
+        if time.monotonic() > deadline_s:
+            raise UserError(
+                f"checkpoint {target.name} cannot be written: process {dist.get_rank()} does not see what process 0 "
+                f"wrote into {target.folder}; checkpoint.directory must lie on a disk that all nodes share"
+            )
+        time.sleep(0.05)
+    _receipt(target.folder, dist.get_rank()).touch()
+
+
+def _read_token(folder: Path) -> str:
     try:
-        seen = (target.folder / _TOKEN).read_text(encoding="utf-8")
+        return (folder / _TOKEN).read_text(encoding="utf-8")
     except FileNotFoundError:
-        seen = ""
-    if seen != token:
-        raise UserError(
-            f"checkpoint {target.name} cannot be written: process {dist.get_rank()} does not see what process 0 wrote "
-            f"into {target.folder}; checkpoint.directory must lie on a disk that all nodes share"
-        )
-    with target.disk_errors_as_mistakes():
-        _receipt(target.folder, dist.get_rank()).touch()
+        return ""
 
 
 class _HashedFile:
@@ -369,8 +337,7 @@ class BackgroundSave:
             raise self._error
 
     def _raise_late(self, what: str) -> NoReturn:
-        reason = f"{what} within {self._timeout_s:.0f} s (checkpoint.timeout_minutes)"
-        raise UserError(self._staged.target.failure(reason))
+        raise UserError(self._staged.target.late(what, self._timeout_s))
 
     def _run(self) -> None:
         staged = self._staged

@@ -27,9 +27,9 @@ from megatron_prealign.runtime.checkpoint_io import (
     BackgroundSave,
     FileFacts,
     HostBuffers,
-    Target,
     stage,
 )
+from megatron_prealign.runtime.checkpoint_target import Target
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.sharded_state import StateBeside, layout_of, model_state, random_state_of
 from megatron_prealign.training.state import TrainState
@@ -130,6 +130,7 @@ class CheckpointStore:
         start_s = time.perf_counter()
         final = self.directory / step_name(state.step)
         working = self.directory / working_name(state.step)
+        timeout_s = self._recipe.checkpoint.timeout_minutes * 60
         previous = from_rank_zero(f"preparing {final}", lambda: self._fresh_folder(Target(working, final, None)))
         target = Target(working, final, previous)
         model = model_state(chunks)
@@ -139,7 +140,9 @@ class CheckpointStore:
             "random_state": random_state_of(self._runtime),
             **({} if self._beside is None else {"beside": self._beside.sharded_state_dict()}),
         }
-        staged = stage(content, target, buffers=self._buffers, copy=self._recipe.checkpoint.async_save)
+        # On a GPU's host lies nothing that training changes: the gathered optimizer state is this save's own.
+        copy = self._recipe.checkpoint.async_save and self._runtime.device.type == "cpu"
+        staged = stage(content, target, buffers=self._buffers, copy=copy, timeout_s=timeout_s)
         paused_s = time.perf_counter() - start_s
         report = SaveReport(phase, state.step, paused_s=paused_s, waited_s=start_s - asked_s)
         beside = Beside(
@@ -147,7 +150,6 @@ class CheckpointStore:
             summary=self._summary(state, phase=phase, consumed=consumed, blend=blend, metrics=metrics),
             huggingface=self._huggingface,
         )
-        timeout_s = self._recipe.checkpoint.timeout_minutes * 60
         complete = self._completion(target, beside, report, start_s)
         self._writing = BackgroundSave(staged, timeout_s=timeout_s, complete=complete)
         if self._recipe.checkpoint.async_save:
@@ -230,16 +232,19 @@ class CheckpointStore:
 
     def _fresh_folder(self, target: Target) -> str | None:
         """Makes the folder to write into; returns the name of the newest complete checkpoint."""
-        previous = None
-        with target.disk_errors_as_mistakes():
+
+        def look() -> str | None:
             pointer = self.directory / LATEST
-            if pointer.exists():
-                previous = pointer.read_text(encoding="utf-8").strip()
-            if previous and not (self.directory / previous / MANIFEST).exists():
-                previous = None
-        with Target(target.folder, target.name, previous).disk_errors_as_mistakes():
+            name = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+            return name if name and (self.directory / name / MANIFEST).exists() else None
+
+        def make() -> None:
             remove_unfinished(self.directory)
             target.folder.mkdir(parents=True)
+
+        timeout_s = self._recipe.checkpoint.timeout_minutes * 60
+        previous = target.answer(look, timeout_s)
+        Target(target.folder, target.name, previous).answer(make, timeout_s)
         return previous
 
 

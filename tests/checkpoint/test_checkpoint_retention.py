@@ -111,6 +111,8 @@ def test_damaged_ones_are_not_counted_and_left_alone(
     with caplog.at_level(logging.WARNING, logger="megatron_prealign.checkpoint.retention"):
         # Without the damage these would be 3 and 4.
         assert prune_after(tmp_path, 4, keep=2) == [2, 3, 4]
+        # Said once, not after every save.
+        prune_after(tmp_path, 4, keep=2)
     [warning] = caplog.messages
     assert warning.startswith(f"{hurt} is damaged (") and "does not count" in warning
 

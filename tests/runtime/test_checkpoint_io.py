@@ -45,10 +45,11 @@ def begin(
     state: dict[str, Any], folder: str, *, timeout_s: float = 60, copy: bool = True, completed: Any = None
 ) -> Any:
     """Stages `state` and starts to write it; `completed` is given the facts of the files."""
-    from megatron_prealign.runtime.checkpoint_io import BackgroundSave, HostBuffers, Target, stage
+    from megatron_prealign.runtime.checkpoint_io import BackgroundSave, HostBuffers, stage
+    from megatron_prealign.runtime.checkpoint_target import Target
 
     target = Target(Path(folder), Path(folder).with_name("final"), "step_00000001")
-    staged = stage(state, target, buffers=HostBuffers(), copy=copy)
+    staged = stage(state, target, buffers=HostBuffers(), timeout_s=timeout_s, copy=copy)
     return BackgroundSave(staged, timeout_s=timeout_s, complete=completed or (lambda facts: None))
 
 
@@ -185,7 +186,31 @@ def save_where_disks_are_apart(folder: str) -> None:
     if rank:
         # Left there by an earlier try.
         (own / checkpoint_io._TOKEN).write_text("another")
-    begin(sharded(rank, world_size, filled=True), str(own))
+    real, checkpoint_io._VISIBLE_WITHIN_S = checkpoint_io._VISIBLE_WITHIN_S, 0.2
+    try:
+        begin(sharded(rank, world_size, filled=True), str(own))
+    finally:
+        checkpoint_io._VISIBLE_WITHIN_S = real
+
+
+def save_where_the_disk_does_not_answer(folder: str, stuck: int) -> None:
+    """Before anything is planned."""
+    from megatron_prealign.runtime import checkpoint_io
+
+    rank, world_size = started()
+    real, release = checkpoint_io._read_token, threading.Event()
+
+    def wait(folder: Path) -> str:
+        if rank == stuck:
+            release.wait(60)
+        return real(folder)
+
+    checkpoint_io._read_token = wait
+    try:
+        begin(sharded(rank, world_size, filled=True), folder, timeout_s=0.5)
+    finally:
+        checkpoint_io._read_token = real
+        release.set()
 
 
 # A file system that never answers must not keep the process alive after the error.
@@ -201,7 +226,7 @@ start(ParallelSection(device="cpu"), seed=1)
 checkpoint_io._write_file = lambda *args: threading.Event().wait(600)
 target = checkpoint_io.Target(Path(sys.argv[1]), Path("final"), None)
 state = {"tensor": ShardedTensor.from_rank_offsets("tensor", torch.zeros(3))}
-staged = checkpoint_io.stage(state, target, buffers=checkpoint_io.HostBuffers())
+staged = checkpoint_io.stage(state, target, buffers=checkpoint_io.HostBuffers(), timeout_s=9)
 writing = checkpoint_io.BackgroundSave(staged, timeout_s=0.2, complete=print)
 try:
     writing.finish()
@@ -270,6 +295,14 @@ def test_stuck_write_on_one_rank_times_out_on_all(workers: WorkerPool, tmp_path:
     for kind, message in errors.values():
         assert kind == "UserError"
         assert "the file system did not take the checkpoint within 0 s (checkpoint.timeout_minutes)" in message
+
+
+def test_disk_that_does_not_answer_before_the_copy_times_out(workers: WorkerPool, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, save_where_the_disk_does_not_answer, str(tmp_path), 1, timeout_s=30)
+    [(kind, message)] = {(kind, message) for kind, message, _ in caught.value.failures.values()}
+    assert kind == "UserError"
+    assert "the file system did not answer within 0 s (checkpoint.timeout_minutes)" in message
 
 
 def test_disks_that_are_not_shared_are_refused(workers: WorkerPool, tmp_path: Path) -> None:
