@@ -221,6 +221,8 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
     words = on_every_rank("choosing the words", lambda: open_words(recipe, runtime, materials.dictionary))
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching, words))
+    evaluator = open_evaluator(recipe, runtime, materials.vocabulary, materials.validation, materials.dictionary)
+    on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
     )
@@ -261,7 +263,6 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     run_dir = Path(recipe.logging.run_dir)
     metrics = MetricsFile(run_dir / "metrics.jsonl", enabled=runtime.rank == 0)
     tensorboard = TensorBoard(run_dir / "tensorboard", enabled=recipe.logging.tensorboard and runtime.rank == 0)
-    evaluator = open_evaluator(recipe, runtime, materials.vocabulary, materials.validation, materials.dictionary)
     watch: list[Callback] = []
     if recipe.alignment_watch is not None and watched is not None:
         watch = [AlignmentWatch(recipe.alignment_watch, watched, metrics, tensorboard)]
@@ -286,6 +287,18 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     if not state.stop_requested:
         logger.info("the run is complete: %d steps, %s tokens", state.step, f"{state.tokens:,}")
     return state
+
+
+def check_keep_best(recipe: Recipe, evaluator: Evaluator) -> None:
+    """Checks that the run will measure what its best checkpoint is told by.
+
+    Raises:
+        UserError: it will not.
+    """
+    name = recipe.checkpoint.keep_best
+    if name is not None and name not in evaluator.names:
+        known = ", ".join(evaluator.names) or "null, because the run has neither held-out text nor a dictionary"
+        raise UserError(f"checkpoint.keep_best is {name}, expected one of {known}")
 
 
 def check_world_size(recipe: Recipe, runtime: Runtime) -> None:

@@ -54,6 +54,12 @@ class Evaluator:
             for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
                 self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=longest)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the numbers that `flat_measures` makes of a measurement."""
+        by_pair = [f"{measure}/{pair.name}" for measure, pairs in self._pairs.items() for pair in pairs]
+        return [*(f"validation_loss/{language}" for language in self._validation.languages), *by_pair]
+
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         """`validation_loss` per language and the two retrieval measures. Takes part: all ranks."""
         for chunk in chunks:

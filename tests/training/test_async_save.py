@@ -113,6 +113,8 @@ def test_a_checkpoint_knows_its_measures_and_the_best_one_stays(
     assert third["metrics"] == {}
     measured = {f"validation_loss/{name}": loss for name, loss in evaluations[5].items()}
     assert measured.items() < fifth["metrics"].items()
+    retrieval = ("word_retrieval_p_at_1/en-en_clone", "word_retrieval_p_at_1_held_out/en-en_clone")
+    assert fifth["metrics"].keys() == {*measured, *retrieval}
     assert fifth["kind"] == "run"
     assert fifth["versions"]["megatron-core"] != "not installed"
     assert fifth["saved_at"].endswith("+00:00")
@@ -125,6 +127,16 @@ def test_a_checkpoint_knows_its_measures_and_the_best_one_stays(
         assert line["waited_s"] >= 0
         if checkpoint.exists():
             assert line["bytes"] == sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+
+
+def test_measure_that_the_run_does_not_have_is_refused(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        run(workers, 1, values_for(tiny, tmp_path / "run", keep_best="validation_loss/fr"), tmp_path / "run")
+    assert mistake(caught) == (
+        "checkpoint.keep_best is validation_loss/fr, expected one of validation_loss/en, validation_loss/en_clone, "
+        "word_retrieval_p_at_1/en-en_clone, word_retrieval_p_at_1_held_out/en-en_clone"
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def train_on_a_disk_that_fills(values: dict[str, Any], folder: str, step: int, rank: int) -> None:
