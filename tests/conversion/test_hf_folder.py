@@ -139,7 +139,9 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     [[1], {"state_dict": {"a": torch.ones(1)}}, {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(1, device="meta")}],
 )
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
-    assert "no table of tensors" in error_of(pickled(tmp_path, content), allow_pickle=True)
+    text = error_of(pickled(tmp_path, content), allow_pickle=True)
+    # Versions of torch differ in which odd tensors weights_only makes.
+    assert "no table of tensors" in text or "weights_only" in text
 
 
 def test_every_difference_is_named(tmp_path: Path) -> None:
