@@ -5,12 +5,13 @@ come out of the model. Each has a name of its own, its base's text between the b
 them decodes to one text between brackets.
 """
 
+import json
 from typing import Any
 
 from megatron_prealign.conversion.sentencepiece_definition import Definition
 from megatron_prealign.data.boundaries import byte_level_alphabet
 from megatron_prealign.data.clone import CLONE_CLOSE, CLONE_OPEN
-from megatron_prealign.data.huggingface import METASPACE
+from megatron_prealign.data.huggingface import piece_content
 
 # Part of the names in a unigram vocabulary, which would otherwise be found in texts: the model never sees a space, and
 # Unicode reserves the other one for use inside a program.
@@ -29,7 +30,9 @@ def clone_definition(definition: Definition, vocab_size: int) -> Definition:
     # The library gives added tokens that the model lacks new ids behind the model's: behind the clone's, then.
     own |= {token["id"]: token["content"] for token in definition["added_tokens"]}
     hidden = _HIDDEN if unigram else ""
-    names = _names(own, vocab_size, hidden)
+    byte_level = any('"ByteLevel"' in json.dumps(definition[part]) for part in ("pre_tokenizer", "decoder"))
+    texts = {number: _text(token, byte_level) for number, token in own.items()}
+    names = _names(own, texts, vocab_size, hidden)
     steps = [
         *([definition["decoder"]] if definition["decoder"] else []),
         {"type": "Fuse"},
@@ -50,29 +53,34 @@ def _replace(text: str, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": text}, "content": content}
 
 
-def _names(own: dict[int, str], vocab_size: int, hidden: str) -> list[str]:
+def _names(own: dict[int, str], texts: dict[int, str], vocab_size: int, hidden: str) -> list[str]:
     """A name for the clone of each id, different from all others."""
-    taken, names = set(own.values()), []
-    for number in range(vocab_size):
+    taken, names = set(own.values()), [""] * vocab_size
+    # The letter before the byte that stands for the same letter.
+    for number in sorted(range(vocab_size), key=lambda number: isinstance(piece_content(own.get(number, "")), bytes)):
         token = own.get(number, f"unused {number}")
-        for text in (_text(token), token, f"{token} {number}"):
+        for text in (texts.get(number, token), token, f"{token} {number}"):
             name = f"{CLONE_OPEN}{hidden}{text}{CLONE_CLOSE}"
             if name not in taken:
                 break
         taken.add(name)
-        names.append(name)
+        names[number] = name
     return names
 
 
-def _text(token: str) -> str:
+def _text(token: str, byte_level: bool) -> str:
     """What a token stands for, if that is text; otherwise the token."""
-    alphabet = byte_level_alphabet()
-    if all(character in alphabet for character in token):
+    if byte_level:
+        alphabet = byte_level_alphabet()
         try:
             return bytes(alphabet[character] for character in token).decode()
-        except UnicodeDecodeError:
+        except (KeyError, UnicodeDecodeError):
             return token
-    return token.replace(METASPACE, " ")
+    content = piece_content(token)
+    if isinstance(content, str):
+        return content
+    # One byte of a character says nothing by itself.
+    return content.decode() if content.isascii() else token
 
 
 def _doubled(model: dict[str, Any], own: dict[int, str], names: list[str], vocab_size: int) -> Any:

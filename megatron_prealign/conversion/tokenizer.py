@@ -160,25 +160,19 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _cleaned(definition: Definition) -> Definition:
-    """Without what makes ids depend on length, batch or chance, and without tokens that the data did not have."""
+    """Without what makes ids depend on length, batch or chance, and without tokens that the data did not have; written
+    by the library, which gives some added tokens other ids than older files say."""
+    import tokenizers
+
     model = {**definition["model"], **({"dropout": None} if "dropout" in definition["model"] else {})}
-    model.setdefault("type", _type_of(model))
     changed = {
         "truncation": None,
         "padding": None,
         "post_processor": _only_offsets(definition.get("post_processor")),
-        "added_tokens": definition.get("added_tokens") or [],
-        "decoder": definition.get("decoder"),
         "model": model,
     }
-    return {**definition, **changed}
-
-
-def _type_of(model: dict[str, Any]) -> str:
-    """Older files do not name it."""
-    if "merges" in model:
-        return "BPE"
-    return "Unigram" if isinstance(model.get("vocab"), list) else "WordLevel"
+    content: Definition = json.loads(tokenizers.Tokenizer.from_str(json.dumps({**definition, **changed})).to_str())
+    return content
 
 
 def _only_offsets(part: Any) -> Any:
