@@ -113,7 +113,12 @@ def test_sharded_pickles_are_mapped_anew_after_a_while(tmp_path: Path, monkeypat
         tmp_path, {name: "pytorch_model-00001-of-00001.bin" for name in TENSORS}, "pytorch_model.bin.index.json"
     )
     monkeypatch.setattr("megatron_prealign.conversion.hf_folder._MAPPED_BYTES", 0)
+    maps = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: maps.append(options["mmap"]) or load(*args, **options))
     assert_same(HuggingFaceFolder(tmp_path, allow_pickle=True))
+    # Once for the shapes, then as soon as something was read before.
+    assert maps == [True] * 4
 
 
 class Runs:
