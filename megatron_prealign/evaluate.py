@@ -18,9 +18,9 @@ from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
+from megatron_prealign.training.choosing import verify_checkpoint
 from megatron_prealign.training.resuming import load_weights
 from megatron_prealign.training.run_identity import read_run
-from megatron_prealign.training.start import verify_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from megatron_prealign.switching import Switching, open_switching
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 from megatron_prealign.training.checkpoint import CheckpointStore
+from megatron_prealign.training.choosing import choose_start, settle_start
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
@@ -42,7 +43,6 @@ from megatron_prealign.training.run_identity import (
     facts_of_switching,
 )
 from megatron_prealign.training.saving import SaveCheckpoints
-from megatron_prealign.training.start import choose_start, settle_start
 from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer

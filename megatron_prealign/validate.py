@@ -1,11 +1,11 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
-from megatron_prealign.checkpoint.folder import read_state, resolve_checkpoint
+from megatron_prealign.checkpoint.folder import read_state
 from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
-from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.dictionary.alignment_groups import alignment_groups
 from megatron_prealign.dictionary.switchable import check_table, select_keys
@@ -13,7 +13,8 @@ from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import watched_pairs
 from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
-from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, facts_of_model
+from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, check_run, facts_of_model, facts_of_run
+from megatron_prealign.training.start import Start, preview_start
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
@@ -51,14 +52,40 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
                 f"{source.path} has {sidecars[source.path].tokens} tokens, one sample needs data.seq_length + 1 = "
                 f"{recipe.data.seq_length + 1}; add text, lower data.seq_length or drop the source"
             )
-    if recipe.checkpoint.load is not None:
-        checkpoint = resolve_checkpoint(recipe.checkpoint.load)
-        size = recipe.model.vocab_size or tokenizer.vocab_size
-        identity = facts_of_model(
-            recipe, vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
-        )
-        check_model(checkpoint, read_state(checkpoint), identity, advice=OTHER_WEIGHTS)
-    return _summary(recipe, sum(sidecars[source.path].tokens for source in recipe.data.sources))
+    start = _check_start(recipe, tokenizer, sidecars)
+    tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
+    return f"{_summary(recipe, tokens)}\nthe run {start.describe()}"
+
+
+def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> Start:
+    """Where the run would start, as far as the checkpoint and the sidecars tell.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another run or model.
+    """
+    start = preview_start(recipe)
+    if start.choice is None:
+        return start
+    size = recipe.model.vocab_size or tokenizer.vocab_size
+    identity = facts_of_model(
+        recipe, vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
+    )
+    if start.summary is None:
+        check_model(start.checkpoint, read_state(start.checkpoint), identity, advice=OTHER_WEIGHTS)
+        return start
+    check_model(start.checkpoint, start.summary, identity)
+    # Which source is which, the run finds out by what they hold; here their paths must do.
+    known = {source["path"]: source["key"] for source in start.summary["run"]["sources"]}
+    alignment = recipe.alignment is not None and recipe.alignment.train_iters > 0
+    facts = facts_of_run(
+        recipe,
+        phases=[*(["alignment"] if alignment else []), "language_model"],
+        num_samples=start.summary["run"]["num_samples"],
+        keys=[known.get(source.path, -1) for source in recipe.data.sources],
+        segmenters=[sidecars[source.path].segmenter for source in recipe.data.sources],
+    )
+    check_run(start.checkpoint, start.summary, facts)
+    return start
 
 
 def _summary(recipe: Recipe, tokens: int) -> str:

@@ -1,34 +1,17 @@
-"""Where a run starts: at a checkpoint of its own, at one of another run, or anew. Decided once, before anything is
-opened, and the same on all ranks."""
+"""Where a run starts: at a checkpoint of its own, at one of another run, or anew. Imports no torch, so that a recipe is
+checked without it."""
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
-from megatron_prealign.checkpoint.choose import (
-    Choice,
-    candidates,
-    choose,
-    find_problems,
-    set_aside,
-    shares,
-    warn_of_fall_back,
-)
+from megatron_prealign.checkpoint.choose import Choice, candidates, choose, find_problems, warn_of_fall_back
 from megatron_prealign.checkpoint.folder import is_complete, resolve_checkpoint
-from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
 from megatron_prealign.data.blend import SavedBlend
-from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CheckpointSection, Recipe
-from megatron_prealign.runtime.agreement import control_group, from_rank_zero, on_every_rank, on_rank_zero
 from megatron_prealign.training.run_identity import read_run
 from megatron_prealign.training.state import TrainState
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,64 +59,28 @@ class Start:
 FRESH = Start("fresh")
 
 
-def choose_start(recipe: Recipe) -> Start:
-    """Chooses and verifies the checkpoint that a run starts from. Takes part: all ranks, which share the files out.
-
-    Raises:
-        UserError: the checkpoint is damaged and none may take its place; raised on all ranks.
-    """
-    section = recipe.checkpoint
-    directory = recipe.checkpoint_dir
-    folders = from_rank_zero("looking for checkpoints", lambda: candidates(directory))
-    problems = partial(_problems_by_all, checksums=section.verify == "checksums")
-    if folders:
-        choice = choose(folders, problems, section.on_damage)
-        return on_every_rank("reading the checkpoint", lambda: _start_at("resume", choice))
-    if section.load is None:
-        return FRESH
-    folders = from_rank_zero("looking for checkpoint.load", lambda: _loadable(section))
-    choice = choose(folders, problems, section.on_damage)
-    return on_every_rank("reading the checkpoint", lambda: _start_at(_kind_of_load(section), choice))
-
-
 def preview_start(recipe: Recipe) -> Start:
-    """What `choose_start` would find, as far as one process sees it without reading large files.
+    """What `choosing.choose_start` would find, as far as one process sees it without reading large files.
 
     Raises:
-        UserError: as `choose_start`.
+        UserError: the checkpoint is damaged and none may take its place.
     """
     section = recipe.checkpoint
     problems = partial(find_problems, checksums=False)
     folders = candidates(recipe.checkpoint_dir)
     if folders:
-        return _start_at("resume", choose(folders, problems, section.on_damage))
+        return start_at("resume", choose(folders, problems, section.on_damage))
     if section.load is None:
         return FRESH
-    return _start_at(_kind_of_load(section), choose(_loadable(section), problems, section.on_damage))
+    return start_at(kind_of_load(section), choose(loadable(section), problems, section.on_damage))
 
 
-def verify_checkpoint(checkpoint: Path, section: CheckpointSection) -> None:
-    """Checks the files of one checkpoint. Takes part: all ranks, which share the files out.
-
-    Raises:
-        UserError: it is damaged; raised on all ranks.
-    """
-    choose([checkpoint], partial(_problems_by_all, checksums=section.verify == "checksums"), "fail")
-
-
-def settle_start(start: Start) -> None:
-    """Sets damaged checkpoints of the run aside, once it is sure that the run goes on from an older one. Takes part:
-    all ranks."""
-    choice = start.choice
-    if start.kind == "resume" and choice is not None and choice.damaged:
-        on_rank_zero("setting damaged checkpoints aside", lambda: set_aside(choice))
-
-
-def _kind_of_load(section: CheckpointSection) -> Literal["continue", "weights"]:
+def kind_of_load(section: CheckpointSection) -> Literal["continue", "weights"]:
+    """What checkpoint.load_parts asks for."""
     return "continue" if section.load_parts == "all" else "weights"
 
 
-def _loadable(section: CheckpointSection) -> list[Path]:
+def loadable(section: CheckpointSection) -> list[Path]:
     """What checkpoint.load names, and, if that is a folder of checkpoints, the older ones behind it."""
     assert section.load is not None
     path = Path(section.load)
@@ -143,48 +90,11 @@ def _loadable(section: CheckpointSection) -> list[Path]:
     return candidates(newest.parent)
 
 
-def _start_at(kind: Literal["resume", "continue", "weights"], choice: Choice) -> Start:
+def start_at(kind: Literal["resume", "continue", "weights"], choice: Choice) -> Start:
+    """The start at a checkpoint that was chosen.
+
+    Raises:
+        UserError: its `state.json` is damaged, or it holds weights alone and a run was to go on from it.
+    """
     warn_of_fall_back(choice)
     return Start(kind, choice, None if kind == "weights" else read_run(choice.checkpoint))
-
-
-def _problems_by_all(folder: Path, *, checksums: bool) -> list[str]:
-    """What is wrong with a checkpoint; each rank looks at its share of the files, and all get the same answer."""
-
-    def records_or_problem() -> dict[str, FileRecord] | str:
-        try:
-            return read_manifest(folder)
-        except ManifestError as error:
-            return str(error)
-
-    records = from_rank_zero(f"reading {folder}", records_or_problem)
-    if isinstance(records, str):
-        return [records]
-    group = control_group()
-    own = shares(records, dist.get_world_size())[dist.get_rank()]
-    found = on_every_rank(f"verifying {folder}", lambda: find_damage(folder, records, checksums=checksums, names=own))
-    told: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(told, found, group=group)
-    problems = sorted(problem for each in told for problem in each)
-    if problems:
-        _check_same_disk(folder, records, told)
-    return problems
-
-
-def _check_same_disk(folder: Path, records: dict[str, FileRecord], told: Sequence[list[str]]) -> None:
-    """What another rank finds missing must be missing for the first one too: else it is another disk, and nothing is
-    damaged."""
-    shared = shares(records, len(told))
-    other = [name for rank, names in enumerate(shared) if rank and told[rank] for name in names]
-
-    def look() -> None:
-        if other and not told[0] and not find_damage(folder, records, checksums=False, names=other):
-            missing = {rank: problems for rank, problems in enumerate(told) if any("missing" in p for p in problems)}
-            if missing:
-                rank = min(missing)
-                raise UserError(
-                    f"{folder}: process {rank} does not see files that process 0 sees ({missing[rank][0]}); "
-                    "checkpoint.directory must lie on a disk that all nodes share"
-                )
-
-    on_rank_zero(f"verifying {folder}", look)

@@ -14,12 +14,14 @@ import pytest
 from tiny import VOCAB_SIZE, Tiny, recipe_of
 
 from megatron_prealign import cli
+from megatron_prealign.checkpoint.manifest import write_manifest
 from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.recipe import recipe_to_dict
+from megatron_prealign.training.run_identity import facts_of_model, facts_of_run
 from megatron_prealign.training.state import TrainState
 
 WITHOUT_TORCH = """
@@ -66,7 +68,7 @@ def test_sound_recipe_needs_no_torch(tiny: Tiny, values: dict[str, Any], tmp_pat
     tokens = sum(json.loads(Path(f"{tiny.folder}/{name}.json").read_text())["tokens"] for name in ("en", "en_clone"))
     assert done.stdout == (
         f"the recipe is sound: {values['training']['train_iters']} steps of training on sources of {tokens:,} tokens, "
-        "languages en, en_clone, alignment and code_switch\n"
+        "languages en, en_clone, alignment and code_switch\nthe run starts anew\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -96,30 +98,67 @@ def test_weights_to_load_that_are_not_there(
         assert f"{folder} holds no complete checkpoint; expected a step_* folder" in refusal(values, tmp_path, capsys)
 
 
+def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, **changes: Any) -> dict[str, Any]:
+    """A checkpoint of the recipe's run after three steps, without tensors; returns what it says of itself."""
+    recipe = recipe_of(values, tmp_path / "recipe")
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    size = recipe.model.vocab_size or tokenizer.vocab_size
+    state = {
+        **facts_of_model(recipe, vocab_size=size, padded_vocab_size=2048, tokenizer_fingerprint=tokenizer.fingerprint),
+        "run": facts_of_run(
+            recipe,
+            phases=["alignment", "language_model"],
+            num_samples=60,
+            keys=[0, 1],
+            segmenters=[None, None],
+        ),
+        "train_state": TrainState(phase=1, phase_step=3, step=8, tokens=2500).to_dict(),
+        "phase": "language_model",
+        "layout": {},
+        "blend": {"start": 0, "consumed_at_start": {}, "consumed": {}, "sources": [], "dropped": []},
+        **changes,
+    }
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(checkpoint, {})
+    return state
+
+
+def test_start_is_told(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told() -> str:
+        assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    other, own = tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints"
+    write_checkpoint(values, tmp_path, other / "step_00000008")
+    values["checkpoint"] = {"load": str(tmp_path / "other")}
+    assert told() == f"the run takes the weights of {other / 'step_00000008'}"
+    values["checkpoint"]["load_parts"] = "all"
+    where = "(phase language_model, step 8, 2,500 tokens)"
+    assert told() == f"the run goes on from another run's {other / 'step_00000008'} {where}"
+    for step in (8, 9):
+        write_checkpoint(values, tmp_path, own / f"step_{step:08d}")
+    assert told() == f"the run resumes from {own / 'step_00000009'} {where}"
+    (own / "step_00000009" / "state.json").write_text("")
+    assert told() == f"the run resumes from {own / 'step_00000008'} {where}"
+    values["checkpoint"]["on_damage"] = "fail"
+    (own / "latest").write_text("step_00000009")
+    message = refusal(values, tmp_path, capsys)
+    assert f"{own / 'step_00000009'} is damaged: state.json has 0 bytes, expected" in message
+    del values["checkpoint"]["on_damage"]
+    values["training"]["seed"] = 5
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 2
+    assert "training.seed 3 (recipe: 5)" in capsys.readouterr().err
+
+
 def test_weights_to_load_of_another_model(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = tmp_path / "step_00000001"
-    checkpoint.mkdir()
-    recipe = recipe_of(values, tmp_path / "recipe")
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    state = {
-        "vocab_size": recipe.model.vocab_size or tokenizer.vocab_size,
-        "padded_vocab_size": 2048,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "model": recipe_to_dict(recipe)["model"],
-        "run": dict.fromkeys(("seq_length", "precision", "use_distributed_optimizer", "seed", "num_samples"), 1)
-        | {"phases": [], "sources": []},
-        "train_state": TrainState().to_dict(),
-        "phase": "language_model",
-        "layout": {},
-    }
+    model = recipe_to_dict(recipe_of(values, tmp_path / "recipe"))["model"]
+    write_checkpoint(values, tmp_path, checkpoint, model={**model, "hidden_size": 7})
     values["checkpoint"] = {"load": str(checkpoint)}
-    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
-    capsys.readouterr()
-    state["model"] = {**state["model"], "hidden_size": 7}
-    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
     message = refusal(values, tmp_path, capsys)
     assert f"{checkpoint} is of another model: hidden_size 7 (recipe: 32)" in message
     assert "name another checkpoint in checkpoint.load" in message
