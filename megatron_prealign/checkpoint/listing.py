@@ -49,6 +49,8 @@ def checkpoint_folders(path: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
+    # `.` has no name of its own.
+    path = path if path.name not in ("", "..") else path.resolve()
     if _is_checkpoint(path):
         return [path]
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -139,7 +141,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _step_in(folder: Path) -> int | None:
     """The step in the name of a folder that a save or a damage gave another one: .step_X.incomplete, step_X.damaged."""
-    return step_of(folder.with_name(folder.name.lstrip(".").split(".")[0] or "_"))
+    return step_of(Path(folder.name.lstrip(".").split(".")[0]))
 
 
 def _look_at(folder: Path, latest: bool) -> ListedCheckpoint:

@@ -25,6 +25,8 @@ def new_folder(output: Path, *, overwrite: bool, replaceable: Callable[[Path], b
     Raises:
         UserError: something is there that may not be replaced, or the disk does not take the files.
     """
+    if output.name in ("", ".."):
+        raise UserError(f"{output} is no name for a new folder; choose another path")
     _check_free(output, overwrite, replaceable)
     working = output.with_name(f".{output.name}.incomplete")
     replaced = output.with_name(f".{output.name}.replaced")

@@ -104,6 +104,22 @@ def test_a_list_as_json_and_of_one(whole: Path, capsys: pytest.CaptureFixture[st
     )
 
 
+def test_the_folder_one_stands_in(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(whole)
+    assert "step_00000100 *" in printed(capsys, "list", ".")[1]
+    monkeypatch.chdir(whole / "checkpoints" / "step_00000100")
+    assert "step_00000100 *" in printed(capsys, "list", ".")[1]
+    for action in ("inspect", "verify"):
+        assert printed(capsys, action, ".")[0] == 0
+    status, text = printed(capsys, "export-weights", "--checkpoint", ".", "--output", ".")
+    assert status == 2 and "the checkpoint itself" in text
+    monkeypatch.chdir(whole)
+    status, text = printed(capsys, "export-weights", "--checkpoint", ".", "--output", ".", "--overwrite")
+    assert status == 2 and "no name for a new folder" in text
+
+
 def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints").mkdir()
     for action in ("list", "inspect", "verify"):
