@@ -181,7 +181,7 @@ class VerifyOptions:
     text: str | None = None
     """Text file to run through both models; by default some lines that are built in."""
     tolerance: float = 1e-4
-    """Largest difference of states and logits, against numbers of the size of 1 or of the largest one there."""
+    """Largest difference of states and logits, against the largest number there."""
     logits: bool = True
     """Run the models; false compares tensors and tokenizers alone, in little memory."""
     output: str | None = None

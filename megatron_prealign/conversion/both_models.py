@@ -38,8 +38,8 @@ class Place:
 
     @property
     def relative(self) -> float:
-        """The difference against numbers of the size of 1, or of the largest one."""
-        return self.difference / max(1.0, self.scale)
+        """The difference against the largest number."""
+        return self.difference / (self.scale or 1.0)
 
 
 def compare(ours: States, theirs: States) -> list[Place]:
@@ -63,7 +63,7 @@ def our_states(
         masters: As for `to_hf.masters_of`.
         leave_process_group: Keep torch's process group for the caller, who started it.
     """
-    recipe = _recipe(source)
+    recipe = _recipe(source, len(ids))
     with running(recipe.parallel, seed=0, leave_process_group=leave_process_group) as runtime, torch.no_grad():
         if runtime.world_size > 1:
             raise UserError(f"convert verify was started as {runtime.world_size} processes, expected one")
@@ -80,7 +80,7 @@ def our_states(
     return states
 
 
-def _recipe(source: Source) -> Recipe:
+def _recipe(source: Source, tokens: int) -> Recipe:
     """A recipe for the model alone; nothing that it names is opened."""
     model = replace(
         source.model,
@@ -93,7 +93,7 @@ def _recipe(source: Source) -> Recipe:
     )
     return Recipe(
         model=model,
-        data=DataSection(tokenizer="", sources=[DataSource(path="", language="")], seq_length=source.seq_length),
+        data=DataSection(tokenizer="", sources=[DataSource(path="", language="")], seq_length=tokens),
         optimizer=OptimizerSection(lr=1.0),
         training=TrainingSection(seed=0, micro_batch_size=1, global_batch_size=1, train_iters=1, precision="fp32"),
         logging=LoggingSection(run_dir=""),

@@ -78,16 +78,12 @@ class Source:
     seq_length: int
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(folder: Path) -> Source:
     """Looks at the small files of a checkpoint.
 
-    Args:
-        path: The checkpoint, a folder of checkpoints or a run's folder.
-
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it is damaged, or its tensors are not those of its model.
     """
-    folder = resolve_checkpoint(path)
     summary = read_state(folder)
     try:
         model = section_of(summary["model"])
@@ -234,10 +230,11 @@ def to_huggingface(
         UserError: the checkpoint is damaged, its numbers or its tokenizer cannot be carried over, or the output cannot
             be written; nothing is left of it then.
     """
-    source = open_source(path)
-    if output.resolve() == source.folder.resolve():
+    folder = resolve_checkpoint(path)
+    if output.resolve() == folder.resolve():
         raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
-    check_manifest(source.folder, checksums=options.checksums)
+    check_manifest(folder, checksums=options.checksums)
+    source = open_source(folder)
     with ShardReader(source.folder) as reader:
         stored = reader.tensors[source.plan.entries[0].key].dtype
         dtype = DTYPES[options.dtype] if options.dtype is not None else stored

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_prealign.checkpoint.folder import resolve_checkpoint
 from megatron_prealign.checkpoint.weights import TOKENIZER
 from megatron_prealign.conversion.both_models import Place, compare, our_states, their_states
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
@@ -107,15 +108,16 @@ def verify(
         checkpoint: The checkpoint, a folder of checkpoints or a run's folder.
         model: The folder.
         text: What to run through both models; the first tokens, as many as the model can take.
-        tolerance: For states and logits, against numbers of the size of 1 or of the largest one there.
+        tolerance: For states and logits, against the largest number there.
         logits: Run the models at all.
         leave_process_group: Keep torch's process group for the caller, who started it.
 
     Raises:
         UserError: one of them cannot be read.
     """
-    source = open_source(checkpoint)
-    check_manifest(source.folder, checksums=False)
+    found = resolve_checkpoint(checkpoint)
+    check_manifest(found, checksums=False)
+    source = open_source(found)
     folder = HuggingFaceFolder(model)
     report = VerifyReport(str(source.folder), str(model), tolerance)
     report.config = _compare_config(source, folder)
@@ -123,7 +125,8 @@ def verify(
     ids = _compare_tokenizers(source, model, text, report)
     # Of another architecture or shape nothing could be said layer by layer.
     if logits and not report.config and not any(each.problem and not each.difference for each in report.tensors):
-        ids = ids[: source.seq_length]
+        # Ours has no window: beyond it the two are not the same.
+        ids = ids[: min(source.seq_length, source.model.sliding_window or source.seq_length)]
         theirs = their_states(model, ids, source.model.num_layers)
         dtype, masters = _types(folder)
         ours = our_states(source, ids, dtype, masters, leave_process_group=leave_process_group)
