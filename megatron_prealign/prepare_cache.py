@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_prealign.data.index_cache import load_arrays
 from megatron_prealign.materials import open_plan, open_vocabulary
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.training.start import preview_start
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class PreparedCache:
 def prepare_cache(recipe: Recipe) -> PreparedCache:
     """Writes the sample index of a recipe into its cache folder, unless it is there. No process group, no GPU.
 
-    Training with the same data, weights, sequence length, budget and seed finds it, from any folder and in any layout.
+    Training with the same data, weights, sequence length, budget and seed finds it, from any folder and in any layout;
+    a run that goes on with another blend finds what it needs from its checkpoint on.
     Several processes may call it: those on one disk take turns, and the first one does the work.
 
     Raises:
-        UserError: the tokenizer or a dataset is missing, damaged or does not fit, or the folder cannot be written.
+        UserError: the tokenizer, a dataset or the checkpoint to go on from is missing, damaged or does not fit, or the
+            folder cannot be written.
     """
-    plan = open_plan(recipe, open_vocabulary(recipe))
+    plan = open_plan(recipe, open_vocabulary(recipe), preview_start(recipe))
     built = plan.write_index()
     size = sum(array.nbytes for array in load_arrays(plan.directory).values())
     return PreparedCache(plan.directory, built, plan.num_samples, size)

@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 DAMAGED = ".damaged"
 """Ending of the name of a folder that was set aside; nothing reads or removes it."""
 
+RESTORE = "restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+"""What to do where a run has checkpoints and none of them is good."""
+RESTORE_OR_NAME_ANOTHER = "restore it, or name another checkpoint"
+"""What to do about a checkpoint that was named."""
+
 FindProblems = Callable[[Path], list[str]]
 """What is wrong with the files of a checkpoint, a line each; empty when all is well."""
 
@@ -62,9 +67,17 @@ def candidates(directory: Path) -> list[Path]:
     return folders[::-1]
 
 
-def choose(folders: Sequence[Path], find_problems: FindProblems, on_damage: Literal["fail", "fall_back"]) -> Choice:
+def choose(
+    folders: Sequence[Path],
+    find_problems: FindProblems,
+    on_damage: Literal["fail", "fall_back"],
+    advice: str = RESTORE,
+) -> Choice:
     """The first good one of `folders`, which are not empty. Every process that calls it with the same arguments gets
     the same answer.
+
+    Args:
+        advice: What else to do when none is good.
 
     Raises:
         UserError: the first is damaged and `on_damage` is fail, or all are damaged.
@@ -80,14 +93,10 @@ def choose(folders: Sequence[Path], find_problems: FindProblems, on_damage: Lite
                 f"{folder} is damaged: {listed(problems)}; restore it, or go on from an older checkpoint with "
                 "checkpoint.on_damage fall_back"
             )
-    told = "; ".join(f"{folder.name}: {listed(problems)}" for folder, problems in damaged.items())
     if len(damaged) == 1:
-        folder = folders[0]
-        raise UserError(f"{folder} is damaged: {listed(damaged[folder])}, and there is no older one; {_RESTORE}")
-    raise UserError(f"{folders[0].parent} holds no good checkpoint ({told}); {_RESTORE}")
-
-
-_RESTORE = "restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+        raise UserError(f"{folders[0]} is damaged: {listed(damaged[folders[0]])}; {advice}")
+    told = "; ".join(f"{folder.name}: {listed(problems)}" for folder, problems in damaged.items())
+    raise UserError(f"{folders[0].parent} holds no good checkpoint ({told}); {advice}")
 
 
 def listed(problems: Sequence[str], told: int = 3) -> str:

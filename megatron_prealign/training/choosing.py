@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_prealign.checkpoint.choose import candidates, choose, set_aside, shares
+from megatron_prealign.checkpoint.choose import RESTORE_OR_NAME_ANOTHER, candidates, choose, set_aside, shares
 from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CheckpointSection, Recipe
@@ -31,7 +31,7 @@ def choose_start(recipe: Recipe) -> Start:
     if section.load is None:
         return FRESH
     folders = from_rank_zero("looking for checkpoint.load", lambda: loadable(section))
-    choice = choose(folders, problems, section.on_damage)
+    choice = choose(folders, problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
     return on_every_rank("reading the checkpoint", lambda: start_at(kind_of_load(section), choice))
 
 
@@ -41,7 +41,12 @@ def verify_checkpoint(checkpoint: Path, section: CheckpointSection) -> None:
     Raises:
         UserError: it is damaged; raised on all ranks.
     """
-    choose([checkpoint], partial(_problems_by_all, checksums=section.verify == "checksums"), "fail")
+    choose(
+        [checkpoint],
+        partial(_problems_by_all, checksums=section.verify == "checksums"),
+        "fail",
+        RESTORE_OR_NAME_ANOTHER,
+    )
 
 
 def settle_start(start: Start) -> None:

@@ -6,7 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prealign.checkpoint.choose import Choice, candidates, choose, find_problems, warn_of_fall_back
+from megatron_prealign.checkpoint.choose import (
+    RESTORE_OR_NAME_ANOTHER,
+    Choice,
+    candidates,
+    choose,
+    find_problems,
+    warn_of_fall_back,
+)
 from megatron_prealign.checkpoint.folder import is_complete, resolve_checkpoint
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.recipe import CheckpointSection, Recipe
@@ -72,7 +79,8 @@ def preview_start(recipe: Recipe) -> Start:
         return start_at("resume", choose(folders, problems, section.on_damage))
     if section.load is None:
         return FRESH
-    return start_at(kind_of_load(section), choose(loadable(section), problems, section.on_damage))
+    choice = choose(loadable(section), problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
+    return start_at(kind_of_load(section), choice)
 
 
 def kind_of_load(section: CheckpointSection) -> Literal["continue", "weights"]:

@@ -140,8 +140,8 @@ def test_no_good_one_left_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             choose(candidates(directory)[1:], BY_CHECKSUM, on_damage)  # type: ignore[arg-type]
         assert str(caught.value) == (
-            f"{directory / 'step_00000002'} is damaged: state.json has 14 bytes, expected 15, and there is no older "
-            "one; restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+            f"{directory / 'step_00000002'} is damaged: state.json has 14 bytes, expected 15; restore a "
+            "checkpoint, or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
         )
     with pytest.raises(UserError) as caught:
         choose(candidates(directory), BY_CHECKSUM, "fall_back")

@@ -298,8 +298,11 @@ def test_language_model_step_keeps_documents_apart(
     assert answer["loss_together"] != pytest.approx(answer["expected_loss"], rel=2e-5)
 
 
-def total_iters(training: dict[str, Any], spent: int, values: dict[str, Any], folder: str) -> int:
-    """Runs in a worker: steps of language-model training after the alignment phase took `spent` tokens."""
+def total_iters(
+    training: dict[str, Any], spent: int, values: dict[str, Any], folder: str, steps: int = 0, rows: int = 0
+) -> int:
+    """Runs in a worker: steps of language-model training after the alignment phase took `spent` tokens, `steps` of them
+    done with `rows` rows."""
     from types import SimpleNamespace
 
     from megatron_prealign.training.language_model_phase import LanguageModelPhase
@@ -309,7 +312,13 @@ def total_iters(training: dict[str, Any], spent: int, values: dict[str, Any], fo
     runtime: Any = SimpleNamespace(device=torch.device("cpu"))
     reader: Any = None
     phase = LanguageModelPhase(recipe_of(values, Path(folder)), runtime, reader, target_languages=None)
-    state = TrainState(tokens=spent + 99, phase_start_tokens=spent)
+    state = TrainState(
+        phase_step=steps,
+        tokens=spent + 99,
+        phase_start_tokens=spent,
+        consumed_samples=40 + rows,
+        phase_start_samples=40,
+    )
     assert phase.schedule_settings(state).decay_iters == phase.total_iters(state)
     return phase.total_iters(state)
 
@@ -333,6 +342,16 @@ def test_token_budget(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, training: dict[str, Any], spent: int, steps: int
 ) -> None:
     assert workers.run(1, total_iters, training, spent, tiny.values(tmp_path), str(tmp_path))[0] == steps
+
+
+def test_token_budget_after_another_batch_size(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    """Of room for 20 steps of 8 rows 6 of 16 rows are done: what is left are 8 of 8."""
+    training = {"train_iters": None, "train_tokens": 25 * STEP_TOKENS}
+    arguments = (training, 5 * STEP_TOKENS, tiny.values(tmp_path), str(tmp_path))
+    assert workers.run(1, total_iters, *arguments, 6, 6 * 16)[0] == 6 + 8
+    # With the same size all along it is the number from the beginning.
+    for done in (1, 19, 20):
+        assert workers.run(1, total_iters, *arguments, done, done * 8)[0] == 20
 
 
 def test_alignment_may_not_eat_the_whole_budget(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
