@@ -90,6 +90,7 @@ def test_it_loads_in_any_layout(
     """Written in one layout, read in another and by one process; the vocabulary is padded to 384 here and 512 there."""
     folder = tmp_path / "ours"
     from_huggingface(saved["llama"], folder, tensor_parallel=written[0], pipeline_parallel=written[1])
+    assert len(list(folder.glob("*.distcp"))) == written[0] * written[1]
     whole = workers.run(1, parameters, str(folder), {})[0]
     assert whole["embedding.word_embeddings.weight"][0].shape == (384, 32)
     theirs = load_file(saved["llama"] / "model.safetensors")
