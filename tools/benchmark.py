@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_prealign.benchmark.options import (
     CodeSwitchOptions,
     ContrastiveOptions,
+    ConvertOptions,
     PreprocessOptions,
     ResourcesOptions,
 )
@@ -87,6 +88,29 @@ def preprocess(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert(argv: Sequence[str]) -> int:
+    options = parse_options(ConvertOptions, "benchmark convert", argv)
+
+    import torch
+
+    from megatron_prealign.benchmark.convert import ConvertBenchmark, header, line
+    from megatron_prealign.benchmark.machine import describe_machine
+    from megatron_prealign.benchmark.report import write_csv
+
+    machine = describe_machine(torch.device("cpu"))
+    benchmark = ConvertBenchmark(options)
+    model = f"Llama of {benchmark.parameters:,} numbers in bf16, {benchmark.model.num_layers} layers"
+    print("\n".join([*machine.lines(), f"model     {model}", "", header()]), flush=True)
+    rows: list[dict[str, Any]] = []
+    for found in benchmark.measure():
+        print(line(found), flush=True)
+        rows.append(asdict(found) | {"gb_per_second": found.gb_per_second} | asdict(machine))
+    if options.output is not None:
+        write_csv(options.output, rows)
+        print(f"\nwrote {options.output}")
+    return 0
+
+
 def resources(argv: Sequence[str]) -> int:
     options = parse_options(ResourcesOptions, "benchmark resources", argv)
 
@@ -113,6 +137,7 @@ ACTIONS: Actions = {
     "contrastive": (contrastive, "the contrastive loss of alignment: eager torch, torch.compile, strips, kernels"),
     "phases": (phases, "the alignment phase of a recipe against its language-model training"),
     "preprocess": (preprocess, "preprocessing of text: gigatoken, the tokenizer's library, Megatron-LM's way"),
+    "convert": (convert, "checkpoints to and from Hugging Face against cp of the same bytes, and memory"),
     "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
 }
 

@@ -178,6 +178,37 @@ class PreprocessOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Measures convert to-hf and from-hf on a synthetic Llama in bf16 against cp of the same bytes, and their memory.
+
+    The files are read from the disk, not from memory, and written until they are synced.
+    """
+
+    parameters: int = 1_000_000_000
+    """About how many numbers the model has; it takes two bytes each, twice, on the disk."""
+    shard_bytes: int = 5_000_000_000
+    """Most bytes of a file with weights."""
+    repeats: int = 3
+    """Repeats of every measurement, of which the median is told."""
+    folder: str | None = None
+    """Where the files lie while it runs; by default the system's folder for temporary files."""
+    seed: int = 1234
+    """Of the weights."""
+    output: str | None = None
+    """CSV file to write, one row a measurement."""
+
+    def __post_init__(self) -> None:
+        given = self.parameters
+        _require(1_000_000 <= given <= 10**12, "--parameters", given, "1000000 to 1000000000000")
+        _require(self.shard_bytes >= 1_000_000, "--shard-bytes", self.shard_bytes, "at least 1000000")
+        _require(self.repeats >= 1, "--repeats", self.repeats, "at least 1")
+        _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
+        folder = self.folder
+        _require(folder is None or Path(folder).is_dir(), "--folder", folder, "a folder that exists")
+        check_output(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResourcesOptions:
     """Compiles the kernels and lists the registers, spills and shared memory that they take. Needs no GPU."""
 

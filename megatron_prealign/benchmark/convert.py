@@ -1,0 +1,286 @@
+"""Conversion: bytes a second to and from Hugging Face against `cp` of the same bytes on the same disk, and memory."""
+
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prealign.benchmark.memory import peak_bytes
+from megatron_prealign.benchmark.options import ConvertOptions
+from megatron_prealign.checkpoint.shards import ShardWriter
+from megatron_prealign.checkpoint.weights import TOKENIZER, complete_weights, written_layout
+from megatron_prealign.conversion.config import huggingface_config
+from megatron_prealign.conversion.from_hf import from_huggingface
+from megatron_prealign.conversion.tensors import TensorPlan
+from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
+from megatron_prealign.data.tokenizer import load_tokenizer
+from megatron_prealign.data.trainers import train_byte_bpe
+from megatron_prealign.disk import sync_file, sync_folder
+from megatron_prealign.errors import UserError
+from megatron_prealign.progress import Progress
+from megatron_prealign.recipe import ModelSection
+
+COPY, TO_HF, FROM_HF = "cp", "to-hf", "from-hf"
+_ITEM_BYTES = 2
+# Of the model that is converted first, to load what is loaded once.
+_LEAST = 1_000_000
+# Least parameters -> hidden size, width of the MLP, heads, key/value heads, ids: the shapes of published Llamas.
+_SHAPES = (
+    (4_000_000_000, (4096, 14336, 32, 8, 128_256)),
+    (1_000_000_000, (2048, 8192, 32, 8, 128_256)),
+    (200_000_000, (1024, 4096, 16, 4, 32_000)),
+    (10_000_000, (512, 2048, 8, 4, 4_096)),
+    (0, (128, 512, 4, 2, 1_024)),
+)
+
+
+@dataclass(frozen=True)
+class ConvertMeasurement:
+    """One way to write one set of bytes."""
+
+    operation: str
+    """`cp`, `to-hf` or `from-hf`."""
+    source: str
+    """`checkpoint` or `model`, what is read."""
+    parameters: int
+    bytes: int
+    """Of the weights that are read."""
+    seconds: float
+    """The median of the repeats, until all is synced to the disk."""
+    share_of_cp: float
+    """Speed against `cp` of the same source."""
+    memory_bytes: int | None
+    """Most main memory on top of what was in use before; None for `cp`."""
+    bound_bytes: int | None
+    """The largest tensor twice, and one output file."""
+
+    @property
+    def gb_per_second(self) -> float:
+        """10^9 bytes a second."""
+        return self.bytes / self.seconds / 1e9
+
+
+_HEADINGS = {"operation": 10, "reads": 10, "GB": 8, "s": 8, "GB/s": 7, "of cp": 7, "memory MiB": 11, "bound MiB": 10}
+
+
+def header() -> str:
+    """The headings above `line`."""
+    return _aligned(list(_HEADINGS))
+
+
+def line(found: ConvertMeasurement) -> str:
+    """One measurement, of fixed width."""
+    memory = [found.memory_bytes, found.bound_bytes]
+    return _aligned(
+        [
+            found.operation,
+            found.source,
+            f"{found.bytes / 1e9:,.2f}",
+            f"{found.seconds:,.2f}",
+            f"{found.gb_per_second:,.2f}",
+            f"{found.share_of_cp:.0%}",
+            *("-" if value is None else f"{value / (1 << 20):,.0f}" for value in memory),
+        ]
+    )
+
+
+def _aligned(cells: list[str]) -> str:
+    return "  ".join(
+        cell.ljust(width) if place < 2 else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(cells, _HEADINGS.values(), strict=True))
+    )
+
+
+class ConvertBenchmark:
+    """Measures a synthetic Llama, each conversion in a process of its own."""
+
+    def __init__(self, options: ConvertOptions) -> None:
+        self._options = options
+        self.model, self.plan = _plan(options.parameters)
+        self.parameters = sum(math.prod(shape) for shape in self.plan.names.values())
+        self._largest = max(math.prod(entry.shape) for entry in self.plan.entries) * _ITEM_BYTES
+
+    def measure(self) -> Iterator[ConvertMeasurement]:
+        """The measurements, as they come.
+
+        Raises:
+            UserError: there is no room on the disk.
+        """
+        size = self.parameters * _ITEM_BYTES
+        with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=self._options.folder) as name:
+            folder = Path(name)
+            free = shutil.disk_usage(folder).free
+            if free < 2.1 * size:
+                raise UserError(
+                    f"{folder.parent}: {free:,} bytes free, {int(2.1 * size):,} are needed; choose another --folder or "
+                    "fewer --parameters"
+                )
+            checkpoint, model = folder / "checkpoint", folder / "model"
+            small = {"checkpoint": folder / "small_checkpoint", "model": folder / "small_model"}
+            _write_checkpoint(small["checkpoint"], *_plan(_LEAST), self._options.seed)
+            to_huggingface(small["checkpoint"], small["model"], ToHuggingFace(), show_progress=False)
+            _write_checkpoint(checkpoint, self.model, self.plan, self._options.seed)
+            yield from self._against_copy(TO_HF, "checkpoint", checkpoint, model, small)
+            shutil.rmtree(checkpoint)
+            yield from self._against_copy(FROM_HF, "model", model, checkpoint, small)
+
+    def _against_copy(
+        self, operation: str, kind: str, source: Path, output: Path, small: dict[str, Path]
+    ) -> Iterator[ConvertMeasurement]:
+        """Measures `cp` and the conversion by turns, so that both meet the same disk."""
+        copies, conversions, memory = [], [], 0
+        for _ in range(self._options.repeats):
+            copy = source.with_name("copy")
+            copies.append(_timed_copy(source, copy))
+            shutil.rmtree(copy)
+            if output.exists():
+                shutil.rmtree(output)
+            _forget(source)
+            found = _run_apart(operation, source, output, small[kind], self._options.shard_bytes)
+            conversions.append(found["seconds"])
+            memory = max(memory, found["memory"] or 0)
+        size = self.parameters * _ITEM_BYTES
+        seconds, baseline = statistics.median(conversions), statistics.median(copies)
+        bound = 2 * self._largest + (min(self._options.shard_bytes, size) if operation == TO_HF else 0)
+        yield ConvertMeasurement(COPY, kind, self.parameters, size, baseline, 1.0, None, None)
+        yield ConvertMeasurement(
+            operation, kind, self.parameters, size, seconds, baseline / seconds, memory or None, bound
+        )
+
+
+def _plan(parameters: int) -> tuple[ModelSection, TensorPlan]:
+    """A Llama of about so many parameters."""
+    hidden, width, heads, groups, ids = next(shape for least, shape in _SHAPES if parameters >= least)
+    channels = hidden // heads
+    layer = 2 * hidden * hidden + 2 * hidden * groups * channels + 3 * hidden * width + 2 * hidden
+    layers = max(1, round((parameters - 2 * ids * hidden - hidden) / layer))
+    model = ModelSection(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=width,
+        max_position_embeddings=2048,
+    )
+    return model, TensorPlan(model, ids)
+
+
+def _write_checkpoint(folder: Path, model: ModelSection, plan: TensorPlan, seed: int) -> None:
+    """A checkpoint of weights with random numbers; tensors of one shape have the same ones."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    ids = plan.entries[0].shape[0]
+    total = sum(math.prod(entry.shape) for entry in plan.entries) * _ITEM_BYTES
+    with ShardWriter(folder) as writer, Progress("write checkpoint", total, unit="B", unit_scale=True) as progress:
+        for entry in plan.entries:
+            if entry.shape not in known:
+                # The largest ones come once: kept, they would be most of the memory.
+                known = {shape: tensor for shape, tensor in known.items() if shape[0] != ids}
+                known[entry.shape] = torch.randn(entry.shape, generator=generator).bfloat16()
+            layers = model.num_layers if entry.layer is not None else None
+            writer.add(entry.key, known[entry.shape], layer=entry.layer, num_layers=layers)
+            progress.update(known[entry.shape].nbytes)
+        records = writer.close()
+    (folder / TOKENIZER).mkdir()
+    tokenizer = train_byte_bpe(iter(["the benchmark reads no text " * 20]), 270)
+    tokenizer.save(str(folder / TOKENIZER / "tokenizer.json"))
+    complete_weights(
+        folder,
+        vocab_size=ids,
+        padded_vocab_size=ids,
+        tokenizer_fingerprint=load_tokenizer(folder / TOKENIZER).fingerprint,
+        model=asdict(model),
+        layout=written_layout(1, 1),
+        source={"format": "megatron-prealign"},
+        config=huggingface_config(model, vocab_size=ids, seq_length=2048, dtype="bfloat16", eod_id=0),
+        records=records,
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    # A copy that shares the blocks with its source would write nothing.
+    command = ["cp", "-r", "--reflink=never", str(source), str(target)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", b"") or str(error).encode()
+        raise UserError(f"cp did not copy {source}: {reason.decode(errors='replace').strip()}") from error
+    for path in sorted(target.rglob("*")):
+        (sync_folder if path.is_dir() else sync_file)(path)
+    sync_folder(target)
+
+
+def _timed_copy(source: Path, target: Path) -> float:
+    _forget(source)
+    start = time.perf_counter()
+    _copy(source, target)
+    return time.perf_counter() - start
+
+
+def _forget(folder: Path) -> None:
+    """Asks the system to drop its copy of the files in memory: both have to read the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _run_apart(operation: str, source: Path, output: Path, small: Path, shard_bytes: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(operation, source, output, small, shard_bytes, sender))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError as error:
+        raise UserError(f"{operation}: the measuring process died (out of memory?); give fewer --parameters") from error
+    finally:
+        process.join()
+    if isinstance(found, UserError):
+        raise found
+    return dict(found)
+
+
+def _run(operation: str, source: Path, output: Path, small: Path, shard_bytes: int, sender: Connection) -> None:
+    seconds = 0.0
+
+    def work() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        _convert(operation, source, output, shard_bytes)
+        seconds = time.perf_counter() - start
+
+    try:
+        # Loading the libraries takes seconds and memory, whatever the size of the model.
+        _convert(operation, small, output, shard_bytes)
+        shutil.rmtree(output)
+        memory = peak_bytes(work, torch.device("cpu"))
+        sender.send({"seconds": seconds, "memory": memory})
+    except UserError as error:
+        sender.send(error)
+
+
+def _convert(operation: str, source: Path, output: Path, shard_bytes: int) -> None:
+    if operation == TO_HF:
+        to_huggingface(source, output, ToHuggingFace(shard_bytes=shard_bytes), show_progress=False)
+    else:
+        from_huggingface(source, output)

@@ -1,0 +1,73 @@
+"""`benchmark convert`: both directions run apart, against `cp`, in bounded memory."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_prealign.benchmark import convert as module
+from megatron_prealign.benchmark.options import ConvertOptions
+from megatron_prealign.cli import main
+from megatron_prealign.errors import UserError
+
+# What the allocator keeps for later and the interpreter needs on the way; the whole model is 63 MB.
+SLACK_BYTES = 16 << 20
+
+
+def test_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.csv"
+    arguments = ["--parameters", "30000000", "--repeats", "1", "--shard-bytes", "4000000", "--folder", str(tmp_path)]
+    assert main(["benchmark", "convert", *arguments, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["operation"], row["source"]) for row in rows] == [
+        ("cp", "checkpoint"),
+        ("to-hf", "checkpoint"),
+        ("cp", "model"),
+        ("from-hf", "model"),
+    ]
+    for row in rows:
+        assert row["operation"] in printed and row["cpu"] and row["torch"]
+        assert int(row["bytes"]) == 2 * int(row["parameters"]) > 55_000_000
+        assert float(row["gb_per_second"]) == pytest.approx(
+            int(row["bytes"]) / float(row["seconds"]) / 1e9,
+            rel=1e-4,  # the file has six digits
+        )
+    copies, conversions = rows[::2], rows[1::2]
+    assert [row["memory_bytes"] for row in copies] == ["", ""]
+    for copy, row in zip(copies, conversions, strict=True):
+        share = float(copy["seconds"]) / float(row["seconds"])
+        assert float(row["share_of_cp"]) == pytest.approx(share, rel=1e-4)
+        assert 0 < int(row["memory_bytes"]) < int(row["bound_bytes"]) + SLACK_BYTES < int(row["bytes"]) // 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "layers", "hidden"), [(8_000_000_000, 32, 4096), (70_000_000_000, 316, 4096), (1_000_000, 3, 128)]
+)
+def test_shapes_are_those_of_published_models(parameters: int, layers: int, hidden: int) -> None:
+    benchmark = module.ConvertBenchmark(ConvertOptions(parameters=parameters))
+    assert (benchmark.model.num_layers, benchmark.model.hidden_size) == (layers, hidden)
+    assert benchmark.parameters == pytest.approx(parameters, rel=0.1)  # whole layers
+
+
+def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"1,000,000 bytes free, .* are needed"):
+        next(module.ConvertBenchmark(ConvertOptions(folder=str(tmp_path))).measure())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parameters", "7"], "--parameters is 7, expected 1000000 to"),
+        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
+        (["--shard-bytes", "5"], "--shard-bytes is 5, expected at least"),
+        (["--folder", "/no/such/folder"], "--folder is /no/such/folder, expected a folder"),
+    ],
+)
+def test_options_that_cannot_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "convert", *arguments]) == 2
+    assert message in capsys.readouterr().err
