@@ -261,3 +261,35 @@ def test_a_source_of_few_samples_and_many_epochs(tmp_path: Path) -> None:
     rows = samples.rows(range(2500, 3000)).tokens
     later = build(data, tmp_path / "cache", 4000, saved=replace(saved(samples, 2500)))
     assert torch.equal(later.rows(range(2500, 3000)).tokens, rows)
+
+
+def test_indices_of_different_pasts_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
+    """The same sources, weights and length from here on, behind other histories: each has an index of its own."""
+    english, both = section(folder, {"english": 1.0}), section(folder, {"english": 1.0, "german": 1.0})
+    first = build(both, tmp_path / "cache", 60)
+    latin = section(folder, {"latin": 1.0})
+    early, late = (build(latin, tmp_path / "cache", 60, saved=saved(first, at)) for at in (10, 20))
+    assert tokens_of(early, 10, 50) == tokens_of(late, 20, 60)
+    uneven = build(section(folder, {"english": 4.0, "german": 1.0}), tmp_path / "cache", 60)
+    expected = tokens_of(build(english, tmp_path / "cache", 60), 0, 60)
+    for samples, given in ((first, 10), (uneven, 16)):
+        later = build(english, tmp_path / "cache", 60, saved=saved(samples, 20))
+        assert tokens_of(later, 20, 40) == expected[given : given + 20]
+
+
+def test_two_copies_of_one_dataset_are_told_apart_by_their_paths(folder: Path, tmp_path: Path) -> None:
+    copy = write_dataset(folder / "copy", GERMAN, "de")
+    data = section(folder, {"german": 3.0})
+    sources = [data.sources[0], DataSource(path=copy, language="de", weight=1.0)]
+    first = build(replace(data, sources=sources), tmp_path / "cache", 40)
+    turned = build(replace(data, sources=sources[::-1]), tmp_path / "cache", 60, saved=saved(first, 20))
+    assert [(source.path, source.key, source.consumed_at_start) for source in turned.blend.sources] == [
+        (copy, 1, 5),
+        (str(folder / "german"), 0, 15),
+    ]
+
+
+def test_counting_goes_back_and_forth(folder: Path, tmp_path: Path) -> None:
+    samples = build(section(folder, {"english": 3.0, "german": 1.0}), tmp_path / "cache", 60)
+    for position in (40, 20, 60, 0, 8):
+        assert list(samples.consumed_per_source(position).values()) == [position * 3 // 4, position // 4]
