@@ -45,13 +45,6 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank, on_rank_zero
 from megatron_prealign.runtime.checkpoint_target import Target
 
-# Optimizer state in a form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same
-# DP only), gathered over gloo on the first data-parallel rank alone: the others need no host memory for the whole
-# stage's state while saving.
-OPTIMIZER_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
 _BACKEND = CheckpointingConfig("torch_dist", 1)
 _WRITER_THREADS = 2
 _TOKEN = ".save"

@@ -23,7 +23,6 @@ from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.agreement import from_rank_zero
 from megatron_prealign.runtime.checkpoint_io import (
-    OPTIMIZER_METADATA,
     BackgroundSave,
     FileFacts,
     HostBuffers,
@@ -31,6 +30,7 @@ from megatron_prealign.runtime.checkpoint_io import (
 )
 from megatron_prealign.runtime.checkpoint_target import Target
 from megatron_prealign.runtime.distributed import Runtime
+from megatron_prealign.runtime.optimizer_state import optimizer_state
 from megatron_prealign.training.sharded_state import StateBeside, layout_of, model_state, random_state_of
 from megatron_prealign.training.state import TrainState
 
@@ -136,11 +136,11 @@ class CheckpointStore:
         model = model_state(chunks)
         content = {
             **model,
-            "optimizer": optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA),
+            "optimizer": optimizer_state(optimizer, model),
             "random_state": random_state_of(self._runtime),
             **({} if self._beside is None else {"beside": self._beside.sharded_state_dict()}),
         }
-        # On a GPU's host lies nothing that training changes: the gathered optimizer state is this save's own.
+        # On a GPU's host lies nothing that training changes.
         copy = self._recipe.checkpoint.async_save and self._runtime.device.type == "cpu"
         staged = stage(content, target, buffers=self._buffers, copy=copy, timeout_s=timeout_s)
         paused_s = time.perf_counter() - start_s

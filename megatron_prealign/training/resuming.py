@@ -14,7 +14,6 @@ from megatron_prealign.checkpoint.folder import read_state
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime import random_state
 from megatron_prealign.runtime.agreement import control_group, on_every_rank
-from megatron_prealign.runtime.checkpoint_io import OPTIMIZER_METADATA
 from megatron_prealign.runtime.checkpoint_load import (
     check_files,
     load_sharded,
@@ -24,6 +23,7 @@ from megatron_prealign.runtime.checkpoint_load import (
 )
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.runtime.optimizer_state import OPTIMIZER_METADATA
 from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, check_run
 from megatron_prealign.training.sharded_state import (
     StateBeside,
