@@ -167,20 +167,61 @@ def train_on_a_disk_that_fills(values: dict[str, Any], folder: str, step: int, r
         checkpoint_io._write_file = real
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_failure_in_the_background_ends_all_ranks_at_a_step(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, rank: int
+@pytest.mark.parametrize(
+    ("step", "rank", "last"),
+    [
+        # The ranks are told after the next step and act a step later, before that one's log line.
+        (2, 1, 3),
+        # The end of the run waits for it.
+        (9, 0, 9),
+    ],
+)
+def test_failure_in_the_background_ends_all_ranks(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, step: int, rank: int, last: int
 ) -> None:
-    values = values_for(tiny, tmp_path, save_interval=10, keep=2)
-    values["training"]["train_iters"] = 15
+    values = values_for(tiny, tmp_path, save_interval=step, keep=2)
+    values["training"]["train_iters"] = 9
     with pytest.raises(WorkerError) as caught:
-        workers.run(2, train_on_a_disk_that_fills, values, str(tmp_path), 10, rank, timeout_s=60)
+        workers.run(2, train_on_a_disk_that_fills, values, str(tmp_path), step, rank, timeout_s=60)
     message = mistake(caught)
-    assert message.startswith(f"checkpoint {tmp_path / 'checkpoints' / 'step_00000010'} cannot be written: No space")
+    assert message.startswith(f"checkpoint {tmp_path / 'checkpoints' / f'step_{step:08d}'} cannot be written: No space")
     assert "there is none before it" in message
-    assert steps_in(tmp_path) == [".step_00000010.incomplete"]
-    # The ranks are told after the next step and act a step later, before that one's log line.
-    assert max(step for _, step in records(tmp_path)) == 11
+    assert steps_in(tmp_path) == [f".step_{step:08d}.incomplete"]
+    assert max(number for _, number in records(tmp_path)) == last
+
+
+def fail_while_saving(values: dict[str, Any], folder: str) -> list[str]:
+    """Runs in workers: a step fails while the checkpoint of the step before it is written. Returns what is there when
+    the error comes out."""
+    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.runtime import checkpoint_io
+
+    real = checkpoint_io._write_file
+
+    def write(folder: Path, file: Any) -> Any:
+        # Longer than an error takes.
+        time.sleep(1.0)
+        return real(folder, file)
+
+    class Fails(Callback):
+        def on_step(self, trainer: Any) -> None:
+            if trainer.state.step == 3:
+                raise ZeroDivisionError("on purpose")
+
+    checkpoint_io._write_file = write
+    try:
+        pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[Fails()])
+    except ZeroDivisionError:
+        return steps_in(Path(folder))
+    finally:
+        checkpoint_io._write_file = real
+    return []
+
+
+def test_run_that_fails_waits_for_the_checkpoint_under_way(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(tiny, tmp_path, save_interval=2)
+    [there] = workers.run(1, fail_while_saving, values, str(tmp_path), timeout_s=60)
+    assert there == ["latest", "step_00000002"]
 
 
 # Runs a recipe as the command line does; the second process is killed by its first checkpoint.
