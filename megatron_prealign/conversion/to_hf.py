@@ -22,6 +22,7 @@ from megatron_prealign.conversion.config import huggingface_config, section_of
 from megatron_prealign.conversion.safetensors_shards import SafetensorsWriter
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.conversion.tokenizer import TokenizerExport, check_tokenizer, copy_tokenizer, export_tokenizer
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection, RecipeValueError
@@ -298,9 +299,25 @@ def _write_tokenizer(
         config |= own
         generation |= own
     _write_json(working / "config.json", config)
-    _write_json(working / "generation_config.json", {"_from_model_config": True, **generation})
+    _write_json(working / "generation_config.json", generation)
     found = [] if mode == "copy" else check_tokenizer(folder, working, vocab_size)
-    return exported, [*exported.notes, *found]
+    return exported, [*exported.notes, *_policy_notes(source.summary), *found]
+
+
+def _policy_notes(summary: dict[str, Any]) -> list[str]:
+    """What the sidecars of the training data say that the tokenizer's config cannot, where they are still there."""
+    run = summary.get("run") or {}
+    notes = []
+    for item in run.get("sources") or []:
+        try:
+            sidecar = load_sidecar(item["path"])
+        except (UserError, KeyError, TypeError):
+            continue
+        if sidecar.bos:
+            notes.append(f"Documents of `{Path(item['path']).name}` began with a BOS token.")
+        if not sidecar.append_eod:
+            notes.append(f"Documents of `{Path(item['path']).name}` had no end-of-document token.")
+    return notes
 
 
 def came_from_huggingface(summary: dict[str, Any]) -> bool:

@@ -221,8 +221,8 @@ def _sentencepiece_notes(definition: Definition) -> list[str]:
     if definition["model"]["type"] == "Unigram":
         notes.append(
             "A unigram model: sentencepiece, which encoded the training data, adds up scores in 32 bits over a whole "
-            "text, transformers in 64. Where two ways to cut a word are nearly as good, they may differ: a few "
-            "tokens in 100,000 of texts with more than 20,000 characters, next to none in texts of a few lines."
+            "text, transformers in 64. Where two ways to cut a word are nearly as good they may differ: measured on "
+            "eight languages, at most 8 tokens in 100,000 of whole documents, next to none in single lines."
         )
     if any(step["type"] == "Precompiled" for step in definition["normalizer"]["normalizers"]):
         notes.append(
