@@ -265,16 +265,17 @@ def test_a_source_of_few_samples_and_many_epochs(tmp_path: Path) -> None:
 
 def test_indices_of_different_pasts_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
     """The same sources, weights and length from here on, behind other histories: each has an index of its own."""
-    english, both = section(folder, {"english": 1.0}), section(folder, {"english": 1.0, "german": 1.0})
+    german, both = section(folder, {"german": 1.0}), section(folder, {"english": 1.0, "german": 1.0})
     first = build(both, tmp_path / "cache", 60)
     latin = section(folder, {"latin": 1.0})
-    early, late = (build(latin, tmp_path / "cache", 60, saved=saved(first, at)) for at in (10, 20))
+    late, early = (build(latin, tmp_path / "cache", 60, saved=saved(first, at)) for at in (20, 10))
     assert tokens_of(early, 10, 50) == tokens_of(late, 20, 60)
     uneven = build(section(folder, {"english": 4.0, "german": 1.0}), tmp_path / "cache", 60)
-    expected = tokens_of(build(english, tmp_path / "cache", 60), 0, 60)
-    for samples, given in ((first, 10), (uneven, 16)):
-        later = build(english, tmp_path / "cache", 60, saved=saved(samples, 20))
-        assert tokens_of(later, 20, 40) == expected[given : given + 20]
+    expected = tokens_of(build(german, tmp_path / "cache", 100), 0, 100)
+    # 12 are in the first epoch, 30 in the second.
+    for samples, given in ((uneven, 12), (first, 30)):
+        later = build(german, tmp_path / "cache", 100, saved=saved(samples, 60))
+        assert tokens_of(later, 60, 100) == expected[given : given + 40]
 
 
 def test_two_copies_of_one_dataset_are_told_apart_by_their_paths(folder: Path, tmp_path: Path) -> None:
