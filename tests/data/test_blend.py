@@ -265,12 +265,12 @@ def test_a_source_of_few_samples_and_many_epochs(tmp_path: Path) -> None:
 
 def test_indices_of_different_pasts_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
     """The same sources, weights and length from here on, behind other histories: each has an index of its own."""
-    german, both = section(folder, {"german": 1.0}), section(folder, {"english": 1.0, "german": 1.0})
+    german, both = section(folder, {"german": 1.0}), section(folder, {"german": 1.0, "english": 1.0})
     first = build(both, tmp_path / "cache", 60)
     latin = section(folder, {"latin": 1.0})
     late, early = (build(latin, tmp_path / "cache", 60, saved=saved(first, at)) for at in (20, 10))
     assert tokens_of(early, 10, 50) == tokens_of(late, 20, 60)
-    uneven = build(section(folder, {"english": 4.0, "german": 1.0}), tmp_path / "cache", 60)
+    uneven = build(section(folder, {"german": 1.0, "english": 4.0}), tmp_path / "cache", 60)
     expected = tokens_of(build(german, tmp_path / "cache", 100), 0, 100)
     # 12 are in the first epoch, 30 in the second.
     for samples, given in ((uneven, 12), (first, 30)):
