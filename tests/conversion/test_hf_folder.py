@@ -19,7 +19,7 @@ from megatron_prealign.conversion.safetensors_header import HeaderError, read_he
 from megatron_prealign.errors import UserError
 
 FUZZ = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
