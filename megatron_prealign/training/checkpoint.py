@@ -44,7 +44,7 @@ class SaveReport:
     phase: str
     step: int
     paused_s: float
-    """Training stood still for so long, for the copy into host memory."""
+    """Training stood still for so long: for the copy into host memory, or for all of a save it waits for."""
     waited_s: float
     """And before that, for the save before this one."""
     seconds: float = 0.0
@@ -193,6 +193,8 @@ class CheckpointStore:
             write_beside(target.folder, beside)
             commit(target.folder, target.name, {name: FileRecord(*each) for name, each in facts.items()})
             report.seconds = time.perf_counter() - start_s
+            if not self._recipe.checkpoint.async_save:
+                report.paused_s = report.seconds
             report.bytes = _size(target.name)
             self.longest_s = max(self.longest_s, report.seconds)
             self.reports.append(report)

@@ -79,6 +79,10 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_step_of_its_request(
     assert sum(key.startswith("optimizer") for key in wanted) > 10
     for key, tensor in wanted.items():
         assert torch.equal(loaded[key], tensor), key
+    # A save that is waited for pauses for all of its time.
+    paused = {name: records(tmp_path / name, "checkpoint")[("language_model", 2)] for name in ("async", "sync")}
+    assert paused["async"]["paused_s"] < paused["async"]["seconds"]
+    assert paused["sync"]["paused_s"] == paused["sync"]["seconds"]
     states = [json.loads((folder / "state.json").read_text()) for folder in (there, expected)]
     for state in states:
         del state["saved_at"], state["train_state"]["seconds"]
