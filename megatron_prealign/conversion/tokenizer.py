@@ -18,7 +18,7 @@ from megatron_prealign.errors import UserError
 # Roles of tokens beside begin and end of a document.
 _ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a tokenizer's author said that decides no ids.
-_KEPT = ("additional_special_tokens", "extra_special_tokens", "chat_template", "padding_side", "model_input_names")
+_KEPT = ("additional_special_tokens", "extra_special_tokens", "chat_template", "padding_side")
 # transformers 5 takes its own class for these families, reads the vocabulary alone of a tokenizer.json and cuts texts
 # as Qwen's tokenizer does, whatever the file and the tokenizer's config say.
 _OWN_CLASS = {"qwen2": ("Qwen2Tokenizer", "Qwen2TokenizerFast")}
@@ -125,6 +125,8 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
         "eos_token": eod,
         **_roles(config, set(tokens.values())),
         **{name: config[name] for name in _KEPT if name in config},
+        # Older versions of transformers would add token types, which none of the models takes.
+        "model_input_names": ["input_ids", "attention_mask"],
         # Both would change what decodes.
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,

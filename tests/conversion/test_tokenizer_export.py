@@ -129,6 +129,8 @@ def test_end_and_beginning_are_the_end_of_a_document(source: tuple[str, Path], t
     ours, theirs = load_tokenizer(source[1]), export(source[1], tmp_path / "out")
     assert theirs.eos_token_id == theirs.bos_token_id == ours.eod_id
     assert theirs("word").input_ids == ours.encode("word")
+    # Others would be given to models that refuse them.
+    assert theirs.init_kwargs["model_input_names"] == ["input_ids", "attention_mask"]
     # Named in a text it is the token, as transformers has it; told not to, it is text as in the training data.
     name = theirs.eos_token
     assert theirs(name).input_ids == [ours.eod_id]
