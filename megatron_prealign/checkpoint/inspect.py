@@ -135,5 +135,7 @@ def _plain(values: Any) -> str:
     if not isinstance(values, dict):
         return "" if values is None else str(values)
     return ", ".join(
-        f"{name} {value}" for name, value in values.items() if value is not None and not isinstance(value, dict | list)
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+        if value is not None and not isinstance(value, dict | list)
     )

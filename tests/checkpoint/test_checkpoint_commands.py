@@ -145,7 +145,7 @@ def test_inspect_tells_model_and_run(whole: Path, capsys: pytest.CaptureFixture[
         "llama: num_layers 2",
         "6 ids, padded to 8",
         "TP 2, PP 1, VPP 1, DP 3",
-        "validation_loss/en 4.0",
+        "validation_loss/en 4",
         "consumed      en 800",
         "phase language_model",
         "tokenizer.json",
