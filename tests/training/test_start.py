@@ -212,3 +212,30 @@ def test_a_kind_of_checkpoint_without_a_run_gives_its_weights_alone(
     values["training"]["train_iters"] = 2
     run(workers, 2, values, tmp_path)
     assert [step for _, step in records(tmp_path)] == [1, 2]
+
+
+def look_with_another_disk(folder: str, problem: str) -> None:
+    """Runs in workers: verifies a checkpoint, of whose files rank 1 sees something else than rank 0."""
+    import torch.distributed as dist
+
+    from megatron_prealign.recipe import CheckpointSection
+    from megatron_prealign.training import choosing
+
+    real = choosing.find_damage
+    if dist.get_rank() == 1:
+        choosing.find_damage = lambda *_, **__: [problem]
+    try:
+        choosing.verify_checkpoint(Path(folder), CheckpointSection())
+    finally:
+        choosing.find_damage = real
+
+
+def test_what_one_process_alone_does_not_see_is_no_damage(workers: WorkerPool, trained: Path) -> None:
+    checkpoint = trained / "checkpoints" / "step_00000001"
+    assert refusal(workers, look_with_another_disk, str(checkpoint), ".metadata is missing") == (
+        f"{checkpoint}: process 1 does not see files that process 0 sees (.metadata is missing); checkpoint.directory "
+        "must lie on a disk that all nodes share"
+    )
+    assert refusal(workers, look_with_another_disk, str(checkpoint), "common.pt has another checksum") == (
+        f"{checkpoint} is damaged: common.pt has another checksum; restore it, or name another checkpoint"
+    )
