@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 # A form that loads at any other TP, PP and DP size (Megatron-Core's default form loads at the same DP only). The second
@@ -46,12 +47,15 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict
 @contextmanager
 def _own_parts_alone() -> Iterator[None]:
     name = "sharded_param_state_fully_reshardable"
-    real = getattr(DistributedOptimizer, name)
+    real, collector = getattr(DistributedOptimizer, name), distrib_optimizer.gc
     setattr(DistributedOptimizer, name, _parameter_state)
+    # It collects garbage after gathering, a third of a second in a small run; here nothing was gathered.
+    distrib_optimizer.gc = SimpleNamespace(collect=lambda: None)
     try:
         yield
     finally:
         setattr(DistributedOptimizer, name, real)
+        distrib_optimizer.gc = collector
 
 
 def _parameter_state(
