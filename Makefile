@@ -27,12 +27,10 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/english_clone/run.py
 
-# Two at a time but for the tests that train, which keep two cores busy by themselves. Triton decides at its first
-# import whether kernels are interpreted, so those tests need processes of their own.
+# Triton decides at its first import whether kernels are interpreted, so those tests need processes of their own.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) --ignore tests/training --ignore tests/runtime
-	$(BIN)/python -m pytest tests/training tests/runtime
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/kernels
 
 lint: $(STAMP)
