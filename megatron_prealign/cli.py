@@ -33,7 +33,10 @@ COMMANDS = {
         "checkpoints to and from Hugging Face, and the proof that they agree",
     ),
     "evaluate": ("megatron_prealign.tools.evaluate", "measure checkpoints and write report.json and report.html"),
-    "benchmark": ("megatron_prealign.tools.benchmark", "measure kernels, phases, preprocessing and conversion on this machine"),
+    "benchmark": (
+        "megatron_prealign.tools.benchmark",
+        "measure kernels, phases, preprocessing and conversion on this machine",
+    ),
     "doctor": ("megatron_prealign.tools.doctor", "check the installation, one line a part with the fix"),
 }
 

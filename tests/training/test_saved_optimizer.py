@@ -28,11 +28,19 @@ def train_with_gathered_state(values: dict[str, Any], folder: str) -> None:
         checkpoint.optimizer_state = real
 
 
+_GPT2 = {"family": "gpt2", "num_query_groups": None}
+
+
 @pytest.mark.parametrize(
     ("world_size", "parallel", "model", "precision"),
     [
         (2, {}, {}, "bf16"),
-        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"family": "gpt2", "num_query_groups": None}, "fp32"),
+        (
+            4,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            {"family": "gpt2", "num_query_groups": None},
+            "fp32",
+        ),
         (4, {"pipeline_model_parallel_size": 2}, {"share_embeddings_and_output_weights": True}, "fp32"),
     ],
 )
