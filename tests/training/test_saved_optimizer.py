@@ -28,9 +28,6 @@ def train_with_gathered_state(values: dict[str, Any], folder: str) -> None:
         checkpoint.optimizer_state = real
 
 
-_GPT2 = {"family": "gpt2", "num_query_groups": None}
-
-
 @pytest.mark.parametrize(
     ("world_size", "parallel", "model", "precision"),
     [
