@@ -52,13 +52,14 @@ def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
     """Writes and syncs the manifest of `folder`.
 
     Args:
-        records: Path relative to the folder -> record; files of the folder that are not there are read for theirs.
+        records: Path relative to the folder -> record; files of the folder that are not there are read for theirs. All
+            of them go into the manifest: a network disk may list a file later than its writer knew of it.
 
     Raises:
         OSError: it cannot be written.
         UserError: a file cannot be read.
     """
-    complete = {name: records.get(name) or record_file(folder / name) for name in list_files(folder)}
+    complete = {**{name: record_file(folder / name) for name in list_files(folder) if name not in records}, **records}
     content = {
         "format_version": _FORMAT_VERSION,
         "files": {name: asdict(record) for name, record in sorted(complete.items())},

@@ -85,3 +85,11 @@ def test_what_was_not_recorded_is_read(folder: Path) -> None:
     files = json.loads((folder / MANIFEST).read_bytes())["files"]
     assert files["weights"] == {"bytes": 1, "checksum": "xxh3:0"}
     assert files["empty"]["checksum"] == file_checksum(folder / "empty")
+
+
+def test_what_was_recorded_is_looked_for_though_it_is_not_listed(folder: Path) -> None:
+    """Another process wrote it, and the listing of a network disk is older, or it is gone."""
+    write_manifest(folder, {"later": FileRecord(1, "xxh3:0")})
+    records = read_manifest(folder)
+    assert list(records) == ["empty", "later", "tokenizer/vocab.json", "weights"]
+    assert find_damage(folder, records, checksums=False) == ["later is missing"]
