@@ -4,10 +4,11 @@ verified, and all get the same answer."""
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from megatron_prealign.checkpoint.choose import RESTORE_OR_NAME_ANOTHER, candidates, choose, set_aside, shares
+from megatron_prealign.checkpoint.choose import RESTORE_OR_NAME_ANOTHER, Choice, candidates, choose, set_aside, shares
 from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CheckpointSection, Recipe
@@ -26,12 +27,12 @@ def choose_start(recipe: Recipe) -> Start:
     folders = from_rank_zero("looking for checkpoints", lambda: candidates(directory))
     problems = partial(_problems_by_all, checksums=section.verify == "checksums")
     if folders:
-        choice = choose(folders, problems, section.on_damage)
+        choice = _choose(folders, problems, section.on_damage)
         return on_every_rank("reading the checkpoint", lambda: start_at("resume", choice))
     if section.load is None:
         return FRESH
     folders = from_rank_zero("looking for checkpoint.load", lambda: loadable(section))
-    choice = choose(folders, problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
+    choice = _choose(folders, problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
     return on_every_rank("reading the checkpoint", lambda: start_at(kind_of_load(section), choice))
 
 
@@ -41,7 +42,7 @@ def verify_checkpoint(checkpoint: Path, section: CheckpointSection) -> None:
     Raises:
         UserError: it is damaged; raised on all ranks.
     """
-    choose(
+    _choose(
         [checkpoint],
         partial(_problems_by_all, checksums=section.verify == "checksums"),
         "fail",
@@ -55,6 +56,11 @@ def settle_start(start: Start) -> None:
     choice = start.choice
     if start.kind == "resume" and choice is not None and choice.damaged:
         on_rank_zero("setting damaged checkpoints aside", lambda: set_aside(choice))
+
+
+def _choose(*arguments: Any) -> Choice:
+    """`choose`, which is the same on all ranks; one of them tells of a failure."""
+    return on_every_rank("choosing a checkpoint", lambda: choose(*arguments))
 
 
 def _problems_by_all(folder: Path, *, checksums: bool) -> list[str]:

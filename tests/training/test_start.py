@@ -13,6 +13,8 @@ from tiny import VOCAB_SIZE, Tiny
 from whole_runs import records, reseal, run, train, weights
 from workers import WorkerPool
 
+from megatron_prealign.errors import UserError
+
 STEPS = 5
 
 
@@ -94,6 +96,18 @@ def test_damaged_newest_is_left_for_the_one_before(
         "step_00000004.damaged",
         "step_00000005",
     ]
+
+
+def is_agreed(values: dict[str, Any], folder: str) -> bool:
+    """Runs in workers: whether the first process tells of a refusal for all."""
+    with pytest.raises(UserError) as caught:
+        train(values, folder)
+    return caught.value.agreed
+
+
+def test_refusal_of_a_checkpoint_is_told_once(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+    flip_a_bit(copied(trained, tmp_path, newest=1) / "step_00000001")
+    assert workers.run(2, is_agreed, values_for(tiny, tmp_path), str(tmp_path)) == [True, True]
 
 
 def test_no_good_one_left_does_not_begin_anew(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
