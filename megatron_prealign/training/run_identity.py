@@ -39,7 +39,7 @@ _RUN_FIELDS = (
     "sources",
 )
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
-_LANGUAGE_MODEL = "language_model"
+_ALIGNMENT, _LANGUAGE_MODEL = "alignment", "language_model"
 OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 """What to do about weights that were only to be loaded."""
 
@@ -91,6 +91,7 @@ def facts_of_run(
             "training.train_iters": recipe.training.train_iters,
             "training.train_tokens": recipe.training.train_tokens,
             "training.global_batch_size": recipe.training.global_batch_size,
+            "alignment.train_iters": None if recipe.alignment is None else recipe.alignment.train_iters,
         },
         "sources": [
             {
@@ -288,27 +289,27 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any
     """A run may become longer or shorter, but not shorter than it is."""
     saved, state = summary["run"], TrainState.from_dict(summary["train_state"])
     budget = mine["budget"]
-    iters, tokens = budget["training.train_iters"], budget["training.train_tokens"]
+    done = {"alignment.train_iters": state.phase_step} if summary["phase"] == _ALIGNMENT else {}
     if summary["phase"] == _LANGUAGE_MODEL:
         rows = state.consumed_samples - state.phase_start_samples
-        done = state.phase_start_tokens + rows * mine["seq_length"]
-        short = [
-            f"{name} is {value:,}, of which {used:,} are done"
-            for name, value, used in (
-                ("training.train_iters", iters, state.phase_step),
-                ("training.train_tokens", tokens, done),
-            )
-            if value is not None and value < used
-        ]
-        if short:
-            raise UserError(
-                f"{checkpoint} cannot go on with this recipe: {short[0]}; raise it, or name an older checkpoint in "
-                f"{checkpoint.parent / LATEST}"
-            )
+        done = {
+            "training.train_iters": state.phase_step,
+            "training.train_tokens": state.phase_start_tokens + rows * mine["seq_length"],
+        }
+    short = [
+        f"{name} is {budget[name]:,}, of which {used:,} are done"
+        for name, used in done.items()
+        if budget[name] is not None and budget[name] < used
+    ]
+    if short:
+        raise UserError(
+            f"{checkpoint} cannot go on with this recipe: {short[0]}; raise it, or name an older checkpoint in "
+            f"{checkpoint.parent / LATEST}"
+        )
     changed = [
         f"{name} {saved['budget'].get(name)} -> {value}"
         for name, value in budget.items()
-        if saved["budget"].get(name) != value
+        if saved["budget"].get(name) != value and (name in done or not name.startswith(_ALIGNMENT))
     ]
     if changed:
         warn_once(

@@ -130,6 +130,25 @@ def test_a_run_does_not_become_shorter_than_it_is(facts: dict[str, Any], budget:
     assert check_run(CHECKPOINT, summary, mine) == 1
 
 
+def test_the_alignment_phase_does_not_become_shorter_than_it_is(
+    facts: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = copy.deepcopy(facts)
+    mine["budget"]["alignment.train_iters"] = 2
+    with pytest.raises(UserError) as caught:
+        check_run(CHECKPOINT, summary_of(facts, "alignment", phase_step=3), mine)
+    assert str(caught.value).startswith(
+        f"{CHECKPOINT} cannot go on with this recipe: alignment.train_iters is 2, of which 3 are done; raise it"
+    )
+    with caplog.at_level(logging.WARNING):
+        # Behind its end it does not matter.
+        assert check_run(CHECKPOINT, summary_of(facts, phase_step=3), mine) == 1
+        assert caplog.text == ""
+        assert check_run(CHECKPOINT, summary_of(facts, "alignment", phase_step=2), mine) == 0
+    saved = facts["budget"]["alignment.train_iters"]
+    assert f"alignment.train_iters {saved} -> 2 since {CHECKPOINT} was saved" in caplog.text
+
+
 def test_order_of_the_sources_does_not_confuse_their_segmenters(facts: dict[str, Any]) -> None:
     mine = copy.deepcopy(facts)
     mine["sources"].reverse()
