@@ -84,7 +84,7 @@ _IGNORED = frozenset(
 # What every family but one with an encoder or adapters has.
 _FIXED = {"is_encoder_decoder": False, "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
 # Where their null means what ours does: derived from other fields, or none.
-_NULLABLE = {"num_key_value_heads", "head_dim", "n_inner", "sliding_window"}
+_NULLABLE = {"num_key_value_heads", "head_dim", "n_inner", "sliding_window", "pretraining_tp"}
 # Of a field that counts something, and of ids. Larger ones come from damaged files, and would take hours to find out.
 _MOST = 2**31
 _MOST_LAYERS = 10_000
@@ -165,7 +165,8 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     # Files of the bare model, without an output layer, name that class or none.
     fits = family is not None and (not classes or classes[0] in (family.architecture, _bare(family)))
     if family is None or not fits:
-        got = classes[0] if classes else f"model_type {kind!r}"
+        got = classes[0] if classes else "not named"
+        got = got if family is not None else f"{got} and the model_type {kind!r}"
         raise UserError(f"{name}: the architecture is {got}, which cannot be converted; expected one of {known}")
     return family
 
@@ -235,7 +236,7 @@ def _find_problems(config: Mapping[str, Any], family: Family, ignore: set[str]) 
     problems += [
         f"{key} is {config[key]!r}, only {value!r} is built in"
         for key, value in fixed.items()
-        if key not in ignore and config.get(key) is not None and config[key] != value
+        if key in config and key not in ignore and not _is_fixed(config[key], value, nullable=key in _NULLABLE)
     ]
     given = config.get("layer_types") or ["full_attention"]
     kinds = {str(kind) for kind in (given if isinstance(given, list) else [given])}
@@ -252,28 +253,48 @@ def _find_problems(config: Mapping[str, Any], family: Family, ignore: set[str]) 
     return problems
 
 
+def _is_fixed(value: Any, expected: Any, *, nullable: bool) -> bool:
+    # Null is as good as false: for a switch that has to be on it says the opposite.
+    return nullable or not expected if value is None else bool(value == expected)
+
+
 def _is_kind(value: Any, kind: type, *, nullable: bool) -> bool:
     if value is None:
         return nullable
     if kind is float:
-        return _is_number(value) and not isinstance(value, bool)
+        return _is_number(value)
     if kind is bool:
         return isinstance(value, bool)
     return type(value) is int and 0 < value <= _MOST
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        # A whole number of hundreds of digits.
+        return False
 
 
 def _our_rope(config: Mapping[str, Any], family: Family, name: str) -> tuple[float, RopeScaling | None]:
     """Base and stretching; newer files keep both in `rope_parameters`."""
-    given = config.get("rope_parameters")
-    scaling = given if given is not None else config.get("rope_scaling")
-    if scaling is not None and not isinstance(scaling, Mapping):
-        raise UserError(f"{name}: rope_scaling is {scaling!r}, expected an object or null")
-    fields = dict(scaling or {})
-    base = fields.pop("rope_theta", config.get("rope_theta", family.defaults["rope_theta"]))
+    base = config.get("rope_theta", family.defaults["rope_theta"])
+    given = {key: config.get(key) for key in ("rope_parameters", "rope_scaling")}
+    found = [_rope_form(form, base, key, name) for key, form in given.items() if form not in (None, {})]
+    bases = {form.get("rope_theta", base) for form in given.values() if form}
+    if len(set(found)) > 1 or ("rope_theta" in config and bases - {base}):
+        raise UserError(
+            f"{name}: rope_parameters, rope_scaling and rope_theta contradict each other, and versions of transformers "
+            "differ in which they take; remove those that are not meant"
+        )
+    return found[0] if found else _rope_form({}, base, "rope_scaling", name)
+
+
+def _rope_form(form: Any, base: Any, key: str, name: str) -> tuple[float, RopeScaling | None]:
+    if not isinstance(form, Mapping):
+        raise UserError(f"{name}: {key} is {form!r}, expected an object or null")
+    fields = dict(form)
+    base = fields.pop("rope_theta", base)
     # `type` is the older name, and some files have both.
     old, kind = fields.pop("type", None), fields.pop("rope_type", None)
     kind = kind or old or "default"
@@ -291,7 +312,7 @@ def _our_rope(config: Mapping[str, Any], family: Family, name: str) -> tuple[flo
     if kind == "default":
         return float(base), None
     try:
-        own = {key: fields[key] for key in _ROPE_FIELDS[kind]}
+        own = {field: fields[field] for field in _ROPE_FIELDS[kind]}
         return float(base), RopeScaling(rope_type="linear" if kind == "linear" else "llama3", **own)
     except RecipeValueError as error:
         raise UserError(f"{name}: {error}") from error

@@ -156,7 +156,7 @@ CHANGES = [
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn' is not built in"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, "has no fields, expected numbers for factor"),
     ("llama", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ("llama", {"rope_parameters": [1]}, "rope_scaling is [1], expected an object or null"),
+    ("llama", {"rope_parameters": [1]}, "rope_parameters is [1], expected an object or null"),
     (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "factor": -1.0}},
@@ -165,9 +165,16 @@ CHANGES = [
     (
         "llama",
         {"model_type": "bert"},
-        "the architecture is LlamaForCausalLM, which cannot be converted; ",
+        "the architecture is LlamaForCausalLM and the model_type 'bert', which cannot be converted; ",
     ),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "the architecture is LlamaForSequenceClass"),
+    # transformers 5 takes the older field, which would be lost here.
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict each other"),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, "contradict each other"),
+    ("llama", {"rope_parameters": {"rope_theta": True}}, "with base True has no fields"),
+    ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "expected numbers for nothing more"),
+    ("llama", {"rms_norm_eps": 10**400}, "expected a number"),
+    ("llama", {"hidden_act": None}, "hidden_act is None, only 'silu' is built in"),
     ("llama", {"hidden_size": None}, "hidden_size missing"),
     ("llama", {"hidden_size": "32"}, "hidden_size is '32', expected a whole number above 0"),
     ("llama", {"num_hidden_layers": 10**9}, "it has 1,000,000,000 layers, expected at most 10,000"),
@@ -179,6 +186,8 @@ CHANGES = [
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
     ("qwen3", {"attention_bias": True}, "attention_bias is True"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    # transformers takes null for false: attention that is not scaled.
+    ("gpt2", {"scale_attn_weights": None}, "scale_attn_weights is None, only True is built in"),
     ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', only 'gelu_new'"),
     ("gpt2", {"resid_pdrop": 0.0}, "embd_pdrop is 0.1, another field says 0.0"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
@@ -226,7 +235,7 @@ def test_the_context_is_that_of_the_training_unless_the_model_names_one() -> Non
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.just(10**400) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
