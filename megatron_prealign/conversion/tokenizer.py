@@ -19,6 +19,7 @@ from megatron_prealign.errors import UserError
 _ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a tokenizer's author said that decides no ids.
 _KEPT = ("additional_special_tokens", "extra_special_tokens", "chat_template", "padding_side")
+_CHAT_TEMPLATE = "chat_template.jinja"
 # transformers 5 takes its own class for these families, reads the vocabulary alone of a tokenizer.json and cuts texts
 # as Qwen's tokenizer does, whatever the file and the tokenizer's config say.
 _OWN_CLASS = {"qwen2": ("Qwen2Tokenizer", "Qwen2TokenizerFast")}
@@ -106,6 +107,9 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
     if isinstance(base, HuggingFaceTokenizer):
         folder = base.path
         definition, config, kind = _cleaned(read_definition(folder)), read_config(folder), "tokenizers"
+        # How newer versions of transformers keep it; they read the one in the config, too.
+        if (folder / _CHAT_TEMPLATE).is_file():
+            shutil.copyfile(folder / _CHAT_TEMPLATE, output / _CHAT_TEMPLATE)
     else:
         definition, kind = sentencepiece_definition(base.path), f"sentencepiece ({base.path.name})"
         notes += _sentencepiece_notes(definition)
@@ -264,7 +268,8 @@ def check_tokenizer(source: Path, output: Path, vocab_size: int) -> list[str]:
         )
     # Only a warning about long texts depends on it.
     theirs.model_max_length = 1 << 40
-    names = [str(token) for token in theirs.added_tokens_decoder.values()]
+    # Added tokens that are not special are found in a text by both.
+    names = [str(token) for token in theirs.added_tokens_decoder.values() if token.special]
     texts = [text for text in (*_CHECK_TEXTS, *_piece_texts(ours)) if not any(name in text for name in names)]
     expected = ours.encode_batch(texts)
     found = [theirs(text).input_ids for text in texts]

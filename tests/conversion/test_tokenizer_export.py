@@ -250,6 +250,31 @@ def test_other_ids_are_found(tmp_path: Path) -> None:
         check_tokenizer(source, output, 599)
 
 
+def test_added_tokens_that_are_in_every_text_hide_no_other_ids(tmp_path: Path) -> None:
+    source = make_byte_bpe(tmp_path / "tokenizer")
+    data = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    names = [*"abcdefghijklmnopqrstuvwxyz ", "0", "1"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    data["added_tokens"] += [{"id": data["model"]["vocab"].get(name, 600), "content": name, **flags} for name in names]
+    (source / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    output = tmp_path / "out"
+    export(source, output)
+    rows = load_tokenizer(source).vocab_size
+    assert check_tokenizer(source, output, rows) == []
+    data = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = data["model"]["vocab"]
+    vocabulary["A"], vocabulary["C"] = vocabulary["C"], vocabulary["A"]
+    (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(UserError, match="gives other ids than the training had"):
+        check_tokenizer(source, output, rows)
+
+
+def test_a_chat_template_goes_along(tmp_path: Path) -> None:
+    source = make_byte_bpe(tmp_path / "tokenizer")
+    (source / "chat_template.jinja").write_text("{{ messages[0] }}", encoding="utf-8")
+    assert export(source, tmp_path / "out").chat_template == "{{ messages[0] }}"
+
+
 def test_a_copy_is_a_copy(tmp_path: Path) -> None:
     source = make_byte_bpe(tmp_path / "tokenizer")
     shutil.copy(source / "tokenizer.json", source / "other.json")
