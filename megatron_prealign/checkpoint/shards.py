@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -153,6 +154,11 @@ class ShardReader:
         elements = sum(math.prod(stop - begin for begin, stop in region) for _, region in wanted)
         if elements != math.prod(shape):
             raise self._damaged(f"{key}: {METADATA} places {elements:,} of its {math.prod(shape):,} elements")
+        # Parts that are there twice would hide others that are not: of those nothing would be filled.
+        if any(_meet(one, other) for (_, one), (_, other) in combinations(wanted, 2)):
+            raise self._damaged(f"{key}: {METADATA} places some of its elements twice")
+        for part, _ in wanted:
+            self._check_length(key, part)
         out = torch.empty(shape, dtype=facts.dtype)
         for part, region in wanted:
             target = out[tuple(slice(b - s, e - s) for (b, e), s in zip(region, start, strict=True))]
@@ -186,7 +192,8 @@ class ShardReader:
             name = place.relative_path
             if not inside or Path(name).name != name or place.offset < 0:
                 raise ValueError(f"{key} at {start} does not fit")
-            # Every byte of a tensor is in a file: no made-up shape can ask for more memory than there are bytes.
+            # Every byte of a tensor is in a file: with its length compared with the file when it is read, no made-up
+            # shape can ask for more memory than there are bytes.
             if math.prod(extent) * size > place.length:
                 raise ValueError(f"{key} at {start} has more elements than bytes")
             yield _Part(start, extent, name, place.offset, place.length)
@@ -214,6 +221,14 @@ class ShardReader:
             reason = (str(error).splitlines() or [""])[0]
             raise self._damaged(f"{key} in {part.file}: {type(error).__name__}: {reason}") from error
 
+    def _check_length(self, key: str, part: _Part) -> None:
+        """Before memory is asked for that a made-up length would allow."""
+        size = os.fstat(self._open(part.file)).st_size
+        if part.offset + part.length > size:
+            raise self._damaged(
+                f"{key} in {part.file}: the file ends at byte {size:,}, expected {part.offset + part.length:,}"
+            )
+
     def _open(self, name: str) -> int:
         if name not in self._files:
             try:
@@ -233,6 +248,10 @@ def _overlap(part: _Part, start: list[int], shape: list[int]) -> list[tuple[int,
         for own, size, begin, extent in zip(part.start, part.shape, start, shape, strict=True)
     ]
     return None if any(begin >= stop for begin, stop in region) else region
+
+
+def _meet(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
+    return all(begin < stop and start < end for (begin, end), (start, stop) in zip(one, other, strict=True))
 
 
 def _storage_of(descriptor: int, part: _Part) -> tuple[int, int]:

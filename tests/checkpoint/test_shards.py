@@ -156,6 +156,28 @@ def test_parts_that_are_missing_or_made_up_are_named(checkpoint: Path, tmp_path:
     with pytest.raises(UserError, match="more elements than bytes"):
         ShardReader(folder)
 
+    def lie(metadata: Any) -> None:
+        for place in metadata.storage_data.values():
+            place.length = 2**50
+
+    changed_metadata(folder, lie)
+    with ShardReader(folder) as reader, pytest.raises(UserError, match=r"the file ends at byte .*, expected 1,125,"):
+        reader.read(key)
+
+
+def test_a_part_that_is_there_twice_hides_no_other(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, tensor_parallel=2) as writer:
+        writer.add("halves", torch.arange(16.0).reshape(4, 4), split=0)
+        writer.close()
+
+    def repeat(metadata: Any) -> None:
+        chunks = metadata.state_dict_metadata["halves"].chunks
+        chunks[1] = chunks[0]
+
+    changed_metadata(tmp_path, repeat)
+    with ShardReader(tmp_path) as reader, pytest.raises(UserError, match="places some of its elements twice"):
+        reader.read("halves")
+
 
 class Harmful:
     def __init__(self, target: str) -> None:
