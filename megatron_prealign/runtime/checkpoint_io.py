@@ -51,6 +51,8 @@ _TOKEN = ".save"
 _LONGEST_PAUSE_S = 1.0
 # What a client of a network disk may take to see a file of another one.
 _VISIBLE_WITHIN_S = 5.0
+# How much later than this one another rank may be done with its part, when it is not sure that it is still there.
+_OTHERS_WITHIN_S = 5.0
 
 FileFacts = tuple[int, str]
 """Bytes and checksum of a file, as they were written."""
@@ -282,7 +284,9 @@ class BackgroundSave:
         self._staged = staged
         self._complete = complete
         self._timeout_s = timeout_s
-        self._deadline_s = time.monotonic() + timeout_s
+        self._started_s = time.monotonic()
+        self._deadline_s = self._started_s + timeout_s
+        self._others_deadline_s = self._deadline_s
         self._error: Exception | None = None
         self._written, self._over, self._cancelled = threading.Event(), threading.Event(), threading.Event()
         # Daemons: a write that never returns must not keep the process alive after the timeout.
@@ -322,6 +326,18 @@ class BackgroundSave:
             UserError: the disk failed or did not answer in time.
         """
         self._wait(self._over)
+
+    def wait_without_others(self) -> None:
+        """`wait` when another rank may have ended, which leaves no receipt: theirs are waited for about as long as this
+        rank's part took.
+
+        Raises:
+            UserError: the disk failed or did not answer in time, or there was no receipt.
+        """
+        self._wait(self._written)
+        now_s = time.monotonic()
+        self._others_deadline_s = min(self._deadline_s, now_s + max(_OTHERS_WITHIN_S, now_s - self._started_s))
+        self.wait()
 
     def _wait(self, event: threading.Event) -> None:
         if not event.wait(max(0.0, self._deadline_s - time.monotonic())):
@@ -404,8 +420,11 @@ class BackgroundSave:
             if len(results) < self._staged.world_size:
                 if self._cancelled.wait(pause_s):
                     raise _CancelledError
-                if time.monotonic() > self._deadline_s:
-                    self._raise_late(f"process {missing[0]} did not say that its part is written")
+                now_s, silent = time.monotonic(), f"process {missing[0]} did not say that its part is written"
+                if now_s > self._deadline_s:
+                    self._raise_late(silent)
+                if now_s > self._others_deadline_s:
+                    raise UserError(self._staged.target.failure(silent))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return [results[rank] for rank in sorted(results)], facts
 

@@ -99,6 +99,11 @@ class CheckpointStore:
         """Whether this rank knows that the save under way cannot succeed."""
         return self._writing is not None and self._writing.failed
 
+    @property
+    def under_way(self) -> bool:
+        """Whether this rank has not done its part of the last save yet."""
+        return self._writing is not None and not self._writing.is_over
+
     def save(
         self,
         chunks: Sequence[torch.nn.Module],
@@ -180,7 +185,7 @@ class CheckpointStore:
         if writing is None:
             return
         try:
-            writing.wait()
+            writing.wait_without_others()
         except Exception as error:
             logger.error("%s", error)
 

@@ -159,6 +159,28 @@ def receipt_tells_the_first_rank(folder: str) -> str:
     return answer
 
 
+def wait_for_one_that_is_gone(folder: str) -> str:
+    """What the first process says when another one leaves no receipt."""
+    from megatron_prealign.runtime import checkpoint_io
+
+    rank, world_size = started()
+    target = checkpoint_io.Target(Path(folder), Path("final"), None)
+    staged = checkpoint_io.stage(
+        sharded(rank, world_size, filled=True), target, buffers=checkpoint_io.HostBuffers(), timeout_s=60
+    )
+    if rank:
+        return ""
+    real, checkpoint_io._OTHERS_WITHIN_S = checkpoint_io._OTHERS_WITHIN_S, 0.1
+    try:
+        # Without end: the test would run into its own limit.
+        checkpoint_io.BackgroundSave(staged, timeout_s=1e6, complete=lambda facts: None).wait_without_others()
+    except UserError as error:
+        return str(error)
+    finally:
+        checkpoint_io._OTHERS_WITHIN_S = real
+    return "the checkpoint is complete"
+
+
 def save_where_one_rank_is_stuck(folder: str, stuck: int) -> None:
     rank, world_size = started()
     release = threading.Event()
@@ -256,6 +278,11 @@ def test_saved_state_comes_back_and_no_process_is_started(
     facts = results[0]["facts"]
     assert facts == results[0]["true_facts"]
     assert facts.keys() == results[0]["files"] - {".metadata", "metadata.json"}
+
+
+def test_process_that_is_gone_is_not_waited_for_until_the_timeout(workers: WorkerPool, tmp_path: Path) -> None:
+    answer, _ = workers.run(2, wait_for_one_that_is_gone, str(tmp_path), timeout_s=60)
+    assert "cannot be written: process 1 did not say that its part is written; there is none before it" in answer
 
 
 @pytest.mark.parametrize("receipts", [True, False])

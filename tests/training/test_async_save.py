@@ -242,7 +242,8 @@ sys.exit(cli.main(["pretrain", "--config", sys.argv[2]]))
 
 
 def test_process_that_dies_while_saving_ends_the_other_with_a_line(tiny: Tiny, tmp_path: Path) -> None:
-    values = values_for(tiny, tmp_path, save_interval=1, timeout_minutes=0.05)
+    # checkpoint.timeout_minutes is half an hour: nobody waits so long for one that is gone.
+    values = values_for(tiny, tmp_path, save_interval=1)
     values["training"]["train_iters"] = 200
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(values))
@@ -256,7 +257,7 @@ def test_process_that_dies_while_saving_ends_the_other_with_a_line(tiny: Tiny, t
         for rank in (0, 1)
     ]
     try:
-        _, told = processes[0].communicate(timeout=60)
+        _, told = processes[0].communicate(timeout=200)
         processes[1].communicate(timeout=10)
     finally:
         for process in processes:
@@ -330,25 +331,28 @@ def test_time_limit_saves_and_ends_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("rank", "longest_save_s", "elapsed_s", "late"),
+    ("rank", "longest_save_s", "under_way", "elapsed_s", "late"),
     [
         # A limit of 1,000 s, steps of 10 s: two more of them, and a tenth of the limit before a save was measured.
-        (0, 0.0, 870, False),
-        (0, 0.0, 890, True),
+        (0, 0.0, False, 870, False),
+        (0, 0.0, False, 890, True),
         # One and a half times a measured one.
-        (0, 20.0, 940, False),
-        (0, 20.0, 960, True),
-        (0, 400.0, 390, True),
+        (0, 20.0, False, 940, False),
+        (0, 20.0, False, 960, True),
+        (0, 400.0, False, 390, True),
+        # Twice that while one is being written.
+        (0, 20.0, True, 910, False),
+        (0, 20.0, True, 930, True),
         # The clocks of other ranks do not count.
-        (1, 0.0, 2000, False),
+        (1, 0.0, False, 2000, False),
     ],
 )
 def test_time_limit_leaves_room_for_two_steps_and_the_save(
-    monkeypatch: pytest.MonkeyPatch, rank: int, longest_save_s: float, elapsed_s: float, late: bool
+    monkeypatch: pytest.MonkeyPatch, rank: int, longest_save_s: float, under_way: bool, elapsed_s: float, late: bool
 ) -> None:
     now_s = 5000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    saves: Any = SimpleNamespace(failed=False, longest_s=longest_save_s)
+    saves: Any = SimpleNamespace(failed=False, under_way=under_way, longest_s=longest_save_s)
     callback = StopOnRequest(saves, exit_after_minutes=1000 / 60, started_s=now_s - elapsed_s)
     callback._rank = rank
     callback._last_step_s = now_s - 10.0

@@ -23,7 +23,7 @@ def trainer_at(step: int) -> Any:
     return SimpleNamespace(state=SimpleNamespace(step=step), runtime=SimpleNamespace(rank=0))
 
 
-NO_SAVES: Any = SimpleNamespace(failed=False, longest_s=0.0)
+NO_SAVES: Any = SimpleNamespace(failed=False, under_way=False, longest_s=0.0)
 
 
 @pytest.fixture
