@@ -137,7 +137,8 @@ class HuggingFaceFolder:
         if not allow_pickle:
             raise UserError(
                 f"{self.path}: its weights are a pickle ({_PICKLE}), expected {_SAFETENSORS}; save the model again "
-                "with transformers, or read it with --allow-pickle (torch's weights_only, which runs no code)"
+                "with transformers (convert from-hf also reads it with --allow-pickle, by torch's weights_only, which "
+                "runs no code)"
             )
         return _PICKLE
 
@@ -279,12 +280,14 @@ class HuggingFaceFolder:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that lies in memory number by number, as weights do."""
+    """Whether it is a tensor that lies in memory number by number, as weights do: one of a few numbers could otherwise
+    say that it has any size."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
+        and value.untyped_storage().nbytes() >= value.nbytes
     )
 
 

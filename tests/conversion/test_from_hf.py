@@ -215,6 +215,9 @@ def test_gpt2_as_it_was_published(saved: dict[str, Path], tmp_path: Path) -> Non
     change_config(folder, architectures=["GPT2Model"])
     from_huggingface(folder, tmp_path / "old")
     from_huggingface(saved["gpt2"], tmp_path / "new")
+    # No buffer, for all the end of its name.
+    save_file(old | {"h.9.attn.c_attn.bias": torch.ones(96)}, folder / "model.safetensors")
+    assert "h.9.attn.c_attn.bias is not known" in refusal(folder, tmp_path / "other")
     assert read_manifest(tmp_path / "old")["__0_0.distcp"] == read_manifest(tmp_path / "new")["__0_0.distcp"]
 
 

@@ -141,7 +141,14 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [[1], {"state_dict": {"a": torch.ones(1)}}, {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(1, device="meta")}],
+    [
+        [1],
+        {"state_dict": {"a": torch.ones(1)}},
+        {"a": torch.ones(2).to_sparse()},
+        {"a": torch.ones(1, device="meta")},
+        # One number that says it is as many as no memory holds.
+        {"a": torch.ones(1).expand(2**24, 2**24)},
+    ],
 )
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
     text = error_of(pickled(tmp_path, content), allow_pickle=True)

@@ -79,5 +79,5 @@ FAMILY = Family(
     last=_norm("decoder.final_layernorm.", "transformer.ln_f", ("weight", "bias")),
     output=Same("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0),
     layer_name="transformer.h.{}.",
-    buffers=("attn.bias", "attn.masked_bias"),
+    buffers=(".attn.bias", ".attn.masked_bias"),
 )
