@@ -2,7 +2,9 @@
 of a second."""
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -95,8 +97,14 @@ def find_problems(folder: Path) -> tuple[list[str], bool]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files in it."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Size of all files in it, but for those that a save or a removal takes away meanwhile."""
+    total = 0
+    # Unlike rglob it passes over folders that are gone.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def render(listed: Sequence[ListedCheckpoint]) -> list[str]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_prealign.checkpoint.export import export_weights
 from megatron_prealign.checkpoint.folder import read_state
-from megatron_prealign.checkpoint.listing import list_checkpoints, readable_bytes
+from megatron_prealign.checkpoint.listing import folder_bytes, list_checkpoints, readable_bytes
 from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
 from megatron_prealign.checkpoint.shards import ShardReader
 from megatron_prealign.cli import main
@@ -381,3 +381,23 @@ def test_any_bytes_in_the_small_files(whole: Path, tmp_path: Path, data: st.Data
 )
 def test_sizes_are_readable(count: float, text: str) -> None:
     assert readable_bytes(int(count)) == text
+
+
+def test_files_that_a_save_takes_away_meanwhile_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "stays").write_bytes(b"12345")
+    going = [tmp_path / "one", tmp_path / "other"]
+    for file in going:
+        file.write_bytes(b"123")
+    stat = os.stat
+
+    def go(path: Any, **options: Any) -> Any:
+        found = stat(path, **options)
+        if Path(path) in going:
+            for file in going:
+                file.unlink()
+        return found
+
+    monkeypatch.setattr(os, "stat", go)
+    # The first one was seen.
+    assert folder_bytes(tmp_path) == 8
