@@ -263,7 +263,7 @@ def test_added_tokens_that_are_in_every_text_hide_no_other_ids(tmp_path: Path) -
     assert check_tokenizer(source, output, rows) == []
     data = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = data["model"]["vocab"]
-    vocabulary["A"], vocabulary["C"] = vocabulary["C"], vocabulary["A"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(UserError, match="gives other ids than the training had"):
         check_tokenizer(source, output, rows)
