@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.checkpoint.folder import LATEST, named_latest, step_folders, step_of
+from megatron_prealign.checkpoint.folder import LATEST, named_latest, point_latest, step_folders, step_of
 from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
-from megatron_prealign.disk import sync_file, sync_folder
+from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime.log import warn_once
 
@@ -148,10 +148,7 @@ def set_aside(choice: Choice) -> None:
     """
     directory = choice.checkpoint.parent
     if named_latest(directory) != choice.checkpoint:
-        pointer = directory / f".{LATEST}.incomplete"
-        pointer.write_text(choice.checkpoint.name + "\n", encoding="utf-8")
-        sync_file(pointer)
-        os.replace(pointer, directory / LATEST)
+        point_latest(directory, choice.checkpoint.name)
     for folder in choice.damaged:
         target, number = folder.with_name(folder.name + DAMAGED), 1
         while target.exists():

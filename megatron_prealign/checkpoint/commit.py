@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_prealign.checkpoint.folder import LATEST, STATE
+from megatron_prealign.checkpoint.folder import STATE, point_latest
 from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
 from megatron_prealign.disk import sync_file, sync_folder
@@ -89,11 +89,7 @@ def commit(working: Path, final: Path, records: Mapping[str, FileRecord]) -> Non
         os.replace(final, directory / f".{final.name}.abandoned.incomplete")
     os.replace(working, final)
     sync_folder(directory)
-    pointer = directory / f".{LATEST}.incomplete"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    sync_file(pointer)
-    os.replace(pointer, directory / LATEST)
-    sync_folder(directory)
+    point_latest(directory, final.name)
 
 
 def tidy(final: Path, recipe: Recipe) -> None:

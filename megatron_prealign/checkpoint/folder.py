@@ -3,11 +3,13 @@ without it."""
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron_prealign.checkpoint.manifest import MANIFEST
+from megatron_prealign.disk import sync_file, sync_folder
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime.log import warn_once
 
@@ -63,6 +65,19 @@ def named_latest(directory: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     return directory / name if _STEP.fullmatch(name) else None
+
+
+def point_latest(directory: Path, name: str) -> None:
+    """Makes `latest` name a folder; a kill leaves what it named before, or the new name.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    pointer = directory / f".{LATEST}.incomplete"
+    pointer.write_text(name + "\n", encoding="utf-8")
+    sync_file(pointer)
+    os.replace(pointer, directory / LATEST)
+    sync_folder(directory)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

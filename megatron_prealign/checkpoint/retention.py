@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_prealign.checkpoint.folder import LATEST, read_state, step_of
+from megatron_prealign.checkpoint.folder import named_latest, read_state, step_of
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CheckpointSection
@@ -35,19 +35,15 @@ def prune(directory: Path, newest: Path, section: CheckpointSection) -> None:
     assert written is not None
     good = {path: step for path in directory.glob("step_*") if (step := step_of(path)) is not None and _is_good(path)}
     held = {path for path, step in good.items() if section.keep_every and step % section.keep_every == 0}
-    held |= {newest, directory / _named_latest(directory), *_best(list(good), section)}
+    held |= {newest, *_best(list(good), section)}
+    named = named_latest(directory)
+    if named is not None:
+        held.add(named)
     others = [path for path in good if path != newest]
     in_order = sorted(others, key=lambda path: (good[path] < written, good[path]))
     for path in in_order[: max(0, len(others) + 1 - section.keep)]:
         if path not in held:
             _remove(path)
-
-
-def _named_latest(directory: Path) -> str:
-    try:
-        return (directory / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return ""
 
 
 def _is_good(checkpoint: Path) -> bool:

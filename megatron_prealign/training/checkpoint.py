@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_prealign.checkpoint.commit import Beside, commit, tidy, write_beside
-from megatron_prealign.checkpoint.folder import LATEST, step_name, working_name
-from megatron_prealign.checkpoint.manifest import MANIFEST, FileRecord
+from megatron_prealign.checkpoint.folder import is_complete, named_latest, step_name, working_name
+from megatron_prealign.checkpoint.listing import folder_bytes
+from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.agreement import from_rank_zero
@@ -200,7 +200,7 @@ class CheckpointStore:
             report.seconds = time.perf_counter() - start_s
             if not self._recipe.checkpoint.async_save:
                 report.paused_s = report.seconds
-            report.bytes = _size(target.name)
+            report.bytes = folder_bytes(target.name)
             self.longest_s = max(self.longest_s, report.seconds)
             self.reports.append(report)
             logger.info(
@@ -241,9 +241,8 @@ class CheckpointStore:
         """Makes the folder to write into; returns the name of the newest complete checkpoint."""
 
         def look() -> str | None:
-            pointer = self.directory / LATEST
-            name = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
-            return name if name and (self.directory / name / MANIFEST).exists() else None
+            named = named_latest(self.directory)
+            return named.name if named is not None and is_complete(named) else None
 
         def make() -> None:
             remove_unfinished(self.directory)
@@ -253,7 +252,3 @@ class CheckpointStore:
         previous = target.answer(look, timeout_s)
         Target(target.folder, target.name, previous).answer(make, timeout_s)
         return previous
-
-
-def _size(checkpoint: Path) -> int:
-    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_prealign.checkpoint.choose import listed
 from megatron_prealign.checkpoint.folder import read_state
+from megatron_prealign.checkpoint.weights import is_weight
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime import random_state
 from megatron_prealign.runtime.agreement import control_group, on_every_rank
@@ -37,8 +38,6 @@ from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-# What the keys of a model's tensors begin with; those of the optimizer and of what lies beside have other beginnings.
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _ADVICE = "start again with checkpoint.verify checksums, which finds the damaged file and what to go on from"
 
 
@@ -116,7 +115,7 @@ def _check_tensors(chunks: Sequence[torch.nn.Module], checkpoint: Path) -> None:
     each: list[dict[str, tuple[int, ...] | None]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(each, own, group=control_group())
     wanted = {key: shape for shapes in each for key, shape in shapes.items()}
-    extra = sorted(key for key in saved if key.startswith(_MODEL_KEYS) and key not in wanted)
+    extra = sorted(key for key in saved if is_weight(key) and key not in wanted)
     problems = [f"{key} is missing" for key in sorted(wanted) if key not in saved]
     problems += [f"{key} is there and not in the model" for key in extra]
     problems += [
