@@ -97,7 +97,8 @@ def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (
             ["codeswitch"],
             2,
-            "unknown action 'codeswitch', expected one of code-switch, contrastive, phases, preprocess, resources",
+            "unknown action 'codeswitch', expected one of code-switch, contrastive, phases, preprocess, convert, "
+            "resources",
         ),
         (["resources", "--capability", "9"], 2, "--capability is 9, expected 80 (A100) to 121"),
         (["resources", "--output", "no/x.csv"], 2, "--output no/x.csv lies in no, which is no folder"),

@@ -37,7 +37,12 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         *[[command, "--help"] for command in cli.COMMANDS],
         *[["dictionary", action, "--help"] for action in ("build", "coverage", "report", "merge", "preview")],
         *[["dataset", action, "--help"] for action in ("merge", "inspect", "verify", "repair", "prepare-cache")],
-        *[["benchmark", action, "--help"] for action in ("code-switch", "contrastive", "preprocess", "resources")],
+        *[["checkpoint", action, "--help"] for action in ("list", "inspect", "verify", "export-weights")],
+        *[["convert", action, "--help"] for action in ("to-hf", "from-hf", "verify")],
+        *[
+            ["benchmark", action, "--help"]
+            for action in ("code-switch", "contrastive", "preprocess", "convert", "resources")
+        ],
     ],
     ids=" ".join,
 )

@@ -11,8 +11,7 @@ from dataset_parts import EOD, VOCAB_SIZE, make_dataset, random_documents, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prealign import cli
-from megatron_prealign.data import checksum
+from megatron_prealign import checksum, cli
 from megatron_prealign.data import verify as verify_module
 from megatron_prealign.data.indexed import import_indexed_dataset
 from megatron_prealign.data.sidecar import TokenizerRecord, load_sidecar, save_sidecar

@@ -128,7 +128,7 @@ def engine_attention(reset_attention_mask: bool) -> tuple[str, str]:
     from megatron_prealign.model import config
 
     recipe: Any = SimpleNamespace(
-        model=SimpleNamespace(transformer_impl="transformer_engine"),
+        model=SimpleNamespace(transformer_impl="transformer_engine", qk_layernorm=False),
         data=SimpleNamespace(reset_attention_mask=reset_attention_mask),
     )
     engines = get_gpt_layer_local_spec()
