@@ -300,8 +300,22 @@ def _write_tokenizer(
         generation |= own
     _write_json(working / "config.json", config)
     _write_json(working / "generation_config.json", generation)
+    _check_config(source, working)
     found = [] if mode == "copy" else check_tokenizer(folder, working, vocab_size)
     return exported, [*exported.notes, *_policy_notes(source.summary), *found]
+
+
+def _check_config(source: Source, working: Path) -> None:
+    """Opens config.json: versions of transformers refuse shapes that others take, and that train."""
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(str(working), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds.
+        raise UserError(
+            f"{source.folder}: transformers {transformers.__version__} does not open a {source.model.family} of this "
+            f"shape ({' '.join(str(error).split())}); another version of it may"
+        ) from error
 
 
 def _policy_notes(summary: dict[str, Any]) -> list[str]:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CONFIGS, ROWS, logits_of, make_model, rows_of_tokens, save_model, train
+from hf_models import CONFIGS, ROWS, SHAPE, change_config, logits_of, make_model, rows_of_tokens, save_model, train
 from our_models import logits
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from workers import WorkerPool
 
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
+from megatron_prealign.errors import UserError
 
 # fp32, sums in another order through four layers; logits are of order 1.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -69,3 +70,21 @@ def test_half_the_bits(tmp_path: Path, name: str) -> None:
     result = convert(name, tmp_path, dtype=torch.bfloat16)
     assert_same_tensors(result.theirs, result.back)
     assert next(iter(load_file(result.back / "model.safetensors").values())).dtype is torch.bfloat16
+
+
+def test_a_shape_that_transformers_does_not_open_is_refused(tmp_path: Path) -> None:
+    """Newer versions take a Llama only if its heads divide the hidden size. Mistral's tensors are the same."""
+    shape = {**SHAPE, "num_attention_heads": 6, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(MistralConfig(**shape, sliding_window=None))
+    theirs = save_model(model, tmp_path / "theirs")
+    change_config(theirs, architectures=["LlamaForCausalLM"], model_type="llama", sliding_window=None)
+    from_huggingface(theirs, tmp_path / "ours")
+    try:
+        LlamaConfig(**shape)
+    except Exception:  # Of huggingface_hub, by a name of its own.
+        with pytest.raises(UserError, match=r"does not open a llama of this shape \(.*multiple of"):
+            to_huggingface(tmp_path / "ours", tmp_path / "back", ToHuggingFace(), show_progress=False)
+        assert not (tmp_path / "back").exists()
+    else:
+        to_huggingface(tmp_path / "ours", tmp_path / "back", ToHuggingFace(), show_progress=False)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "back")
