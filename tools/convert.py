@@ -184,6 +184,8 @@ class VerifyOptions:
     """Largest difference of states and logits, against the largest number there."""
     logits: bool = True
     """Run the models; false compares tensors and tokenizers alone, in little memory."""
+    ignore_config_field: list[str] = field(default_factory=list)
+    """Fields of config.json that are not known here and do not change the maths; you vouch for it."""
     output: str | None = None
     """JSON file to write the whole report to."""
 
@@ -210,6 +212,7 @@ def verify(argv: Sequence[str]) -> int:
         text=DEFAULT_TEXT if options.text is None else _read_text(Path(options.text)),
         tolerance=options.tolerance,
         logits=options.logits,
+        ignore_config_fields=options.ignore_config_field,
     )
     print("\n".join(render(report)))
     if options.output is not None:

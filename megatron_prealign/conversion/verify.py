@@ -1,7 +1,7 @@
 """Whether a checkpoint and a folder of transformers are the same model: tensor by tensor, and on a text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ def verify(
     text: str = DEFAULT_TEXT,
     tolerance: float = 1e-4,
     logits: bool = True,
+    ignore_config_fields: Collection[str] = (),
     show_progress: bool = True,
     leave_process_group: bool = False,
 ) -> VerifyReport:
@@ -110,6 +111,7 @@ def verify(
         text: What to run through both models; the first tokens, as many as the model can take.
         tolerance: For states and logits, against the largest number there.
         logits: Run the models at all.
+        ignore_config_fields: Fields of config.json that the user vouches for.
         leave_process_group: Keep torch's process group for the caller, who started it.
 
     Raises:
@@ -120,7 +122,7 @@ def verify(
     source = open_source(found)
     folder = HuggingFaceFolder(model)
     report = VerifyReport(str(source.folder), str(model), tolerance)
-    report.config = _compare_config(source, folder)
+    report.config = _compare_config(source, folder, ignore_config_fields)
     report.tensors = _compare_tensors(source, folder, show_progress)
     ids = _compare_tokenizers(source, model, text, report)
     # Of another architecture or shape nothing could be said layer by layer.
@@ -143,12 +145,12 @@ def _types(folder: HuggingFaceFolder) -> tuple[torch.dtype, torch.dtype | None]:
     return (found.pop() if len(found) == 1 else torch.float32), None
 
 
-def _compare_config(source: Source, folder: HuggingFaceFolder) -> list[str]:
+def _compare_config(source: Source, folder: HuggingFaceFolder, ignore: Collection[str]) -> list[str]:
     name = str(folder.path / "config.json")
     expected = huggingface_config(
         source.model, vocab_size=source.summary["vocab_size"], seq_length=source.seq_length, dtype="float32", eod_id=0
     )
-    ours, theirs = _maths(expected, name), _maths(folder.config, name)
+    ours, theirs = _maths(expected, name), _maths(folder.config, name, ignore)
     return [
         f"{key} is {theirs.get(key)!r}, expected {ours.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
@@ -160,8 +162,8 @@ def _compare_config(source: Source, folder: HuggingFaceFolder) -> list[str]:
     )
 
 
-def _maths(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = section_of(model_values(config, name))
+def _maths(config: Mapping[str, Any], name: str, ignore: Collection[str] = ()) -> dict[str, Any]:
+    section = section_of(model_values(config, name, ignore=ignore))
     derived = {
         "num_query_groups": section.query_groups,
         "ffn_hidden_size": section.mlp_width,

@@ -345,6 +345,13 @@ def test_the_verify_command_tells_by_its_status(half: Path, tmp_path: Path, caps
     assert cli.main([*arguments, "--output", str(tmp_path / "report.json")]) == 0
     assert "the two are the same model" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["agrees"] is True
+    # As `from-hf` takes it.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"made_up": 1}))
+    assert cli.main(arguments) == 2
+    assert "--ignore-config-field" in capsys.readouterr().err
+    assert cli.main([*arguments, "--ignore-config-field", "made_up"]) == 0
+    (model / "config.json").write_text(json.dumps(config))
     (tmp_path / "text").write_bytes(b"\xff")
     assert cli.main([*arguments, "--text", str(tmp_path / "text")]) == 2
     (model / "tokenizer.json").write_text(
