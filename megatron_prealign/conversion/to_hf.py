@@ -145,9 +145,7 @@ def _some(problems: Sequence[str]) -> str:
     return "; ".join(problems[:_MOST_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def read_weights(
-    source: Source, dtype: torch.dtype | None = None
-) -> Iterator[tuple[Entry, dict[str, torch.Tensor], int]]:
+def read_weights(source: Source, dtype: torch.dtype | None = None) -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
     """Every tensor of a checkpoint as transformers has it, in the order of the model.
 
     Memory: one tensor of the checkpoint and what is made of it.
@@ -157,7 +155,7 @@ def read_weights(
             in the checkpoint.
 
     Yields:
-        The entry, name -> tensor, and the bytes that were read.
+        The entry, and name -> tensor.
 
     Raises:
         UserError: the checkpoint is damaged, or a number is NaN, infinite or too large for `dtype`.
@@ -166,7 +164,6 @@ def read_weights(
         prefix = masters_of(reader, dtype) or ""
         for entry in source.plan.entries:
             ours = reader.read(prefix + entry.key, entry.layer)
-            read = ours.nbytes
             if entry.vocabulary:
                 ours = ours[: entry.shape[0]]
             name = entry.key if entry.layer is None else f"{entry.key}, layer {entry.layer}"
@@ -179,7 +176,7 @@ def read_weights(
                         f"{dtype}; choose bf16 or fp32"
                     )
                 ours = converted
-            yield entry, entry.to_huggingface(ours), read
+            yield entry, entry.to_huggingface(ours)
 
 
 def masters_of(reader: ShardReader, dtype: torch.dtype | None) -> str | None:
@@ -247,7 +244,7 @@ def to_huggingface(
             with Progress(
                 "write weights", writer.total_bytes, unit="B", unit_scale=True, enabled=show_progress
             ) as progress:
-                for _, theirs, _ in read_weights(source, dtype):
+                for _, theirs in read_weights(source, dtype):
                     for name, tensor in theirs.items():
                         writer.add(name, tensor)
                         progress.update(tensor.nbytes)

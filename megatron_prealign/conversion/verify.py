@@ -178,7 +178,7 @@ def _compare_tensors(source: Source, folder: HuggingFaceFolder, show_progress: b
     _, masters = _types(folder)
     total = sum(each.bytes for each in folder.tensors.values())
     with Progress("compare tensors", total, unit="B", unit_scale=True, enabled=show_progress) as progress:
-        for entry, ours, _ in read_weights(source, masters):
+        for entry, ours in read_weights(source, masters):
             for name, tensor in ours.items():
                 left.discard(name)
                 reports.append(_compare_tensor(folder, name, entry.key, tensor))
