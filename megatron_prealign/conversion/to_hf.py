@@ -90,6 +90,8 @@ def open_source(folder: Path) -> Source:
         model = section_of(summary["model"])
     except (RecipeValueError, TypeError) as error:
         raise UserError(f"{folder}/state.json: its model is none of this version ({error})") from error
+    if summary["vocab_size"] < 1 or not isinstance(summary.get("source") or {}, dict):
+        raise UserError(f"{folder}/state.json is damaged (vocab_size or source); use another checkpoint")
     with ShardReader(folder) as reader:
         stored = {key: facts.shape for key, facts in reader.tensors.items()}
     positions = stored[_POSITIONS][0] if len(stored.get(_POSITIONS, ())) == 2 else None

@@ -218,6 +218,17 @@ def test_tensors_of_another_model_are_refused(half: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("values", [{"vocab_size": 0}, {"source": [1]}])
+def test_a_state_that_cannot_be_is_refused(half: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    checkpoint = Path(shutil.copytree(half / "checkpoints" / "step_00000002", tmp_path / "step_00000002"))
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | values))
+    write_manifest(checkpoint, {})
+    with pytest.raises(UserError, match="state.json is damaged"):
+        convert(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def changes(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> None:
     """Calls `action` with a number before every tensor and before the renaming."""
     count = iter(range(10**6))
