@@ -21,7 +21,7 @@ from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
 from megatron_prealign.materials import Dictionary, Materials, Vocabulary, open_materials
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.recipe import Recipe, RecipeValueError
-from megatron_prealign.run_folder import check_run_folder, lock_folders, record_run, versions
+from megatron_prealign.run_folder import record_run, take_run_folder, versions
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -209,8 +209,7 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
         ExitStack() as held,
     ):
         on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
-        on_rank_zero("checking logging.run_dir", lambda: check_run_folder(recipe))
-        on_rank_zero("locking logging.run_dir", lambda: held.enter_context(lock_folders(recipe)))
+        on_rank_zero("checking logging.run_dir", lambda: take_run_folder(recipe, held))
         return _pretrain(recipe, runtime, callbacks, started_s)
 
 

@@ -1,9 +1,10 @@
 """The folder of a run: whether it can be written, and what is written there before training."""
 
+import errno
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,6 +13,7 @@ import torch
 
 from megatron_prealign import __version__
 from megatron_prealign.alignment.dropped_words import report_dropped_words
+from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.data.files import write_atomically
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe, save_recipe
@@ -46,13 +48,17 @@ def _folders(recipe: Recipe) -> list[Path]:
     return [run_dir, recipe.checkpoint_dir, *([run_dir / "tensorboard"] if recipe.logging.tensorboard else [])]
 
 
-def lock_folders(recipe: Recipe) -> AbstractContextManager[None]:
-    """Keeps other runs out of this run's folders for as long as the context is open.
+def take_run_folder(recipe: Recipe, held: ExitStack) -> None:
+    """Keeps other runs out of this run's folders for as long as `held` is open, removes what an interrupted save left,
+    which may be what fills the disk, and finds out whether the folders can be written.
 
     Raises:
-        UserError: another run is there.
+        UserError: another run is there, or they cannot be written.
     """
-    return holding([Path(recipe.logging.run_dir), recipe.checkpoint_dir])
+    with _writing_to(Path(recipe.logging.run_dir)):
+        held.enter_context(holding([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
+        remove_unfinished(recipe.checkpoint_dir)
+    check_run_folder(recipe)
 
 
 def record_run(recipe: Recipe, words: WordSteps | None) -> None:
@@ -78,7 +84,9 @@ def _writing_to(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; choose another folder") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room on its disk, or choose another folder" if full else "choose another folder"
+        raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; {advice}") from error
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
@@ -81,10 +81,12 @@ def _lock(path: Path) -> IO[str] | None:
             break
         # Its holder removed it between our opening and our locking: another process may have made a new one.
         file.close()
-    file.truncate(0)
     since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
-    file.flush()
+    holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since})
+    # A full disk: what an interrupted save left there is removed under this lock, which holds without a name as well.
+    with suppress(OSError):
+        file.truncate(0)
+        os.write(file.fileno(), holder.encode())
     return file
 
 

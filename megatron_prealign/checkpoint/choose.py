@@ -43,7 +43,7 @@ def candidates(directory: Path) -> list[Path]:
     Steps behind `latest` belong to a branch that was left when the run was rolled back.
 
     Raises:
-        UserError: there are none but such that were set aside as damaged.
+        UserError: there are none but such that were set aside as damaged, or `latest` names one and all are gone.
     """
     folders = step_folders(directory)
     named = named_latest(directory)
@@ -63,6 +63,11 @@ def candidates(directory: Path) -> list[Path]:
             raise UserError(
                 f"{directory} holds damaged checkpoints alone ({', '.join(aside)}), expected a good one; restore one, "
                 "or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+            )
+        if named is not None:
+            raise UserError(
+                f"{directory / LATEST} names {named.name}, but neither that nor any other checkpoint is there; restore "
+                f"one, or remove {LATEST} (or choose a new folder) to begin anew"
             )
     return folders[::-1]
 

@@ -52,6 +52,14 @@ def test_none_there(tmp_path: Path) -> None:
     )
 
 
+def test_checkpoints_that_are_all_gone_are_no_new_run(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_00000009\n")
+    with pytest.raises(UserError, match="names step_00000009, but neither that nor any other checkpoint is there"):
+        candidates(tmp_path)
+    (tmp_path / "latest").unlink()
+    assert candidates(tmp_path) == []
+
+
 @pytest.mark.parametrize("latest", ["step_00000009", "nonsense", "../step_00000005", "", None])
 def test_latest_that_names_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, latest: str | None) -> None:
     directory = make(tmp_path, 3, 5, latest=latest or "")

@@ -10,11 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from model_builds import recipe_values
+from tiny import recipe_of
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.run_folder import take_run_folder
 from megatron_prealign.run_lock import LOCK, holding
 
 # Takes the lock, says so, and waits to be killed.
@@ -110,3 +114,36 @@ def test_file_system_without_locks_is_a_warning(
         f"{tmp_path}: this file system has no locks ([Errno {number}] {os.strerror(number)}); make sure that no other "
         "run writes there"
     ]
+
+
+def test_a_full_disk_is_left_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills the disk may be the half-written save itself: it goes before anything is written."""
+    run_dir = tmp_path / "run"
+    half = run_dir / "checkpoints" / ".step_00000020.incomplete"
+    half.mkdir(parents=True)
+    (half / "__0_0.distcp").write_bytes(b"x" * 1000)
+    recipe = recipe_of(recipe_values("llama", logging={"run_dir": str(run_dir), "tensorboard": False}), tmp_path)
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if half.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with ExitStack() as held:
+        take_run_folder(recipe, held)
+        assert not half.exists()
+        with pytest.raises(UserError, match="in use by a run: another process"), ExitStack() as second:
+            take_run_folder(recipe, second)
+
+
+def test_a_folder_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(recipe_values("llama", logging={"run_dir": str(tmp_path / "run")}), tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match="No space left on device; make room on its disk, or choose another folder"):
+        take_run_folder(recipe, ExitStack())
