@@ -21,7 +21,13 @@ from megatron_prealign.conversion.card import History, model_card
 from megatron_prealign.conversion.config import huggingface_config, section_of
 from megatron_prealign.conversion.safetensors_shards import SafetensorsWriter
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
-from megatron_prealign.conversion.tokenizer import TokenizerExport, check_tokenizer, copy_tokenizer, export_tokenizer
+from megatron_prealign.conversion.tokenizer import (
+    TokenizerExport,
+    check_tokenizer,
+    copy_tokenizer,
+    export_tokenizer,
+    write_json,
+)
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
@@ -297,8 +303,8 @@ def _write_tokenizer(
         own = _their_tokens(source.folder)
         config |= own
         generation |= own
-    _write_json(working / "config.json", config)
-    _write_json(working / "generation_config.json", generation)
+    write_json(working / "config.json", config)
+    write_json(working / "generation_config.json", generation)
     _check_config(source, working)
     found = [] if mode == "copy" else check_tokenizer(folder, working, vocab_size)
     return exported, [*exported.notes, *_policy_notes(source.summary), *found]
@@ -347,7 +353,3 @@ def _their_tokens(folder: Path) -> dict[str, Any]:
         return {}
     roles = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: content[name] for name in roles if content.get(name) is not None}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -138,7 +138,7 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
     if family in _OWN_CLASS:
         content |= _own_class(config, output, family)
     (output / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
-    _write_json(output / "tokenizer_config.json", content)
+    write_json(output / "tokenizer_config.json", content)
     return TokenizerExport(base.eod_id, eod, kind, notes=notes)
 
 
@@ -161,7 +161,8 @@ def copy_tokenizer(source: Path, output: Path) -> TokenizerExport:
     )
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """As transformers writes its configs."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
