@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
+METADATA = ".metadata"
+
 
 def read_metadata(file: Path) -> dcp.Metadata:
     """The metadata of a checkpoint. Nothing in the file is called but what a checkpoint's metadata is made of.

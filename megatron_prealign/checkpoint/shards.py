@@ -25,12 +25,11 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prealign.checkpoint.manifest import FileRecord, record_file
-from megatron_prealign.checkpoint.shard_metadata import read_metadata
+from megatron_prealign.checkpoint.shard_metadata import METADATA, read_metadata
 from megatron_prealign.checksum import Checksum
 from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
 
-METADATA = ".metadata"
 # What Megatron-Core writes beside it and looks for when it loads.
 _BACKEND_FILE = "metadata.json"
 _BACKEND = {

@@ -10,24 +10,26 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_prealign.errors import UserError
 
 
-def check_files(directory: Path) -> None:
+def check_files(directory: Path, metadata: Metadata) -> None:
     """Checks that the files of a checkpoint are there, readable and as long as they were written. Needs no other rank.
 
     `load_sharded` would find out only between collectives, where an error on one rank leaves the others waiting.
+
+    Args:
+        metadata: What `.metadata` of the checkpoint holds.
 
     Raises:
         Exception: what reading them raises, of many kinds; a ValueError that names the file that is too short.
     """
     load_common(directory)
     ends: dict[str, int] = {}
-    for place in FileSystemReader(str(directory)).read_metadata().storage_data.values():
+    for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for file, end in sorted(ends.items()):
         size = (directory / file).stat().st_size
@@ -47,9 +49,9 @@ def tensor_shapes(state: Any) -> dict[str, tuple[int, ...] | None]:
     return shapes
 
 
-def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> whole shape of every tensor of a checkpoint. Needs no other rank."""
-    entries = FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+def saved_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Key -> whole shape of every tensor of a checkpoint."""
+    entries = metadata.state_dict_metadata
     return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -84,8 +86,10 @@ def load_common(directory: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: they are not there.
+        UnpicklingError: they are no plain values, but name code to be run.
     """
-    # Megatron-Core's own answer to a missing file is an AttributeError.
     if not (directory / COMMON_STATE_FNAME).is_file():
         raise FileNotFoundError(f"{COMMON_STATE_FNAME} is missing")
-    return dist_checkpointing.load_common_state_dict(str(directory))
+    # Megatron-Core's own reader runs whatever the file names.
+    content: dict[str, Any] = torch.load(directory / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+    return content

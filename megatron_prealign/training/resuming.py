@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_prealign.checkpoint.choose import listed
 from megatron_prealign.checkpoint.folder import read_state
+from megatron_prealign.checkpoint.shard_metadata import METADATA, read_metadata
 from megatron_prealign.checkpoint.weights import is_weight
 from megatron_prealign.errors import UserError
 from megatron_prealign.runtime import random_state
@@ -107,8 +108,10 @@ def _check_tensors(chunks: Sequence[torch.nn.Module], checkpoint: Path) -> None:
 
     def read() -> tuple[dict[str, tuple[int, ...] | None], dict[str, tuple[int, ...]]]:
         with read_errors_as_mistakes(checkpoint, _ADVICE):
-            check_files(checkpoint)
-            return tensor_shapes(model_state(chunks)), saved_shapes(checkpoint)
+            # The checkpoint may be somebody else's, and Megatron-Core reads its pickles without looking.
+            metadata = read_metadata(checkpoint / METADATA)
+            check_files(checkpoint, metadata)
+            return tensor_shapes(model_state(chunks)), saved_shapes(metadata)
 
     own, saved = on_every_rank(f"reading {checkpoint}", read)
     # Each stage of a pipeline knows its own tensors.

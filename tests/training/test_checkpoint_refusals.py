@@ -2,12 +2,15 @@
 
 import copy
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import Tiny
 from whole_runs import records, reseal, run, train
 from workers import WorkerError, WorkerPool
@@ -89,7 +92,30 @@ def clear_metadata(checkpoint: Path) -> str:
     return "cannot be read ("
 
 
-@pytest.mark.parametrize("damage", [damage_data, cut_data, drop_common, cut_metadata, clear_metadata])
+class Harmful:
+    """Pickled, it asks for a folder to be made where it is read."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._target = str(checkpoint / "harm")
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self._target,)
+
+
+def harmful_metadata(checkpoint: Path) -> str:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(checkpoint)))
+    return "which no checkpoint holds"
+
+
+def harmful_common(checkpoint: Path) -> str:
+    torch.save({"optimizer": Harmful(checkpoint)}, checkpoint / "common.pt")
+    return "UnpicklingError"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_data, cut_data, drop_common, cut_metadata, clear_metadata, harmful_metadata, harmful_common],
+)
 def test_damage_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, damage: Callable[[Path], str]) -> None:
     """What no manifest tells, since it was written so, or since only the sizes were looked at."""
     checkpoint = copied / "checkpoints" / "step_00000001"
@@ -98,6 +124,7 @@ def test_damage_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, damag
     message = refusal(workers, train, values_for(tiny, copied, verify="sizes"), str(copied))
     assert message.startswith(f"{checkpoint} cannot be read (")
     assert expected in message
+    assert not (checkpoint / "harm").exists()
     assert message.endswith(
         "start again with checkpoint.verify checksums, which finds the damaged file and what to go on from"
     )
