@@ -12,7 +12,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -51,7 +51,7 @@ GPT2 = {
     "bos_token_id": 256,
     "eos_token_id": 256,
 }
-CONFIGS: dict[str, PreTrainedConfig] = {
+CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "llama3_tied": LlamaConfig(**SHAPE, rope_parameters=LLAMA3, tie_word_embeddings=True),
     "llama_linear": LlamaConfig(

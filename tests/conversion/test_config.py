@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.errors import UserError
@@ -50,13 +50,13 @@ CONFIGS = {
 }
 
 
-def saved(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
+def saved(config: PretrainedConfig, folder: Path) -> dict[str, Any]:
     """What transformers writes."""
     config.save_pretrained(folder)
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def facts(config: PreTrainedConfig) -> dict[str, Any]:
+def facts(config: PretrainedConfig) -> dict[str, Any]:
     """All fields but those that name a place or a version."""
     return {
         key: value
@@ -65,7 +65,7 @@ def facts(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def back(values: dict[str, Any], folder: Path) -> PreTrainedConfig:
+def back(values: dict[str, Any], folder: Path) -> PretrainedConfig:
     """Through the recipe's section to transformers again."""
     config = huggingface_config(section_of(values), vocab_size=40, seq_length=64, dtype="float32", eod_id=2, bos_id=1)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
