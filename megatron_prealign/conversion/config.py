@@ -5,6 +5,7 @@ anybody noticing. So what is not known is refused by name.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
@@ -80,6 +81,10 @@ _IGNORED = frozenset(
         "top_p",
         "typical_p",
     }
+)
+# Fields beside a family's own that are read.
+_READ = frozenset(
+    {"architectures", "layer_types", "model_type", "rope_parameters", "rope_scaling", "rope_theta", "vocab_size"}
 )
 # What every family but one with an encoder or adapters has.
 _FIXED = {"is_encoder_decoder": False, "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
@@ -162,6 +167,13 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     family = next((each for each in FAMILIES.values() if each.model_type == kind), None)
     known = ", ".join(each.architecture for each in FAMILIES.values())
     classes = named if isinstance(named, list) else [] if named is None else [named]
+    by_class = next((each for each in FAMILIES.values() if classes and classes[0] == each.architecture), None)
+    if by_class is not None and by_class is not family:
+        got = f"is {kind!r}" if "model_type" in config else "is missing"
+        raise UserError(
+            f"{name}: model_type {got}, expected {by_class.model_type!r}, as the architecture is "
+            f"{by_class.architecture}; copy the file again, or mend it"
+        )
     # Files of the bare model, without an output layer, name that class or none.
     fits = family is not None and (not classes or classes[0] in (family.architecture, _bare(family)))
     if family is None or not fits:
@@ -188,6 +200,7 @@ def model_values(config: Mapping[str, Any], name: str, *, ignore: Collection[str
             that is not built in; all of them are named.
     """
     family = family_of(config, name)
+    _check_ignored(config, family, ignore, name)
     problems = _find_problems(config, family, set(ignore))
     if problems:
         raise UserError(f"{name}: {'; '.join(problems)}")
@@ -218,6 +231,18 @@ def section_of(values: Mapping[str, Any]) -> ModelSection:
     """
     scaling = values.get("rope_scaling")
     return ModelSection(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+
+
+def _check_ignored(config: Mapping[str, Any], family: Family, ignore: Collection[str], name: str) -> None:
+    absent = sorted(set(ignore) - config.keys())
+    if absent:
+        raise UserError(f"{name}: --ignore-config-field names {', '.join(absent)}, which is not in it; leave it out")
+    read = sorted(set(ignore) & (_READ | family.fields.keys()))
+    if read:
+        raise UserError(
+            f"{name}: --ignore-config-field names {', '.join(read)}, which the model is made by; only fields that "
+            "change no maths can be ignored"
+        )
 
 
 def _find_problems(config: Mapping[str, Any], family: Family, ignore: set[str]) -> list[str]:
@@ -304,10 +329,12 @@ def _rope_form(form: Any, base: Any, key: str, name: str) -> tuple[float, RopeSc
     if unknown == ["original_max_position_embeddings"] and kind == "linear":
         unknown = []
     lacking = sorted(_ROPE_FIELDS[kind] - fields.keys())
-    if unknown or lacking or not _is_number(base) or not all(_is_number(value) for value in fields.values()):
+    if unknown:
+        raise UserError(f"{name}: {key} has {', '.join(unknown)}, which is not built in for rope scaling {kind!r}")
+    if lacking or not _is_number(base) or not all(_is_number(value) for value in fields.values()):
         raise UserError(
             f"{name}: rope scaling {kind!r} with base {base!r} has {fields or 'no fields'}, expected numbers for "
-            f"{', '.join(sorted(_ROPE_FIELDS[kind])) or 'nothing more'}"
+            f"{', '.join(['rope_theta', *sorted(_ROPE_FIELDS[kind])])}"
         )
     if kind == "default":
         return float(base), None
@@ -322,4 +349,8 @@ def _check_values(values: Mapping[str, Any], name: str) -> None:
     try:
         section_of(values)
     except (RecipeValueError, TypeError) as error:
-        raise UserError(f"{name}: as a recipe, {error}") from error
+        # Recipes have other names for the same things.
+        theirs = {ours: field for field, ours in FAMILIES[values["family"]].fields.items() if field != ours}
+        named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in theirs]
+        called = ", ".join(f"model.{field} is {theirs[field]} in config.json" for field in dict.fromkeys(named))
+        raise UserError(f"{name}: as a recipe, {error}{f' ({called})' if called else ''}") from error

@@ -2,6 +2,7 @@
 of it, and nothing is allocated by what it says about itself before that fits the files."""
 
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -26,6 +27,7 @@ _INDEX = ".index.json"
 _SHARDS = {_SAFETENSORS: "model*.safetensors", _PICKLE: "pytorch_model*.bin"}
 _MOST_JSON_BYTES = 100_000_000
 _MOST_NAMED = 20
+_CALLED = re.compile(r"GLOBAL (\S+)")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A mapped file stays in memory as far as it was read; so much of a pickle is read before it is mapped anew.
 _MAPPED_BYTES = 1 << 30
@@ -266,10 +268,12 @@ class HuggingFaceFolder:
                 warnings.simplefilter("ignore")
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:  # torch raises many kinds for what it does not read.
-            reason = shown((str(error).splitlines() or [""])[0])
+            # What weights_only refuses torch tells with advice to read it without.
+            found = _CALLED.search(str(error))
+            reason = f"it calls {shown(found[1])}" if found else type(error).__name__
             raise UserError(
-                f"{file}: torch does not read it with weights_only ({type(error).__name__}: {reason}); it is damaged "
-                "or holds more than tensors, save the model again as safetensors"
+                f"{file}: torch does not read it with weights_only ({reason}); it is damaged or holds more than "
+                "tensors, save the model again as safetensors"
             ) from error
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and _is_plain(value) for name, value in content.items()

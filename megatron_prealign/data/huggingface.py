@@ -19,6 +19,8 @@ from megatron_prealign.errors import UserError
 if TYPE_CHECKING:
     import tokenizers
 
+# Files that older folders keep a vocabulary in; sentencepiece's end with .model.
+_VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 METASPACE = "▁"
 # Parts of tokenizer.json that do not change the ids of a text encoded without special tokens.
 _IRRELEVANT = ("version", "truncation", "padding", "post_processor", "decoder")
@@ -186,6 +188,11 @@ def _convert(path: Path) -> bytes:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, use_fast=True)
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as error:  # transformers raises many kinds for folders it cannot use.
+        if not any((path / name).exists() for name in _VOCABULARIES):
+            raise UserError(
+                f"{path}: no vocabulary, only tokenizer_config.json; copy tokenizer.json or what else the tokenizer "
+                "is made of, too"
+            ) from error
         reason = str(error).split("\n")[0]
         raise UserError(
             f"{path}: transformers cannot load this tokenizer ({reason}); save it with tokenizer.json"

@@ -154,8 +154,12 @@ CHANGES = [
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config not known for LlamaForCausalLM"),
     ("llama", {"embedding_multiplier": 2, "auto_map": {}}, "auto_map, embedding_multiplier not known"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn' is not built in"),
-    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "has no fields, expected numbers for factor"),
-    ("llama", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "has no fields, expected numbers for rope_theta, factor"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}},
+        "rope_parameters has partial_rotary_factor, which is not built in",
+    ),
     ("llama", {"rope_parameters": [1]}, "rope_parameters is [1], expected an object or null"),
     (
         "llama",
@@ -165,14 +169,14 @@ CHANGES = [
     (
         "llama",
         {"model_type": "bert"},
-        "the architecture is LlamaForCausalLM and the model_type 'bert', which cannot be converted; ",
+        "model_type is 'bert', expected 'llama', as the architecture is LlamaForCausalLM",
     ),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "the architecture is LlamaForSequenceClass"),
     # transformers 5 takes the older field, which would be lost here.
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict each other"),
     ("llama", {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, "contradict each other"),
     ("llama", {"rope_parameters": {"rope_theta": True}}, "with base True has no fields"),
-    ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "expected numbers for nothing more"),
+    ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "expected numbers for rope_theta"),
     ("llama", {"rms_norm_eps": 10**400}, "expected a number"),
     ("llama", {"hidden_act": None}, "hidden_act is None, only 'silu' is built in"),
     ("llama", {"hidden_size": None}, "hidden_size missing"),
@@ -180,7 +184,12 @@ CHANGES = [
     ("llama", {"num_hidden_layers": 10**9}, "it has 1,000,000,000 layers, expected at most 10,000"),
     ("llama", {"rms_norm_eps": None}, "rms_norm_eps is None, expected a number"),
     ("llama", {"rms_norm_eps": True}, "rms_norm_eps is True, expected a number"),
-    ("llama", {"num_key_value_heads": 3}, "model.num_query_groups is 3, expected a divisor"),
+    (
+        "llama",
+        {"num_key_value_heads": 3},
+        "(model.num_query_groups is num_key_value_heads in config.json",
+    ),
+    ("llama", {"model_type": "mistral"}, "model_type is 'mistral', expected 'llama', as the architecture is Llama"),
     ("mistral", {"attention_bias": True}, "attention_bias not known for MistralForCausalLM"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True, only False is built in"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
@@ -203,6 +212,26 @@ def test_another_model_is_refused(tmp_path: Path, name: str, change: dict[str, A
     assert message in str(caught.value)
     assert str(caught.value).startswith("config.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_type_that_is_missing(tmp_path: Path) -> None:
+    config = saved(CONFIGS["llama"], tmp_path) | {"architectures": ["LlamaForCausalLM"]}
+    del config["model_type"]
+    with pytest.raises(UserError, match="model_type is missing, expected 'llama', as the architecture is Llama"):
+        model_values(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hiden_act", "names hiden_act, which is not in it"),
+        ("hidden_size", "names hidden_size, which the model is made by"),
+        ("vocab_size", "names vocab_size, which the model is made by"),
+    ],
+)
+def test_fields_that_nobody_can_vouch_for(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_values(saved(CONFIGS["llama"], tmp_path), "config.json", ignore=[name])
 
 
 def test_a_field_that_the_user_vouches_for_is_passed_over(tmp_path: Path) -> None:
