@@ -28,6 +28,7 @@ _WEIGHTS_FIELDS = {
 }
 _RUN_FIELDS = {"run": dict, "train_state": dict, "phase": str}
 _STEP = re.compile(r"step_(\d+)")
+_MOST_NAMED = 10
 
 
 def step_name(step: int) -> str:
@@ -107,9 +108,35 @@ def resolve_checkpoint(path: str | Path) -> Path:
         found = latest_checkpoint(directory)
         if found is not None:
             return found
-    raise UserError(
-        f"{path} holds no complete checkpoint; expected a step_* folder, a folder with `{LATEST}`, or a run's folder"
-    )
+    raise UserError(f"{path} holds no complete checkpoint{_reason_for_none(path)}")
+
+
+def _reason_for_none(path: Path) -> str:
+    """What is at a path where a checkpoint was looked for, and what to do."""
+    expected = f"; expected a step_* folder, a folder with `{LATEST}`, or a run's folder"
+    if not path.exists():
+        return f": there is no such folder{expected}"
+    if not path.is_dir():
+        return f": it is a file{expected}"
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors*")):
+        return (
+            ": it is a Hugging Face model folder; make a checkpoint of it with `megatron-prealign convert from-hf "
+            f"--model {path} --output ...`"
+        )
+    steps = [path] if step_of(path) is not None else [*step_folders(path), *step_folders(path / "checkpoints")]
+    if steps:
+        names = ", ".join(each.name for each in steps[:_MOST_NAMED])
+        return f": {names} has no {MANIFEST}, so that its save never came to its end; use another checkpoint"
+    holders = [each.name for each in sorted(path.iterdir()) if each.is_dir() and _holds_one(each)]
+    if holders:
+        more = f" and {len(holders) - _MOST_NAMED} more" if len(holders) > _MOST_NAMED else ""
+        return f" itself, but folders with some: name one of {', '.join(holders[:_MOST_NAMED])}{more}"
+    return expected
+
+
+def _holds_one(path: Path) -> bool:
+    steps = [*step_folders(path), *step_folders(path / "checkpoints")]
+    return is_complete(path) or any(is_complete(each) for each in steps)
 
 
 def is_run(summary: dict[str, Any]) -> bool:

@@ -45,10 +45,33 @@ def test_none_there(tmp_path: Path) -> None:
     assert candidates(tmp_path) == candidates(tmp_path / "not_there") == []
     (tmp_path / "step_00000001").mkdir()
     assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(UserError) as caught:
-        resolve_checkpoint(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path} holds no complete checkpoint; expected a step_* folder, a folder with `latest`, or a run's folder"
+
+
+def test_why_there_is_none(tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            resolve_checkpoint(path)
+        assert str(caught.value).startswith(f"{path} holds no complete checkpoint") and "\n" not in str(caught.value)
+        return str(caught.value).removeprefix(f"{path} holds no complete checkpoint")
+
+    expected = "; expected a step_* folder, a folder with `latest`, or a run's folder"
+    assert said(tmp_path) == expected
+    assert said(tmp_path / "gone") == f": there is no such folder{expected}"
+    (tmp_path / "file").write_text("x")
+    assert said(tmp_path / "file") == f": it is a file{expected}"
+    unfinished = tmp_path / "one" / "checkpoints" / "step_00000001"
+    unfinished.mkdir(parents=True)
+    reason = "step_00000001 has no manifest.json, so that its save never came to its end; use another checkpoint"
+    for folder in (unfinished, unfinished.parent, tmp_path / "one"):
+        assert said(folder) == f": {reason}"
+    make(tmp_path / "two" / "checkpoints", 3)
+    make(tmp_path / "three", 4)
+    assert said(tmp_path) == " itself, but folders with some: name one of three, two"
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    assert "it is a Hugging Face model folder; make a checkpoint of it with `megatron-prealign convert from-hf" in said(
+        tmp_path / "model"
     )
 
 

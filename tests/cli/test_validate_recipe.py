@@ -93,9 +93,10 @@ def test_weights_to_load_that_are_not_there(
 ) -> None:
     empty = tmp_path / "no_checkpoint"
     empty.mkdir()
-    for folder in ("nowhere", str(empty)):
+    for folder, reason in (("nowhere", ": there is no such folder"), (str(empty), "")):
         values["checkpoint"] = {"load": folder}
-        assert f"{folder} holds no complete checkpoint; expected a step_* folder" in refusal(values, tmp_path, capsys)
+        expected = f"{folder} holds no complete checkpoint{reason}; expected a step_* folder"
+        assert expected in refusal(values, tmp_path, capsys)
 
 
 def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, **changes: Any) -> dict[str, Any]:
