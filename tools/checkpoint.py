@@ -42,7 +42,8 @@ class InspectOptions:
 class VerifyOptions:
     """Reads a checkpoint whole, compares all its files with their checksums and names every damaged one.
 
-    The folder may be named without --folder. Exit status 1 if one is damaged.
+    The folder may be named without --folder. Exit status 1 if one is damaged, or missing where
+    `latest` names it.
     """
 
     folder: str
@@ -112,9 +113,12 @@ def verify(argv: Sequence[str]) -> int:
         raise UserError(f"--workers is {workers}, expected a number above 0")
 
     from megatron_prealign.checkpoint.listing import readable_bytes
-    from megatron_prealign.checkpoint.verify import bytes_to_read, checkpoints_to_verify, verify_checkpoint
+    from megatron_prealign.checkpoint.verify import bytes_to_read, checkpoints_to_verify, find_lost, verify_checkpoint
     from megatron_prealign.progress import Progress
 
+    lost = find_lost(Path(options.folder))
+    if lost:
+        print(f"damaged: {lost}")
     folders = checkpoints_to_verify(Path(options.folder), options.all)
     damaged = 0
     with Progress("verifying", bytes_to_read(folders), unit="B", unit_scale=True) as bar:
@@ -129,18 +133,21 @@ def verify(argv: Sequence[str]) -> int:
             damaged += bool(result.problems)
     if len(folders) > 1:
         print(f"{damaged} of {len(folders)} checkpoints {'is' if damaged == 1 else 'are'} damaged")
-    return 1 if damaged else 0
+    return 1 if damaged or lost else 0
 
 
 def export_weights(argv: Sequence[str]) -> int:
     options = parse_options(ExportOptions, "checkpoint export-weights", argv)
 
+    from megatron_prealign.checkpoint.export import check_output
     from megatron_prealign.checkpoint.export import export_weights as export
     from megatron_prealign.checkpoint.folder import resolve_checkpoint
     from megatron_prealign.checkpoint.listing import readable_bytes
     from megatron_prealign.progress import Progress
 
     checkpoint = resolve_checkpoint(options.checkpoint)
+    # Before hours of reading.
+    check_output(checkpoint, Path(options.output), overwrite=options.overwrite)
     if options.verify == "checksums":
         _refuse_damage(checkpoint)
     bar: Progress | None = None

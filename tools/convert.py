@@ -39,9 +39,11 @@ class ToHfOptions:
     shard_size: str = "5GB"
     """Most bytes of a file with weights, such as 500MB or 5GB (10^9 bytes)."""
     tokenizer: Literal["convert", "copy"] | None = None
-    """convert writes a tokenizer.json with the same ids and compares them; copy takes the files as they are, unproven.
+    """convert writes a tokenizer.json with the same ids and compares them; copy takes the files as they are and tells
+    where ids differ.
 
-    By default convert, and copy for weights that came from Hugging Face and were not trained here.
+    By default convert, and copy for weights that came from Hugging Face with their own tokenizer and were not trained
+    here.
     """
     verify: Literal["sizes", "checksums"] = "sizes"
     """How to compare the checkpoint's files with its manifest before; checksums reads them all."""
@@ -112,6 +114,8 @@ def from_hf(argv: Sequence[str]) -> int:
         print(f"note: {found.added_rows:,} new rows of the embedding are the mean of the others")
     if found.dropped_rows:
         print(f"note: {found.dropped_rows:,} rows of the embedding without a token were left out")
+    for note in found.notes:
+        print(f"note: {note}")
     print(f"wrote {options.output}")
     return 0
 
@@ -188,6 +192,8 @@ class VerifyOptions:
     """Fields of config.json that are not known here and do not change the maths; you vouch for it."""
     output: str | None = None
     """JSON file to write the whole report to."""
+    overwrite: bool = False
+    """Replace a report that is there."""
 
 
 def verify(argv: Sequence[str]) -> int:
@@ -206,6 +212,10 @@ def verify(argv: Sequence[str]) -> int:
     from megatron_prealign.data.files import write_atomically
 
     check_output(options.output)
+    if options.output is not None and not options.overwrite and Path(options.output).exists():
+        raise UserError(
+            f"--output {options.output} is there already; choose another path, or replace it with --overwrite"
+        )
     report = compare(
         options.checkpoint,
         Path(options.model),
@@ -224,9 +234,12 @@ def verify(argv: Sequence[str]) -> int:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {path}: not a readable UTF-8 file ({error}); name another file") from error
+    if not text:
+        raise UserError(f"--text {path} is empty; name a file with words")
+    return text
 
 
 def parse_size(text: str, option: str) -> int:

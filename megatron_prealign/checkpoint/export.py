@@ -12,7 +12,7 @@ import torch
 
 from megatron_prealign.checkpoint.folder import is_run, read_state
 from megatron_prealign.checkpoint.listing import find_problems
-from megatron_prealign.checkpoint.new_folder import new_folder
+from megatron_prealign.checkpoint.new_folder import check_free, new_folder
 from megatron_prealign.checkpoint.shards import ShardReader, ShardWriter
 from megatron_prealign.checkpoint.weights import (
     CONFIG,
@@ -66,15 +66,14 @@ def export_weights(
     if problems:
         raise UserError(f"{checkpoint} is damaged ({'; '.join(problems[:5])}); use another checkpoint")
     summary = read_state(checkpoint)
-    if output.resolve() == checkpoint.resolve():
-        raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
+    check_output(checkpoint, output, overwrite=overwrite)
     with ShardReader(checkpoint) as reader:
         keys = [key for key in reader.tensors if is_weight(key)]
         if not keys:
             raise UserError(f"{checkpoint} holds no weights of a model; use another checkpoint")
         with new_folder(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
             with ShardWriter(working) as writer:
-                written = _copy(reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
+                written = _copy(checkpoint, reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
                 records = writer.close()
             shutil.copytree(checkpoint / TOKENIZER, working / TOKENIZER)
             complete_weights(
@@ -91,7 +90,19 @@ def export_weights(
     return written
 
 
+def check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
+    """Looks whether `export_weights` may write there, before a long look at the checkpoint.
+
+    Raises:
+        UserError: it may not.
+    """
+    if output.resolve() == checkpoint.resolve():
+        raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
+    check_free(output, overwrite=overwrite, replaceable=is_weights_folder)
+
+
 def _copy(
+    checkpoint: Path,
     reader: ShardReader,
     writer: ShardWriter,
     keys: list[str],
@@ -108,7 +119,7 @@ def _copy(
             tensor = reader.read(key, layer)
             done += tensor.nbytes
             if dtype is not None:
-                tensor = converted(key, tensor, dtype)
+                tensor = converted(checkpoint, key, tensor, dtype)
             writer.add(key, tensor, layer=layer, num_layers=layers)
             written += tensor.nbytes
             kinds.add(str(tensor.dtype).removeprefix("torch."))

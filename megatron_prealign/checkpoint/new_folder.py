@@ -25,9 +25,7 @@ def new_folder(output: Path, *, overwrite: bool, replaceable: Callable[[Path], b
     Raises:
         UserError: something is there that may not be replaced, or the disk does not take the files.
     """
-    if output.name in ("", ".."):
-        raise UserError(f"{output} is no name for a new folder; choose another path")
-    _check_free(output, overwrite, replaceable)
+    check_free(output, overwrite=overwrite, replaceable=replaceable)
     working = output.with_name(f".{output.name}.incomplete")
     replaced = output.with_name(f".{output.name}.replaced")
     try:
@@ -56,8 +54,18 @@ def new_folder(output: Path, *, overwrite: bool, replaceable: Callable[[Path], b
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _check_free(output: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+def check_free(output: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Looks whether `new_folder` may make the folder, before long work.
+
+    Raises:
+        UserError: something is there that may not be replaced, or no folder can be there.
+    """
+    if output.name in ("", ".."):
+        raise UserError(f"{output} is no name for a new folder; choose another path")
     if not os.path.lexists(output):
+        above = next(parent for parent in output.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise UserError(f"{output} cannot be a folder, for {above} is a file; choose another path")
         return
     if output.is_symlink() or not output.is_dir():
         raise UserError(f"{output} is there and no folder; choose another path")

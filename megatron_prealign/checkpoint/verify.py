@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from megatron_prealign.checkpoint.folder import STATE, read_state, resolve_checkpoint
+from megatron_prealign.checkpoint.folder import (
+    LATEST,
+    STATE,
+    is_complete,
+    named_latest,
+    read_state,
+    resolve_checkpoint,
+    step_folders,
+)
 from megatron_prealign.checkpoint.listing import checkpoint_folders
 from megatron_prealign.checkpoint.manifest import MANIFEST, ManifestError, find_damage, list_files, read_manifest
 from megatron_prealign.errors import UserError
@@ -27,7 +35,8 @@ class Verified:
 
 
 def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
-    """The newest checkpoint at `path`, or all that were completed and not put aside.
+    """The newest checkpoint at `path`, or all that were not put aside. The newest is what `latest` names, where that is
+    there, complete or not.
 
     Raises:
         UserError: there is none.
@@ -35,11 +44,29 @@ def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
     if (path / MANIFEST).exists() or (path / STATE).exists():
         return [path]
     if not everything:
+        named = _named_at(path)
+        if named is not None and named.is_dir():
+            return [named]
+        if named is not None and not any(is_complete(each) for each in step_folders(named.parent)):
+            return []
         return [resolve_checkpoint(path)]
     found = [each for each in checkpoint_folders(path) if not each.name.startswith(".") and ".damaged" not in each.name]
     if not found:
         raise UserError(f"{path} holds no checkpoint but unfinished and damaged ones")
     return found
+
+
+def find_lost(path: Path) -> str | None:
+    """What is said of a folder that `latest` at `path` names and that is not there; None if all is well."""
+    named = _named_at(path)
+    if named is None or named.is_dir():
+        return None
+    return f"{named.parent / LATEST} names {named.name}, which is missing"
+
+
+def _named_at(path: Path) -> Path | None:
+    found = (named_latest(directory) for directory in (path, path / "checkpoints"))
+    return next((named for named in found if named is not None), None)
 
 
 def bytes_to_read(folders: Sequence[Path]) -> int:

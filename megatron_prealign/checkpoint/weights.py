@@ -100,8 +100,40 @@ def written_layout(tensor_parallel: int, pipeline_parallel: int) -> dict[str, An
     }
 
 
-def converted(name: str, tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether no number is NaN or infinite. One pass without memory of its own."""
+    import torch
+
+    if not tensor.numel():
+        return True
+    # NaN comes through as NaN.
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_numbers(where: Path, name: str, tensor: "torch.Tensor", advice: str) -> None:
+    """Refuses weights that compute nothing.
+
+    Args:
+        where: File or folder that holds it.
+        name: Of the tensor.
+        advice: What to do, for the user.
+
+    Raises:
+        UserError: numbers are NaN or infinite.
+    """
+    import torch
+
+    if not is_finite(tensor):
+        broken = int((~torch.isfinite(tensor)).sum())
+        raise UserError(f"{where}: {broken:,} of the {tensor.numel():,} numbers of {name} are NaN or infinite{advice}")
+
+
+def converted(where: Path, name: str, tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     """The tensor in another type; itself if it has that type.
+
+    Args:
+        where: File or folder that holds it.
 
     Raises:
         UserError: finite numbers of it are too large for that type.
@@ -111,8 +143,9 @@ def converted(name: str, tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch
     if tensor.dtype == dtype:
         return tensor
     changed = tensor.to(dtype)
-    if not torch.isfinite(changed).all() and torch.isfinite(tensor).all():
+    if not is_finite(changed) and is_finite(tensor):
+        advice = "use another model" if dtype is torch.float32 else "leave --dtype out"
         raise UserError(
-            f"{name} has numbers that are too large for {str(dtype).removeprefix('torch.')}; leave --dtype out"
+            f"{where}: {name} has numbers that are too large for {str(dtype).removeprefix('torch.')}; {advice}"
         )
     return changed

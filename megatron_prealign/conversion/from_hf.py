@@ -12,6 +12,7 @@ from megatron_prealign.checkpoint.new_folder import new_folder
 from megatron_prealign.checkpoint.shards import ShardWriter
 from megatron_prealign.checkpoint.weights import (
     TOKENIZER,
+    check_numbers,
     complete_weights,
     converted,
     is_weights_folder,
@@ -20,6 +21,7 @@ from megatron_prealign.checkpoint.weights import (
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
+from megatron_prealign.conversion.tokenizer import own_class_notes
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ModelSection
@@ -49,6 +51,8 @@ class Imported:
     """Rows of the embedding (and of the output layer) that are the mean of the others."""
     dropped_rows: int
     """Rows without a token that were left out, as the vocabulary size asked for."""
+    notes: list[str]
+    """What a user should know about the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,7 @@ def from_huggingface(
         tokenizer_size=work.tokenizer.vocab_size,
         added_rows=max(0, work.rows.wanted - work.rows.there),
         dropped_rows=max(0, work.rows.there - work.rows.wanted),
+        notes=own_class_notes(work.tokenizer.path, work.model.family),
     )
 
 
@@ -278,11 +283,17 @@ def _write(work: _Import, writer: ShardWriter, progress: Callable[[int, int], No
 
 
 def _ours(work: _Import, entry: Entry) -> torch.Tensor:
-    theirs = {name: converted(name, work.folder.read(work.names[name]), work.dtype) for name in entry.names}
+    theirs = {name: _read(work, work.names[name]) for name in entry.names}
     tensor = entry.from_huggingface(theirs)
     # Theirs need not stay while rows are added.
     theirs.clear()
     return work.rows.fit(tensor) if entry.vocabulary else tensor
+
+
+def _read(work: _Import, name: str) -> torch.Tensor:
+    where, tensor = work.folder.tensors[name].file, work.folder.read(name)
+    check_numbers(where, name, tensor, "; the model is damaged or had broken down in training, use another one")
+    return converted(where, name, tensor, work.dtype)
 
 
 def _check_tied(work: _Import) -> None:
@@ -310,7 +321,13 @@ def _source(work: _Import) -> dict[str, Any]:
         "dtypes": sorted({work.folder.tensors[name].dtype for name in work.names.values()}),
         "vocab_size": work.rows.there,
         "tokenizer_size": work.tokenizer.vocab_size,
+        "own_tokenizer": _has_own_tokenizer(work),
     }
+
+
+def _has_own_tokenizer(work: _Import) -> bool:
+    """Whether the tokenizer is that of the model's makers, whose policy it keeps."""
+    return work.tokenizer.path.resolve() == work.folder.path.resolve()
 
 
 def _config(work: _Import) -> dict[str, Any]:
@@ -322,7 +339,8 @@ def _config(work: _Import) -> dict[str, Any]:
         dtype=_CONFIG_DTYPES[work.dtype],
         eod_id=work.tokenizer.eod_id,
     )
-    for role in _ROLES:
+    # Ids of roles are those of the makers' tokenizer.
+    for role in _ROLES if _has_own_tokenizer(work) else ():
         own = work.folder.config.get(role)
         ids = own if isinstance(own, list) else [own]
         if ids and all(type(each) is int and 0 <= each < work.rows.wanted for each in ids):

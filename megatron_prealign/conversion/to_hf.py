@@ -14,9 +14,9 @@ import torch
 
 from megatron_prealign.checkpoint.folder import is_run, read_state, resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
-from megatron_prealign.checkpoint.new_folder import new_folder
+from megatron_prealign.checkpoint.new_folder import check_free, new_folder
 from megatron_prealign.checkpoint.shards import ShardReader
-from megatron_prealign.checkpoint.weights import CONFIG, TOKENIZER
+from megatron_prealign.checkpoint.weights import CONFIG, TOKENIZER, check_numbers, is_finite
 from megatron_prealign.conversion.card import History, model_card
 from megatron_prealign.conversion.config import huggingface_config, section_of
 from megatron_prealign.conversion.safetensors_shards import SafetensorsWriter
@@ -24,6 +24,7 @@ from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.conversion.tokenizer import (
     TokenizerExport,
     check_tokenizer,
+    compare_tokenizer,
     copy_tokenizer,
     export_tokenizer,
     write_json,
@@ -170,15 +171,17 @@ def read_weights(source: Source, dtype: torch.dtype | None = None) -> Iterator[t
     """
     with ShardReader(source.folder) as reader:
         prefix = masters_of(reader, dtype) or ""
+        broke = is_run(source.summary)
+        advice = ": the training had broken down; use an older checkpoint" if broke else "; use other weights"
         for entry in source.plan.entries:
             ours = reader.read(prefix + entry.key, entry.layer)
             if entry.vocabulary:
                 ours = ours[: entry.shape[0]]
             name = entry.key if entry.layer is None else f"{entry.key}, layer {entry.layer}"
-            _check_numbers(ours, name, source.folder)
+            check_numbers(source.folder, name, ours, advice)
             if dtype is not None and ours.dtype is not dtype:
                 converted = ours.to(dtype)
-                if not _is_finite(converted):
+                if not is_finite(converted):
                     raise UserError(
                         f"{source.folder}: {name} has numbers up to {float(ours.abs().max()):.3g}, too large for "
                         f"{dtype}; choose bf16 or fp32"
@@ -196,23 +199,6 @@ def masters_of(reader: ShardReader, dtype: torch.dtype | None) -> str | None:
     if reader.tensors[embedding].dtype is torch.float32:
         return None
     return next((prefix for prefix in _MASTERS if prefix + embedding in reader.tensors), None)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.numel():
-        return True
-    # One pass without memory of its own; NaN comes through as NaN.
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _check_numbers(tensor: torch.Tensor, name: str, folder: Path) -> None:
-    if not _is_finite(tensor):
-        broken = int((~torch.isfinite(tensor)).sum())
-        raise UserError(
-            f"{folder}: {broken:,} of the {tensor.numel():,} numbers of {name} are NaN or infinite: the training had "
-            "broken down; use an older checkpoint"
-        )
 
 
 def to_huggingface(
@@ -239,6 +225,7 @@ def to_huggingface(
     folder = resolve_checkpoint(path)
     if output.resolve() == folder.resolve():
         raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
+    check_free(output, overwrite=options.overwrite, replaceable=is_model_folder)
     check_manifest(folder, checksums=options.checksums)
     source = open_source(folder)
     with ShardReader(source.folder) as reader:
@@ -306,8 +293,19 @@ def _write_tokenizer(
     write_json(working / "config.json", config)
     write_json(working / "generation_config.json", generation)
     _check_config(source, working)
-    found = [] if mode == "copy" else check_tokenizer(folder, working, vocab_size)
+    found = (
+        _told_of_copy(folder, working, vocab_size) if mode == "copy" else check_tokenizer(folder, working, vocab_size)
+    )
     return exported, [*exported.notes, *_policy_notes(source.summary), *found]
+
+
+def _told_of_copy(folder: Path, working: Path, vocab_size: int) -> list[str]:
+    """What a user should know of files that are as their makers left them; what these put around a text is no
+    difference."""
+    problem, notes = compare_tokenizer(folder, working, vocab_size, add_special_tokens=False)
+    if not problem:
+        return notes
+    return [f"The tokenizer was copied as its makers left it, but {problem}; --tokenizer convert keeps the ids."]
 
 
 def _check_config(source: Source, working: Path) -> None:
@@ -340,9 +338,11 @@ def _policy_notes(summary: dict[str, Any]) -> list[str]:
 
 
 def came_from_huggingface(summary: dict[str, Any]) -> bool:
-    """Whether the weights were only brought here: their tokenizer keeps the policy of those who trained them."""
+    """Whether the weights and their tokenizer were only brought here: it keeps the policy of those who trained them."""
     source = summary.get("source") or {}
-    return not is_run(summary) and source.get("format") == "huggingface"
+    # Checkpoints from before it was said do not say whose tokenizer they have.
+    own = source.get("own_tokenizer", True)
+    return not is_run(summary) and source.get("format") == "huggingface" and bool(own)
 
 
 def _their_tokens(folder: Path) -> dict[str, Any]:

@@ -214,6 +214,17 @@ def _roles(config: dict[str, Any], known: set[str]) -> dict[str, str]:
     return roles
 
 
+def own_class_notes(path: Path, family: str) -> list[str]:
+    """What is said of a tokenizer whose ids transformers 5 would not give in a folder of this family."""
+    if family not in _OWN_CLASS or (path.is_dir() and read_config(path).get("tokenizer_class") in _OWN_CLASS[family]):
+        return []
+    return [
+        f"transformers 5 opens every {family} folder with a class of its own ({_OWN_CLASS[family][0]}), which takes "
+        "the vocabulary alone of this tokenizer and may give other ids than training here, where the whole of it is "
+        "used; convert to-hf --tokenizer convert writes a folder that keeps the ids"
+    ]
+
+
 def _own_class(config: dict[str, Any], output: Path, family: str) -> dict[str, Any]:
     name = config.get("tokenizer_class")
     if name in _OWN_CLASS[family]:
@@ -240,18 +251,31 @@ def _sentencepiece_notes(definition: Definition) -> list[str]:
 
 
 def check_tokenizer(source: Path, output: Path, vocab_size: int) -> list[str]:
+    """As `compare_tokenizer`, for ids that must be equal.
+
+    Raises:
+        UserError: ids differ, or there are more of them than the model has rows.
+    """
+    problem, notes = compare_tokenizer(source, output, vocab_size)
+    if problem:
+        raise UserError(f"{source}: {problem}; use --tokenizer copy")
+    return notes
+
+
+def compare_tokenizer(
+    source: Path, output: Path, vocab_size: int, *, add_special_tokens: bool = True
+) -> tuple[str, list[str]]:
     """Opens the written tokenizer with transformers and compares ids with those of the training's.
 
     Args:
         source: What `export_tokenizer` was given.
         output: The folder, with config.json.
         vocab_size: Rows of the embedding.
+        add_special_tokens: Let transformers put tokens around a text, which training does not.
 
     Returns:
-        Lines for the user about differences that were found and are known to occur.
-
-    Raises:
-        UserError: ids differ, or there are more of them than the model has rows.
+        What is wrong, in words, empty if nothing is; lines for the user about differences that were found and are
+        known to occur.
     """
     from transformers import AutoTokenizer
 
@@ -260,31 +284,28 @@ def check_tokenizer(source: Path, output: Path, vocab_size: int) -> list[str]:
         theirs = AutoTokenizer.from_pretrained(str(output), local_files_only=True)
     except Exception as error:  # transformers raises many kinds.
         reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UserError(
-            f"{source}: transformers does not open this tokenizer once it is written ({reason}); use --tokenizer copy"
-        ) from error
+        return f"transformers does not open this tokenizer once it is written ({reason})", []
     if len(theirs) > vocab_size:
-        raise UserError(
-            f"{source}: transformers finds {len(theirs):,} tokens, the model has {vocab_size:,}; use --tokenizer copy"
-        )
+        return f"transformers finds {len(theirs):,} tokens, the model has {vocab_size:,}", []
     # Only a warning about long texts depends on it.
     theirs.model_max_length = 1 << 40
     # Added tokens that are not special are found in a text by both.
     names = [str(token) for token in theirs.added_tokens_decoder.values() if token.special]
     texts = [text for text in (*_CHECK_TEXTS, *_piece_texts(ours)) if not any(name in text for name in names)]
     expected = ours.encode_batch(texts)
-    found = [theirs(text).input_ids for text in texts]
+    found = [theirs(text, add_special_tokens=add_special_tokens).input_ids for text in texts]
     different = [number for number in range(len(texts)) if list(found[number]) != expected[number]]
     if not different:
-        return []
+        return "", []
     first = texts[different[0]][:60]
-    unigram = type(getattr(theirs.backend_tokenizer, "model", None)).__name__ == "Unigram"
+    # Those without a backend are sentencepiece's own, as Python code.
+    unigram = type(getattr(getattr(theirs, "backend_tokenizer", None), "model", None)).__name__ == "Unigram"
     if not unigram or len(different) > _UNIGRAM_TOLERANCE * len(texts):
-        raise UserError(
-            f"{source}: transformers gives other ids than the training had in {len(different)} of {len(texts)} test "
-            f"texts, first in {first!r}; use --tokenizer copy"
-        )
-    return [f"ids of {len(different)} of {len(texts)} test texts differ from sentencepiece's, first in {first!r}"]
+        return (
+            f"transformers gives other ids than training here in {len(different)} of {len(texts)} test texts, first "
+            f"in {first!r}"
+        ), []
+    return "", [f"ids of {len(different)} of {len(texts)} test texts differ from sentencepiece's, first in {first!r}"]
 
 
 def _piece_texts(tokenizer: Tokenizer) -> list[str]:

@@ -123,8 +123,9 @@ def verify(
     folder = HuggingFaceFolder(model)
     report = VerifyReport(str(source.folder), str(model), tolerance)
     report.config = _compare_config(source, folder, ignore_config_fields)
-    report.tensors = _compare_tensors(source, folder, show_progress)
+    # Before hours of reading: the text may be of no use.
     ids = _compare_tokenizers(source, model, text, report)
+    report.tensors = _compare_tensors(source, folder, show_progress)
     # Of another architecture or shape nothing could be said layer by layer.
     if logits and not report.config and not any(each.problem and not each.difference for each in report.tensors):
         # Ours has no window: beyond it the two are not the same.

@@ -199,6 +199,24 @@ def test_verify_without_a_manifest_or_a_state(run_dir: Path, capsys: pytest.Capt
     assert status == 1 and "never completed" in text
 
 
+def test_verify_looks_at_what_latest_names(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not at an older one that happens to be whole."""
+    directory = run_dir / "checkpoints"
+    (directory / "step_00000100" / "manifest.json").unlink()
+    for folder in (run_dir, directory):
+        status, text = printed(capsys, "verify", folder)
+        assert status == 1 and "damaged:" in text and "step_00000100" in text and "step_00000020" not in text
+    shutil.rmtree(directory / "step_00000100")
+    for flags in ([], ["--all"]):
+        status, text = printed(capsys, "verify", run_dir, *flags)
+        assert status == 1 and f"damaged: {directory / 'latest'} names step_00000100, which is missing" in text
+        assert "step_00000020: 9 files" in text
+    for step in (10, 20):
+        shutil.rmtree(directory / f"step_{step:08}")
+    status, text = printed(capsys, "verify", run_dir)
+    assert status == 1 and "which is missing" in text
+
+
 def test_verify_finds_a_state_that_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The manifest is right: whoever wrote the folder wrote nonsense."""
     folder = make_checkpoint(tmp_path / "step_00000001", 1, layout=3)
@@ -287,6 +305,20 @@ def test_a_damaged_checkpoint_is_not_exported(
     status, text = printed(capsys, "export-weights", "--checkpoint", folder, "--output", tmp_path / "out")
     assert status == 2 and "__0_0.distcp has another checksum" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_the_output_is_looked_at_before_the_checkpoint_is_read(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a damaged checkpoint: whoever read it first would say so."""
+    folder = run_dir / "checkpoints" / "step_00000020"
+    flip_a_byte(folder / "__0_0.distcp")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    options = ("export-weights", "--checkpoint", folder, "--output")
+    status, text = printed(capsys, *options, tmp_path / "file")
+    assert status == 2 and "is there and no folder" in text
+    status, text = printed(capsys, *options, tmp_path / "file" / "a" / "b")
+    assert status == 2 and f"cannot be a folder, for {tmp_path / 'file'} is a file" in text
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

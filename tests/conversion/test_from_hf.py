@@ -189,6 +189,20 @@ def test_numbers_that_do_not_fit_the_type(llama: Path, tmp_path: Path) -> None:
     change_tensors(llama, {"model.norm.weight": torch.full((32,), torch.finfo(torch.float32).max)})
     assert "model.norm.weight has numbers that are too large" in refusal(llama, tmp_path / "ours", dtype="bf16")
 
+    change_tensors(llama, {"model.norm.weight": torch.full((32,), 1e300, dtype=torch.float64)})
+    text = refusal(llama, tmp_path / "ours")
+    assert "model.safetensors: model.norm.weight" in text and "--dtype" not in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_that_are_none(llama: Path, tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    broken = torch.ones(32, dtype=dtype)
+    broken[3] = broken[30] = value
+    change_tensors(llama, {"model.norm.weight": broken})
+    text = refusal(llama, tmp_path / "ours")
+    assert "model.safetensors: 2 of the 32 numbers of model.norm.weight are NaN or infinite" in text
+
 
 def test_pickles_and_shards_give_the_same_bytes(saved: dict[str, Path], llama: Path, tmp_path: Path) -> None:
     from_huggingface(saved["llama"], tmp_path / "single")
@@ -275,8 +289,12 @@ def test_tokenizers(llama: Path, tmp_path: Path) -> None:
         file.unlink()
     text = refusal(llama, tmp_path / "ours")
     assert "no tokenizer" in text and "--tokenizer" in text
+    (llama / "tokenizer_config.json").write_text("{}")
+    assert "no vocabulary, only tokenizer_config.json" in refusal(llama, tmp_path / "ours")
+    (llama / "tokenizer_config.json").unlink()
     save_tokenizer(tmp_path / "tokenizer")
-    from_huggingface(llama, tmp_path / "ours", tokenizer=tmp_path / "tokenizer")
+    done = from_huggingface(llama, tmp_path / "ours", tokenizer=tmp_path / "tokenizer")
+    assert done.notes == [] and read_state(tmp_path / "ours")["source"]["own_tokenizer"] is False
     assert (tmp_path / "ours" / "tokenizer" / "tokenizer.json").exists()
     os.replace(tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "elsewhere.json")
     (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")

@@ -19,6 +19,7 @@ from megatron_prealign import cli
 from megatron_prealign.checkpoint import new_folder
 from megatron_prealign.checkpoint.manifest import write_manifest
 from megatron_prealign.checkpoint.shards import ShardReader
+from megatron_prealign.conversion import from_hf
 from megatron_prealign.conversion import to_hf as conversion
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.safetensors_shards import INDEX, SafetensorsWriter
@@ -177,16 +178,20 @@ def test_shards_and_their_index(half: Path, tmp_path: Path) -> None:
     ],
 )
 def test_numbers_that_cannot_be_carried_over(
-    half: Path, tmp_path: Path, value: float, dtype: str | None, message: str
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: str | None, message: str
 ) -> None:
     model = tmp_path / "model"
     convert(half, model, dtype="fp32")
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    # It would not take them.
+    monkeypatch.setattr(from_hf, "check_numbers", lambda *_: None)
     from_huggingface(model, tmp_path / "checkpoint")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         convert(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
+    # No training of ours.
+    assert "broken down" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "checkpoint"}
 
 
@@ -335,6 +340,7 @@ def test_a_model_that_differs(half: Path, tmp_path: Path, workers: WorkerPool) -
     weights[name][1, 1] += 0.5
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     (report,) = workers.run(1, verify, str(half), str(model), {})
+    assert len(report.tensors) == len(weights)
     assert [each.name for each in report.different_tensors] == [name] and not report.agrees
     assert report.first_different == "layer 3"
     del weights[name]
@@ -365,6 +371,12 @@ def test_the_verify_command_tells_by_its_status(half: Path, tmp_path: Path, caps
     (model / "config.json").write_text(json.dumps(config))
     (tmp_path / "text").write_bytes(b"\xff")
     assert cli.main([*arguments, "--text", str(tmp_path / "text")]) == 2
+    (tmp_path / "text").write_bytes(b"")
+    assert cli.main([*arguments, "--text", str(tmp_path / "text")]) == 2
+    assert f"--text {tmp_path / 'text'} is empty" in capsys.readouterr().err
+    assert cli.main([*arguments, "--output", str(tmp_path / "report.json")]) == 2
+    assert "report.json is there already" in capsys.readouterr().err
+    assert cli.main([*arguments, "--output", str(tmp_path / "report.json"), "--overwrite"]) == 0
     (model / "tokenizer.json").write_text(
         (model / "tokenizer.json")
         .read_text(encoding="utf-8")

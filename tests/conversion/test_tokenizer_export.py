@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from hf_models import make_model, save_model
 from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import AutoTokenizer
 
+from megatron_prealign.checkpoint.export import export_weights
+from megatron_prealign.conversion.from_hf import from_huggingface
+from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.conversion.tokenizer import (
     _CHECK_TEXTS,
     check_tokenizer,
@@ -244,7 +248,7 @@ def test_other_ids_are_found(tmp_path: Path) -> None:
     data = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["merges"] = data["model"]["merges"][:-50]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(UserError, match="gives other ids than the training had"):
+    with pytest.raises(UserError, match="gives other ids than training here"):
         check_tokenizer(source, output, 600)
     with pytest.raises(UserError, match="finds 600 tokens, the model has 599"):
         check_tokenizer(source, output, 599)
@@ -265,7 +269,7 @@ def test_added_tokens_that_are_in_every_text_hide_no_other_ids(tmp_path: Path) -
     vocabulary = data["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(UserError, match="gives other ids than the training had"):
+    with pytest.raises(UserError, match="gives other ids than training here"):
         check_tokenizer(source, output, rows)
 
 
@@ -283,3 +287,37 @@ def test_a_copy_is_a_copy(tmp_path: Path) -> None:
     assert exported.eod_token == "<eod>" and not exported.converted
     for file in source.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_tokenizer_that_is_not_the_models_own_is_converted(tmp_path: Path) -> None:
+    """transformers opens sentencepiece files with a class of the model's family, which cuts texts in its own way."""
+    theirs, source = save_model(make_model("llama"), tmp_path / "theirs"), MODELS["bpe"](tmp_path / "sentencepiece")
+    from_huggingface(theirs, tmp_path / "first", tokenizer=source)
+    export_weights(tmp_path / "first", tmp_path / "ours")
+    done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
+    assert not any("copied" in note for note in done.notes)
+    opened, tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(source)
+    assert opened(ENGLISH[0]).input_ids == tokenizer.encode(ENGLISH[0])
+    # Those of the makers' roles are other tokens here.
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["eos_token_id"] == opened.eos_token_id == tokenizer.eod_id != 256
+    done = to_huggingface(tmp_path / "ours", tmp_path / "copy", ToHuggingFace(tokenizer="copy"), show_progress=False)
+    assert any("copied as its makers left it, but transformers" in note for note in done.notes)
+
+
+def test_the_models_own_tokenizer_is_copied(tmp_path: Path) -> None:
+    theirs = save_model(make_model("llama"), tmp_path / "theirs")
+    assert from_huggingface(theirs, tmp_path / "ours").notes == []
+    done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
+    assert done.notes == []
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+
+
+def test_a_family_with_a_tokenizer_of_its_own_is_told_of(tmp_path: Path) -> None:
+    theirs = save_model(make_model("qwen2"), tmp_path / "theirs")
+    (note,) = from_huggingface(theirs, tmp_path / "ours").notes
+    assert "opens every qwen2 folder with a class of its own (Qwen2Tokenizer)" in note
+    config = theirs / "tokenizer_config.json"
+    named = {**json.loads(config.read_text(encoding="utf-8")), "tokenizer_class": "Qwen2Tokenizer"}
+    config.write_text(json.dumps(named), encoding="utf-8")
+    assert from_huggingface(theirs, tmp_path / "again").notes == []
