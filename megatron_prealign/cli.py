@@ -63,6 +63,9 @@ def parse_options(options: type[Options], command: str, argv: Sequence[str]) -> 
     parser = new_parser(command, options.__doc__ or "")
     # Its docstring is the description already.
     parser.add_class_arguments(options, as_group=False)
+    for action in parser._actions:
+        # As the documentation writes them; they are looked up under the names that they were made with.
+        action.option_strings = [name.replace("_", "-") for name in action.option_strings]
     with as_user_error(f"megatron-prealign {command}"):
         values = parser.parse_args(arguments)
         return options(**{field.name: values[field.name] for field in dataclasses.fields(options)})  # type: ignore[arg-type]

@@ -73,6 +73,19 @@ def test_help_explains_fields_by_their_docstrings(
         assert each in text
 
 
+def test_help_writes_options_as_the_documentation_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "from-hf", "--help"])
+    text = capsys.readouterr().out
+    assert "--ignore-config-field" in text and "--vocab-size VOCAB_SIZE" in text
+    assert "--ignore_config_field" not in text and "--vocab_size" not in text
+    # Both ways are read.
+    for option in ("--vocab-size", "--vocab_size", "--vocab-size=many", "--vocab_size=many"):
+        argv = ["convert", "from-hf", "--model", "x", "--output", "y", option, *([] if "=" in option else ["many"])]
+        assert cli.main(argv) == 2
+        assert "vocab_size is many, expected a whole number" in capsys.readouterr().err
+
+
 def test_module_runs_as_the_command_does() -> None:
     done = run_python("-m", "megatron_prealign", "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
