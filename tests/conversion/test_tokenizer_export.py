@@ -12,9 +12,11 @@ import pytest
 import sentencepiece
 from hf_models import make_model, save_model
 from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from megatron_prealign.checkpoint.export import export_weights
+from megatron_prealign.checkpoint.weights import CONFIG
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.conversion.tokenizer import (
@@ -293,6 +295,8 @@ def test_a_tokenizer_that_is_not_the_models_own_is_converted(tmp_path: Path) -> 
     """transformers opens sentencepiece files with a class of the model's family, which cuts texts in its own way."""
     theirs, source = save_model(make_model("llama"), tmp_path / "theirs"), MODELS["bpe"](tmp_path / "sentencepiece")
     from_huggingface(theirs, tmp_path / "first", tokenizer=source)
+    said = json.loads((tmp_path / "first" / CONFIG).read_text(encoding="utf-8"))
+    assert said["eos_token_id"] == load_tokenizer(source).eod_id
     export_weights(tmp_path / "first", tmp_path / "ours")
     done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
     assert not any("copied" in note for note in done.notes)
@@ -306,10 +310,15 @@ def test_a_tokenizer_that_is_not_the_models_own_is_converted(tmp_path: Path) -> 
 
 
 def test_the_models_own_tokenizer_is_copied(tmp_path: Path) -> None:
+    """A token that it puts in front of a text, which training does not, is no difference to tell of."""
     theirs = save_model(make_model("llama"), tmp_path / "theirs")
+    library = LibraryTokenizer.from_file(str(theirs / "tokenizer.json"))
+    library.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)])
+    library.save(str(theirs / "tokenizer.json"))
     assert from_huggingface(theirs, tmp_path / "ours").notes == []
     done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
     assert done.notes == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids[0] == 256
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 
 
