@@ -12,6 +12,7 @@ from megatron_prealign.benchmark.options import (
     ResourcesOptions,
 )
 from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.huge_pages import use_huge_pages
 from megatron_prealign.tools.benchmark_phases import main as phases
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def preprocess(argv: Sequence[str]) -> int:
 
 def convert(argv: Sequence[str]) -> int:
     options = parse_options(ConvertOptions, "benchmark convert", argv)
+    # As `convert` itself does.
+    use_huge_pages()
 
     import torch
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
+from megatron_prealign.huge_pages import use_huge_pages
 from megatron_prealign.processors import available_cores
 
 
@@ -138,6 +139,7 @@ def verify(argv: Sequence[str]) -> int:
 
 def export_weights(argv: Sequence[str]) -> int:
     options = parse_options(ExportOptions, "checkpoint export-weights", argv)
+    use_huge_pages()
 
     from megatron_prealign.checkpoint.export import check_output
     from megatron_prealign.checkpoint.export import export_weights as export

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
+from megatron_prealign.huge_pages import use_huge_pages
 from megatron_prealign.progress import Progress
 
 if TYPE_CHECKING:
@@ -296,4 +297,5 @@ ACTIONS: Actions = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs `convert ACTION`."""
+    use_huge_pages()
     return run_action("convert", ACTIONS, argv)
