@@ -1,6 +1,7 @@
 """Reads `.metadata`, the pickle in which torch's distributed format says where the tensors of a checkpoint lie."""
 
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _is_own_class(found: Any, module: str, name: str) -> bool:
 
 
 def _enum_member(owner: Any, name: str) -> Any:
-    """Stands in for `getattr`, by which Python 3.10 pickles a member of an enumeration inside a class."""
-    if owner in (dcp.TensorProperties,) and name == "_MEM_FORMAT_ENCODING":
-        return getattr(owner, name)
+    """Stands in for `getattr`, by which some versions of Python (3.11.2) pickle a member of an enumeration; others
+    (3.11.7) call the enumeration."""
+    if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+        return owner[name]
     raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which no checkpoint does")

@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,36 @@ def test_a_part_that_is_there_twice_hides_no_other(tmp_path: Path) -> None:
     changed_metadata(tmp_path, repeat)
     with ShardReader(tmp_path) as reader, pytest.raises(UserError, match="places some of its elements twice"):
         reader.read("halves")
+
+
+class ByName(pickle.Pickler):
+    """Members of enumerations as Python 3.11.2 pickles them."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class ByValue(pickle.Pickler):
+    """And as 3.11.7 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (type(value), (value.value,)) if isinstance(value, Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("pickler", [ByName, ByValue])
+def test_enumerations_of_every_python_are_read(checkpoint: Path, tmp_path: Path, pickler: type[pickle.Pickler]) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    metadata = FileSystemReader(folder).read_metadata()
+    with (folder / METADATA).open("wb") as file:
+        pickler(file).dump(metadata)
+    read_all(folder)
+
+
+def test_getattr_gives_members_of_enumerations_alone(tmp_path: Path) -> None:
+    harmful = b"cbuiltins\ngetattr\n(ctorch\nSize\nVmro\ntR."
+    (tmp_path / METADATA).write_bytes(harmful)
+    with pytest.raises(UserError, match="it asks for mro of <class 'torch.Size'>, which no checkpoint does"):
+        ShardReader(tmp_path)
 
 
 class Harmful:
