@@ -129,8 +129,8 @@ def test_ids_are_those_of_training(source: tuple[str, Path], tmp_path: Path) -> 
     expected = ours.encode_batch(texts)
     found = theirs(texts).input_ids
     different = [text for text, one, other in zip(texts, expected, found, strict=True) if one != other]
-    # 3 in 1,000 short texts: ties, of which none is known in BPE.
-    assert len(different) <= (len(texts) * 3 // 1000 if name in UNIGRAM else 0), different[:5]
+    # Ties, of which BPE has none: of 2.6 million tokens 8 in 100,000 differed, and a text here has up to thousands.
+    assert len(different) <= (len(texts) // 100 if name in UNIGRAM else 0), different[:5]
     assert len(theirs) == ours.vocab_size
 
 
