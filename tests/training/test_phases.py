@@ -190,7 +190,8 @@ def test_alignment_step_is_the_methods(
 def test_alignment_step_keeps_documents_apart(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     """The rows have a mask of the same kind as the batch of words."""
     values = tiny.values(tmp_path)
-    values["alignment"].update(lm_global_batch_size=40)
+    # A document is about 80 rows long: of so many rows some hold the end of one, whatever text this Python has.
+    values["alignment"].update(lm_global_batch_size=400, lm_micro_batch_size=8)
     values["data"]["reset_attention_mask"] = True
     answer = workers.run(1, alignment_step, values, str(tmp_path))[0]
     assert answer["apart"] > 0
