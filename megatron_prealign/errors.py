@@ -31,3 +31,13 @@ def user_error_of(error: OSError) -> UserError | None:
         f"{error.filename}: {error.strerror} ({type(error).__name__}); check this path, its permissions and the space "
         "left on its disk"
     )
+
+
+def system_reason(error: BaseException | None) -> str | None:
+    """What the operating system refused, behind an error that a library may have wrapped into its own; None if it was
+    something else."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        error = error.__cause__ or error.__context__
+    return None

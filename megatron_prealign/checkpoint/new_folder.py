@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_prealign.disk import sync_file, sync_folder
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, system_reason
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def new_folder(output: Path, *, overwrite: bool, replaceable: Callable[[Path], b
         os.replace(working, output)
         sync_folder(output.parent)
     except (OSError, RuntimeError) as error:
-        reason = _refusal(error)
+        reason = system_reason(error)
         if reason is None:
             raise
         raise UserError(
@@ -85,12 +85,3 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             sync_file(Path(parent, name))
         sync_folder(Path(parent))
-
-
-def _refusal(error: BaseException | None) -> str | None:
-    """What the operating system refused; None if it was something else. torch wraps such errors into its own."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        error = error.__cause__ or error.__context__
-    return None

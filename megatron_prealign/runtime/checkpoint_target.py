@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, system_reason
 
 Result = TypeVar("Result")
 
@@ -74,9 +74,5 @@ class Target:
 
 def _disk_error(error: BaseException | None) -> str | None:
     """The reason, if `error` comes from the disk. torch reports a short write as a RuntimeError of its own."""
-    text = str(error)
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        error = error.__cause__ or error.__context__
-    return "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in text else None
+    short_write = "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in str(error) else None
+    return system_reason(error) or short_write
