@@ -25,8 +25,8 @@ from megatron_prealign.conversion.tokenizer import (
     TokenizerExport,
     check_tokenizer,
     compare_tokenizer,
-    copy_tokenizer,
     export_tokenizer,
+    export_unchanged,
     write_json,
 )
 from megatron_prealign.data.sidecar import load_sidecar
@@ -279,7 +279,7 @@ def _write_tokenizer(
     folder, vocab_size = source.folder / TOKENIZER, source.summary["vocab_size"]
     mode = options.tokenizer or ("copy" if came_from_huggingface(source.summary) else "convert")
     if mode == "copy":
-        exported = copy_tokenizer(folder, working)
+        exported = export_unchanged(folder, working)
     else:
         exported = export_tokenizer(folder, working, family=source.model.family, max_length=source.seq_length)
     config = huggingface_config(

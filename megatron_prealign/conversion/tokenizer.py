@@ -142,7 +142,7 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
     return TokenizerExport(base.eod_id, eod, kind, notes=notes)
 
 
-def copy_tokenizer(source: Path, output: Path) -> TokenizerExport:
+def export_unchanged(source: Path, output: Path) -> TokenizerExport:
     """Copies the tokenizer's files as they are, for what `export_tokenizer` cannot carry over and for models that were
     never trained here.
 

@@ -22,8 +22,8 @@ from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.conversion.tokenizer import (
     _CHECK_TEXTS,
     check_tokenizer,
-    copy_tokenizer,
     export_tokenizer,
+    export_unchanged,
 )
 from megatron_prealign.data.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer, save_clone_language
 from megatron_prealign.data.tokenizer import load_tokenizer
@@ -285,7 +285,7 @@ def test_a_copy_is_a_copy(tmp_path: Path) -> None:
     source = make_byte_bpe(tmp_path / "tokenizer")
     shutil.copy(source / "tokenizer.json", source / "other.json")
     (tmp_path / "out").mkdir()
-    exported = copy_tokenizer(source, tmp_path / "out")
+    exported = export_unchanged(source, tmp_path / "out")
     assert exported.eod_token == "<eod>" and not exported.converted
     for file in source.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
