@@ -1,32 +1,16 @@
 """Packaging. `kernels/` and `tools/` lie at the top level but install inside the package.
 
-`kernels` is also the name of a Hugging Face distribution, so the top-level names must never be installed: hence the
-explicit package list instead of `find_packages()`.
+`kernels` is also the name of a Hugging Face distribution, so the top-level names must never be installed: hence
+`find_packages` of our own package alone, and the two mapped directories by name.
 """
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_prealign/__init__.py").read_text()).group(1)
-ROOMS = [
-    "recipe",
-    "runtime",
-    "model",
-    "data",
-    "dictionary",
-    "dictionary.formats",
-    "checkpoint",
-    "conversion",
-    "conversion.families",
-    "alignment",
-    "code_switch",
-    "benchmark",
-    "training",
-    "evaluation",
-]
 PYGLOSSARY = ["pyglossary>=4.6,<5.3; python_version < '3.12'", "pyglossary>=4.6; python_version >= '3.12'"]
 
 setup(
@@ -38,8 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=[
-        "megatron_prealign",
-        *(f"megatron_prealign.{room}" for room in ROOMS),
+        *find_packages(include=["megatron_prealign", "megatron_prealign.*"]),
         "megatron_prealign.kernels",
         "megatron_prealign.tools",
     ],

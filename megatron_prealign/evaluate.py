@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.checkpoint.folder import resolve_checkpoint
+from megatron_prealign.checkpoint.resume.agree import verify_checkpoint
+from megatron_prealign.checkpoint.resume.identity import read_run
+from megatron_prealign.checkpoint.resume.load import load_weights
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.materials import open_dictionary, open_validation, open_vocabulary
@@ -18,9 +21,6 @@ from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
-from megatron_prealign.training.choosing import verify_checkpoint
-from megatron_prealign.training.resuming import load_weights
-from megatron_prealign.training.run_identity import read_run
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,15 @@ from typing import Any
 
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
+from megatron_prealign.checkpoint.resume.agree import choose_start, settle_start
+from megatron_prealign.checkpoint.resume.identity import (
+    facts_of_model,
+    facts_of_run,
+    facts_of_switching,
+)
+from megatron_prealign.checkpoint.resume.load import load_weights, resume
+from megatron_prealign.checkpoint.store import CheckpointStore
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.data.samples import SampleRows, TrainSamples, ValidationSamples
@@ -29,21 +38,12 @@ from megatron_prealign.runtime.optimizer import build_optimizer, hold
 from megatron_prealign.switching import Switching, open_switching
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
-from megatron_prealign.training.checkpoint import CheckpointStore
-from megatron_prealign.training.choosing import choose_start, settle_start
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
-from megatron_prealign.training.resuming import load_weights, resume
 from megatron_prealign.training.rows import RowReader
-from megatron_prealign.training.run_identity import (
-    facts_of_model,
-    facts_of_run,
-    facts_of_switching,
-)
-from megatron_prealign.training.saving import SaveCheckpoints
-from megatron_prealign.training.state import TrainState
+from megatron_prealign.training.save_checkpoints import SaveCheckpoints
 from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
 from megatron_prealign.training.word_steps import WordSteps

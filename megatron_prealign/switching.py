@@ -3,14 +3,14 @@
 import logging
 from dataclasses import dataclass
 
+from megatron_prealign.checkpoint.resume.identity import saved_coverage
+from megatron_prealign.checkpoint.resume.start import FRESH, Start
 from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.dictionary.switchable import select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.materials import Dictionary
 from megatron_prealign.recipe import CodeSwitchSection, Recipe
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
-from megatron_prealign.training.run_identity import saved_coverage
-from megatron_prealign.training.start import FRESH, Start
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,14 @@
 queued."""
 
 from megatron_prealign.checkpoint.folder import read_state
+from megatron_prealign.checkpoint.resume.identity import (
+    OTHER_WEIGHTS,
+    check_model,
+    check_run,
+    facts_of_model,
+    facts_of_run,
+)
+from megatron_prealign.checkpoint.resume.start import Start, preview_start
 from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
@@ -13,8 +21,6 @@ from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import watched_pairs
 from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
-from megatron_prealign.training.run_identity import OTHER_WEIGHTS, check_model, check_run, facts_of_model, facts_of_run
-from megatron_prealign.training.start import Start, preview_start
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator["WorkerPool"]:  # noqa: F821
     """Worker processes for multi-process tests, started once."""
-    from workers import WorkerPool
+    from support.workers import WorkerPool
 
     pool = WorkerPool(tmp_path_factory.mktemp("stores"))
     yield pool
@@ -22,6 +22,6 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator["WorkerPool"]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Tiny":  # noqa: F821
     """A tiny corpus in English and English-Clone, its tokenizer and dictionary."""
-    from tiny import make_tiny
+    from support.tiny import make_tiny
 
     return make_tiny(Path(tmp_path_factory.mktemp("tiny")))

@@ -75,7 +75,7 @@ class ExportOptions:
 def list_(argv: Sequence[str]) -> int:
     options = parse_options(ListOptions, "checkpoint list", _with_folder(argv))
 
-    from megatron_prealign.checkpoint.listing import find_pointer_problem, list_checkpoints, render
+    from megatron_prealign.checkpoint.commands.list import find_pointer_problem, list_checkpoints, render
 
     folder = Path(options.folder)
     listed = list_checkpoints(folder)
@@ -94,8 +94,8 @@ def list_(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     options = parse_options(InspectOptions, "checkpoint inspect", _with_folder(argv))
 
+    from megatron_prealign.checkpoint.commands.inspect import inspect_checkpoint, render
     from megatron_prealign.checkpoint.folder import resolve_checkpoint
-    from megatron_prealign.checkpoint.inspect import inspect_checkpoint, render
 
     facts = inspect_checkpoint(resolve_checkpoint(options.folder))
     if options.json:
@@ -113,8 +113,13 @@ def verify(argv: Sequence[str]) -> int:
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected a number above 0")
 
-    from megatron_prealign.checkpoint.listing import readable_bytes
-    from megatron_prealign.checkpoint.verify import bytes_to_read, checkpoints_to_verify, find_lost, verify_checkpoint
+    from megatron_prealign.checkpoint.commands.list import readable_bytes
+    from megatron_prealign.checkpoint.commands.verify import (
+        bytes_to_read,
+        checkpoints_to_verify,
+        find_lost,
+        verify_checkpoint,
+    )
     from megatron_prealign.progress import Progress
 
     lost = find_lost(Path(options.folder))
@@ -141,10 +146,10 @@ def export_weights(argv: Sequence[str]) -> int:
     options = parse_options(ExportOptions, "checkpoint export-weights", argv)
     use_huge_pages()
 
-    from megatron_prealign.checkpoint.export import check_output
-    from megatron_prealign.checkpoint.export import export_weights as export
+    from megatron_prealign.checkpoint.commands.export import check_output
+    from megatron_prealign.checkpoint.commands.export import export_weights as export
+    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.folder import resolve_checkpoint
-    from megatron_prealign.checkpoint.listing import readable_bytes
     from megatron_prealign.progress import Progress
 
     checkpoint = resolve_checkpoint(options.checkpoint)
@@ -176,7 +181,7 @@ def export_weights(argv: Sequence[str]) -> int:
 
 
 def _refuse_damage(checkpoint: Path) -> None:
-    from megatron_prealign.checkpoint.verify import bytes_to_read, verify_checkpoint
+    from megatron_prealign.checkpoint.commands.verify import bytes_to_read, verify_checkpoint
     from megatron_prealign.progress import Progress
 
     with Progress("verifying", bytes_to_read([checkpoint]), unit="B", unit_scale=True) as bar:

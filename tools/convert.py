@@ -86,7 +86,7 @@ class FromHfOptions:
 def from_hf(argv: Sequence[str]) -> int:
     options = parse_options(FromHfOptions, "convert from-hf", argv)
 
-    from megatron_prealign.checkpoint.listing import readable_bytes
+    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.conversion.from_hf import from_huggingface
 
     with _ProgressOf("read weights") as progress:
@@ -147,8 +147,8 @@ def to_hf(argv: Sequence[str]) -> int:
     options = parse_options(ToHfOptions, "convert to-hf", argv)
     shard_bytes = parse_size(options.shard_size, "--shard-size")
 
+    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.folder import resolve_checkpoint
-    from megatron_prealign.checkpoint.listing import readable_bytes
     from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 
     settings = ToHuggingFace(

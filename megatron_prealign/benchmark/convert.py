@@ -18,8 +18,8 @@ import torch
 
 from megatron_prealign.benchmark.memory import peak_bytes
 from megatron_prealign.benchmark.options import ConvertOptions
-from megatron_prealign.checkpoint.shards import ShardWriter
-from megatron_prealign.checkpoint.weights import TOKENIZER, complete_weights, written_layout
+from megatron_prealign.checkpoint.single_process.weights import TOKENIZER, complete_weights, written_layout
+from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.tensors import TensorPlan

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.materials import open_materials
 from megatron_prealign.model.build import build_model
@@ -24,7 +25,6 @@ from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer
 from megatron_prealign.switching import open_switching
 from megatron_prealign.training.phase import Phase
-from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.trainer import Trainer
 
 

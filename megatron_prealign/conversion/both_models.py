@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_prealign.checkpoint.shards import ShardReader
-from megatron_prealign.checkpoint.weights import is_vocabulary
+from megatron_prealign.checkpoint.single_process.reader import ShardReader
+from megatron_prealign.checkpoint.single_process.weights import is_vocabulary
 from megatron_prealign.conversion.to_hf import Source, masters_of
 from megatron_prealign.errors import UserError
 from megatron_prealign.model.build import build_model

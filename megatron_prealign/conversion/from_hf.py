@@ -9,8 +9,7 @@ import torch
 
 from megatron_prealign.checkpoint.commit import copy_tokenizer
 from megatron_prealign.checkpoint.new_folder import new_folder
-from megatron_prealign.checkpoint.shards import ShardWriter
-from megatron_prealign.checkpoint.weights import (
+from megatron_prealign.checkpoint.single_process.weights import (
     TOKENIZER,
     check_numbers,
     complete_weights,
@@ -18,6 +17,7 @@ from megatron_prealign.checkpoint.weights import (
     is_weights_folder,
     written_layout,
 )
+from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.tensors import Entry, TensorPlan

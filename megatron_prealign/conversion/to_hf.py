@@ -15,8 +15,8 @@ import torch
 from megatron_prealign.checkpoint.folder import is_run, read_state, resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_prealign.checkpoint.new_folder import check_free, new_folder
-from megatron_prealign.checkpoint.shards import ShardReader
-from megatron_prealign.checkpoint.weights import CONFIG, TOKENIZER, check_numbers, is_finite
+from megatron_prealign.checkpoint.single_process.reader import ShardReader
+from megatron_prealign.checkpoint.single_process.weights import CONFIG, TOKENIZER, check_numbers, is_finite
 from megatron_prealign.conversion.card import History, model_card
 from megatron_prealign.conversion.config import huggingface_config, section_of
 from megatron_prealign.conversion.safetensors_shards import SafetensorsWriter

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.code_switch.switcher import RowFormat
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.dictionary.table import DictionaryTable
@@ -19,7 +20,6 @@ from megatron_prealign.evaluation.word_pairs import MAX_WORD_TOKENS, WordPairs, 
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.progress_log import MetricsFile
-from megatron_prealign.training.state import TrainState
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer

@@ -3,8 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.training.callbacks import Callback
-from megatron_prealign.training.state import TrainState
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer

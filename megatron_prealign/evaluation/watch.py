@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import Retrieval, measure_retrieval
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
 from megatron_prealign.training.progress_log import MetricsFile
-from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.tensorboard import TensorBoard
 
 if TYPE_CHECKING:

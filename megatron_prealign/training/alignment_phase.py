@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
@@ -13,7 +14,6 @@ from megatron_prealign.runtime.optimizer import forget_held_gradients
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.phase import AlignmentMeasures, Phase, ScheduleSettings
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, row_loss_sum
-from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.word_steps import WordSteps
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import AlignmentGuardSection, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import AlignmentMeasures
 from megatron_prealign.training.rows import RowMicrobatch, RowReader
-from megatron_prealign.training.state import TrainState
 from megatron_prealign.training.word_steps import WordSteps
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import LANGUAGES_FROM
 from megatron_prealign.recipe import Recipe
@@ -13,7 +14,6 @@ from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedul
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.phase import Phase, ScheduleSettings
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, idle_rows, row_loss_sum
-from megatron_prealign.training.state import TrainState
 
 
 class LanguageModelPhase(Phase):

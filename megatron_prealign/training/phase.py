@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_prealign.training.state import TrainState
+from megatron_prealign.checkpoint.train_state import TrainState
 
 # Direction such as "en-de" -> measure such as "p_at_1" -> one value a layer.
 AlignmentMeasures = Mapping[str, Mapping[str, Sequence[float]]]

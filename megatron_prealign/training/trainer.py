@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.agreement import lost_ranks_as_mistakes
@@ -17,7 +18,6 @@ from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.optimizer import build_schedule, reset_optimizer
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.phase import Phase
-from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from megatron_prealign.alignment.projection import ProjectionHeads
 from megatron_prealign.alignment.similarity_penalty import similarity_penalty
 from megatron_prealign.alignment.taps import LayerTaps, Observer, no_loss
 from megatron_prealign.alignment.words import StepWords, WordSampler
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.kernels import WordGroups, contrastive_loss
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
@@ -23,7 +24,6 @@ from megatron_prealign.runtime.engine import LossFunction, gather_parameters, ru
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.phase import AlignmentMeasures
 from megatron_prealign.training.rows import RowMicrobatch, idle_rows
-from megatron_prealign.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

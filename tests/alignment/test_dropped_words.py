@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from word_draws import MAX_TOKENS, USUAL, Setting, groups, pairs_of_words, sampler_of
-from workers import WorkerPool
+from support.word_draws import MAX_TOKENS, USUAL, Setting, groups, pairs_of_words, sampler_of
+from support.workers import WorkerPool
 
 
 def reported(setting: Setting, folder: str) -> tuple[list[str], list[str], list[str]]:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_builds import VOCAB_SIZE, build, recipe_values
-from workers import WorkerPool
+from support.model_builds import VOCAB_SIZE, build, recipe_values
+from support.workers import WorkerPool
 
 LAYERS = 4
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from plain_losses import contrastive_loops
-from workers import WorkerPool
+from support.plain_losses import contrastive_loops
+from support.workers import WorkerPool
 
 # fp32 sums of some ten words in another order, against float64.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_builds import build, disturb, recipe_values
-from workers import WorkerPool
+from support.model_builds import build, disturb, recipe_values
+from support.workers import WorkerPool
 
 ROW = 64
 LAYERS = 4

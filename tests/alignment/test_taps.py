@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_weights import llama
-from model_builds import SEQ_LENGTH, build, disturb, recipe_values, states_by_hand, tokens, weights
-from workers import WorkerPool
+from support.huggingface_weights import llama
+from support.model_builds import SEQ_LENGTH, build, disturb, recipe_values, states_by_hand, tokens, weights
+from support.workers import WorkerPool
 
 LAYERS = 4
 # Words of one to four tokens and an empty slot.

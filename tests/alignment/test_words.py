@@ -7,7 +7,7 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-from word_draws import (
+from support.word_draws import (
     ALL_WORDS,
     HELD_OUT,
     UNDRAWABLE,
@@ -20,8 +20,8 @@ from word_draws import (
     pairs_of_words,
     places_of,
 )
-from word_table import Word
-from workers import WorkerError, WorkerPool
+from support.word_table import Word
+from support.workers import WorkerError, WorkerPool
 
 
 def assert_by_chance(seen: Mapping[Any, int], chances: Mapping[Any, float]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Tiny, recipe_of
-from workers import WorkerError, WorkerPool
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.cli import main
 

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from model_builds import recipe_values
-from tiny import recipe_of
+from support.model_builds import recipe_values
+from support.tiny import recipe_of
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.run_folder import take_run_folder

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data.token_datasets import write_dataset
-from word_cutters import WORDS
-from word_table import word_table
+from support.word_cutters import WORDS
+from support.word_table import word_table
 
 from megatron_prealign.code_switch import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
@@ -94,7 +94,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     # few enough tokens for characters of other scripts to be made of several
     train_tokenizer([folder / "en.jsonl"], folder / "tokenizer", 300, show_progress=False)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    for language, segmenter in (("en", None), ("zh", "word_cutters:KnownWords")):
+    for language, segmenter in (("en", None), ("zh", "support.word_cutters:KnownWords")):
         source, prefix = str(folder / f"{language}.jsonl"), str(folder / language)
         settings = PreprocessSettings(language=language, segmenter=segmenter)
         preprocess([source], str(tokenizer.path), prefix, settings, show_progress=False)

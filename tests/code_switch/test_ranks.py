@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import Tiny, recipe_of
-from workers import WorkerPool
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerPool
 
 ROWS = 12
 

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CONFIGS, ROWS, SHAPE, change_config, logits_of, make_model, rows_of_tokens, save_model, train
-from our_models import logits
 from safetensors.torch import load_file
+from support.hf_models import (
+    CONFIGS,
+    ROWS,
+    SHAPE,
+    change_config,
+    logits_of,
+    make_model,
+    rows_of_tokens,
+    save_model,
+    train,
+)
+from support.our_models import logits
+from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
-from workers import WorkerPool
 
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface

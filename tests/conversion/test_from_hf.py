@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.hf_models import (
     CONFIGS,
     ROWS,
     SHAPE,
@@ -19,16 +22,13 @@ from hf_models import (
     save_model,
     save_tokenizer,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from our_models import parameters
-from safetensors.torch import load_file, save_file
+from support.our_models import parameters
+from support.workers import WorkerPool
 from transformers import BertConfig, BertModel
-from workers import WorkerPool
 
 from megatron_prealign.checkpoint.folder import read_state
 from megatron_prealign.checkpoint.manifest import MANIFEST, find_damage, read_manifest
-from megatron_prealign.checkpoint.shards import ShardReader
+from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.cli import main
 from megatron_prealign.conversion.from_hf import Imported, from_huggingface
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder

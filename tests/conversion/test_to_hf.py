@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Tiny
-from trained_models import FAMILIES, NOTHING, recipe_values, train, verify
+from support.tiny import Tiny
+from support.trained_models import FAMILIES, NOTHING, recipe_values, train, verify
+from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workers import WorkerPool
 
 from megatron_prealign import cli
 from megatron_prealign.checkpoint import new_folder
 from megatron_prealign.checkpoint.manifest import write_manifest
-from megatron_prealign.checkpoint.shards import ShardReader
+from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.conversion import from_hf
 from megatron_prealign.conversion import to_hf as conversion
 from megatron_prealign.conversion.from_hf import from_huggingface

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hf_models import make_model, save_model
+from support.hf_models import make_model, save_model
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from megatron_prealign.checkpoint.export import export_weights
-from megatron_prealign.checkpoint.weights import CONFIG
+from megatron_prealign.checkpoint.commands.export import export_weights
+from megatron_prealign.checkpoint.single_process.weights import CONFIG
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.conversion.tokenizer import (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from token_datasets import ENGLISH, EOD, GERMAN, LATIN, build, make_documents, section, write_dataset
+from support.token_datasets import ENGLISH, EOD, GERMAN, LATIN, build, make_documents, section, write_dataset
 
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.data.samples import TrainSamples

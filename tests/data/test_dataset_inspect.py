@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_parts import EOD, VOCAB_SIZE, make_dataset, random_documents, write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.dataset_parts import EOD, VOCAB_SIZE, make_dataset, random_documents, write_tokens
 
 from megatron_prealign import cli
 from megatron_prealign.data import inspect as inspect_module

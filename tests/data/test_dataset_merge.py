@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_parts import VOCAB_SIZE, make_dataset, random_documents, word_bits, write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.dataset_parts import VOCAB_SIZE, make_dataset, random_documents, word_bits, write_tokens
 
 from megatron_prealign import cli
 from megatron_prealign.checksum import file_checksum
@@ -130,7 +130,7 @@ def test_shards_are_put_in_order(tmp_path):
     assert (facts.shard, facts.skipped_count, len(facts.skipped)) == (None, 660, 100)
 
 
-@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+@pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_shards_of_a_real_run(tmp_path, tiny, segmenter):
     """They give what the run without --shard gives, byte for byte, also where a shard is empty."""
     (tmp_path / "more.txt").write_text("苹果和梨 are fruit.\n\nA second document.\n")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Tiny, recipe_of
-from workers import WorkerPool
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerPool
 
 from megatron_prealign import cli
 

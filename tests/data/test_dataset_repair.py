@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_parts import EOD, VOCAB_SIZE, Documents, make_dataset, random_documents, word_bits, write_tokens
+from support.dataset_parts import EOD, VOCAB_SIZE, Documents, make_dataset, random_documents, word_bits, write_tokens
 
 from megatron_prealign import cli
 from megatron_prealign.data import repair as repair_module

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from token_datasets import (
+from support.token_datasets import (
     ENGLISH,
     GERMAN,
     LANGUAGES,

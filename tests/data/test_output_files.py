@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import Tiny
+from support.tiny import Tiny
 
 from megatron_prealign import cli
 from megatron_prealign.data.files import write_all_atomically

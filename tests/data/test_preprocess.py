@@ -299,7 +299,7 @@ class Counting:
         pass
 
 
-@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+@pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_large_texts_are_encoded_one_at_a_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch, segmenter: str | None
 ) -> None:
@@ -370,7 +370,7 @@ def test_one_engine_serves_all_languages(folder: Path) -> None:
 
 
 def test_first_and_last_tokens_of_a_document_start_words(folder: Path) -> None:
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", "word_cutters:KnownWords")
+    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", "support.word_cutters:KnownWords")
     block = Block("lines", '{"text": "苹果银行"}\n{"text": "银行"}\n'.encode(), 1, 0)
     found = BlockTokeniser(settings)(block, plain=False).routes[Route(0, "de")]
     assert found.word_starts is not None

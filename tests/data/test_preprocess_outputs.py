@@ -132,7 +132,7 @@ def test_joined_keys(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 40])
-@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+@pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_shards_put_together_are_the_whole(folder: Path, tmp_path: Path, count: int, segmenter: str | None) -> None:
     # With 40 shards, some are empty: a compressed file belongs to one of them alone.
     inputs = [folder / "a.jsonl", folder / "b.jsonl.gz"]
@@ -308,7 +308,9 @@ def test_mistakes(
 
 def test_a_run_over_another_dataset_leaves_nothing_of_it(folder: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "x", replace(GERMAN, overwrite=True)
-    preprocess([folder / "a.jsonl"], folder / "tok", out, replace(GERMAN, segmenter="word_cutters:KnownWords"), False)
+    preprocess(
+        [folder / "a.jsonl"], folder / "tok", out, replace(GERMAN, segmenter="support.word_cutters:KnownWords"), False
+    )
     preprocess([folder / "b.jsonl.gz"], folder / "tok", out, again, show_progress=False)
     preprocess([folder / "b.jsonl.gz"], folder / "tok", tmp_path / "y", GERMAN, show_progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -413,7 +415,7 @@ def test_long_documents_are_compared_in_part(folder: Path, tmp_path: Path, monke
     path.write_text("\n".join(json.dumps({"text": "word " * 1000 + text}) for text in documents(6, 3)))
     result = preprocess([path], folder / "tok", tmp_path / "x", GERMAN, show_progress=False)
     assert result.sidecar.engine == "gigatoken"
-    settings = replace(GERMAN, segmenter="word_cutters:KnownWords")
+    settings = replace(GERMAN, segmenter="support.word_cutters:KnownWords")
     result = preprocess([path], folder / "tok", tmp_path / "y", settings, show_progress=False)
     assert result.sidecar.engine == "tokenizers"
     assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "y")

@@ -93,7 +93,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: steps
 
 
-@pytest.mark.parametrize("segmenter", [None, "word_cutters:KnownWords"])
+@pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
     folder: Path, tmp_path: Path, segmenter: str | None
 ) -> None:
@@ -101,7 +101,9 @@ def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
     run(folder, tmp_path / "whole/x", settings)
     expected = files(tmp_path / "whole/x")
     old = tmp_path / "old/x"
-    preprocess([folder / "b.txt"], folder / "tok", old, replace(settings, segmenter="word_cutters:KnownWords"), False)
+    preprocess(
+        [folder / "b.txt"], folder / "tok", old, replace(settings, segmenter="support.word_cutters:KnownWords"), False
+    )
     step, resumed, untouched = 0, 0, 0
     while True:
         step += 1
@@ -156,7 +158,7 @@ def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
         str(big),
         str(folder / "tok"),
         str(out),
-        "word_cutters:Slow",
+        "support.word_cutters:Slow",
     ]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     journal = tmp_path / "x.unfinished/journal.json"
@@ -173,7 +175,7 @@ def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     settings = PreprocessSettings(
-        language="zh", segmenter="word_cutters:Slow", limits=Limits(block_bytes=2500), save_every_bytes=1 << 30
+        language="zh", segmenter="support.word_cutters:Slow", limits=Limits(block_bytes=2500), save_every_bytes=1 << 30
     )
     with pytest.raises(UserError, match="an unfinished run lies here"):
         preprocess([big], folder / "tok", out, settings, show_progress=False)
@@ -187,7 +189,7 @@ def test_a_signal_tells_what_is_kept(folder: Path, tmp_path: Path, name: str, wo
     path = tmp_path / "big.jsonl"
     path.write_text('{"text": "我们"}\n' * 2_000, encoding="utf-8")
     arguments = ["--input", path, "--tokenizer", folder / "tok", "--language", "zh", "--output", tmp_path / "x"]
-    arguments += ["--segmenter", "word_cutters:Slow", "--workers", workers]
+    arguments += ["--segmenter", "support.word_cutters:Slow", "--workers", workers]
     command = [sys.executable, "-m", "megatron_prealign", "preprocess", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -219,7 +221,7 @@ def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, capsys: pytest
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' * 50 + '{"text": "die now"}\n' + '{"text": "two"}\n' * 50)
     arguments = ["--tokenizer", str(folder / "tok"), "--language", "zh", "--workers", "2"]
-    arguments += ["--segmenter", "word_cutters:Deadly", "--output", str(tmp_path / "x")]
+    arguments += ["--segmenter", "support.word_cutters:Deadly", "--output", str(tmp_path / "x")]
     assert main(["preprocess", "--input", str(path), *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "a worker process died" in errors[0]
@@ -294,7 +296,7 @@ def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: py
     for other, named in [
         (replace(same, language="ja"), "language was zh, is ja"),
         (replace(same, fields=Fields(("l",))), r"text_keys was \['text'\], is \['l'\]"),
-        (replace(same, segmenter="word_cutters:KnownWords"), "segmenter was None"),
+        (replace(same, segmenter="support.word_cutters:KnownWords"), "segmenter was None"),
         (replace(same, use_fast_engine=True), "fast engine was False, is True"),
         (replace(same, limits=Limits(block_bytes=2501)), "block_bytes was 2500, is 2501"),
     ]:
@@ -355,7 +357,7 @@ def test_everything_is_on_the_disk_before_anything_says_so(
 ) -> None:
     """What a machine keeps that loses power is what was synced: files before the journal that counts on them, the
     removal of an old sidecar before the first new name, names before the folder of the run goes."""
-    settings = replace(SETTINGS, segmenter="word_cutters:KnownWords")
+    settings = replace(SETTINGS, segmenter="support.word_cutters:KnownWords")
     run(folder, tmp_path / "x", settings)
     synced: dict[int, int] = {}
     events: list[str] = []
@@ -398,7 +400,7 @@ def test_everything_is_on_the_disk_before_anything_says_so(
 
 
 def test_ctrl_c_does_not_reach_a_worker_that_starts(folder: Path, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, workers=2, segmenter="word_cutters:Undisturbed")
+    settings = replace(SETTINGS, workers=2, segmenter="support.word_cutters:Undisturbed")
     run(folder, tmp_path / "x", settings)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 

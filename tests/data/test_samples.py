@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from token_datasets import (
+from support.token_datasets import (
     ENGLISH,
     EOD,
     GERMAN,

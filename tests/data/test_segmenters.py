@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from word_cutters import WORDS, KnownWords
+from support.word_cutters import WORDS, KnownWords
 
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
@@ -103,15 +103,15 @@ def test_missing_package_names_the_extra(name: str, monkeypatch: pytest.MonkeyPa
     [
         ("jiba", "segmenter 'jiba': unknown; expected auto, jieba, sudachi, newmm, icu, or module:Class"),
         (":KnownWords", "unknown; expected"),
-        ("word_cutters:", "unknown; expected"),
+        ("support.word_cutters:", "unknown; expected"),
         ("no_such_module:X", "cannot be made .*No module named 'no_such_module'"),
-        ("word_cutters:Missing", "cannot be made .*no attribute 'Missing'"),
-        ("word_cutters:NoLanguage", "cannot be made .*takes no arguments"),
+        ("support.word_cutters:Missing", "cannot be made .*no attribute 'Missing'"),
+        ("support.word_cutters:NoLanguage", "cannot be made .*takes no arguments"),
         (
-            "word_cutters:Unreadable",
-            r"segmenter word_cutters:Unreadable: cannot be made \(FileNotFoundError: .*'words.txt'\); expected",
+            "support.word_cutters:Unreadable",
+            r"segmenter support.word_cutters:Unreadable: cannot be made \(FileNotFoundError: .*'words.txt'\); expected",
         ),
-        ("word_cutters:Mute", r"has no method word_starts\(text\)"),
+        ("support.word_cutters:Mute", r"has no method word_starts\(text\)"),
     ],
 )
 def test_names_that_are_no_segmenter(name: str, message: str) -> None:
@@ -193,7 +193,7 @@ def expected_bits(tokenizer: Tokenizer, text: str) -> tuple[list[bool], int]:
 
 def test_bits_from_text_to_file(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     inputs = [folder / "a.jsonl", folder / "b.txt.gz"]
-    name = "word_cutters:KnownWords"
+    name = "support.word_cutters:KnownWords"
     for segmenter, out in ((name, "with"), (None, "without")):
         settings = PreprocessSettings(language="zh", segmenter=segmenter)
         preprocess(inputs, folder / "tok", tmp_path / out, settings, show_progress=False)
@@ -237,8 +237,8 @@ def run(folder: Path, out: Path, *arguments: str) -> int:
 
 
 def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, tmp_path / "x", "--segmenter", "word_cutters:KnownWords") == 0
-    assert "x.bin, .idx, .words (by word_cutters:KnownWords) and .json" in capsys.readouterr().out
+    assert run(folder, tmp_path / "x", "--segmenter", "support.word_cutters:KnownWords") == 0
+    assert "x.bin, .idx, .words (by support.word_cutters:KnownWords) and .json" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.words"]
     # Made again without: nothing stays behind that belongs to other tokens.
     assert run(folder, tmp_path / "x", "--overwrite") == 0
@@ -249,12 +249,21 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     "segmenter, message",
     [
         ("none", "segmenter 'none': unknown"),
-        ("word_cutters:OutOfRange", r"a\.jsonl:1: segmenter word_cutters:OutOfRange gave word starts from 0 to"),
-        ("word_cutters:Fractions", r"a\.jsonl:1: segmenter word_cutters:Fractions gave word starts from 0.0 to 0.5"),
-        ("word_cutters:Unreadable", "segmenter word_cutters:Unreadable: cannot be made .FileNotFoundError"),
         (
-            "word_cutters:Failing",
-            r"a\.jsonl:1: segmenter word_cutters:Failing failed \(RuntimeError: model lost\), expected character",
+            "support.word_cutters:OutOfRange",
+            r"a\.jsonl:1: segmenter support.word_cutters:OutOfRange gave word starts from 0 to",
+        ),
+        (
+            "support.word_cutters:Fractions",
+            r"a\.jsonl:1: segmenter support.word_cutters:Fractions gave word starts from 0.0 to 0.5",
+        ),
+        (
+            "support.word_cutters:Unreadable",
+            "segmenter support.word_cutters:Unreadable: cannot be made .FileNotFoundError",
+        ),
+        (
+            "support.word_cutters:Failing",
+            r"a\.jsonl:1: segmenter support.word_cutters:Failing failed \(RuntimeError: model lost\), expected character",
         ),
     ],
 )
@@ -272,7 +281,7 @@ def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "write_sidecar", interrupt)
-    assert run(folder, tmp_path / "x", "--segmenter", "word_cutters:KnownWords") == 130
+    assert run(folder, tmp_path / "x", "--segmenter", "support.word_cutters:KnownWords") == 130
     assert not list(tmp_path.iterdir())
 
 
@@ -282,7 +291,7 @@ def test_a_clone_has_the_same_bits(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tok/clone.json").write_text('{"language": "zh_clone"}')
     for language in ("zh", "zh_clone"):
-        settings = PreprocessSettings(language=language, segmenter="word_cutters:KnownWords")
+        settings = PreprocessSettings(language=language, segmenter="support.word_cutters:KnownWords")
         preprocess([folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, settings, show_progress=False)
     assert (tmp_path / "zh.words").read_bytes() == (tmp_path / "zh_clone.words").read_bytes()
     assert (tmp_path / "zh.bin").read_bytes() != (tmp_path / "zh_clone.bin").read_bytes()

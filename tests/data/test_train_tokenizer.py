@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from word_cutters import WORDS
+from support.word_cutters import WORDS
 
 from megatron_prealign.cli import main
 from megatron_prealign.data.clone import CloneTokenizer
@@ -93,7 +93,7 @@ def test_tokens_do_not_reach_across_words(tmp_path: Path, kind: str) -> None:
     path = write_chinese(tmp_path, 300)
     crossing = {}
     for cut in (True, False):
-        settings = TrainerSettings(kind=kind, segmenters=["zh=word_cutters:KnownWords"] if cut else [])
+        settings = TrainerSettings(kind=kind, segmenters=["zh=support.word_cutters:KnownWords"] if cut else [])
         # Whole words are all there is to learn if no token reaches across.
         size = 300 if not cut else 279 if kind == "byte-bpe" else 275
         folder = tmp_path / f"{cut}"
@@ -139,7 +139,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -
     zh = write_chinese(tmp_path, 1)
     inputs = [f"{tmp_path}/{language}.jsonl.gz:{language}" for language in lines]
     arguments = ["--vocab-size", "294", "--kind", kind, "--text-key", "data.text"]
-    arguments += ["--segmenter", "zh=word_cutters:KnownWords", "--output", str(tmp_path / "tok")]
+    arguments += ["--segmenter", "zh=support.word_cutters:KnownWords", "--output", str(tmp_path / "tok")]
     assert main(["train-tokenizer", "--input", *inputs, f"{zh}:zh", *arguments]) == 0
     found = json.loads((tmp_path / "tok/fertility.json").read_text())
     assert [one["language"] for one in found["inputs"]] == ["en", "el", "zh"]
@@ -156,7 +156,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -
         assert cut["documents"] == {"en": 20, "el": 3, "zh": 1}[language]
         assert cut["held_out"] == (language != "zh")
         assert cut["words"] == per_document * cut["documents"]
-        assert cut["words_by"] == ("word_cutters:KnownWords" if language == "zh" else "white space")
+        assert cut["words_by"] == ("support.word_cutters:KnownWords" if language == "zh" else "white space")
         assert cut["bytes"] == len(text.encode()) * cut["documents"]
         if language != "en":
             assert cut["tokens"] == len(ids) * cut["documents"]
@@ -220,7 +220,10 @@ def test_errors_of_reading_come_out_of_sentencepiece() -> None:
         (["--vocab-size", "300", "--segmenter", "zh=icu"], "no input is of language zh; the languages are und, name"),
         (["--vocab-size", "300", "--segmenter", "und=x", "und=y"], "segmenter und=y: und has one already, x"),
         (["--vocab-size", "300", "--segmenter", "und=none"], "segmenter 'none': unknown; expected auto"),
-        (["--vocab-size", "300", "--segmenter", "und=word_cutters:Failing"], "a.txt:1: segmenter word_cutters:Failing"),
+        (
+            ["--vocab-size", "300", "--segmenter", "und=support.word_cutters:Failing"],
+            "a.txt:1: segmenter support.word_cutters:Failing",
+        ),
     ],
 )
 def test_mistakes(

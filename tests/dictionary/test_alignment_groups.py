@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from word_table import Word, word_table
+from support.word_table import Word, word_table
 
 from megatron_prealign.dictionary.alignment_groups import AlignmentGroups, alignment_groups
 from megatron_prealign.dictionary.table import DictionaryTable

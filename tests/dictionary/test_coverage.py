@@ -116,7 +116,7 @@ def test_words_that_a_segmenter_marked(tokenizer, make_dataset):
     without = measure_coverage(table, make_dataset(tokenizer, documents, "zh"))
     assert (without.known_words, without.running_words) == (2, 6)
     # 我 爱 苹果 和 银行 | 苹果 树 | 房子 || 苹果 || 银行 银行 | x.
-    marked = make_dataset(tokenizer, documents, "zh", "word_cutters:KnownWords")
+    marked = make_dataset(tokenizer, documents, "zh", "support.word_cutters:KnownWords")
     coverage = measure_coverage(table, marked)
     assert (coverage.known_words, coverage.running_words) == (7, 12)
     assert count_groups(table, [coverage]).group_count.tolist() == [3, 3, 1, 0]
@@ -141,8 +141,8 @@ def test_real_chinese_words(tokenizer, make_dataset):
 def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
     """Documents of different lengths, so that the bits of another document would be wrong ones."""
     documents = ["我" * number + "苹果银行" for number in range(1, 120)]
-    marked = make_dataset(tokenizer, documents, "zh", "word_cutters:KnownWords")
-    tokens, _, bits = coverage_module.read_sample(marked, 1000, "word_cutters:KnownWords", tokenizer.vocab_size)
+    marked = make_dataset(tokenizer, documents, "zh", "support.word_cutters:KnownWords")
+    tokens, _, bits = coverage_module.read_sample(marked, 1000, "support.word_cutters:KnownWords", tokenizer.vocab_size)
     first = [tokenizer.encode_word(word, word_initial=False)[0] for word in ("我", "苹果", "银行")]
     assert len(bits) == len(tokens) == 1000 and 20 < bits.sum() < 980
     np.testing.assert_array_equal(bits, np.isin(tokens, [*first, tokenizer.eod_id]))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dictionary_files import read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.dictionary_files import read
 
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.coverage import match_words, split_words

@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from dictionary_files import COMPRESSIONS, read
+from support.dictionary_files import COMPRESSIONS, read
 
 from megatron_prealign.data.problems import ReadError
 from megatron_prealign.data.streams import read_chunks

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from dictionary_files import COMPRESSIONS, read
+from support.dictionary_files import COMPRESSIONS, read
 
 from megatron_prealign.errors import UserError
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import Tiny
+from support.tiny import Tiny
 
 from megatron_prealign.cli import main
 from megatron_prealign.data.sidecar import sidecar_path

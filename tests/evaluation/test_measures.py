@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_retrieval import plain_measures
+from support.plain_retrieval import plain_measures
 
 from megatron_prealign.evaluation import measures
 from megatron_prealign.evaluation.measures import MEASURES, WordLinks, measure_words

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_builds import build, recipe_values
-from plain_retrieval import plain_measures
-from word_table import Word, word_table
-from workers import WorkerPool
+from support.model_builds import build, recipe_values
+from support.plain_retrieval import plain_measures
+from support.word_table import Word, word_table
+from support.workers import WorkerPool
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs, word_pairs

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Tiny, recipe_of
-from workers import WorkerPool
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerPool
 
 SEQ_LENGTH = 96
 

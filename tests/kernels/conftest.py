@@ -1,7 +1,7 @@
 """Every implementation of code-switching that this process can run, one after the other."""
 
 import pytest
-from code_switch_cases import DEVICE, IMPLEMENTATIONS, Implementation, Run, assert_equals_oracle
+from support.code_switch_cases import DEVICE, IMPLEMENTATIONS, Implementation, Run, assert_equals_oracle
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

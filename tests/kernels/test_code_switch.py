@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from code_switch_cases import (
+from hypothesis import HealthCheck, given, settings
+from support.code_switch_cases import (
     BLOCK,
     CONTINUED,
     DEVICE,
@@ -25,8 +26,7 @@ from code_switch_cases import (
     edge,
     mixed_case,
 )
-from code_switch_oracle import Dictionary, philox
-from hypothesis import HealthCheck, given, settings
+from support.code_switch_oracle import Dictionary, philox
 
 from megatron_prealign.kernels import LABEL_MODES, CodeSwitchOutput, code_switch_reference, ratio_threshold
 from megatron_prealign.kernels._triton import INTERPRETED

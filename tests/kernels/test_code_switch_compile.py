@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from code_switch_cases import EOD
-from code_switch_oracle import Dictionary
+from support.code_switch_cases import EOD
+from support.code_switch_oracle import Dictionary
 
 from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table
 from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, triton_version

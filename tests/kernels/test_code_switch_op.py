@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from code_switch_cases import DEVICE, Case, Implementation, edge, mixed_case
+from support.code_switch_cases import DEVICE, Case, Implementation, edge, mixed_case
 
 from megatron_prealign.kernels import build_ngram_table, code_switch, code_switch_reference
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from code_switch_oracle import Dictionary, choose
+from support.code_switch_oracle import Dictionary, choose
 
 from megatron_prealign.kernels import build_ngram_table
 from megatron_prealign.kernels.build_ngram_table import _multipliers

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from code_switch_oracle import philox
+from support.code_switch_oracle import philox
 
 from megatron_prealign.kernels import philox_4x32_10
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_weights import gpt2, llama
-from model_builds import SEQ_LENGTH, disturbed_logits, recipe_values, tokens
-from workers import WorkerPool
+from support.huggingface_weights import gpt2, llama
+from support.model_builds import SEQ_LENGTH, disturbed_logits, recipe_values, tokens
+from support.workers import WorkerPool
 
 # fp32, sums in another order through four layers; logits are of order 1.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_builds import SEQ_LENGTH, VOCAB_SIZE, build, disturb, recipe_values
-from workers import WorkerPool
+from support.model_builds import SEQ_LENGTH, VOCAB_SIZE, build, disturb, recipe_values
+from support.workers import WorkerPool
 
 EOD = 7
 # fp32; a document alone takes its sums in another order than inside the row. Losses are of order 1 to 10.

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from model_builds import SEQ_LENGTH, build, recipe_values, tokens
-from workers import WorkerPool
+from support.model_builds import SEQ_LENGTH, build, recipe_values, tokens
+from support.workers import WorkerPool
 
 from megatron_prealign.model.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from megatron_prealign.recipe import ModelSection

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_builds import VOCAB_SIZE, initial_weights, recipe_values
-from workers import WorkerPool
+from support.model_builds import VOCAB_SIZE, initial_weights, recipe_values
+from support.workers import WorkerPool
 
 Weights = dict[str, torch.Tensor]
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from workers import WorkerPool
+from support.workers import WorkerPool
 
 SHAPE = (5, 2, 12)
 

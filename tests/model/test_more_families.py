@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_weights import filled, llama_state, split_qkv
-from model_builds import SEQ_LENGTH, VOCAB_SIZE, disturbed_logits, recipe_values, tokens
+from support.huggingface_weights import filled, llama_state, split_qkv
+from support.model_builds import SEQ_LENGTH, VOCAB_SIZE, disturbed_logits, recipe_values, tokens
+from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from workers import WorkerPool
 
 # fp32, sums in another order through four layers; logits are of order 1.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

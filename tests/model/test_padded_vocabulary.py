@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_builds import SEQ_LENGTH, VOCAB_SIZE, build, recipe_values, tokens
-from plain_losses import next_token_loss
-from workers import WorkerPool
+from support.model_builds import SEQ_LENGTH, VOCAB_SIZE, build, recipe_values, tokens
+from support.plain_losses import next_token_loss
+from support.workers import WorkerPool
 
 
 def losses_and_logits(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:

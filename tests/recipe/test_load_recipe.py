@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_values import write_recipe
+from support.recipe_values import write_recipe
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import load_recipe, save_recipe

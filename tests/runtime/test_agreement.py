@@ -1,7 +1,7 @@
 """One rank's failure reaches every rank; without one, everyone gets the result."""
 
 import pytest
-from workers import WorkerError, WorkerPool
+from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.errors import UserError
 

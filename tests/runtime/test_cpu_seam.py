@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from workers import WorkerPool
+from support.workers import WorkerPool
 
 
 def names() -> dict[str, Any]:

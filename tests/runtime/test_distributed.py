@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from workers import WorkerError, WorkerPool
+from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from workers import WorkerPool
+from support.workers import WorkerPool
 
 from megatron_prealign.recipe import ParallelSection
 

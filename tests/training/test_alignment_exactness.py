@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from alignment_step import (
+from support.alignment_step import (
     EOD_ID,
     VOCAB_SIZE,
     Case,
@@ -19,9 +19,9 @@ from alignment_step import (
     step_recipe,
     whole_tensors,
 )
-from plain_alignment import Answer, Step, plain_step
-from plain_losses import contrastive_loops, contrastive_matrix
-from workers import WorkerPool
+from support.plain_alignment import Answer, Step, plain_step
+from support.plain_losses import contrastive_loops, contrastive_matrix
+from support.workers import WorkerPool
 
 from megatron_prealign.recipe import AlignmentGuardSection, Recipe
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Tiny, recipe_of
-from whole_runs import records, run
-from workers import WorkerError, WorkerPool
+from support.tiny import Tiny, recipe_of
+from support.whole_runs import records, run
+from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation import watch as module

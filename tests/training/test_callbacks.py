@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import Tiny, recipe_of
-from whole_runs import records
-from workers import WorkerError, WorkerPool
+from support.tiny import Tiny, recipe_of
+from support.whole_runs import records
+from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Tiny
-from whole_runs import run
-from workers import WorkerPool
+from support.tiny import Tiny
+from support.whole_runs import run
+from support.workers import WorkerPool
 
 from megatron_prealign import cli
 

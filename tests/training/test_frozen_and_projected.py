@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, Tiny
-from whole_runs import records, run, weights
-from workers import WorkerError, WorkerPool
+from support.tiny import VOCAB_SIZE, Tiny
+from support.whole_runs import records, run, weights
+from support.workers import WorkerError, WorkerPool
 
 # fp32 sums in another order, five steps of Adam at lr 1e-3.
 TOLERANCE = 1e-4

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from phase_steps import opened, step
-from tiny import VOCAB_SIZE, Tiny
-from whole_runs import records, run, weights
-from workers import WorkerPool
+from support.phase_steps import opened, step
+from support.tiny import VOCAB_SIZE, Tiny
+from support.whole_runs import records, run, weights
+from support.workers import WorkerPool
 
 LAYERS = 4
 # 8 rows of 32 tokens.
@@ -41,7 +41,7 @@ def several_steps(
         reports: step -> what the watch finds before it, direction -> P@1 of each layer.
     """
     from megatron_prealign.alignment.layout import WordLayout
-    from megatron_prealign.training.state import TrainState
+    from megatron_prealign.checkpoint.train_state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     phase = phases[-1]
@@ -167,7 +167,7 @@ def test_without_a_floor_what_is_measured_does_not_matter(workers: WorkerPool, t
 
 def seen_by_the_alignment_phase(values: dict[str, Any], folder: str, by_layer: list[float]) -> bool:
     """Runs in a worker: whether a run is below the floor after the watch at the end of the alignment phase."""
-    from megatron_prealign.training.state import TrainState
+    from megatron_prealign.checkpoint.train_state import TrainState
 
     _, _, _, phases, _ = opened(values, folder)
     assert phases[0].name == "alignment"
@@ -201,7 +201,7 @@ def test_without_steps_there_is_no_alignment_phase(
 
 def metrics_of_several_steps(values: dict[str, Any], folder: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Runs in a worker: the metrics of six steps one by one, and of the same six at once."""
-    from megatron_prealign.training.state import TrainState
+    from megatron_prealign.checkpoint.train_state import TrainState
 
     _, _, _, phases, chunks = opened(values, folder)
     phase, alone = phases[-1], []
@@ -232,9 +232,9 @@ def three_gradients(values: dict[str, Any], folder: str) -> dict[str, tuple[dict
     """Runs in workers: gradients and metrics of a guarded step, of its rows and of its words with a weight of one."""
     from dataclasses import replace
 
+    from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.pretrain import build_phases, open_words
     from megatron_prealign.switching import open_switching
-    from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     switching = open_switching(recipe, materials.dictionary)

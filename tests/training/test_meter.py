@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from workers import WorkerPool
+from support.workers import WorkerPool
 
 
 def drained(layout: dict[str, int]) -> list[dict[str, list[float]]]:

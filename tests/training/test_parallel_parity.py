@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, Tiny
-from whole_runs import records, run, weights
-from workers import WorkerPool
+from support.tiny import VOCAB_SIZE, Tiny
+from support.whole_runs import records, run, weights
+from support.workers import WorkerPool
 
 from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from model_builds import states_by_hand
-from phase_steps import opened, step
-from plain_losses import contrastive_loops, next_token_loss
-from tiny import Tiny, recipe_of
-from workers import WorkerError, WorkerPool
+from support.model_builds import states_by_hand
+from support.phase_steps import opened, step
+from support.plain_losses import contrastive_loops, next_token_loss
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerError, WorkerPool
 
 LAYERS = 4
 # fp32 sums in another order; the loops are float64.
@@ -44,8 +44,8 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: step 3 of the alignment phase, by the product and by hand with a row for each word."""
     from megatron_prealign.alignment.layout import WordLayout
     from megatron_prealign.alignment.words import WordSampler
+    from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
-    from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     section = recipe.alignment
@@ -97,8 +97,8 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: a later step of language-model training, by the product and by hand."""
+    from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, plain_batch
-    from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     eod_id, size = materials.vocabulary.tokenizer.eod_id, recipe.training.global_batch_size
@@ -211,7 +211,7 @@ def test_alignment_on_words_alone(workers: WorkerPool, tiny: Tiny, tmp_path: Pat
 
 def steps_of_a_schedule(values: dict[str, Any], folder: str) -> list[dict[str, Any]]:
     """Runs in workers: metrics of one step at ratio 0, of that and two with a ratio above, of these two alone."""
-    from megatron_prealign.training.state import TrainState
+    from megatron_prealign.checkpoint.train_state import TrainState
 
     _, _, _, phases, chunks = opened(values, folder)
     phase, found = phases[-1], []
@@ -306,8 +306,8 @@ def total_iters(
     done with `rows` rows."""
     from types import SimpleNamespace
 
+    from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.training.language_model_phase import LanguageModelPhase
-    from megatron_prealign.training.state import TrainState
 
     values["training"].update(training)
     runtime: Any = SimpleNamespace(device=torch.device("cpu"))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phase_steps import opened, step
-from tiny import Tiny
-from workers import WorkerPool
+from support.phase_steps import opened, step
+from support.tiny import Tiny
+from support.workers import WorkerPool
 
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
@@ -23,8 +23,8 @@ def steps_in_microbatches(
     size."""
     from dataclasses import replace
 
+    from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.pretrain import open_words
-    from megatron_prealign.training.state import TrainState
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     phase, found = phases[0], []
@@ -91,7 +91,7 @@ def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
     import logging
     from dataclasses import replace
 
-    from megatron_prealign.training.state import TrainState
+    from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.training.word_steps import WordSteps
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)

@@ -1,0 +1,162 @@
+"""Takes the weights out of a checkpoint: a checkpoint of its own without the optimizer, by one process."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prealign.checkpoint.commands.list import find_problems
+from megatron_prealign.checkpoint.folder import is_run, read_state
+from megatron_prealign.checkpoint.new_folder import check_free, new_folder
+from megatron_prealign.checkpoint.single_process.reader import ShardReader
+from megatron_prealign.checkpoint.single_process.weights import (
+    CONFIG,
+    TOKENIZER,
+    complete_weights,
+    converted,
+    is_stacked,
+    is_weight,
+    is_weights_folder,
+    written_layout,
+)
+from megatron_prealign.checkpoint.single_process.writer import ShardWriter
+from megatron_prealign.errors import UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    tensors: int
+    parameters: int
+    """Numbers in them, rows that pad the vocabulary included."""
+    bytes: int
+    dtype: str
+
+
+def export_weights(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Writes the weights of a checkpoint as one that `pretrain --checkpoint.load` takes. Its files are compared with
+    the manifest by their sizes alone. Memory: the largest tensor or layer, twice if its type changes.
+
+    Args:
+        checkpoint: Its folder.
+        output: Folder to write.
+        dtype: bf16 or fp32; None leaves the weights as they are.
+        overwrite: Replace a checkpoint that is there.
+        progress: Told the bytes read so far and in all.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the output cannot be written.
+    """
+    problems, _ = find_problems(checkpoint)
+    if problems:
+        raise UserError(f"{checkpoint} is damaged ({'; '.join(problems[:5])}); use another checkpoint")
+    summary = read_state(checkpoint)
+    check_output(checkpoint, output, overwrite=overwrite)
+    with ShardReader(checkpoint) as reader:
+        keys = [key for key in reader.tensors if is_weight(key)]
+        if not keys:
+            raise UserError(f"{checkpoint} holds no weights of a model; use another checkpoint")
+        with new_folder(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
+            with ShardWriter(working) as writer:
+                written = _copy(checkpoint, reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
+                records = writer.close()
+            shutil.copytree(checkpoint / TOKENIZER, working / TOKENIZER)
+            complete_weights(
+                working,
+                vocab_size=summary["vocab_size"],
+                padded_vocab_size=summary["padded_vocab_size"],
+                tokenizer_fingerprint=summary["tokenizer_fingerprint"],
+                model=summary["model"],
+                layout=written_layout(1, 1),
+                source=_source(checkpoint, summary),
+                config=_config(checkpoint, dtype),
+                records=records,
+            )
+    return written
+
+
+def check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
+    """Looks whether `export_weights` may write there, before a long look at the checkpoint.
+
+    Raises:
+        UserError: it may not.
+    """
+    if output.resolve() == checkpoint.resolve():
+        raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
+    check_free(output, overwrite=overwrite, replaceable=is_weights_folder)
+
+
+def _copy(
+    checkpoint: Path,
+    reader: ShardReader,
+    writer: ShardWriter,
+    keys: list[str],
+    dtype: torch.dtype | None,
+    progress: Callable[[int, int], None] | None,
+) -> Exported:
+    sizes = {key: math.prod(reader.tensors[key].shape) for key in keys}
+    total = sum(sizes[key] * reader.tensors[key].dtype.itemsize for key in keys)
+    done = written = 0
+    kinds = set()
+    for key in keys:
+        layers = reader.tensors[key].shape[0] if is_stacked(key) else None
+        for layer in range(layers) if layers is not None else (None,):
+            tensor = reader.read(key, layer)
+            done += tensor.nbytes
+            if dtype is not None:
+                tensor = converted(checkpoint, key, tensor, dtype)
+            writer.add(key, tensor, layer=layer, num_layers=layers)
+            written += tensor.nbytes
+            kinds.add(str(tensor.dtype).removeprefix("torch."))
+            if progress is not None:
+                progress(done, total)
+    return Exported(len(keys), sum(sizes.values()), written, " and ".join(sorted(kinds)))
+
+
+def _source(checkpoint: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights come from. Of weights that were no run's, what they say themselves."""
+    if not is_run(summary):
+        return dict(summary.get("source") or {})
+    state = summary["train_state"]
+    return {
+        "format": "megatron-prealign",
+        "checkpoint": checkpoint.name,
+        "step": state.get("step"),
+        "tokens": state.get("tokens"),
+        "phase": summary["phase"],
+        "metrics": summary.get("metrics") or {},
+        "saved_at": summary.get("saved_at"),
+        "versions": summary.get("versions"),
+        "seq_length": summary["run"].get("seq_length"),
+        "sources": summary["run"].get("sources"),
+    }
+
+
+def _config(checkpoint: Path, dtype: str | None) -> dict[str, Any] | None:
+    """config.json for Hugging Face, with the type that the weights have now."""
+    try:
+        config = json.loads((checkpoint / CONFIG).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{checkpoint / CONFIG} is damaged ({error}); use another checkpoint") from error
+    if dtype is not None:
+        for name in {"dtype", "torch_dtype"} & config.keys():
+            config[name] = _CONFIG_DTYPES[dtype]
+    return dict(config)

@@ -1,0 +1,231 @@
+"""Whatever is wrong with a checkpoint or its disk, every rank ends with one line, and the run that is there stays."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import Tiny
+from support.whole_runs import language_model_values, records, refusal, reseal, run, train
+from support.workers import WorkerPool
+
+STEPS = 2
+
+
+def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+    """Language-model training alone, two steps."""
+    values = language_model_values(tiny, folder, **{"save_interval": 1, "keep": 9, **checkpoint})
+    values["training"]["train_iters"] = STEPS
+    return values
+
+
+@pytest.fixture(scope="module")
+def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two processes that has a checkpoint of step 1 as its newest. Tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(workers, 2, values_for(tiny, folder), folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000002")
+    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
+    (folder / "metrics.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path, dirs_exist_ok=True))
+
+
+def zeros_from(file: Path, start: int) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:start] + bytes(len(data) - start))
+
+
+def damage_data(checkpoint: Path) -> str:
+    for file in checkpoint.glob("*.distcp"):
+        zeros_from(file, 0)
+    return "cannot be read ("
+
+
+def cut_data(checkpoint: Path) -> str:
+    file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1])
+    return f"{file.name} has {size - 1} bytes, expected {size}"
+
+
+def drop_common(checkpoint: Path) -> str:
+    (checkpoint / "common.pt").unlink()
+    return "common.pt is missing"
+
+
+def cut_metadata(checkpoint: Path) -> str:
+    file = checkpoint / ".metadata"
+    file.write_bytes(file.read_bytes()[:100])
+    return "cannot be read ("
+
+
+def clear_metadata(checkpoint: Path) -> str:
+    (checkpoint / ".metadata").write_bytes(b"")
+    return "cannot be read ("
+
+
+class Harmful:
+    """Pickled, it asks for a folder to be made where it is read."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._target = str(checkpoint / "harm")
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self._target,)
+
+
+def harmful_metadata(checkpoint: Path) -> str:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(checkpoint)))
+    return "which no checkpoint holds"
+
+
+def harmful_common(checkpoint: Path) -> str:
+    torch.save({"optimizer": Harmful(checkpoint)}, checkpoint / "common.pt")
+    return "UnpicklingError"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_data, cut_data, drop_common, cut_metadata, clear_metadata, harmful_metadata, harmful_common],
+)
+def test_damage_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, damage: Callable[[Path], str]) -> None:
+    """What no manifest tells, since it was written so, or since only the sizes were looked at."""
+    checkpoint = copied / "checkpoints" / "step_00000001"
+    expected = damage(checkpoint)
+    reseal(checkpoint)
+    message = refusal(workers, train, values_for(tiny, copied, verify="sizes"), str(copied))
+    assert message.startswith(f"{checkpoint} cannot be read (")
+    assert expected in message
+    assert not (checkpoint / "harm").exists()
+    assert message.endswith(
+        "start again with checkpoint.verify checksums, which finds the damaged file and what to go on from"
+    )
+
+
+def without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "empty": (lambda state: {}, "vocab_size is 'missing', expected int"),
+    "no model": (without("model"), "model is 'missing', expected dict"),
+    "no run": (lambda state: {**state, "run": {}}, "run lacks phases, seq_length"),
+    "sources": (lambda state: {**state, "run": {**state["run"], "sources": [1]}}, "run.sources holds 1"),
+    "blend": (lambda state: {**state, "blend": {}}, "blend is damaged (KeyError: 'start')"),
+    "counters": (lambda state: {**state, "train_state": {"step": 1}}, "phase_step"),
+    "text": (
+        lambda state: {**state, "train_state": {**state["train_state"], "tokens": "9"}},
+        "train_state.tokens is '9'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_damaged_state_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, case: str) -> None:
+    file = copied / "checkpoints" / "step_00000001" / "state.json"
+    change, expected = STATES[case]
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    reseal(file.parent)
+    message = refusal(workers, train, values_for(tiny, copied), str(copied))
+    assert message.startswith(f"{file} is damaged (")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "expected"),
+    [
+        ("parallel", "use_distributed_optimizer", False, "parallel.use_distributed_optimizer True (recipe: False)"),
+        ("training", "precision", "bf16", "training.precision fp32 (recipe: bf16)"),
+        ("training", "seed", 4, "training.seed 3 (recipe: 4)"),
+        ("data", "seq_length", 16, "data.seq_length 32 (recipe: 16)"),
+    ],
+)
+def test_other_recipe_is_refused_and_not_written_down(
+    workers: WorkerPool, tiny: Tiny, copied: Path, section: str, field: str, value: object, expected: str
+) -> None:
+    (copied / "versions.json").write_text("{}")
+    before = {name: (copied / name).read_bytes() for name in ("recipe.yaml", "versions.json")}
+    values = values_for(tiny, copied)
+    values[section][field] = value
+    assert expected in refusal(workers, train, values, str(copied))
+    assert {name: (copied / name).read_bytes() for name in before} == before
+    # The recipe that wrote it goes on.
+    run(workers, 2, values_for(tiny, copied), copied)
+    assert [step for _, step in records(copied)] == [2]
+    assert (copied / "versions.json").read_text() != "{}"
+
+
+def test_alignment_added_later_does_not_shift_the_phase(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    """With train_tokens the blend keeps its rows when an alignment section comes."""
+    values = values_for(tiny, tmp_path)
+    del values["training"]["train_iters"]
+    # Room for 5 steps of alignment with 4 rows and 3 of language modelling with 8, 32 tokens each.
+    values["training"]["train_tokens"] = (5 * 4 + 3 * 8) * 32
+    run(workers, 2, values, tmp_path)
+    last = max(step for _, step in records(tmp_path))
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "latest").write_text(f"step_{last - 1:08d}\n")
+    (tmp_path / "metrics.jsonl").unlink()
+    values["alignment"] = tiny.values(tmp_path)["alignment"]
+    run(workers, 2, values, tmp_path)
+    assert list(records(tmp_path)) == [("language_model", last)]
+
+
+def test_steps_of_a_branch_that_was_left_do_not_push_out_the_new_one(
+    workers: WorkerPool, tiny: Tiny, copied: Path
+) -> None:
+    checkpoints = copied / "checkpoints"
+    for name in ("step_00000002", "step_00000008", ".step_00000099.incomplete"):
+        shutil.copytree(checkpoints / "step_00000001", checkpoints / name)
+    run(workers, 2, values_for(tiny, copied, keep=2), copied)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+    state = json.loads((checkpoints / "step_00000002" / "state.json").read_text())
+    assert state["train_state"]["step"] == 2
+
+
+def test_only_the_tokenizers_own_files_are_copied(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer_and_model"
+    shutil.copytree(tiny.tokenizer, folder)
+    own = {file.name for file in folder.iterdir()} - {"fertility.json"}
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
+        (folder / name).write_bytes(b"weights")
+    values = values_for(tiny, tmp_path)
+    values["data"]["tokenizer"] = str(folder)
+    run(workers, 1, values, tmp_path)
+    copies = {file.name for file in (tmp_path / "checkpoints" / "step_00000002" / "tokenizer").iterdir()}
+    assert copies == own
+
+
+def test_device_is_part_of_the_layout(workers: WorkerPool, tiny: Tiny, copied: Path) -> None:
+    """A GPU's random states cannot go on on a CPU: such a checkpoint counts as one of another layout."""
+    file = copied / "checkpoints" / "step_00000001" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["layout"]["device"] == "cpu"
+    state["layout"]["device"] = "cuda"
+    file.write_text(json.dumps(state))
+    reseal(file.parent)
+    [(random_states_read, step), _] = workers.run(2, train_and_watch, values_for(tiny, copied), str(copied))
+    assert (random_states_read, step) == (0, 2)
+
+
+def train_and_watch(values: dict[str, Any], folder: str) -> tuple[int, int]:
+    """Runs in workers: how often random states were restored, and the last step."""
+    from megatron_prealign.runtime import random_state
+
+    real, restored = random_state.restore, []
+    random_state.restore = lambda states: restored.append(states)
+    try:
+        step = train(values, folder)["step"]
+        return len(restored), step
+    finally:
+        random_state.restore = real

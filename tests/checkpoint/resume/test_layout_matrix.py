@@ -1,0 +1,139 @@
+"""A checkpoint of any layout loads in any other: the same state bit for bit, and the same losses from there on."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import VOCAB_SIZE, Tiny, recipe_of
+from support.whole_runs import records
+from support.workers import WorkerPool
+
+from megatron_prealign.training.callbacks import Callback
+
+SAVED_AT = 3
+STEPS = 5
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "tp2_dp2": (4, {"tensor_model_parallel_size": 2}),
+    "plain_dp2": (2, {"use_distributed_optimizer": False}),
+    "plain_tp2": (2, {"use_distributed_optimizer": False, "tensor_model_parallel_size": 2}),
+}
+MOVES = [
+    ("one", "tp2_pp2"),
+    ("tp2_pp2", "one"),
+    ("vpp2", "tp2_sp"),
+    ("tp2_sp", "dp2"),
+    ("dp2", "pp2"),
+    ("vpp2", "tp2_pp2"),
+    ("tp2_pp2", "vpp2"),
+    ("dp2", "tp2_dp2"),
+    ("plain_dp2", "plain_tp2"),
+]
+
+
+def values_for(tiny: Tiny, folder: Path, layout: str) -> dict[str, Any]:
+    """Language-model training with code-switching."""
+    values = copy.deepcopy(tiny.values(folder))
+    del values["alignment"]
+    values["parallel"] = {"device": "cpu", **LAYOUTS[layout][1]}
+    values["training"].update(train_iters=STEPS, eval_samples=2, retrieval_words=2)
+    values["checkpoint"] = {"save_interval": SAVED_AT, "keep": 9}
+    return values
+
+
+class SaveAtOnce(Callback):
+    """Saves into another folder what was loaded, before the first step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_start(self, trainer: Any) -> None:
+        from megatron_prealign.checkpoint.store import CheckpointStore
+
+        recipe = replace(trainer.recipe, checkpoint=replace(trainer.recipe.checkpoint, directory=str(self._folder)))
+        facts: dict[str, Any] = {"model": {}}
+        store = CheckpointStore(recipe, trainer.runtime, identity=facts, run={}, huggingface={}, versions={})
+        store.save(trainer.chunks, trainer.optimizer, trainer.state, phase="", consumed={}, blend={}, metrics={})
+        store.finish()
+
+
+def go_on(values: dict[str, Any], folder: str, again: str | None) -> int:
+    """Runs in workers: trains to the end; saves at once what it began with."""
+    from megatron_prealign.pretrain import pretrain
+
+    callbacks = [] if again is None else [SaveAtOnce(Path(again))]
+    return pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=callbacks).step
+
+
+def whole_state(checkpoint: str) -> dict[str, Any]:
+    """Runs in one worker: every tensor of a checkpoint whole, without rows of padded vocabulary, and the steps that
+    the optimizer counts."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_prealign.runtime import cpu
+
+    cpu.enable()
+    tensors = dist_checkpointing.load_plain_tensors(checkpoint)
+    common = dist_checkpointing.load_common_state_dict(checkpoint)
+    groups = common["optimizer"]
+    groups = groups.get("optimizer", groups)["param_groups"]
+    found = {
+        name: tensor[: 2 * VOCAB_SIZE] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return {"tensors": found, "steps": sorted(int(group["step"]) for group in groups if "step" in group)}
+
+
+@pytest.fixture(scope="module")
+def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each layout that is moved from."""
+    folders = {}
+    for layout in dict.fromkeys(source for source, _ in MOVES):
+        folders[layout] = tmp_path_factory.mktemp(layout)
+        world_size = LAYOUTS[layout][0]
+        workers.run(world_size, go_on, values_for(tiny, folders[layout], layout), str(folders[layout]), None)
+    return folders
+
+
+@pytest.mark.parametrize(("source", "target"), MOVES, ids=[f"{source}-{target}" for source, target in MOVES])
+def test_layout_changes_nothing(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: dict[str, Path], source: str, target: str
+) -> None:
+    name = f"step_{SAVED_AT:08d}"
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(trained[source] / "checkpoints" / name, checkpoints / name)
+    (checkpoints / "latest").write_text(name)
+    again = tmp_path / "again"
+    world_size = LAYOUTS[target][0]
+    workers.run(world_size, go_on, values_for(tiny, tmp_path, target), str(tmp_path), str(again))
+    before = workers.run(1, whole_state, str(checkpoints / name))[0]
+    after = workers.run(1, whole_state, str(again / name))[0]
+    tensors = {key: value for key, value in before["tensors"].items() if not key.startswith("random_state")}
+    assert sum(".exp_avg." in key for key in tensors) == sum(".exp_avg_sq." in key for key in tensors) > 8
+    assert tensors.keys() == {key for key in after["tensors"] if not key.startswith("random_state")}
+    for key, tensor in tensors.items():
+        assert tensor.dtype == after["tensors"][key].dtype
+        assert torch.equal(tensor, after["tensors"][key]), key
+    assert before["steps"] == after["steps"] and set(before["steps"]) == {SAVED_AT}
+    expected, got = records(trained[source]), records(tmp_path)
+    assert [step for _, step in got] == list(range(SAVED_AT + 1, STEPS + 1))
+    for step, line in got.items():
+        for measure in ("loss", "grad_norm"):
+            # Another layout adds in another order: fp32 rounding over two steps.
+            assert line[measure] == pytest.approx(expected[step][measure], rel=1e-5), (step, measure)
+        # What is switched is decided by integers.
+        assert line["switched_words"] == expected[step]["switched_words"]
+    state = json.loads((checkpoints / f"step_{STEPS:08d}" / "state.json").read_text())
+    saved = json.loads((trained[source] / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
+    assert state["blend"] == saved["blend"] and state["layout"] != saved["layout"]

@@ -1,0 +1,146 @@
+"""A run that stopped and went on ends bit for bit where the run that never stopped ends."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import VOCAB_SIZE, Tiny, recipe_of
+from support.whole_runs import records, run, weights
+from support.workers import WorkerError, WorkerPool
+
+from megatron_prealign.training.callbacks import Callback
+
+STEPS = 10
+WORLD_SIZE = 2
+BORDER = 5
+
+
+def values_for(tiny: Tiny, run_dir: Path, precision: str) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(run_dir))
+    # Dropout makes the random states matter.
+    values["model"].update(hidden_dropout=0.1, attention_dropout=0.1)
+    values["parallel"] = {"device": "cpu"}
+    values["training"]["precision"] = precision
+    values["checkpoint"] = {"save_interval": 1, "keep": 100}
+    return values
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def whole(
+    request: pytest.FixtureRequest, workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A run that never stopped, with a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp(f"whole_{request.param}")
+    run(workers, WORLD_SIZE, values_for(tiny, folder, request.param), folder)
+    return request.param, folder, weights(workers, folder, 2 * VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("step", [2, BORDER, 8])
+def test_resumed_run_is_bit_equal(workers: WorkerPool, tiny: Tiny, tmp_path: Path, whole: Any, step: int) -> None:
+    precision, folder, expected = whole
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    name = f"step_{step:08d}"
+    shutil.copytree(folder / "checkpoints" / name, checkpoints / name)
+    (checkpoints / "latest").write_text(name)
+    run(workers, WORLD_SIZE, values_for(tiny, tmp_path, precision), tmp_path)
+    got = records(tmp_path)
+    assert sorted(number for _, number in got) == list(range(step + 1, STEPS + 1))
+    for key, line in got.items():
+        for value in ("loss", "lm_loss", "grad_norm", "alignment_loss", "switched_words"):
+            assert line.get(value) == records(folder)[key].get(value), (key, value)
+    resumed = weights(workers, tmp_path, 2 * VOCAB_SIZE)
+    assert resumed.keys() == expected.keys()
+    for parameter, tensor in expected.items():
+        assert torch.equal(resumed[parameter], tensor), parameter
+
+
+def without_switching(values: dict[str, Any]) -> None:
+    del values["code_switch"]
+    values["parallel"]["tensor_model_parallel_size"] = 2
+
+
+def with_guard(values: dict[str, Any]) -> None:
+    """Words in every second step of language-model training too, over stages; four microbatches a step."""
+    values["alignment_guard"] = {"interval": 2}
+    values["parallel"]["pipeline_model_parallel_size"] = 2
+
+
+@pytest.mark.parametrize(("change", "step"), [(without_switching, 3), (without_switching, BORDER), (with_guard, 8)])
+def test_resumed_run_is_bit_equal_in_other_layouts(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, change: Any, step: int
+) -> None:
+    values = values_for(tiny, tmp_path, "fp32")
+    values["training"].update(train_iters=4, retrieval_words=2, eval_samples=2)
+    change(values)
+    run(workers, WORLD_SIZE, values, tmp_path)
+    expected = weights(workers, tmp_path, 2 * VOCAB_SIZE)
+    checkpoints = tmp_path / "checkpoints"
+    for later in range(step + 1, 10):
+        shutil.rmtree(checkpoints / f"step_{later:08d}")
+    (checkpoints / "latest").write_text(f"step_{step:08d}")
+    before = records(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    run(workers, WORLD_SIZE, values, tmp_path)
+    assert sorted(number for _, number in records(tmp_path)) == list(range(step + 1, 10))
+    for key, line in records(tmp_path).items():
+        assert line["loss"] == before[key]["loss"], key
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+class SignalAt(Callback):
+    """Sends this process a signal after a step, as a batch system would."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step(self, trainer: Any) -> None:
+        if trainer.state.step == self._step and trainer.runtime.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_until_signal(values: dict[str, Any], folder: str, step: int) -> dict[str, Any]:
+    from megatron_prealign.pretrain import pretrain
+
+    state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[SignalAt(step)])
+    return {"stopped": state.stop_requested, "step": state.step}
+
+
+def test_signal_on_one_rank_saves_and_ends_all_ranks(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = values_for(tiny, tmp_path, "fp32")
+    values["checkpoint"] = {"keep": 1}
+    ends = workers.run(2, train_until_signal, values, str(tmp_path), 6)
+    assert ends[0] == ends[1]
+    assert ends[0]["stopped"]
+    # The flag is read one step after it was sent round.
+    assert 7 <= ends[0]["step"] <= 8
+    state = json.loads((tmp_path / "checkpoints" / f"step_{ends[0]['step']:08d}" / "state.json").read_text())
+    assert state["train_state"]["step"] == ends[0]["step"]
+    assert state["phase"] == "language_model"
+    run(workers, 2, values, tmp_path)
+    assert max(number for _, number in records(tmp_path)) == STEPS
+
+
+def test_finished_run_does_nothing_more(workers: WorkerPool, tiny: Tiny, tmp_path: Path, whole: Any) -> None:
+    precision, folder, _ = whole
+    before = (folder / "metrics.jsonl").read_text()
+    run(workers, WORLD_SIZE, values_for(tiny, folder, precision), folder)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_checkpoint_of_another_model_is_refused(workers: WorkerPool, tiny: Tiny, whole: Any) -> None:
+    precision, folder, _ = whole
+    values = values_for(tiny, folder, precision)
+    values["model"]["hidden_size"] = 64
+    with pytest.raises(WorkerError) as caught:
+        run(workers, WORLD_SIZE, values, folder)
+    for kind, message, _ in caught.value.failures.values():
+        assert kind == "UserError"
+        assert "hidden_size 32 (recipe: 64)" in message

@@ -1,0 +1,128 @@
+"""A run that cannot start: every rank learns why at once, and the processes stay usable."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import Tiny, recipe_of
+from support.whole_runs import train
+from support.workers import WorkerError, WorkerPool
+
+# A rank that waits for one that failed would sit there for parallel.distributed_timeout_minutes, 10; what is tested
+# takes a second, the rest is for a busy machine.
+PROMPT_S = 60.0
+
+
+def train_with_other_values(values: list[dict[str, Any]], folder: str) -> Any:
+    """Each rank reads a recipe of its own, as if a disk of its own lacked a file."""
+    rank = int(os.environ["RANK"])
+    return train(values[rank], f"{folder}/{rank}")
+
+
+def fail_and_look(values: dict[str, Any], folder: str, leave: bool) -> dict[str, bool]:
+    """What is left of the process groups when a run fails."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_prealign.errors import UserError
+    from megatron_prealign.pretrain import pretrain
+
+    with pytest.raises(UserError):
+        pretrain(recipe_of(values, Path(folder)), leave_process_group=leave)
+    return {"group": dist.is_initialized(), "megatron": parallel_state.model_parallel_is_initialized()}
+
+
+def failures(caught: pytest.ExceptionInfo[WorkerError]) -> dict[int, tuple[str, str]]:
+    return {rank: (kind, message) for rank, (kind, message, _) in caught.value.failures.items()}
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "table", "source", "cache"])
+def test_file_that_one_rank_lacks(tiny: Tiny, workers: WorkerPool, tmp_path: Path, what: str) -> None:
+    values = [tiny.values(tmp_path / "run") for _ in range(2)]
+    gone = str(tmp_path / "gone")
+    broken = 1
+    if what == "tokenizer":
+        values[broken]["data"]["tokenizer"] = gone
+    elif what == "table":
+        values[broken]["dictionary"]["table"] = gone
+    elif what == "source":
+        values[broken]["data"]["sources"][1]["path"] = gone
+    else:
+        # Rank 0 is the one that builds.
+        broken = 0
+        Path(gone).write_text("a file in the way of the cache")
+        values[broken]["data"]["cache"] = f"{gone}/cache"
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, train_with_other_values, values, str(tmp_path), timeout_s=PROMPT_S)
+    found = failures(caught)
+    assert found[0] == found[1]
+    assert found[0][0] == "UserError"
+    assert gone in found[0][1]
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_failed_run_leaves_the_process_group(tiny: Tiny, workers: WorkerPool, tmp_path: Path, leave: bool) -> None:
+    # Another rank may be in a collective of it: taking it down would wait for that rank under NCCL.
+    values = tiny.values(tmp_path / "run")
+    values["data"]["tokenizer"] = str(tmp_path / "gone")
+    left = workers.run(1, fail_and_look, values, str(tmp_path), leave)
+    assert left == [{"group": True, "megatron": False}]
+
+
+def test_tensorboard_folder_that_is_a_file(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "run")
+    values["logging"]["tensorboard"] = True
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, train, values, str(tmp_path), timeout_s=PROMPT_S)
+    found = failures(caught)
+    assert found[0] == found[1]
+    assert found[0][0] == "UserError"
+    assert str(tmp_path / "run" / "tensorboard") in found[0][1]
+
+
+def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "runs" / "new")
+    values["logging"]["tensorboard"] = True
+    values["dictionary"]["table"] = str(tmp_path / "gone")
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, train, values, str(tmp_path / "recipe"))
+    assert failures(caught)[0][0] == "UserError"
+    assert not (tmp_path / "runs").exists()
+
+
+def check_folders(values: dict[str, Any], folder: str, other: str | None) -> None:
+    """Runs in a worker: the check of the run's folders, while another run makes one of its own beside them."""
+    import megatron_prealign.run_folder as run_folder
+
+    probe = run_folder.TemporaryFile
+
+    def probe_and_make(**options: Any) -> Any:
+        if other is not None:
+            Path(other).mkdir(exist_ok=True)
+        return probe(**options)
+
+    run_folder.TemporaryFile = probe_and_make
+    try:
+        run_folder.check_run_folder(recipe_of(values, Path(folder)))
+    finally:
+        run_folder.TemporaryFile = probe
+
+
+def test_checking_the_folders_leaves_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "runs" / "new")
+    other = tmp_path / "runs" / "other"
+    workers.run(1, check_folders, values, str(tmp_path / "recipe"), str(other))
+    assert [each.name for each in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+def test_folders_that_cannot_be_written_leave_nothing_either(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "runs" / "new")
+    (tmp_path / "file").write_text("a file in the way")
+    values["checkpoint"] = {"directory": str(tmp_path / "file" / "checkpoints")}
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, check_folders, values, str(tmp_path / "recipe"), None)
+    assert failures(caught)[0][0] == "UserError"
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,173 @@
+"""Checkpoints: which are kept and found, and what a broken or interrupted one does."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import VOCAB_SIZE, Tiny, recipe_of
+from support.whole_runs import language_model_values, mistake, records, reseal, run, steps_in, weights
+from support.workers import WorkerError, WorkerPool
+
+
+@pytest.fixture(scope="module")
+def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two processes with a checkpoint of every step. Tests copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(workers, 2, language_model_values(tiny, folder, save_interval=1, keep=100), folder)
+    return folder
+
+
+def copied(trained: Path, folder: Path, newest: int | None = None) -> Path:
+    """A copy of the run, as it was after step `newest`."""
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    if newest is not None:
+        for step in range(newest + 1, 6):
+            shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+        (folder / "checkpoints" / "latest").write_text(f"step_{newest:08d}\n")
+    return folder
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_the_newest_are_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path, keep: int) -> None:
+    run(workers, 1, language_model_values(tiny, tmp_path, save_interval=1, keep=keep), tmp_path)
+    assert steps_in(tmp_path) == ["latest", *(f"step_{step:08d}" for step in range(6 - keep, 6))]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000005"
+
+
+def test_without_an_interval_only_the_end_is_saved(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    values = language_model_values(tiny, tmp_path, directory=str(tmp_path / "elsewhere"))
+    run(workers, 1, values, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["latest", "step_00000005"]
+
+
+def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
+    checkpoint = trained / "checkpoints" / "step_00000003"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["train_state"]["step"] == 3
+    assert state["train_state"]["consumed_samples"] == 24
+    assert state["phase"] == "language_model"
+    assert state["layout"]["data_parallel_size"] == 2
+    assert state["vocab_size"] == 2 * VOCAB_SIZE
+    # Each source's share of the 24 rows so far.
+    assert sum(state["consumed_samples_per_source"].values()) == 24
+    assert [source["segmenter"] for source in state["run"]["sources"]] == [None, None]
+    assert list(state["consumed_samples_per_source"]) == [str(tiny.folder / "en"), str(tiny.folder / "en_clone")]
+    assert (checkpoint / "recipe.yaml").exists()
+    files = {file for file in Path(tiny.tokenizer).iterdir() if file.name != "fertility.json"}
+    assert len(files) > 2
+    for file in files:
+        assert (checkpoint / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+
+
+def resume_only(values: dict[str, Any], folder: str) -> None:
+    """Runs in workers: `pretrain`, on what must fail."""
+    from megatron_prealign.pretrain import pretrain
+
+    pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+
+
+def test_checkpoint_of_another_tokenizer_is_refused(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
+    copied(trained, tmp_path, newest=2)
+    path = tmp_path / "checkpoints" / "step_00000002" / "state.json"
+    state = json.loads(path.read_text())
+    state["tokenizer_fingerprint"] = "sha256:other"
+    path.write_text(json.dumps(state))
+    reseal(path.parent)
+    with pytest.raises(WorkerError) as caught:
+        workers.run(1, resume_only, language_model_values(tiny, tmp_path), str(tmp_path))
+    message = mistake(caught)
+    assert "is of another model: tokenizer sha256:other (recipe: sha256:" in message
+
+
+def test_unfinished_folders_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+    copied(trained, tmp_path, newest=3)
+    checkpoints = tmp_path / "checkpoints"
+    # What a killed save leaves: of a step to come, and of a far one.
+    for name in (".step_00000004.incomplete", ".step_00000099.incomplete"):
+        shutil.copytree(checkpoints / "step_00000003", checkpoints / name)
+    (tmp_path / "metrics.jsonl").unlink()
+    run(workers, 2, language_model_values(tiny, tmp_path, save_interval=1, keep=2), tmp_path)
+    assert [step for _, step in records(tmp_path)] == [4, 5]
+    assert [name for name in steps_in(tmp_path) if name.startswith("step")] == ["step_00000004", "step_00000005"]
+    expected = weights(workers, trained, 2 * VOCAB_SIZE)
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def run_until_the_disk_is_full(values: dict[str, Any], folder: str, step: int) -> None:
+    """Runs in workers: from `step` on rank 1 cannot write tensors."""
+    import torch.distributed as dist
+
+    from megatron_prealign.checkpoint.sharded import save as sharded_save
+    from megatron_prealign.pretrain import pretrain
+
+    real = sharded_save._write_file
+
+    def write(folder: Path, file: Any) -> Any:
+        if f"step_{step:08d}" in folder.name and dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return real(folder, file)
+
+    sharded_save._write_file = write
+    try:
+        pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+    finally:
+        sharded_save._write_file = real
+
+
+def test_failed_save_leaves_the_one_before(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+    values = language_model_values(tiny, tmp_path, save_interval=1, keep=1)
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, run_until_the_disk_is_full, values, str(tmp_path), 3, timeout_s=60)
+    assert mistake(caught) == (
+        f"checkpoint {tmp_path / 'checkpoints' / 'step_00000003'} cannot be written: No space left on device; "
+        "step_00000002 is the newest complete one; mend the disk or choose another checkpoint.directory and start the "
+        "same command again"
+    )
+    assert steps_in(tmp_path) == [".step_00000003.incomplete", "latest", "step_00000002"]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+    # With room again the same command goes on, and ends where the run ends that never failed.
+    run(workers, 2, values, tmp_path)
+    assert steps_in(tmp_path) == ["latest", "step_00000005"]
+    expected = weights(workers, trained, 2 * VOCAB_SIZE)
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_of_another_run_are_a_start(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, precision: str
+) -> None:
+    """One step at a rate of almost nothing shows which weights it started from, master weights included."""
+    values = language_model_values(tiny, tmp_path, load=str(trained))
+    values["training"].update(train_iters=1, seed=77, precision=precision)
+    values["optimizer"] = {"lr": 1e-12}
+    run(workers, 1, values, tmp_path)
+    assert [step for _, step in records(tmp_path)] == [1]
+    expected = weights(workers, trained, 2 * VOCAB_SIZE)
+    for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
+        # The rate moves a weight by 1e-12 at most; bf16 rounds to 8 bits once.
+        rounded = expected[name].to(tensor.dtype)
+        torch.testing.assert_close(tensor, rounded, rtol=0, atol=1e-9)
+
+
+def test_own_checkpoint_comes_before_weights_of_another_run(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
+    copied(trained, tmp_path, newest=4)
+    (tmp_path / "metrics.jsonl").unlink()
+    values = language_model_values(tiny, tmp_path, load=str(tmp_path / "not_even_there"))
+    run(workers, 1, values, tmp_path)
+    assert [step for _, step in records(tmp_path)] == [5]
+
+
+def test_weights_that_are_not_there(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, resume_only, language_model_values(tiny, tmp_path, load=str(tmp_path / "gone")), str(tmp_path))
+    assert mistake(caught).startswith(f"{tmp_path / 'gone'} holds no complete checkpoint")

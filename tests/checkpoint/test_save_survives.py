@@ -1,0 +1,250 @@
+"""A save that is killed, or refused by the disk, at any step that changes the disk leaves a good checkpoint."""
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerPool
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: from here on nothing this process does reaches the disk."""
+
+
+class Disk:
+    """Counts what changes the disk below a folder in this process, and can put an end to it."""
+
+    _watching: "Disk | None" = None
+    _hooked = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        self.changes: list[str] = []
+        self._kill_at: int | None = None
+        self._full_from: int | None = None
+
+    @contextmanager
+    def watching(self, *, kill_at: int | None = None, full_from: int | None = None) -> Iterator[None]:
+        """Args:
+        kill_at: nothing is changed any more from this change on.
+        full_from: from this change on no file takes anything; names can be changed and removed.
+        """
+        self._kill_at, self._full_from = kill_at, full_from
+        if not Disk._hooked:
+            # There is no way to take it away again.
+            sys.addaudithook(Disk._audit)
+            Disk._hooked = True
+        real, Disk._watching = os.fsync, self
+        os.fsync = lambda descriptor: (self._change("fsync", takes_room=True), real(descriptor))[1]
+        try:
+            yield
+        finally:
+            Disk._watching, os.fsync = None, real
+
+    @staticmethod
+    def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+        watching = Disk._watching
+        if watching is None or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            return
+        path = str(arguments[0])
+        if event == "open" and not arguments[2] & _WRITING:
+            return
+        # Names that are relative to a folder that is open are those of a folder being removed.
+        if path.startswith(watching._folder) or not path.startswith("/"):
+            watching._change(f"{event} {path[len(watching._folder) :]}", takes_room=event in ("open", "os.mkdir"))
+
+    def _change(self, what: str, *, takes_room: bool) -> None:
+        number = len(self.changes)
+        self.changes.append(what)
+        if self._kill_at is not None and number >= self._kill_at:
+            raise KilledError(what)
+        if self._full_from is not None and number >= self._full_from and takes_room:
+            raise OSError(28, "No space left on device")
+
+
+class Saver:
+    """Checkpoints of a run whose whole state is one tensor."""
+
+    def __init__(self, values: dict[str, Any], folder: Path) -> None:
+        from megatron_prealign.recipe import ParallelSection
+        from megatron_prealign.runtime.distributed import start
+
+        self._recipe = recipe_of(values, folder)
+        self._runtime = start(ParallelSection(device="cpu"), seed=1)
+
+    def save(self, directory: Path, step: int, keep: int) -> None:
+        """Saves a checkpoint and waits for it."""
+        import torch
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        from megatron_prealign.checkpoint.store import CheckpointStore
+        from megatron_prealign.checkpoint.train_state import TrainState
+
+        section = dataclasses.replace(self._recipe.checkpoint, directory=str(directory), keep=keep)
+        store = CheckpointStore(
+            dataclasses.replace(self._recipe, checkpoint=section),
+            self._runtime,
+            identity={
+                "vocab_size": 8,
+                "padded_vocab_size": 8,
+                "tokenizer_fingerprint": "sha256:x",
+                "model": {"num_layers": 1},
+            },
+            run={},
+            huggingface={},
+            versions={},
+        )
+        tensor = ShardedTensor.from_rank_offsets("tensor", torch.full((100,), float(step)))
+        optimizer: Any = SimpleNamespace(sharded_state_dict=lambda model, metadata: {"tensor": tensor})
+        state = TrainState(step=step)
+        try:
+            store.save([], optimizer, state, phase="language_model", consumed={}, blend={}, metrics={})
+            store.finish()
+        finally:
+            store.settle()
+
+
+def check(directory: Path) -> int:
+    """Looks at everything as a new process would: what has the name of a checkpoint is one, and `latest` names one.
+    Returns its step."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_prealign.checkpoint.folder import latest_checkpoint, read_state
+    from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
+    from megatron_prealign.checkpoint.sharded.load import load_sharded
+
+    for folder in directory.glob("step_*"):
+        assert find_damage(folder, read_manifest(folder), checksums=True) == [], folder
+    newest = latest_checkpoint(directory)
+    assert newest is not None
+    step = int(read_state(newest)["train_state"]["step"])
+    wanted = {"optimizer": {"tensor": ShardedTensor.from_rank_offsets("tensor", torch.zeros(100))}}
+    loaded = load_sharded(wanted, newest)
+    assert loaded["optimizer"]["tensor"].tolist() == [float(step)] * 100
+    return step
+
+
+def kill_everywhere(values: dict[str, Any], folder: str, branch: bool, keep: int) -> tuple[list[str], list[int]]:
+    """Runs in a worker: a save of step 2 is killed at each change of the disk. Returns the changes of a save that is
+    not, and the step that is there after each kill."""
+    saver, base = Saver(values, Path(folder)), Path(folder) / "base"
+    if branch:
+        # Of a branch that was left: the run went back to step 1.
+        saver.save(base, 2, keep=2)
+    saver.save(base, 1, keep=2)
+    steps, number = [], 0
+    while True:
+        directory = Path(folder) / f"killed_{number}"
+        shutil.copytree(base, directory)
+        disk = Disk(directory)
+        try:
+            with disk.watching(kill_at=number):
+                saver.save(directory, 2, keep)
+        except KilledError:
+            pass
+        if len(disk.changes) <= number:
+            return disk.changes, steps
+        steps.append(check(directory))
+        saver.save(directory, 3, keep=1)
+        assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000003"], disk.changes[-1]
+        assert check(directory) == 3
+        shutil.rmtree(directory)
+        number += 1
+
+
+def fill_everywhere(values: dict[str, Any], folder: str) -> list[tuple[str, int]]:
+    """Runs in a worker: the disk is full from each change of a save of step 2 on. Returns what the user is told, and
+    the step that is there."""
+    from megatron_prealign.errors import UserError
+
+    saver, base = Saver(values, Path(folder)), Path(folder) / "base"
+    saver.save(base, 1, keep=2)
+    answers: list[tuple[str, int]] = []
+    while True:
+        directory = Path(folder) / f"full_{len(answers)}"
+        shutil.copytree(base, directory)
+        disk, told = Disk(directory), ""
+        try:
+            with disk.watching(full_from=len(answers)):
+                saver.save(directory, 2, keep=2)
+        except UserError as error:
+            told = str(error)
+        if len(disk.changes) <= len(answers):
+            return answers
+        answers.append((told.replace(str(directory), "DIR"), check(directory)))
+        saver.save(directory, 3, keep=1)
+        assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000003"]
+        shutil.rmtree(directory)
+
+
+def write_with_a_limit(values: dict[str, Any], folder: str, limit: int) -> str:
+    """Runs in a worker: the system itself refuses files longer than `limit` bytes."""
+    import resource
+    import signal
+
+    from megatron_prealign.errors import UserError
+
+    saver, directory = Saver(values, Path(folder)), Path(folder) / "checkpoints"
+    saver.save(directory, 1, keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        saver.save(directory, 2, keep=2)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+        assert check(directory) == 1
+    return ""
+
+
+@pytest.mark.parametrize(("branch", "keep"), [(False, 1), (True, 2)])
+def test_killed_at_any_change_of_the_disk(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, branch: bool, keep: int
+) -> None:
+    [(changes, steps)] = workers.run(1, kill_everywhere, tiny.values(tmp_path), str(tmp_path), branch, keep)
+    assert len(changes) > 30
+    # Until `latest` is moved the old one is named, from then on the new one.
+    moved = next(number for number, change in enumerate(changes) if change == "os.rename /.latest.incomplete")
+    assert steps == [1] * (moved + 1) + [2] * (len(changes) - moved - 1)
+    renamed = changes.index("os.rename /.step_00000002.incomplete")
+    manifest = changes.index("open /.step_00000002.incomplete/manifest.json")
+    assert manifest < renamed < moved
+    # Nothing is renamed that is not on the disk: the manifest, the folder; the folder above; the pointer.
+    assert changes[manifest + 1 : renamed].count("fsync") == 2
+    assert changes[renamed + 1 : moved].count("fsync") == 2
+    # Only the checkpoint before it is removed, and only at the end.
+    assert not any("removed" in change for change in changes[:moved])
+    assert any("removed" in change for change in changes[moved:]) == (keep == 1)
+
+
+def test_full_from_any_change_of_the_disk(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    [answers] = workers.run(1, fill_everywhere, tiny.values(tmp_path), str(tmp_path))
+    assert len(answers) > 30
+    expected = (
+        "checkpoint DIR/step_00000002 cannot be written: No space left on device; step_00000001 is the newest complete "
+        "one; mend the disk or choose another checkpoint.directory and start the same command again"
+    )
+    # Once `latest` is moved, nothing needs room any more.
+    assert {told for told, step in answers if step == 1} == {expected}
+    assert {told for told, step in answers if step == 2} <= {"", expected}
+    assert answers[0] == (expected, 1)
+
+
+def test_system_that_refuses_a_long_file(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    [told] = workers.run(1, write_with_a_limit, tiny.values(tmp_path), str(tmp_path), 600)
+    assert told.startswith(f"checkpoint {tmp_path / 'checkpoints' / 'step_00000002'} cannot be written: File too large")
+    assert "\n" not in told

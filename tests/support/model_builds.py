@@ -1,0 +1,128 @@
+"""Small models for tests; the functions run in workers."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.tiny import recipe_of
+
+VOCAB_SIZE = 40
+SEQ_LENGTH = 12
+
+
+def recipe_values(family: str, model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of a small model, as plain values. Files it names are never opened."""
+    values: dict[str, Any] = {
+        "model": {
+            "family": family,
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_query_groups": 4 if family == "gpt2" else 2,
+            "ffn_hidden_size": 48,
+            "make_vocab_size_divisible_by": 16,
+            **(model or {}),
+        },
+        "data": {"tokenizer": "t", "seq_length": SEQ_LENGTH, "sources": [{"path": "p", "language": "en"}]},
+        "optimizer": {"lr": 0.001},
+        "training": {
+            "seed": 1,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "train_iters": 1,
+            "precision": "fp32",
+        },
+        "logging": {"run_dir": "unused"},
+        "parallel": {"device": "cpu"},
+    }
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    return values
+
+
+def build(values: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
+    """Recipe, runtime and model chunks of this process."""
+    from megatron_prealign.model.build import build_model
+    from megatron_prealign.runtime.distributed import start
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(values, Path(folder))
+    runtime = start(recipe.parallel, seed=recipe.training.seed)
+    return recipe, runtime, build_model(recipe, runtime, vocab_size=VOCAB_SIZE)
+
+
+def weights(chunk: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in chunk.named_parameters()}
+
+
+def initial_weights(values: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Runs in workers: every parameter of this process, by chunk."""
+    return [weights(chunk) for chunk in build(values)[2]]
+
+
+def disturb(chunk: Any) -> None:
+    """Random norms and biases, so that no one stands for what is left out."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * noise)
+            else:
+                # Larger than the initial weights: attention is then far from uniform.
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCAB_SIZE, (2, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def disturbed_logits(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Runs in a worker: weights and logits `[2, sequence, vocabulary]` of a model with random weights everywhere."""
+    (chunk,) = build(values)[2]
+    disturb(chunk)
+    rows = tokens()
+    positions = torch.arange(SEQ_LENGTH).expand_as(rows)
+    with torch.no_grad():
+        logits = chunk(rows, positions, None)
+    return weights(chunk), logits[..., :VOCAB_SIZE].clone()
+
+
+def states_by_hand(
+    chunk: Any, ids: torch.Tensor, positions: torch.Tensor, lengths: list[int], num_layers: int
+) -> dict[int, torch.Tensor]:
+    """Mean state of each word at every layer, word by word from one plain forward pass, with its graph.
+
+    Args:
+        ids: `[slots, tokens]`.
+        positions: `[slots, tokens]`.
+        lengths: tokens of each word; 0 for an empty slot, whose mean is 0.
+    """
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: outputs.update({layer: output[0] if isinstance(output, tuple) else output})
+
+    handles = [chunk.embedding.register_forward_hook(keep(0))]
+    handles += [layer.register_forward_hook(keep(layer.layer_number)) for layer in chunk.decoder.layers]
+    # The last block's state is taken after the final norm, so this one overwrites it.
+    handles.append(chunk.decoder.final_layernorm.register_forward_hook(keep(num_layers)))
+    chunk(ids, positions, None)
+    for handle in handles:
+        handle.remove()
+    nothing = torch.zeros(chunk.config.hidden_size)
+    states = {
+        layer: torch.stack(
+            [hidden[:length, slot].mean(0) if length else nothing for slot, length in enumerate(lengths)]
+        )
+        for layer, hidden in outputs.items()
+    }
+    rows = chunk.embedding.word_embeddings.weight if chunk.share_embeddings_and_output_weights else None
+    rows = chunk.output_layer.weight if rows is None else rows
+    states[num_layers + 1] = torch.stack(
+        [rows[ids[slot, :length]].mean(0) if length else nothing for slot, length in enumerate(lengths)]
+    )
+    return states

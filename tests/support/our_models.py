@@ -1,0 +1,79 @@
+"""Our models out of checkpoints of weights; the functions run in workers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> tuple[Any, list[Any]]:
+    """Runtime and model chunks of this process, as `pretrain --config model.yaml --config ...` makes them."""
+    import tempfile
+
+    import yaml
+
+    from megatron_prealign.checkpoint.folder import read_state
+    from megatron_prealign.checkpoint.resume.identity import facts_of_model
+    from megatron_prealign.checkpoint.resume.load import load_weights
+    from megatron_prealign.model.build import build_model
+    from megatron_prealign.model.config import padded_vocab_size
+    from megatron_prealign.recipe import load_recipe
+    from megatron_prealign.runtime.distributed import start
+
+    values = {
+        "data": {"tokenizer": "t", "seq_length": 12, "sources": [{"path": "p", "language": "en"}]},
+        "optimizer": {"lr": 0.001},
+        "training": {
+            "seed": 1,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "train_iters": 1,
+            "precision": precision,
+        },
+        "logging": {"run_dir": "unused"},
+        "parallel": {"device": "cpu", **parallel},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values, file)
+        file.flush()
+        recipe = load_recipe(["--config", f"{checkpoint}/model.yaml", "--config", file.name])
+    runtime = start(recipe.parallel, seed=recipe.training.seed)
+    summary = read_state(Path(checkpoint))
+    vocab_size = summary["vocab_size"]
+    chunks = build_model(recipe, runtime, vocab_size=vocab_size)
+    padded = padded_vocab_size(
+        vocab_size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
+    )
+    identity = facts_of_model(
+        recipe,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded,
+        tokenizer_fingerprint=summary["tokenizer_fingerprint"],
+    )
+    load_weights(chunks, None, Path(checkpoint), identity=identity)
+    return runtime, [chunk.eval() for chunk in chunks]
+
+
+def logits(checkpoint: str, rows: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """`[rows, tokens, vocabulary]` of one process."""
+    _, (chunk,) = load(checkpoint, {})
+    positions = torch.arange(rows.shape[1]).expand_as(rows)
+    with torch.no_grad():
+        return chunk(rows, positions, None)[..., :vocab_size].clone()
+
+
+def parameters(checkpoint: str, parallel: dict[str, Any]) -> dict[str, tuple[torch.Tensor, int | None, int]]:
+    """Name with the layer's number in the whole model -> this process's part, the dimension that tensor-parallel ranks
+    share (None if each has the whole) and the tensor-parallel rank."""
+    runtime, chunks = load(checkpoint, parallel)
+    found = {}
+    for chunk in chunks:
+        numbers = {f"decoder.layers.{index}.": layer.layer_number for index, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            for prefix, number in numbers.items():
+                if name.startswith(prefix):
+                    name = f"layer {number} {name.removeprefix(prefix)}"
+                    break
+            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            found[name] = (parameter.detach().clone(), split, runtime.tensor_rank)
+    return found

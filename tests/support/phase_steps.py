@@ -1,0 +1,45 @@
+"""What the tests of single steps share: phases as `pretrain` makes them, the gradients of one step."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.model_builds import disturb
+from support.tiny import recipe_of
+
+
+def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
+    """Recipe, runtime, materials, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
+    from megatron_prealign.materials import open_materials
+    from megatron_prealign.model.build import build_model
+    from megatron_prealign.pretrain import build_phases, open_words
+    from megatron_prealign.runtime.distributed import start
+    from megatron_prealign.runtime.engine import wrap_data_parallel
+    from megatron_prealign.switching import open_switching
+
+    recipe = recipe_of(values, Path(folder))
+    runtime = start(recipe.parallel, seed=recipe.training.seed)
+    materials = open_materials(recipe)
+    models = build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+    for model in models:
+        disturb(model)
+    chunks = wrap_data_parallel(models, recipe.parallel)
+    switching = open_switching(recipe, materials.dictionary)
+    words = open_words(recipe, runtime, materials.dictionary)
+    return recipe, runtime, materials, build_phases(recipe, runtime, materials, switching, words), chunks
+
+
+def step(phase: Any, state: Any, chunks: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Gradients of this process, by chunk and name, and metrics of one step by the product."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    phase.begin(state, chunks)
+    phase.forward_backward(state, chunks)
+    phase.end()
+    gradients = {
+        f"{index}.{name}" if len(chunks) > 1 else name: each.main_grad.clone()
+        for index, chunk in enumerate(chunks)
+        for name, each in chunk.module.named_parameters()
+    }
+    return gradients, phase.metrics(1)

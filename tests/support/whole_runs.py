@@ -1,0 +1,107 @@
+"""What the tests of whole runs share: run a recipe on a number of processes, read back its losses and weights."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_prealign.checkpoint.manifest import MANIFEST, write_manifest
+from support.tiny import Tiny, recipe_of
+from support.workers import WorkerError, WorkerPool
+
+
+def train(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Runs in a worker: trains as the recipe says; returns the final counters."""
+    from megatron_prealign.pretrain import pretrain
+
+    return pretrain(recipe_of(values, Path(folder)), leave_process_group=True).to_dict()
+
+
+def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Runs in one worker: all tensors of a checkpoint, whole, whatever layout wrote it; padded vocabulary rows cut
+    off."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_prealign.runtime import cpu
+
+    cpu.enable()
+    tensors = dist_checkpointing.load_plain_tensors(checkpoint)
+    return {
+        name: tensor[:vocab_size] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith("optimizer")
+    }
+
+
+def run(workers: WorkerPool, world_size: int, values: dict[str, Any], folder: Path) -> None:
+    """Trains on `world_size` processes; the run's files lie in the recipe's run_dir."""
+    workers.run(world_size, train, values, str(folder))
+
+
+def records(run_dir: Path, kind: str = "train") -> dict[tuple[str, int], dict[str, Any]]:
+    """(phase, step) -> the last such line of metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["phase"], line["step"]): line for line in lines if line["kind"] == kind}
+
+
+def weights(workers: WorkerPool, run_dir: Path, vocab_size: int, name: str | None = None) -> dict[str, torch.Tensor]:
+    """The weights of the run's newest checkpoint, or of the one called `name`."""
+    name = name or (run_dir / "checkpoints" / "latest").read_text().strip()
+    return workers.run(1, read_weights, str(run_dir / "checkpoints" / name), vocab_size)[0]
+
+
+def reseal(checkpoint: Path) -> None:
+    """Makes the manifest agree with files that a test changed, as if they had been written so."""
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, {})
+
+
+def everything_in(checkpoint: str) -> dict[str, torch.Tensor]:
+    """Runs in a worker: all tensors of a checkpoint, the optimizer's too."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_prealign.runtime import cpu
+
+    cpu.enable()
+    tensors = dist_checkpointing.load_plain_tensors(checkpoint)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+
+
+def language_model_values(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+    """Language-model training alone, five steps."""
+    values = copy.deepcopy(tiny.values(folder))
+    del values["alignment"]
+    values["parallel"] = {"device": "cpu"}
+    values["training"]["eval_samples"] = 2
+    values["checkpoint"] = checkpoint
+    return values
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def mistake(caught: pytest.ExceptionInfo[WorkerError]) -> str:
+    """The one message of a UserError that all ranks raise."""
+    kinds = {kind for kind, _, _ in caught.value.failures.values()}
+    messages = {message for _, message, _ in caught.value.failures.values()}
+    assert kinds == {"UserError"}, caught.value
+    assert len(messages) == 1
+    return messages.pop()
+
+
+def refusal(workers: WorkerPool, function: Callable[..., Any], *arguments: Any) -> str:
+    """The one line with which both ranks end."""
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, function, *arguments)
+    failures = {(kind, message) for kind, message, _ in caught.value.failures.values()}
+    assert set(caught.value.failures) == {0, 1}
+    assert len(failures) == 1, caught.value
+    kind, message = failures.pop()
+    assert kind == "UserError", caught.value
+    assert "\n" not in message
+    return message

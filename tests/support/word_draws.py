@@ -1,0 +1,175 @@
+"""What the tests of drawn words share: a table whose ids tell where a word comes from, and draws as plain values."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.word_table import Word, word_table
+
+LANGUAGES = ("en", "de", "zh")
+VOCAB_SIZE = 400
+MAX_TOKENS = 3
+
+
+def groups() -> list[list[Word]]:
+    """24 groups; group g has ids from 10 g + 10 on, so that a drawn word tells where it comes from."""
+    made: list[list[Word]] = []
+    for number in range(24):
+        first = 10 * number + 10
+        words: list[Word] = [("en", [first]), ("de", [first + 1, first + 2])]
+        if number % 3 == 0:
+            words.append(("de", [first + 3]))
+        if number % 4 != 3:
+            words.append(("zh", [first + 4, first + 5, first + 6]))
+        made.append(words)
+    made[5][1] = ("de", [61, 62, 63, 64])
+    # From here on nothing can be drawn: no second language, or only words that are too long.
+    made[20] = [("en", [210]), ("en", [211])]
+    made[21] = [("en", [220, 221, 222, 223]), ("de", [224])]
+    made[22] = [("en", [230]), ("de", [231, 232, 233, 234])]
+    return made
+
+
+# Index, so that group 23, the last of the table, is drawn too.
+UNDRAWABLE = {20, 21, 22}
+HELD_OUT = {2, 7, 23}
+# Words that one draw of all 18 groups takes: 4 of them have two languages (3, 11, 15, 19), group 5 too.
+ALL_WORDS = 13 * 3 + 5 * 2
+
+
+@dataclass
+class Drawn:
+    """A step as plain values.
+
+    Attributes:
+        words: the tokens of each word by data-parallel rank and microbatch; an empty list for an empty slot.
+        group: number of each word's group, in the order in which ranks are gathered.
+        positives, pairs: what the loss counts.
+        host_pairs, tokens: what the sampler counts.
+        shapes: rows and columns of each batch.
+    """
+
+    words: list[list[list[list[int]]]]
+    group: list[int]
+    positives: list[float]
+    pairs: float
+    host_pairs: int
+    tokens: int
+    shapes: list[tuple[int, int]]
+
+    @property
+    def flat(self) -> list[list[int]]:
+        """The words of all ranks in order."""
+        return [word for batches in self.words for batch in batches for word in batch]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a batch is drawn from and for."""
+
+    groups: list[list[Word]]
+    languages: tuple[str, ...] = LANGUAGES
+    counts: list[int] | None = None
+    held_out: frozenset[int] = frozenset()
+    section: tuple[tuple[str, Any], ...] = ()
+    seed: int = 3
+    data_size: int = 1
+    tensor_size: int = 1
+    microbatches: int = 1
+    packed: bool = True
+    multiple: int = 1
+
+    def section_with(self, **fields: Any) -> "Setting":
+        return replace(self, section=(*self.section, *fields.items()))
+
+
+USUAL = Setting(groups(), held_out=frozenset(HELD_OUT), section=(("words_per_step", 24),))
+
+
+def sampler_of(setting: Setting) -> Any:
+    from megatron_prealign.alignment.words import WordSampler
+    from megatron_prealign.recipe import AlignmentSection
+
+    fields = {"train_iters": 1, "words_per_step": 24, "lr": 0.001, "max_word_tokens": MAX_TOKENS}
+    return WordSampler(
+        word_table(setting.groups, setting.languages, vocab_size=VOCAB_SIZE, counts=setting.counts),
+        AlignmentSection(**{**fields, **dict(setting.section)}),
+        held_out=np.array([number in setting.held_out for number in range(len(setting.groups))]),
+        seed=setting.seed,
+    )
+
+
+def draw(setting: Setting, steps: Iterable[int]) -> list[Drawn]:
+    """Runs in a worker: what all ranks draw in each step."""
+    from megatron_prealign.alignment.layout import WordLayout
+
+    sampler = sampler_of(setting)
+    found = []
+    for step in steps:
+        parts = [
+            sampler.draw(
+                step,
+                WordLayout(
+                    data_size=setting.data_size,
+                    tensor_size=setting.tensor_size,
+                    data_rank=data_rank,
+                    packed=setting.packed,
+                    multiple=setting.multiple,
+                    dtype=torch.float32,
+                    device=torch.device("cpu"),
+                ),
+                microbatches=setting.microbatches,
+            )
+            for data_rank in range(setting.data_size)
+        ]
+        for part in parts[1:]:
+            assert torch.equal(part.groups.group, parts[0].groups.group)
+            assert (part.pairs, part.tokens) == (parts[0].pairs, parts[0].tokens)
+        found.append(
+            Drawn(
+                words=[[words_of(batch) for batch in part.batches] for part in parts],
+                group=parts[0].groups.group.tolist(),
+                positives=parts[0].groups.positives.tolist(),
+                pairs=parts[0].groups.pairs.item(),
+                host_pairs=parts[0].pairs,
+                tokens=parts[0].tokens,
+                shapes=[tuple(batch.tokens.shape) for part in parts for batch in part.batches],
+            )
+        )
+    return found
+
+
+def words_of(batch: Any) -> list[list[int]]:
+    """The words of a batch as the taps see them: tokens at their places, where there is a weight."""
+    rows, _ = batch.tokens.shape
+    found = []
+    for slot, (places, weights) in enumerate(zip(batch.places, batch.weights, strict=True)):
+        inside = places[weights > 0]
+        tokens = batch.tokens[inside % rows, inside // rows].tolist()
+        assert tokens == batch.word_tokens[slot, : len(tokens)].tolist()
+        found.append(tokens)
+    return found
+
+
+def number_of(word: list[int]) -> int:
+    """The table's group of a word."""
+    return (word[0] - 10) // 10
+
+
+def groups_of(drawn: Drawn) -> list[int]:
+    """The table's groups in the order in which they were drawn."""
+    return list(dict.fromkeys(number_of(word) for word in drawn.flat if word))
+
+
+def places_of(setting: Setting, number: int) -> list[tuple[str, list[list[int]]]]:
+    """Languages of a group and their usable words, in the table's order of languages."""
+    words = setting.groups[number]
+    found = [(code, [w for c, w in words if c == code and len(w) <= MAX_TOKENS]) for code in setting.languages]
+    return [(code, choices) for code, choices in found if choices]
+
+
+def pairs_of_words(count: int) -> list[list[Word]]:
+    return [[("en", [10 * number + 10]), ("de", [10 * number + 11])] for number in range(count)]
