@@ -263,7 +263,8 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ),
         (
             "support.word_cutters:Failing",
-            r"a\.jsonl:1: segmenter support.word_cutters:Failing failed \(RuntimeError: model lost\), expected character",
+            r"a\.jsonl:1: segmenter support.word_cutters:Failing failed \(RuntimeError: model lost\), "
+            "expected character",
         ),
     ],
 )
