@@ -12,7 +12,7 @@ from megatron_prealign.benchmark.options import (
     ResourcesOptions,
 )
 from megatron_prealign.cli import Actions, parse_options, run_action
-from megatron_prealign.huge_pages import use_huge_pages
+from megatron_prealign.resources import use_huge_pages
 from megatron_prealign.tools.benchmark_phases import main as phases
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
-from megatron_prealign.huge_pages import use_huge_pages
-from megatron_prealign.processors import available_cores
+from megatron_prealign.resources import available_cores, use_huge_pages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
-from megatron_prealign.huge_pages import use_huge_pages
 from megatron_prealign.progress import Progress
+from megatron_prealign.resources import use_huge_pages
 
 if TYPE_CHECKING:
     from megatron_prealign.conversion.card import History
@@ -210,7 +210,7 @@ def verify(argv: Sequence[str]) -> int:
     from megatron_prealign.benchmark.options import check_output
     from megatron_prealign.conversion.verify import DEFAULT_TEXT, render
     from megatron_prealign.conversion.verify import verify as compare
-    from megatron_prealign.data.files import write_atomically
+    from megatron_prealign.files.atomic import write_atomically
 
     check_output(options.output)
     if options.output is not None and not options.overwrite and Path(options.output).exists():

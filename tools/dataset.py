@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_prealign.arguments import underscored
 from megatron_prealign.cli import Actions, parse_options, run_action
 from megatron_prealign.errors import UserError
-from megatron_prealign.processors import available_cores
+from megatron_prealign.resources import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def prepare_cache(argv: Sequence[str]) -> int:
     from megatron_prealign.runtime import log
 
     log.configure()
-    from megatron_prealign.prepare_cache import prepare_cache as prepare
+    from megatron_prealign.run.prepare_cache import prepare_cache as prepare
 
     done = prepare(recipe)
     print(f"{'wrote' if done.built else 'already there:'} {done.directory}")

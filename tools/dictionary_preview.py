@@ -216,8 +216,8 @@ def _check_page(path: Path) -> None:
 
 def _write_page(made: "Preview", path: Path) -> None:
     from megatron_prealign.code_switch.preview_page import render_page
-    from megatron_prealign.data.files import write_atomically
     from megatron_prealign.dictionary.outputs import writing
+    from megatron_prealign.files.atomic import write_atomically
 
     with writing(path.parent, path, "page"), write_atomically(path) as temporary:
         temporary.write_text(render_page(made), encoding="utf-8")

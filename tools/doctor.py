@@ -19,7 +19,7 @@ class DoctorOptions:
 def main(argv: Sequence[str]) -> int:
     """Runs all checks; returns 1 if one failed, else 0."""
     options = parse_options(DoctorOptions, "doctor", argv)
-    from megatron_prealign.runtime.doctor import CHECKS, run_checks
+    from megatron_prealign.doctor.checks import CHECKS, run_checks
 
     findings = []
     width = max(map(len, CHECKS))

@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.runtime import log
 
     log.configure()
-    from megatron_prealign.evaluate import evaluate_runs
     from megatron_prealign.evaluation.report import report_table
     from megatron_prealign.recipe import ParallelSection
     from megatron_prealign.recipe.load import as_user_error
+    from megatron_prealign.run.evaluate import evaluate_runs
 
     with as_user_error("megatron-prealign evaluate"):
         parallel = ParallelSection(

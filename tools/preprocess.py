@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli import parse_options
 from megatron_prealign.errors import UserError
-from megatron_prealign.processors import available_cores
+from megatron_prealign.resources import available_cores
 
 if TYPE_CHECKING:
     from megatron_prealign.data.preprocess import PreprocessResult

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     if values.world_size is not None and not values.validate:
         raise UserError("--world_size is for --validate; a run takes the number of processes from torchrun")
     if values.validate:
-        from megatron_prealign.validate import validate
+        from megatron_prealign.run.validate import validate
 
         with as_user_error(recipe_name(arguments)):
             print(validate(recipe, values.world_size))
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.runtime import log
 
     log.configure()
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     state = pretrain(recipe)
     if state.stop_requested:

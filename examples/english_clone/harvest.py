@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_prealign.data.files import write_all_atomically
 from megatron_prealign.errors import UserError
-from megatron_prealign.garbage_collection import without_cycle_collector
+from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.progress import Progress
+from megatron_prealign.resources import without_cycle_collector
 
 STANDARD_LIBRARY = "stdlib"
 # Large and well documented; those that are not installed are passed over. Torch and transformers give the most.

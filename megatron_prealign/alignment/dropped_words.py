@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from megatron_prealign.alignment.words import WordSampler
-from megatron_prealign.data.files import write_atomically
+from megatron_prealign.files.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 

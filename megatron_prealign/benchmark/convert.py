@@ -26,8 +26,8 @@ from megatron_prealign.conversion.tensors import TensorPlan
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.trainers import train_byte_bpe
-from megatron_prealign.disk import sync_file, sync_folder
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.sync import sync_file, sync_folder
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection
 

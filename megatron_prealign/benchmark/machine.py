@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import megatron_prealign
-from megatron_prealign.processors import available_cores
-from megatron_prealign.runtime.probe import ProbeError, run_command
+from megatron_prealign.doctor.probe import ProbeError, run_command
+from megatron_prealign.resources import available_cores
 
 _TIMEOUT_S = 20.0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_prealign.garbage_collection import give_back_memory
+from megatron_prealign.resources import give_back_memory
 
 _PROCESS = Path("/proc/self")
 

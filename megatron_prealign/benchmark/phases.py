@@ -15,15 +15,15 @@ import torch
 
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
-from megatron_prealign.materials import open_materials
 from megatron_prealign.model.build import build_model
-from megatron_prealign.pretrain import build_phases, check_world_size, open_words
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.run.inputs import open_materials
+from megatron_prealign.run.pretrain import build_phases, check_world_size, open_words
+from megatron_prealign.run.switching import open_switching
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer
-from megatron_prealign.switching import open_switching
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.trainer import Trainer
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from megatron_prealign.benchmark.options import PreprocessOptions
-from megatron_prealign.checksum import file_checksum
 from megatron_prealign.data.blocks import Limits
 from megatron_prealign.data.indexed import import_indexed_dataset, token_dtype
 from megatron_prealign.data.inputs import Input, resolve_inputs
@@ -24,6 +23,7 @@ from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.readers import Fields, read_documents
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.checksum import file_checksum
 from megatron_prealign.progress import Progress
 
 MEGATRON = "megatron"

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_prealign.benchmark.code_switch import Measurement
 from megatron_prealign.benchmark.contrastive import ContrastiveMeasurement
 from megatron_prealign.benchmark.preprocess import PreprocessMeasurement
-from megatron_prealign.data.files import write_atomically
+from megatron_prealign.files.atomic import write_atomically
 
 _DIGITS = 6
 _HEADINGS = (

@@ -13,7 +13,7 @@ import yaml
 from megatron_prealign.checkpoint.folder import STATE, point_latest
 from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
-from megatron_prealign.disk import sync_file, sync_folder
+from megatron_prealign.files.sync import sync_file, sync_folder
 from megatron_prealign.recipe import Recipe, save_recipe
 
 # Weights of a model may lie in the same folder: they are no part of the tokenizer.

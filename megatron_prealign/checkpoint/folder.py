@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.checkpoint.manifest import MANIFEST
-from megatron_prealign.disk import sync_file, sync_folder
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.sync import sync_file, sync_folder
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)

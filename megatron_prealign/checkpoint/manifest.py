@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_prealign.checksum import file_checksum
-from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.checksum import file_checksum
+from megatron_prealign.files.sync import sync_file
 
 MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1

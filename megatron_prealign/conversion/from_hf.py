@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from megatron_prealign.checkpoint.commit import copy_tokenizer
-from megatron_prealign.checkpoint.new_folder import new_folder
 from megatron_prealign.checkpoint.single_process.weights import (
     TOKENIZER,
     check_numbers,
@@ -24,6 +23,7 @@ from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.conversion.tokenizer import own_class_notes
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.new_folder import new_folder
 from megatron_prealign.recipe import ModelSection
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

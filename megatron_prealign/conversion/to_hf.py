@@ -14,7 +14,6 @@ import torch
 
 from megatron_prealign.checkpoint.folder import is_run, read_state, resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
-from megatron_prealign.checkpoint.new_folder import check_free, new_folder
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import CONFIG, TOKENIZER, check_numbers, is_finite
 from megatron_prealign.conversion.card import History, model_card
@@ -31,6 +30,7 @@ from megatron_prealign.conversion.tokenizer import (
 )
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.new_folder import check_free, new_folder
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection, RecipeValueError
 

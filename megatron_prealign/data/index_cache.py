@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.sync import sync_folder
 
 _FORMAT_VERSION = 1
 _MANIFEST = "index.json"

@@ -13,14 +13,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_prealign.checksum import Checksum, file_checksum
 from megatron_prealign.data.dataset import Dataset, check_output_prefix, check_workers, open_dataset
-from megatron_prealign.data.files import make_folder, write_all_atomically
 from megatron_prealign.data.indexed import bin_path, idx_path, index_bytes, write_joined_index
 from megatron_prealign.data.problems import MAX_LISTED
 from megatron_prealign.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from megatron_prealign.data.word_bitmap import BitmapWriter, words_path
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import make_folder, write_all_atomically
+from megatron_prealign.files.checksum import Checksum, file_checksum
 from megatron_prealign.progress import Progress
 
 # Bytes that a worker copies at a time; two pieces of each worker are in memory.

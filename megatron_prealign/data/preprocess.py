@@ -32,8 +32,8 @@ from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.unfinished import TokenWriter, Unfinished, UnusableRunError, has_unfinished, open_unfinished
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.data.worker_pool import EngineChoice, tokenise_in_order
-from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.sync import sync_file
 from megatron_prealign.progress import Progress
 
 # Beyond it a language field holds something else than languages, and every value opens three files.

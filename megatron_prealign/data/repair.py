@@ -11,15 +11,15 @@ from typing import IO, Literal
 
 import numpy as np
 
-from megatron_prealign.checksum import Checksum, file_checksum
 from megatron_prealign.data.dataset import check_workers
-from megatron_prealign.data.files import write_all_atomically, write_atomically
 from megatron_prealign.data.indexed import bin_path, idx_path, index_dtype, token_dtype, write_index
 from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, load_sidecar, sidecar_path, write_sidecar
 from megatron_prealign.data.verify import verify
 from megatron_prealign.data.word_bitmap import BitmapWriter, words_path
-from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import write_all_atomically, write_atomically
+from megatron_prealign.files.checksum import Checksum, file_checksum
+from megatron_prealign.files.sync import sync_file
 from megatron_prealign.progress import Progress
 
 TokenType = Literal["auto", "uint16", "int32"]

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.files import write_atomically
 from megatron_prealign.data.readers import Problem
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import write_atomically
 
 FORMAT_VERSION = 1
 # Fields that files of this version may lack, because they were written before the field was there.

@@ -16,7 +16,7 @@ from megatron_prealign.data.segmenters import Segmenter, checked_word_starts, op
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.word_bitmap import token_word_starts
 from megatron_prealign.errors import UserError
-from megatron_prealign.garbage_collection import give_back_memory
+from megatron_prealign.resources import give_back_memory
 
 # Of each block and dataset so many documents, each up to so many characters, are encoded a second time by the plain
 # tokenizer: some 0.3 % of the text, a few percent of the time beside an engine ten times as fast.

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from megatron_prealign.data.clone import save_clone_language
 from megatron_prealign.data.fertility import Fertility, MeasuredText, measure_fertility
-from megatron_prealign.data.files import make_folder, write_atomically
 from megatron_prealign.data.problems import OnError, Problems
 from megatron_prealign.data.sampling import UNNAMED, Corpus, Share, TextCount, plan_shares
 from megatron_prealign.data.segmenters import AUTO, Segmenter, open_segmenter, resolve_segmenter
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.data.trainers import EOD, separate_words, train_byte_bpe, train_sentencepiece
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import make_folder, write_atomically
 
 Kind = Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
 

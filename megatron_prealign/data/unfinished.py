@@ -18,14 +18,14 @@ from typing import IO, Any
 
 import numpy
 
-from megatron_prealign.checksum import Checksum, file_checksum
-from megatron_prealign.data.files import make_folder, write_atomically
 from megatron_prealign.data.indexed import write_index
 from megatron_prealign.data.problems import Problem, Problems
 from megatron_prealign.data.tokenise import Route, TokenisedTexts
 from megatron_prealign.data.word_bitmap import BitmapWriter
-from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import make_folder, write_atomically
+from megatron_prealign.files.checksum import Checksum, file_checksum
+from megatron_prealign.files.sync import sync_folder
 
 ENDING = ".unfinished"
 _JOURNAL, _LOCK = "journal.json", "lock"

@@ -10,12 +10,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_prealign.checksum import CHECKSUM_BLOCK, checksum_of_blocks, file_checksum
 from megatron_prealign.data.dataset import check_workers, contradictions, token_positions
 from megatron_prealign.data.indexed import Index, bin_path, check_token_bytes, idx_path, load_index
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar, sidecar_path
 from megatron_prealign.data.word_bitmap import check_words, words_path
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.checksum import CHECKSUM_BLOCK, checksum_of_blocks, file_checksum
 from megatron_prealign.progress import Progress
 
 _READ_BYTES = 4 * 1024 * 1024

@@ -19,8 +19,8 @@ from megatron_prealign.dictionary.selection import drop_rare, keep_pairs, order_
 from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
 from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
-from megatron_prealign.garbage_collection import without_cycle_collector
 from megatron_prealign.progress import Progress
+from megatron_prealign.resources import without_cycle_collector
 
 UNKNOWN = "pairs with a word the tokenizer does not know"
 LONG_SOURCE = f"pairs with a source of more than {MAX_KEY_TOKENS} tokens"

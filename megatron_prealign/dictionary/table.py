@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.data.files import write_atomically
 from megatron_prealign.dictionary.outputs import writing
 from megatron_prealign.dictionary.ragged import row_indices
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import write_atomically
 
 FORMAT_VERSION = "2"
 MAX_KEY_TOKENS = 8

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.files import write_all_atomically
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation import plots
 from megatron_prealign.evaluation.plots import Runs, mean_over_pairs
 from megatron_prealign.evaluation.report_page import render_page
 from megatron_prealign.evaluation.run_record import EvaluationPoint, Measurement, RunRecord
+from megatron_prealign.files.atomic import write_all_atomically
 
 FORMAT_VERSION = 1
 

@@ -18,7 +18,7 @@ from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 from support.whole_runs import everything_in, language_model_values, mistake, records, run, steps_in, weights
 from support.workers import WorkerError, WorkerPool
 
-from megatron_prealign.run_lock import holding
+from megatron_prealign.files.lock import holding
 from megatron_prealign.training.callbacks import Callback, StopOnRequest
 
 
@@ -46,7 +46,7 @@ class Releases(Callback):
 def train_while_saving(values: dict[str, Any], folder: str, held: int, until: int) -> list[int]:
     """Runs in workers: steps done while the checkpoint of step `held` was being written."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     real, releases = sharded_save._write_file, Releases(held, until)
     sharded_save._write_file = lambda *args: releases.write(real, *args)
@@ -138,7 +138,7 @@ def train_on_a_disk_that_fills(values: dict[str, Any], folder: str, step: int, r
     import torch.distributed as dist
 
     from megatron_prealign.checkpoint.sharded import save as sharded_save
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     real = sharded_save._write_file
 
@@ -188,7 +188,7 @@ def fail_while_saving(values: dict[str, Any], folder: str) -> list[str]:
     """Runs in workers: a step fails while the checkpoint of the step before it is written. Returns what is there when
     the error comes out."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     real = sharded_save._write_file
 
@@ -275,7 +275,7 @@ class Asks(Callback):
 
 def train_until_asked(values: dict[str, Any], folder: str, number: int, rank: int, step: int) -> tuple[bool, int, str]:
     """Runs in workers."""
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     asks = Asks(number, rank, step)
     state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[asks])

@@ -65,7 +65,7 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
 
 def resume_only(values: dict[str, Any], folder: str) -> None:
     """Runs in workers: `pretrain`, on what must fail."""
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
 
@@ -105,7 +105,7 @@ def run_until_the_disk_is_full(values: dict[str, Any], folder: str, step: int) -
     import torch.distributed as dist
 
     from megatron_prealign.checkpoint.sharded import save as sharded_save
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     real = sharded_save._write_file
 

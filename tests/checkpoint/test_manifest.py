@@ -14,7 +14,7 @@ from megatron_prealign.checkpoint.manifest import (
     record_file,
     write_manifest,
 )
-from megatron_prealign.checksum import file_checksum
+from megatron_prealign.files.checksum import file_checksum
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.token_datasets import write_dataset
+from support.token_datasets import write_dataset
 from support.word_cutters import WORDS
 from support.word_table import word_table
 

@@ -16,7 +16,6 @@ from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_prealign import cli
-from megatron_prealign.checkpoint import new_folder
 from megatron_prealign.checkpoint.manifest import write_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.conversion import from_hf
@@ -26,6 +25,7 @@ from megatron_prealign.conversion.safetensors_shards import INDEX, SafetensorsWr
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.errors import UserError
+from megatron_prealign.files import new_folder
 
 # fp32, sums in another order through four layers; logits are of order 1.
 TOLERANCE = 1e-5

@@ -14,13 +14,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prealign import checksum
-from megatron_prealign.checksum import Checksum, file_checksum
-from megatron_prealign.data import files, indexed
-from megatron_prealign.data.files import write_all_atomically, write_atomically
+from megatron_prealign.data import indexed
 from megatron_prealign.data.indexed import check_indexed, import_indexed_dataset, index_bytes, write_index
 from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.errors import UserError
+from megatron_prealign.files import atomic, checksum
+from megatron_prealign.files.atomic import write_all_atomically, write_atomically
+from megatron_prealign.files.checksum import Checksum, file_checksum
 
 
 def reference_index(folder: Path, dtype: type, documents: list[list[int]]) -> bytes:
@@ -140,8 +140,8 @@ def test_fields_added_to_the_sidecar_later(tmp_path):
 
 def test_content_is_synced_before_names_appear(tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(files, "sync_file", lambda path: events.append(("sync", path.name.split(".")[1])))
-    monkeypatch.setattr(files, "sync_folder", lambda path: events.append(("folder", path.name)))
+    monkeypatch.setattr(atomic, "sync_file", lambda path: events.append(("sync", path.name.split(".")[1])))
+    monkeypatch.setattr(atomic, "sync_folder", lambda path: events.append(("folder", path.name)))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(("rename", new.name)), replace(old, new)))
     with write_all_atomically([tmp_path / "one", tmp_path / "two"]) as temporaries:
@@ -166,7 +166,7 @@ def test_a_killed_writer_never_leaves_a_mixed_group(tmp_path):
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from megatron_prealign.data.files import write_all_atomically\n"
+        "from megatron_prealign.files.atomic import write_all_atomically\n"
         "replace = os.replace\n"
         "def once(old, new):\n"
         "    replace(old, new)\n"

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from support.dataset_parts import VOCAB_SIZE, make_dataset, random_documents, word_bits, write_tokens
 
 from megatron_prealign import cli
-from megatron_prealign.checksum import file_checksum
 from megatron_prealign.data import merge as merge_module
 from megatron_prealign.data.indexed import import_indexed_dataset, open_indexed
 from megatron_prealign.data.merge import merge
@@ -22,6 +21,7 @@ from megatron_prealign.data.problems import Problem
 from megatron_prealign.data.sidecar import InputRecord, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.data.word_bitmap import BitmapWriter
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.checksum import file_checksum
 
 
 def reference(folder: Path, prefixes: list[str], dtype: type = np.uint16) -> tuple[bytes, bytes]:

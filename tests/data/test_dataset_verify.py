@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dataset_parts import EOD, VOCAB_SIZE, make_dataset, random_documents, write_tokens
 
-from megatron_prealign import checksum, cli
+from megatron_prealign import cli
 from megatron_prealign.data import verify as verify_module
 from megatron_prealign.data.indexed import import_indexed_dataset
 from megatron_prealign.data.sidecar import TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.data.sources import open_training_sources
 from megatron_prealign.data.verify import verify
 from megatron_prealign.errors import UserError
+from megatron_prealign.files import checksum
 from megatron_prealign.recipe.data import DataSection, DataSource
-from megatron_prealign.validate import _check_source
+from megatron_prealign.run.validate import _check_source
 
 
 def problems(prefix: str, **options: object) -> list[str]:

@@ -15,7 +15,6 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_prealign.arguments import join_values, underscored, with_value
-from megatron_prealign.checksum import file_checksum
 from megatron_prealign.cli import main
 from megatron_prealign.data import preprocess as module
 from megatron_prealign.data import tokenise as tokenise_module
@@ -29,6 +28,7 @@ from megatron_prealign.data.tokenise import BlockTokeniser, Route, TokeniserSett
 from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.checksum import file_checksum
 
 GERMAN = PreprocessSettings(language="de")
 WORDS = [

@@ -9,11 +9,11 @@ import numpy
 import pytest
 
 from megatron_prealign.data import indexed
-from megatron_prealign.data.files import write_all_atomically, write_atomically
 from megatron_prealign.data.indexed import check_indexed, import_indexed_dataset, open_indexed, token_dtype
 from megatron_prealign.data.readers import Problem
 from megatron_prealign.data.sidecar import InputRecord, Sidecar, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import write_all_atomically, write_atomically
 
 DOCUMENTS = [[5, 6, 7, 0], [0], [65000, 1, 0]]
 

@@ -23,9 +23,9 @@ def values_for(tiny: Tiny, folder: Path, **parallel: Any) -> dict[str, Any]:
 
 
 def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any, Any]:
-    from megatron_prealign.materials import open_dictionary, open_validation, open_vocabulary
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.pretrain import format_of_rows
+    from megatron_prealign.run.inputs import open_dictionary, open_validation, open_vocabulary
+    from megatron_prealign.run.pretrain import format_of_rows
     from megatron_prealign.runtime.distributed import start
 
     recipe = recipe_of(values, Path(folder))

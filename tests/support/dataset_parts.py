@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prealign.checksum import file_checksum
 from megatron_prealign.data.indexed import import_indexed_dataset
 from megatron_prealign.data.sidecar import InputRecord, Sidecar, TokenizerRecord, sidecar_path, write_sidecar
+from megatron_prealign.files.checksum import file_checksum
 
 EOD = 3
 VOCAB_SIZE = 1000

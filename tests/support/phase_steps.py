@@ -11,12 +11,12 @@ from support.tiny import recipe_of
 
 def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
     """Recipe, runtime, materials, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
-    from megatron_prealign.materials import open_materials
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.pretrain import build_phases, open_words
+    from megatron_prealign.run.inputs import open_materials
+    from megatron_prealign.run.pretrain import build_phases, open_words
+    from megatron_prealign.run.switching import open_switching
     from megatron_prealign.runtime.distributed import start
     from megatron_prealign.runtime.engine import wrap_data_parallel
-    from megatron_prealign.switching import open_switching
 
     recipe = recipe_of(values, Path(folder))
     runtime = start(recipe.parallel, seed=recipe.training.seed)

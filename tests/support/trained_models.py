@@ -35,7 +35,7 @@ def recipe_values(tiny: Tiny, run_dir: Path, family: str, **sections: dict[str, 
 
 def train(values: dict[str, Any], folder: str) -> None:
     """Runs in a worker."""
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
 

@@ -16,7 +16,7 @@ from support.workers import WorkerError, WorkerPool
 
 def train(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: trains as the recipe says; returns the final counters."""
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     return pretrain(recipe_of(values, Path(folder)), leave_process_group=True).to_dict()
 

@@ -20,9 +20,9 @@ from megatron_prealign.evaluation.measures import MEASURES
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
+from megatron_prealign.run.validate import validate
 from megatron_prealign.training.progress_log import MetricsFile
 from megatron_prealign.training.tensorboard import TensorBoard
-from megatron_prealign.validate import validate
 
 PAIRS = [WordPairs.of(("en", "de"), [((1,), (2,)), ((3,), (2,)), ((4,), (5,))])]
 BY_LAYER = {"en-de": [0.5, 0.25], "de-en": [1.0, 0.5]}

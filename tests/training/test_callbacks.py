@@ -135,7 +135,7 @@ class Watch(Callback):
 
 def watched(values: dict[str, Any], folder: str, fail_at: int | None) -> dict[str, Any]:
     """Runs in a worker."""
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     gc.enable()
     handlers = [signal.getsignal(number) for number in SIGNALS]

@@ -233,8 +233,8 @@ def three_gradients(values: dict[str, Any], folder: str) -> dict[str, tuple[dict
     from dataclasses import replace
 
     from megatron_prealign.checkpoint.train_state import TrainState
-    from megatron_prealign.pretrain import build_phases, open_words
-    from megatron_prealign.switching import open_switching
+    from megatron_prealign.run.pretrain import build_phases, open_words
+    from megatron_prealign.run.switching import open_switching
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     switching = open_switching(recipe, materials.dictionary)

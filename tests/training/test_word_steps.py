@@ -24,7 +24,7 @@ def steps_in_microbatches(
     from dataclasses import replace
 
     from megatron_prealign.checkpoint.train_state import TrainState
-    from megatron_prealign.pretrain import open_words
+    from megatron_prealign.run.pretrain import open_words
 
     recipe, runtime, materials, phases, chunks = opened(values, folder)
     phase, found = phases[0], []

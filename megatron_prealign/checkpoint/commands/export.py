@@ -12,7 +12,6 @@ import torch
 
 from megatron_prealign.checkpoint.commands.list import find_problems
 from megatron_prealign.checkpoint.folder import is_run, read_state
-from megatron_prealign.checkpoint.new_folder import check_free, new_folder
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import (
     CONFIG,
@@ -26,6 +25,7 @@ from megatron_prealign.checkpoint.single_process.weights import (
 )
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.new_folder import check_free, new_folder
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

@@ -9,8 +9,8 @@ from typing import Literal
 
 from megatron_prealign.checkpoint.folder import LATEST, named_latest, point_latest, step_folders, step_of
 from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
-from megatron_prealign.disk import sync_folder
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.sync import sync_folder
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)

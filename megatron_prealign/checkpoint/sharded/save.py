@@ -40,9 +40,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_prealign.checkpoint.sharded.target import Target
-from megatron_prealign.checksum import Checksum
-from megatron_prealign.disk import sync_file
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.checksum import Checksum
+from megatron_prealign.files.sync import sync_file
 from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank, on_rank_zero
 
 _BACKEND = CheckpointingConfig("torch_dist", 1)

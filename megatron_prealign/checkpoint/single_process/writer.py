@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_prealign.checkpoint.manifest import FileRecord, record_file
 from megatron_prealign.checkpoint.single_process.metadata import METADATA
-from megatron_prealign.checksum import Checksum
-from megatron_prealign.disk import sync_folder
+from megatron_prealign.files.checksum import Checksum
+from megatron_prealign.files.sync import sync_folder
 
 # What Megatron-Core writes beside it and looks for when it loads.
 _BACKEND_FILE = "metadata.json"

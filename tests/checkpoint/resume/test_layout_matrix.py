@@ -69,7 +69,7 @@ class SaveAtOnce(Callback):
 
 def go_on(values: dict[str, Any], folder: str, again: str | None) -> int:
     """Runs in workers: trains to the end; saves at once what it began with."""
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     callbacks = [] if again is None else [SaveAtOnce(Path(again))]
     return pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=callbacks).step

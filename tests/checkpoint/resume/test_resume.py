@@ -107,7 +107,7 @@ class SignalAt(Callback):
 
 
 def train_until_signal(values: dict[str, Any], folder: str, step: int) -> dict[str, Any]:
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[SignalAt(step)])
     return {"stopped": state.stop_requested, "step": state.step}

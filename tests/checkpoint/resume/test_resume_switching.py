@@ -26,9 +26,9 @@ def values_for(tiny: Tiny, folder: Path) -> dict[str, Any]:
 
 def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float]) -> tuple[int, list[Any]]:
     """Runs in a worker: how often this rank measured, and the thresholds that the run switched with."""
-    from megatron_prealign import pretrain as module
-    from megatron_prealign import switching
     from megatron_prealign.code_switch.switcher import CodeSwitcher
+    from megatron_prealign.run import pretrain as module
+    from megatron_prealign.run import switching
 
     measured = []
     made: list[CodeSwitcher] = []

@@ -26,7 +26,7 @@ def fail_and_look(values: dict[str, Any], folder: str, leave: bool) -> dict[str,
     from megatron.core import parallel_state
 
     from megatron_prealign.errors import UserError
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     with pytest.raises(UserError):
         pretrain(recipe_of(values, Path(folder)), leave_process_group=leave)
@@ -95,7 +95,7 @@ def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tm
 
 def check_folders(values: dict[str, Any], folder: str, other: str | None) -> None:
     """Runs in a worker: the check of the run's folders, while another run makes one of its own beside them."""
-    import megatron_prealign.run_folder as run_folder
+    import megatron_prealign.run.folder as run_folder
 
     probe = run_folder.TemporaryFile
 

@@ -14,7 +14,7 @@ def train_with_gathered_state(values: dict[str, Any], folder: str) -> None:
     """Runs in workers: the optimizer's state goes Megatron-Core's own way into the checkpoints."""
     from megatron_prealign.checkpoint import store
     from megatron_prealign.checkpoint.sharded.optimizer_state import OPTIMIZER_METADATA
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     real = store.optimizer_state
     store.optimizer_state = lambda optimizer, model: optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA)

@@ -58,7 +58,7 @@ def save_and_load(folder: str, copy: bool) -> dict[str, Any]:
     import psutil
 
     from megatron_prealign.checkpoint.sharded import load as sharded_load
-    from megatron_prealign.checksum import file_checksum
+    from megatron_prealign.files.checksum import file_checksum
 
     rank, world_size = started()
     process = psutil.Process()

@@ -18,14 +18,14 @@ from support.model_builds import recipe_values
 from support.tiny import recipe_of
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.run_folder import take_run_folder
-from megatron_prealign.run_lock import LOCK, holding
+from megatron_prealign.files.lock import LOCK, holding
+from megatron_prealign.run.folder import take_run_folder
 
 # Takes the lock, says so, and waits to be killed.
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_prealign.run_lock import holding
+from megatron_prealign.files.lock import holding
 with holding([Path(sys.argv[1])]):
     print("held", flush=True)
     time.sleep(60)

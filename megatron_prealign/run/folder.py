@@ -14,10 +14,10 @@ import torch
 from megatron_prealign import __version__
 from megatron_prealign.alignment.dropped_words import report_dropped_words
 from megatron_prealign.checkpoint.retention import remove_unfinished
-from megatron_prealign.data.files import write_atomically
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import write_atomically
+from megatron_prealign.files.lock import holding
 from megatron_prealign.recipe import Recipe, save_recipe
-from megatron_prealign.run_lock import holding
 from megatron_prealign.training.word_steps import WordSteps
 
 

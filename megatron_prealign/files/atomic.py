@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_prealign.disk import sync_file, sync_folder
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.sync import sync_file, sync_folder
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_prealign.doctor import checks
+from megatron_prealign.doctor.probe import ProbeError, probe, run_command
 from megatron_prealign.errors import UserError
-from megatron_prealign.runtime import doctor
-from megatron_prealign.runtime.probe import ProbeError, probe, run_command
 from megatron_prealign.tools.doctor import main
 
 
@@ -46,7 +46,7 @@ def put_command(folder: Path, name: str, script: str, monkeypatch: pytest.Monkey
 def test_this_machine_can_run_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--json"])
     findings = {finding["part"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert list(findings) == list(doctor.CHECKS)
+    assert list(findings) == list(checks.CHECKS)
     failed = {part: finding for part, finding in findings.items() if finding["status"] == "fail"}
     assert not failed and status == 0
     assert findings["Megatron-Core"]["found"].startswith("0.16.")
@@ -56,10 +56,10 @@ def test_this_machine_can_run_the_package(capsys: pytest.CaptureFixture[str]) ->
 def test_one_line_a_part_and_status_1_on_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def crash() -> doctor.Finding:
+    def crash() -> checks.Finding:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(doctor, "CHECKS", {"Python": doctor.check_python, "broken": crash})
+    monkeypatch.setattr(checks, "CHECKS", {"Python": checks.check_python, "broken": crash})
     assert main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
@@ -68,14 +68,14 @@ def test_one_line_a_part_and_status_1_on_a_failure(
 
 
 def test_warnings_alone_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CHECKS", {"x": lambda: doctor.Finding("x", "warn", "so so")})
+    monkeypatch.setattr(checks, "CHECKS", {"x": lambda: checks.Finding("x", "warn", "so so")})
     assert main([]) == 0
 
 
 def test_a_hanging_check_is_a_finding_and_the_others_still_answer() -> None:
     start = time.monotonic()
-    checks = {"stuck": lambda: time.sleep(30) or doctor.Finding("stuck", "ok", ""), "Python": doctor.check_python}
-    stuck, python = doctor.run_checks(checks, deadline_s=0.5)
+    stuck_checks = {"stuck": lambda: time.sleep(30) or checks.Finding("stuck", "ok", ""), "Python": checks.check_python}
+    stuck, python = checks.run_checks(stuck_checks, deadline_s=0.5)
     assert (stuck.status, python.status) == ("fail", "ok")
     assert "no answer within 0.5 s" in stuck.found
     assert time.monotonic() - start < 10.0  # 0.5 s by design; the rest is for a busy machine
@@ -83,7 +83,7 @@ def test_a_hanging_check_is_a_finding_and_the_others_still_answer() -> None:
 
 def test_an_apex_without_fused_adam_is_named_as_the_wrong_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_module(tmp_path, "apex", "", monkeypatch)
-    finding = doctor.check_apex()
+    finding = checks.check_apex()
     assert finding.status == "fail"
     assert "PyPI" in finding.found and "not NVIDIA's" in finding.found and "uninstall" in finding.fix
 
@@ -91,13 +91,13 @@ def test_an_apex_without_fused_adam_is_named_as_the_wrong_one(tmp_path: Path, mo
 def test_the_right_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_module(tmp_path, "apex", "", monkeypatch)
     (tmp_path / "apex" / "optimizers.py").write_text("class FusedAdam: pass\n")
-    assert doctor.check_apex().status == "ok"
+    assert checks.check_apex().status == "ok"
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.17.0", "0.17.0rc1", "1.0"])
 def test_a_megatron_core_outside_the_range_fails(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_versions(monkeypatch, {"megatron-core": version})
-    finding = doctor.check_megatron_core()
+    finding = checks.check_megatron_core()
     assert finding.status == "fail" and version in finding.found and "megatron-core>=0.16.1,<0.17" in finding.fix
 
 
@@ -105,9 +105,9 @@ def test_absent_or_old_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_versions(
         monkeypatch, {"psutil": None, "torch": "2.5.1+cu121", "tokenizers": "0.19.1", "sentencepiece": None}
     )
-    assert doctor.check_psutil().status == "fail" and "pip install psutil" in doctor.check_psutil().fix
-    assert doctor.check_torch().status == "fail" and "2.5.1" in doctor.check_torch().found
-    finding = doctor.check_tokenizer_libraries()
+    assert checks.check_psutil().status == "fail" and "pip install psutil" in checks.check_psutil().fix
+    assert checks.check_torch().status == "fail" and "2.5.1" in checks.check_torch().found
+    finding = checks.check_tokenizer_libraries()
     assert finding.status == "fail"
     assert "not installed: sentencepiece" in finding.found and "tokenizers 0.19.1 (needs 0.20)" in finding.found
     assert '"tokenizers>=0.20"' in finding.fix and '"sentencepiece>=0.2"' in finding.fix
@@ -115,19 +115,19 @@ def test_absent_or_old_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unreadable_version_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_versions(monkeypatch, {"torch": "unknown"})
-    (finding,) = doctor.run_checks({"torch": doctor.check_torch})
+    (finding,) = checks.run_checks({"torch": checks.check_torch})
     assert finding.status == "fail" and "'unknown'" in finding.found
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(doctor, "_nvidia_gpus", lambda: [("NVIDIA H200", "570.10")] * count)
+    monkeypatch.setattr(checks, "_nvidia_gpus", lambda: [("NVIDIA H200", "570.10")] * count)
 
 
 @pytest.mark.parametrize(("gpus", "status"), [(0, "warn"), (1, "fail")])
 def test_an_old_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
     pretend_gpus(monkeypatch, gpus)
     put_module(tmp_path, "triton", "__version__ = '3.1.0'", monkeypatch)
-    finding = doctor.check_triton()
+    finding = checks.check_triton()
     assert finding.status == status and "3.1.0" in finding.found and "upgrade torch" in finding.fix
 
 
@@ -135,8 +135,8 @@ def test_an_old_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: in
 def test_no_triton(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
     pretend_gpus(monkeypatch, gpus)
     pretend_versions(monkeypatch, {"triton": None})
-    monkeypatch.setattr(doctor, "is_importable", lambda module: False)
-    finding = doctor.check_triton()
+    monkeypatch.setattr(checks, "is_importable", lambda module: False)
+    finding = checks.check_triton()
     assert finding.status == status and "not installed" in finding.found
     assert ("triton>=3.2" in finding.fix) == (status == "fail")
 
@@ -145,7 +145,7 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> N
 def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
     pretend_gpus(monkeypatch, gpus)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    finding = doctor.check_compiler()
+    finding = checks.check_compiler()
     assert finding.status == status
     assert ("install gcc" in finding.fix) == (status == "fail")
 
@@ -153,34 +153,34 @@ def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) 
 def test_optional_packages_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_module(tmp_path, "transformer_engine", "raise OSError('libcudart.so.12 is missing')", monkeypatch)
     put_module(tmp_path, "deepspeed", "raise RuntimeError('no CUDA_HOME')", monkeypatch)
-    engine = doctor.check_transformer_engine()
+    engine = checks.check_transformer_engine()
     assert engine.status == "fail" and "libcudart.so.12 is missing" in engine.found
-    assert doctor.check_deepspeed().status == "warn"
+    assert checks.check_deepspeed().status == "warn"
 
 
 def test_a_gpu_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_command(tmp_path, "nvidia-smi", 'echo "NVIDIA H200, 570.10"; echo "NVIDIA H200, 570.10"', monkeypatch)
-    monkeypatch.setattr(doctor, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
-    finding = doctor.check_gpus()
+    monkeypatch.setattr(checks, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
+    finding = checks.check_gpus()
     assert finding.status == "fail"
     assert "2 x NVIDIA H200, driver 570.10" in finding.found and "CPU build" in finding.found
     monkeypatch.setattr(
-        doctor, "probe", lambda code: {"names": [], "usable": False, "cuda": "13.0", "why": ["too old"]}
+        checks, "probe", lambda code: {"names": [], "usable": False, "cuda": "13.0", "why": ["too old"]}
     )
-    assert "too old" in doctor.check_gpus().found
-    monkeypatch.setattr(doctor, "probe", lambda code: {"version": None})
-    assert doctor.check_nccl().status == "fail"
+    assert "too old" in checks.check_gpus().found
+    monkeypatch.setattr(checks, "probe", lambda code: {"version": None})
+    assert checks.check_nccl().status == "fail"
 
 
 def test_a_broken_nvidia_smi_counts_as_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_command(tmp_path, "nvidia-smi", "echo cannot talk to the driver >&2; exit 9", monkeypatch)
-    monkeypatch.setattr(doctor, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
-    assert doctor.check_gpus().status == "warn"
+    monkeypatch.setattr(checks, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
+    assert checks.check_gpus().status == "warn"
 
 
 def test_gloo_on_an_interface_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchif0")
-    finding = doctor.check_gloo()
+    finding = checks.check_gloo()
     assert finding.status == "fail" and "GLOO_SOCKET_IFNAME" in finding.fix
 
 
@@ -188,8 +188,8 @@ def test_gloo_on_an_interface_that_is_not_there_fails(monkeypatch: pytest.Monkey
 def test_space(free_gib: float, disk: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(free=int(free_gib * 2**30), total=100 * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert doctor.check_disk().status == disk
-    assert doctor.check_shared_memory().status == memory
+    assert checks.check_disk().status == disk
+    assert checks.check_shared_memory().status == memory
 
 
 def test_a_probe_sees_our_modules_and_ignores_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_a_command_that_is_not_there_is_a_probe_error() -> None:
 
 
 def test_json_takes_a_value_or_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(doctor, "CHECKS", {"Python": doctor.check_python})
+    monkeypatch.setattr(checks, "CHECKS", {"Python": checks.check_python})
     for arguments in (["--json"], ["--json", "true"], ["--json=true"]):
         assert main(arguments) == 0
         assert json.loads(capsys.readouterr().out)[0]["part"] == "Python"
@@ -251,7 +251,7 @@ def test_help_needs_no_heavy_import() -> None:
     code = (
         "import sys\nfrom megatron_prealign.tools.doctor import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "import megatron_prealign.runtime.doctor\n"
+        "import megatron_prealign.doctor.checks\n"
         "heavy = {'torch', 'numpy', 'transformers', 'megatron', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -43,7 +43,7 @@ def test_layout_that_the_model_does_not_fit(
 def test_missing_metrics_are_found_before_measuring(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_prealign import evaluate
+    from megatron_prealign.run import evaluate
 
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -58,8 +58,8 @@ def test_missing_metrics_are_found_before_measuring(
 
 
 def measure(run_dir: str, output: str) -> dict[str, Any] | None:
-    from megatron_prealign.evaluate import evaluate_runs
     from megatron_prealign.recipe import ParallelSection
+    from megatron_prealign.run.evaluate import evaluate_runs
 
     return evaluate_runs({"a": Path(run_dir)}, Path(output), ParallelSection(device="cpu"), leave_process_group=True)
 

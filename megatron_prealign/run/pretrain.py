@@ -27,15 +27,15 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
-from megatron_prealign.materials import Dictionary, Materials, Vocabulary, open_materials
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.recipe import Recipe, RecipeValueError
-from megatron_prealign.run_folder import record_run, take_run_folder, versions
+from megatron_prealign.run.folder import record_run, take_run_folder, versions
+from megatron_prealign.run.inputs import Dictionary, Materials, Vocabulary, open_materials
+from megatron_prealign.run.switching import Switching, open_switching
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer, hold
-from megatron_prealign.switching import Switching, open_switching
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.runtime.probe import ProbeError, gloo_sum, probe
+from megatron_prealign.doctor.probe import ProbeError, gloo_sum, probe
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -376,7 +376,7 @@ def _libraries(part: str, needed: dict[str, str]) -> Finding:
 
 def _nvidia_gpus() -> Sequence[tuple[str, str]]:
     """Name and driver version of each GPU that nvidia-smi lists; empty without nvidia-smi."""
-    from megatron_prealign.runtime.probe import run_command
+    from megatron_prealign.doctor.probe import run_command
 
     if shutil.which("nvidia-smi") is None:
         return []

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_prealign.checkpoint.resume.start import preview_start
 from megatron_prealign.data.index_cache import load_arrays
-from megatron_prealign.materials import open_plan, open_vocabulary
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.run.inputs import open_plan, open_vocabulary
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from support.tiny import Tiny
 
 from megatron_prealign import cli
-from megatron_prealign.data.files import write_all_atomically
+from megatron_prealign.files.atomic import write_all_atomically
 
 
 def test_the_last_target_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

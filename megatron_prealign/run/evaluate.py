@@ -14,11 +14,11 @@ from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.resume.load import load_weights
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
-from megatron_prealign.materials import open_dictionary, open_validation, open_vocabulary
 from megatron_prealign.model.build import build_model
-from megatron_prealign.pretrain import model_identity, open_evaluator
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
+from megatron_prealign.run.inputs import open_dictionary, open_validation, open_vocabulary
+from megatron_prealign.run.pretrain import model_identity, open_evaluator
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
 

@@ -8,8 +8,8 @@ from megatron_prealign.checkpoint.resume.start import FRESH, Start
 from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.dictionary.switchable import select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
-from megatron_prealign.materials import Dictionary
 from megatron_prealign.recipe import CodeSwitchSection, Recipe
+from megatron_prealign.run.inputs import Dictionary
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 
 logger = logging.getLogger(__name__)

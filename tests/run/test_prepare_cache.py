@@ -30,7 +30,7 @@ def log() -> Iterator[None]:
 
 def prepare_on_rank(values: dict[str, Any], folder: str, caches: list[str]) -> bool:
     """Runs in a worker, each with a cache folder of its own or one for both; says whether it built."""
-    from megatron_prealign.prepare_cache import prepare_cache
+    from megatron_prealign.run.prepare_cache import prepare_cache
 
     values["data"]["cache"] = caches[int(os.environ["RANK"])]
     return prepare_cache(recipe_of(values, Path(folder))).built
@@ -39,7 +39,7 @@ def prepare_on_rank(values: dict[str, Any], folder: str, caches: list[str]) -> b
 def train_on_nodes(values: dict[str, Any], folder: str, caches: list[str]) -> int:
     """Runs in a worker: trains with each rank as a node of its own, and fails if anyone would build."""
     from megatron_prealign.data import samples
-    from megatron_prealign.pretrain import pretrain
+    from megatron_prealign.run.pretrain import pretrain
 
     def refuse(*_: object) -> None:
         raise AssertionError("training builds an index that was prepared")
