@@ -96,7 +96,7 @@ class RepairOptions:
 def merge(argv: Sequence[str]) -> int:
     options = parse_options(MergeOptions, "dataset merge", argv)
 
-    from megatron_prealign.data.merge import merge as merge_datasets
+    from megatron_prealign.data.commands.merge import merge as merge_datasets
 
     result = merge_datasets(
         _prefixes(options.input),
@@ -124,7 +124,7 @@ def inspect(argv: Sequence[str]) -> int:
     if options.samples < 0:
         raise UserError(f"--samples is {options.samples}, expected a number from 0")
 
-    from megatron_prealign.data.inspect import inspect_dataset, render
+    from megatron_prealign.data.commands.inspect import inspect_dataset, render
 
     found = inspect_dataset(_prefixes([options.input])[0], tokenizer=options.tokenizer, samples=options.samples)
     if options.json:
@@ -141,7 +141,7 @@ def verify(argv: Sequence[str]) -> int:
     if not options.input:
         raise UserError("--input is empty; expected the prefixes of datasets")
 
-    from megatron_prealign.data.verify import verify as verify_dataset
+    from megatron_prealign.data.commands.verify import verify as verify_dataset
 
     wrong = 0
     for prefix in _prefixes(options.input):
@@ -160,7 +160,7 @@ def verify(argv: Sequence[str]) -> int:
 def repair(argv: Sequence[str]) -> int:
     options = parse_options(RepairOptions, "dataset repair", argv)
 
-    from megatron_prealign.data.repair import repair as repair_dataset
+    from megatron_prealign.data.commands.repair import repair as repair_dataset
 
     (prefix,) = _prefixes([options.input])
     done = repair_dataset(

@@ -11,13 +11,13 @@ from megatron_prealign.tools.dictionary_preview import preview
 from megatron_prealign.tools.dictionary_report import replaces_nothing, report
 
 if TYPE_CHECKING:
-    from megatron_prealign.data.tokenizer import Tokenizer
     from megatron_prealign.dictionary.build import BuildReport, BuildSettings
     from megatron_prealign.dictionary.coverage import Coverage
     from megatron_prealign.dictionary.groups import Cleaning
     from megatron_prealign.dictionary.readers import DictionaryInput
     from megatron_prealign.dictionary.running_words import WordCounts
     from megatron_prealign.dictionary.table import DictionaryTable
+    from megatron_prealign.tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +138,11 @@ class CoverageOptions:
 def build(argv: Sequence[str]) -> int:
     options = parse_options(BuildOptions, "dictionary build", argv)
 
-    from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.build import BuildReport, build_table, read_groups
     from megatron_prealign.dictionary.coverage import count_groups, measure_coverage
     from megatron_prealign.dictionary.outputs import check_table_output
     from megatron_prealign.dictionary.pivot import join_over
+    from megatron_prealign.tokenizer.load import load_tokenizer
 
     settings, cleaning, inputs = _settings(options)
     check_table_output(options.output)
@@ -224,11 +224,11 @@ def _count_words(options: BuildOptions, tokenizer: "Tokenizer") -> "WordCounts":
 def merge(argv: Sequence[str]) -> int:
     options = parse_options(MergeOptions, "dictionary merge", argv)
 
-    from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
     from megatron_prealign.dictionary.merge import merge_counts, merge_groups
     from megatron_prealign.dictionary.outputs import check_table_output
     from megatron_prealign.dictionary.table import load_table
+    from megatron_prealign.tokenizer.load import load_tokenizer
 
     settings = BuildSettings(
         max_translations=options.max_translations,

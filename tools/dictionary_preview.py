@@ -14,8 +14,8 @@ from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource,
 
 if TYPE_CHECKING:
     from megatron_prealign.code_switch.preview import Preview
-    from megatron_prealign.data.tokenizer import Tokenizer
     from megatron_prealign.dictionary.table import DictionaryTable
+    from megatron_prealign.tokenizer.base import Tokenizer
 
 DEFAULT_RATIO = 0.05
 DEFAULT_SEQ_LENGTH = 256
@@ -178,8 +178,8 @@ def _data(options: PreviewOptions, recipe: Recipe | None) -> DataSection:
 
 def _open(options: PreviewOptions, recipe: Recipe | None, data: DataSection) -> "tuple[DictionaryTable, Tokenizer]":
     from megatron_prealign.data.sidecar import load_sidecar
-    from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.table import load_table
+    from megatron_prealign.tokenizer.load import load_tokenizer
 
     section = recipe.dictionary if recipe is not None else None
     if options.table is not None:

@@ -37,12 +37,13 @@ def report(argv: Sequence[str]) -> int:
     """Runs `dictionary report`."""
     options = parse_options(ReportOptions, "dictionary report", argv)
 
-    from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
     from megatron_prealign.dictionary.outputs import check_folder, writing
     from megatron_prealign.dictionary.report import ReportSettings, make_report
     from megatron_prealign.dictionary.report_page import render_page
     from megatron_prealign.dictionary.table import load_table
     from megatron_prealign.files.atomic import write_all_atomically
+    from megatron_prealign.tokenizer.base import Tokenizer
+    from megatron_prealign.tokenizer.load import load_tokenizer
 
     settings = ReportSettings(
         ratio=options.ratio,

@@ -9,7 +9,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.resources import available_cores
 
 if TYPE_CHECKING:
-    from megatron_prealign.data.preprocess import PreprocessResult
+    from megatron_prealign.preprocess.run import PreprocessResult
 
 _MOST_MEBIBYTES = 1 << 30
 
@@ -66,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
     import signal
 
-    from megatron_prealign.data.blocks import Limits
-    from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
-    from megatron_prealign.data.readers import Fields
+    from megatron_prealign.corpus.blocks import Limits
+    from megatron_prealign.corpus.readers import Fields
+    from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
     joined_by = None if options.join is None else options.join.replace("\\n", "\n").replace("\\t", "\t")
     settings = PreprocessSettings(

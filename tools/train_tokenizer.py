@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from megatron_prealign.cli import parse_options
 
 if TYPE_CHECKING:
-    from megatron_prealign.data.train_tokenizer import TrainingReport
+    from megatron_prealign.preprocess.train_tokenizer import TrainingReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command with the arguments behind its name."""
     options = parse_options(TrainTokenizerOptions, "train-tokenizer", argv)
 
-    from megatron_prealign.data.tokenizer import load_tokenizer
-    from megatron_prealign.data.train_tokenizer import REPORT_FILE, TrainerSettings, train_tokenizer
+    from megatron_prealign.preprocess.train_tokenizer import REPORT_FILE, TrainerSettings, train_tokenizer
+    from megatron_prealign.tokenizer.load import load_tokenizer
 
     settings = TrainerSettings(
         kind=options.kind,

@@ -24,12 +24,12 @@ from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.tensors import TensorPlan
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
-from megatron_prealign.data.tokenizer import load_tokenizer
-from megatron_prealign.data.trainers import train_byte_bpe
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.sync import sync_file, sync_folder
+from megatron_prealign.preprocess.tokenizer_trainers import train_byte_bpe
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 COPY, TO_HF, FROM_HF = "cp", "to-hf", "from-hf"
 _ITEM_BYTES = 2

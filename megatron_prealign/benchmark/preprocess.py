@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from megatron_prealign.benchmark.options import PreprocessOptions
-from megatron_prealign.data.blocks import Limits
+from megatron_prealign.corpus.blocks import Limits
+from megatron_prealign.corpus.inputs import Input, resolve_inputs
+from megatron_prealign.corpus.readers import Fields, read_documents
 from megatron_prealign.data.indexed import import_indexed_dataset, token_dtype
-from megatron_prealign.data.inputs import Input, resolve_inputs
-from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
-from megatron_prealign.data.readers import Fields, read_documents
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.checksum import file_checksum
+from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.progress import Progress
 
 MEGATRON = "megatron"
@@ -168,7 +168,7 @@ def _document(base: bytes, size: int, generator: np.random.Generator) -> bytes:
 
 
 def _train(folder: Path, inputs: Sequence[str], text_key: str) -> Path:
-    from megatron_prealign.data.train_tokenizer import TrainerSettings, train_tokenizer
+    from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, train_tokenizer
 
     train_tokenizer(
         inputs,

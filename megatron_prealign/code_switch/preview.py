@@ -20,7 +20,6 @@ from megatron_prealign.code_switch.schedule import RatioSchedule
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.token_text import TokenText
 from megatron_prealign.data.samples import SampleRows, TrainPlan
-from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
@@ -34,6 +33,7 @@ from megatron_prealign.kernels.code_switch_interface import (
     TRUNCATED,
 )
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, RecipeValueError
+from megatron_prealign.tokenizer.base import Tokenizer
 
 
 class Part(NamedTuple):

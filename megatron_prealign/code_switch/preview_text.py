@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
-from megatron_prealign.data.clone import CLONE_OPEN
+from megatron_prealign.tokenizer.clone import CLONE_OPEN
 
 SIDE_BY_SIDE_WIDTH = 132
 """Columns of a terminal from which on original and result stand beside each other."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_prealign.data.tokenizer import Tokenizer
+from megatron_prealign.tokenizer.base import Tokenizer
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for a part of a character."""

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from megatron_prealign.conversion.sentencepiece_definition import Definition
-from megatron_prealign.data.boundaries import byte_level_alphabet
-from megatron_prealign.data.clone import CLONE_CLOSE, CLONE_OPEN
-from megatron_prealign.data.huggingface import piece_content
+from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN
+from megatron_prealign.tokenizer.huggingface import piece_content
+from megatron_prealign.tokenizer.word_boundaries import byte_level_alphabet
 
 # Part of the names in a unigram vocabulary, which would otherwise be found in texts: the model never sees a space, and
 # Unicode reserves the other one for use inside a program.

@@ -21,10 +21,11 @@ from megatron_prealign.conversion.config import huggingface_config, model_values
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.conversion.tokenizer import own_class_notes
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.new_folder import new_folder
 from megatron_prealign.recipe import ModelSection
+from megatron_prealign.tokenizer.base import Tokenizer
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.huggingface import METASPACE
 from megatron_prealign.errors import UserError
+from megatron_prealign.tokenizer.huggingface import METASPACE
 
 # Types of pieces and of models in sentencepiece's file format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6

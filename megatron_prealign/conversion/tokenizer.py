@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_prealign.conversion.clone_definition import clone_definition
 from megatron_prealign.conversion.sentencepiece_definition import Definition, sentencepiece_definition
-from megatron_prealign.data.clone import CloneTokenizer
-from megatron_prealign.data.huggingface import HuggingFaceTokenizer, read_config, read_definition
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.errors import UserError
+from megatron_prealign.tokenizer.base import Tokenizer
+from megatron_prealign.tokenizer.clone import CloneTokenizer
+from megatron_prealign.tokenizer.huggingface import HuggingFaceTokenizer, read_config, read_definition
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 # Roles of tokens beside begin and end of a document.
 _ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

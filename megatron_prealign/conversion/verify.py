@@ -20,9 +20,9 @@ from megatron_prealign.conversion.to_hf import (
     open_source,
     read_weights,
 )
-from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 DEFAULT_TEXT = """The north wind and the sun were disputing which was the stronger, when a traveller came along
 wrapped in a warm cloak. 12,345 times; größer, où, ¿quién?, Солнце, 太陽, الشمس 🙂

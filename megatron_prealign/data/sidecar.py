@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.readers import Problem
+from megatron_prealign.corpus.readers import Problem
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder, Groups, ScriptFit, without_unused_texts
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
@@ -21,6 +20,7 @@ from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 from megatron_prealign.resources import without_cycle_collector
+from megatron_prealign.tokenizer.base import Tokenizer
 
 UNKNOWN = "pairs with a word the tokenizer does not know"
 LONG_SOURCE = f"pairs with a source of more than {MAX_KEY_TOKENS} tokens"

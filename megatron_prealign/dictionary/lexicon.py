@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.ragged import MULTIPLIER, count_in_rows, hash_rows, offsets_of, row_indices
 from megatron_prealign.dictionary.table import BOUNDARY_AFTER, BOUNDARY_BEFORE, HAS_LETTER
 from megatron_prealign.progress import Progress
+from megatron_prealign.tokenizer.base import Tokenizer
 
 # Words: few enough for the arrays of a batch to stay in the caches.
 _BATCH = 1 << 16

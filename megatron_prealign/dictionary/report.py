@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
-from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.coverage import Words, match_words, read_sample, split_words
 from megatron_prealign.dictionary.ragged import row_numbers
 from megatron_prealign.dictionary.running_words import DistinctWords, distinct_words, word_texts
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
+from megatron_prealign.tokenizer.base import Tokenizer
 
 FORMAT_VERSION = 1
 # Of the words of a corpus, ordered by frequency.

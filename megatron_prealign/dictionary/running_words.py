@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary.coverage import Words, read_sample, split_words
 from megatron_prealign.dictionary.ragged import hash_rows, offsets_of
 from megatron_prealign.errors import UserError
+from megatron_prealign.tokenizer.base import Tokenizer
 
 # Language -> word in small letters -> occurrences.
 WordCounts = Mapping[str, Mapping[str, int]]

@@ -7,12 +7,13 @@ import numpy as np
 
 from megatron_prealign.checkpoint.resume.start import FRESH, Start
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.model.config import padded_vocab_size
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.agreement import on_every_rank
+from megatron_prealign.tokenizer.base import Tokenizer
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

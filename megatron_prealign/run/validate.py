@@ -13,7 +13,6 @@ from megatron_prealign.checkpoint.resume.start import Start, preview_start
 from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.dictionary.alignment_groups import alignment_groups
 from megatron_prealign.dictionary.switchable import check_table, select_keys
@@ -21,6 +20,8 @@ from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import watched_pairs
 from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
+from megatron_prealign.tokenizer.base import Tokenizer
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:

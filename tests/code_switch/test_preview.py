@@ -16,14 +16,15 @@ from megatron_prealign.code_switch import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
 from megatron_prealign.code_switch.preview_text import Look, render_preview, split_space
 from megatron_prealign.code_switch.token_text import INCOMPLETE
-from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
 from megatron_prealign.data.samples import TrainSamples
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
 from megatron_prealign.dictionary.readers import parse_input
 from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
+from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource
+from megatron_prealign.tokenizer.base import Tokenizer
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 PAIRS = {
     "de": [

@@ -12,8 +12,8 @@ from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
 from megatron_prealign.code_switch.preview_page import render_page
 from megatron_prealign.code_switch.preview_text import Look, display_width, render_preview, split_space, visible, wrap
 from megatron_prealign.code_switch.token_text import INCOMPLETE, TokenText
-from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.recipe import CodeSwitchSection
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 
 def kept(text: str) -> Part:

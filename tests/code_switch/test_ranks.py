@@ -17,8 +17,8 @@ def switch_shares(values: dict[str, Any], folder: str) -> dict[int, list[Any]]:
 
     from megatron_prealign.code_switch import CodeSwitcher, RowFormat
     from megatron_prealign.data.samples import TrainSamples
-    from megatron_prealign.data.tokenizer import load_tokenizer
     from megatron_prealign.dictionary.table import load_table
+    from megatron_prealign.tokenizer.load import load_tokenizer
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     recipe = recipe_of(values, Path(folder) / str(rank))

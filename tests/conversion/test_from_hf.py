@@ -32,8 +32,8 @@ from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.cli import main
 from megatron_prealign.conversion.from_hf import Imported, from_huggingface
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
-from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.errors import UserError
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 

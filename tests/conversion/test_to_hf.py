@@ -23,9 +23,9 @@ from megatron_prealign.conversion import to_hf as conversion
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.safetensors_shards import INDEX, SafetensorsWriter
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
-from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.errors import UserError
 from megatron_prealign.files import new_folder
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 # fp32, sums in another order through four layers; logits are of order 1.
 TOLERANCE = 1e-5

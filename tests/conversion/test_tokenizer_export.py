@@ -25,11 +25,11 @@ from megatron_prealign.conversion.tokenizer import (
     export_tokenizer,
     export_unchanged,
 )
-from megatron_prealign.data.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer, save_clone_language
-from megatron_prealign.data.tokenizer import load_tokenizer
-from megatron_prealign.data.train_tokenizer import train_tokenizer
-from megatron_prealign.data.trainers import train_sentencepiece
 from megatron_prealign.errors import UserError
+from megatron_prealign.preprocess.tokenizer_trainers import train_sentencepiece
+from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
+from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer, save_clone_language
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 ENGLISH = [text for _, text in sorted(pydoc_data.topics.topics.items())][:20]

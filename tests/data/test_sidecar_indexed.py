@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy
 import pytest
 
+from megatron_prealign.corpus.readers import Problem
 from megatron_prealign.data import indexed
 from megatron_prealign.data.indexed import check_indexed, import_indexed_dataset, open_indexed, token_dtype
-from megatron_prealign.data.readers import Problem
 from megatron_prealign.data.sidecar import InputRecord, Sidecar, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_all_atomically, write_atomically

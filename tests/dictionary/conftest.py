@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prealign.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_prealign.tokenizer.base import Tokenizer
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 TRAINING_TEXT = [
     "The apple and the house are red. An apple tree, a bank, the Bank of the river; Polish people polish the table.",
@@ -75,7 +76,7 @@ def clone_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
     """Writes documents as PREFIX.bin, .idx and .json, with a segmenter also .words; returns the prefix."""
-    from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
+    from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
     def make(tokenizer: Tokenizer, documents: list[str], language: str, segmenter: str | None = None) -> Path:
         import json

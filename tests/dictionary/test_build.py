@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from megatron_prealign.data.tokenizer import Tokenizer
 from megatron_prealign.dictionary import build as rules
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.table import HAS_LETTER, TENSORS, DictionaryTable, find_problem
 from megatron_prealign.errors import UserError
+from megatron_prealign.tokenizer.base import Tokenizer
 
 
 def make(tokenizer: Tokenizer, *lists: tuple[str, list[list[str]]], **settings) -> tuple[DictionaryTable, BuildReport]:

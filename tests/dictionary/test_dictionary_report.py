@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_prealign.cli import main
-from megatron_prealign.data.tokenizer import load_tokenizer
-from megatron_prealign.data.trainers import train_sentencepiece
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.report import ReportSettings, make_report
 from megatron_prealign.dictionary.report_page import render_page
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
+from megatron_prealign.preprocess.tokenizer_trainers import train_sentencepiece
+from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.tools.dictionary_report import replaces_nothing
 
 DOCUMENTS = ['The apple, (apple) and "Apple" - red! house', "red\nhouse. 42 Houses <b>houses</b>"]

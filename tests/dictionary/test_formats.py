@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.dictionary_files import COMPRESSIONS, read
 
-from megatron_prealign.data.problems import ReadError
-from megatron_prealign.data.streams import read_chunks
+from megatron_prealign.corpus.read_errors import ReadError
+from megatron_prealign.corpus.streams import read_chunks
 from megatron_prealign.dictionary.formats.articles import plain, translations_of
 from megatron_prealign.dictionary.formats.language_codes import same_language
 from megatron_prealign.dictionary.readers import detect_file

@@ -14,12 +14,12 @@ from megatron_prealign.cli import main
 from megatron_prealign.code_switch import CodeSwitcher
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.data.tokenizer import load_tokenizer
 from megatron_prealign.dictionary.coverage import measure_coverage
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.recipe import load_recipe
 from megatron_prealign.run.inputs import open_plan, open_vocabulary
 from megatron_prealign.run.pretrain import format_of_rows
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 LANGUAGES = ("ar", "de", "en", "es", "fr", "ja", "ru", "zh")

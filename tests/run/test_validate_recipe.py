@@ -18,11 +18,11 @@ from megatron_prealign.checkpoint.manifest import write_manifest
 from megatron_prealign.checkpoint.resume.identity import facts_of_model, facts_of_run
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
-from megatron_prealign.data.tokenizer import load_tokenizer
-from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary.table import load_table
+from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 from megatron_prealign.recipe import recipe_to_dict
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 WITHOUT_TORCH = """
 import sys

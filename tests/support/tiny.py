@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
-from megatron_prealign.data.tokenizer import load_tokenizer
-from megatron_prealign.data.train_tokenizer import train_tokenizer
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
 from megatron_prealign.dictionary.readers import parse_input
+from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
+from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 from megatron_prealign.recipe import Recipe, load_recipe
+from megatron_prealign.tokenizer.load import load_tokenizer
 
 VOCAB_SIZE = 512
 

@@ -11,7 +11,7 @@ from support.tiny import VOCAB_SIZE, Tiny
 from support.whole_runs import records, run, weights
 from support.workers import WorkerPool
 
-from megatron_prealign.data.preprocess import PreprocessSettings, preprocess
+from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
 # Sums run in another order under another layout; in fp32 five steps of Adam at lr 1e-3 stay well inside this.
 TOLERANCE = 1e-4

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.data.problems import ReadError
-from megatron_prealign.data.streams import read_chunks
+from megatron_prealign.corpus.read_errors import ReadError
+from megatron_prealign.corpus.streams import read_chunks
 from megatron_prealign.errors import UserError
 
 FileFormat = Literal[

@@ -1,0 +1,264 @@
+"""Trains a tokenizer on text of several languages and reports how finely it cuts each."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_prealign.corpus.read_errors import OnError, Problems
+from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import make_folder, write_atomically
+from megatron_prealign.preprocess.fertility import Fertility, MeasuredText, measure_fertility
+from megatron_prealign.preprocess.sampling import UNNAMED, Corpus, Share, TextCount, plan_shares
+from megatron_prealign.preprocess.tokenizer_trainers import EOD, separate_words, train_byte_bpe, train_sentencepiece
+from megatron_prealign.tokenizer.clone import save_clone_language
+from megatron_prealign.tokenizer.load import load_tokenizer
+from megatron_prealign.tokenizer.segmenters import AUTO, Segmenter, open_segmenter, resolve_segmenter
+
+Kind = Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
+
+# Every byte is a token, so that any text can be encoded, and the special tokens stand in front.
+MINIMUM_VOCABULARY: dict[Kind, int] = {
+    "byte-bpe": 256 + 1,
+    "sentencepiece-unigram": 256 + 3,
+    "sentencepiece-bpe": 256 + 3,
+}
+DEFAULT_SAMPLE_BYTES: dict[Kind, int] = {
+    "byte-bpe": 200_000_000,
+    "sentencepiece-unigram": 100_000_000,
+    "sentencepiece-bpe": 100_000_000,
+}
+REPORT_FILE = "fertility.json"
+MODEL_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How a tokenizer is trained."""
+
+    kind: Kind = "byte-bpe"
+    temperature: float = 1.0
+    """Evens the languages out; see `sampling.plan_shares`."""
+    sample_bytes: int | None = None
+    """Bytes of text to learn from; None takes `DEFAULT_SAMPLE_BYTES`. A smaller corpus is taken whole.
+
+    They decide the memory. For each byte: byte-bpe at most 2 where words are separated, by spaces or a segmenter, else
+    up to 75; sentencepiece-bpe at most 25, sentencepiece-unigram at most 30.
+    """
+    held_out: float = 0.05
+    """Share of the documents that is not learnt from but measured on; of each language at most 1 MB."""
+    seed: int = 0
+    """Of the draw of documents."""
+    segmenters: Sequence[str] = ()
+    """`LANGUAGE=NAME` each: tokens do not reach across the words of this language; or `auto` for all that need one."""
+    character_coverage: float = 0.9995
+    """sentencepiece: share of the running characters that get tokens of their own."""
+
+    def check(self) -> None:
+        """Raises a UserError if a value is out of range."""
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(f"temperature is {self.temperature}; expected a number above 0, 1 for no change")
+        if self.sample_bytes is not None and self.sample_bytes < 1:
+            raise UserError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
+        if not 0 <= self.held_out <= 0.5:
+            raise UserError(f"held_out is {self.held_out}; expected a share from 0 to 0.5")
+        if not 0 < self.character_coverage <= 1:
+            raise UserError(f"character_coverage is {self.character_coverage}; expected a share above 0, at most 1")
+
+
+@dataclass
+class LanguageReport:
+    """What a language gave and how finely its text is cut."""
+
+    count: TextCount
+    share: Share
+    segmenter: str | None
+    sample: TextCount = field(default_factory=TextCount)
+    """What was learnt from; documents that were read twice count twice."""
+    fertility: Fertility | None = None
+
+
+@dataclass
+class TrainingReport:
+    """What one training did."""
+
+    languages: dict[str, LanguageReport]
+    problems: Problems
+    """What was passed over."""
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    clone_language: str | None = None,
+    text_keys: Sequence[str] = ("text",),
+    on_error: OnError = "stop",
+    show_progress: bool = True,
+    settings: TrainerSettings | None = None,
+) -> TrainingReport:
+    """Writes the folder `output`, which `load_tokenizer` opens; `<eod>` is token 0.
+
+    It has `tokenizer.json` and `tokenizer_config.json` (byte-level BPE; transformers opens it, too) or
+    `tokenizer.model` (sentencepiece), and `fertility.json`. The same inputs in the same order give the same files, byte
+    for byte. The inputs are read twice: to count, and to draw.
+
+    Args:
+        inputs: files, folders, patterns and hub names as `resolve_inputs` takes them, each with `:LANGUAGE` behind it
+            or without.
+        output: folder to make; it must not exist or be empty.
+        vocab_size: tokens in all, `<eod>` and the 256 bytes included.
+        clone_language: also makes it a clone tokenizer: 2 * vocab_size ids, the upper half for this language code.
+        text_keys: keys of the text in each JSON object or row; several are joined by a line break.
+        on_error: `stop` at the first bad document, or `skip` it.
+        show_progress: whether to write progress to standard error.
+        settings: the rest; None for all as it is by default.
+
+    Raises:
+        UserError: bad options, inputs or documents, or too little text for `vocab_size` tokens.
+    """
+    settings = settings or TrainerSettings()
+    settings.check()
+    least = MINIMUM_VOCABULARY[settings.kind]
+    if vocab_size < least:
+        raise UserError(f"vocab_size is {vocab_size}; expected at least {least} (256 bytes and the special tokens)")
+    if clone_language is not None and not clone_language.strip():
+        raise UserError("clone_language is empty; expected a code like en_clone, or leave it out")
+    target = Path(output)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"output {target}: is a file; expected the path of a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"output {target}: the folder is not empty; give a new one, or remove it first")
+    corpus = Corpus.open(inputs, text_keys, on_error)
+    if settings.temperature != 1 and UNNAMED in corpus.languages:
+        name = next(one.name for one, language in corpus.inputs if language == UNNAMED)
+        raise UserError(f"temperature is {settings.temperature}, but {name} has no language; name it as {name}:de")
+    names = parse_segmenters(settings.segmenters, corpus.languages)
+    segmenters = {language: open_segmenter(name, language) for language, name in names.items()}
+    # Before the hours that a large corpus takes.
+    make_folder(target.parent, "output")
+    counts = corpus.count(show_progress)
+    budget = settings.sample_bytes or DEFAULT_SAMPLE_BYTES[settings.kind]
+    shares = plan_shares(counts, settings.temperature, budget, settings.held_out)
+    report = TrainingReport(
+        {language: LanguageReport(counts[language], shares[language], names.get(language)) for language in counts},
+        corpus.problems,
+    )
+    measured = {language: MeasuredText(share.held_out) for language, share in shares.items()}
+    texts = _training_texts(corpus, report, measured, segmenters, settings.seed, show_progress)
+    with write_atomically(target) as folder:
+        folder.mkdir()
+        _train(texts, folder, vocab_size, settings)
+        if clone_language is not None:
+            save_clone_language(folder, clone_language)
+        tokenizer = load_tokenizer(folder)
+        for language, language_report in report.languages.items():
+            language_report.fertility = measure_fertility(
+                tokenizer, language, measured[language], segmenters.get(language), names.get(language)
+            )
+        _write_report(folder / REPORT_FILE, corpus, vocab_size, settings, report)
+    return report
+
+
+def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str, str]:
+    """Language -> segmenter of `LANGUAGE=NAME` and `auto`; what is named for a language goes before `auto`.
+
+    Raises:
+        UserError: another form, a language that no input has, or one named twice.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        language, equals, name = text.partition("=")
+        if text == AUTO:
+            continue
+        if not equals or not language or not name:
+            raise UserError(f"segmenter {text!r}: not understood; expected LANGUAGE=NAME such as ja=sudachi, or auto")
+        if language not in languages:
+            raise UserError(
+                f"segmenter {text}: no input is of language {language}; the languages are {', '.join(languages)}, name "
+                f"the one of an input as FILE:{language}"
+            )
+        if language in named:
+            raise UserError(f"segmenter {text}: {language} has one already, {named[language]}; name one for a language")
+        named[language] = name
+    found = {}
+    for language in languages:
+        resolved = resolve_segmenter(named.get(language, AUTO if AUTO in texts else None), language)
+        if resolved is not None:
+            found[language] = resolved
+    return found
+
+
+def _training_texts(
+    corpus: Corpus,
+    report: TrainingReport,
+    measured: dict[str, MeasuredText],
+    segmenters: dict[str, Segmenter],
+    seed: int,
+    show_progress: bool,
+) -> Iterator[str]:
+    """What to learn from; what to measure on is put aside on the way."""
+    shares = {language: one.share for language, one in report.languages.items()}
+    for drawn in corpus.draw(shares, seed, show_progress):
+        if drawn.measured:
+            measured[drawn.language].add(drawn)
+        if not drawn.copies:
+            continue
+        language_report = report.languages[drawn.language]
+        language_report.sample.documents += drawn.copies
+        language_report.sample.bytes += drawn.copies * len(drawn.text.encode("utf-8"))
+        text = drawn.text
+        if language_report.segmenter is not None:
+            text = separate_words(text, segmenters[drawn.language], language_report.segmenter, drawn.where)
+        for _ in range(drawn.copies):
+            yield text
+
+
+def _train(texts: Iterator[str], folder: Path, vocab_size: int, settings: TrainerSettings) -> None:
+    if settings.kind == "byte-bpe":
+        # Not its own `save`, which tells a full disk as an exception without a kind.
+        definition = train_byte_bpe(texts, vocab_size).to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": EOD,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        model_type = settings.kind.removeprefix("sentencepiece-")
+        model = train_sentencepiece(texts, vocab_size, model_type, settings.character_coverage)
+        (folder / MODEL_FILE).write_bytes(model)
+
+
+def _write_report(
+    path: Path, corpus: Corpus, vocab_size: int, settings: TrainerSettings, report: TrainingReport
+) -> None:
+    languages: dict[str, Any] = {}
+    for language, one in report.languages.items():
+        assert one.fertility is not None, "measured before it is written"
+        languages[language] = {
+            "documents": one.count.documents,
+            "bytes": one.count.bytes,
+            "share": one.share.part,
+            "times": one.share.times,
+            "sample_documents": one.sample.documents,
+            "sample_bytes": one.sample.bytes,
+            "segmenter": one.segmenter,
+            "fertility": {
+                **asdict(one.fertility),
+                "tokens_per_word": one.fertility.tokens_per_word,
+                "bytes_per_token": one.fertility.bytes_per_token,
+                "fallback_share": one.fertility.fallback_share,
+            },
+        }
+    values = {
+        "settings": {"vocab_size": vocab_size, **asdict(settings)},
+        "inputs": [{"name": one.name, "bytes": one.bytes, "language": language} for one, language in corpus.inputs],
+        "skipped": report.problems.count,
+        "languages": languages,
+    }
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

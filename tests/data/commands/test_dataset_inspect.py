@@ -1,0 +1,148 @@
+"""`dataset inspect`: exact lengths, sampled tokens, decoded text, JSON."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.dataset_parts import EOD, VOCAB_SIZE, make_dataset, random_documents, write_tokens
+
+from megatron_prealign import cli
+from megatron_prealign.corpus.read_errors import Problem
+from megatron_prealign.data.commands import inspect as inspect_module
+from megatron_prealign.data.commands.inspect import inspect_dataset, measure_lengths
+from megatron_prealign.data.indexed import import_indexed_dataset, load_index, write_index
+from megatron_prealign.data.sidecar import InputRecord, TokenizerRecord
+from megatron_prealign.errors import UserError
+from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
+from megatron_prealign.tokenizer.load import load_tokenizer
+
+TEXTS = ["The first document, about apples.\n", "Second: 苹果 and pears", "x" * 5000]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 20))
+    train_tokenizer([str(folder / "text.jsonl")], str(folder / "tok"), 300, show_progress=False)
+    return str(folder / "tok")
+
+
+def make_text(prefix: Path, tokenizer: str, /, **facts: object) -> str:
+    opened = load_tokenizer(tokenizer)
+    record = TokenizerRecord(str(opened.path), opened.fingerprint, opened.vocab_size)
+    documents = [[*opened.encode(text), opened.eod_id] for text in TEXTS]
+    return make_dataset(prefix, documents, **({"tokenizer": record, "eod_id": opened.eod_id} | facts))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 5000), st.integers(0, 2**31 - 1)), min_size=1, max_size=60),
+    chunk=st.integers(1, 9),
+)
+def test_lengths_against_sorting(tmp_path_factory, lengths, chunk):
+    path = tmp_path_factory.mktemp("index") / "a.idx"
+    write_index(path, np.uint16, np.array(lengths, dtype=np.int32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect_module, "_CHUNK", chunk)
+        found = measure_lengths(load_index(path))
+    ordered = sorted(lengths)
+    assert (found.min, found.max, found.mean) == (ordered[0], ordered[-1], sum(ordered) / len(ordered))
+    for share, value in ((0.5, found.median), (0.9, found.p90), (0.99, found.p99)):
+        exact = ordered[max(int(np.ceil(share * len(ordered))), 1) - 1]
+        assert value == exact if exact < 2048 else exact * 0.999 <= value <= exact
+    assert found.histogram[0][0] <= ordered[0] <= found.histogram[0][1]
+    for low, high, count in found.histogram:
+        assert count == sum(low <= length <= high for length in lengths)
+    assert sum(count for _, _, count in found.histogram) == len(lengths)
+
+
+def test_documents_of_several_sequences(tmp_path):
+    builder = import_indexed_dataset().IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
+    for lengths in ([4, 0, 5], [], [0], [7]):
+        builder.add_document(np.arange(sum(lengths)), lengths)
+    builder.finalize(str(tmp_path / "a.idx"))
+    found = inspect_dataset(str(tmp_path / "a"), samples=9)
+    assert (found.documents, found.sequences, found.tokens, found.sidecar) == (4, 5, 16, None)
+    assert found.lengths is not None
+    assert (found.lengths.min, found.lengths.median, found.lengths.max) == (0, 0, 9)
+    assert [(sample.document, sample.tokens) for sample in found.samples] == [(0, 9), (1, 0), (2, 0), (3, 7)]
+    assert found.samples[3].ids == list(range(7))
+
+
+def test_text(tmp_path, tokenizer, capsys):
+    prefix = make_text(
+        tmp_path / "en",
+        tokenizer,
+        inputs=[InputRecord(f"{number}.jsonl", 1000) for number in range(7)],
+        skipped=[Problem("0.jsonl:3", "empty document")],
+        skipped_count=1,
+        shard="1/1",
+    )
+    assert cli.main(["dataset", "inspect", "--input", prefix]) == 0
+    printed = capsys.readouterr().out
+    for part in [
+        "documents     3\n",
+        "as uint16,",
+        "language      zh\n",
+        f"tokenizer     {tokenizer}, ",
+        "inputs        7, 7,000 bytes\n  0.jsonl\n",
+        "  ... 2 more\n",
+        "skipped       1\n  0.jsonl:3: empty document\n",
+        "checksums     bin, idx\n",
+        "shard         1/1\n",
+        "'The first document, about apples.\\n'",
+        "'Second: 苹果 and pears",
+        "################",
+    ]:
+        assert part in printed, part
+    assert cli.main(["dataset", "inspect", "--input", prefix, "--json", "--samples", "1"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [sample["document"] for sample in facts["samples"]] == [0]
+    assert facts["sidecar"]["language"] == "zh"
+    assert facts["lengths"]["max"] == max(len(load_tokenizer(tokenizer).encode(text)) + 1 for text in TEXTS)
+
+
+def test_a_tokenizer_that_is_another(tmp_path, tokenizer):
+    prefix = make_dataset(tmp_path / "a", random_documents(5, seed=1))
+    found = inspect_dataset(prefix)
+    assert found.note is not None and "no/such/tokenizer: no such tokenizer" in found.note
+    assert found.samples[0].text is None and found.samples[0].ids[-1] in (EOD, *range(EOD, VOCAB_SIZE))
+    with pytest.raises(UserError, match="is another one than that which made"):
+        inspect_dataset(prefix, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="no such tokenizer"):
+        inspect_dataset(prefix, tokenizer=str(tmp_path / "none"))
+    changed = make_text(tmp_path / "b", tokenizer)
+    opened = load_tokenizer(tokenizer)
+    record = TokenizerRecord(tokenizer, "sha256:older", opened.vocab_size)
+    changed = make_text(tmp_path / "b", tokenizer, tokenizer=record)
+    assert "it has changed" in (inspect_dataset(changed).note or "")
+
+
+def test_without_a_sidecar(tmp_path, tokenizer, capsys):
+    write_tokens(tmp_path / "plain", [[1, 2], [3]])
+    assert cli.main(["dataset", "inspect", "--input", str(tmp_path / "plain")]) == 0
+    printed = capsys.readouterr().out
+    assert "sidecar       none" in printed and "note: plain.json is missing; give --tokenizer" in printed
+    assert inspect_dataset(str(tmp_path / "plain"), tokenizer=tokenizer).samples[0].text is not None
+
+
+def test_tokens_are_counted_all_or_in_stretches(tmp_path):
+    documents = [[5] * 300, [6] * 200, [7] * 100, [EOD], [VOCAB_SIZE + 3]]
+    prefix = make_dataset(tmp_path / "a", documents)
+    counts = inspect_dataset(prefix).counts
+    assert counts.frequent == [(5, 300, None), (6, 200, None), (7, 100, None), (EOD, 1, None), (1003, 1, None)]
+    assert (counts.tokens, counts.distinct, counts.outside) == (602, 5, 1)
+    sampled = inspect_dataset(prefix, count_tokens=128).counts
+    assert sampled.tokens == 128
+    assert [token for token, _, _ in sampled.frequent[:3]] == [5, 6, 7]
+    assert abs(sampled.frequent[0][1] - 64) <= 2
+
+
+def test_nothing_in_it(tmp_path, capsys):
+    prefix = make_dataset(tmp_path / "a", [], shard="2/2")
+    assert cli.main(["dataset", "inspect", "--input", prefix]) == 0
+    assert "documents     0\n" in capsys.readouterr().out
+    assert cli.main(["dataset", "inspect", "--input", prefix, "--samples", "-1"]) == 2

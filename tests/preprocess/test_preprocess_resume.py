@@ -1,0 +1,531 @@
+"""Runs that end early: whenever that is, nothing half-done is taken for a dataset, and a later run goes on."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from megatron_prealign.cli import main
+from megatron_prealign.corpus.blocks import Limits
+from megatron_prealign.corpus.readers import Fields
+from megatron_prealign.data.sidecar import load_sidecar
+from megatron_prealign.errors import UserError
+from megatron_prealign.preprocess import journal as module
+from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
+from megatron_prealign.preprocess.tokenise import BlockTokeniser
+from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
+
+# Small blocks and a journal behind every one or two of them.
+SETTINGS = PreprocessSettings(
+    language="zh",
+    on_error="skip",
+    limits=Limits(block_bytes=2500),
+    save_every_bytes=3000,
+    use_fast_engine=False,
+    overwrite=True,
+)
+
+
+def text(generator: numpy.random.Generator) -> str:
+    return " ".join(generator.choice(["我们", "苹果", "dog", "14", "öl"], generator.integers(1, 60)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    generator = numpy.random.default_rng(0)
+    lines = [json.dumps({"text": text(generator), "l": ["zh", "de"][n % 2]}) for n in range(40)]
+    (path / "a.jsonl").write_text("\n".join([*lines[:20], "no JSON", *lines[20:]]) + "\n", encoding="utf-8")
+    (path / "b.txt").write_text("\n\n".join(text(generator) for _ in range(40)), encoding="utf-8")
+    train_tokenizer([path / "a.jsonl"], path / "tok", 270, on_error="skip", show_progress=False)
+    return path
+
+
+def inputs(folder: Path) -> list[Path]:
+    return [folder / "a.jsonl", folder / "b.txt"]
+
+
+def run(folder: Path, out: Path, settings: PreprocessSettings) -> None:
+    preprocess(inputs(folder), folder / "tok", out, settings, show_progress=False)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Everything written for this prefix."""
+    return {path.name[len(out.name) :]: path.read_bytes() for path in sorted(out.parent.glob(f"{out.name}*"))}
+
+
+class Killed(BaseException):
+    """Ends a run without a chance to tidy up."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Ends the process, as far as that can be done inside one, just before the given step that changes something on the
+    disk; gives the number of steps so far."""
+    steps = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps >= step:
+                raise Killed
+            return call(*arguments, **options)
+
+        return counting
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(module.TokenWriter, "append", counted(module.TokenWriter.append))
+    return lambda: steps
+
+
+@pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
+def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, segmenter: str | None
+) -> None:
+    settings = replace(SETTINGS, segmenter=segmenter)
+    run(folder, tmp_path / "whole/x", settings)
+    expected = files(tmp_path / "whole/x")
+    old = tmp_path / "old/x"
+    preprocess(
+        [folder / "b.txt"], folder / "tok", old, replace(settings, segmenter="support.word_cutters:KnownWords"), False
+    )
+    step, resumed, untouched = 0, 0, 0
+    while True:
+        step += 1
+        out = tmp_path / f"killed{step}/x"
+        shutil.copytree(old.parent, out.parent)
+        with pytest.MonkeyPatch.context() as patch:
+            count = kill_at(step, patch)
+            try:
+                run(folder, out, settings)
+            except Killed:
+                pass
+            else:
+                break
+            assert count() >= step
+        found = {path.name[1:]: path.read_bytes() for path in out.parent.glob("x.*") if path.is_file()}
+        if ".json" in found:
+            # Whoever finds a sidecar finds the dataset it speaks of, the old or the new one.
+            sidecar = load_sidecar(out)
+            assert found[".bin"] in (files(old)[".bin"], expected[".bin"])
+            assert sidecar == load_sidecar(old if found[".bin"] == files(old)[".bin"] else tmp_path / "whole/x")
+            untouched += 1
+        resumed += (out.parent / "x.unfinished/journal.json").exists()
+        run(folder, out, replace(settings, resume=True))
+        assert files(out) == expected, step
+        shutil.rmtree(out.parent)
+    # Most steps lie between the first journal and the end.
+    assert step > 40 and resumed > 0.8 * step and untouched > 0.7 * step
+
+
+SCRIPT = """
+import sys
+from megatron_prealign.corpus.blocks import Limits
+from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
+
+if __name__ == "__main__":
+    settings = PreprocessSettings(
+        language="zh", segmenter=sys.argv[4], workers=2, limits=Limits(block_bytes=2500), save_every_bytes=3000
+    )
+    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], settings, show_progress=False)
+"""
+
+
+def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big.jsonl"
+    lines = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    big.write_text("\n".join(line for line in lines * 30 if line != "no JSON"), encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "x"
+    command = [
+        sys.executable,
+        str(tmp_path / "script.py"),
+        str(big),
+        str(folder / "tok"),
+        str(out),
+        "support.word_cutters:Slow",
+    ]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    journal = tmp_path / "x.unfinished/journal.json"
+    deadline = time.monotonic() + 120
+    while not journal.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = _children(process.pid)
+    process.kill()
+    process.wait()
+    assert children and not (tmp_path / "x.bin").exists()
+    # Workers whose parent is gone go, too.
+    while any(_is_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    settings = PreprocessSettings(
+        language="zh", segmenter="support.word_cutters:Slow", limits=Limits(block_bytes=2500), save_every_bytes=1 << 30
+    )
+    with pytest.raises(UserError, match="an unfinished run lies here"):
+        preprocess([big], folder / "tok", out, settings, show_progress=False)
+    preprocess([big], folder / "tok", out, replace(settings, resume=True), show_progress=False)
+    preprocess([big], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    assert files(out) == files(tmp_path / "y")
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGTERM", "2"), ("SIGHUP", "1"), ("SIGINT", "2")])
+def test_a_signal_tells_what_is_kept(folder: Path, tmp_path: Path, name: str, workers: str) -> None:
+    path = tmp_path / "big.jsonl"
+    path.write_text('{"text": "我们"}\n' * 2_000, encoding="utf-8")
+    arguments = ["--input", path, "--tokenizer", folder / "tok", "--language", "zh", "--output", tmp_path / "x"]
+    arguments += ["--segmenter", "support.word_cutters:Slow", "--workers", workers]
+    command = [sys.executable, "-m", "megatron_prealign", "preprocess", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "x.unfinished/lock").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was saved yet, nothing is left behind" in errors and "Traceback" not in errors
+    assert [each.name for each in tmp_path.iterdir()] == ["big.jsonl"]
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' * 50 + '{"text": "die now"}\n' + '{"text": "two"}\n' * 50)
+    arguments = ["--tokenizer", str(folder / "tok"), "--language", "zh", "--workers", "2"]
+    arguments += ["--segmenter", "support.word_cutters:Deadly", "--output", str(tmp_path / "x")]
+    assert main(["preprocess", "--input", str(path), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "a worker process died" in errors[0]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("at", [2, 8])
+def test_a_full_disk_keeps_what_was_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    append, count = module.TokenWriter.append, 0
+
+    def full(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, texts)
+
+    out = tmp_path / "x"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", full)
+        with pytest.raises(UserError, match=r"x.unfinished: cannot be written \(No space left on device\)") as caught:
+            run(folder, out, SETTINGS)
+    kept = at > 2
+    assert ("documents are kept in" in str(caught.value)) == kept
+    assert (tmp_path / "x.unfinished").exists() == kept
+    assert not (tmp_path / "x.bin").exists()
+    run(folder, out, replace(SETTINGS, resume=True))
+    run(folder, tmp_path / "y", SETTINGS)
+    assert files(out) == files(tmp_path / "y")
+
+
+def test_only_what_is_kept_is_called_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_index", full)
+    # A second time, it goes on from what is kept.
+    for resume in (False, True):
+        with pytest.raises(UserError, match="No space left") as caught:
+            run(folder, tmp_path / "x", replace(SETTINGS, resume=resume))
+        journal = json.loads((tmp_path / "x.unfinished/journal.json").read_text())
+        kept = sum(state["documents"] for state in journal["outputs"])
+        assert 0 < kept < 80 and f"({kept} documents are kept in" in str(caught.value)
+
+
+def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settings: PreprocessSettings) -> None:
+    """Leaves an unfinished run."""
+    append, count = module.TokenWriter.append, 0
+
+    def interrupt(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        append(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, out, settings)
+    assert (out.parent / "x.unfinished").is_dir()
+
+
+def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "x"
+    interrupted(folder, out, monkeypatch, SETTINGS)
+    with pytest.raises(UserError, match="an unfinished run lies here; go on from it with --resume, or remove"):
+        run(folder, out, SETTINGS)
+    same = replace(SETTINGS, resume=True)
+    for other, named in [
+        (replace(same, language="ja"), "language was zh, is ja"),
+        (replace(same, fields=Fields(("l",))), r"text_keys was \['text'\], is \['l'\]"),
+        (replace(same, segmenter="support.word_cutters:KnownWords"), "segmenter was None"),
+        (replace(same, use_fast_engine=True), "fast engine was False, is True"),
+        (replace(same, limits=Limits(block_bytes=2501)), "block_bytes was 2500, is 2501"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            run(folder, out, other)
+    with pytest.raises(UserError, match="inputs was"):
+        preprocess([folder / "a.jsonl"], folder / "tok", out, same, show_progress=False)
+    train_tokenizer([folder / "a.jsonl"], tmp_path / "tok", 271, on_error="skip", show_progress=False)
+    with pytest.raises(UserError, match="tokenizer was sha256"):
+        preprocess(inputs(folder), tmp_path / "tok", out, same, show_progress=False)
+    shutil.rmtree(tmp_path / "tok")
+    touched = os.stat(folder / "b.txt")
+    os.utime(folder / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns + 1_000_000))
+    with pytest.raises(UserError, match="inputs was"):
+        run(folder, out, same)
+    os.utime(folder / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns))
+    with open(tmp_path / "x.unfinished/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing"):
+            run(folder, out, same)
+    # Whether bad lines stop the run, and how many workers there are, changes no byte of what was done.
+    result = preprocess(inputs(folder), folder / "tok", out, replace(same, workers=2), show_progress=False)
+    assert 0 < result.text_bytes < result.sidecar.bytes
+    run(folder, tmp_path / "y", SETTINGS)
+    assert files(out) == files(tmp_path / "y")
+
+
+def test_the_lock_of_a_folder_that_is_gone_holds_nobody_off(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run opened its lock, and removed the folder before this one had locked it, too."""
+    flock = fcntl.flock
+
+    def late(lock: Any, operation: int) -> None:
+        shutil.rmtree(tmp_path / "x.unfinished")
+        (tmp_path / "x.unfinished").mkdir()
+        (tmp_path / "x.unfinished/lock").touch()
+        flock(lock, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(UserError, match="another process is writing"):
+            run(folder, tmp_path / "x", SETTINGS)
+    assert (tmp_path / "x.unfinished/lock").exists()
+
+
+def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    run(folder, tmp_path / "x", SETTINGS)
+    assert (tmp_path / "x.bin").exists()
+
+
+def test_everything_is_on_the_disk_before_anything_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine keeps that loses power is what was synced: files before the journal that counts on them, the
+    removal of an old sidecar before the first new name, names before the folder of the run goes."""
+    settings = replace(SETTINGS, segmenter="support.word_cutters:KnownWords")
+    run(folder, tmp_path / "x", settings)
+    synced: dict[int, int] = {}
+    events: list[str] = []
+    fsync, save, move = os.fsync, module.Unfinished.save, os.replace
+    sync_folder, rmtree = module.sync_folder, shutil.rmtree
+
+    def noted(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+        fsync(descriptor)
+
+    def checked(self: module.Unfinished) -> None:
+        save(self)
+        ends = ("bin", "lengths", "words") + (("idx", "json") if self.journal.is_complete else ())
+        for writer in self.writers:
+            for ending in ends:
+                status = writer.paths[ending].stat()
+                assert synced.get(status.st_ino) == status.st_size, ending
+
+    def moved(source: Any, target: Any) -> None:
+        if Path(target).parent == tmp_path:
+            events.append(Path(target).name)
+        move(source, target)
+
+    def folder_synced(path: Path) -> None:
+        events.append("sync" if path == tmp_path else "")
+        sync_folder(path)
+
+    def removed(path: Path, **options: Any) -> None:
+        events.append("gone")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", moved)
+    monkeypatch.setattr(module.Unfinished, "save", checked)
+    monkeypatch.setattr(module, "sync_folder", folder_synced)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    run(folder, tmp_path / "x", settings)
+    assert events == ["sync", "x.bin", "x.idx", "x.words", "x.json", "sync", "gone"]
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_starts(folder: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, workers=2, segmenter="support.word_cutters:Undisturbed")
+    run(folder, tmp_path / "x", settings)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_the_command_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append, count = module.TokenWriter.append, 0
+
+    def interrupt(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        append(self, texts)
+
+    arguments = ["preprocess", "--input", str(folder / "b.txt"), str(folder / "a.jsonl"), "--tokenizer"]
+    arguments += [str(folder / "tok"), "--language", "zh", "--on-error", "skip", "--engine", "plain", "--workers", "1"]
+    arguments += ["--output", str(tmp_path / "x"), "--save-every-mb", "0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", interrupt)
+        assert main(arguments) == 130
+    assert main(arguments) == 2
+    assert "go on from it with --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    sidecar = load_sidecar(tmp_path / "x")
+    assert (sidecar.documents, sidecar.engine) == (80, "tokenizers")
+
+
+def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = BlockTokeniser.engine
+
+    def wrong(self: BlockTokeniser, language: str) -> Any:
+        right = engine(self, language)
+
+        def encode(texts: list[str]) -> Any:
+            ids, offsets = right(texts)
+            ids = ids.copy()
+            for number, text in enumerate(texts):
+                if "14 dog" in text:
+                    ids[offsets[number]] += 1
+            return ids, offsets
+
+        return encode
+
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(BlockTokeniser, "engine", wrong)
+    generator = numpy.random.default_rng(2)
+    texts = ["14 dog"] * 40 + [text(generator) for _ in range(80)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    settings = replace(SETTINGS, use_fast_engine=True)
+    preprocess([path], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    append, count = module.TokenWriter.append, 0
+
+    def interrupt(self: module.TokenWriter, texts: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        append(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TokenWriter, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    asked: list[bool] = []
+    call = BlockTokeniser.__call__
+
+    def noted(self: BlockTokeniser, block: Any, plain: bool) -> Any:
+        asked.append(plain)
+        return call(self, block, plain)
+
+    monkeypatch.setattr(BlockTokeniser, "__call__", noted)
+    preprocess([path], folder / "tok", tmp_path / "x", replace(settings, resume=True), show_progress=False)
+    assert asked and all(asked)
+    assert files(tmp_path / "x") == files(tmp_path / "y")
+
+
+@pytest.mark.parametrize("damage", ["journal", "short", "version"])
+def test_a_damaged_unfinished_run_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    interrupted(folder, tmp_path / "x", monkeypatch, SETTINGS)
+    journal = tmp_path / "x.unfinished/journal.json"
+    if damage == "journal":
+        journal.write_text(journal.read_text()[:-5])
+    elif damage == "version":
+        journal.write_text(journal.read_text().replace('"format_version": 1', '"format_version": 7'))
+    else:
+        os.truncate(tmp_path / "x.unfinished/0.bin", 100)
+    match = r"x.unfinished/.*(not a journal of this version|expected .* as the journal)"
+    with pytest.raises(UserError, match=match) as caught:
+        run(folder, tmp_path / "x", replace(SETTINGS, resume=True))
+    # One cannot go on from there.
+    assert "--resume" not in str(caught.value)
+    # Nothing is thrown away by that.
+    assert journal.exists()
+
+
+@pytest.mark.parametrize("added", [b"", b'{"text": "late"}\n'])
+def test_an_input_that_changes_is_noticed(folder: Path, tmp_path: Path, monkeypatch: Any, added: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    shutil.copy(folder / "a.jsonl", path)
+    finish = module.Unfinished.save
+
+    def touched(self: module.Unfinished) -> None:
+        path.write_bytes(path.read_bytes() + added)
+        os.utime(path, (1, 1))
+        finish(self)
+
+    monkeypatch.setattr(module.Unfinished, "save", touched)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read"):
+        preprocess([path], folder / "tok", tmp_path / "x", SETTINGS, show_progress=False)
+    assert not (tmp_path / "x.bin").exists()
+
+
+def test_read_only_output(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be made"):
+        run(folder, tmp_path / "file/x", SETTINGS)
+    if os.geteuid() == 0:
+        return
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(UserError, match="cannot be made"):
+        run(folder, tmp_path / "locked/x", SETTINGS)
