@@ -140,8 +140,8 @@ def build(argv: Sequence[str]) -> int:
 
     from megatron_prealign.dictionary.build import BuildReport, build_table, read_groups
     from megatron_prealign.dictionary.coverage import count_groups, measure_coverage
-    from megatron_prealign.dictionary.outputs import check_table_output
     from megatron_prealign.dictionary.pivot import join_over
+    from megatron_prealign.dictionary.table_output import check_table_output
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     settings, cleaning, inputs = _settings(options)
@@ -226,8 +226,8 @@ def merge(argv: Sequence[str]) -> int:
 
     from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
     from megatron_prealign.dictionary.merge import merge_counts, merge_groups
-    from megatron_prealign.dictionary.outputs import check_table_output
     from megatron_prealign.dictionary.table import load_table
+    from megatron_prealign.dictionary.table_output import check_table_output
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     settings = BuildSettings(

@@ -207,19 +207,19 @@ def _check_length(prefix: str, seq_length: int) -> None:
 
 
 def _check_page(path: Path) -> None:
-    from megatron_prealign.dictionary.outputs import check_folder
+    from megatron_prealign.files.directories import check_writable
 
     if path.is_dir():
         raise UserError(f"--html is {path}, a folder; expected a file to write")
-    check_folder(path.parent, path, "--html")
+    check_writable(path.parent, f"--html {path}")
 
 
 def _write_page(made: "Preview", path: Path) -> None:
     from megatron_prealign.code_switch.preview_page import render_page
-    from megatron_prealign.dictionary.outputs import writing
     from megatron_prealign.files.atomic import write_atomically
+    from megatron_prealign.files.directories import writing
 
-    with writing(path.parent, path, "page"), write_atomically(path) as temporary:
+    with writing(path, "page"), write_atomically(path) as temporary:
         temporary.write_text(render_page(made), encoding="utf-8")
 
 

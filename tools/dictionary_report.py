@@ -37,11 +37,11 @@ def report(argv: Sequence[str]) -> int:
     """Runs `dictionary report`."""
     options = parse_options(ReportOptions, "dictionary report", argv)
 
-    from megatron_prealign.dictionary.outputs import check_folder, writing
     from megatron_prealign.dictionary.report import ReportSettings, make_report
     from megatron_prealign.dictionary.report_page import render_page
     from megatron_prealign.dictionary.table import load_table
     from megatron_prealign.files.atomic import write_all_atomically
+    from megatron_prealign.files.directories import check_writable, writing
     from megatron_prealign.tokenizer.base import Tokenizer
     from megatron_prealign.tokenizer.load import load_tokenizer
 
@@ -55,7 +55,7 @@ def report(argv: Sequence[str]) -> int:
     if not options.corpus:
         raise UserError("--corpus is empty, expected one or more prefixes of preprocessed datasets")
     folder = Path(options.output)
-    check_folder(folder, folder, "--output")
+    check_writable(folder, f"--output {folder}")
     table = load_table(options.table)
     loaded: dict[str, Tokenizer] = {}
     paths = [options.tokenizer or _tokenizer_of(prefix) for prefix in options.corpus]
@@ -64,7 +64,7 @@ def report(argv: Sequence[str]) -> int:
             loaded[path] = load_tokenizer(path)
     made = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
     files = [folder / "report.html", folder / "report.json"]
-    with writing(folder, folder, "report"), write_all_atomically(files) as (page, values):
+    with writing(folder / "report.html", "report"), write_all_atomically(files) as (page, values):
         page.write_text(render_page(made), encoding="utf-8")
         values.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     replaced = table.replaced_languages()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_all_atomically
+from megatron_prealign.files.directories import writing
 from megatron_prealign.progress import Progress
 from megatron_prealign.resources import without_cycle_collector
 
@@ -281,9 +282,8 @@ def frequent_words(texts: Sequence[str], count: int) -> list[str]:
 
 
 def write(output: Path, train: Sequence[str], validation: Sequence[str], words: Sequence[str]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     targets = [output / "train.jsonl", output / "validation.jsonl", output / "words.tsv"]
-    with write_all_atomically(targets) as (train_path, validation_path, words_path):
+    with writing(targets[0], "corpus"), write_all_atomically(targets) as (train_path, validation_path, words_path):
         for path, texts in ((train_path, train), (validation_path, validation)):
             with path.open("w", encoding="utf-8") as file:
                 # escaped to ASCII: a lone surrogate in a docstring cannot be written as UTF-8
@@ -328,10 +328,7 @@ def report(options: argparse.Namespace, start_s: float) -> None:
             "name larger installed packages with --packages or raise --max-bytes"
         )
     words = frequent_words(train, options.words)
-    try:
-        write(options.output, train, validation, words)
-    except OSError as error:
-        raise UserError(f"{options.output}: cannot be written: {error.strerror}; choose another --output") from error
+    write(options.output, train, validation, words)
     print(
         f"{options.output}: {len(train):,} training and {len(validation):,} validation documents, "
         f"{harvest.text_bytes / 1e6:.1f} MB from {harvest.files:,} files ({harvest.unreadable} unreadable), "

@@ -25,7 +25,7 @@ from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.tensors import TensorPlan
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.sync import sync_file, sync_folder
+from megatron_prealign.files.sync import sync_directory, sync_file
 from megatron_prealign.preprocess.tokenizer_trainers import train_byte_bpe
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection
@@ -218,8 +218,8 @@ def _copy(source: Path, target: Path) -> None:
         reason = getattr(error, "stderr", b"") or str(error).encode()
         raise UserError(f"cp did not copy {source}: {reason.decode(errors='replace').strip()}") from error
     for path in sorted(target.rglob("*")):
-        (sync_folder if path.is_dir() else sync_file)(path)
-    sync_folder(target)
+        (sync_directory if path.is_dir() else sync_file)(path)
+    sync_directory(target)
 
 
 def _timed_copy(source: Path, target: Path) -> float:

@@ -13,7 +13,7 @@ import yaml
 from megatron_prealign.checkpoint.folder import STATE, point_latest
 from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
-from megatron_prealign.files.sync import sync_file, sync_folder
+from megatron_prealign.files.sync import sync_directory, sync_file
 from megatron_prealign.recipe import Recipe, save_recipe
 
 # Weights of a model may lie in the same folder: they are no part of the tokenizer.
@@ -63,7 +63,7 @@ def write_beside(folder: Path, beside: Beside) -> None:
     ):
         sync_file(path)
     for each in (folder / "huggingface", folder / "tokenizer"):
-        sync_folder(each)
+        sync_directory(each)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -82,13 +82,13 @@ def commit(working: Path, final: Path, records: Mapping[str, FileRecord]) -> Non
         UserError: a file cannot be read.
     """
     write_manifest(working, records)
-    sync_folder(working)
+    sync_directory(working)
     directory = final.parent
     if final.exists():
         # A run that was resumed from an older checkpoint reaches this step again.
         os.replace(final, directory / f".{final.name}.abandoned.incomplete")
     os.replace(working, final)
-    sync_folder(directory)
+    sync_directory(directory)
     point_latest(directory, final.name)
 
 

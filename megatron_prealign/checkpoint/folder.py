@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_prealign.checkpoint.manifest import MANIFEST
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.sync import sync_file, sync_folder
+from megatron_prealign.files.sync import sync_directory, sync_file
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def point_latest(directory: Path, name: str) -> None:
     pointer.write_text(name + "\n", encoding="utf-8")
     sync_file(pointer)
     os.replace(pointer, directory / LATEST)
-    sync_folder(directory)
+    sync_directory(directory)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

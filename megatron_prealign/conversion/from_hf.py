@@ -22,7 +22,7 @@ from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.conversion.tokenizer import own_class_notes
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.new_folder import new_folder
+from megatron_prealign.files.atomic import new_directory
 from megatron_prealign.recipe import ModelSection
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -148,7 +148,7 @@ def from_huggingface(
         ignore=ignore_config_fields,
     )
     _check_split(work.plan, work.model, tensor_parallel, pipeline_parallel)
-    with new_folder(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
+    with new_directory(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
         # First: what is wrong with it shows before the long part.
         _copy_tokenizer(work, working / TOKENIZER)
         writer = ShardWriter(working, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)

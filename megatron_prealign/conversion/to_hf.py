@@ -30,7 +30,7 @@ from megatron_prealign.conversion.tokenizer import (
 )
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.new_folder import check_free, new_folder
+from megatron_prealign.files.atomic import check_new_directory, new_directory
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection, RecipeValueError
 
@@ -225,14 +225,14 @@ def to_huggingface(
     folder = resolve_checkpoint(path)
     if output.resolve() == folder.resolve():
         raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
-    check_free(output, overwrite=options.overwrite, replaceable=is_model_folder)
+    check_new_directory(output, overwrite=options.overwrite, replaceable=is_model_folder)
     check_manifest(folder, checksums=options.checksums)
     source = open_source(folder)
     with ShardReader(source.folder) as reader:
         stored = reader.tensors[source.plan.entries[0].key].dtype
         dtype = DTYPES[options.dtype] if options.dtype is not None else stored
         masters = masters_of(reader, dtype) is not None
-    with new_folder(output, overwrite=options.overwrite, replaceable=is_model_folder) as working:
+    with new_directory(output, overwrite=options.overwrite, replaceable=is_model_folder) as working:
         # First what can be refused in seconds.
         exported, notes = _write_tokenizer(source, working, options, _dtype_name(dtype))
         with SafetensorsWriter(working, source.plan.names, dtype, options.shard_bytes) as writer:

@@ -1,26 +1,23 @@
 """Named arrays kept in a folder that appears complete or not at all, written once per file system."""
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.sync import sync_folder
+from megatron_prealign.files.lock import file_lock
+from megatron_prealign.files.sync import sync_directory
 
 _FORMAT_VERSION = 1
 _MANIFEST = "index.json"
 _POLL_SECONDS = 0.2
-# File systems that cannot lock say so with one of these.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class IncompleteCacheError(Exception):
@@ -108,13 +105,14 @@ def _load_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
 
 def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> bool:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(directory.parent / f".{directory.name}.lock") as locked:
+    # Without locks two builders on one shared disk do the same work twice, which is slower and still right.
+    with file_lock(directory.parent / f".{directory.name}.lock", wait=True) as unsupported:
         try:
             load_arrays(directory)
             return False
         except IncompleteCacheError:
             pass
-        if locked:
+        if unsupported is None:
             # Nobody else is writing, so these were left by a killed builder.
             for leftover in directory.parent.glob(f".{directory.name}.tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -140,7 +138,7 @@ def _write_arrays(directory: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> 
     with open(directory / _MANIFEST, "w", encoding="utf-8") as text_file:
         json.dump({"format_version": _FORMAT_VERSION, "arrays": facts}, text_file, indent=1)
         _flush_to_disk(text_file.fileno(), text_file.flush)
-    sync_folder(directory)
+    sync_directory(directory)
 
 
 def _flush_to_disk(descriptor: int, flush: Callable[[], None]) -> None:
@@ -163,7 +161,7 @@ def _publish(temporary: Path, directory: Path) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
     try:
         os.rename(temporary, directory)
-        sync_folder(directory.parent)
+        sync_directory(directory.parent)
     except OSError:
         try:
             load_arrays(directory)
@@ -179,22 +177,3 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[bool]:
-    """Holds a lock that the system drops when the process dies; yields False where the file system has no locks.
-
-    Without locks two builders on one shared disk do the same work twice, which is slower and still right.
-    """
-    import fcntl
-
-    with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            locked = False
-        yield locked

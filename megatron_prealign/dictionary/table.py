@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.dictionary.outputs import writing
 from megatron_prealign.dictionary.ragged import row_indices
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
+from megatron_prealign.files.directories import writing
 
 FORMAT_VERSION = "2"
 MAX_KEY_TOKENS = 8
@@ -237,7 +237,7 @@ class DictionaryTable:
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in TENSORS}
         if self.word_weight is not None:
             tensors[_WORD_WEIGHT] = np.ascontiguousarray(self.word_weight)
-        with writing(path.parent, path, "dictionary table"), write_atomically(path) as temporary:
+        with writing(path, "dictionary table"), write_atomically(path) as temporary:
             # safetensors makes files that only their owner can read, whatever the umask says.
             temporary.touch()
             mode = temporary.stat().st_mode

@@ -13,6 +13,7 @@ from megatron_prealign.evaluation.plots import Runs, mean_over_pairs
 from megatron_prealign.evaluation.report_page import render_page
 from megatron_prealign.evaluation.run_record import EvaluationPoint, Measurement, RunRecord
 from megatron_prealign.files.atomic import write_all_atomically
+from megatron_prealign.files.directories import writing
 
 FORMAT_VERSION = 1
 
@@ -104,15 +105,11 @@ def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -
     page = render_page(report, svgs)
     main = plots.draw_main(runs)
     targets = [output / "report.json", output / "report.html", *([output / "report.png"] if main else [])]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with write_all_atomically(targets) as temporary:
-            temporary[0].write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary[1].write_text(page, encoding="utf-8")
-            if main:
-                plots.save_png(main, temporary[2])
-    except OSError as error:
-        raise UserError(f"{output}: the report cannot be written: {error.strerror}; choose another --output") from error
+    with writing(targets[0], "report"), write_all_atomically(targets) as temporary:
+        temporary[0].write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary[1].write_text(page, encoding="utf-8")
+        if main:
+            plots.save_png(main, temporary[2])
     return report
 
 

@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder: a lock that ends with the process that holds it."""
+"""Locks on files that end with the process that holds them, and a directory locked for one run at a time."""
 
 import errno
 import fcntl
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.directories import make_directories, remove_empty
 
 logger = logging.getLogger(__name__)
 
@@ -21,73 +22,93 @@ _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-@contextmanager
-def holding(folders: Sequence[Path]) -> Iterator[None]:
-    """Holds the locks of these folders, which are made if they are not there, until the block ends or the process dies.
+class LockHeldError(Exception):
+    """Another process holds the lock; the text says which one."""
 
-    Folders that were made and are still empty are removed again. On a file system without locks a warning is all.
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool) -> Iterator[OSError | None]:
+    """Holds the lock `path`, a file that is made and afterwards removed, until the block ends or the process dies.
+
+    Args:
+        path: The file; its directory exists.
+        wait: Wait until another process releases it, else raise at once.
+
+    Yields:
+        None while the lock is held; the error of the operating system where the file system has no locks, and nothing
+        is held.
+
+    Raises:
+        LockHeldError: another process holds it, and `wait` is not set.
+        OSError: the file cannot be made.
+    """
+    file, unsupported = _lock(path, wait)
+    try:
+        yield unsupported
+    finally:
+        if file is not None:
+            with file:
+                # Its directory may be gone, and another process may have made both anew.
+                if _is_still(path, file):
+                    path.unlink()
+
+
+@contextmanager
+def locked_directories(directories: Sequence[Path]) -> Iterator[None]:
+    """Locks directories for one run, which are made if missing, until the block ends or the process dies.
+
+    Directories that were made and are still empty are removed again. A file system without locks is only warned about.
 
     Raises:
         UserError: another process holds one.
-        OSError: a folder cannot be written.
+        OSError: a directory cannot be written.
     """
     with ExitStack() as held:
-        for folder in dict.fromkeys(folder.resolve() for folder in folders):
-            held.enter_context(_holding(folder))
+        for directory in dict.fromkeys(directory.resolve() for directory in directories):
+            held.callback(remove_empty, make_directories(directory))
+            try:
+                unsupported = held.enter_context(file_lock(directory / LOCK, wait=False))
+            except LockHeldError as error:
+                raise UserError(
+                    f"{directory} is in use by another run ({error}); wait for it, stop it, or choose another "
+                    "logging.run_dir and checkpoint.directory"
+                ) from error
+            if unsupported is not None:
+                logger.warning(
+                    "%s: this file system has no locks (%s); make sure that no other run writes there",
+                    directory,
+                    unsupported,
+                )
         yield
 
 
-@contextmanager
-def _holding(folder: Path) -> Iterator[None]:
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    try:
-        file = _lock(path)
-        try:
-            yield
-        finally:
-            if file is not None:
-                path.unlink(missing_ok=True)
-                file.close()
-    finally:
-        for each in made:
-            try:
-                each.rmdir()
-            except OSError:
-                break
-
-
-def _lock(path: Path) -> IO[str] | None:
-    """The locked file; None where files cannot be locked."""
+def _lock(path: Path, wait: bool) -> tuple[IO[str] | None, OSError | None]:
+    """The locked file, or the error of a file system without locks."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in _HELD:
-                message = _refusal(path)
+                holder = _holder(path)
                 file.close()
-                raise UserError(message) from error
+                raise LockHeldError(holder) from error
             file.close()
             if error.errno not in _NO_LOCKS:
                 raise
             path.unlink(missing_ok=True)
-            logger.warning(
-                "%s: this file system has no locks (%s); make sure that no other run writes there", path.parent, error
-            )
-            return None
+            return None, error
         if _is_still(path, file):
             break
         # Its holder removed it between our opening and our locking: another process may have made a new one.
         file.close()
     since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since})
-    # A full disk: what an interrupted save left there is removed under this lock, which holds without a name as well.
+    # On a full disk the lock holds without a name: what fills the disk may be removed under this very lock.
     with suppress(OSError):
         file.truncate(0)
         os.write(file.fileno(), holder.encode())
-    return file
+    return file, None
 
 
 def _is_still(path: Path, file: IO[str]) -> bool:
@@ -97,14 +118,10 @@ def _is_still(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def _refusal(path: Path) -> str:
+def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         # Between taking the lock and saying so.
-        who = "another process"
-    return (
-        f"{path.parent} is in use by a run: {who}; wait for it, stop it, or choose another logging.run_dir and "
-        "checkpoint.directory"
-    )
+        return "process unknown"

@@ -4,12 +4,12 @@ import errno
 import os
 from pathlib import Path
 
-# File systems that cannot sync a folder say so with one of these.
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
+# File systems that cannot sync a directory say so with one of these.
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
 
 def sync_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk, so that it outlasts a machine that loses power."""
+    """Waits until the content of a file is on the disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,18 +17,29 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder, new, renamed or removed ones, are on the disk. A file system that has no such
-    thing is left alone."""
+def sync_directory(path: Path) -> None:
+    """Waits until the names in a directory, new, renamed or removed ones, are on the disk. Does nothing on file systems
+    that cannot."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        # One may write into a folder and yet not list it.
+        # One may write into a directory and yet not list it.
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
+        if error.errno not in _NO_DIRECTORY_SYNC:
             raise
     finally:
         os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Syncs a file, or a directory with everything in it."""
+    if not path.is_dir():
+        sync_file(path)
+        return
+    for directory, _, names in os.walk(path):
+        for name in names:
+            sync_file(Path(directory, name))
+        sync_directory(Path(directory))

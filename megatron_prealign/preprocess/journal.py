@@ -4,14 +4,12 @@ A journal names the last place that is safely on the disk. Whatever happens to t
 to what the journal says and goes on from there, or begins anew; the finished files appear under their names at the end.
 """
 
-import errno
-import fcntl
 import json
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +19,12 @@ import numpy
 from megatron_prealign.corpus.read_errors import Problem, Problems
 from megatron_prealign.data.indexed import write_index
 from megatron_prealign.data.word_bitmap import BitmapWriter
-from megatron_prealign.errors import UserError
-from megatron_prealign.files.atomic import make_folder, write_atomically
+from megatron_prealign.errors import UserError, write_error
+from megatron_prealign.files.atomic import write_atomically
 from megatron_prealign.files.checksum import Checksum, file_checksum
-from megatron_prealign.files.sync import sync_folder
+from megatron_prealign.files.directories import make_directories, remove_empty
+from megatron_prealign.files.lock import LockHeldError, file_lock
+from megatron_prealign.files.sync import sync_directory
 from megatron_prealign.preprocess.tokenise import Route, TokenisedTexts
 
 ENDING = ".unfinished"
@@ -220,12 +220,12 @@ class Unfinished:
         for path in obsolete:
             path.unlink(missing_ok=True)
         if obsolete:
-            sync_folder(self.folder.parent)
+            sync_directory(self.folder.parent)
         for source, target in moves:
             # Gone if an earlier run was killed behind this move.
             if source.exists():
                 os.replace(source, target)
-        sync_folder(self.folder.parent)
+        sync_directory(self.folder.parent)
         shutil.rmtree(self.folder)
 
     def close(self) -> None:
@@ -265,17 +265,8 @@ def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) 
             settings.
     """
     folder = Path(f"{output}{ENDING}")
-    make_folder(folder.parent, "output")
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = open(folder / _LOCK, "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output") from error
-    with lock:
-        if not _is_ours(lock, folder / _LOCK):
-            raise UserError(
-                f"{folder}: another process is writing {output} at this moment; wait for it, or choose another --output"
-            )
+    with ExitStack() as held:
+        made = _lock(folder, held)
         saved = (folder / _JOURNAL).exists()
         if saved and not resume:
             raise UserError(
@@ -290,16 +281,30 @@ def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) 
             unfinished.close()
             if not unfinished.is_kept and folder.exists():
                 shutil.rmtree(folder)
+                remove_empty(made)
 
 
-def _is_ours(lock: IO[str], path: Path) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Some network file systems know no locks: better to go on without one than not at all.
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    # Whoever held it before may have finished and removed the folder: then this is a lock that nobody else sees.
-    return path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+def _lock(folder: Path, held: ExitStack) -> list[Path]:
+    """Makes and locks the folder; returns the directories that were made."""
+    while True:
+        try:
+            made = make_directories(folder)
+        except OSError as error:
+            raise write_error(folder, error.errno) from error
+        try:
+            held.enter_context(file_lock(folder / _LOCK, wait=False))
+            return made
+        except FileNotFoundError:
+            # Its holder finished and removed the folder between these two steps.
+            continue
+        except LockHeldError as error:
+            output = str(folder).removesuffix(ENDING)
+            raise UserError(
+                f"{folder}: another process is writing {output} ({error}); wait for it, or choose another --output"
+            ) from error
+        except OSError as error:
+            remove_empty(made)
+            raise write_error(folder, error.errno) from error
 
 
 def _load(path: Path, settings: dict[str, Any]) -> Journal:

@@ -1,6 +1,5 @@
 """Text files to .bin/.idx token files: blocks of documents are tokenised by worker processes and written in order."""
 
-import errno
 import glob
 import hashlib
 import os
@@ -25,7 +24,7 @@ from megatron_prealign.data.sidecar import (
     write_sidecar,
 )
 from megatron_prealign.data.word_bitmap import words_path
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import DISK_ERRORS, UserError, write_error
 from megatron_prealign.files.sync import sync_file
 from megatron_prealign.preprocess.journal import (
     TokenWriter,
@@ -121,11 +120,9 @@ def preprocess(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(unfinished)) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG):
+            if error.errno not in DISK_ERRORS:
                 raise
-            raise _with_kept(
-                UserError(f"{unfinished.folder}: cannot be written ({error.strerror}); make room"), unfinished
-            ) from error
+            raise _with_kept(write_error(unfinished.folder, error.errno), unfinished) from error
 
 
 def _interrupted(unfinished: Unfinished) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from megatron_prealign.corpus.read_errors import OnError, Problems
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.atomic import make_folder, write_atomically
+from megatron_prealign.files.atomic import write_atomically
+from megatron_prealign.files.directories import check_writable, writing
 from megatron_prealign.preprocess.fertility import Fertility, MeasuredText, measure_fertility
 from megatron_prealign.preprocess.sampling import UNNAMED, Corpus, Share, TextCount, plan_shares
 from megatron_prealign.preprocess.tokenizer_trainers import EOD, separate_words, train_byte_bpe, train_sentencepiece
@@ -138,7 +139,7 @@ def train_tokenizer(
     names = parse_segmenters(settings.segmenters, corpus.languages)
     segmenters = {language: open_segmenter(name, language) for language, name in names.items()}
     # Before the hours that a large corpus takes.
-    make_folder(target.parent, "output")
+    check_writable(target.parent, f"output {target}")
     counts = corpus.count(show_progress)
     budget = settings.sample_bytes or DEFAULT_SAMPLE_BYTES[settings.kind]
     shares = plan_shares(counts, settings.temperature, budget, settings.held_out)
@@ -148,7 +149,7 @@ def train_tokenizer(
     )
     measured = {language: MeasuredText(share.held_out) for language, share in shares.items()}
     texts = _training_texts(corpus, report, measured, segmenters, settings.seed, show_progress)
-    with write_atomically(target) as folder:
+    with writing(target, "tokenizer"), write_atomically(target) as folder:
         folder.mkdir()
         _train(texts, folder, vocab_size, settings)
         if clone_language is not None:

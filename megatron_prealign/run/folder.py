@@ -1,22 +1,21 @@
 """The folder of a run: whether it can be written, and what is written there before training."""
 
-import errno
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 
 from megatron_prealign import __version__
 from megatron_prealign.alignment.dropped_words import report_dropped_words
 from megatron_prealign.checkpoint.retention import remove_unfinished
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import write_error
 from megatron_prealign.files.atomic import write_atomically
-from megatron_prealign.files.lock import holding
+from megatron_prealign.files.directories import check_writable
+from megatron_prealign.files.lock import locked_directories
 from megatron_prealign.recipe import Recipe, save_recipe
 from megatron_prealign.training.word_steps import WordSteps
 
@@ -28,19 +27,8 @@ def check_run_folder(recipe: Recipe) -> None:
     Raises:
         UserError: they cannot.
     """
-    made: list[Path] = []
-    try:
-        with _writing_to(Path(recipe.logging.run_dir)):
-            for folder in _folders(recipe):
-                made += [each for each in reversed([folder, *folder.parents]) if not each.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                with TemporaryFile(dir=folder):
-                    pass
-    finally:
-        for folder in reversed(made):
-            # Another run, started at the same time, may have put its own folder into one.
-            with suppress(OSError):
-                folder.rmdir()
+    for folder in _folders(recipe):
+        check_writable(folder, f"logging.run_dir {recipe.logging.run_dir}")
 
 
 def _folders(recipe: Recipe) -> list[Path]:
@@ -56,7 +44,7 @@ def take_run_folder(recipe: Recipe, held: ExitStack) -> None:
         UserError: another run is there, or they cannot be written.
     """
     with _writing_to(Path(recipe.logging.run_dir)):
-        held.enter_context(holding([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
+        held.enter_context(locked_directories([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
         remove_unfinished(recipe.checkpoint_dir)
     check_run_folder(recipe)
 
@@ -84,9 +72,7 @@ def _writing_to(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room on its disk, or choose another folder" if full else "choose another folder"
-        raise UserError(f"logging.run_dir {run_dir} cannot be written: {error}; {advice}") from error
+        raise write_error(f"logging.run_dir {run_dir}", error.errno) from error
 
 
 def versions() -> dict[str, str]:

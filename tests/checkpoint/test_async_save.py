@@ -18,7 +18,7 @@ from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 from support.whole_runs import everything_in, language_model_values, mistake, records, run, steps_in, weights
 from support.workers import WorkerError, WorkerPool
 
-from megatron_prealign.files.lock import holding
+from megatron_prealign.files.lock import locked_directories
 from megatron_prealign.training.callbacks import Callback, StopOnRequest
 
 
@@ -351,7 +351,7 @@ def test_time_limit_leaves_room_for_two_steps_and_the_save(
 
 def test_second_run_in_one_folder_is_refused(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = language_model_values(tiny, tmp_path / "run", directory=str(tmp_path / "checkpoints"))
-    with holding([tmp_path / "checkpoints"]), pytest.raises(WorkerError) as caught:
+    with locked_directories([tmp_path / "checkpoints"]), pytest.raises(WorkerError) as caught:
         run(workers, 2, values, tmp_path / "run")
     message = mistake(caught)
     assert message.startswith(f"{tmp_path / 'checkpoints'} is in use by a run: process {os.getpid()} on ")

@@ -181,7 +181,7 @@ def test_file_that_the_system_refuses_is_one_line(
     assert cli.main(["probe"]) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'file' / 'below'}: Not a directory (NotADirectoryError); check this path, its permissions "
-        "and the space left on its disk\n"
+        "and free disk space\n"
     )
 
 
@@ -197,8 +197,7 @@ def test_full_disk_without_a_file_is_one_line(
     with_command(monkeypatch, main)
     assert cli.main(["probe"]) == 2
     assert capsys.readouterr().err == (
-        "error: the output cannot be written (No space left on device); make room on its disk, or choose another place "
-        "for it\n"
+        "error: cannot write output: No space left on device; free disk space or choose another path\n"
     )
 
 

@@ -320,14 +320,14 @@ def test_options_that_cannot_be(saved: dict[str, Path], tmp_path: Path, options:
 def test_what_is_there_stays(saved: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine", encoding="utf-8")
-    assert "something else" in refusal(saved["llama"], tmp_path / "mine", overwrite=True)
+    assert "something other" in refusal(saved["llama"], tmp_path / "mine", overwrite=True)
     assert os.listdir(tmp_path / "mine") == ["notes"]
     from_huggingface(saved["llama"], tmp_path / "ours")
     assert "--overwrite" in refusal(saved["gpt2"], tmp_path / "ours")
     from_huggingface(saved["gpt2"], tmp_path / "ours", overwrite=True)
     assert read_state(tmp_path / "ours")["model"]["family"] == "gpt2"
     # A model folder is none of ours to replace.
-    assert "something else" in refusal(saved["llama"], saved["llama"], overwrite=True)
+    assert "something other" in refusal(saved["llama"], saved["llama"], overwrite=True)
 
 
 def test_killed_at_any_time_it_leaves_nothing_that_looks_complete(saved: dict[str, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.safetensors_shards import INDEX, SafetensorsWriter
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.errors import UserError
-from megatron_prealign.files import new_folder
+from megatron_prealign.files import atomic
 from megatron_prealign.tokenizer.load import load_tokenizer
 
 # fp32, sums in another order through four layers; logits are of order 1.
@@ -247,7 +247,7 @@ def changes(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> N
 
     monkeypatch.setattr(SafetensorsWriter, "add", before(SafetensorsWriter.add))
     monkeypatch.setattr(SafetensorsWriter, "close", before(SafetensorsWriter.close))
-    monkeypatch.setattr(new_folder.os, "replace", before(new_folder.os.replace))
+    monkeypatch.setattr(atomic.os, "replace", before(atomic.os.replace))
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(
@@ -273,7 +273,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(
         with monkeypatch.context() as patched:
             changes(patched, kill)
             # A killed process removes nothing.
-            patched.setattr(new_folder.shutil, "rmtree", lambda *_, **__: None)
+            patched.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)
             with pytest.raises(KilledError):
                 convert(half, tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".model.incomplete"]
@@ -294,7 +294,7 @@ def test_a_full_disk_is_one_line(half: Path, tmp_path: Path, monkeypatch: pytest
         write(self, file, name, tensor)
 
     monkeypatch.setattr(SafetensorsWriter, "_write", full)
-    with pytest.raises(UserError, match="model cannot be written .No space left on device"):
+    with pytest.raises(UserError, match="model: No space left on device; nothing was written"):
         convert(half, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -317,7 +317,7 @@ def test_the_command(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main([*arguments, "1MB", "--verify", "checksums"]) == 0
     assert f"wrote {output}" in capsys.readouterr().out
     assert cli.main([*arguments, "1MB"]) == 2
-    assert "is there already; choose another path, or replace it with --overwrite" in capsys.readouterr().err
+    assert "model exists; choose another path, or replace it with --overwrite" in capsys.readouterr().err
     assert cli.main([*arguments, "1MB", "--overwrite", "--tokenizer", "copy"]) == 0
     assert "clone.json" in {file.name for file in output.iterdir()}
     checkpoint = half / "checkpoints" / "step_00000002"

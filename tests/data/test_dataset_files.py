@@ -18,7 +18,7 @@ from megatron_prealign.data import indexed
 from megatron_prealign.data.indexed import check_indexed, import_indexed_dataset, index_bytes, write_index
 from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, load_sidecar, save_sidecar
 from megatron_prealign.errors import UserError
-from megatron_prealign.files import atomic, checksum
+from megatron_prealign.files import atomic, checksum, sync
 from megatron_prealign.files.atomic import write_all_atomically, write_atomically
 from megatron_prealign.files.checksum import Checksum, file_checksum
 
@@ -140,8 +140,9 @@ def test_fields_added_to_the_sidecar_later(tmp_path):
 
 def test_content_is_synced_before_names_appear(tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(atomic, "sync_file", lambda path: events.append(("sync", path.name.split(".")[1])))
-    monkeypatch.setattr(atomic, "sync_folder", lambda path: events.append(("folder", path.name)))
+    for module in (sync, atomic):
+        monkeypatch.setattr(module, "sync_directory", lambda path: events.append(("folder", path.name)))
+    monkeypatch.setattr(sync, "sync_file", lambda path: events.append(("sync", path.name.split(".")[1])))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(("rename", new.name)), replace(old, new)))
     with write_all_atomically([tmp_path / "one", tmp_path / "two"]) as temporaries:

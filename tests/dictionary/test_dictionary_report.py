@@ -177,7 +177,7 @@ def test_report_command(built, tokenizer, tmp_path, make_dataset, capsys):
     assert (tmp_path / "new" / "report" / "report.html").read_text().startswith("<!DOCTYPE html>")
     (tmp_path / "file").write_text("")
     assert main([*arguments, "--output", str(tmp_path / "file")]) == 2
-    assert f"--output is {tmp_path}/file, but {tmp_path}/file does not take new files" in capsys.readouterr().err
+    assert f"{tmp_path}/file is a file" in capsys.readouterr().err
     assert main([*arguments, "--output", str(tmp_path / "r"), "--tokenizer", str(tmp_path / "none")]) == 2
     assert "no such tokenizer" in capsys.readouterr().err
 

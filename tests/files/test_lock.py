@@ -18,15 +18,15 @@ from support.model_builds import recipe_values
 from support.tiny import recipe_of
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.lock import LOCK, holding
+from megatron_prealign.files.lock import LOCK, locked_directories
 from megatron_prealign.run.folder import take_run_folder
 
 # Takes the lock, says so, and waits to be killed.
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_prealign.files.lock import holding
-with holding([Path(sys.argv[1])]):
+from megatron_prealign.files.lock import locked_directories
+with locked_directories([Path(sys.argv[1])]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -35,11 +35,11 @@ with holding([Path(sys.argv[1])]):
 def test_second_run_is_refused_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as caught, holding([tmp_path]):
+        with pytest.raises(UserError) as caught, locked_directories([tmp_path]):
             raise AssertionError("two runs in one folder")
         assert re.fullmatch(
-            re.escape(f"{tmp_path} is in use by a run: process {other.pid} on {socket.gethostname()} since ")
-            + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait for it, stop it, or choose another logging.run_dir and "
+            re.escape(f"{tmp_path} is in use by another run (process {other.pid} on {socket.gethostname()} since ")
+            + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); wait for it, stop it, or choose another logging.run_dir and "
             "checkpoint.directory",
             str(caught.value),
         )
@@ -47,15 +47,18 @@ def test_second_run_is_refused_and_a_killed_one_does_not_block(tmp_path: Path) -
         other.wait(20)
     # The file is still there, the lock is not.
     assert (tmp_path / LOCK).exists()
-    with holding([tmp_path]):
+    with locked_directories([tmp_path]):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK).exists()
 
 
 def test_any_of_several_folders_refuses(tmp_path: Path) -> None:
     run, shared = tmp_path / "run", tmp_path / "shared"
-    with holding([run, shared]):
-        with pytest.raises(UserError, match=f"^{re.escape(str(shared))} is in use"), holding([tmp_path / "b", shared]):
+    with locked_directories([run, shared]):
+        with (
+            pytest.raises(UserError, match=f"^{re.escape(str(shared))} is in use"),
+            locked_directories([tmp_path / "b", shared]),
+        ):
             raise AssertionError("two runs in one folder")
         # What the refused one made is gone again.
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shared"]
@@ -64,13 +67,13 @@ def test_any_of_several_folders_refuses(tmp_path: Path) -> None:
 
 def test_one_folder_by_two_names_is_locked_once(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    with holding([tmp_path, tmp_path / "link", tmp_path / "."]):
+    with locked_directories([tmp_path, tmp_path / "link", tmp_path / "."]):
         assert (tmp_path / LOCK).exists()
 
 
 def test_folders_with_something_in_them_stay(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    with holding([folder]):
+    with locked_directories([folder]):
         (tmp_path / "a" / "file").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
 
@@ -78,7 +81,10 @@ def test_folders_with_something_in_them_stay(tmp_path: Path) -> None:
 def test_holder_that_has_not_said_who_it_is(tmp_path: Path) -> None:
     with (tmp_path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is in use by a run: another process; wait for it"), holding([tmp_path]):
+        with (
+            pytest.raises(UserError, match=r"is in use by another run \(process unknown\)"),
+            locked_directories([tmp_path]),
+        ):
             raise AssertionError("two runs in one folder")
 
 
@@ -94,7 +100,7 @@ def test_lock_that_is_removed_under_our_hands_is_taken_anew(tmp_path: Path, monk
         real(file, how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with holding([tmp_path]):
+    with locked_directories([tmp_path]):
         monkeypatch.undo()
         with path.open() as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +114,7 @@ def test_file_system_without_locks_is_a_warning(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with caplog.at_level(logging.WARNING), holding([tmp_path]):
+    with caplog.at_level(logging.WARNING), locked_directories([tmp_path]):
         assert list(tmp_path.iterdir()) == []
     assert caplog.messages == [
         f"{tmp_path}: this file system has no locks ([Errno {number}] {os.strerror(number)}); make sure that no other "
@@ -134,7 +140,7 @@ def test_a_full_disk_is_left_by_the_next_start(tmp_path: Path, monkeypatch: pyte
     with ExitStack() as held:
         take_run_folder(recipe, held)
         assert not half.exists()
-        with pytest.raises(UserError, match="in use by a run: another process"), ExitStack() as second:
+        with pytest.raises(UserError, match="in use by another run"), ExitStack() as second:
             take_run_folder(recipe, second)
 
 
@@ -145,5 +151,5 @@ def test_a_folder_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(UserError, match="No space left on device; make room on its disk, or choose another folder"):
+    with pytest.raises(UserError, match="No space left on device; free disk space or choose another path"):
         take_run_folder(recipe, ExitStack())

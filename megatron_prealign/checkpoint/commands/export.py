@@ -25,7 +25,7 @@ from megatron_prealign.checkpoint.single_process.weights import (
 )
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.new_folder import check_free, new_folder
+from megatron_prealign.files.atomic import check_new_directory, new_directory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -72,7 +72,7 @@ def export_weights(
         keys = [key for key in reader.tensors if is_weight(key)]
         if not keys:
             raise UserError(f"{checkpoint} holds no weights of a model; use another checkpoint")
-        with new_folder(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
+        with new_directory(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
             with ShardWriter(working) as writer:
                 written = _copy(checkpoint, reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
                 records = writer.close()
@@ -99,7 +99,7 @@ def check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
     """
     if output.resolve() == checkpoint.resolve():
         raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
-    check_free(output, overwrite=overwrite, replaceable=is_weights_folder)
+    check_new_directory(output, overwrite=overwrite, replaceable=is_weights_folder)
 
 
 def _copy(

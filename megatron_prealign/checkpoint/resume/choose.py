@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_prealign.checkpoint.folder import LATEST, named_latest, point_latest, step_folders, step_of
 from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.sync import sync_folder
+from megatron_prealign.files.sync import sync_directory
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
@@ -161,4 +161,4 @@ def set_aside(choice: Choice) -> None:
             target = folder.with_name(f"{folder.name}{DAMAGED}-{number}")
         os.rename(folder, target)
         logger.warning("%s was renamed to %s; remove it when you no longer need it", folder, target.name)
-    sync_folder(directory)
+    sync_directory(directory)

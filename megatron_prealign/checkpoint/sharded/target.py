@@ -1,5 +1,6 @@
 """Where a checkpoint is written, and what is said when the disk there fails."""
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_prealign.errors import UserError, system_reason
+from megatron_prealign.errors import UserError, system_errno
 
 Result = TypeVar("Result")
 
@@ -75,4 +76,7 @@ class Target:
 def _disk_error(error: BaseException | None) -> str | None:
     """The reason, if `error` comes from the disk. torch reports a short write as a RuntimeError of its own."""
     short_write = "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in str(error) else None
-    return system_reason(error) or short_write
+    number = system_errno(error)
+    if number is not None:
+        return os.strerror(number)
+    return str(error) if isinstance(error, OSError) else short_write

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megatron_prealign.checkpoint.manifest import FileRecord, record_file
 from megatron_prealign.checkpoint.single_process.metadata import METADATA
 from megatron_prealign.files.checksum import Checksum
-from megatron_prealign.files.sync import sync_folder
+from megatron_prealign.files.sync import sync_directory
 
 # What Megatron-Core writes beside it and looks for when it loads.
 _BACKEND_FILE = "metadata.json"
@@ -178,5 +178,5 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             records[name] = record_file(self._folder / name)
-        sync_folder(self._folder)
+        sync_directory(self._folder)
         return records

@@ -19,8 +19,9 @@ from megatron_prealign.data.indexed import bin_path, idx_path, index_bytes, writ
 from megatron_prealign.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from megatron_prealign.data.word_bitmap import BitmapWriter, words_path
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.atomic import make_folder, write_all_atomically
+from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.files.checksum import Checksum, file_checksum
+from megatron_prealign.files.directories import writing
 from megatron_prealign.progress import Progress
 
 # Bytes that a worker copies at a time; two pieces of each worker are in memory.
@@ -92,9 +93,9 @@ def merge(
         merged = _join_sidecars(parts, language, drop_words)
     if sum(part.index.tokens for part in parts) == 0:
         raise UserError(f"all {len(parts)} inputs are empty; there is nothing to merge")
-    make_folder(Path(output).parent, "output")
-    _check_space(parts, output, words=merged is not None and merged.segmenter is not None)
-    merged = _write(parts, merged, output, workers, show_progress)
+    with writing(Path(output), "dataset", kept="nothing was written"):
+        _check_space(parts, output, words=merged is not None and merged.segmenter is not None)
+        merged = _write(parts, merged, output, workers, show_progress)
     return MergeResult(
         documents=sum(part.index.documents for part in parts),
         tokens=sum(part.index.tokens for part in parts),
@@ -247,8 +248,8 @@ def _check_space(parts: Sequence[Dataset], output: str, words: bool) -> None:
     free = shutil.disk_usage(Path(output).parent).free
     if free < needed:
         raise UserError(
-            f"output {output}: {needed:,} bytes are needed, {free:,} are free on its disk; make room or choose another "
-            "disk (files of this name that are there already go only when the new ones are complete)"
+            f"output {output}: {needed:,} bytes are needed, {free:,} are free on its disk; free disk space or choose "
+            "another disk (existing files of this name are removed only when the new ones are complete)"
         )
 
 
@@ -357,7 +358,7 @@ def _copy_tokens(parts: Sequence[Dataset], output: Path, workers: int, progress:
                     of_part = Checksum()
 
             for piece in _pieces(parts, stack):
-                waiting.append((piece, pool.submit(_copy, piece, target, output)))
+                waiting.append((piece, pool.submit(_copy, piece, target)))
                 if len(waiting) >= 2 * workers:
                     finish()
             while waiting:
@@ -372,7 +373,7 @@ def _check_part(part: Dataset, checksum: Checksum) -> None:
         _check_sum(part.bin, checksum.hexdigest(), part.sidecar.checksums.get("bin"))
 
 
-def _copy(piece: _Piece, target: int, target_path: Path) -> bytes:
+def _copy(piece: _Piece, target: int) -> bytes:
     parts = []
     at = piece.start
     while at < piece.stop:
@@ -387,13 +388,7 @@ def _copy(piece: _Piece, target: int, target_path: Path) -> bytes:
     whole = b"".join(parts) if len(parts) > 1 else parts[0]
     written = 0
     while written < len(whole):
-        try:
-            written += os.pwrite(target, memoryview(whole)[written:], piece.target + written)
-        except OSError as error:
-            raise UserError(
-                f"{target_path.parent}: cannot be written ({error.strerror}); nothing is left of the output, make room "
-                "or choose another disk"
-            ) from error
+        written += os.pwrite(target, memoryview(whole)[written:], piece.target + written)
     return whole
 
 

@@ -273,13 +273,13 @@ def test_what_is_there_stays(whole: Path, tmp_path: Path, capsys: pytest.Capture
     (mine / "thesis.tex").write_text("all of it", encoding="utf-8")
     for flags in ([], ["--overwrite"]):
         status, text = printed(capsys, *options, mine, *flags)
-        assert status == 2 and "something else" in text
+        assert status == 2 and "something other" in text
     assert os.listdir(mine) == ["thesis.tex"]
     status, text = printed(capsys, *options, mine / "thesis.tex")
     assert status == 2 and "no folder" in text
     of_a_run = make_checkpoint(tmp_path / "of_a_run", 4)
     status, text = printed(capsys, *options, of_a_run, "--overwrite")
-    assert status == 2 and "something else" in text and (of_a_run / "recipe.yaml").exists()
+    assert status == 2 and "something other" in text and (of_a_run / "recipe.yaml").exists()
     older = make_checkpoint(tmp_path / "older", 3, kind="weights")
     status, text = printed(capsys, *options, older)
     assert status == 2 and "--overwrite" in text

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prealign.cli import main
-from megatron_prealign.dictionary.outputs import check_table_output
+from megatron_prealign.dictionary.table_output import check_table_output
 from megatron_prealign.errors import UserError
 
 
@@ -94,9 +94,7 @@ def test_folders_that_take_no_files(action, tokenizer, tmp_path, capsys):
     given[given.index("--tokenizer") + 1] = str(tmp_path / "none")
     assert main(given) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(
-        r"error: --output is /proc/new/table\.safetensors, but /proc does not take new files \([^\n]*\n", error
-    )
+    assert re.fullmatch(r"error: cannot write --output /proc/new/table\.safetensors: [^\n]*\n", error)
     assert ".tmp" not in error
 
 
@@ -108,7 +106,7 @@ def test_a_table_on_a_full_disk(action, size, tokenizer, tmp_path, capsys):
     capsys.readouterr()
     with largest_file(size):
         assert main(given) == 2
-    line = f"error: {output}: cannot write the dictionary table (File too large); make room on its disk or choose"
+    line = f"error: cannot write dictionary table {output}: File too large; free disk space"
     error = capsys.readouterr().err
     # Before it the bar of the work.
     assert error.splitlines()[-1].startswith(line) and "Traceback" not in error
@@ -122,7 +120,7 @@ def test_pages_on_a_full_disk(tokenizer, tmp_path, make_dataset, capsys):
     page, folder = tmp_path / "new" / "page.html", tmp_path / "report"
     commands = {
         "page": ("preview", ["--data", corpus, "--seq-length", "16", "--rows", "2", "--html", str(page)], page),
-        "report": ("report", ["--corpus", corpus, "--output", str(folder)], folder),
+        "report": ("report", ["--corpus", corpus, "--output", str(folder)], folder / "report.html"),
     }
     assert main(["dictionary", "report", "--table", str(table), *commands["report"][1]]) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -130,7 +128,7 @@ def test_pages_on_a_full_disk(tokenizer, tmp_path, make_dataset, capsys):
         capsys.readouterr()
         with largest_file(500):
             assert main(["dictionary", action, "--table", str(table), *options]) == 2
-        line = f"error: {path}: cannot write the {what} (File too large); make room on its disk"
+        line = f"error: cannot write {what} {path}: File too large; free disk space"
         assert re.fullmatch(re.escape(line) + r"[^\n]*\n", capsys.readouterr().err)
     assert not page.parent.exists()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
