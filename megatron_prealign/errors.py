@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of a disk, a quota or a file-size limit that is used up."""
@@ -49,6 +50,13 @@ def write_error(what: object, number: int | None, *, kept: str = "") -> UserErro
     reason = "unknown error" if number is None else os.strerror(number)
     advice = "free disk space" if number in DISK_FULL else "check permissions"
     return UserError(f"cannot write {what}: {reason}; {kept}{'; ' if kept else ''}{advice} or choose another path")
+
+
+def shortened(items: Iterable[str], most: int = 20, separator: str = ", ") -> str:
+    """The first `most` items in a line, and how many more there are."""
+    items = list(items)
+    rest = [f"and {len(items) - most:,} more"] if len(items) > most else []
+    return separator.join([*items[:most], *rest])
 
 
 def system_errno(error: BaseException | None) -> int | None:

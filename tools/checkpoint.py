@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prealign.cli import Actions, parse_options, run_action
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.resources import available_cores, use_huge_pages
 
 
@@ -186,8 +186,7 @@ def _refuse_damage(checkpoint: Path) -> None:
     with Progress("verifying", bytes_to_read([checkpoint]), unit="B", unit_scale=True) as bar:
         problems = verify_checkpoint(checkpoint, workers=available_cores(), progress=bar.update).problems
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{checkpoint} is damaged ({'; '.join(problems[:5])}{more}); use another checkpoint")
+        raise UserError(f"{checkpoint} is damaged ({shortened(problems, separator='; ')}); use another checkpoint")
 
 
 def _with_folder(argv: Sequence[str]) -> list[str]:

@@ -18,8 +18,9 @@ import torch
 
 from megatron_prealign.benchmark.memory import peak_bytes
 from megatron_prealign.benchmark.options import ConvertOptions
-from megatron_prealign.checkpoint.single_process.weights import TOKENIZER, complete_weights, written_layout
+from megatron_prealign.checkpoint.commit import TOKENIZER, complete_weights
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
+from megatron_prealign.checkpoint.state import layout, model_identity, weights_state
 from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.tensors import TensorPlan
@@ -198,12 +199,16 @@ def _write_checkpoint(folder: Path, model: ModelSection, plan: TensorPlan, seed:
     tokenizer.save(str(folder / TOKENIZER / "tokenizer.json"))
     complete_weights(
         folder,
-        vocab_size=ids,
-        padded_vocab_size=ids,
-        tokenizer_fingerprint=load_tokenizer(folder / TOKENIZER).fingerprint,
-        model=asdict(model),
-        layout=written_layout(1, 1),
-        source={"format": "megatron-prealign"},
+        weights_state(
+            model_identity(
+                asdict(model),
+                vocab_size=ids,
+                padded_vocab_size=ids,
+                tokenizer_fingerprint=load_tokenizer(folder / TOKENIZER).fingerprint,
+            ),
+            layout=layout(1, 1),
+            source={"format": "megatron-prealign"},
+        ),
         config=huggingface_config(model, vocab_size=ids, seq_length=2048, dtype="bfloat16", eod_id=0),
         records=records,
     )

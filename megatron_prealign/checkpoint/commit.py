@@ -1,4 +1,4 @@
-"""Turns a folder that holds a run's sharded state into a checkpoint: the files beside it, the manifest, the name."""
+"""Turns a directory that contains sharded tensors into a checkpoint: the files next to them, the manifest, the name."""
 
 import json
 import os
@@ -10,13 +10,18 @@ from typing import Any
 
 import yaml
 
-from megatron_prealign.checkpoint.folder import STATE, point_latest
+from megatron_prealign.checkpoint.folder import point_latest
 from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
-from megatron_prealign.files.sync import sync_directory, sync_file
+from megatron_prealign.checkpoint.state import write_state
+from megatron_prealign.files.sync import sync_directory, sync_tree
 from megatron_prealign.recipe import Recipe, save_recipe
 
-# Weights of a model may lie in the same folder: they are no part of the tokenizer.
+RECIPE_FILE = "recipe.yaml"
+MODEL_FILE = "model.yaml"
+TOKENIZER = "tokenizer"
+CONFIG = "huggingface/config.json"
+# Weights of a model may lie in the same directory: they are no part of the tokenizer.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,43 +36,63 @@ _TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What lies beside the sharded state of a run."""
+class RunFiles:
+    """What a run's checkpoint contains next to its sharded state."""
 
     recipe: Recipe
-    summary: Mapping[str, Any]
-    """`state.json`."""
+    state: Mapping[str, Any]
+    """`state.run_state`."""
     huggingface: Mapping[str, Any]
-    """`huggingface/config.json`."""
+    """config.json of the model, as Hugging Face has it."""
 
 
-def write_beside(folder: Path, beside: Beside) -> None:
+def write_run_files(directory: Path, files: RunFiles) -> None:
     """Writes and syncs everything of a run's checkpoint but its sharded state and the manifest.
 
     Raises:
         OSError: the disk refuses, or the tokenizer is gone.
     """
-    save_recipe(beside.recipe, folder / "recipe.yaml")
-    model = {"model": beside.summary["model"]}
-    (folder / "model.yaml").write_text(yaml.safe_dump(model, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "huggingface").mkdir()
-    _write_json(folder / "huggingface" / "config.json", beside.huggingface)
-    tokenizer = copy_tokenizer(Path(beside.recipe.data.tokenizer), folder / "tokenizer")
-    _write_json(folder / STATE, beside.summary)
-    for path in (
-        folder / "recipe.yaml",
-        folder / "model.yaml",
-        folder / "huggingface" / "config.json",
-        *tokenizer,
-        folder / STATE,
-    ):
-        sync_file(path)
-    for each in (folder / "huggingface", folder / "tokenizer"):
-        sync_directory(each)
+    save_recipe(files.recipe, directory / RECIPE_FILE)
+    copy_tokenizer(Path(files.recipe.data.tokenizer), directory / TOKENIZER)
+    described = _describe(directory, files.state, files.huggingface)
+    for path in (directory / RECIPE_FILE, directory / TOKENIZER, *described):
+        sync_tree(path)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+def complete_weights(
+    directory: Path,
+    state: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any] | None,
+    records: Mapping[str, FileRecord],
+) -> None:
+    """Writes what a checkpoint of weights alone contains next to its tensors and its tokenizer, the manifest last.
+
+    Args:
+        directory: With the tensors and the directory `tokenizer`.
+        state: `state.weights_state`.
+        config: config.json of the same model for Hugging Face; None where that cannot be said.
+        records: Of the files with the tensors.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    _describe(directory, state, config)
+    write_manifest(directory, records)
+
+
+def _describe(directory: Path, state: Mapping[str, Any], config: Mapping[str, Any] | None) -> list[Path]:
+    """Writes `model.yaml`, which a recipe can be completed with, config.json and, last, `state.json`; returns what was
+    written."""
+    model = directory / MODEL_FILE
+    model.write_text(yaml.safe_dump({"model": state["model"]}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    written = [model]
+    if config is not None:
+        path = directory / CONFIG
+        path.parent.mkdir()
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.append(path.parent)
+    return [*written, write_state(directory, state)]
 
 
 def commit(working: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
@@ -99,7 +124,7 @@ def tidy(final: Path, recipe: Recipe) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
-    """Copies the tokenizer's own files into the new folder `target`; returns the copies."""
+    """Copies the tokenizer's own files into the new directory `target`; returns the copies."""
     if source.is_dir():
         files = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
     else:

@@ -1,32 +1,20 @@
 """Where the checkpoints of a run lie and what they say about themselves. Imports no torch, so that a recipe is checked
 without it."""
 
-import json
 import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from megatron_prealign.checkpoint.manifest import MANIFEST
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.sync import sync_directory, sync_file
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-STATE = "state.json"
 
-# What every checkpoint says about its weights, and what one that a run can go on from says about the run.
-_WEIGHTS_FIELDS = {
-    "vocab_size": int,
-    "padded_vocab_size": int,
-    "tokenizer_fingerprint": str,
-    "model": dict,
-    "layout": dict,
-}
-_RUN_FIELDS = {"run": dict, "train_state": dict, "phase": str}
 _STEP = re.compile(r"step_(\d+)")
 _MOST_NAMED = 10
 
@@ -125,51 +113,14 @@ def _reason_for_none(path: Path) -> str:
         )
     steps = [path] if step_of(path) is not None else [*step_folders(path), *step_folders(path / "checkpoints")]
     if steps:
-        names = ", ".join(each.name for each in steps[:_MOST_NAMED])
+        names = shortened([each.name for each in steps], _MOST_NAMED)
         return f": {names} has no {MANIFEST}, so that its save never came to its end; use another checkpoint"
     holders = [each.name for each in sorted(path.iterdir()) if each.is_dir() and _holds_one(each)]
     if holders:
-        more = f" and {len(holders) - _MOST_NAMED} more" if len(holders) > _MOST_NAMED else ""
-        return f" itself, but folders with some: name one of {', '.join(holders[:_MOST_NAMED])}{more}"
+        return f" itself, but folders with some: name one of {shortened(holders, _MOST_NAMED)}"
     return expected
 
 
 def _holds_one(path: Path) -> bool:
     steps = [*step_folders(path), *step_folders(path / "checkpoints")]
     return is_complete(path) or any(is_complete(each) for each in steps)
-
-
-def is_run(summary: dict[str, Any]) -> bool:
-    """Whether a checkpoint is of a run, which can go on from it; otherwise it holds weights alone.
-
-    Args:
-        summary: The checkpoint's `state.json`.
-    """
-    # Checkpoints from before there were others do not say what they are.
-    return bool(summary.get("kind", "run") == "run")
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's `state.json`. What it says of a run is looked at by `run_identity.check_run`.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    file = checkpoint / STATE
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        _check_summary(summary)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
-    return dict(summary)
-
-
-def _check_summary(summary: Any) -> None:
-    if not isinstance(summary, dict):
-        raise ValueError(f"it holds a {type(summary).__name__}, expected an object")
-    if summary.get("kind", "run") not in ("run", "weights"):
-        raise ValueError(f"kind is {summary['kind']!r}, expected run or weights")
-    fields = {**_WEIGHTS_FIELDS, **(_RUN_FIELDS if is_run(summary) else {})}
-    for name, kind in fields.items():
-        if not isinstance(summary.get(name), kind):
-            raise ValueError(f"{name} is {summary.get(name, 'missing')!r}, expected {kind.__name__}")

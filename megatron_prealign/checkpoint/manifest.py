@@ -1,14 +1,16 @@
 """The manifest of a checkpoint: size and checksum of every file in it. Written last, so that a folder with a manifest
 was complete once, and read first, so that damage is found before anything is loaded."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.checksum import file_checksum
+from megatron_prealign.files.checksum import Checksum, file_checksum
 from megatron_prealign.files.sync import sync_file
 
 MANIFEST = "manifest.json"
@@ -23,6 +25,41 @@ class FileRecord:
     """Its size."""
     checksum: str
     """`checksum.file_checksum` of it."""
+
+
+class HashedFile(io.RawIOBase):
+    """A file that is written from its beginning to its end and hashed on the way: reading it again for its record would
+    cost as much as writing it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._checksum = Checksum()
+        self._bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._checksum.update(view)
+        size = len(view)
+        while len(view):
+            view = view[self._file.write(view) :]
+        self._bytes += size
+        return size
+
+    def sync(self) -> FileRecord:
+        """Waits until the content is on the disk; returns the record of what was written so far."""
+        os.fsync(self._file.fileno())
+        return FileRecord(self._bytes, self._checksum.hexdigest())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class ManifestError(ValueError):
@@ -94,6 +131,18 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
             raise
         raise ManifestError(f"{MANIFEST} is damaged ({error})") from error
     return records
+
+
+def find_problems(folder: Path, *, checksums: bool = False) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line each; empty when all is well.
+
+    Args:
+        checksums: Read the files; otherwise only their sizes are compared.
+    """
+    try:
+        return find_damage(folder, read_manifest(folder), checksums=checksums)
+    except ManifestError as error:
+        return [str(error)]
 
 
 def find_damage(

@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_prealign.checkpoint.folder import named_latest, read_state, step_of
-from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
+from megatron_prealign.checkpoint.folder import named_latest, step_of
+from megatron_prealign.checkpoint.manifest import find_problems
+from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CheckpointSection
 
@@ -48,10 +49,7 @@ def prune(directory: Path, newest: Path, section: CheckpointSection) -> None:
 
 def _is_good(checkpoint: Path) -> bool:
     """Whether all its files are there in their size. Without a manifest it was never complete."""
-    try:
-        problems = find_damage(checkpoint, read_manifest(checkpoint), checksums=False)
-    except ManifestError as error:
-        problems = [str(error)]
+    problems = find_problems(checkpoint)
     if problems and checkpoint not in _told:
         _told.add(checkpoint)
         logger.warning(

@@ -9,26 +9,21 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_prealign.checkpoint.commands.list import folder_bytes
-from megatron_prealign.checkpoint.commit import Beside, commit, tidy, write_beside
+from megatron_prealign.checkpoint.commit import RunFiles, commit, tidy, write_run_files
 from megatron_prealign.checkpoint.folder import is_complete, named_latest, step_name, working_name
 from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.checkpoint.sharded.model_state import StateBeside, layout_of, model_state, random_state_of
 from megatron_prealign.checkpoint.sharded.optimizer_state import optimizer_state
-from megatron_prealign.checkpoint.sharded.save import (
-    BackgroundSave,
-    FileFacts,
-    HostBuffers,
-    stage,
-)
+from megatron_prealign.checkpoint.sharded.save import BackgroundSave, HostBuffers, stage
 from megatron_prealign.checkpoint.sharded.target import Target
+from megatron_prealign.checkpoint.state import run_state
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.agreement import from_rank_zero
@@ -73,8 +68,8 @@ class CheckpointStore:
     ) -> None:
         """
         Args:
-            identity: `run_identity.facts_of_model`.
-            run: `run_identity.facts_of_run`.
+            identity: `state.model_identity`.
+            run: `resume.identity.facts_of_run`.
             huggingface: config.json of the model, as Hugging Face has it.
             versions: of the packages the run uses.
             beside: what is saved beside the model and its optimizer; None for nothing.
@@ -150,12 +145,22 @@ class CheckpointStore:
         staged = stage(content, target, buffers=self._buffers, copy=copy, timeout_s=timeout_s)
         paused_s = time.perf_counter() - start_s
         report = SaveReport(phase, state.step, paused_s=paused_s, waited_s=start_s - asked_s)
-        beside = Beside(
+        files = RunFiles(
             recipe=self._recipe,
-            summary=self._summary(state, phase=phase, consumed=consumed, blend=blend, metrics=metrics),
+            state=run_state(
+                self._identity,
+                layout=layout_of(self._runtime),
+                run=self._run,
+                train_state=state.to_dict(),
+                phase=phase,
+                consumed=consumed,
+                blend=blend,
+                metrics=metrics,
+                versions=self._versions,
+            ),
             huggingface=self._huggingface,
         )
-        complete = self._completion(target, beside, report, start_s)
+        complete = self._completion(target, files, report, start_s)
         self._writing = BackgroundSave(staged, timeout_s=timeout_s, complete=complete)
         if self._recipe.checkpoint.async_save:
             logger.info(
@@ -190,13 +195,13 @@ class CheckpointStore:
             logger.error("%s", error)
 
     def _completion(
-        self, target: Target, beside: Beside, report: SaveReport, start_s: float
-    ) -> Callable[[Mapping[str, FileFacts]], None]:
+        self, target: Target, files: RunFiles, report: SaveReport, start_s: float
+    ) -> Callable[[Mapping[str, FileRecord]], None]:
         """What rank 0 does in the background when the sharded state of all ranks is written."""
 
-        def complete(facts: Mapping[str, FileFacts]) -> None:
-            write_beside(target.folder, beside)
-            commit(target.folder, target.name, {name: FileRecord(*each) for name, each in facts.items()})
+        def complete(records: Mapping[str, FileRecord]) -> None:
+            write_run_files(target.folder, files)
+            commit(target.folder, target.name, records)
             report.seconds = time.perf_counter() - start_s
             if not self._recipe.checkpoint.async_save:
                 report.paused_s = report.seconds
@@ -213,29 +218,6 @@ class CheckpointStore:
             tidy(target.name, self._recipe)
 
         return complete
-
-    def _summary(
-        self,
-        state: TrainState,
-        *,
-        phase: str,
-        consumed: Mapping[str, int],
-        blend: Mapping[str, Any],
-        metrics: Mapping[str, float],
-    ) -> dict[str, Any]:
-        return {
-            "kind": "run",
-            **self._identity,
-            "run": dict(self._run),
-            "train_state": state.to_dict(),
-            "phase": phase,
-            "layout": layout_of(self._runtime),
-            "consumed_samples_per_source": dict(consumed),
-            "blend": dict(blend),
-            "metrics": dict(metrics),
-            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": dict(self._versions),
-        }
 
     def _fresh_folder(self, target: Target) -> str | None:
         """Makes the folder to write into; returns the name of the newest complete checkpoint."""

@@ -47,8 +47,6 @@ class TrainState:
             ValueError: one is missing, unknown or not a number.
         """
         kinds = {field.name: field.type for field in fields(cls) if field.name != "stop_requested"}
-        # Checkpoints from before there was a guard.
-        values = {"below_floor": False, **values}
         if values.keys() != kinds.keys():
             different = ", ".join(sorted(values.keys() ^ kinds.keys()))
             raise ValueError(f"train_state does not hold the counters of a run: {different} missing or unknown")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_prealign import __version__
-from megatron_prealign.checkpoint.folder import is_run
+from megatron_prealign.checkpoint.state import is_run
 from megatron_prealign.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def model_card(
     history: History | None,
 ) -> str:
     """The content of README.md. The same checkpoint gives the same text."""
-    facts = summary if is_run(dict(summary)) else {**summary, **(summary.get("source") or {})}
+    facts = {**summary, **({"source": {}} if is_run(summary) else summary["source"])}
     parts = [
         _front_matter(facts),
         f"# {_plain(name)}\n",
@@ -166,7 +166,7 @@ def _training(checkpoint: Path, facts: Mapping[str, Any]) -> str:
 
 def _origin(facts: Mapping[str, Any]) -> str | None:
     """Name of the folder that the weights were read from, when they were not trained here."""
-    source = facts.get("source") or {}
+    source = facts["source"]
     return _plain(Path(str(source.get("model"))).name) if source.get("format") == "huggingface" else None
 
 
@@ -202,7 +202,7 @@ def _data(facts: Mapping[str, Any], seq_length: int) -> str:
     rows = []
     for source in sources:
         path = str(source.get("path", ""))
-        samples = consumed.get(source.get("key", path), consumed.get(path))
+        samples = consumed.get(path)
         seen = f"{samples * length:,}" if isinstance(samples, int) else ""
         share = f"{float(source.get('weight') or 0) / total:.1%}"
         rows.append((_plain(Path(path).name), source["language"], share, seen))

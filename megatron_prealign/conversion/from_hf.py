@@ -7,16 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_prealign.checkpoint.commit import copy_tokenizer
-from megatron_prealign.checkpoint.single_process.weights import (
-    TOKENIZER,
-    check_numbers,
-    complete_weights,
-    converted,
-    is_weights_folder,
-    written_layout,
-)
+from megatron_prealign.checkpoint.commit import TOKENIZER, complete_weights, copy_tokenizer
+from megatron_prealign.checkpoint.single_process.weights import check_numbers, converted
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
+from megatron_prealign.checkpoint.state import is_weights_checkpoint, layout, model_identity, weights_state
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
@@ -148,7 +142,7 @@ def from_huggingface(
         ignore=ignore_config_fields,
     )
     _check_split(work.plan, work.model, tensor_parallel, pipeline_parallel)
-    with new_directory(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
+    with new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint) as working:
         # First: what is wrong with it shows before the long part.
         _copy_tokenizer(work, working / TOKENIZER)
         writer = ShardWriter(working, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
@@ -157,12 +151,16 @@ def from_huggingface(
             records = writer.close()
         complete_weights(
             working,
-            vocab_size=work.rows.wanted,
-            padded_vocab_size=work.rows.padded,
-            tokenizer_fingerprint=work.tokenizer.fingerprint,
-            model=asdict(work.model),
-            layout=written_layout(tensor_parallel, pipeline_parallel),
-            source=_source(work),
+            weights_state(
+                model_identity(
+                    asdict(work.model),
+                    vocab_size=work.rows.wanted,
+                    padded_vocab_size=work.rows.padded,
+                    tokenizer_fingerprint=work.tokenizer.fingerprint,
+                ),
+                layout=layout(tensor_parallel, pipeline_parallel),
+                source=_source(work),
+            ),
             config=_config(work),
             records=records,
         )

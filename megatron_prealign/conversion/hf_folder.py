@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ from megatron_prealign.conversion.safetensors_header import (
     read_header,
     shown,
 )
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, shortened
 
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
 # What transformers calls the files of a sharded model: one of them that no index names was forgotten by somebody.
 _SHARDS = {_SAFETENSORS: "model*.safetensors", _PICKLE: "pytorch_model*.bin"}
 _MOST_JSON_BYTES = 100_000_000
-_MOST_NAMED = 20
 _CALLED = re.compile(r"GLOBAL (\S+)")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A mapped file stays in memory as far as it was read; so much of a pickle is read before it is mapped anew.
@@ -86,7 +85,7 @@ class HuggingFaceFolder:
                 problems.append(f"{shown(name)} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
         if problems:
             raise UserError(
-                f"{self.path}: the tensors are not those of its config.json: {_listed(problems, '; ')}; "
+                f"{self.path}: the tensors are not those of its config.json: {shortened(problems, separator='; ')}; "
                 "download or save the model again"
             )
 
@@ -173,12 +172,12 @@ class HuggingFaceFolder:
         leaving = [file for file in missing if os.path.isabs(file) or ".." in file.split("/")]
         if leaving:
             raise UserError(
-                f"{self.path / name}: names files outside its folder ({_listed(map(shown, leaving))}); get the model "
+                f"{self.path / name}: names files outside its folder ({shortened(map(shown, leaving))}); get the model "
                 "from somebody else"
             )
         if missing:
             raise UserError(
-                f"{self.path}: files that {name} names are not there: {_listed(map(shown, missing))}; copy them too"
+                f"{self.path}: files that {name} names are not there: {shortened(map(shown, missing))}; copy them too"
             )
         return places
 
@@ -187,8 +186,8 @@ class HuggingFaceFolder:
         if unnamed:
             what = f"{first}{_INDEX} does not name" if has_index else f"stand beside {first} without an index"
             raise UserError(
-                f"{self.path}: files that {what}: {_listed(map(shown, unnamed))}; copy the folder again, or move what "
-                "is no part of the model away"
+                f"{self.path}: files that {what}: {shortened(map(shown, unnamed))}; copy the folder again, or move "
+                "away what is no part of the model"
             )
 
     def path_of(self, name: str) -> Path:
@@ -242,7 +241,9 @@ class HuggingFaceFolder:
             if name not in places[file]:
                 problems.append(f"{shown(name)} is not in {shown(file)}, where the index has it")
         if problems:
-            raise UserError(f"{self.path}: index and files differ: {_listed(problems, '; ')}; copy the folder again")
+            raise UserError(
+                f"{self.path}: index and files differ: {shortened(problems, separator='; ')}; copy the folder again"
+            )
         return tensors
 
     def _pickled_header(self, file: Path) -> dict[str, StoredTensor]:
@@ -293,10 +294,3 @@ def _is_plain(value: Any) -> bool:
         and not value.is_quantized
         and value.untyped_storage().nbytes() >= value.nbytes
     )
-
-
-def _listed(names: Iterable[str], separator: str = ", ") -> str:
-    """Up to 20 names, then how many more there are."""
-    names = list(names)
-    more = len(names) - _MOST_NAMED
-    return separator.join([*names[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])

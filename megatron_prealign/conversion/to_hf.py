@@ -5,17 +5,19 @@ goes. The folder gets its name when it is complete.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from megatron_prealign.checkpoint.folder import is_run, read_state, resolve_checkpoint
+from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER
+from megatron_prealign.checkpoint.folder import resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
-from megatron_prealign.checkpoint.single_process.weights import CONFIG, TOKENIZER, check_numbers, is_finite
+from megatron_prealign.checkpoint.single_process.weights import check_numbers, is_finite
+from megatron_prealign.checkpoint.state import is_run, read_state
 from megatron_prealign.conversion.card import History, model_card
 from megatron_prealign.conversion.config import huggingface_config, section_of
 from megatron_prealign.conversion.safetensors_shards import SafetensorsWriter
@@ -29,7 +31,7 @@ from megatron_prealign.conversion.tokenizer import (
     write_json,
 )
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.atomic import check_new_directory, new_directory
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection, RecipeValueError
@@ -38,7 +40,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POSITIONS = "embedding.position_embeddings.weight"
 # What the optimizers, the plain and the distributed one, call the weights in full precision.
 _MASTERS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
-_MOST_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,14 @@ def open_source(folder: Path) -> Source:
         model = section_of(summary["model"])
     except (RecipeValueError, TypeError) as error:
         raise UserError(f"{folder}/state.json: its model is none of this version ({error})") from error
-    if summary["vocab_size"] < 1 or not isinstance(summary.get("source") or {}, dict):
-        raise UserError(f"{folder}/state.json is damaged (vocab_size or source); use another checkpoint")
+    if summary["vocab_size"] < 1:
+        raise UserError(f"{folder}/state.json is damaged (vocab_size {summary['vocab_size']}); use another checkpoint")
     with ShardReader(folder) as reader:
         stored = {key: facts.shape for key, facts in reader.tensors.items()}
     positions = stored[_POSITIONS][0] if len(stored.get(_POSITIONS, ())) == 2 else None
     plan = TensorPlan(model, summary["vocab_size"], positions)
     _check_tensors(folder, plan, stored, summary)
-    run = summary["run"] if is_run(summary) else (summary.get("source") or {})
-    length = run.get("seq_length") if isinstance(run, dict) else None
+    length = (summary["run"] if is_run(summary) else summary["source"]).get("seq_length")
     length = positions or model.max_position_embeddings or length
     if not isinstance(length, int):
         raise UserError(f"{folder}/state.json names no sequence length; set max_position_embeddings in its model")
@@ -129,7 +129,9 @@ def check_manifest(folder: Path, *, checksums: bool) -> None:
     except ManifestError as error:
         problems = [str(error)]
     if problems:
-        raise UserError(f"{folder} is damaged ({_some(problems)}); use another checkpoint or copy this one again")
+        raise UserError(
+            f"{folder} is damaged ({shortened(problems, separator='; ')}); use another checkpoint or copy it again"
+        )
 
 
 def _check_tensors(folder: Path, plan: TensorPlan, stored: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -145,13 +147,8 @@ def _check_tensors(folder: Path, plan: TensorPlan, stored: dict[str, Any], summa
     if problems:
         raise UserError(
             f"{folder}: the weights are not those of the model in its state.json ({summary['model'].get('family')}): "
-            f"{_some(problems)}; use another checkpoint"
+            f"{shortened(problems, separator='; ')}; use another checkpoint"
         )
-
-
-def _some(problems: Sequence[str]) -> str:
-    rest = len(problems) - _MOST_NAMED
-    return "; ".join(problems[:_MOST_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def read_weights(source: Source, dtype: torch.dtype | None = None) -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
@@ -339,10 +336,8 @@ def _policy_notes(summary: dict[str, Any]) -> list[str]:
 
 def came_from_huggingface(summary: dict[str, Any]) -> bool:
     """Whether the weights and their tokenizer were only brought here: it keeps the policy of those who trained them."""
-    source = summary.get("source") or {}
-    # Checkpoints from before it was said do not say whose tokenizer they have.
-    own = source.get("own_tokenizer", True)
-    return not is_run(summary) and source.get("format") == "huggingface" and bool(own)
+    source = {} if is_run(summary) else summary["source"]
+    return source.get("format") == "huggingface" and bool(source["own_tokenizer"])
 
 
 def _their_tokens(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_prealign.checkpoint.commit import TOKENIZER
 from megatron_prealign.checkpoint.folder import resolve_checkpoint
-from megatron_prealign.checkpoint.single_process.weights import TOKENIZER
 from megatron_prealign.conversion.both_models import Place, compare, our_states, their_states
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder

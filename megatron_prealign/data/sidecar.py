@@ -7,11 +7,8 @@ from typing import Any
 
 from megatron_prealign.corpus.readers import Problem
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.atomic import write_atomically
 
 FORMAT_VERSION = 1
-# Fields that files of this version may lack, because they were written before the field was there.
-_ADDED_LATER = {"segmenter", "checksums", "engine", "text_keys", "shard"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,11 @@ class Sidecar:
     segmenter: str | None = None
     """Who marked the words of PREFIX.words; None if there is no such file."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """Ending of a file (`bin`, `idx`, `words`) -> its `checksum.file_checksum`; empty in older files."""
+    """Ending of a file (`bin`, `idx`, `words`) -> its `checksum.file_checksum`; empty if none was taken."""
     engine: str = ""
-    """What encoded the text, for people; empty in older files."""
+    """What encoded the text, for people; empty after a repair without a sidecar."""
     text_keys: list[str] = field(default_factory=list)
-    """The keys of the text in each JSON object or row that were read; empty in older files."""
+    """The keys of the text in each JSON object or row that were read; empty after a repair without a sidecar."""
     shard: str | None = None
     """Which part of the inputs this is, `3/8` for the third of eight; None for all of them."""
     format_version: int = FORMAT_VERSION
@@ -85,12 +82,6 @@ def write_sidecar(sidecar: Sidecar, path: Path) -> None:
     """Writes the sidecar to exactly `path`, not atomically: for a caller that renames a group of files itself."""
     # A file name that is not UTF-8 is kept as JSON escapes.
     path.write_text(json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
-
-
-def save_sidecar(sidecar: Sidecar, prefix: str | Path) -> None:
-    """Writes `PREFIX.json` as a whole or not at all."""
-    with write_atomically(sidecar_path(prefix)) as temporary:
-        write_sidecar(sidecar, temporary)
 
 
 def load_sidecar(prefix: str | Path) -> Sidecar:
@@ -143,12 +134,12 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in fields(kind):
         optional = item.type == (str | None)
-        if data.get(item.name) is None and (optional or item.name in _ADDED_LATER):
-            # Left to its default.
-            continue
         if item.name not in data:
             raise UserError(f"{where}: field {item.name!r} is missing; make the dataset again")
         value = data[item.name]
+        if value is None and optional:
+            values[item.name] = value
+            continue
         # Field types are real classes here, as this module has no postponed annotations; generic ones are lists.
         expected: Any = item.type if item.type in (str, int, bool) else list
         if optional:

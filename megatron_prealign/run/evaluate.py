@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.checkpoint.folder import resolve_checkpoint
-from megatron_prealign.checkpoint.resume.agree import verify_checkpoint
+from megatron_prealign.checkpoint.resume.agree import require_intact
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.resume.load import load_weights
 from megatron_prealign.evaluation.report import write_report
@@ -18,7 +18,7 @@ from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.run.inputs import open_dictionary, open_validation, open_vocabulary
-from megatron_prealign.run.pretrain import model_identity, open_evaluator
+from megatron_prealign.run.pretrain import identity_of_model, open_evaluator
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
 
@@ -71,8 +71,8 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
-        verify_checkpoint(checkpoint, recipe.checkpoint)
-        identity = model_identity(recipe, vocabulary)
+        require_intact(checkpoint, recipe.checkpoint)
+        identity = identity_of_model(recipe, vocabulary)
         on_every_rank("loading weights", lambda: load_weights(models, None, checkpoint, identity=identity))
         logger.info("measuring %s", checkpoint)
         result = open_evaluator(recipe, runtime, vocabulary, validation, dictionary).measure(models)

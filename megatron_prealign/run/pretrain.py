@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,9 @@ from typing import Any
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.checkpoint.resume.agree import choose_start, settle_start
-from megatron_prealign.checkpoint.resume.identity import (
-    facts_of_model,
-    facts_of_run,
-    facts_of_switching,
-)
+from megatron_prealign.checkpoint.resume.identity import facts_of_run, facts_of_switching
 from megatron_prealign.checkpoint.resume.load import load_weights, resume
+from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.checkpoint.store import CheckpointStore
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
@@ -119,10 +117,10 @@ def open_words(recipe: Recipe, runtime: Runtime, dictionary: Dictionary | None) 
     return WordSteps(recipe, runtime, sampler)
 
 
-def model_identity(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
+def identity_of_model(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
     """What weights that are loaded must agree on."""
-    return facts_of_model(
-        recipe,
+    return model_identity(
+        asdict(recipe.model),
         vocab_size=vocabulary.size,
         padded_vocab_size=vocabulary.padded_size,
         tokenizer_fingerprint=vocabulary.tokenizer.fingerprint,
@@ -229,7 +227,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
     heads = None if words is None else words.attach(chunks)
-    identity = model_identity(recipe, materials.vocabulary)
+    identity = identity_of_model(recipe, materials.vocabulary)
     run = run_identity(recipe, phases, materials.train, switching)
     state = TrainState()
     if start.summary is not None:

@@ -1,15 +1,11 @@
 """Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
 queued."""
 
-from megatron_prealign.checkpoint.folder import read_state
-from megatron_prealign.checkpoint.resume.identity import (
-    OTHER_WEIGHTS,
-    check_model,
-    check_run,
-    facts_of_model,
-    facts_of_run,
-)
+from dataclasses import asdict
+
+from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run, facts_of_run
 from megatron_prealign.checkpoint.resume.start import Start, preview_start
+from megatron_prealign.checkpoint.state import model_identity, read_state
 from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
@@ -74,8 +70,8 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     if start.choice is None:
         return start
     size = recipe.model.vocab_size or tokenizer.vocab_size
-    identity = facts_of_model(
-        recipe, vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
+    identity = model_identity(
+        asdict(recipe.model), vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
     )
     if start.summary is None:
         check_model(start.checkpoint, read_state(start.checkpoint), identity, advice=OTHER_WEIGHTS)

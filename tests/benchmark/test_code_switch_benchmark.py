@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from support.sidecars import save_sidecar
 
 from megatron_prealign.benchmark import code_switch as module
 from megatron_prealign.benchmark.code_switch import (
@@ -26,7 +27,7 @@ from megatron_prealign.benchmark.python_loop import PythonLoop
 from megatron_prealign.benchmark.timing import WARM_CALLS, CapturedCall, Timing
 from megatron_prealign.benchmark.workload import EOD, LANGUAGES, Workload, dataset_workload, synthetic_workload
 from megatron_prealign.cli import main
-from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import (

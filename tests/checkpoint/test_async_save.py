@@ -354,7 +354,7 @@ def test_second_run_in_one_folder_is_refused(workers: WorkerPool, tiny: Tiny, tm
     with locked_directories([tmp_path / "checkpoints"]), pytest.raises(WorkerError) as caught:
         run(workers, 2, values, tmp_path / "run")
     message = mistake(caught)
-    assert message.startswith(f"{tmp_path / 'checkpoints'} is in use by a run: process {os.getpid()} on ")
+    assert message.startswith(f"{tmp_path / 'checkpoints'} is in use by another run (process {os.getpid()} on ")
     run(workers, 2, values, tmp_path / "run")
     assert steps_in(tmp_path) == ["latest", "step_00000005"]
 

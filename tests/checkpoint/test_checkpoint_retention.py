@@ -21,6 +21,7 @@ SUMMARY: dict[str, Any] = {
     "tokenizer_fingerprint": "sha256:x",
     "model": {},
     "layout": {},
+    "source": {},
 }
 
 

@@ -120,9 +120,10 @@ def check(directory: Path) -> int:
     import torch
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from megatron_prealign.checkpoint.folder import latest_checkpoint, read_state
+    from megatron_prealign.checkpoint.folder import latest_checkpoint
     from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
     from megatron_prealign.checkpoint.sharded.load import load_sharded
+    from megatron_prealign.checkpoint.state import read_state
 
     for folder in directory.glob("step_*"):
         assert find_damage(folder, read_manifest(folder), checksums=True) == [], folder

@@ -74,9 +74,3 @@ def test_next_phase_starts_its_own_counters_only() -> None:
         below_floor=True,
         seconds=1.5,
     )
-
-
-def test_checkpoints_from_before_the_guard_are_not_below_its_floor() -> None:
-    saved = STATE.to_dict()
-    del saved["below_floor"]
-    assert TrainState.from_dict(saved).below_floor is False

@@ -26,9 +26,9 @@ from support.our_models import parameters
 from support.workers import WorkerPool
 from transformers import BertConfig, BertModel
 
-from megatron_prealign.checkpoint.folder import read_state
 from megatron_prealign.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
+from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.cli import main
 from megatron_prealign.conversion.from_hf import Imported, from_huggingface
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder

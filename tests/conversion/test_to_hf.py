@@ -223,7 +223,7 @@ def test_tensors_of_another_model_are_refused(half: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("values", [{"vocab_size": 0}, {"source": [1]}])
+@pytest.mark.parametrize("values", [{"vocab_size": 0}, {"metrics": [1]}])
 def test_a_state_that_cannot_be_is_refused(half: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     checkpoint = Path(shutil.copytree(half / "checkpoints" / "step_00000002", tmp_path / "step_00000002"))
     state = json.loads((checkpoint / "state.json").read_text())

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from megatron_prealign.checkpoint.commands.export import export_weights
-from megatron_prealign.checkpoint.single_process.weights import CONFIG
+from megatron_prealign.checkpoint.commit import CONFIG
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 from megatron_prealign.conversion.tokenizer import (

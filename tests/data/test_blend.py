@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.sidecars import save_sidecar
 from support.token_datasets import ENGLISH, EOD, GERMAN, LATIN, build, make_documents, section, write_dataset
 
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.data.samples import TrainSamples
-from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.data import DataSection, DataSource
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.sidecars import save_sidecar
 from support.token_datasets import (
     ENGLISH,
     GERMAN,
@@ -20,7 +21,7 @@ from support.token_datasets import (
 
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.samples import TrainPlan, ValidationSamples
-from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.word_bitmap import WordBitmap, words_path
 from megatron_prealign.errors import UserError
 

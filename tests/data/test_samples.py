@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.sidecars import save_sidecar
 from support.token_datasets import (
     ENGLISH,
     EOD,
@@ -26,7 +27,7 @@ from support.token_datasets import (
 )
 
 from megatron_prealign.data.samples import TrainPlan, ValidationSamples
-from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSource
 

@@ -5,19 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.sidecars import save_sidecar
 from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 
 from megatron_prealign import cli
 from megatron_prealign.checkpoint.manifest import write_manifest
-from megatron_prealign.checkpoint.resume.identity import facts_of_model, facts_of_run
+from megatron_prealign.checkpoint.resume.identity import facts_of_run
+from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.data.sidecar import load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
@@ -105,7 +107,13 @@ def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, *
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     size = recipe.model.vocab_size or tokenizer.vocab_size
     state = {
-        **facts_of_model(recipe, vocab_size=size, padded_vocab_size=2048, tokenizer_fingerprint=tokenizer.fingerprint),
+        "kind": "run",
+        **model_identity(
+            asdict(recipe.model),
+            vocab_size=size,
+            padded_vocab_size=2048,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        ),
         "run": facts_of_run(
             recipe,
             phases=["alignment", "language_model"],
@@ -116,6 +124,10 @@ def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, *
         "train_state": TrainState(phase=1, phase_step=3, step=8, tokens=2500).to_dict(),
         "phase": "language_model",
         "layout": {},
+        "consumed_samples_per_source": {},
+        "metrics": {},
+        "saved_at": "2026-01-01T00:00:00+00:00",
+        "versions": {},
         "blend": {"start": 0, "consumed_at_start": {}, "consumed": {}, "sources": [], "dropped": []},
         **changes,
     }

@@ -42,6 +42,7 @@ def summary_of(step: int, **changes: Any) -> dict[str, Any]:
         "train_state": {"step": step, "phase_step": step, "tokens": step * 1000},
         "phase": "language_model",
         "consumed_samples_per_source": {"en": step * 8},
+        "blend": {},
         "metrics": {"validation_loss/en": 5.0 - step / 100},
         "saved_at": f"2026-01-01T00:00:{step % 60:02d}+00:00",
         "versions": {"torch": "2.13"},

@@ -1,9 +1,12 @@
 """Our models out of checkpoints of weights; the functions run in workers."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_prealign.checkpoint.state import model_identity
 
 
 def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> tuple[Any, list[Any]]:
@@ -12,9 +15,8 @@ def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> 
 
     import yaml
 
-    from megatron_prealign.checkpoint.folder import read_state
-    from megatron_prealign.checkpoint.resume.identity import facts_of_model
     from megatron_prealign.checkpoint.resume.load import load_weights
+    from megatron_prealign.checkpoint.state import read_state
     from megatron_prealign.model.build import build_model
     from megatron_prealign.model.config import padded_vocab_size
     from megatron_prealign.recipe import load_recipe
@@ -44,8 +46,8 @@ def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> 
     padded = padded_vocab_size(
         vocab_size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
     )
-    identity = facts_of_model(
-        recipe,
+    identity = model_identity(
+        asdict(recipe.model),
         vocab_size=vocab_size,
         padded_vocab_size=padded,
         tokenizer_fingerprint=summary["tokenizer_fingerprint"],

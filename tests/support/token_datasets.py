@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_prealign.data.samples import TrainSamples
-from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord, save_sidecar
+from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord
 from megatron_prealign.recipe.data import DataSection, DataSource
+from support.sidecars import save_sidecar
 
 EOD = 0
 SEED = 1234

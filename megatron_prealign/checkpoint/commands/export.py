@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 
-from megatron_prealign.checkpoint.commands.list import find_problems
-from megatron_prealign.checkpoint.folder import is_run, read_state
+from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER, complete_weights
+from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
-from megatron_prealign.checkpoint.single_process.weights import (
-    CONFIG,
-    TOKENIZER,
-    complete_weights,
-    converted,
-    is_stacked,
-    is_weight,
-    is_weights_folder,
-    written_layout,
-)
+from megatron_prealign.checkpoint.single_process.weights import converted, is_stacked, is_weight
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
+from megatron_prealign.checkpoint.state import (
+    identity_of,
+    is_run,
+    is_weights_checkpoint,
+    layout,
+    read_state,
+    weights_state,
+)
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import check_new_directory, new_directory
 
@@ -63,7 +62,7 @@ def export_weights(
     Raises:
         UserError: the checkpoint is damaged, or the output cannot be written.
     """
-    problems, _ = find_problems(checkpoint)
+    problems = find_problems(checkpoint)
     if problems:
         raise UserError(f"{checkpoint} is damaged ({'; '.join(problems[:5])}); use another checkpoint")
     summary = read_state(checkpoint)
@@ -72,19 +71,14 @@ def export_weights(
         keys = [key for key in reader.tensors if is_weight(key)]
         if not keys:
             raise UserError(f"{checkpoint} holds no weights of a model; use another checkpoint")
-        with new_directory(output, overwrite=overwrite, replaceable=is_weights_folder) as working:
+        with new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint) as working:
             with ShardWriter(working) as writer:
                 written = _copy(checkpoint, reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
                 records = writer.close()
             shutil.copytree(checkpoint / TOKENIZER, working / TOKENIZER)
             complete_weights(
                 working,
-                vocab_size=summary["vocab_size"],
-                padded_vocab_size=summary["padded_vocab_size"],
-                tokenizer_fingerprint=summary["tokenizer_fingerprint"],
-                model=summary["model"],
-                layout=written_layout(1, 1),
-                source=_source(checkpoint, summary),
+                weights_state(identity_of(summary), layout=layout(1, 1), source=_source(checkpoint, summary)),
                 config=_config(checkpoint, dtype),
                 records=records,
             )
@@ -99,7 +93,7 @@ def check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
     """
     if output.resolve() == checkpoint.resolve():
         raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
-    check_new_directory(output, overwrite=overwrite, replaceable=is_weights_folder)
+    check_new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint)
 
 
 def _copy(

@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.commands.list import find_problems, folder_bytes, readable_bytes
-from megatron_prealign.checkpoint.folder import is_run, read_state
-from megatron_prealign.checkpoint.single_process.weights import TOKENIZER, is_vocabulary, is_weight
+from megatron_prealign.checkpoint.commands.list import folder_bytes, readable_bytes
+from megatron_prealign.checkpoint.commit import TOKENIZER
+from megatron_prealign.checkpoint.manifest import find_problems
+from megatron_prealign.checkpoint.single_process.weights import is_vocabulary, is_weight
+from megatron_prealign.checkpoint.state import is_run, read_state
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
@@ -18,7 +20,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     from megatron_prealign.checkpoint.single_process.reader import ShardReader
 
     summary = read_state(folder)
-    problems, _ = find_problems(folder)
+    problems = find_problems(folder)
     with ShardReader(folder) as reader:
         tensors = {
             key: {

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.folder import LATEST, STATE, is_run, read_state, step_of
-from megatron_prealign.checkpoint.manifest import MANIFEST, ManifestError, find_damage, read_manifest
+from megatron_prealign.checkpoint.folder import LATEST, step_of
+from megatron_prealign.checkpoint.manifest import MANIFEST, find_problems
+from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.errors import UserError
 
 _COLUMNS = ("checkpoint", "status", "kind", "saved", "size", "phase", "tokens", "measures")
@@ -87,15 +87,6 @@ def find_pointer_problem(path: Path) -> str | None:
     return f"{directory / LATEST} names {name!r}, which is no checkpoint there"
 
 
-def find_problems(folder: Path) -> tuple[list[str], bool]:
-    """What is wrong with a checkpoint by the sizes of its files, and whether it was ever completed."""
-    try:
-        records = read_manifest(folder)
-    except ManifestError as error:
-        return [str(error)], (folder / MANIFEST).exists()
-    return find_damage(folder, records, checksums=False), True
-
-
 def folder_bytes(folder: Path) -> int:
     """Size of all files in it, but for those that a save or a removal takes away meanwhile."""
     total = 0
@@ -153,7 +144,7 @@ def _step_in(folder: Path) -> int | None:
 
 
 def _look_at(folder: Path, latest: bool) -> ListedCheckpoint:
-    problems, complete = find_problems(folder)
+    problems, complete = find_problems(folder), (folder / MANIFEST).exists()
     summary: dict[str, Any] = {}
     try:
         summary = read_state(folder)
@@ -173,23 +164,12 @@ def _look_at(folder: Path, latest: bool) -> ListedCheckpoint:
         complete=complete,
         kind=None if not summary else "run" if is_run(summary) else "weights",
         step=state.get("step", _step_in(folder)),
-        saved_at=_saved_at(folder, summary),
+        saved_at=summary.get("saved_at"),
         bytes=folder_bytes(folder),
         phase=summary.get("phase"),
         tokens=state.get("tokens"),
         metrics=metrics if isinstance(metrics, dict) else {},
     )
-
-
-def _saved_at(folder: Path, summary: dict[str, Any]) -> str | None:
-    if isinstance(summary.get("saved_at"), str):
-        return str(summary["saved_at"])
-    try:
-        # Of a checkpoint from before they said it.
-        changed_s = (folder / STATE).stat().st_mtime
-    except OSError:
-        return None
-    return datetime.fromtimestamp(changed_s, timezone.utc).isoformat(timespec="seconds")
 
 
 def _row(checkpoint: ListedCheckpoint) -> list[str]:

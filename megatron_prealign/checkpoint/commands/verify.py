@@ -7,16 +7,9 @@ from pathlib import Path
 from threading import Lock
 
 from megatron_prealign.checkpoint.commands.list import checkpoint_folders
-from megatron_prealign.checkpoint.folder import (
-    LATEST,
-    STATE,
-    is_complete,
-    named_latest,
-    read_state,
-    resolve_checkpoint,
-    step_folders,
-)
+from megatron_prealign.checkpoint.folder import LATEST, is_complete, named_latest, resolve_checkpoint, step_folders
 from megatron_prealign.checkpoint.manifest import MANIFEST, ManifestError, find_damage, list_files, read_manifest
+from megatron_prealign.checkpoint.state import STATE, read_state
 from megatron_prealign.errors import UserError
 
 

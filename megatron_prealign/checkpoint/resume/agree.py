@@ -43,7 +43,7 @@ def choose_start(recipe: Recipe) -> Start:
     return on_every_rank("reading the checkpoint", lambda: start_at(kind_of_load(section), choice))
 
 
-def verify_checkpoint(checkpoint: Path, section: CheckpointSection) -> None:
+def require_intact(checkpoint: Path, section: CheckpointSection) -> None:
     """Checks the files of one checkpoint. Takes part: all ranks, which share the files out.
 
     Raises:

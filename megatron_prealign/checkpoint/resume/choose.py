@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prealign.checkpoint.folder import LATEST, named_latest, point_latest, step_folders, step_of
-from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
-from megatron_prealign.errors import UserError
+from megatron_prealign.checkpoint.manifest import FileRecord
+from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.sync import sync_directory
 from megatron_prealign.runtime.log import warn_once
 
@@ -95,27 +95,13 @@ def choose(
         damaged[folder] = problems
         if on_damage == "fail" and len(folders) > 1:
             raise UserError(
-                f"{folder} is damaged: {listed(problems)}; restore it, or go on from an older checkpoint with "
+                f"{folder} is damaged: {shortened(problems, 3)}; restore it, or go on from an older checkpoint with "
                 "checkpoint.on_damage fall_back"
             )
     if len(damaged) == 1:
-        raise UserError(f"{folders[0]} is damaged: {listed(damaged[folders[0]])}; {advice}")
-    told = "; ".join(f"{folder.name}: {listed(problems)}" for folder, problems in damaged.items())
+        raise UserError(f"{folders[0]} is damaged: {shortened(damaged[folders[0]], 3)}; {advice}")
+    told = "; ".join(f"{folder.name}: {shortened(problems, 3)}" for folder, problems in damaged.items())
     raise UserError(f"{folders[0].parent} holds no good checkpoint ({told}); {advice}")
-
-
-def listed(problems: Sequence[str], told: int = 3) -> str:
-    """The first `told` problems, and how many more there are."""
-    rest = f" and {len(problems) - told} more" if len(problems) > told else ""
-    return ", ".join(problems[:told]) + rest
-
-
-def find_problems(folder: Path, *, checksums: bool) -> list[str]:
-    """`choose`'s question, answered by one process."""
-    try:
-        return find_damage(folder, read_manifest(folder), checksums=checksums)
-    except ManifestError as error:
-        return [str(error)]
 
 
 def shares(records: dict[str, FileRecord], parts: int) -> list[list[str]]:
@@ -139,7 +125,7 @@ def warn_of_fall_back(choice: Choice) -> None:
             logger,
             "%s is damaged (%s): going on from %s instead%s",
             folder,
-            listed(problems),
+            shortened(problems, 3),
             choice.checkpoint.name,
             lost,
         )

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.folder import LATEST, STATE, is_run, read_state
+from megatron_prealign.checkpoint.folder import LATEST
+from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe import CodeSwitchSection, Recipe, recipe_to_dict
+from megatron_prealign.recipe import CodeSwitchSection, Recipe
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
@@ -30,30 +31,31 @@ _WORD_FIELDS = ("source_languages", "min_word_length", "max_word_length", "case"
 _SWITCHING_FIELDS = {"table": str, "digest": str, "settings": dict, "coverage": dict | None}
 _RUN_FIELDS = (
     "phases",
+    "code_switch",
+    "switching",
     "seq_length",
+    "reset_position_ids",
+    "reset_attention_mask",
     "precision",
     "use_distributed_optimizer",
+    "freeze",
+    "projection",
     "seed",
     "num_samples",
     "budget",
     "sources",
 )
+_BUDGET_FIELDS = {
+    "training.train_iters",
+    "training.train_tokens",
+    "training.global_batch_size",
+    "alignment.train_iters",
+}
+_SOURCE_FIELDS = {"key", "path", "language", "weight", "segmenter"}
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
 _ALIGNMENT, _LANGUAGE_MODEL = "alignment", "language_model"
 OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 """What to do about weights that were only to be loaded."""
-
-
-def facts_of_model(
-    recipe: Recipe, *, vocab_size: int, padded_vocab_size: int, tokenizer_fingerprint: str
-) -> dict[str, Any]:
-    """What weights must agree on, as plain values for `state.json`."""
-    return {
-        "vocab_size": vocab_size,
-        "padded_vocab_size": padded_vocab_size,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-        "model": recipe_to_dict(recipe)["model"],
-    }
 
 
 def facts_of_run(
@@ -135,7 +137,7 @@ def facts_of_switching(
 
 def find_switching_problem(run: dict[str, Any]) -> str | None:
     """What is wrong with the facts of a damaged checkpoint, in words; None when all is well or there are none."""
-    switching = run.get("switching")
+    switching = run["switching"]
     if switching is None:
         return None
     if not isinstance(switching, dict):
@@ -143,6 +145,9 @@ def find_switching_problem(run: dict[str, Any]) -> str | None:
     for name, kind in _SWITCHING_FIELDS.items():
         if name not in switching or not isinstance(switching[name], kind):
             return f"run.switching.{name} is {switching.get(name, 'missing')!r}"
+    missing = sorted({field.name for field in fields(CodeSwitchSection)} - switching["settings"].keys())
+    if missing:
+        return f"run.switching.settings lacks {', '.join(missing)}"
     for language, share in (switching["coverage"] or {}).items():
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             return f"run.switching.coverage.{language} is {share!r}, expected a number from 0 to 1"
@@ -174,9 +179,11 @@ def _check_facts(run: dict[str, Any]) -> None:
     missing = [name for name in _RUN_FIELDS if name not in run]
     if missing:
         raise ValueError(f"run lacks {', '.join(missing)}")
+    if not isinstance(run["budget"], dict) or not run["budget"].keys() >= _BUDGET_FIELDS:
+        raise ValueError(f"run.budget is {run['budget']!r}, expected {', '.join(sorted(_BUDGET_FIELDS))}")
     for source in run["sources"]:
-        if not isinstance(source, dict) or not {"key", "path", "language", "weight"} <= source.keys():
-            raise ValueError(f"run.sources holds {source!r}, expected key, path, language and weight")
+        if not isinstance(source, dict) or not source.keys() >= _SOURCE_FIELDS:
+            raise ValueError(f"run.sources holds {source!r}, expected {', '.join(sorted(_SOURCE_FIELDS))}")
     problem = find_switching_problem(run)
     if problem:
         raise ValueError(problem)
@@ -190,13 +197,13 @@ def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, digest: 
         section: The recipe's section now.
         digest: Of the table now.
     """
-    saved = summary["run"].get("switching")
+    saved = summary["run"]["switching"]
     if saved is None or saved["digest"] != digest:
         return None
     before, now = saved["settings"], asdict(section)
-    same = all(before.get(name) == now[name] for name in _WORD_FIELDS)
+    same = all(before[name] == now[name] for name in _WORD_FIELDS)
     # A language that is never drawn takes the words along that have translations in it alone.
-    same &= set(before.get("language_weights", {})) == set(section.language_weights)
+    same &= set(before["language_weights"]) == set(section.language_weights)
     return saved["coverage"] if same else None
 
 
@@ -239,15 +246,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
             f"{checkpoint} was saved in phase {summary['phase']}, which the recipe does not have (it has "
             f"{', '.join(mine['phases'])}); give the recipe its section {summary['phase']} again, or {_NEW_RUN}"
         )
-    # What a position sees is as much a part of the trained model as its weights; checkpoints from before these
-    # options were there were made without them.
-    saved = {
-        "reset_position_ids": False,
-        "reset_attention_mask": False,
-        "freeze": "none",
-        "projection": None,
-        **saved,
-    }
+    # What a position sees is as much a part of the trained model as its weights.
     state = [
         _difference(field, saved[name], mine[name])
         for name, field in (
@@ -309,7 +308,7 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any
     changed = [
         f"{name} {saved['budget'].get(name)} -> {value}"
         for name, value in budget.items()
-        if saved["budget"].get(name) != value and (name in done or not name.startswith(_ALIGNMENT))
+        if saved["budget"][name] != value and (name in done or not name.startswith(_ALIGNMENT))
     ]
     if changed:
         warn_once(
@@ -322,7 +321,7 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any
 
 def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
     """Another segmenter finds other words in the same tokens, and another dictionary knows others."""
-    segmenters = {source["key"]: source.get("segmenter") for source in saved["sources"]}
+    segmenters = {source["key"]: source["segmenter"] for source in saved["sources"]}
     for now in mine["sources"]:
         segmenter = segmenters.get(now["key"], now["segmenter"])
         if segmenter != now["segmenter"]:
@@ -331,9 +330,9 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) 
                 f"was {segmenter or 'none'}, now it is {now['segmenter'] or 'none'}; preprocess the text as it was, or "
                 f"{_NEW_RUN}"
             )
-    before, now = saved.get("switching"), mine["switching"]
+    before, now = saved["switching"], mine["switching"]
     if before is None or now is None:
-        # Saved before this was kept.
+        # Trained without code-switching so far, or checked before the table was read (`pretrain --validate`).
         return
     if before["digest"] != now["digest"]:
         raise UserError(
@@ -341,11 +340,7 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) 
             f"switched: the digest of its words and translations without the held-out ones was {before['digest']}, now "
             f"it is {now['digest']}; give dictionary.table and dictionary.held_out_fraction as they were, or {_NEW_RUN}"
         )
-    changed = [
-        f"code_switch.{name}"
-        for name, value in now["settings"].items()
-        if name in before["settings"] and before["settings"][name] != value
-    ]
+    changed = [f"code_switch.{name}" for name, value in now["settings"].items() if before["settings"][name] != value]
     if changed:
         warn_once(
             logger,

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_prealign.checkpoint.folder import read_state
-from megatron_prealign.checkpoint.resume.choose import listed
 from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run
 from megatron_prealign.checkpoint.resume.start import Start
 from megatron_prealign.checkpoint.sharded.load import (
@@ -28,10 +26,11 @@ from megatron_prealign.checkpoint.sharded.model_state import (
     random_state_of,
 )
 from megatron_prealign.checkpoint.sharded.optimizer_state import OPTIMIZER_METADATA
-from megatron_prealign.checkpoint.single_process.metadata import METADATA, read_metadata
 from megatron_prealign.checkpoint.single_process.weights import is_weight
+from megatron_prealign.checkpoint.state import read_state
+from megatron_prealign.checkpoint.torch_dist import METADATA, read_metadata
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.errors import UserError
+from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.runtime import random_state
 from megatron_prealign.runtime.agreement import control_group, on_every_rank
 from megatron_prealign.runtime.distributed import Runtime
@@ -56,8 +55,8 @@ def resume(
 
     Args:
         start: Of the kind resume or continue.
-        identity: `run_identity.facts_of_model`.
-        run: `run_identity.facts_of_run`; the state's `phase` is a position in its phases.
+        identity: `state.model_identity`.
+        run: `resume.identity.facts_of_run`; the state's `phase` is a position in its phases.
         beside: What is resumed beside the model and its optimizer; None for nothing.
 
     Raises:
@@ -86,7 +85,7 @@ def load_weights(
     Args:
         optimizer: Takes the weights over as its own; None if there is none.
         checkpoint: Its files were verified.
-        identity: `run_identity.facts_of_model`.
+        identity: `state.model_identity`.
 
     Raises:
         UserError: it is of another model or tokenizer, or damaged.
@@ -127,7 +126,7 @@ def _check_tensors(chunks: Sequence[torch.nn.Module], checkpoint: Path) -> None:
         if shape is not None and key in saved and saved[key] != shape
     ]
     if problems:
-        raise UserError(f"{checkpoint} does not have the tensors of the model: {listed(problems, 20)}; {OTHER_WEIGHTS}")
+        raise UserError(f"{checkpoint} does not have the tensors of the model: {shortened(problems)}; {OTHER_WEIGHTS}")
 
 
 def _load_all(

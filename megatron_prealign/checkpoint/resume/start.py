@@ -2,17 +2,16 @@
 checked without it."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_prealign.checkpoint.folder import is_complete, resolve_checkpoint
+from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.resume.choose import (
     RESTORE_OR_NAME_ANOTHER,
     Choice,
     candidates,
     choose,
-    find_problems,
     warn_of_fall_back,
 )
 from megatron_prealign.checkpoint.resume.identity import read_run
@@ -73,7 +72,7 @@ def preview_start(recipe: Recipe) -> Start:
         UserError: the checkpoint is damaged and none may take its place.
     """
     section = recipe.checkpoint
-    problems = partial(find_problems, checksums=False)
+    problems = find_problems
     folders = candidates(recipe.checkpoint_dir)
     if folders:
         return start_at("resume", choose(folders, problems, section.on_damage))

@@ -9,10 +9,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_prealign.checkpoint.torch_dist import COMMON_FILE
 from megatron_prealign.errors import UserError
 
 
@@ -88,8 +88,8 @@ def load_common(directory: Path) -> dict[str, Any]:
         FileNotFoundError: they are not there.
         UnpicklingError: they are no plain values, but name code to be run.
     """
-    if not (directory / COMMON_STATE_FNAME).is_file():
-        raise FileNotFoundError(f"{COMMON_STATE_FNAME} is missing")
+    if not (directory / COMMON_FILE).is_file():
+        raise FileNotFoundError(f"{COMMON_FILE} is missing")
     # Megatron-Core's own reader runs whatever the file names.
-    content: dict[str, Any] = torch.load(directory / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+    content: dict[str, Any] = torch.load(directory / COMMON_FILE, map_location="cpu", weights_only=True)
     return content

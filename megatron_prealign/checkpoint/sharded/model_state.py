@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
 
+from megatron_prealign.checkpoint.state import layout
 from megatron_prealign.runtime import random_state
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
@@ -13,13 +14,13 @@ from megatron_prealign.runtime.engine import unwrap
 
 def layout_of(runtime: Runtime) -> dict[str, Any]:
     """How a run is laid out, as plain values for `state.json`."""
-    return {
-        "tensor_model_parallel_size": runtime.parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": runtime.parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": runtime.parallel.model_chunks,
-        "data_parallel_size": runtime.data_size,
-        "device": runtime.device.type,
-    }
+    return layout(
+        runtime.parallel.tensor_model_parallel_size,
+        runtime.parallel.pipeline_model_parallel_size,
+        virtual=runtime.parallel.model_chunks,
+        data=runtime.data_size,
+        device=runtime.device.type,
+    )
 
 
 def random_state_of(runtime: Runtime) -> ShardedObject:

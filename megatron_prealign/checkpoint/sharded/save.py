@@ -15,15 +15,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
     _split_by_size_and_type,
@@ -39,13 +37,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_prealign.checkpoint.manifest import FileRecord, HashedFile
 from megatron_prealign.checkpoint.sharded.target import Target
+from megatron_prealign.checkpoint.torch_dist import BACKEND, BACKEND_FILE, COMMON_FILE
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.checksum import Checksum
-from megatron_prealign.files.sync import sync_file
 from megatron_prealign.runtime.agreement import all_ranks_ok, control_group, from_rank_zero, on_every_rank, on_rank_zero
 
-_BACKEND = CheckpointingConfig("torch_dist", 1)
 _WRITER_THREADS = 2
 _TOKEN = ".save"
 _LONGEST_PAUSE_S = 1.0
@@ -53,9 +50,6 @@ _LONGEST_PAUSE_S = 1.0
 _VISIBLE_WITHIN_S = 5.0
 # How much later than this one another rank may be done with its part, when it is not sure that it is still there.
 _OTHERS_WITHIN_S = 5.0
-
-FileFacts = tuple[int, str]
-"""Bytes and checksum of a file, as they were written."""
 
 
 class HostBuffers:
@@ -125,7 +119,7 @@ class StagedState:
     world_size: int
     files: Sequence[_File]
     common: bytes
-    """Plain values, as `common.pt` holds them."""
+    """Plain values, as `COMMON_FILE` contains them."""
     writer: _Writer
     metadata: Any
     """On the first rank what `.metadata` begins with."""
@@ -215,47 +209,14 @@ def _read_token(folder: Path) -> str:
         return ""
 
 
-class _HashedFile:
-    """A file to write from its beginning to its end, with the checksum of what was written."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("wb")
-        self._checksum = Checksum()
-        self._bytes = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._stream.write(data)
-        self._checksum.update(data)
-        size = memoryview(data).nbytes
-        self._bytes += size
-        return size
-
-    def tell(self) -> int:
-        return self._bytes
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def sync(self) -> FileFacts:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        return self._bytes, self._checksum.hexdigest()
-
-    def __enter__(self) -> "_HashedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-
-def _write_file(folder: Path, file: _File) -> tuple[list[WriteResult], FileFacts]:
+def _write_file(folder: Path, file: _File) -> tuple[list[WriteResult], FileRecord]:
     """Writes and syncs one file; says where in it each item lies."""
     results = []
-    with _HashedFile(folder / file.name) as stream:
+    with HashedFile(folder / file.name) as stream:
         for item, data in file.items:
             start = stream.tell()
             if isinstance(data, torch.Tensor):
-                torch.save(data, stream)  # type: ignore[arg-type]
+                torch.save(data, cast(BinaryIO, stream))
             else:
                 stream.write(data.getbuffer())
             length = stream.tell() - start
@@ -272,7 +233,7 @@ class BackgroundSave:
     """A save under way, in threads of this process that end with it."""
 
     def __init__(
-        self, staged: StagedState, *, timeout_s: float, complete: Callable[[Mapping[str, FileFacts]], None]
+        self, staged: StagedState, *, timeout_s: float, complete: Callable[[Mapping[str, FileRecord]], None]
     ) -> None:
         """Starts to write.
 
@@ -377,7 +338,7 @@ class BackgroundSave:
         for file in self._staged.files:
             threading.Thread(target=write, args=(file,), name=f"checkpoint-{file.name}", daemon=True).start()
         results: list[Any] = []
-        facts: dict[str, FileFacts] = {}
+        facts: dict[str, FileRecord] = {}
         for _ in self._staged.files:
             try:
                 file, answer = answers.get(timeout=max(0.0, self._deadline_s - time.monotonic()))
@@ -390,7 +351,7 @@ class BackgroundSave:
                 (result.index.fqn, result.index.offset, result.index.index, file.name, *_place(result))
                 for result in written
             ]
-        self._leave_receipt({"results": results, "files": facts})
+        self._leave_receipt({"results": results, "files": {name: asdict(record) for name, record in facts.items()}})
 
     def _leave_receipt(self, content: dict[str, Any], *, quietly: bool = False) -> None:
         """Writes in place: a new name could hide from the first rank for as long as its directory is cached."""
@@ -404,10 +365,10 @@ class BackgroundSave:
             if not quietly:
                 raise
 
-    def _collect(self) -> tuple[list[list[WriteResult]], dict[str, FileFacts]]:
+    def _collect(self) -> tuple[list[list[WriteResult]], dict[str, FileRecord]]:
         """Waits for every rank's receipt. Each is opened to look: a listing may be older than the file."""
         results: dict[int, list[WriteResult]] = {}
-        facts: dict[str, FileFacts] = {}
+        facts: dict[str, FileRecord] = {}
         pause_s = 0.005
         while missing := [rank for rank in range(self._staged.world_size) if rank not in results]:
             for rank in missing:
@@ -415,7 +376,7 @@ class BackgroundSave:
                 if receipt is None:
                     continue
                 results[rank] = [_result(*place) for place in receipt["results"]]
-                facts |= {file: (size, checksum) for file, (size, checksum) in receipt["files"].items()}
+                facts |= {name: FileRecord(**record) for name, record in receipt["files"].items()}
                 pause_s = 0.005
             if len(results) < self._staged.world_size:
                 if self._cancelled.wait(pause_s):
@@ -440,21 +401,22 @@ class BackgroundSave:
             raise UserError(receipt["error"])
         return receipt
 
-    def _write_metadata(self, results: list[list[WriteResult]]) -> dict[str, FileFacts]:
+    def _write_metadata(self, results: list[list[WriteResult]]) -> dict[str, FileRecord]:
         staged = self._staged
-        with _HashedFile(staged.target.folder / COMMON_STATE_FNAME) as file:
-            file.write(staged.common)
-            facts = {COMMON_STATE_FNAME: file.sync()}
+        facts = {COMMON_FILE: self._write_bytes(COMMON_FILE, staged.common)}
         staged.writer.finish(staged.metadata, results)
-        # Last: Megatron-Core takes no folder without it for a checkpoint.
-        save_config(_BACKEND, str(staged.target.folder))
-        sync_file(staged.target.folder / CONFIG_FNAME)
+        facts[BACKEND_FILE] = self._write_bytes(BACKEND_FILE, json.dumps(BACKEND).encode())
         for path in (
             staged.target.folder / _TOKEN,
             *(_receipt(staged.target.folder, rank) for rank in range(staged.world_size)),
         ):
             path.unlink()
         return facts
+
+    def _write_bytes(self, name: str, content: bytes) -> FileRecord:
+        with HashedFile(self._staged.target.folder / name) as file:
+            file.write(content)
+            return file.sync()
 
 
 def _place(result: WriteResult) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_prealign.checkpoint.single_process.metadata import METADATA, read_metadata
+from megatron_prealign.checkpoint.torch_dist import METADATA, read_metadata
 from megatron_prealign.errors import UserError
 
 # Linux reads at most this much in one call.

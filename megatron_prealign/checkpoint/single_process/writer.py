@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 from contextlib import suppress
 from pathlib import Path
@@ -12,57 +11,12 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_prealign.checkpoint.manifest import FileRecord, record_file
-from megatron_prealign.checkpoint.single_process.metadata import METADATA
-from megatron_prealign.files.checksum import Checksum
+from megatron_prealign.checkpoint.manifest import FileRecord, HashedFile
+from megatron_prealign.checkpoint.torch_dist import BACKEND, BACKEND_FILE, COMMON_FILE, METADATA
 from megatron_prealign.files.sync import sync_directory
 
-# What Megatron-Core writes beside it and looks for when it loads.
-_BACKEND_FILE = "metadata.json"
-_BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-_COMMON_FILE = "common.pt"
 _FORMAT_VERSION = "1.0.0"
 _LAST_STAGE = ("decoder.final_layernorm.", "output_layer.")
-
-
-class _Shard(io.RawIOBase):
-    """A file that is hashed as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.name = path.name
-        self._file: BinaryIO = path.open("wb", buffering=0)
-        self._checksum = Checksum()
-        self._at = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._checksum.update(view)
-        count = len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
-        self._at += count
-        return count
-
-    def finish(self) -> FileRecord:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileRecord(self._at, self._checksum.hexdigest())
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 class ShardWriter:
@@ -77,7 +31,7 @@ class ShardWriter:
     def __init__(self, folder: Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
         self._folder = folder
         self._tensor, self._pipeline = tensor_parallel, pipeline_parallel
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[str, HashedFile] = {}
         self._facts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._chunks: dict[str, list[Any]] = {}
         self._places: dict[Any, Any] = {}
@@ -139,16 +93,17 @@ class ShardWriter:
         return layer // (num_layers // self._pipeline)
 
     def _write(self, rank: int, key: str, part: torch.Tensor, start: list[int]) -> None:
-        if rank not in self._shards:
-            self._shards[rank] = _Shard(self._folder / f"__{rank}_0.distcp")
-        shard = self._shards[rank]
+        name = f"__{rank}_0.distcp"
+        if name not in self._shards:
+            self._shards[name] = HashedFile(self._folder / name)
+        shard = self._shards[name]
         offset = shard.tell()
         # A view would take its whole storage along.
         whole = part.untyped_storage().nbytes() == part.nbytes
         torch.save(part if whole else part.clone(), cast(BinaryIO, shard))
         place = torch.Size(start)
         self._chunks.setdefault(key, []).append(dcp.ChunkStorageMetadata(place, part.shape))
-        self._places[dcp.MetadataIndex(key, place)] = _StorageInfo(shard.name, offset, shard.tell() - offset)
+        self._places[dcp.MetadataIndex(key, place)] = _StorageInfo(name, offset, shard.tell() - offset)
 
     def close(self) -> dict[str, FileRecord]:
         """Writes what describes the tensors, syncs all, and returns the records of the files for the manifest.
@@ -156,7 +111,10 @@ class ShardWriter:
         Raises:
             OSError: the disk does not take it.
         """
-        records = {shard.name: shard.finish() for shard in self._shards.values()}
+        records = {}
+        for name, shard in self._shards.items():
+            records[name] = shard.sync()
+            shard.close()
         entries: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {
             key: dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=dtype), torch.Size(shape), self._chunks[key])
             for key, (shape, dtype) in self._facts.items()
@@ -169,14 +127,12 @@ class ShardWriter:
         torch.save({}, common)
         contents = {
             METADATA: pickle.dumps(metadata),
-            _COMMON_FILE: common.getvalue(),
-            _BACKEND_FILE: json.dumps(_BACKEND).encode(),
+            COMMON_FILE: common.getvalue(),
+            BACKEND_FILE: json.dumps(BACKEND).encode(),
         }
         for name, content in contents.items():
-            with (self._folder / name).open("wb") as file:
+            with HashedFile(self._folder / name) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            records[name] = record_file(self._folder / name)
+                records[name] = file.sync()
         sync_directory(self._folder)
         return records

@@ -68,7 +68,7 @@ def verify(prefix: str, *, workers: int = 1, tokenizer: str | None = None, show_
         if sidecar.segmenter is not None and index is not None:
             _check_bitmap(result, index, sidecar, workers)
         if not sidecar.checksums:
-            result.checked.append("no checksums, for the sidecar has none (an older file; dataset repair writes them)")
+            result.checked.append("no checksums, for the sidecar has none (dataset repair writes them)")
     return result
 
 

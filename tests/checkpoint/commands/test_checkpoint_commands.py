@@ -16,9 +16,9 @@ from support.checkpoint_folders import LAYERS, STACKED, make_checkpoint, make_ru
 
 from megatron_prealign.checkpoint.commands.export import export_weights
 from megatron_prealign.checkpoint.commands.list import folder_bytes, list_checkpoints, readable_bytes
-from megatron_prealign.checkpoint.folder import read_state
 from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
+from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.cli import main
 from megatron_prealign.errors import UserError
 
@@ -72,7 +72,7 @@ def test_a_list_names_damage(run_dir: Path, capsys: pytest.CaptureFixture[str]) 
     (directory / "step_00000100" / "state.json").unlink()
     shutil.copytree(directory / "step_00000020", directory / "step_00000030.damaged")
     (directory / ".step_00000110.incomplete").mkdir()
-    make_checkpoint(directory / "base", 5, kind="weights")
+    make_checkpoint(directory / "base", 5, kind="weights", source={})
     listed = {each.name: each for each in list_checkpoints(run_dir)}
     assert list(listed) == [
         "step_00000010",
@@ -117,7 +117,7 @@ def test_the_folder_one_stands_in(
     assert status == 2 and "the checkpoint itself" in text
     monkeypatch.chdir(whole)
     status, text = printed(capsys, "export-weights", "--checkpoint", ".", "--output", ".", "--overwrite")
-    assert status == 2 and "no name for a new folder" in text
+    assert status == 2 and "cannot name a new directory" in text
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +276,7 @@ def test_what_is_there_stays(whole: Path, tmp_path: Path, capsys: pytest.Capture
         assert status == 2 and "something other" in text
     assert os.listdir(mine) == ["thesis.tex"]
     status, text = printed(capsys, *options, mine / "thesis.tex")
-    assert status == 2 and "no folder" in text
+    assert status == 2 and "is not a directory" in text
     of_a_run = make_checkpoint(tmp_path / "of_a_run", 4)
     status, text = printed(capsys, *options, of_a_run, "--overwrite")
     assert status == 2 and "something other" in text and (of_a_run / "recipe.yaml").exists()
@@ -316,9 +316,9 @@ def test_the_output_is_looked_at_before_the_checkpoint_is_read(
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     options = ("export-weights", "--checkpoint", folder, "--output")
     status, text = printed(capsys, *options, tmp_path / "file")
-    assert status == 2 and "is there and no folder" in text
+    assert status == 2 and "is not a directory" in text
     status, text = printed(capsys, *options, tmp_path / "file" / "a" / "b")
-    assert status == 2 and f"cannot be a folder, for {tmp_path / 'file'} is a file" in text
+    assert status == 2 and f"cannot be a directory: {tmp_path / 'file'} is a file" in text
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,10 +117,11 @@ def without(name: str) -> Callable[[dict[str, Any]], Any]:
 
 
 STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "empty": (lambda state: {}, "vocab_size is 'missing', expected int"),
+    "empty": (lambda state: {}, "kind is 'missing', expected run or weights"),
     "no model": (without("model"), "model is 'missing', expected dict"),
-    "no run": (lambda state: {**state, "run": {}}, "run lacks phases, seq_length"),
+    "no run": (lambda state: {**state, "run": {}}, "run lacks phases, code_switch, switching, seq_length"),
     "sources": (lambda state: {**state, "run": {**state["run"], "sources": [1]}}, "run.sources holds 1"),
+    "budget": (lambda state: {**state, "run": {**state["run"], "budget": {}}}, "run.budget is {}"),
     "blend": (lambda state: {**state, "blend": {}}, "blend is damaged (KeyError: 'start')"),
     "counters": (lambda state: {**state, "train_state": {"step": 1}}, "phase_step"),
     "text": (

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prealign.checkpoint.folder import latest_checkpoint, resolve_checkpoint, step_name
-from megatron_prealign.checkpoint.manifest import FileRecord, read_manifest, write_manifest
-from megatron_prealign.checkpoint.resume.choose import (
-    candidates,
-    choose,
-    find_problems,
-    set_aside,
-    shares,
-    warn_of_fall_back,
-)
+from megatron_prealign.checkpoint.manifest import FileRecord, find_problems, read_manifest, write_manifest
+from megatron_prealign.checkpoint.resume.choose import candidates, choose, set_aside, shares, warn_of_fall_back
 from megatron_prealign.errors import UserError
 
 BY_CHECKSUM = partial(find_problems, checksums=True)

@@ -216,7 +216,7 @@ def test_a_kind_of_checkpoint_without_a_run_gives_its_weights_alone(
     file = checkpoints / "step_00000001" / "state.json"
     state = json.loads(file.read_text())
     names = ("vocab_size", "padded_vocab_size", "tokenizer_fingerprint", "model", "layout")
-    file.write_text(json.dumps({"kind": "weights", **{name: state[name] for name in names}}))
+    file.write_text(json.dumps({"kind": "weights", "source": {}, **{name: state[name] for name in names}}))
     reseal(checkpoints / "step_00000001")
     values = values_for(tiny, tmp_path, load=str(checkpoints), load_parts="all")
     message = refusal(workers, train, values, str(tmp_path))
@@ -238,7 +238,7 @@ def look_with_another_disk(folder: str, problem: str) -> None:
     if dist.get_rank() == 1:
         agree.find_damage = lambda *_, **__: [problem]
     try:
-        agree.verify_checkpoint(Path(folder), CheckpointSection())
+        agree.require_intact(Path(folder), CheckpointSection())
     finally:
         agree.find_damage = real
 

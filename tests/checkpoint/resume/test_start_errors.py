@@ -95,20 +95,21 @@ def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tm
 
 def check_folders(values: dict[str, Any], folder: str, other: str | None) -> None:
     """Runs in a worker: the check of the run's folders, while another run makes one of its own beside them."""
-    import megatron_prealign.run.folder as run_folder
+    from megatron_prealign.files import directories
+    from megatron_prealign.run.folder import check_run_folder
 
-    probe = run_folder.TemporaryFile
+    probe = directories.TemporaryFile
 
     def probe_and_make(**options: Any) -> Any:
         if other is not None:
             Path(other).mkdir(exist_ok=True)
         return probe(**options)
 
-    run_folder.TemporaryFile = probe_and_make
+    directories.TemporaryFile = probe_and_make
     try:
-        run_folder.check_run_folder(recipe_of(values, Path(folder)))
+        check_run_folder(recipe_of(values, Path(folder)))
     finally:
-        run_folder.TemporaryFile = probe
+        directories.TemporaryFile = probe
 
 
 def test_checking_the_folders_leaves_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:

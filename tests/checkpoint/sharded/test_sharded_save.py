@@ -57,6 +57,7 @@ def begin(
 def save_and_load(folder: str, copy: bool) -> dict[str, Any]:
     import psutil
 
+    from megatron_prealign.checkpoint.manifest import FileRecord
     from megatron_prealign.checkpoint.sharded import load as sharded_load
     from megatron_prealign.files.checksum import file_checksum
 
@@ -93,7 +94,7 @@ def save_and_load(folder: str, copy: bool) -> dict[str, Any]:
         "files": files,
         "facts": facts,
         "true_facts": {
-            name: (path.stat().st_size, file_checksum(path)) for name in facts for path in [Path(folder, name)]
+            name: FileRecord(Path(folder, name).stat().st_size, file_checksum(Path(folder, name))) for name in facts
         },
         "largest": max(path.stat().st_size for path in Path(folder).glob("*.distcp")),
     }
@@ -284,7 +285,7 @@ def test_saved_state_comes_back_and_no_process_is_started(
         assert result["largest"] < 50_000
     facts = results[0]["facts"]
     assert facts == results[0]["true_facts"]
-    assert facts.keys() == results[0]["files"] - {".metadata", "metadata.json"}
+    assert facts.keys() == results[0]["files"] - {".metadata"}
 
 
 def test_process_that_is_gone_is_not_waited_for_until_the_timeout(workers: WorkerPool, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tensors of a checkpoint read and written by one process: torch's own reader and writer agree, damage is one line."""
 
+import dataclasses
 import os
 import pickle
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, loa
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_prealign.checkpoint.manifest import record_file
-from megatron_prealign.checkpoint.single_process.metadata import METADATA
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
+from megatron_prealign.checkpoint.torch_dist import BACKEND, BACKEND_FILE, COMMON_FILE, METADATA
 from megatron_prealign.errors import UserError
 
 LAYERS = 4
@@ -250,3 +251,11 @@ def test_any_damage_is_one_kind_of_error(checkpoint: Path, tmp_path: Path, data:
         read_all(folder)
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_the_backend_file_is_that_of_megatron_core() -> None:
+    from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+
+    assert dataclasses.asdict(CheckpointingConfig("torch_dist", 1)) == BACKEND
+    assert (CONFIG_FNAME, COMMON_STATE_FNAME) == (BACKEND_FILE, COMMON_FILE)

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dataset_parts import VOCAB_SIZE, make_dataset, random_documents, word_bits, write_tokens
+from support.sidecars import save_sidecar
 
 from megatron_prealign import cli
 from megatron_prealign.corpus.read_errors import Problem
 from megatron_prealign.data.commands import merge as merge_module
 from megatron_prealign.data.commands.merge import merge
 from megatron_prealign.data.indexed import import_indexed_dataset, open_indexed
-from megatron_prealign.data.sidecar import InputRecord, TokenizerRecord, load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import InputRecord, TokenizerRecord, load_sidecar
 from megatron_prealign.data.word_bitmap import BitmapWriter
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.checksum import file_checksum

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dataset_parts import EOD, VOCAB_SIZE, make_dataset, random_documents, write_tokens
+from support.sidecars import save_sidecar
 
 from megatron_prealign import cli
 from megatron_prealign.data.commands import verify as verify_module
 from megatron_prealign.data.commands.verify import verify
 from megatron_prealign.data.indexed import import_indexed_dataset
-from megatron_prealign.data.sidecar import TokenizerRecord, load_sidecar, save_sidecar
+from megatron_prealign.data.sidecar import TokenizerRecord, load_sidecar
 from megatron_prealign.data.sources import open_training_sources
 from megatron_prealign.errors import UserError
 from megatron_prealign.files import checksum

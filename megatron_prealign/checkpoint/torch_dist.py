@@ -1,4 +1,5 @@
-"""Reads `.metadata`, the pickle in which torch's distributed format says where the tensors of a checkpoint lie."""
+"""The format `torch_dist` of Megatron-Core's `dist_checkpointing`: its files next to the tensors, and `.metadata`, the
+pickle in which torch's distributed format says where the tensors of a checkpoint lie."""
 
 import pickle
 from enum import Enum
@@ -9,6 +10,17 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 METADATA = ".metadata"
+COMMON_FILE = "common.pt"
+"""Plain values, saved by `torch.save`."""
+BACKEND_FILE = "metadata.json"
+"""Written last: Megatron-Core takes no directory without it for a checkpoint."""
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""Content of `BACKEND_FILE`: Megatron-Core's `CheckpointingConfig("torch_dist", 1)`."""
 
 
 def read_metadata(file: Path) -> dcp.Metadata:
