@@ -5,6 +5,7 @@ from megatron_prealign.kernels.code_switch import code_switch
 from megatron_prealign.kernels.code_switch_interface import (
     LABEL_MODES,
     LANGUAGES_FROM,
+    CodeSwitchBatch,
     CodeSwitchOutput,
     CodeSwitchSettings,
     ratio_threshold,
@@ -20,6 +21,7 @@ __all__ = [
     "LABEL_MODES",
     "LANGUAGES_FROM",
     "MAX_NGRAM",
+    "CodeSwitchBatch",
     "CodeSwitchOutput",
     "CodeSwitchSettings",
     "NgramTable",

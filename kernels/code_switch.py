@@ -5,7 +5,7 @@ shapes depend on input shapes alone. With the kernel the host never waits for th
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from megatron_prealign.kernels._triton import KernelLaunch, runs_triton
 from megatron_prealign.kernels.code_switch_interface import (
     LABEL_MODES,
     LANGUAGES_FROM,
+    CodeSwitchBatch,
     CodeSwitchOutput,
     CodeSwitchSettings,
     check_inputs,
@@ -50,13 +51,7 @@ def launch_form(rows: int, width: int) -> str:
 
 
 def code_switch(
-    tokens: Tensor,
-    language: Tensor,
-    sample_id: Tensor,
-    table: NgramTable,
-    thresholds: Tensor,
-    settings: CodeSwitchSettings,
-    word_starts: Tensor | None = None,
+    batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings
 ) -> CodeSwitchOutput:
     """Switches known words of a batch into other languages; arguments and result as `code_switch_reference`.
 
@@ -66,28 +61,11 @@ def code_switch(
     Raises:
         ValueError: a shape, dtype, device or option is wrong.
     """
-    check_inputs(tokens, language, sample_id, table, thresholds, settings, word_starts)
-    new_tokens, labels, loss_mask, position_ids, document_starts, counts = _code_switch_op(
-        tokens,
-        language,
-        sample_id,
-        thresholds,
-        word_starts,
-        table.tensors,
-        list(table.multipliers),
-        table.draw_steps,
-        table.counts_letters,
-        _signed(settings.seed, 64),
-        settings.sequence_length,
-        settings.label_mode,
-        settings.pad_id,
-        -1 if settings.eod_id is None else settings.eod_id,
-        settings.mask_eod,
-        settings.reset_at_eod,
+    check_inputs(batch, table, thresholds, settings)
+    *outputs, document_starts, counts = _code_switch_op(
+        *batch, thresholds, table.tensors, _pack_table(table), _pack_settings(settings)
     )
-    return CodeSwitchOutput(
-        new_tokens, labels, loss_mask, position_ids, document_starts if settings.reset_at_eod else None, counts
-    )
+    return CodeSwitchOutput(*outputs, document_starts if settings.reset_at_eod else None, counts)
 
 
 def _signed(value: int, bits: int) -> int:
@@ -95,47 +73,76 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
+# An op takes tensors and integers: what a call has besides its tensors travels as two lists.
+
+
+def _pack_table(table: NgramTable) -> list[int]:
+    return [table.draw_steps, table.counts_letters, *table.multipliers]
+
+
+def _unpack_table(tensors: list[Tensor], numbers: list[int], languages: int, eod_id: int | None) -> NgramTable:
+    draw_steps, counts_letters, *multipliers = numbers
+    return NgramTable(
+        *tensors,
+        multipliers=tuple(multipliers),
+        draw_steps=draw_steps,
+        num_keys=len(tensors[2]) - 1,
+        num_languages=languages,
+        counts_letters=bool(counts_letters),
+        # Those of the build were checked before the call; the end of the document is what the launch asks for.
+        forbidden_tokens=frozenset() if eod_id is None else frozenset([eod_id]),
+    )
+
+
+def _pack_settings(settings: CodeSwitchSettings) -> list[int]:
+    return [
+        _signed(settings.seed, 64),
+        settings.sequence_length,
+        LABEL_MODES.index(settings.label_mode),
+        settings.pad_id,
+        -1 if settings.eod_id is None else settings.eod_id,
+        settings.mask_eod,
+        settings.reset_at_eod,
+    ]
+
+
+def _unpack_settings(numbers: list[int]) -> CodeSwitchSettings:
+    seed, sequence_length, label_mode, pad_id, eod_id, mask_eod, reset_at_eod = numbers
+    return CodeSwitchSettings(
+        seed=seed % (1 << 64),
+        sequence_length=sequence_length,
+        label_mode=LABEL_MODES[label_mode],
+        pad_id=pad_id,
+        eod_id=None if eod_id < 0 else eod_id,
+        mask_eod=bool(mask_eod),
+        reset_at_eod=bool(reset_at_eod),
+    )
+
+
+def _tensors_of(output: CodeSwitchOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An op returns tensors, so what was not asked for is an empty one."""
+    documents = output.document_starts
+    if documents is None:
+        documents = output.tokens.new_empty((0, 0), dtype=torch.int32)
+    return output.tokens, output.labels, output.loss_mask, output.position_ids, documents, output.counts
+
+
 @torch.library.custom_op("megatron_prealign::code_switch", mutates_args=())
 def _code_switch_op(
     tokens: Tensor,
     language: Tensor,
     sample_id: Tensor,
-    thresholds: Tensor,
     word_starts: Tensor | None,
+    thresholds: Tensor,
     table: list[Tensor],
-    multipliers: list[int],
-    draw_steps: int,
-    counts_letters: bool,
-    seed: int,
-    sequence_length: int,
-    label_mode: str,
-    pad_id: int,
-    eod_id: int,
-    mask_eod: bool,
-    reset_at_eod: bool,
+    table_numbers: list[int],
+    settings: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rebuilt = NgramTable(
-        *table,
-        multipliers=tuple(multipliers),
-        draw_steps=draw_steps,
-        num_keys=len(table[2]) - 1,
-        num_languages=len(thresholds),
-        counts_letters=counts_letters,
-        forbidden_tokens=frozenset([eod_id]),
-    )
-    settings = CodeSwitchSettings(
-        seed=seed % (1 << 64),
-        sequence_length=sequence_length,
-        label_mode=label_mode,
-        pad_id=pad_id,
-        eod_id=None if eod_id < 0 else eod_id,
-        mask_eod=mask_eod,
-        reset_at_eod=reset_at_eod,
-    )
+    chosen = _unpack_settings(settings)
     run = launch_code_switch if runs_triton(tokens.device) else code_switch_reference
-    *outputs, document_starts, counts = run(tokens, language, sample_id, rebuilt, thresholds, settings, word_starts)
-    # an op returns tensors, so what was not asked for is an empty one
-    return *outputs, tokens.new_empty((0, 0), dtype=torch.int32) if document_starts is None else document_starts, counts
+    batch = CodeSwitchBatch(tokens, language, sample_id, word_starts)
+    rebuilt = _unpack_table(table, table_numbers, len(thresholds), chosen.eod_id)
+    return _tensors_of(run(batch, rebuilt, thresholds, chosen))
 
 
 @_code_switch_op.register_fake
@@ -143,44 +150,32 @@ def _fake_code_switch(
     tokens: Tensor,
     language: Tensor,
     sample_id: Tensor,
-    thresholds: Tensor,
     word_starts: Tensor | None,
+    thresholds: Tensor,
     table: list[Tensor],
-    multipliers: list[int],
-    draw_steps: int,
-    counts_letters: bool,
-    seed: int,
-    sequence_length: int,
-    label_mode: str,
-    pad_id: int,
-    eod_id: int,
-    mask_eod: bool,
-    reset_at_eod: bool,
+    table_numbers: list[int],
+    settings: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *outputs, document_starts, counts = _empty_output(tokens, len(thresholds), sequence_length, reset_at_eod)
-    return *outputs, tokens.new_empty((0, 0), dtype=torch.int32) if document_starts is None else document_starts, counts
+    return _tensors_of(_empty_output(tokens, len(thresholds), _unpack_settings(settings)))
 
 
-def _empty_output(tokens: Tensor, languages: int, sequence_length: int, reset_at_eod: bool) -> CodeSwitchOutput:
-    shape = (tokens.shape[0], sequence_length)
+def _empty_output(tokens: Tensor, languages: int, settings: CodeSwitchSettings) -> CodeSwitchOutput:
+    shape = (tokens.shape[0], settings.sequence_length)
     return CodeSwitchOutput(
         tokens=tokens.new_empty(shape, dtype=torch.int64),
         labels=tokens.new_empty(shape, dtype=torch.int64),
         loss_mask=tokens.new_empty(shape, dtype=torch.float32),
         position_ids=tokens.new_empty(shape, dtype=torch.int64),
-        document_starts=tokens.new_empty(shape, dtype=torch.int32) if reset_at_eod else None,
+        document_starts=tokens.new_empty(shape, dtype=torch.int32) if settings.reset_at_eod else None,
         counts=tokens.new_empty((tokens.shape[0], LANGUAGES_FROM + languages), dtype=torch.int64),
     )
 
 
 def launch_code_switch(
-    tokens: Tensor,
-    language: Tensor,
-    sample_id: Tensor,
+    batch: CodeSwitchBatch,
     table: NgramTable,
     thresholds: Tensor,
     settings: CodeSwitchSettings,
-    word_starts: Tensor | None = None,
     *,
     form: str | None = None,
     shape: LaunchShape | None = None,
@@ -191,22 +186,24 @@ def launch_code_switch(
         form: "row" or "blocks"; None chooses by `launch_form`.
         shape: None is LAUNCH.
     """
-    form = form or launch_form(*tokens.shape)
-    output = _empty_output(tokens, table.num_languages, settings.sequence_length, settings.reset_at_eod)
-    rows = (tokens, language, sample_id, thresholds, word_starts)
-    if tokens.shape[0]:
+    form = form or launch_form(*batch.tokens.shape)
+    output = _empty_output(batch.tokens, table.num_languages, settings)
+    rows = _Rows(batch, thresholds)
+    if batch.tokens.shape[0]:
         if form == "row":
             launches = _plan_row(rows, table, settings, output, shape or LAUNCH)
         else:
             launches = _plan_blocks(rows, table, settings, output, shape or LAUNCH)
         # Triton launches on the current device, which need not be the tensors'
-        with torch.cuda.device_of(tokens):
+        with torch.cuda.device_of(batch.tokens):
             for kernel, grid, arguments, options in launches:
                 kernel[grid](*arguments, **options)
     return output
 
 
-_Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+class _Rows(NamedTuple):
+    batch: CodeSwitchBatch
+    thresholds: Tensor
 
 
 def _plan_row(
@@ -215,7 +212,7 @@ def _plan_row(
     """One launch, one program a row."""
     from megatron_prealign.kernels.code_switch_kernel import code_switch_row_kernel
 
-    count, width = rows[0].shape
+    count, width = rows.batch.tokens.shape
     eod_id, pad_id = _eod_and_pad(settings)
     arguments = (
         *_row_arguments(rows),
@@ -243,7 +240,7 @@ def _plan_blocks(
     """Two launches, one program a block of a row."""
     from megatron_prealign.kernels.code_switch_kernel import decide_blocks_kernel, write_blocks_kernel
 
-    tokens = rows[0]
+    tokens = rows.batch.tokens
     count, width = tokens.shape
     blocks = -(-width // shape.block)
     decisions = tokens.new_empty((count, width), dtype=torch.int32)
@@ -288,9 +285,9 @@ def _plan_blocks(
 
 
 def _row_arguments(rows: _Rows) -> tuple[Tensor, ...]:
-    tokens, language, sample_id, thresholds, word_starts = rows
+    tokens, language, sample_id, word_starts = rows.batch
     starts = tokens if word_starts is None else word_starts.view(torch.uint8)
-    return tokens, starts, language, sample_id, thresholds
+    return tokens, starts, language, sample_id, rows.thresholds
 
 
 def _result_arguments(output: CodeSwitchOutput) -> tuple[Tensor, ...]:
@@ -315,7 +312,7 @@ def _decide_constants(rows: _Rows, table: NgramTable) -> dict[str, Any]:
         "DRAW_STEPS": table.draw_steps,
         "LANGUAGES": _padded_languages(table),
         "COUNTS_LETTERS": table.counts_letters,
-        "HAS_STARTS": rows[4] is not None,
+        "HAS_STARTS": rows.batch.word_starts is not None,
     }
 
 
@@ -333,17 +330,11 @@ def _write_constants(settings: CodeSwitchSettings) -> dict[str, Any]:
 
 
 def plan_launches(
-    tokens: Tensor,
-    language: Tensor,
-    sample_id: Tensor,
-    table: NgramTable,
-    thresholds: Tensor,
-    settings: CodeSwitchSettings,
-    word_starts: Tensor | None = None,
+    batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings
 ) -> list[KernelLaunch]:
     """Every launch of both forms for these arguments, launching none: for compiling them ahead of time."""
-    output = _empty_output(tokens, table.num_languages, settings.sequence_length, settings.reset_at_eod)
-    rows = (tokens, language, sample_id, thresholds, word_starts)
+    output = _empty_output(batch.tokens, table.num_languages, settings)
+    rows = _Rows(batch, thresholds)
     return [
         *_plan_row(rows, table, settings, output, LAUNCH),
         *_plan_blocks(rows, table, settings, output, LAUNCH),

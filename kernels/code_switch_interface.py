@@ -15,6 +15,19 @@ MAX_SEQUENCE = 1 << 22
 """Longest row, in tokens."""
 
 
+class CodeSwitchBatch(NamedTuple):
+    """The rows to switch, on one device (B rows, W source tokens)."""
+
+    tokens: Tensor
+    """int32 or int64 [B, W], W above the positions of the result."""
+    language: Tensor
+    """int64 [B], index into the table's languages; -1 for a row that is never switched."""
+    sample_id: Tensor
+    """int64 [B], must not repeat within a run, or words repeat their draws."""
+    word_starts: Tensor | None = None
+    """bool [B, W], further places where words start (scripts without spaces)."""
+
+
 class CodeSwitchOutput(NamedTuple):
     """A batch ready for the model (B rows, S positions, L languages)."""
 
@@ -87,20 +100,13 @@ def ratio_threshold(ratio: float) -> int:
     return round(ratio * (1 << 32))
 
 
-def check_inputs(
-    tokens: Tensor,
-    language: Tensor,
-    sample_id: Tensor,
-    table: NgramTable,
-    thresholds: Tensor,
-    settings: CodeSwitchSettings,
-    word_starts: Tensor | None,
-) -> None:
+def check_inputs(batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings) -> None:
     """Checks what costs no look at the data.
 
     Raises:
         ValueError: a dtype, shape, layout or device is wrong; the argument, what it is and what was expected.
     """
+    tokens, language, sample_id, word_starts = batch
     least = settings.sequence_length + 1
     if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64) or tokens.shape[1] < least:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_prealign.kernels.code_switch_interface import (
     LANGUAGES_FROM,
+    CodeSwitchBatch,
     CodeSwitchOutput,
     CodeSwitchSettings,
     check_inputs,
@@ -66,13 +67,7 @@ class _Switched(NamedTuple):
 
 
 def code_switch_reference(
-    tokens: Tensor,
-    language: Tensor,
-    sample_id: Tensor,
-    table: NgramTable,
-    thresholds: Tensor,
-    settings: CodeSwitchSettings,
-    word_starts: Tensor | None = None,
+    batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings
 ) -> CodeSwitchOutput:
     """Switches known words of a batch into other languages.
 
@@ -93,18 +88,16 @@ def code_switch_reference(
     filled with `pad_id` and loss mask 0.
 
     Args:
-        tokens: int32 or int64 [B, W], W > S.
-        language: int64 [B], index into the table's languages; -1 for a row that is never switched.
-        sample_id: int64 [B], must not repeat within a run, or words repeat their draws.
+        batch: the rows.
         table: on the same device.
         thresholds: int64 [L, L], `ratio_threshold` of each source and target language.
         settings: what stays the same from batch to batch.
-        word_starts: bool [B, W], further places where words start (scripts without spaces).
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong.
     """
-    check_inputs(tokens, language, sample_id, table, thresholds, settings, word_starts)
+    check_inputs(batch, table, thresholds, settings)
+    tokens, language, sample_id, word_starts = batch
     flags = table.word_boundary.index_select(0, tokens.view(-1)).view(tokens.shape)
     starts = _find_starts(flags, word_starts)
     known, key = _find_known(tokens, starts, language, table)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_prealign.alignment.layout import WordLayout
 from megatron_prealign.alignment.packing import WordBatch
-from megatron_prealign.dictionary.alignment_groups import AlignmentGroups, alignment_groups
+from megatron_prealign.dictionary.alignment_groups import AlignmentGroups
 from megatron_prealign.dictionary.ragged import row_indices
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.kernels import WordGroups, word_groups
@@ -40,18 +40,14 @@ class StepWords:
 class WordSampler:
     """Draws groups until their words fill a step; of each group one word of each language, or of some."""
 
-    def __init__(
-        self, table: DictionaryTable, section: AlignmentSection, *, held_out: NDArray[np.bool_], seed: int
-    ) -> None:
+    def __init__(self, table: DictionaryTable, usable: AlignmentGroups, section: AlignmentSection, seed: int) -> None:
         """
         Args:
-            held_out: `[groups]`, groups never drawn.
-
-        Raises:
-            UserError: the section does not fit the table, or leaves too few words.
+            table: the dictionary.
+            usable: what `alignment_groups` selected of it for `section`.
         """
         self.table = table
-        self.usable: AlignmentGroups = alignment_groups(table, section, held_out=held_out)
+        self.usable = usable
         self._section = section
         self._seed = seed
         self._log_weight: NDArray[np.float64] | None = None

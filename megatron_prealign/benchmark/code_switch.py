@@ -28,6 +28,7 @@ from megatron_prealign.benchmark.timing import (
 from megatron_prealign.benchmark.workload import Workload, dataset_workload, synthetic_workload
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import (
+    CodeSwitchBatch,
     CodeSwitchOutput,
     CodeSwitchSettings,
     NgramTable,
@@ -57,13 +58,10 @@ REFERENCE, PYTHON_LOOP = "reference", "python_loop"
 class Inputs(NamedTuple):
     """Arguments of `code_switch`."""
 
-    tokens: Tensor
-    language: Tensor
-    sample_id: Tensor
+    batch: CodeSwitchBatch
     table: NgramTable
     thresholds: Tensor
     settings: CodeSwitchSettings
-    word_starts: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +190,12 @@ class CodeSwitchBenchmark:
         tokens, starts = self.workload.rows(rows, sequence, round(ratio * sequence))
         languages = self._table.num_languages
         return Inputs(
-            tokens=torch.from_numpy(tokens).to(self.device, getattr(torch, dtype)),
-            language=torch.full((rows,), self.workload.language, device=self.device),
-            sample_id=torch.arange(rows, device=self.device),
+            batch=CodeSwitchBatch(
+                tokens=torch.from_numpy(tokens).to(self.device, getattr(torch, dtype)),
+                language=torch.full((rows,), self.workload.language, device=self.device),
+                sample_id=torch.arange(rows, device=self.device),
+                word_starts=None if starts is None else torch.from_numpy(starts).to(self.device),
+            ),
             table=self._table,
             thresholds=torch.full((languages, languages), ratio_threshold(ratio), device=self.device),
             settings=CodeSwitchSettings(
@@ -204,7 +205,6 @@ class CodeSwitchBenchmark:
                 pad_id=self.workload.eod_id,
                 eod_id=self.workload.eod_id,
             ),
-            word_starts=None if starts is None else torch.from_numpy(starts).to(self.device),
         )
 
     def _measure_case(self, inputs: Inputs, ratio: float) -> list[Measurement]:
@@ -252,8 +252,8 @@ class CodeSwitchBenchmark:
     def _measure_python_loop(self, inputs: Inputs, ratio: float, expected: CodeSwitchOutput) -> Measurement:
         sequence, threshold = inputs.settings.sequence_length, ratio_threshold(ratio)
         check_python_loop(self._python_loop, threshold, inputs, self._host_table)
-        tokens = inputs.tokens.cpu()
-        starts = None if inputs.word_starts is None else inputs.word_starts.cpu()
+        tokens = inputs.batch.tokens.cpu()
+        starts = None if inputs.batch.word_starts is None else inputs.batch.word_starts.cpu()
         host = torch.device("cpu")
         loop = partial(self._python_loop, tokens, sequence, threshold, starts)
         timing = time_call(loop, self._repeats, host)
@@ -262,10 +262,10 @@ class CodeSwitchBenchmark:
     def _entry(
         self, name: str, timing: Timing, inputs: Inputs, ratio: float, expected: CodeSwitchOutput
     ) -> Measurement:
-        rows, width = inputs.tokens.shape
+        rows, width = inputs.batch.tokens.shape
         sequence, languages = inputs.settings.sequence_length, inputs.table.num_languages
         moved = bytes_moved(
-            rows, width, sequence, inputs.tokens.element_size(), languages, inputs.word_starts is not None
+            rows, width, sequence, inputs.batch.tokens.element_size(), languages, inputs.batch.word_starts is not None
         )
         running, known, switched = (int(expected.counts[:, each].sum()) for each in (RUNNING, KNOWN, SWITCHED))
         return Measurement(
@@ -274,7 +274,7 @@ class CodeSwitchBenchmark:
             rows=rows,
             sequence=sequence,
             lookahead=width - sequence - 1,
-            token_dtype=str(inputs.tokens.dtype).removeprefix("torch."),
+            token_dtype=str(inputs.batch.tokens.dtype).removeprefix("torch."),
             ratio=ratio,
             text=self.workload.name,
             keys=inputs.table.num_keys,
@@ -333,18 +333,18 @@ def check_python_loop(loop: PythonLoop, threshold: int, inputs: Inputs, table: N
     Raises:
         RuntimeError: tokens, labels, loss mask or position ids differ.
     """
-    tokens = inputs.tokens[:CHECKED_ROWS].cpu()
+    batch = inputs.batch
+    tokens = batch.tokens[:CHECKED_ROWS].cpu()
     rows, width = tokens.shape
     sequence = min(inputs.settings.sequence_length, CHECKED_SEQUENCE)
     # keeps the lookahead's part of a row
     width = min(width, sequence * width // inputs.settings.sequence_length + 1)
     tokens = tokens[:, :width].contiguous()
-    starts = None if inputs.word_starts is None else inputs.word_starts[:CHECKED_ROWS, :width].cpu().contiguous()
-    sample_id = inputs.sample_id[:rows].cpu()
+    starts = None if batch.word_starts is None else batch.word_starts[:CHECKED_ROWS, :width].cpu().contiguous()
+    sample_id = batch.sample_id[:rows].cpu()
     settings = replace(inputs.settings, sequence_length=sequence)
-    expected = code_switch_reference(
-        tokens, inputs.language[:rows].cpu(), sample_id, table, inputs.thresholds.cpu(), settings, starts
-    )
+    checked = CodeSwitchBatch(tokens, batch.language[:rows].cpu(), sample_id, starts)
+    expected = code_switch_reference(checked, table, inputs.thresholds.cpu(), settings)
     whether, which = _draws(sample_id, width, settings.seed)
     given = loop(tokens, sequence, threshold, starts, lambda row, at: whether[row][at], lambda row, at: which[row][at])
     for name, ours, wanted in zip(CodeSwitchOutput._fields, given, expected, strict=False):

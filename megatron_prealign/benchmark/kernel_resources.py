@@ -7,7 +7,13 @@ import numpy as np
 import torch
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table, contrastive_launch, word_groups
+from megatron_prealign.kernels import (
+    CodeSwitchBatch,
+    CodeSwitchSettings,
+    build_ngram_table,
+    contrastive_launch,
+    word_groups,
+)
 from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, KernelLaunch
 from megatron_prealign.kernels.code_switch import plan_launches
 from megatron_prealign.kernels.contrastive_interface import Similarities
@@ -91,4 +97,5 @@ def _plan_code_switch(setting: str) -> list[KernelLaunch]:
     )
     zeros = torch.zeros(2, dtype=torch.int64)
     starts = torch.zeros(tokens.shape, dtype=torch.bool) if everything else None
-    return plan_launches(tokens, zeros, zeros, table, torch.zeros((2, 2), dtype=torch.int64), settings, starts)
+    batch = CodeSwitchBatch(tokens, zeros, zeros, starts)
+    return plan_launches(batch, table, torch.zeros((2, 2), dtype=torch.int64), settings)

@@ -17,9 +17,8 @@ from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.run.inputs import open_materials
+from megatron_prealign.run.inputs import open_inputs
 from megatron_prealign.run.pretrain import build_phases, check_world_size, open_words
-from megatron_prealign.run.switching import open_switching
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -116,11 +115,10 @@ def _short(recipe: Recipe, folder: Path, steps: int) -> Recipe:
 
 def _trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
     on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
-    materials = open_materials(recipe)
-    switching = open_switching(recipe, materials.dictionary)
-    words = on_every_rank("choosing the words", lambda: open_words(recipe, runtime, materials.dictionary))
-    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching, words))
-    models = build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+    inputs = open_inputs(recipe)
+    words = on_every_rank("preparing the words", lambda: open_words(recipe, runtime, inputs.dictionary))
+    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, inputs, words))
+    models = build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)
     chunks = wrap_data_parallel(models, recipe.parallel)
     if words is not None:
         words.attach(chunks)

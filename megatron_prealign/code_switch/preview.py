@@ -21,7 +21,7 @@ from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.token_text import TokenText
 from megatron_prealign.data.samples import SampleRows, TrainPlan
 from megatron_prealign.dictionary.coverage import blend_coverage, split_words
-from megatron_prealign.dictionary.switchable import check_table, select_keys
+from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels.code_switch_interface import (
@@ -173,7 +173,7 @@ def make_preview(
         section.check_lookahead(data.seq_length)
     except RecipeValueError as error:
         raise UserError(str(error)) from error
-    check_table(table, section, data.languages)
+    selected = switchable_table(table, section, data.languages)
     with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as folder:
         plan = TrainPlan.read(
             data,
@@ -190,7 +190,7 @@ def make_preview(
         plan = replace(plan, num_samples=min(rows, different))
         plan.write_index()
         samples = plan.open()
-        previewer = _Previewer(table, section, data, tokenizer, seed)
+        previewer = _Previewer(selected, section, data, tokenizer, seed)
         shown = tuple(previewer.row(samples.rows([index]), consumed_tokens) for index in range(len(samples)))
     ratios = dict(zip(table.languages, RatioSchedule(section, table.languages).ratios(consumed_tokens), strict=True))
     drawn = section.language_weights or {table.languages[index]: 1.0 for index in np.unique(table.candidate_language)}
@@ -210,21 +210,17 @@ class _Previewer:
     def __init__(
         self, table: DictionaryTable, section: CodeSwitchSection, data: DataSection, tokenizer: Tokenizer, seed: int
     ) -> None:
-        selected = select_keys(table, section)
-        coverage = blend_coverage(selected, data.sources) if section.ratio_of == "words" else None
+        coverage = blend_coverage(table, data.sources) if section.ratio_of == "words" else None
         row_format = RowFormat(seq_length=data.seq_length, eod_id=tokenizer.eod_id, mask_eod=data.eod_mask_loss)
 
-        def build(table: DictionaryTable, section: CodeSwitchSection) -> CodeSwitcher:
+        def build(table: DictionaryTable) -> CodeSwitcher:
             return CodeSwitcher(
                 table, section, row_format, seed=seed, languages=data.languages, device="cpu", coverage=coverage
             )
 
-        self._switch = build(table, section)
+        self._switch = build(table)
         with _said_once():
-            # the keys are chosen already, and by the real translations
-            chosen = replace(section, source_languages=[], min_word_length=1, max_word_length=None)
-            chosen = replace(chosen, case="follow", candidate_weights="table")
-            self._mark = build(_with_marks(selected), chosen)
+            self._mark = build(_with_marks(table))
         self._table = table
         self._languages = data.languages
         self.text = TokenText(tokenizer)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_prealign.code_switch.schedule import RatioSchedule
-from megatron_prealign.dictionary.switchable import check_table, select_keys
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import (
+    CodeSwitchBatch,
     CodeSwitchSettings,
     NgramTable,
     build_ngram_table,
@@ -109,7 +109,8 @@ class CodeSwitcher:
         """Builds the device table.
 
         Args:
-            table: the dictionary, already without held-out groups.
+            table: the dictionary without held-out groups, with the keys that `section` asks for
+                (`switchable.switchable_table`).
             section: the recipe's section.
             row_format: what comes out.
             seed: 0 to 2^64-1; with the sample id and the position it decides every draw.
@@ -118,12 +119,11 @@ class CodeSwitcher:
             coverage: share of running words the table knows, per language of the data; needed by `ratio_of: words`.
 
         Raises:
-            UserError: the section or the data does not fit the table.
+            UserError: the table is damaged.
         """
         self.languages = tuple(table.languages)
         self._format = row_format
-        check_table(table, section, languages)
-        self._table = _device_table(select_keys(table, section), section, row_format.eod_id, device)
+        self._table = _device_table(table, section, row_format.eod_id, device)
         self._settings = CodeSwitchSettings(
             seed=seed,
             sequence_length=row_format.seq_length,
@@ -164,15 +164,9 @@ class CodeSwitcher:
         self._set_thresholds(consumed_tokens)
         if not self._switches:
             return plain_batch(tokens, self._format)
-        output = code_switch(
-            tokens,
-            self._table_language.index_select(0, language.to(torch.int64) + 1),
-            sample_id,
-            self._table,
-            self._thresholds,
-            self._settings,
-            word_starts,
-        )
+        table_language = self._table_language.index_select(0, language.to(torch.int64) + 1)
+        batch = CodeSwitchBatch(tokens, table_language, sample_id, word_starts)
+        output = code_switch(batch, self._table, self._thresholds, self._settings)
         position_ids, starts = output.position_ids, output.document_starts
         if starts is not None and not self._format.reset_position_ids:
             position_ids = position_ids + starts

@@ -13,6 +13,7 @@ import yaml
 from megatron_prealign import __version__
 from megatron_prealign.checkpoint.state import is_run
 from megatron_prealign.recipe import ModelSection
+from megatron_prealign.recipe.phases import ALIGNMENT
 
 if TYPE_CHECKING:
     from megatron_prealign.conversion.to_hf import Converted
@@ -87,7 +88,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 def _introduction(facts: Mapping[str, Any], converted: "Converted") -> str:
     phases = (facts.get("run") or {}).get("phases") or []
     text = "A causal language model"
-    if "alignment" in phases and len(phases) > 1:
+    if ALIGNMENT in phases and len(phases) > 1:
         text += (
             " whose word representations were aligned across languages by a bilingual dictionary before pretraining "
             "(the PreAlign method, arXiv:2407.16222)"

@@ -176,35 +176,6 @@ class TrainSamples:
         # Counted once: a run asks at each checkpoint how far its sources were read.
         self._counted = (0, np.zeros(len(sources), dtype=np.int64))
 
-    @classmethod
-    def build(
-        cls,
-        data: DataSection,
-        *,
-        num_samples: int,
-        seed: int,
-        languages: Sequence[str],
-        cache_dir: Path,
-        vocab_size: int | None = None,
-        tokenizer_fingerprint: str | None = None,
-        lookahead: int = 0,
-        saved: SavedBlend | None = None,
-    ) -> "TrainSamples":
-        """`TrainPlan.read`, then its index, for a process of its own. A job of several takes the steps one by one."""
-        plan = TrainPlan.read(
-            data,
-            num_samples=num_samples,
-            seed=seed,
-            languages=languages,
-            cache_dir=cache_dir,
-            vocab_size=vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            lookahead=lookahead,
-            saved=saved,
-        )
-        plan.write_index()
-        return plan.open()
-
     def __len__(self) -> int:
         return self._num_samples
 

@@ -12,6 +12,19 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection
 
 
+def switchable_table(table: DictionaryTable, section: CodeSwitchSection, languages: Sequence[str]) -> DictionaryTable:
+    """`select_keys`, after `check_table`: what code-switching works with.
+
+    Args:
+        languages: the data's languages.
+
+    Raises:
+        UserError: the section or the data does not fit the table.
+    """
+    check_table(table, section, languages)
+    return select_keys(table, section)
+
+
 def check_table(table: DictionaryTable, section: CodeSwitchSection, languages: Sequence[str]) -> None:
     """Checks the languages of the section and of the data against those of the table; `select_keys` checks the rest.
 

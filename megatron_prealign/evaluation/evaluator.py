@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.code_switch.switcher import RowFormat
@@ -36,20 +37,21 @@ class Evaluator:
         runtime: Runtime,
         validation: ValidationSamples,
         row_format: RowFormat,
-        table: DictionaryTable | None,
-        held_out: np.ndarray | None,
+        words: tuple[DictionaryTable, NDArray[np.bool_]] | None,
     ) -> None:
         """
         Args:
             row_format: that of training.
-            held_out: bool `[groups]`, the groups that training leaves out; measured apart from the others.
+            words: the word table and the groups `[groups]` that training leaves out, which are measured apart from the
+                others; None without a dictionary.
         """
         self._recipe = recipe
         self._runtime = runtime
         self._validation = validation
         self._row_format = row_format
         self._pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
-        if table is not None and held_out is not None:
+        if words is not None:
+            table, held_out = words
             limit, longest = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
             for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
                 self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=longest)

@@ -10,11 +10,9 @@ from typing import Any
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.measures import MEASURES
+from megatron_prealign.recipe.phases import ALIGNMENT
 
 logger = logging.getLogger(__name__)
-
-ALIGNMENT = "alignment"
-LANGUAGE_MODEL = "language_model"
 
 
 @dataclass(frozen=True)

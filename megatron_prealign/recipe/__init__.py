@@ -13,10 +13,13 @@ from megatron_prealign.recipe.logging import LoggingSection
 from megatron_prealign.recipe.model import ModelSection, RopeScaling
 from megatron_prealign.recipe.optimizer import OptimizerSection
 from megatron_prealign.recipe.parallel import ParallelSection
+from megatron_prealign.recipe.phases import ALIGNMENT, LANGUAGE_MODEL, PhasePlan
 from megatron_prealign.recipe.recipe import Recipe
 from megatron_prealign.recipe.training import TrainingSection
 
 __all__ = [
+    "ALIGNMENT",
+    "LANGUAGE_MODEL",
     "AlignmentGuardSection",
     "AlignmentSection",
     "AlignmentWatchSection",
@@ -30,6 +33,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
+    "PhasePlan",
     "Recipe",
     "RecipeValueError",
     "RopeScaling",

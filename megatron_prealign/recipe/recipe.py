@@ -16,6 +16,7 @@ from megatron_prealign.recipe.logging import LoggingSection
 from megatron_prealign.recipe.model import ModelSection
 from megatron_prealign.recipe.optimizer import OptimizerSection
 from megatron_prealign.recipe.parallel import ParallelSection
+from megatron_prealign.recipe.phases import ALIGNMENT, LANGUAGE_MODEL, PhasePlan
 from megatron_prealign.recipe.training import TrainingSection
 
 
@@ -258,6 +259,15 @@ class Recipe:
             f"null or a divisor of the {own} words of a data-parallel rank (alignment.words_per_step / "
             f"{data_parallel}) that is a multiple of tensor_model_parallel_size ({tensor})",
         )
+
+    @property
+    def phases(self) -> list[PhasePlan]:
+        """The run's phases in order: the alignment phase, unless it is left out or has no steps, and language-model
+        training."""
+        plans = [PhasePlan(LANGUAGE_MODEL, self.training.train_iters, self.training.global_batch_size)]
+        if self.alignment is not None and self.alignment.train_iters:
+            plans.insert(0, PhasePlan(ALIGNMENT, self.alignment.train_iters, self.alignment.lm_global_batch_size))
+        return plans
 
     @property
     def max_word_tokens(self) -> int | float:

@@ -8,17 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_prealign.checkpoint.folder import resolve_checkpoint
 from megatron_prealign.checkpoint.resume.agree import require_intact
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.resume.load import load_weights
+from megatron_prealign.dictionary.table import DictionaryTable
+from megatron_prealign.evaluation.evaluator import Evaluator
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
-from megatron_prealign.run.inputs import open_dictionary, open_validation, open_vocabulary
-from megatron_prealign.run.pretrain import identity_of_model, open_evaluator
+from megatron_prealign.run.dictionary import load_words
+from megatron_prealign.run.inputs import Vocabulary, open_validation, open_vocabulary
+from megatron_prealign.run.pretrain import format_of_rows, identity_of_model
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
 
@@ -60,6 +66,13 @@ def _find_checkpoint(folder: Path, parallel: ParallelSection) -> tuple[Path, Rec
         return checkpoint, replace(saved, parallel=parallel)
 
 
+def _load_words(recipe: Recipe, vocabulary: Vocabulary) -> tuple[DictionaryTable, NDArray[np.bool_]] | None:
+    """The word table and its held-out groups; None without a dictionary."""
+    if recipe.dictionary is None:
+        return None
+    return load_words(recipe.dictionary, vocabulary.tokenizer.fingerprint)
+
+
 def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> tuple[Measurement, int]:
     """Measures one run; returns the measurement and this process's rank. Takes part: all processes.
 
@@ -67,7 +80,7 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
     """
     with running(recipe.parallel, seed=recipe.training.seed, leave_process_group=leave_process_group) as runtime:
         vocabulary = on_every_rank("opening the tokenizer", lambda: open_vocabulary(recipe))
-        dictionary = on_every_rank("opening the dictionary", lambda: open_dictionary(recipe, vocabulary))
+        words = on_every_rank("opening the dictionary", lambda: _load_words(recipe, vocabulary))
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
@@ -75,6 +88,6 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         identity = identity_of_model(recipe, vocabulary)
         on_every_rank("loading weights", lambda: load_weights(models, None, checkpoint, identity=identity))
         logger.info("measuring %s", checkpoint)
-        result = open_evaluator(recipe, runtime, vocabulary, validation, dictionary).measure(models)
+        result = Evaluator(recipe, runtime, validation, format_of_rows(recipe, vocabulary), words).measure(models)
         state = read_run(checkpoint)["train_state"]
         return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank

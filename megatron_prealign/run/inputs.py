@@ -1,19 +1,22 @@
 """What a run reads from disk: the tokenizer, the dictionary and the data, opened and checked."""
 
+import logging
 import os
 from dataclasses import dataclass
 
-import numpy as np
-
+from megatron_prealign.checkpoint.resume.identity import saved_coverage
 from megatron_prealign.checkpoint.resume.start import FRESH, Start
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
-from megatron_prealign.dictionary.table import DictionaryTable, load_table
+from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.errors import UserError
 from megatron_prealign.model.config import padded_vocab_size
-from megatron_prealign.recipe import Recipe
-from megatron_prealign.runtime.agreement import on_every_rank
+from megatron_prealign.recipe import CodeSwitchSection, Recipe
+from megatron_prealign.run.dictionary import DictionaryParts, SwitchingTable, open_dictionary
+from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +31,13 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, eq=False)
-class Dictionary:
-    """The word table and the groups kept out of training."""
-
-    table: DictionaryTable
-    held_out: np.ndarray
-    """bool `[groups]`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Materials:
+class RunInputs:
     """What a run reads from disk, opened and checked."""
 
     vocabulary: Vocabulary
-    dictionary: Dictionary | None
+    dictionary: DictionaryParts | None
+    coverage: dict[str, float] | None
+    """Share of running words of each language that code-switching knows; None where the ratio does not ask for it."""
     train: TrainSamples
     validation: ValidationSamples
 
@@ -65,19 +61,6 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
     return Vocabulary(tokenizer, size, padded)
 
 
-def open_dictionary(recipe: Recipe, vocabulary: Vocabulary) -> Dictionary | None:
-    """Opens the recipe's table, if it names one.
-
-    Raises:
-        UserError: it is missing, damaged or of another tokenizer.
-    """
-    if recipe.dictionary is None:
-        return None
-    table = load_table(recipe.dictionary.table)
-    table.check_tokenizer(vocabulary.tokenizer.fingerprint)
-    return Dictionary(table, table.held_out_groups(recipe.dictionary.held_out_fraction))
-
-
 def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples:
     """Opens the held-out text of every language.
 
@@ -93,8 +76,9 @@ def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples
     )
 
 
-def open_materials(recipe: Recipe, start: Start = FRESH) -> Materials:
-    """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index.
+def open_inputs(recipe: Recipe, start: Start = FRESH) -> RunInputs:
+    """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index, rank 0 measures
+    the coverage of the dictionary.
 
     Args:
         start: Where the run starts, which decides what has been read.
@@ -106,16 +90,38 @@ def open_materials(recipe: Recipe, start: Start = FRESH) -> Materials:
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
     on_every_rank("building the sample index", lambda: is_builder and plan.write_index())
     train = on_every_rank("opening the sample index", plan.open)
-    return Materials(vocabulary, dictionary, train, validation)
+    section, coverage = recipe.code_switch, None
+    if section is not None and section.ratio_of == "words":
+        assert dictionary is not None and dictionary.switching is not None
+        switching = dictionary.switching
+        coverage = from_rank_zero("measuring the known words", lambda: _words_known(recipe, section, switching, start))
+    return RunInputs(vocabulary, dictionary, coverage, train, validation)
 
 
-def _open_files(recipe: Recipe, start: Start) -> tuple[Vocabulary, Dictionary | None, ValidationSamples, TrainPlan]:
+def _open_files(
+    recipe: Recipe, start: Start
+) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, TrainPlan]:
     """What each rank opens by itself."""
     vocabulary = open_vocabulary(recipe)
-    dictionary = open_dictionary(recipe, vocabulary)
+    dictionary = open_dictionary(recipe, vocabulary.tokenizer.fingerprint)
     validation = open_validation(recipe, vocabulary)
     plan = open_plan(recipe, vocabulary, start)
     return vocabulary, dictionary, validation, plan
+
+
+def _words_known(
+    recipe: Recipe, section: CodeSwitchSection, switching: SwitchingTable, start: Start
+) -> dict[str, float]:
+    """Share of running words of each language that code-switching knows: that of the checkpoint that the run resumes
+    from, so that no threshold moves, or else measured on the data."""
+    coverage = None if start.summary is None else saved_coverage(start.summary, section, switching.digest)
+    source = "from the checkpoint"
+    if coverage is None:
+        coverage = blend_coverage(switching.table, recipe.data.sources)
+        source = "measured"
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
+    logger.info("known running words, %s: %s", source, shares)
+    return coverage
 
 
 def open_plan(recipe: Recipe, vocabulary: Vocabulary, start: Start = FRESH) -> TrainPlan:
@@ -143,26 +149,21 @@ def lookahead_tokens(recipe: Recipe) -> int:
 
 
 def num_samples(recipe: Recipe, start: Start = FRESH) -> int:
-    """Rows of the blend that all phases together can consume."""
-    training, alignment = recipe.training, recipe.alignment
-    seq_length = recipe.data.seq_length
-    state = start.state
-    if training.train_tokens is not None:
-        # Rows of the alignment phase count towards the same total.
-        planned = -(-training.train_tokens // seq_length)
-        left = 0 if state is None else -(-(training.train_tokens - state.tokens) // seq_length)
-    else:
-        assert training.train_iters is not None
-        steps = {"alignment": 0 if alignment is None else alignment.train_iters, "language_model": training.train_iters}
-        rows = {
-            "alignment": 0 if alignment is None else alignment.lm_global_batch_size,
-            "language_model": training.global_batch_size,
-        }
-        planned = sum(steps[phase] * rows[phase] for phase in steps)
-        left = 0
+    """Samples of the blend that all phases together can consume."""
+    state, phases = start.state, recipe.phases
+    budget, seq_length = recipe.training.train_tokens, recipe.data.seq_length
+    left = 0
+    if budget is not None:
+        # Samples of the alignment phase count towards the same total.
+        planned = -(-budget // seq_length)
         if state is not None:
-            to_come = list(steps)[list(steps).index(start.phase) :] if start.phase in steps else []
-            left = sum(steps[phase] * rows[phase] for phase in to_come)
-            left -= state.phase_step * rows[to_come[0]] if to_come else 0
-    # Rows that were consumed in batches of another size stay consumed.
+            left = -(-(budget - state.tokens) // seq_length)
+    else:
+        planned = sum((phase.train_iters or 0) * phase.samples for phase in phases)
+        names = [phase.name for phase in phases]
+        if state is not None and start.phase in names:
+            to_come = phases[names.index(start.phase) :]
+            left = sum((phase.train_iters or 0) * phase.samples for phase in to_come)
+            left -= state.phase_step * to_come[0].samples
+    # Samples that were consumed in batches of another size stay consumed.
     return planned if state is None else max(planned, state.consumed_samples + left)

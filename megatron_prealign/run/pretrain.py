@@ -3,7 +3,7 @@ else."""
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,16 +20,15 @@ from megatron_prealign.checkpoint.store import CheckpointStore
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
 from megatron_prealign.conversion.config import huggingface_config
-from megatron_prealign.data.samples import SampleRows, TrainSamples, ValidationSamples
+from megatron_prealign.data.samples import SampleRows
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.evaluation.watch import AlignmentWatch
-from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
 from megatron_prealign.model.build import build_model, count_parameters
-from megatron_prealign.recipe import Recipe, RecipeValueError
+from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
+from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.folder import record_run, take_run_folder, versions
-from megatron_prealign.run.inputs import Dictionary, Materials, Vocabulary, open_materials
-from megatron_prealign.run.switching import Switching, open_switching
+from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -40,7 +39,7 @@ from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
-from megatron_prealign.training.rows import RowReader
+from megatron_prealign.training.rows import MakeBatch, RowReader
 from megatron_prealign.training.save_checkpoints import SaveCheckpoints
 from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
@@ -60,60 +59,65 @@ def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
     )
 
 
-def build_phases(
-    recipe: Recipe, runtime: Runtime, materials: Materials, switching: Switching | None, words: WordSteps | None
-) -> list[Phase]:
-    """The alignment phase, if the recipe has one, and language-model training."""
-    row_format = format_of_rows(recipe, materials.vocabulary)
+def build_phases(recipe: Recipe, runtime: Runtime, inputs: RunInputs, words: WordSteps | None) -> list[Phase]:
+    """The phases of `recipe.phases`.
 
-    def plain(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
-        return plain_batch(rows.tokens, row_format)
-
-    reader = partial(RowReader, materials.train, runtime)
+    Args:
+        words: What alignment steps draw their words from; None without the section `alignment`.
+    """
+    reader = partial(RowReader, inputs.train, runtime)
     phases: list[Phase] = []
-    if recipe.alignment is not None and recipe.alignment.train_iters:
-        assert words is not None
-        rows = reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain)
-        phases.append(AlignmentPhase(recipe, runtime, rows, words))
-    make_batch: Callable[[SampleRows, int], SwitchedBatch] = plain
-    target_languages: Sequence[str] | None = None
-    if recipe.code_switch is not None:
-        assert switching is not None
-        switcher = CodeSwitcher(
-            switching.table,
-            recipe.code_switch,
-            row_format,
-            seed=recipe.training.seed,
-            languages=recipe.data.languages,
-            device=runtime.device,
-            coverage=switching.coverage,
-        )
-        target_languages = switching.table.languages
-
-        def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
-            return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
-
-        make_batch = switched
-    rows = reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch)
-    if recipe.alignment_guard is None:
-        phases.append(LanguageModelPhase(recipe, runtime, rows, target_languages=target_languages))
-    else:
-        assert words is not None
-        phases.append(GuardedLanguageModelPhase(recipe, runtime, rows, words, target_languages=target_languages))
+    for plan in recipe.phases:
+        if plan.name == ALIGNMENT:
+            assert words is not None
+            plain = _plain_batches(format_of_rows(recipe, inputs.vocabulary))
+            rows = reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain)
+            phases.append(AlignmentPhase(recipe, runtime, rows, words))
+            continue
+        make_batch, target_languages = _batches(recipe, runtime, inputs)
+        rows = reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch)
+        if recipe.alignment_guard is None:
+            phases.append(LanguageModelPhase(recipe, runtime, rows, target_languages=target_languages))
+        else:
+            assert words is not None
+            phases.append(GuardedLanguageModelPhase(recipe, runtime, rows, words, target_languages=target_languages))
     return phases
 
 
-def open_words(recipe: Recipe, runtime: Runtime, dictionary: Dictionary | None) -> WordSteps | None:
-    """What alignment steps draw their words from, None without alignment.
+def _plain_batches(row_format: RowFormat) -> MakeBatch:
+    return lambda rows, consumed_tokens: plain_batch(rows.tokens, row_format)
 
-    Raises:
-        UserError: the section does not fit the table.
-    """
-    section = recipe.alignment
-    if section is None:
+
+def _batches(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> tuple[MakeBatch, Sequence[str] | None]:
+    """What makes batches of rows in language-model training, and the languages that it switches words into; None
+    without code-switching."""
+    row_format = format_of_rows(recipe, inputs.vocabulary)
+    if recipe.code_switch is None:
+        return _plain_batches(row_format), None
+    assert inputs.dictionary is not None and inputs.dictionary.switching is not None
+    table = inputs.dictionary.switching.table
+    switcher = CodeSwitcher(
+        table,
+        recipe.code_switch,
+        row_format,
+        seed=recipe.training.seed,
+        languages=recipe.data.languages,
+        device=runtime.device,
+        coverage=inputs.coverage,
+    )
+
+    def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
+        return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
+
+    return switched, table.languages
+
+
+def open_words(recipe: Recipe, runtime: Runtime, dictionary: DictionaryParts | None) -> WordSteps | None:
+    """What alignment steps draw their words from, None without alignment."""
+    if recipe.alignment is None:
         return None
-    assert dictionary is not None
-    sampler = WordSampler(dictionary.table, section, held_out=dictionary.held_out, seed=recipe.training.seed)
+    assert dictionary is not None and dictionary.words is not None
+    sampler = WordSampler(dictionary.table, dictionary.words, recipe.alignment, recipe.training.seed)
     return WordSteps(recipe, runtime, sampler)
 
 
@@ -138,51 +142,24 @@ def exported_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
     )
 
 
-def run_identity(
-    recipe: Recipe, phases: Sequence[Phase], train: TrainSamples, switching: Switching | None
-) -> dict[str, Any]:
-    """What a run that goes on must agree on besides its model."""
+def identity_of_run(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
+    """What a run that resumes must agree on besides its model."""
     facts = None
-    if switching is not None:
-        assert recipe.code_switch is not None and recipe.dictionary is not None
+    if recipe.code_switch is not None:
+        assert recipe.dictionary is not None and inputs.dictionary is not None
+        assert inputs.dictionary.switching is not None
         facts = facts_of_switching(
-            recipe.dictionary.table, recipe.code_switch, digest=switching.digest, coverage=switching.coverage
+            recipe.dictionary.table,
+            recipe.code_switch,
+            digest=inputs.dictionary.switching.digest,
+            coverage=inputs.coverage,
         )
     return facts_of_run(
         recipe,
-        phases=[phase.name for phase in phases],
-        num_samples=len(train),
-        keys=[source.key for source in train.blend.sources],
-        segmenters=train.segmenters,
+        num_samples=len(inputs.train),
+        keys=[source.key for source in inputs.train.blend.sources],
+        segmenters=inputs.train.segmenters,
         switching=facts,
-    )
-
-
-def open_evaluator(
-    recipe: Recipe,
-    runtime: Runtime,
-    vocabulary: Vocabulary,
-    validation: ValidationSamples,
-    dictionary: Dictionary | None,
-) -> Evaluator:
-    """What can be measured of the run's model."""
-    row_format = format_of_rows(recipe, vocabulary)
-    if dictionary is None:
-        return Evaluator(recipe, runtime, validation, row_format, None, None)
-    return Evaluator(recipe, runtime, validation, row_format, dictionary.table, dictionary.held_out)
-
-
-def open_watched_pairs(recipe: Recipe, dictionary: Dictionary | None) -> list[WordPairs] | None:
-    """The words that the recipe's alignment watch measures, None without it.
-
-    Raises:
-        UserError: the table has none of them.
-    """
-    if recipe.alignment_watch is None:
-        return None
-    assert dictionary is not None
-    return watched_pairs(
-        dictionary.table, dictionary.held_out, recipe.alignment_watch, max_word_tokens=recipe.max_word_tokens
     )
 
 
@@ -213,22 +190,27 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
 
 def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], started_s: float) -> TrainState:
     start = choose_start(recipe)
-    materials = open_materials(recipe, start)
-    switching = open_switching(recipe, materials.dictionary, start)
-    watched = on_every_rank("choosing the words to watch", lambda: open_watched_pairs(recipe, materials.dictionary))
-    words = on_every_rank("choosing the words", lambda: open_words(recipe, runtime, materials.dictionary))
-    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, materials, switching, words))
-    evaluator = open_evaluator(recipe, runtime, materials.vocabulary, materials.validation, materials.dictionary)
+    inputs = open_inputs(recipe, start)
+    dictionary = inputs.dictionary
+    words = on_every_rank("preparing the words", lambda: open_words(recipe, runtime, dictionary))
+    phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, inputs, words))
+    evaluator = Evaluator(
+        recipe,
+        runtime,
+        inputs.validation,
+        format_of_rows(recipe, inputs.vocabulary),
+        None if dictionary is None else (dictionary.table, dictionary.held_out),
+    )
     on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator))
     models = on_every_rank(
-        "building the model", lambda: build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+        "building the model", lambda: build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)
     )
     hold(frozen_parameters(recipe, models))
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
     heads = None if words is None else words.attach(chunks)
-    identity = identity_of_model(recipe, materials.vocabulary)
-    run = run_identity(recipe, phases, materials.train, switching)
+    identity = identity_of_model(recipe, inputs.vocabulary)
+    run = identity_of_run(recipe, inputs)
     state = TrainState()
     if start.summary is not None:
         state = on_every_rank(
@@ -243,7 +225,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         runtime,
         identity=identity,
         run=run,
-        huggingface=exported_config(recipe, materials.vocabulary),
+        huggingface=exported_config(recipe, inputs.vocabulary),
         versions=versions(),
         beside=heads,
     )
@@ -254,15 +236,15 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         runtime.world_size,
         runtime.device,
         count_parameters(models) / 1e6,
-        materials.vocabulary.size,
-        materials.vocabulary.padded_size,
+        inputs.vocabulary.size,
+        inputs.vocabulary.padded_size,
     )
     run_dir = Path(recipe.logging.run_dir)
     metrics = MetricsFile(run_dir / "metrics.jsonl", enabled=runtime.rank == 0)
     tensorboard = TensorBoard(run_dir / "tensorboard", enabled=recipe.logging.tensorboard and runtime.rank == 0)
     watch: list[Callback] = []
-    if recipe.alignment_watch is not None and watched is not None:
-        watch = [AlignmentWatch(recipe.alignment_watch, watched, metrics, tensorboard)]
+    if recipe.alignment_watch is not None and dictionary is not None and dictionary.watched is not None:
+        watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics, tensorboard)]
     trainer = Trainer(
         recipe,
         runtime,
@@ -271,10 +253,10 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         phases,
         [
             StopOnRequest(store, exit_after_minutes=recipe.training.exit_after_minutes, started_s=started_s),
-            ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=materials.vocabulary.padded_size),
+            ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=inputs.vocabulary.padded_size),
             *watch,
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
-            SaveCheckpoints(store, materials.train, metrics, recipe.checkpoint.save_interval),
+            SaveCheckpoints(store, inputs.train, metrics, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),
             *callbacks,
         ],

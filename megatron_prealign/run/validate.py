@@ -10,12 +10,9 @@ from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.word_bitmap import check_words
-from megatron_prealign.dictionary.alignment_groups import alignment_groups
-from megatron_prealign.dictionary.switchable import check_table, select_keys
-from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
-from megatron_prealign.evaluation.word_pairs import watched_pairs
-from megatron_prealign.recipe import DataSource, DictionarySection, Recipe, ValidationSource
+from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
+from megatron_prealign.run.dictionary import open_dictionary
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 
@@ -47,8 +44,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
             f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} "
             "ids; raise it or leave it out"
         )
-    if recipe.dictionary is not None:
-        _check_dictionary(recipe, recipe.dictionary, tokenizer.fingerprint)
+    open_dictionary(recipe, tokenizer.fingerprint)
     for source in recipe.data.sources:
         if sidecars[source.path].tokens <= recipe.data.seq_length:
             raise UserError(
@@ -79,10 +75,8 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     check_model(start.checkpoint, start.summary, identity)
     # Which source is which, the run finds out by what they hold; here their paths must do.
     known = {source["path"]: source["key"] for source in start.summary["run"]["sources"]}
-    alignment = recipe.alignment is not None and recipe.alignment.train_iters > 0
     facts = facts_of_run(
         recipe,
-        phases=[*(["alignment"] if alignment else []), "language_model"],
         num_samples=start.summary["run"]["num_samples"],
         keys=[known.get(source.path, -1) for source in recipe.data.sources],
         segmenters=[sidecars[source.path].segmenter for source in recipe.data.sources],
@@ -115,23 +109,3 @@ def _check_source(source: DataSource | ValidationSource) -> Sidecar:
     if sidecar.segmenter is not None and isinstance(source, DataSource):
         check_words(source.path, sidecar.tokens, sidecar.segmenter)
     return sidecar
-
-
-def _check_dictionary(recipe: Recipe, section: DictionarySection, fingerprint: str) -> None:
-    table = load_table(section.table)
-    table.check_tokenizer(fingerprint)
-    languages = recipe.data.languages
-    if not set(table.languages) & set(languages):
-        raise UserError(
-            f"the dictionary table {section.table} is of {', '.join(table.languages)}, but the data is in "
-            f"{', '.join(languages)}; build the table for the data's languages"
-        )
-    held_out = table.held_out_groups(section.held_out_fraction)
-    if recipe.alignment is not None:
-        alignment_groups(table, recipe.alignment, held_out=held_out)
-    if recipe.alignment_watch is not None:
-        watched_pairs(table, held_out, recipe.alignment_watch, max_word_tokens=recipe.max_word_tokens)
-    if recipe.code_switch is not None:
-        check_table(table, recipe.code_switch, languages)
-        # As training does, which keeps the held-out groups out.
-        select_keys(table.without_groups(held_out), recipe.code_switch)

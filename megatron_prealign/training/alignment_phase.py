@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.recipe import Recipe
+from megatron_prealign.recipe import ALIGNMENT, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
 from megatron_prealign.runtime.optimizer import forget_held_gradients
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class AlignmentPhase(Phase):
     """Contrastive learning over dictionary words at every layer, plus next-token loss on rows of the blend."""
 
-    name = "alignment"
+    name = ALIGNMENT
 
     def __init__(self, recipe: Recipe, runtime: Runtime, reader: RowReader, words: WordSteps) -> None:
         assert recipe.alignment is not None

@@ -8,7 +8,7 @@ import torch
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import LANGUAGES_FROM
-from megatron_prealign.recipe import Recipe
+from megatron_prealign.recipe import LANGUAGE_MODEL, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedule_length
 from megatron_prealign.training.meter import Meter
@@ -19,7 +19,7 @@ from megatron_prealign.training.rows import RowMicrobatch, RowReader, idle_rows,
 class LanguageModelPhase(Phase):
     """Next-token prediction."""
 
-    name = "language_model"
+    name = LANGUAGE_MODEL
 
     def __init__(
         self, recipe: Recipe, runtime: Runtime, reader: RowReader, *, target_languages: Sequence[str] | None

@@ -11,6 +11,7 @@ import torch
 from megatron_prealign.model.flops import peak_flops, training_flops_per_token
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.recipe.phases import ALIGNMENT
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.tensorboard import TensorBoard
 
@@ -153,7 +154,7 @@ def _memory_gb(device: torch.device) -> float:
 
 def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
     parts = [f"{record['phase']} {record['phase_step']}/{total}", f"loss {record['loss']:.4f}"]
-    if record["phase"] == "alignment" and record.get("lm_loss") is not None:
+    if record["phase"] == ALIGNMENT and record.get("lm_loss") is not None:
         parts.append(f"lm loss {record['lm_loss']:.4f}")
     if aligned := [loss for loss in record.get("alignment_loss") or () if loss is not None]:
         parts.append(f"alignment loss {math.fsum(aligned) / len(aligned):.4f}")

@@ -65,7 +65,8 @@ class Trainer:
         with lost_ranks_as_mistakes("training"), ExitStack() as closing:
             for callback in self.callbacks:
                 closing.callback(callback.on_close, self)
-            self._notify("on_start")
+            for callback in self.callbacks:
+                callback.on_start(self)
             while True:
                 self._run_phase()
                 if self.state.stop_requested or self.state.phase + 1 == len(self.phases):
@@ -73,7 +74,8 @@ class Trainer:
                 self.state.next_phase()
                 if self.phase.fresh_optimizer:
                     reset_optimizer(self.optimizer)
-            self._notify("on_end")
+            for callback in self.callbacks:
+                callback.on_end(self)
 
     def _run_phase(self) -> None:
         phase, state = self.phase, self.state
@@ -87,9 +89,11 @@ class Trainer:
                 chunk.train()
             while not phase.is_over(state) and not state.stop_requested:
                 self.step(phase, schedule)
-                self._notify("on_step")
+                for callback in self.callbacks:
+                    callback.on_step(self)
             if phase.is_over(state):
-                self._notify("on_phase_end")
+                for callback in self.callbacks:
+                    callback.on_phase_end(self)
         finally:
             phase.end()
 
@@ -134,7 +138,3 @@ class Trainer:
                 f"checkpoint in {self.recipe.checkpoint_dir} is from before it; lower the learning rate or look at the "
                 "data there"
             )
-
-    def _notify(self, event: str) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self)

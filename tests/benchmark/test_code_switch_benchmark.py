@@ -31,6 +31,7 @@ from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import (
+    CodeSwitchBatch,
     CodeSwitchOutput,
     CodeSwitchSettings,
     build_ngram_table,
@@ -59,15 +60,17 @@ def inputs_of(
     table = build_ngram_table(**workload.arrays)
     languages = table.num_languages
     return Inputs(
-        tokens=torch.from_numpy(tokens),
-        language=torch.full((rows,), workload.language),
-        sample_id=torch.arange(rows) + (5 << 32),
+        batch=CodeSwitchBatch(
+            tokens=torch.from_numpy(tokens),
+            language=torch.full((rows,), workload.language),
+            sample_id=torch.arange(rows) + (5 << 32),
+            word_starts=None if starts is None else torch.from_numpy(starts),
+        ),
         table=table,
         thresholds=torch.full((languages, languages), ratio_threshold(ratio)),
         settings=CodeSwitchSettings(
             seed=(3 << 32) + 9, sequence_length=sequence, label_mode="input_only", pad_id=workload.eod_id
         ),
-        word_starts=None if starts is None else torch.from_numpy(starts),
     )
 
 
@@ -170,8 +173,8 @@ def test_python_loop_equals_the_reference(workload: Workload, ratio: float, look
 @pytest.mark.parametrize("share", [0.02, 0.7])
 def test_python_loop_equals_the_reference_with_word_starts(workload: Workload, share: float) -> None:
     inputs = inputs_of(workload, 0.5)
-    starts = torch.from_numpy(np.random.default_rng(SEED).random(inputs.tokens.shape) < share)
-    marked = inputs._replace(word_starts=starts)
+    starts = torch.from_numpy(np.random.default_rng(SEED).random(inputs.batch.tokens.shape) < share)
+    marked = inputs._replace(batch=inputs.batch._replace(word_starts=starts))
     assert not torch.equal(code_switch_reference(*marked).tokens, code_switch_reference(*inputs).tokens)
     check_python_loop(python_loop(workload, inputs), ratio_threshold(0.5), marked, inputs.table)
 
@@ -179,10 +182,10 @@ def test_python_loop_equals_the_reference_with_word_starts(workload: Workload, s
 def test_python_loop_draws_by_itself(workload: Workload) -> None:
     inputs = inputs_of(workload, 0.5)
     loop = python_loop(workload, inputs)
-    tokens, labels, mask, positions = loop(inputs.tokens, 512, 0)
-    assert torch.equal(tokens, inputs.tokens[:, :512]) and torch.equal(labels, inputs.tokens[:, 1:513])
+    tokens, labels, mask, positions = loop(inputs.batch.tokens, 512, 0)
+    assert torch.equal(tokens, inputs.batch.tokens[:, :512]) and torch.equal(labels, inputs.batch.tokens[:, 1:513])
     assert bool((mask == 1).all()) and torch.equal(positions[1], torch.arange(512))
-    switched, *_ = loop(inputs.tokens, 512, ratio_threshold(0.5))
+    switched, *_ = loop(inputs.batch.tokens, 512, ratio_threshold(0.5))
     assert switched.shape == tokens.shape and not torch.equal(switched, tokens)
 
 
@@ -215,9 +218,9 @@ def test_bytes_of_a_case_counted_by_hand() -> None:
 def test_bytes_are_those_of_the_tensors(workload: Workload) -> None:
     inputs = inputs_of(workload, 0.5)
     output = code_switch_reference(*inputs)
-    moved = [inputs.tokens, inputs.language, inputs.sample_id, *output[:4], output.counts]
+    moved = [inputs.batch.tokens, inputs.batch.language, inputs.batch.sample_id, *output[:4], output.counts]
     total = sum(each.numel() * each.element_size() for each in moved)
-    assert bytes_moved(*inputs.tokens.shape, 512, 8, LANGUAGES, False) == total
+    assert bytes_moved(*inputs.batch.tokens.shape, 512, 8, LANGUAGES, False) == total
 
 
 def test_ratios_compare_medians() -> None:
@@ -238,11 +241,11 @@ def test_synthetic_text_is_like_text(workload: Workload) -> None:
     assert 0.87 < counts[KNOWN] / counts[RUNNING] < 0.93
     # ten of eleven units are words, of 2.1 tokens on average, the others are marks
     assert 0.44 < counts[RUNNING] / (8 * 4096) < 0.47
-    assert inputs.tokens.min() == EOD and inputs.tokens.max() < len(inputs.table.word_boundary)
+    assert inputs.batch.tokens.min() == EOD and inputs.batch.tokens.max() < len(inputs.table.word_boundary)
     # rows follow each other in one text and share the token between them and the lookahead
-    assert torch.equal(inputs.tokens[1, : 1 + 205], inputs.tokens[0, 4096:])
+    assert torch.equal(inputs.batch.tokens[1, : 1 + 205], inputs.batch.tokens[0, 4096:])
     # Zipf: the most frequent of 600 words of one token is far above the mean
-    frequency = torch.bincount(inputs.tokens.flatten())
+    frequency = torch.bincount(inputs.batch.tokens.flatten())
     assert frequency[1:20_000].max() > 5 * frequency[1:20_000].sum() / 600
     again, other = synthetic_workload(2000, SEED), synthetic_workload(2000, SEED + 1)
     for name, values in workload.arrays.items():

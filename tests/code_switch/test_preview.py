@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.token_datasets import write_dataset
+from support.token_datasets import open_samples, write_dataset
 from support.word_cutters import WORDS
 from support.word_table import word_table
 
@@ -16,9 +16,9 @@ from megatron_prealign.code_switch import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
 from megatron_prealign.code_switch.preview_text import Look, render_preview, split_space
 from megatron_prealign.code_switch.token_text import INCOMPLETE
-from megatron_prealign.data.samples import TrainSamples
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
 from megatron_prealign.dictionary.readers import parse_input
+from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
@@ -117,7 +117,7 @@ def translations() -> dict[tuple[str, str], set[str]]:
 def test_what_is_shown_is_what_is_trained(material: Material, tmp_path: Path, label_mode: str) -> None:
     preview = material.preview(label_mode=label_mode)
     section = preview.section
-    samples = TrainSamples.build(
+    samples = open_samples(
         material.data(),
         num_samples=12,
         seed=7,
@@ -126,7 +126,8 @@ def test_what_is_shown_is_what_is_trained(material: Material, tmp_path: Path, la
         lookahead=section.lookahead_tokens(40),
     )
     row_format = RowFormat(seq_length=40, eod_id=material.tokenizer.eod_id)
-    switch = CodeSwitcher(material.english, section, row_format, seed=7, languages=["en"], device="cpu")
+    table = switchable_table(material.english, section, ["en"])
+    switch = CodeSwitcher(table, section, row_format, seed=7, languages=["en"], device="cpu")
     rows = samples.rows(range(12))
     batch = switch(rows.tokens, rows.language, rows.sample_id, 0, rows.word_starts)
     assert [list(row.tokens) for row in preview.rows] == batch.tokens.tolist()

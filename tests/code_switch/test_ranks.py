@@ -14,15 +14,16 @@ def switch_shares(values: dict[str, Any], folder: str) -> dict[int, list[Any]]:
     """Runs in workers: each rank switches its own share of the rows, cut differently from its neighbours', and all rows
     once more on its own."""
     import torch.distributed as dist
+    from support.token_datasets import open_samples
 
     from megatron_prealign.code_switch import CodeSwitcher, RowFormat
-    from megatron_prealign.data.samples import TrainSamples
+    from megatron_prealign.dictionary.switchable import switchable_table
     from megatron_prealign.dictionary.table import load_table
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     recipe = recipe_of(values, Path(folder) / str(rank))
-    samples = TrainSamples.build(
+    samples = open_samples(
         recipe.data,
         num_samples=ROWS,
         seed=3,
@@ -31,7 +32,7 @@ def switch_shares(values: dict[str, Any], folder: str) -> dict[int, list[Any]]:
         lookahead=recipe.code_switch.lookahead_tokens(recipe.data.seq_length),
     )
     switcher = CodeSwitcher(
-        load_table(recipe.dictionary.table),
+        switchable_table(load_table(recipe.dictionary.table), recipe.code_switch, recipe.data.languages),
         recipe.code_switch,
         RowFormat(seq_length=recipe.data.seq_length, eod_id=load_tokenizer(recipe.data.tokenizer).eod_id),
         seed=recipe.training.seed,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_prealign.code_switch import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
+from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection
@@ -64,6 +65,7 @@ def switcher(
     given = {"seq_length": seq_length, "eod_id": EOD}
     given |= {name: fields.pop(name) for name in list(fields) if name in RowFormat.__dataclass_fields__}
     section = CodeSwitchSection(**{"ratio": 1.0, **fields})
+    table = switchable_table(table, section, languages)
     return CodeSwitcher(table, section, RowFormat(**given), languages=languages, **options)
 
 

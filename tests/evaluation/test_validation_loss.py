@@ -24,7 +24,8 @@ def values_for(tiny: Tiny, folder: Path, **parallel: Any) -> dict[str, Any]:
 
 def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any, Any]:
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.run.inputs import open_dictionary, open_validation, open_vocabulary
+    from megatron_prealign.run.dictionary import load_words
+    from megatron_prealign.run.inputs import open_validation, open_vocabulary
     from megatron_prealign.run.pretrain import format_of_rows
     from megatron_prealign.runtime.distributed import start
 
@@ -32,8 +33,9 @@ def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any
     runtime = start(recipe.parallel, seed=recipe.training.seed)
     vocabulary = open_vocabulary(recipe)
     chunks = build_model(recipe, runtime, vocab_size=vocabulary.size)
-    validation, dictionary = open_validation(recipe, vocabulary), open_dictionary(recipe, vocabulary)
-    return recipe, runtime, chunks, validation, dictionary, format_of_rows(recipe, vocabulary)
+    validation = open_validation(recipe, vocabulary)
+    words = None if recipe.dictionary is None else load_words(recipe.dictionary, vocabulary.tokenizer.fingerprint)
+    return recipe, runtime, chunks, validation, words, format_of_rows(recipe, vocabulary)
 
 
 def measured(values: dict[str, Any], folder: str) -> dict[str, float]:
@@ -79,22 +81,15 @@ def evaluation(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """Runs in a worker: the evaluator's result, and what it leaves of the model."""
     from megatron_prealign.evaluation.evaluator import Evaluator
 
-    recipe, runtime, chunks, samples, dictionary, row_format = opened(values, folder)
+    recipe, runtime, chunks, samples, words, row_format = opened(values, folder)
     chunks[0].train()
-    evaluator = Evaluator(
-        recipe,
-        runtime,
-        samples,
-        row_format,
-        dictionary.table if dictionary else None,
-        dictionary.held_out if dictionary else None,
-    )
+    evaluator = Evaluator(recipe, runtime, samples, row_format, words)
     first = evaluator.measure(chunks)
     return {
         "result": first,
         "again": evaluator.measure(chunks),
         "training": chunks[0].training,
-        "held_out": int(dictionary.held_out.sum()) if dictionary else 0,
+        "held_out": int(words[1].sum()) if words else 0,
     }
 
 

@@ -15,6 +15,7 @@ from megatron_prealign.code_switch import CodeSwitcher
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.dictionary.coverage import measure_coverage
+from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.recipe import load_recipe
 from megatron_prealign.run.inputs import open_plan, open_vocabulary
@@ -90,6 +91,7 @@ def test_a_training_batch(folder: Path) -> None:
     rows = plan.open().rows(range(64))
     assert set(rows.language.tolist()) == set(range(len(recipe.data.languages)))
     table = load_table(folder / "table.safetensors")
+    table = switchable_table(table, recipe.code_switch, recipe.data.languages)
     switcher = CodeSwitcher(
         table, recipe.code_switch, format_of_rows(recipe, vocabulary), seed=1,
         languages=recipe.data.languages, device=torch.device("cpu"), coverage=None,

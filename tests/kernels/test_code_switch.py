@@ -28,7 +28,13 @@ from support.code_switch_cases import (
 )
 from support.code_switch_oracle import Dictionary, philox
 
-from megatron_prealign.kernels import LABEL_MODES, CodeSwitchOutput, code_switch_reference, ratio_threshold
+from megatron_prealign.kernels import (
+    LABEL_MODES,
+    CodeSwitchBatch,
+    CodeSwitchOutput,
+    code_switch_reference,
+    ratio_threshold,
+)
 from megatron_prealign.kernels._triton import INTERPRETED
 from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switch
 from megatron_prealign.kernels.ngram_table import DRAW_BIAS, TOKEN_BITS, hash_columns, pack_first, places_of
@@ -414,16 +420,16 @@ def test_everything_is_written_and_nothing_beside_it(name: str, monkeypatch: pyt
 def test_inputs_are_left_as_they_were(implementation: Callable[..., CodeSwitchOutput]) -> None:
     case = mixed_case().but(word_starts=[[False] * 61] * 6, device=DEVICE)
     arguments = case.arguments()
-    before = [arguments[name].clone() for name in ("tokens", "language", "sample_id", "thresholds", "word_starts")]
+    before = [each.clone() for each in (*arguments["batch"], arguments["thresholds"])]
     table_before = [each.clone() for each in arguments["table"].tensors]
     implementation(**arguments)
-    after = [arguments[name] for name in ("tokens", "language", "sample_id", "thresholds", "word_starts")]
+    after = [*arguments["batch"], arguments["thresholds"]]
     pairs = [*zip(before, after, strict=True), *zip(table_before, arguments["table"].tensors, strict=True)]
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_no_rows(implementation: Callable[..., CodeSwitchOutput]) -> None:
     arguments = edge([[1, 2, 3]], device=DEVICE).arguments()
-    empty = {name: arguments[name][:0] for name in ("tokens", "language", "sample_id")}
+    empty = {"batch": CodeSwitchBatch(*(each if each is None else each[:0] for each in arguments["batch"]))}
     output = implementation(**{**arguments, **empty})
     assert output.tokens.shape == (0, 2) and output.counts.shape == (0, 7)

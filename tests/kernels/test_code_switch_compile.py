@@ -5,7 +5,7 @@ import torch
 from support.code_switch_cases import EOD
 from support.code_switch_oracle import Dictionary
 
-from megatron_prealign.kernels import CodeSwitchSettings, build_ngram_table
+from megatron_prealign.kernels import CodeSwitchBatch, CodeSwitchSettings, build_ngram_table
 from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, triton_version
 from megatron_prealign.kernels.code_switch import plan_launches
 from megatron_prealign.kernels.resources import kernel_resources
@@ -24,9 +24,12 @@ def arguments(longest_key: int, everything: bool, label_mode: str, dtype: torch.
     dictionary = Dictionary(flags, [0.0, 1.0], {(0, key): candidates}, (EOD,))
     tokens = torch.ones((2, 4096 + 206), dtype=dtype)
     return {
-        "tokens": tokens,
-        "language": torch.zeros(2, dtype=torch.int64),
-        "sample_id": torch.zeros(2, dtype=torch.int64),
+        "batch": CodeSwitchBatch(
+            tokens=tokens,
+            language=torch.zeros(2, dtype=torch.int64),
+            sample_id=torch.zeros(2, dtype=torch.int64),
+            word_starts=torch.zeros(tokens.shape, dtype=torch.bool) if everything else None,
+        ),
         "table": build_ngram_table(**dictionary.arrays()),
         "thresholds": torch.zeros((2, 2), dtype=torch.int64),
         "settings": CodeSwitchSettings(
@@ -38,7 +41,6 @@ def arguments(longest_key: int, everything: bool, label_mode: str, dtype: torch.
             mask_eod=everything,
             reset_at_eod=everything,
         ),
-        "word_starts": torch.zeros(tokens.shape, dtype=torch.bool) if everything else None,
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.code_switch_cases import DEVICE, Case, Implementation, edge, mixed_case
 
-from megatron_prealign.kernels import build_ngram_table, code_switch, code_switch_reference
+from megatron_prealign.kernels import CodeSwitchBatch, build_ngram_table, code_switch, code_switch_reference
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1 << 63, (1 << 64) - 1])
@@ -25,8 +25,9 @@ def test_the_op_is_the_implementation_and_knows_its_shapes(seed: int) -> None:
                 if torch.is_tensor(each)
             }
         )
-        fakes = {name: mode.from_tensor(each) if torch.is_tensor(each) else each for name, each in arguments.items()}
-        shapes = code_switch(**{**fakes, "table": table})
+        rows = [None if each is None else mode.from_tensor(each) for each in arguments["batch"]]
+        thresholds = mode.from_tensor(arguments["thresholds"])
+        shapes = code_switch(CodeSwitchBatch(*rows), table, thresholds, arguments["settings"])
     for one, other in zip(output, shapes, strict=True):
         assert one is other is None or (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
@@ -35,37 +36,26 @@ def test_torch_compile_sees_one_graph() -> None:
     arguments = mixed_case().but(device=DEVICE).arguments()
 
     def switch_and_count(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = code_switch(**{**arguments, "tokens": tokens})
+        output = code_switch(**{**arguments, "batch": arguments["batch"]._replace(tokens=tokens)})
         return output.tokens + 1, output.counts.sum(0)
 
     compiled = torch.compile(switch_and_count, backend="eager", fullgraph=True)
-    for one, other in zip(compiled(arguments["tokens"]), switch_and_count(arguments["tokens"]), strict=True):
+    tokens = arguments["batch"].tokens
+    for one, other in zip(compiled(tokens), switch_and_count(tokens), strict=True):
         assert torch.equal(one, other)
 
 
 def test_the_op_passes_the_checks_of_torch() -> None:
-    from megatron_prealign.kernels.code_switch import _code_switch_op
+    from megatron_prealign.kernels.code_switch import _code_switch_op, _pack_settings, _pack_table
 
-    case = mixed_case().but(device=DEVICE)
-    arguments, table = case.arguments(), case.arguments()["table"]
     for reset in (False, True):
+        case = mixed_case().but(device=DEVICE, seed=(1 << 64) - 3, label_mode="mix", mask_eod=True, reset_at_eod=reset)
+        arguments = case.but(eod_id=0).arguments()
+        batch, table = arguments["batch"]._replace(word_starts=None), arguments["table"]
+        packed = (table.tensors, _pack_table(table), _pack_settings(arguments["settings"]))
         torch.library.opcheck(
             _code_switch_op,
-            (
-                *(arguments[name] for name in ("tokens", "language", "sample_id", "thresholds")),
-                None,
-                table.tensors,
-                list(table.multipliers),
-                table.draw_steps,
-                table.counts_letters,
-                -3,
-                60,
-                "mix",
-                0,
-                0,
-                True,
-                reset,
-            ),
+            (*batch, arguments["thresholds"], *packed),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -112,10 +102,15 @@ def test_addresses_beyond_32_bits() -> None:
     """4,096 rows of 131,072 tokens: the labels alone are 4 GiB."""
     rows, sequence = 4096, 131_072
     few = large_case(4, sequence).arguments()
-    arguments = {**few, "sample_id": torch.arange(rows, device=DEVICE), "language": few["language"].new_zeros(rows)}
-    arguments |= {name: few[name].repeat(rows // 4, 1) for name in ("tokens", "word_starts")}
-    output = code_switch(**arguments)
-    last = {**few, "sample_id": torch.arange(rows - 4, rows, device=DEVICE)}
+    batch = few["batch"]
+    repeated = CodeSwitchBatch(
+        tokens=batch.tokens.repeat(rows // 4, 1),
+        language=batch.language.new_zeros(rows),
+        sample_id=torch.arange(rows, device=DEVICE),
+        word_starts=batch.word_starts.repeat(rows // 4, 1),
+    )
+    output = code_switch(**{**few, "batch": repeated})
+    last = {**few, "batch": batch._replace(sample_id=torch.arange(rows - 4, rows, device=DEVICE))}
     for one, other in zip(output, code_switch_reference(**last), strict=True):
         assert torch.equal(one[-4:], other)
 
@@ -132,7 +127,7 @@ def test_a_cuda_graph_replays_with_new_tokens(sequence: int) -> None:
     with torch.cuda.graph(graph):
         output = code_switch(**arguments)
     for _ in range(3):
-        arguments["tokens"].copy_(torch.from_numpy(generator.integers(1, 20, (1, sequence + 1))))
+        arguments["batch"].tokens.copy_(torch.from_numpy(generator.integers(1, 20, (1, sequence + 1))))
         graph.replay()
         expected = code_switch_reference(**arguments)
         assert all(one is other is None or torch.equal(one, other) for one, other in zip(output, expected, strict=True))
@@ -166,7 +161,9 @@ def test_wrong_inputs_are_refused(implementation: Implementation, changes: dict,
     arguments = edge([[1, 2, 3, 4]] * 2, device=DEVICE).arguments()
     for refuses in (code_switch_reference, code_switch):
         with pytest.raises(ValueError, match=message):
-            refuses(**{**arguments, **changes})
+            given = {name: each for name, each in changes.items() if name == "thresholds"}
+            batch = arguments["batch"]._replace(**{name: each for name, each in changes.items() if name not in given})
+            refuses(**{**arguments, **given, "batch": batch})
 
 
 @pytest.mark.parametrize(

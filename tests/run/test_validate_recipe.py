@@ -116,7 +116,6 @@ def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, *
         ),
         "run": facts_of_run(
             recipe,
-            phases=["alignment", "language_model"],
             num_samples=60,
             keys=[0, 1],
             segmenters=[None, None],

@@ -129,6 +129,7 @@ def hand_made_words(slots: Sequence[Slot]) -> Any:
 def drawing_words(section: Any) -> Any:
     """A `WordSampler` of the product over a small table of three languages."""
     from megatron_prealign.alignment.words import WordSampler
+    from megatron_prealign.dictionary.alignment_groups import alignment_groups
 
     random = np.random.default_rng(7)
 
@@ -141,7 +142,8 @@ def drawing_words(section: Any) -> Any:
         [(language, word()) for language in (*languages, "fr")[: 2 + number % 3]] for number in range(WORD_GROUPS)
     ]
     table = word_table(groups, languages, vocab_size=VOCAB_SIZE)
-    return WordSampler(table, section, held_out=np.zeros(WORD_GROUPS, dtype=bool), seed=3)
+    usable = alignment_groups(table, section, held_out=np.zeros(WORD_GROUPS, dtype=bool))
+    return WordSampler(table, usable, section, seed=3)
 
 
 def drawn_slots(recipe: Recipe) -> list[Slot]:

@@ -12,6 +12,7 @@ from hypothesis import strategies
 
 from megatron_prealign.kernels import (
     LABEL_MODES,
+    CodeSwitchBatch,
     CodeSwitchOutput,
     CodeSwitchSettings,
     build_ngram_table,
@@ -64,13 +65,15 @@ class Case:
         thresholds = self.thresholds or [[1 << 32] * languages] * languages
         starts = None if self.word_starts is None else torch.tensor(self.word_starts, device=device)
         return {
-            "tokens": torch.tensor(self.rows, dtype=self.dtype, device=device),
-            "language": torch.tensor(self.language or [0] * len(self.rows), device=device),
-            "sample_id": torch.tensor(self.sample_id or list(range(len(self.rows))), device=device),
+            "batch": CodeSwitchBatch(
+                tokens=torch.tensor(self.rows, dtype=self.dtype, device=device),
+                language=torch.tensor(self.language or [0] * len(self.rows), device=device),
+                sample_id=torch.tensor(self.sample_id or list(range(len(self.rows))), device=device),
+                word_starts=starts,
+            ),
             "table": build_ngram_table(**self.dictionary.arrays(), device=device),
             "thresholds": torch.tensor(thresholds, dtype=torch.int64, device=device),
             "settings": self.all_settings(),
-            "word_starts": starts,
         }
 
     def all_settings(self) -> CodeSwitchSettings:
@@ -89,8 +92,8 @@ class Case:
         per_row = [
             switch_row(
                 row,
-                int(arguments["language"][index]),
-                int(arguments["sample_id"][index]),
+                int(arguments["batch"].language[index]),
+                int(arguments["batch"].sample_id[index]),
                 self.dictionary,
                 thresholds=arguments["thresholds"].tolist(),
                 word_starts=None if self.word_starts is None else self.word_starts[index],
@@ -222,7 +225,7 @@ def assert_properties(case: Case, output: CodeSwitchOutput) -> int:
         counts = output.counts[index].tolist()
         filled = settings.sequence_length - counts[3]
         assert tokens[filled:] == [settings.pad_id] * counts[3] and not any(mask[filled:])
-        language = int(arguments["language"][index])
+        language = int(arguments["batch"].language[index])
         known = {
             key: {c[1] for c in candidates if c[2] > 0 and weights[c[0]] > 0}
             for (key_language, key), candidates in dictionary.keys.items()

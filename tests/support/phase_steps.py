@@ -10,24 +10,22 @@ from support.tiny import recipe_of
 
 
 def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
-    """Recipe, runtime, materials, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
+    """Recipe, runtime, inputs, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.run.inputs import open_materials
+    from megatron_prealign.run.inputs import open_inputs
     from megatron_prealign.run.pretrain import build_phases, open_words
-    from megatron_prealign.run.switching import open_switching
     from megatron_prealign.runtime.distributed import start
     from megatron_prealign.runtime.engine import wrap_data_parallel
 
     recipe = recipe_of(values, Path(folder))
     runtime = start(recipe.parallel, seed=recipe.training.seed)
-    materials = open_materials(recipe)
-    models = build_model(recipe, runtime, vocab_size=materials.vocabulary.size)
+    inputs = open_inputs(recipe)
+    models = build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)
     for model in models:
         disturb(model)
     chunks = wrap_data_parallel(models, recipe.parallel)
-    switching = open_switching(recipe, materials.dictionary)
-    words = open_words(recipe, runtime, materials.dictionary)
-    return recipe, runtime, materials, build_phases(recipe, runtime, materials, switching, words), chunks
+    words = open_words(recipe, runtime, inputs.dictionary)
+    return recipe, runtime, inputs, build_phases(recipe, runtime, inputs, words), chunks
 
 
 def step(phase: Any, state: Any, chunks: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prealign.data.samples import TrainSamples
+from megatron_prealign.data.samples import TrainPlan, TrainSamples
 from megatron_prealign.data.sidecar import Sidecar, TokenizerRecord
 from megatron_prealign.recipe.data import DataSection, DataSource
 from support.sidecars import save_sidecar
@@ -64,9 +64,16 @@ def section(folder: Path, weights: dict[str, float], seq_length: int = 16, **opt
 
 
 def build(data: DataSection, cache_dir: Path, num_samples: int = 40, **options) -> TrainSamples:
-    return TrainSamples.build(
+    return open_samples(
         data, **{"num_samples": num_samples, "seed": SEED, "languages": LANGUAGES, "cache_dir": cache_dir} | options
     )
+
+
+def open_samples(data: DataSection, **options) -> TrainSamples:
+    """`TrainPlan.read`, then its index: what the ranks of a job do one after the other."""
+    plan = TrainPlan.read(data, **options)
+    plan.write_index()
+    return plan.open()
 
 
 def source_seed(number: int, *epoch: int) -> int:

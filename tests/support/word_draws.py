@@ -91,15 +91,14 @@ USUAL = Setting(groups(), held_out=frozenset(HELD_OUT), section=(("words_per_ste
 
 def sampler_of(setting: Setting) -> Any:
     from megatron_prealign.alignment.words import WordSampler
+    from megatron_prealign.dictionary.alignment_groups import alignment_groups
     from megatron_prealign.recipe import AlignmentSection
 
     fields = {"train_iters": 1, "words_per_step": 24, "lr": 0.001, "max_word_tokens": MAX_TOKENS}
-    return WordSampler(
-        word_table(setting.groups, setting.languages, vocab_size=VOCAB_SIZE, counts=setting.counts),
-        AlignmentSection(**{**fields, **dict(setting.section)}),
-        held_out=np.array([number in setting.held_out for number in range(len(setting.groups))]),
-        seed=setting.seed,
-    )
+    section = AlignmentSection(**{**fields, **dict(setting.section)})
+    table = word_table(setting.groups, setting.languages, vocab_size=VOCAB_SIZE, counts=setting.counts)
+    held_out = np.array([number in setting.held_out for number in range(len(setting.groups))])
+    return WordSampler(table, alignment_groups(table, section, held_out=held_out), section, setting.seed)
 
 
 def draw(setting: Setting, steps: Iterable[int]) -> list[Drawn]:

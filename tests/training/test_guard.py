@@ -43,7 +43,7 @@ def several_steps(
     from megatron_prealign.alignment.layout import WordLayout
     from megatron_prealign.checkpoint.train_state import TrainState
 
-    recipe, runtime, materials, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, folder)
     phase = phases[-1]
     assert phase.name == "language_model"
     # Steps of the alignment phase are behind it.
@@ -234,15 +234,13 @@ def three_gradients(values: dict[str, Any], folder: str) -> dict[str, tuple[dict
 
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.run.pretrain import build_phases, open_words
-    from megatron_prealign.run.switching import open_switching
 
-    recipe, runtime, materials, phases, chunks = opened(values, folder)
-    switching = open_switching(recipe, materials.dictionary)
+    recipe, runtime, inputs, phases, chunks = opened(values, folder)
 
     def phases_of(**fields: Any) -> list[Any]:
         changed = replace(recipe, **fields)
-        words = open_words(changed, runtime, materials.dictionary)
-        return build_phases(changed, runtime, materials, switching, words)
+        words = open_words(changed, runtime, inputs.dictionary)
+        return build_phases(changed, runtime, inputs, words)
 
     assert recipe.alignment is not None
     words_alone = replace(recipe.alignment, alpha=1.0, lm_global_batch_size=0, word_micro_batch_size=None)

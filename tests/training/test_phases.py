@@ -47,14 +47,14 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
 
-    recipe, runtime, materials, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, folder)
     section = recipe.alignment
     state = TrainState(phase_step=3, step=3, consumed_samples=12)
     gradients, metrics = step(phases[0], state, chunks)
     before = copy.copy(state)
     phases[0].advance(state)
-    dictionary = materials.dictionary
-    sampler = WordSampler(dictionary.table, section, held_out=dictionary.held_out, seed=recipe.training.seed)
+    dictionary = inputs.dictionary
+    sampler = WordSampler(dictionary.table, dictionary.words, section, recipe.training.seed)
     words = sampler.draw(3, replace(WordLayout.of(runtime, chunks), packed=False))
     (unpacked,) = words.batches
     model = chunks[0].module
@@ -71,10 +71,10 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     penalty = sum(weights[layer] * penalty for layer, penalty in penalties.items())
     lm_loss, apart = torch.zeros(()), 0
     if section.lm_global_batch_size:
-        rows = materials.train.rows(range(12, 12 + section.lm_global_batch_size))
+        rows = inputs.train.rows(range(12, 12 + section.lm_global_batch_size))
         row_format = RowFormat(
             seq_length=recipe.data.seq_length,
-            eod_id=materials.vocabulary.tokenizer.eod_id,
+            eod_id=inputs.vocabulary.tokenizer.eod_id,
             reset_attention_mask=recipe.data.reset_attention_mask,
         )
         batch = plain_batch(rows.tokens, row_format)
@@ -100,10 +100,10 @@ def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, plain_batch
 
-    recipe, runtime, materials, phases, chunks = opened(values, folder)
-    eod_id, size = materials.vocabulary.tokenizer.eod_id, recipe.training.global_batch_size
+    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    eod_id, size = inputs.vocabulary.tokenizer.eod_id, recipe.training.global_batch_size
     # Rows in which a document ends.
-    start = next(at for at in range(20, 400) if (materials.train.rows([at]).tokens[:, :-1] == eod_id).any())
+    start = next(at for at in range(20, 400) if (inputs.train.rows([at]).tokens[:, :-1] == eod_id).any())
     state = TrainState(phase=1, phase_step=2, step=7, tokens=5000, phase_start_tokens=1000, consumed_samples=start)
     gradients, metrics = step(phases[-1], state, chunks)
     seq_length = recipe.data.seq_length
@@ -114,12 +114,12 @@ def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
         reset_position_ids=recipe.data.reset_position_ids,
         reset_attention_mask=recipe.data.reset_attention_mask,
     )
-    rows = materials.train.rows(range(start, start + size))
+    rows = inputs.train.rows(range(start, start + size))
     if recipe.code_switch is None:
         batch = plain_batch(rows.tokens, row_format)
     else:
         switcher = CodeSwitcher(
-            materials.dictionary.table.without_groups(materials.dictionary.held_out),
+            inputs.dictionary.switching.table,
             recipe.code_switch,
             row_format,
             seed=recipe.training.seed,
@@ -370,7 +370,7 @@ def read_rows(values: dict[str, Any], folder: str) -> dict[str, Any]:
     from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
     from megatron_prealign.training.rows import RowReader
 
-    _, runtime, materials, _, _ = opened(values, folder)
+    _, runtime, inputs, _, _ = opened(values, folder)
     seen: list[int] = []
 
     def make_batch(rows: Any, consumed_tokens: int) -> Any:
@@ -380,14 +380,14 @@ def read_rows(values: dict[str, Any], folder: str) -> dict[str, Any]:
         mask = (torch.arange(batch.tokens.shape[1]) < rows.sample_id[:, None]).float()
         return batch._replace(loss_mask=mask, counts=rows.sample_id)
 
-    reader = RowReader(materials.train, runtime, micro_batch_size=2, make_batch=make_batch)
+    reader = RowReader(inputs.train, runtime, micro_batch_size=2, make_batch=make_batch)
     batches, counts = reader.read(4, 8, 77)
     return {
         "tokens": [batch.tokens for batch in batches],
         "scored": [batch.scored_tokens.item() for batch in batches],
         "counts": counts.tolist(),
         "seen": seen,
-        "all": materials.train.rows(range(4, 12)).tokens[:, :-1],
+        "all": inputs.train.rows(range(4, 12)).tokens[:, :-1],
     }
 
 

@@ -26,12 +26,12 @@ def steps_in_microbatches(
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.run.pretrain import open_words
 
-    recipe, runtime, materials, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, folder)
     phase, found = phases[0], []
     for size in sizes:
         assert recipe.alignment is not None
         section = replace(recipe.alignment, word_micro_batch_size=size)
-        phase._words = open_words(replace(recipe, alignment=section), runtime, materials.dictionary)
+        phase._words = open_words(replace(recipe, alignment=section), runtime, inputs.dictionary)
         state = TrainState(phase_step=2, step=2, consumed_samples=8)
         gradients, metrics = step(phase, state, chunks)
         tokens = state.tokens
@@ -94,7 +94,7 @@ def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.training.word_steps import WordSteps
 
-    recipe, runtime, materials, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, folder)
     phase = phases[0]
     sampler = phase._words.sampler
     draw_words = sampler._draw_words

@@ -11,7 +11,7 @@ from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe import CodeSwitchSection, Recipe
+from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, CodeSwitchSection, Recipe
 from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ _BUDGET_FIELDS = {
 }
 _SOURCE_FIELDS = {"key", "path", "language", "weight", "segmenter"}
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
-_ALIGNMENT, _LANGUAGE_MODEL = "alignment", "language_model"
 OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 """What to do about weights that were only to be loaded."""
 
@@ -61,7 +60,6 @@ OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 def facts_of_run(
     recipe: Recipe,
     *,
-    phases: Sequence[str],
     num_samples: int,
     keys: Sequence[int],
     segmenters: Sequence[str | None],
@@ -70,14 +68,13 @@ def facts_of_run(
     """What decides a run's course besides its model and its blend, as plain values for `state.json`.
 
     Args:
-        phases: Names of the run's phases, in order.
         num_samples: Rows of the whole run.
         keys: The number of each source in the run's blend.
         segmenters: Who marked the words of each source, as its sidecar says.
         switching: `facts_of_switching`; None without code-switching.
     """
     return {
-        "phases": list(phases),
+        "phases": [phase.name for phase in recipe.phases],
         "code_switch": recipe.code_switch is not None,
         "switching": switching,
         "seq_length": recipe.data.seq_length,
@@ -288,8 +285,8 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any
     """A run may become longer or shorter, but not shorter than it is."""
     saved, state = summary["run"], TrainState.from_dict(summary["train_state"])
     budget = mine["budget"]
-    done = {"alignment.train_iters": state.phase_step} if summary["phase"] == _ALIGNMENT else {}
-    if summary["phase"] == _LANGUAGE_MODEL:
+    done = {"alignment.train_iters": state.phase_step} if summary["phase"] == ALIGNMENT else {}
+    if summary["phase"] == LANGUAGE_MODEL:
         rows = state.consumed_samples - state.phase_start_samples
         done = {
             "training.train_iters": state.phase_step,
@@ -308,7 +305,7 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any
     changed = [
         f"{name} {saved['budget'].get(name)} -> {value}"
         for name, value in budget.items()
-        if saved["budget"][name] != value and (name in done or not name.startswith(_ALIGNMENT))
+        if saved["budget"][name] != value and (name in done or not name.startswith(ALIGNMENT))
     ]
     if changed:
         warn_once(

@@ -29,9 +29,7 @@ def facts(tmp_path: Path) -> dict[str, Any]:
     recipe = recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path)
     assert recipe.code_switch is not None
     switching = facts_of_switching("table", recipe.code_switch, digest="d1", coverage={"en": 0.5})
-    return facts_of_run(
-        recipe, phases=PHASES, num_samples=60, keys=[0, 1], segmenters=[None, "jieba"], switching=switching
-    )
+    return facts_of_run(recipe, num_samples=60, keys=[0, 1], segmenters=[None, "jieba"], switching=switching)
 
 
 def summary_of(facts: dict[str, Any], phase: str = "language_model", **counters: int) -> dict[str, Any]:

@@ -27,12 +27,12 @@ def values_for(tiny: Tiny, folder: Path) -> dict[str, Any]:
 def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float]) -> tuple[int, list[Any]]:
     """Runs in a worker: how often this rank measured, and the thresholds that the run switched with."""
     from megatron_prealign.code_switch.switcher import CodeSwitcher
+    from megatron_prealign.run import inputs
     from megatron_prealign.run import pretrain as module
-    from megatron_prealign.run import switching
 
     measured = []
     made: list[CodeSwitcher] = []
-    measure, switcher = switching.blend_coverage, module.CodeSwitcher
+    measure, switcher = inputs.blend_coverage, module.CodeSwitcher
 
     def counted(*arguments: Any) -> dict[str, float]:
         measured.append(arguments)
@@ -42,11 +42,11 @@ def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float
         made.append(switcher(*arguments, **named))
         return made[-1]
 
-    switching.blend_coverage, module.CodeSwitcher = counted, kept
+    inputs.blend_coverage, module.CodeSwitcher = counted, kept
     try:
         module.pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
     finally:
-        switching.blend_coverage, module.CodeSwitcher = measure, switcher
+        inputs.blend_coverage, module.CodeSwitcher = measure, switcher
     return len(measured), made[0]._thresholds.tolist()
 
 
