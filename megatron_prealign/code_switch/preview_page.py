@@ -3,25 +3,16 @@
 from collections.abc import Mapping
 from html import escape
 
+from megatron_prealign import page
 from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
 from megatron_prealign.code_switch.preview_text import caption, split_space, totals_table, visible
 
 # a hue for each target language, in the order of the table
 _HUES = (150, 265, 25, 205, 325, 85, 60, 235)
 
-STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --muted: #5b6470;
-  --grid: #d8dee4; --mark: 90%; --text: 24% }
-@media (prefers-color-scheme: dark) { :root { --ground: #0f1318; --panel: #171c23; --ink: #e6e9ed; --muted: #9aa5b1;
-  --grid: #2d343d; --mark: 22%; --text: 82% } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 84rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem }
-p { max-width: 46rem; margin: .5rem 0 } .note, figcaption, sub { color: var(--muted) } figcaption { font-size: .9rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--grid); font-weight: 400 }
-td:nth-child(2) { text-align: right } td:last-child { color: var(--muted); padding-right: 0 }
+_STYLE = """
+body { max-width: 84rem }
+td.text:last-child { color: var(--muted) } td.text:nth-child(2) { text-align: right; white-space: nowrap }
 figure { margin: 1.25rem 0 }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: .35rem }
 @media (max-width: 50rem) { .sides { grid-template-columns: 1fr } }
@@ -29,28 +20,23 @@ figure { margin: 1.25rem 0 }
   overflow-wrap: anywhere }
 mark { color: hsl(var(--hue) 70% var(--text)); background: hsl(var(--hue) 60% var(--mark)); border-radius: 3px;
   padding: .05em .2em; font-weight: 600; cursor: help }
-sub { font-size: .65em; line-height: 0; margin-left: .15em }
-""".strip()
+sub { line-height: 0; margin-left: .15em }
+"""
+_LIGHTNESS = {"--mark": ("90%", "22%"), "--text": ("24%", "82%")}
 
 
 def render_page(preview: Preview) -> str:
     """The whole page."""
     hues = {language: _HUES[number % len(_HUES)] for number, language in enumerate(preview.ratios)}
-    totals = "\n".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(number)}</td><td>{escape(remark)}</td></tr>"
-        for name, number, remark in totals_table(preview)
-    )
+    totals = [[escape(cell) for cell in line] for line in totals_table(preview)]
     rows = "\n".join(_row(row, number, hues) for number, row in enumerate(preview.rows, start=1))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Code-switching preview</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+    body = (
         "<h1>Code-switching preview</h1>\n"
         "<p>Left the text of the dataset, right what the model reads. Point at a coloured word to see the other one. "
         "What the model is to predict depends on the label mode; with input_only it is always the left side.</p>\n"
-        f"<h2>Totals</h2>\n<table>\n{totals}\n</table>\n<h2>Rows</h2>\n{rows}\n</main>\n</body>\n</html>\n"
+        f"<h2>Totals</h2>\n{page.table([], totals, text=True)}\n<h2>Rows</h2>\n{rows}"
     )
+    return page.render("Code-switching preview", body, style=_STYLE, colours=_LIGHTNESS)
 
 
 def _row(row: PreviewRow, number: int, hues: Mapping[str, int]) -> str:

@@ -4,32 +4,18 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --muted: #5b6470;
-  --grid: #d8dee4; --first: #0072b2; --second: #d55e00; --mark: #fff3c4 }
-@media (prefers-color-scheme: dark) { :root { --ground: #0f1318; --panel: #171c23; --ink: #e6e9ed; --muted: #9aa5b1;
-  --grid: #2d343d; --first: #58a6e0; --second: #ff8c42; --mark: #574a10 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 68rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem } h2 { font-size: 1.3rem; margin: 3rem 0 .75rem }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem } p { max-width: 46rem; margin: .5rem 0 }
-.note, figcaption, td.muted { color: var(--muted) } figcaption { font-size: .9rem; max-width: 46rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem .35rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top }
-th { font-weight: 600; color: var(--muted); vertical-align: bottom }
-th:first-child, td:first-child, td.text { text-align: left } td.text { overflow-wrap: anywhere }
-figure { margin: 1rem 0 1.5rem } svg { display: block; width: 100%; max-width: 46rem; height: auto }
+from megatron_prealign import page
+
+_STYLE = """
 svg text { fill: var(--ink); font-size: 13px } svg .muted { fill: var(--muted) }
 svg .first { fill: var(--first) } svg .second { fill: var(--second) } svg .track { fill: var(--panel) }
 .words { columns: 14rem; font-size: .92rem; padding-left: 1.4rem } .words span { color: var(--muted) }
 .samples { list-style: none; padding: 0 } .samples li { background: var(--panel); padding: .6rem .9rem;
   border-radius: 6px; margin: .5rem 0; overflow-wrap: anywhere }
 del { color: var(--muted) } ins { background: var(--mark); text-decoration: none; font-weight: 600; padding: .05em .2em;
-  border-radius: 3px } sub { color: var(--muted); font-size: .7em }
-dt { font-weight: 600; margin-top: .6rem } dd { margin: 0; max-width: 46rem }
-""".strip()
+  border-radius: 3px }
+"""
+_COLOURS = {"--first": ("#0072b2", "#58a6e0"), "--second": ("#d55e00", "#ff8c42"), "--mark": ("#fff3c4", "#574a10")}
 
 _BAR_HEIGHT, _ROW_HEIGHT, _WIDTH, _LABEL_WIDTH, _VALUE_WIDTH = 14, 22, 720, 190, 70
 
@@ -48,21 +34,10 @@ def render_page(report: Mapping[str, Any]) -> str:
         _sources(table["sources"]),
         _rules(table["build"]),
         "<h2>What the numbers mean</h2>",
-        _definitions(report["definitions"]),
+        page.definitions(report["definitions"]),
     ]
     body = "\n".join(part for part in parts if part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Dictionary report</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        "</body>\n</html>\n"
-    )
-
-
-def _definitions(definitions: Mapping[str, str]) -> str:
-    items = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in definitions.items())
-    return f"<dl>{''.join(items)}</dl>"
+    return page.render("Dictionary report", body, style=_STYLE, colours=_COLOURS)
 
 
 def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
@@ -83,11 +58,11 @@ def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
                     _percent(pair["switch_rate"], 2),
                     _change(pair["tokens_before"], pair["tokens_after"]),
                     f"{pair['growth']:+.2%}",
-                    _decimal(pair.get("translations_per_word")),
+                    page.decimal(pair.get("translations_per_word")),
                     _percent(pair.get("ambiguous_share")),
                 ]
             )
-    return _table(header, rows)
+    return page.table(header, rows)
 
 
 def _rows_of(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -107,12 +82,12 @@ def _corpus(corpus: Mapping[str, Any]) -> str:
     parts = [
         f"<h2>{escape(corpus['prefix'])} ({escape(corpus['language'])})</h2>",
         f"<p>{words}, in {corpus['tokens']:,} tokens.{marks}</p>",
-        _figure(
+        _chart(
             "Coverage",
             _bars(bars),
             "Share of the running words (upper bar) and of the vocabulary (lower bar) that the table knows.",
         ),
-        _figure(
+        _chart(
             "Coverage by frequency",
             _bars(ranks),
             "Share of the vocabulary that the table knows, by the rank of the words in this corpus.",
@@ -131,7 +106,7 @@ def _ambiguity(pair: Mapping[str, Any]) -> str:
         (f"{number + 1}{'+' if number + 1 == len(counts) else ''}", (count / pair["known_words"],))
         for number, count in enumerate(counts[: last + 1])
     ]
-    return _figure(
+    return _chart(
         f"Translations into {escape(pair['target'])}",
         _bars(rows),
         "Share of the known running words by how many translations they have.",
@@ -173,7 +148,9 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> str:
         ]
         for source in sources
     ]
-    return "<h3>Lists</h3>\n" + _table(["file", "languages", "format", "pairs", "title", "licence"], rows, text=True)
+    return "<h3>Lists</h3>\n" + page.table(
+        ["file", "languages", "format", "pairs", "title", "licence"], rows, text=True
+    )
 
 
 def _rules(build: Mapping[str, Any]) -> str:
@@ -184,7 +161,11 @@ def _rules(build: Mapping[str, Any]) -> str:
     rows.append(["lines skipped", f"{build.get('lines_skipped', 0):,}"])
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in build.get("settings", {}).items())
     note = f'<p class="note">{escape(settings)}</p>' if settings else ""
-    return f"<h3>What the rules took</h3>\n{note}\n" + _table(["rule", "count"], rows)
+    return f"<h3>What the rules took</h3>\n{note}\n" + page.table(["rule", "count"], rows)
+
+
+def _chart(title: str, svg: str, caption: str) -> str:
+    return page.figure(title, svg, caption, level=3, narrow=True)
 
 
 def _bars(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -210,19 +191,6 @@ def _bars(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     return f'<svg role="img" viewBox="0 0 {_WIDTH} {len(rows) * _ROW_HEIGHT}">{"".join(lines)}</svg>'
 
 
-def _figure(title: str, svg: str, caption: str) -> str:
-    labelled = svg.replace("<svg ", f'<svg aria-label="{title}" ', 1)
-    return f"<h3>{title}</h3>\n<figure>\n{labelled}\n<figcaption>{caption}</figcaption>\n</figure>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
-    """`header` is plain text, `rows` are HTML."""
-    kind = ' class="text"' if text else ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "\n".join("<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
 def _plain(text: str) -> str:
     """Text on one line, control characters left out."""
     return escape("".join(character if character.isprintable() else " " for character in text))
@@ -230,10 +198,6 @@ def _plain(text: str) -> str:
 
 def _percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}%}"
-
-
-def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -8,13 +8,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign import page
 from megatron_prealign.evaluation.run_record import ALIGNMENT, Measurement, RunRecord
 
 Runs = Mapping[str, tuple[RunRecord, Measurement]]
 # (tokens, one value a layer)
 LayerCurve = Sequence[tuple[int, Sequence[float]]]
 
-INK, MUTED, GRID = "#1f2328", "#5b6470", "#d8dee4"
+INK, MUTED, GRID = page.INK[0], page.MUTED[0], page.GRID[0]
 # one colour a run, told apart by colour-blind readers too; dark mode swaps each for the one at the same place
 RUN_COLOURS = ("#0072b2", "#d55e00", "#00835f", "#b8578a", "#8c6d1f", "#3b97cb", "#6a3d9a", "#707070")
 RUN_COLOURS_DARK = ("#58a6e0", "#ff8c42", "#3fca9b", "#e59ac5", "#d6b656", "#8fd0f5", "#b08ce0", "#a8a8a8")
@@ -457,9 +458,9 @@ def css_variables() -> dict[str, tuple[str, str]]:
     runs = zip(RUN_COLOURS, RUN_COLOURS_DARK, strict=True)
     layers = zip(LAYER_COLOURS, LAYER_COLOURS_DARK, strict=True)
     return {
-        "--ink": (INK, "#e6edf3"),
-        "--muted": (MUTED, "#9aa4af"),
-        "--grid": (GRID, "#30363d"),
+        "--ink": page.INK,
+        "--muted": page.MUTED,
+        "--grid": page.GRID,
         **{f"--run-{index}": pair for index, pair in enumerate(runs)},
         **{f"--layer-{index}": pair for index, pair in enumerate(layers)},
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from megatron_prealign import page
 from megatron_prealign.evaluation.plots import css_variables, layer_names, short_count
 
 CAPTIONS = {
@@ -40,43 +41,20 @@ CAPTIONS = {
     ),
 }
 
-STYLE = """
-:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  --ground: #ffffff; --panel: #f6f8fa; --good: #00724d; --bad: #b3261e; LIGHT }
-@media (prefers-color-scheme: dark) { :root {
-  --ground: #0f1318; --panel: #171c23; --good: #4fd1a5; --bad: #ff8a80; DARK } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 68rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 var(--font) }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem }
-p { max-width: 46rem; margin: .5rem 0 } .lead { font-size: 1.08rem }
-.note, figcaption { color: var(--muted); font-size: .9rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top;
-  white-space: nowrap }
-th { font-weight: 600; color: var(--muted); white-space: normal; vertical-align: bottom }
-th.text { text-align: left } thead th { border-bottom: 2px solid var(--grid) }
-th:first-child, td:first-child { text-align: left; color: var(--ink) }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere;
-  font-family: ui-monospace, monospace; font-size: .85rem }
+_STYLE = """
+table { width: 100% }
+td.text { font-family: ui-monospace, monospace; font-size: .85rem }
 .good { color: var(--good) } .bad { color: var(--bad) }
 .key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
-figure { margin: 1.25rem 0 2.25rem } svg.plot { display: block; width: 100%; height: auto }
-figure.narrow svg.plot { max-width: 46rem }
-dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
 details { border-top: 1px solid var(--grid); padding: .6rem 0 } summary { cursor: pointer; font-weight: 600 }
 pre { background: var(--panel); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem;
   line-height: 1.45 }
-""".strip()
+"""
+_CHANGES = {"--good": ("#00724d", "#4fd1a5"), "--bad": ("#b3261e", "#ff8a80")}
 
 
 def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     """The page of a report (as `build_report` makes it) with `figures`: name of `CAPTIONS` -> `<svg>` element."""
-    variables = css_variables()
-    style = STYLE.replace("LIGHT", "; ".join(f"{name}: {light}" for name, (light, _) in variables.items()))
-    style = style.replace("DARK", "; ".join(f"{name}: {dark}" for name, (_, dark) in variables.items()))
     parts = [
         "<h1>Training report</h1>",
         _lead(report),
@@ -89,16 +67,12 @@ def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         _pairs_table(report["runs"]),
         _recipe_differences_table(report),
         "<h2>What the numbers mean</h2>",
-        _definitions(report["definitions"]),
+        page.definitions({name.replace("_", " "): text for name, text in report["definitions"].items()}),
         _sources(report["runs"]),
     ]
     body = "\n".join(part for part in parts if part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Training report: {escape(', '.join(report['runs']))}</title>\n<style>\n{style}\n</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    title = f"Training report: {', '.join(report['runs'])}"
+    return page.render(title, body, style=_STYLE, colours={**css_variables(), **_CHANGES})
 
 
 def _lead(report: Mapping[str, Any]) -> str:
@@ -114,11 +88,13 @@ def _lead(report: Mapping[str, Any]) -> str:
         sentence = f"<b>{escape(name)}</b> against <b>{escape(first)}</b>: validation loss {', '.join(parts)}"
         if change["word_retrieval_p_at_1_mean"] is not None:
             before, after = (_mean(runs[run]["word_retrieval_p_at_1"]) for run in (first, name))
-            sentence += f"; word retrieval, mean over layers, {_decimal(before, 2)} to {_decimal(after, 2)}"
+            sentence += f"; word retrieval, mean over layers, {page.decimal(before, 2)} to {page.decimal(after, 2)}"
         sentences.append(f'<p class="lead">{sentence}.</p>')
     if len(runs) == 1:
         run = runs[first]
-        losses = ", ".join(f"{_decimal(loss, 3)} on {escape(lang)}" for lang, loss in run["validation_loss"].items())
+        losses = ", ".join(
+            f"{page.decimal(loss, 3)} on {escape(lang)}" for lang, loss in run["validation_loss"].items()
+        )
         subject = f"<b>{escape(first)}</b> after {short_count(run['tokens'])} tokens"
         sentences.append(f'<p class="lead">{subject}: validation loss {losses or "not measured"}.</p>')
     return "\n".join(sentences)
@@ -136,14 +112,17 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
         cells = [_run_name(name, index)]
         for language in languages:
             loss = run["validation_loss"].get(language)
-            cells += [_decimal(loss, 3), _decimal(math.exp(loss), 1) if loss is not None and loss < 700 else "–"]
+            cells += [
+                page.decimal(loss, 3),
+                page.decimal(math.exp(loss), 1) if loss is not None and loss < 700 else "–",
+            ]
         shares = run["word_retrieval_p_at_1"]
-        cells += [_decimal(shares[0] if shares else None, 2), _decimal(_mean(shares), 2)]
-        cells += [_decimal(shares[-1] if shares else None, 2)]
+        cells += [page.decimal(shares[0] if shares else None, 2), page.decimal(_mean(shares), 2)]
+        cells += [page.decimal(shares[-1] if shares else None, 2)]
         if held_out:
-            cells.append(_decimal(_mean(run["word_retrieval_p_at_1_held_out"]), 2))
+            cells.append(page.decimal(_mean(run["word_retrieval_p_at_1_held_out"]), 2))
         rows.append([*cells, short_count(run["tokens"]), _duration(run["seconds"])])
-    return _table(header, rows)
+    return page.table(header, rows)
 
 
 def _differences_table(report: Mapping[str, Any]) -> str:
@@ -168,14 +147,12 @@ def _differences_table(report: Mapping[str, Any]) -> str:
         cells.append("0" if change["tokens"] == 0 else sign + short_count(abs(change["tokens"])))
         cells.append(("-" if change["seconds"] < 0 else "+") + _duration(abs(change["seconds"])))
         rows.append(cells)
-    return f"<h2>Against {escape(names[0])}</h2>\n{_table(header, rows)}"
+    return f"<h2>Against {escape(names[0])}</h2>\n{page.table(header, rows)}"
 
 
 def _figure(name: str, svg: str) -> str:
     title, caption = CAPTIONS[name]
-    svg = svg.replace("<svg ", f'<svg aria-label="{escape(title)}" ', 1)
-    kind = ' class="narrow"' if name == "by-layer" else ""
-    return f"<h2>{title}</h2>\n<figure{kind}>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>"
+    return page.figure(title, svg, caption, level=2, narrow=name == "by-layer")
 
 
 def _watch_table(runs: Mapping[str, Any]) -> str:
@@ -189,11 +166,11 @@ def _watch_table(runs: Mapping[str, Any]) -> str:
         last = run["alignment_watch"][-1]
         kind = last["groups"].replace("_", "-")
         for direction, by_name in last["pairs"].items():
-            cells = [_decimal(_mean(by_name[measure]), 2) for measure in measures]
+            cells = [page.decimal(_mean(by_name[measure]), 2) for measure in measures]
             rows.append(
                 [f"{_run_name(name, index)}, {escape(direction)}", f"{last['words'][direction]} {escape(kind)}", *cells]
             )
-    return f"<h2>Alignment watch at the end, mean over layers</h2>\n{_table(header, rows)}" if rows else ""
+    return f"<h2>Alignment watch at the end, mean over layers</h2>\n{page.table(header, rows)}" if rows else ""
 
 
 def _layers_table(runs: Mapping[str, Any]) -> str:
@@ -208,9 +185,9 @@ def _layers_table(runs: Mapping[str, Any]) -> str:
             ("end, held-out words", run["word_retrieval_p_at_1_held_out"]),
         ):
             if shares:
-                cells = [_decimal(share, 2) for share in shares]
+                cells = [page.decimal(share, 2) for share in shares]
                 rows.append([f"{_run_name(name, index)}, {when}", *cells, *["–"] * (depth - len(shares))])
-    return f"<h2>P@1, every layer</h2>\n{_table(['Run', *layer_names(depth)], rows)}"
+    return f"<h2>P@1, every layer</h2>\n{page.table(['Run', *layer_names(depth)], rows)}"
 
 
 def _pairs_table(runs: Mapping[str, Any]) -> str:
@@ -220,11 +197,11 @@ def _pairs_table(runs: Mapping[str, Any]) -> str:
     rows = [
         [
             _run_name(name, index),
-            *(_decimal(_mean(run["word_retrieval_p_at_1_by_pair"].get(pair, [])), 2) for pair in pairs),
+            *(page.decimal(_mean(run["word_retrieval_p_at_1_by_pair"].get(pair, [])), 2) for pair in pairs),
         ]
         for index, (name, run) in enumerate(runs.items())
     ]
-    return f"<h2>P@1 by language pair, mean over layers</h2>\n{_table(['Run', *pairs], rows)}"
+    return f"<h2>P@1 by language pair, mean over layers</h2>\n{page.table(['Run', *pairs], rows)}"
 
 
 def _recipe_differences_table(report: Mapping[str, Any]) -> str:
@@ -237,12 +214,7 @@ def _recipe_differences_table(report: Mapping[str, Any]) -> str:
         [escape(key), *(f"<code>{_yaml_value(values[name])}</code>" for name in names)]
         for key, values in report["recipe_differences"].items()
     ]
-    return f"<h2>Where the recipes differ</h2>\n{_table(['Field', *names], rows, cell_class='text')}"
-
-
-def _definitions(definitions: Mapping[str, str]) -> str:
-    items = (f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>" for name, text in definitions.items())
-    return f"<dl>{''.join(items)}</dl>"
+    return f"<h2>Where the recipes differ</h2>\n{page.table(['Field', *names], rows, text=True)}"
 
 
 def _sources(runs: Mapping[str, Any]) -> str:
@@ -258,18 +230,6 @@ def _sources(runs: Mapping[str, Any]) -> str:
             f"<details><summary>{escape(name)}</summary>\n<pre>{escape(recipe)}</pre>\n<pre>{escape(versions)}</pre></details>"
         )
     return "\n".join(parts)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], cell_class: str = "") -> str:
-    """`header` is plain text, `rows` are HTML."""
-    kind = f' class="{cell_class}"' if cell_class else ""
-    head = "".join(f"<th{kind if column else ''}>{escape(text)}</th>" for column, text in enumerate(header))
-    lines = (
-        "<tr>" + "".join(f"<td{kind if column else ''}>{cell}</td>" for column, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    body = "\n".join(lines)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _run_name(name: str, index: int) -> str:
@@ -292,10 +252,6 @@ def _yaml_value(value: Any) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None
-
-
-def _decimal(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _duration(seconds: float) -> str:

@@ -121,26 +121,6 @@ class RunRecord:
         points: list[TrainPoint | EvaluationPoint | WatchPoint] = [*self.train, *self.evaluations, *self.watch]
         return max((point.tokens for point in points if point.phase == ALIGNMENT), default=None)
 
-    def last_measurement(self) -> Measurement:
-        """The last evaluation of the run as a `Measurement`, for a report without measuring again.
-
-        Raises:
-            UserError: the run was never evaluated.
-        """
-        if not self.evaluations:
-            raise UserError(
-                f"{self.path}: no evaluation in metrics.jsonl; set training.eval_interval and a validation set, "
-                "or run `megatron-prealign evaluate` on a checkpoint of the run"
-            )
-        last = self.evaluations[-1]
-        return Measurement(
-            validation_loss=last.validation_loss,
-            word_retrieval_p_at_1=last.word_retrieval_p_at_1,
-            word_retrieval_p_at_1_held_out=last.word_retrieval_p_at_1_held_out,
-            tokens=last.tokens,
-            seconds=last.seconds,
-        )
-
 
 def load_run(path: str | Path) -> RunRecord:
     """Reads a run folder.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_prealign import cli
 from megatron_prealign.checkpoint.manifest import write_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
-from megatron_prealign.conversion import from_hf
+from megatron_prealign.conversion import import_plan
 from megatron_prealign.conversion import to_hf as conversion
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.safetensors_shards import INDEX, SafetensorsWriter
@@ -186,7 +186,7 @@ def test_numbers_that_cannot_be_carried_over(
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     # It would not take them.
-    monkeypatch.setattr(from_hf, "check_numbers", lambda *_: None)
+    monkeypatch.setattr(import_plan, "check_numbers", lambda *_: None)
     from_huggingface(model, tmp_path / "checkpoint")
     with pytest.raises(UserError, match=message) as caught:
         convert(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)

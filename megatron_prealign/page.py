@@ -1,0 +1,99 @@
+"""One HTML page that fetches nothing and runs no script: the frame, colours, tables and figures of every report."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+INK, MUTED, GRID = ("#1f2328", "#e6e9ed"), ("#5b6470", "#9aa5b1"), ("#d8dee4", "#2d343d")
+"""Colours of text, of text beside it and of lines, in light and in dark mode."""
+
+_COLOURS = {
+    "--ground": ("#ffffff", "#0f1318"),
+    "--panel": ("#f6f8fa", "#171c23"),
+    "--ink": INK,
+    "--muted": MUTED,
+    "--grid": GRID,
+}
+_STYLE = """
+:root { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 68rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.55 var(--font) }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; overflow-wrap: anywhere }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; overflow-wrap: anywhere }
+h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem }
+p { max-width: 46rem; margin: .5rem 0 } .lead { font-size: 1.08rem }
+.note, figcaption { color: var(--muted); font-size: .9rem } figcaption { max-width: 46rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .8rem .4rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top;
+  white-space: nowrap }
+th { font-weight: 600; color: var(--muted); white-space: normal; vertical-align: bottom }
+th:first-child, td:first-child, th.text, td.text { text-align: left }
+td.text { white-space: normal; overflow-wrap: anywhere }
+figure { margin: 1.25rem 0 2rem } svg { display: block; width: 100%; height: auto }
+figure.narrow svg { max-width: 46rem }
+sub { color: var(--muted); font-size: .7em }
+dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
+""".strip()
+
+
+def render(title: str, body: str, *, style: str = "", colours: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """The whole page.
+
+    Args:
+        title: Plain text, for the window.
+        body: HTML.
+        style: CSS that this page needs besides the common one.
+        colours: CSS variable -> its value in light and in dark mode, besides the common ones.
+    """
+    variables = {**_COLOURS, **(colours or {})}
+    light, dark = ("; ".join(f"{name}: {pair[mode]}" for name, pair in variables.items()) for mode in (0, 1))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n"
+        f":root {{ color-scheme: light dark; {light} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f"{_STYLE}\n{style.strip()}\n</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
+    """A table that scrolls by itself on a narrow screen.
+
+    Args:
+        header: Plain text; empty for none.
+        rows: HTML.
+        text: Whether the cells are text, to be broken into lines, and not numbers.
+    """
+    kind = ' class="text"' if text else ""
+    cells = "".join(f"<th{kind}>{escape(name)}</th>" for name in header)
+    head = f"<thead><tr>{cells}</tr></thead>\n" if header else ""
+    body = "\n".join("<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table>\n{head}<tbody>\n{body}\n</tbody></table></div>'
+
+
+def figure(title: str, svg: str, caption: str, *, level: int, narrow: bool = False) -> str:
+    """A plot under its title.
+
+    Args:
+        title: HTML, which is plain text too.
+        svg: One `<svg>` element.
+        caption: HTML.
+        level: Of the title: 2 for h2.
+        narrow: Whether it stays as wide as text on a wide screen.
+    """
+    kind = ' class="narrow"' if narrow else ""
+    labelled = svg.replace("<svg ", f'<svg aria-label="{title}" ', 1)
+    return f"<h{level}>{title}</h{level}>\n<figure{kind}>\n{labelled}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def definitions(items: Mapping[str, str]) -> str:
+    """Terms and what they mean, plain text."""
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in items.items()) + "</dl>"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
