@@ -35,7 +35,7 @@ setup(
         "psutil>=5.9",
         "triton>=3.2; platform_system == 'Linux'",
         "numpy",
-        "jsonargparse>=4.40",
+        "jsonargparse>=4.52",
         "docstring-parser>=0.15",
         "pyyaml",
         "sentencepiece>=0.2",
@@ -73,6 +73,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "jsonschema>=4.18",
             # The one real segmenter that every test run has; the tests of the others skip where they are not installed.
             "jieba>=0.42.1",
             "gigatoken>=0.10",

@@ -11,7 +11,8 @@ from megatron_prealign.benchmark.options import (
     PreprocessOptions,
     ResourcesOptions,
 )
-from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.cli.actions import Actions, run_action
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.resources import use_huge_pages
 from megatron_prealign.tools.benchmark_phases import main as phases
 

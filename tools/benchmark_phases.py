@@ -4,23 +4,29 @@ Under torchrun it measures the layout of the recipe, alone one process.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_prealign.arguments import underscored
 from megatron_prealign.benchmark.options import check_output
+from megatron_prealign.cli.recipe_options import parse_recipe
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe.load import as_user_error, recipe_from_namespace, recipe_name, recipe_parser
+from megatron_prealign.recipe.describe import PathText
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasesOptions:
+    """Measures the speed of the alignment phase of a recipe against its language-model training."""
+
+    steps: int = 20
+    """Number of steps of each phase to measure."""
+    warmup: int = 5
+    """Number of steps of each phase to run before that."""
+    output: PathText | None = None
+    """Write a CSV file, one row per phase."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs some steps of both phases of a recipe and prints the speed of each."""
-    parser = recipe_parser("benchmark phases")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each phase to measure")
-    parser.add_argument("--warmup", type=int, default=5, help="steps of each phase before that")
-    parser.add_argument("--output", type=str | None, default=None, help="CSV file to write, one row a phase")
-    arguments = underscored(argv)
-    with as_user_error(recipe_name(arguments)):
-        values = parser.instantiate(parser.parse_args(arguments))
-        recipe = recipe_from_namespace(values)
+    recipe, values = parse_recipe("benchmark phases", PhasesOptions, argv)
     if values.steps < 1 or values.warmup < 0:
         raise UserError(f"--steps is {values.steps} and --warmup {values.warmup}, expected at least 1 and at least 0")
     check_output(values.output)

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.cli.actions import Actions, run_action
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError, shortened
+from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import available_cores, use_huge_pages
 
 
@@ -14,10 +16,10 @@ from megatron_prealign.resources import available_cores, use_huge_pages
 class ListOptions:
     """Lists checkpoints: steps, sizes, measures, and whether they are complete by the sizes of their files.
 
-    The folder may be named without --folder. The one that `latest` names has a star.
+    The one that `latest` names has a star.
     """
 
-    folder: str
+    path: PathText
     """A run's folder, its folder of checkpoints, or one checkpoint."""
     json: bool = False
     """Print JSON instead."""
@@ -25,12 +27,9 @@ class ListOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Shows what a checkpoint says about itself: model, layout, run.
+    """Shows what a checkpoint says about itself: model, layout, run."""
 
-    The folder may be named without --folder.
-    """
-
-    folder: str
+    path: PathText
     """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
     tensors: bool = False
     """List every tensor with its type and shape."""
@@ -42,11 +41,11 @@ class InspectOptions:
 class VerifyOptions:
     """Reads a checkpoint whole, compares all its files with their checksums and names every damaged one.
 
-    The folder may be named without --folder. Exit status 1 if one is damaged, or missing where
+    Exit status 1 if one is damaged, or missing where
     `latest` names it.
     """
 
-    folder: str
+    path: PathText
     """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
     all: bool = False
     """Every checkpoint in the folder."""
@@ -59,9 +58,9 @@ class ExportOptions:
     """Takes the weights of a checkpoint into one of their own, without the optimizer: for `pretrain --checkpoint.load`
     and `convert to-hf`. Needs no GPU and little memory."""
 
-    checkpoint: str
+    checkpoint: PathText
     """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
-    output: str
+    output: PathText
     """Folder to write."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Type of the weights; by default they stay as they are."""
@@ -72,11 +71,11 @@ class ExportOptions:
 
 
 def list_(argv: Sequence[str]) -> int:
-    options = parse_options(ListOptions, "checkpoint list", _with_folder(argv))
+    options = parse_options(ListOptions, "checkpoint list", argv, positional="path")
 
     from megatron_prealign.checkpoint.commands.list import find_pointer_problem, list_checkpoints, render
 
-    folder = Path(options.folder)
+    folder = Path(options.path)
     listed = list_checkpoints(folder)
     if options.json:
         import json
@@ -91,12 +90,12 @@ def list_(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    options = parse_options(InspectOptions, "checkpoint inspect", _with_folder(argv))
+    options = parse_options(InspectOptions, "checkpoint inspect", argv, positional="path")
 
     from megatron_prealign.checkpoint.commands.inspect import inspect_checkpoint, render
     from megatron_prealign.checkpoint.folder import resolve_checkpoint
 
-    facts = inspect_checkpoint(resolve_checkpoint(options.folder))
+    facts = inspect_checkpoint(resolve_checkpoint(options.path))
     if options.json:
         import json
 
@@ -107,7 +106,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 
 def verify(argv: Sequence[str]) -> int:
-    options = parse_options(VerifyOptions, "checkpoint verify", _with_folder(argv))
+    options = parse_options(VerifyOptions, "checkpoint verify", argv, positional="path")
     workers = available_cores() if options.workers is None else options.workers
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected a number above 0")
@@ -121,10 +120,10 @@ def verify(argv: Sequence[str]) -> int:
     )
     from megatron_prealign.progress import Progress
 
-    lost = find_lost(Path(options.folder))
+    lost = find_lost(Path(options.path))
     if lost:
         print(f"damaged: {lost}")
-    folders = checkpoints_to_verify(Path(options.folder), options.all)
+    folders = checkpoints_to_verify(Path(options.path), options.all)
     damaged = 0
     with Progress("verifying", bytes_to_read(folders), unit="B", unit_scale=True) as bar:
         for folder in folders:
@@ -187,11 +186,6 @@ def _refuse_damage(checkpoint: Path) -> None:
         problems = verify_checkpoint(checkpoint, workers=available_cores(), progress=bar.update).problems
     if problems:
         raise UserError(f"{checkpoint} is damaged ({shortened(problems, separator='; ')}); use another checkpoint")
-
-
-def _with_folder(argv: Sequence[str]) -> list[str]:
-    """Takes the first argument that is no option for the folder."""
-    return [f"--folder={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
 
 
 ACTIONS: Actions = {

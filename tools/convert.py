@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.cli.actions import Actions, run_action
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
+from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import use_huge_pages
 
 if TYPE_CHECKING:
@@ -28,9 +30,9 @@ class ToHfOptions:
     One process on a CPU, whatever layout wrote the checkpoint; the files are the same for all layouts.
     """
 
-    checkpoint: str
+    checkpoint: PathText
     """A step_* folder, a folder of checkpoints (its newest) or a run's folder."""
-    output: str
+    output: PathText
     """Folder to write; it gets its name when it is complete."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Type of the weights; by default as they were trained, bf16 for a bf16 run.
@@ -59,9 +61,9 @@ class FromHfOptions:
     One process on a CPU. model.yaml in the checkpoint has the section `model` of a recipe for it.
     """
 
-    model: str
+    model: PathText
     """Folder as transformers' save_pretrained writes it: config.json, safetensors, tokenizer."""
-    output: str
+    output: PathText
     """Folder to write; it gets its name when it is complete."""
     tensor: int = 1
     """Parts in which matrices are written."""
@@ -69,7 +71,7 @@ class FromHfOptions:
     """Parts in which the layers are written."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Type of the weights; by default as in the folder, fp32 for fp16."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer of the model, if it lies elsewhere."""
     vocab_size: int | None = None
     """Number of ids; by default the rows of the embedding, or the tokenizer's ids if it has more."""
@@ -179,11 +181,11 @@ class VerifyOptions:
     Both models are run on the CPU in fp32, one after the other.
     """
 
-    checkpoint: str
+    checkpoint: PathText
     """A step_* folder, a folder of checkpoints (its newest) or a run's folder."""
-    model: str
+    model: PathText
     """Hugging Face model folder."""
-    text: str | None = None
+    text: PathText | None = None
     """Text file to run through both models; by default some lines that are built in."""
     tolerance: float = 1e-4
     """Largest difference of states and logits, against the largest number there."""
@@ -191,7 +193,7 @@ class VerifyOptions:
     """Run the models; false compares tensors and tokenizers alone, in little memory."""
     ignore_config_field: list[str] = field(default_factory=list)
     """Fields of config.json that are not known here and do not change the maths; you vouch for it."""
-    output: str | None = None
+    output: PathText | None = None
     """JSON file to write the whole report to."""
     overwrite: bool = False
     """Replace a report that is there."""

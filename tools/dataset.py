@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from megatron_prealign.arguments import underscored
-from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.cli.actions import Actions, run_action
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.resources import available_cores
 
 
@@ -18,13 +19,13 @@ class MergeOptions:
     The bytes are those of Megatron-LM's own merge, and for shards those of the run without --shard.
     """
 
-    input: list[str]
+    input: list[PrefixText]
     """Prefixes of the datasets, or their .bin files, in the order of their documents; shards in any order."""
-    output: str
+    output: PrefixText
     """PREFIX: path of the files to write, without the ending."""
     workers: int | None = None
     """Threads that copy; by default one for each CPU core this process may use."""
-    language: str | None = None
+    language: LanguageText | None = None
     """Language code of the result, for datasets of different languages."""
     drop_words: bool = False
     """Leave PREFIX.words out, for datasets of which only some were made with a segmenter."""
@@ -42,9 +43,9 @@ class InspectOptions:
     Lengths are those of all documents, tokens are sampled; memory does not depend on the size.
     """
 
-    input: str
+    input: PrefixText
     """Prefix of the dataset, or its .bin file."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer that decodes; by default the one that PREFIX.json names, if it is still there."""
     samples: int = 3
     """Documents to show, spread evenly from the first on."""
@@ -59,9 +60,9 @@ class VerifyOptions:
     Looked at are header, sizes and sums, ids, ends of documents, checksums, marks of words, the counts of PREFIX.json.
     """
 
-    input: list[str]
+    input: list[PrefixText]
     """Prefixes of the datasets, or their .bin files."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Also compare with this tokenizer."""
     workers: int | None = None
     """Threads that read; by default one for each CPU core this process may use."""
@@ -75,11 +76,11 @@ class RepairOptions:
     files are kept as .bak.
     """
 
-    input: str
+    input: PrefixText
     """Prefix of the dataset, or its .bin file."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer that made the ids, if there is no PREFIX.json."""
-    language: str | None = None
+    language: LanguageText | None = None
     """Language code of the documents, if there is no PREFIX.json."""
     dtype: Literal["auto", "uint16", "int32"] = "auto"
     """How the tokens are stored; auto: as the old index says, or else as the vocabulary needs it."""
@@ -91,6 +92,11 @@ class RepairOptions:
     """Write also if all is well, or if the tokens have changed since their checksum was taken."""
     workers: int | None = None
     """Threads that check; by default one for each CPU core this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareCacheOptions:
+    """Builds the sample index that training with the recipe will look for, without a GPU."""
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -120,7 +126,7 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    options = parse_options(InspectOptions, "dataset inspect", argv)
+    options = parse_options(InspectOptions, "dataset inspect", argv, positional="input")
     if options.samples < 0:
         raise UserError(f"--samples is {options.samples}, expected a number from 0")
 
@@ -137,7 +143,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 
 def verify(argv: Sequence[str]) -> int:
-    options = parse_options(VerifyOptions, "dataset verify", argv)
+    options = parse_options(VerifyOptions, "dataset verify", argv, positional="input")
     if not options.input:
         raise UserError("--input is empty; expected the prefixes of datasets")
 
@@ -158,7 +164,7 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def repair(argv: Sequence[str]) -> int:
-    options = parse_options(RepairOptions, "dataset repair", argv)
+    options = parse_options(RepairOptions, "dataset repair", argv, positional="input")
 
     from megatron_prealign.data.commands.repair import repair as repair_dataset
 
@@ -184,9 +190,9 @@ def repair(argv: Sequence[str]) -> int:
 
 
 def prepare_cache(argv: Sequence[str]) -> int:
-    from megatron_prealign.recipe import load_recipe
+    from megatron_prealign.cli.recipe_options import parse_recipe
 
-    recipe = load_recipe(underscored(argv), "dataset prepare-cache")
+    recipe, _ = parse_recipe("dataset prepare-cache", PrepareCacheOptions, argv)
 
     from megatron_prealign.runtime import log
 

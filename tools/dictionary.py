@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli import Actions, parse_options, run_action
+from megatron_prealign.cli.actions import Actions, run_action
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.tools.dictionary_preview import preview
 from megatron_prealign.tools.dictionary_report import replaces_nothing, report
 
@@ -24,15 +26,15 @@ if TYPE_CHECKING:
 class BuildOptions:
     """Builds the word-translation table (table.safetensors) from word lists."""
 
-    input: list[str]
+    input: list[PathText]
     """Word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de), one or more; translations of a word join.
 
     SOURCE is the language of the headwords. Of files that belong together (dictd, StarDict, PanLex) name any one. Text
     files may be compressed with gzip, zstd or bzip2.
     """
-    tokenizer: str
+    tokenizer: PathText
     """Hugging Face tokenizer folder or sentencepiece model file, the one the corpora were preprocessed with."""
-    output: str
+    output: PathText
     """Table file to write; an older table there is replaced, any other file is not."""
     languages: str | None = None
     """Languages of the columns (en-de, or en-de-fr for lists of three), for inputs that do not name their own."""
@@ -57,15 +59,15 @@ class BuildOptions:
     column for each language and with --weights one more; cedict is CC-CEDICT, wiktextract the translations of a
     Wiktionary and wiktextract-glosses its definitions, pyglossary all that this package reads.
     """
-    source: str | None = None
+    source: LanguageText | None = None
     """Language whose words are to be replaced: lists that have it in another column are turned around."""
-    pivot: str | None = None
+    pivot: LanguageText | None = None
     """Join lists over this language: de-en and en-ru become de-ru. The lists themselves serve as a bridge alone."""
     pivot_ambiguous: Literal["drop", "keep"] = "drop"
     """Joined pairs that only one pivot word of several meanings supports."""
     pivot_bridge: bool = False
     """Keep also the pairs of the pivot language."""
-    corpus: list[str] = field(default_factory=list)
+    corpus: list[PrefixText] = field(default_factory=list)
     """Prefixes of preprocessed datasets: coverage is measured and words are counted in them."""
     notes: Literal["drop", "keep"] = "drop"
     """Notes in brackets and markup inside words."""
@@ -107,11 +109,11 @@ class BuildOptions:
 class MergeOptions:
     """Puts tables of one tokenizer together, as if their lists had been built into one."""
 
-    table: list[str]
+    table: list[PathText]
     """Table files, two or more; of the translations of a word those of the first table come first."""
-    tokenizer: str
+    tokenizer: PathText
     """The tokenizer that they were built with."""
-    output: str
+    output: PathText
     """Table file to write; an older table there is replaced, any other file is not."""
     max_translations: int = 4
     """Most translations of a word in one language; the first ones are kept."""
@@ -127,9 +129,9 @@ class MergeOptions:
 class CoverageOptions:
     """Measures which share of the running words of corpora a table knows."""
 
-    table: str
+    table: PathText
     """Table file."""
-    corpus: list[str]
+    corpus: list[PrefixText]
     """Prefixes of preprocessed datasets, one or more."""
     max_tokens: int = 5_000_000
     """Tokens of each corpus to look at."""

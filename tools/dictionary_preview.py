@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
+from megatron_prealign.recipe.describe import PathText, PrefixText
 
 if TYPE_CHECKING:
     from megatron_prealign.code_switch.preview import Preview
@@ -30,13 +31,13 @@ class PreviewOptions:
     alone.
     """
 
-    config: str | None = None
+    config: PathText | None = None
     """Recipe to take the table, the data, the seed and the code_switch section from."""
-    table: str | None = None
+    table: PathText | None = None
     """Table file; the recipe's by default. Without a recipe nothing of it is held out."""
-    data: str | None = None
+    data: PrefixText | None = None
     """Prefix of a preprocessed dataset; the recipe's blend by default."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer of the dataset; by default the recipe's, or the one that the dataset's .json names."""
     rows: int = 20
     """Rows to show."""
@@ -70,7 +71,7 @@ class PreviewOptions:
     """Tokens read beyond a row's end to fill a row that became shorter."""
     labels: bool = False
     """Also show what every input token is to predict; best with a small --seq-length."""
-    html: str | None = None
+    html: PathText | None = None
     """Also write the rows as one HTML page."""
     color: Literal["auto", "always", "never"] = "auto"
     """Colours; auto means on a terminal, unless NO_COLOR is set."""

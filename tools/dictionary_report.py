@@ -5,21 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import PathText, PrefixText
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Measures a table on corpora: coverage, switch rate, lengths, ambiguity, unknown words; with switched samples."""
 
-    table: str
+    table: PathText
     """Table file."""
-    corpus: list[str]
+    corpus: list[PrefixText]
     """Prefixes of preprocessed datasets, one or more."""
-    output: str
+    output: PathText
     """Folder to write report.json and report.html into."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer of the datasets; by default the one that their .json name."""
     ratio: float = 0.05
     """Ratio of code-switching that the rates are for, from 0 to 1."""

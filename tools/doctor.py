@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli.options import parse_options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class EvaluateOptions:
 
     run: list[str]
     """Runs as NAME=FOLDER, one or more; the first is what the others are compared with."""
-    output: str
+    output: PathText
     """Folder of the report."""
     tensor_model_parallel_size: int = 1
     """Processes that share each layer's matrices; need not be as in training."""

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.resources import available_cores
 
 if TYPE_CHECKING:
@@ -19,18 +20,18 @@ class PreprocessOptions:
     """Turns text files into PREFIX.bin, PREFIX.idx (Megatron-Core's format) and PREFIX.json (what they hold). With a
     segmenter also PREFIX.words, one bit a token: does a word start here?"""
 
-    input: list[str]
+    input: list[PathText]
     """What to read, one or more: files, folders, patterns ('data/*.jsonl.gz') or hf:NAME[,CONFIG][:SPLIT].
 
     .jsonl (one object a line) and .txt (documents separated by blank lines), also with .gz, .zst or .bz2, and .parquet.
     """
-    tokenizer: str
+    tokenizer: PathText
     """Hugging Face tokenizer folder or sentencepiece .model file."""
-    output: str
+    output: PrefixText
     """PREFIX: path of the files to write, without the ending.
 
     Several text keys write PREFIX_KEY, a language key PREFIX_LANGUAGE, a shard PREFIX_00003-of-00008."""
-    language: str | None = None
+    language: LanguageText | None = None
     """Language code of the documents, as in the dictionary (en, de, ...)."""
     language_key: str | None = None
     """Instead of --language: key of the language code in each document; a dataset for each language is written."""

@@ -1,32 +1,41 @@
 """`megatron-prealign pretrain`: trains as a recipe says; run it again to resume."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_prealign.arguments import underscored
+from megatron_prealign.cli.recipe_options import parse_recipe_arguments
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe.load import as_user_error, recipe_from_namespace, recipe_name, recipe_parser
+from megatron_prealign.recipe.load import as_user_error, load_recipe, recipe_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """Trains a model as a recipe says, in one process or under torchrun. Running the same command again resumes it."""
+
+    validate: bool = False
+    """Check the recipe and its files, print a summary and exit; needs no torch and no GPU."""
+    world_size: int | None = None
+    """With --validate: number of processes the run will have."""
+    schema: bool = False
+    """Print the JSON schema of a recipe, for completion and checks in editors, and exit."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Parses the recipe, then validates it or trains."""
-    parser = recipe_parser("pretrain")
-    parser.add_argument(
-        "--validate", action="store_true", help="check the recipe and its files, then stop; needs no torch"
-    )
-    parser.add_argument(
-        "--world_size", type=int | None, default=None, help="with --validate: processes the run will have"
-    )
-    arguments = underscored(argv)
-    with as_user_error(recipe_name(arguments)):
-        values = parser.instantiate(parser.parse_args(arguments))
-        recipe = recipe_from_namespace(values)
-    if values.world_size is not None and not values.validate:
-        raise UserError("--world_size is for --validate; a run takes the number of processes from torchrun")
-    if values.validate:
+    options, arguments = parse_recipe_arguments("pretrain", PretrainOptions, argv)
+    if options.schema:
+        from megatron_prealign.recipe.schema import recipe_schema
+
+        print(recipe_schema())
+        return 0
+    recipe = load_recipe(arguments)
+    if options.world_size is not None and not options.validate:
+        raise UserError("--world-size is for --validate; a run takes the number of processes from torchrun")
+    if options.validate:
         from megatron_prealign.run.validate import validate
 
         with as_user_error(recipe_name(arguments)):
-            print(validate(recipe, values.world_size))
+            print(validate(recipe, options.world_size))
         return 0
     from megatron_prealign.runtime import log
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli import parse_options
+from megatron_prealign.cli.options import parse_options
+from megatron_prealign.recipe.describe import LanguageText, PathText
 
 if TYPE_CHECKING:
     from megatron_prealign.preprocess.train_tokenizer import TrainingReport
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
 class TrainTokenizerOptions:
     """Trains a tokenizer, byte-level BPE or sentencepiece, and reports how finely it cuts each language."""
 
-    input: list[str]
+    input: list[PathText]
     """What to read, one or more, each as NAME or NAME:LANGUAGE (data/de:de).
 
     NAME is a file (.jsonl with one object a line, .txt with documents separated by blank lines, both also .gz, .zst or
     .bz2, or .parquet), a folder, a pattern such as 'data/**/*.jsonl.gz' or hf:DATASET[,CONFIG][:SPLIT].
     """
-    output: str
+    output: PathText
     """Folder to write; it must not exist yet."""
     vocab_size: int
     """Tokens in the vocabulary, <eod> and the 256 bytes included."""
@@ -41,7 +42,7 @@ class TrainTokenizerOptions:
     """
     character_coverage: float = 0.9995
     """sentencepiece: share of the running characters that get tokens of their own; the others become bytes."""
-    clone_language: str | None = None
+    clone_language: LanguageText | None = None
     """Makes it a clone tokenizer with twice the ids, the upper half for this language code (English-Clone study)."""
     text_key: list[str] = field(default_factory=lambda: ["text"])
     """Keys of the text in each JSON object or row, nested ones with dots (data.text); several are joined by a line

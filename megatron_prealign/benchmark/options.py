@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import PathText, PrefixText
 
 
 def check_output(output: str | None) -> None:
@@ -36,9 +37,9 @@ class CodeSwitchOptions:
     """Type of the source tokens."""
     keys: int | None = None
     """Keys of the synthetic table; by default 1,000,000 on a GPU, 100,000 on a CPU."""
-    table: str | None = None
+    table: PathText | None = None
     """Table file to use instead of the synthetic table; needs --data."""
-    data: str | None = None
+    data: PrefixText | None = None
     """Prefix of a preprocessed dataset in a source language of --table, to use instead of the synthetic text."""
     seed: int = 1234
     """Of the synthetic table and text, and of the draws."""
@@ -48,7 +49,7 @@ class CodeSwitchOptions:
     """GPU: whether a large buffer is written before every repeat, so that nothing is left in the L2 (cold)."""
     python_loop: bool = True
     """Measure the loop in Python as well. For a million keys its dictionary takes 1 GB and about 20 seconds."""
-    output: str | None = None
+    output: PathText | None = None
     """CSV file to write, one row a measurement."""
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class ContrastiveOptions:
     """Of the words."""
     repeats: int | None = None
     """Repeats of every measurement; by default 30 on a GPU, 10 on a CPU. Slow calls are repeated less often."""
-    output: str | None = None
+    output: PathText | None = None
     """CSV file to write, one row a measurement."""
 
     def __post_init__(self) -> None:
@@ -134,11 +135,11 @@ class PreprocessOptions:
     """Measures preprocessing: with gigatoken, with the tokenizer's own library, and one document after the other as
     Megatron-LM's tool does it. All must write the same tokens."""
 
-    input: list[str] = field(default_factory=list)
+    input: list[PathText] = field(default_factory=list)
     """Files, folders or patterns to preprocess; by default synthetic text."""
     text_key: str = "text"
     """Key of the text in each object."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer folder or sentencepiece model; by default a byte-level BPE of 4,096 ids is trained on the text."""
     implementation: list[str] = field(default_factory=lambda: ["gigatoken", "plain", "megatron"])
     """What to measure, one or more of gigatoken, plain and megatron."""
@@ -151,11 +152,11 @@ class PreprocessOptions:
     megatron_mb: float = 20
     """How much of the text megatron gets, in 10^6 characters; it is slow, and keeps nothing from one document to the
     next."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Where text and results lie while it runs; by default the system's folder for temporary files."""
     seed: int = 1234
     """Of the synthetic text."""
-    output: str | None = None
+    output: PathText | None = None
     """CSV file to write, one row a measurement."""
 
     def __post_init__(self) -> None:
@@ -190,11 +191,11 @@ class ConvertOptions:
     """Most bytes of a file with weights."""
     repeats: int = 3
     """Repeats of every measurement, of which the median is told."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Where the files lie while it runs; by default the system's folder for temporary files."""
     seed: int = 1234
     """Of the weights."""
-    output: str | None = None
+    output: PathText | None = None
     """CSV file to write, one row a measurement."""
 
     def __post_init__(self) -> None:
@@ -214,7 +215,7 @@ class ResourcesOptions:
 
     capability: list[int] = field(default_factory=list)
     """Compute capabilities (90 for an H200), one or more; by default the GPU's own, without one 80 90 100."""
-    output: str | None = None
+    output: PathText | None = None
     """CSV file to write."""
 
     def __post_init__(self) -> None:

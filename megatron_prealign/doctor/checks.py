@@ -27,7 +27,7 @@ GIB = 2**30
 # Distribution -> least version, as setup.py asks for them.
 LIBRARIES = {
     "numpy": "1.0",
-    "jsonargparse": "4.40",
+    "jsonargparse": "4.52",
     "docstring-parser": "0.15",
     "PyYAML": "5.0",
     "safetensors": "0.4",

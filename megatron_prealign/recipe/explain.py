@@ -6,12 +6,12 @@ holds the pieces. Texts that are not recognised pass through, folded to one line
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 
 from megatron_prealign.recipe.checks import RecipeValueError
+from megatron_prealign.recipe.describe import is_union, section_of
 from megatron_prealign.recipe.recipe import Recipe
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
@@ -86,13 +86,9 @@ def _choice(field: str) -> str | None:
     *path, name = field.split(".")
     section = _section(path)
     kind = typing.get_type_hints(section).get(name) if section is not None else None
-    kinds = [typing.get_origin(each) or each for each in typing.get_args(kind)] if _is_union(kind) else []
+    kinds = [typing.get_origin(each) or each for each in typing.get_args(kind)] if is_union(kind) else []
     names = [_TYPES[each.__name__] for each in kinds if getattr(each, "__name__", None) in _TYPES]
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else None
-
-
-def _is_union(kind: typing.Any) -> bool:
-    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
 
 
 def _unknown(field: str) -> str:
@@ -109,12 +105,7 @@ def _unknown(field: str) -> str:
 
 def _section(path: list[str]) -> typing.Any:
     """The dataclass of the section at `path` of the recipe, None where there is none."""
-    kind: typing.Any = Recipe
+    kind: type | None = Recipe
     for name in path:
-        kind = typing.get_type_hints(kind).get(name) if is_dataclass(kind) else None
-        while kind is not None and not is_dataclass(kind):
-            # `Section | None` and `list[Item]`.
-            arguments = typing.get_args(kind)
-            is_wrapper = _is_union(kind) or typing.get_origin(kind) is list
-            kind = arguments[0] if is_wrapper else None
+        kind = section_of(typing.get_type_hints(kind).get(name)) if kind is not None else None
     return kind

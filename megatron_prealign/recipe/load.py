@@ -38,28 +38,16 @@ def recipe_name(arguments: Sequence[str]) -> str:
     return " ".join(["recipe", *files])
 
 
-def new_parser(command: str, description: str) -> "ArgumentParser":
-    """An empty parser for `megatron-prealign COMMAND`: fields are explained by their docstrings, and errors are raised
+def recipe_parser(command: str) -> "ArgumentParser":
+    """A parser for the recipe's fields and `--config FILE` (may be given several times, later wins). Errors are raised
     instead of ending the process."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog=f"megatron-prealign {command}", exit_on_error=False, description=description)
-
-
-def recipe_parser(command: str) -> "ArgumentParser":
-    """A parser for the recipe's sections plus `--config FILE` (may be given several times, later wins)."""
-    parser = new_parser(
-        command, "Options are the fields of the recipe; a later --config or option overrides an earlier one."
-    )
+    parser = ArgumentParser(prog=f"megatron-prealign {command}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(Recipe)
     return parser
-
-
-def recipe_from_namespace(values: Any) -> Recipe:
-    """The `Recipe` out of what `recipe_parser` parsed (and `instantiate` built)."""
-    return Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
 
 
 def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
@@ -70,7 +58,8 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
     """
     parser = recipe_parser(command)
     with as_user_error(recipe_name(arguments)):
-        return recipe_from_namespace(parser.instantiate(parser.parse_args(list(arguments))))
+        values = parser.instantiate(parser.parse_args(list(arguments)))
+        return Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

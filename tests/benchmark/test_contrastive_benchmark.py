@@ -20,7 +20,7 @@ from megatron_prealign.benchmark.options import ContrastiveOptions
 from megatron_prealign.cli import main
 from megatron_prealign.kernels import contrastive_loss
 
-SMALL = ["benchmark", "contrastive", "--device", "cpu", "--compiled", "false", "--repeats", "1"]
+SMALL = ["benchmark", "contrastive", "--device", "cpu", "--no-compiled", "--repeats", "1"]
 
 
 def test_command_writes_the_promised_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,9 +120,9 @@ def test_kernels_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (["--threads", "0"], "--threads is 0, expected at least 1"),
         (["--seed", "-1"], "--seed is -1, expected 0"),
         (["--repeats", "0"], "--repeats is 0, expected at least 1"),
-        (["--largest", "true"], "--largest is given without a GPU"),
+        (["--largest"], "--largest is given without a GPU"),
         (["--output", "no/folder/x.csv"], "--output no/folder/x.csv lies in no/folder, which is no folder"),
-        (["--dtype", "float16"], "expected one of 'float32', 'bfloat16', 'both'"),
+        (["--dtype", "float16"], "--dtype is float16, expected one of float32, bfloat16, both"),
     ],
     ids=" ".join,
 )

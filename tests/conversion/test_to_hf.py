@@ -358,7 +358,7 @@ def test_the_verify_command_tells_by_its_status(half: Path, tmp_path: Path, caps
     model = tmp_path / "model"
     convert(half, model)
     capsys.readouterr()
-    arguments = ["convert", "verify", "--checkpoint", str(half), "--model", str(model), "--logits", "false"]
+    arguments = ["convert", "verify", "--checkpoint", str(half), "--model", str(model), "--no-logits"]
     assert cli.main([*arguments, "--output", str(tmp_path / "report.json")]) == 0
     assert "the two are the same model" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["agrees"] is True

@@ -52,22 +52,22 @@ def test_weights_of_a_list(tokenizer, tmp_path, capsys):
     # Without the option a third column is a mistake, with it everything else is.
     assert main(arguments) == 2
     assert "de.tsv:1: got 3 columns, expected 2 separated by one tab" in capsys.readouterr().err
-    assert main([*arguments, "--weights", "true"]) == 0
+    assert main([*arguments, "--weights"]) == 0
     assert "words encoded with " in capsys.readouterr().out
     assert load_table(output).candidate_weight.tolist() == [2.0, 0.5] * 6
     (tmp_path / "de.tsv").write_text("house\tHaus\t2\nhouse\trot\tx\n")
-    assert main([*arguments, "--weights", "true"]) == 2
+    assert main([*arguments, "--weights"]) == 2
     assert "de.tsv:2: the weight is 'x', expected a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["--help"], 0, "coverage   share of the running words"),
+        (["--help"], 0, "\n  coverage "),
         ([], 2, "usage: megatron-prealign dictionary ACTION"),
-        (["bulid"], 2, "unknown action 'bulid', expected one of build, merge, report, coverage"),
+        (["bulid"], 2, "unknown action bulid; did you mean build?"),
         (["build", "--input", "a.tsv", "--tokenizer", "t", "--output", "o"], 2, "no languages given"),
-        (["build", "--inptu", "a.tsv"], 2, "megatron-prealign dictionary build"),
+        (["build", "--inptu", "a.tsv"], 2, "unknown option --inptu; did you mean --input?"),
     ],
 )
 def test_help_and_mistakes(arguments, status, text, capsys):

@@ -237,7 +237,7 @@ def test_build_with_a_pivot_turned_lists_and_counts(built, tokenizer, make_datas
         [("de", "Apfel"), ("fr", "pomme")],
         [("de", "Haus"), ("fr", "maison")],
     ]
-    kept = load_table(built(lists, "t", "--source", "de", "--pivot", "en", "--pivot-bridge", "true"))
+    kept = load_table(built(lists, "t", "--source", "de", "--pivot", "en", "--pivot-bridge"))
     assert {kept.group_words(group)[0] for group in range(kept.num_groups)} == {
         *(("de", word) for word in ("Apfel", "Haus")),
         *(("en", word) for word in ("apple", "house")),

@@ -66,17 +66,16 @@ def test_recipe(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "0.25 of the known words, mix" in printed and "of 16 tokens, seed 9" in printed
 
 
-def test_labels_with_and_without_a_value(given: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_labels_come_below_the_rows(given: list[str], capsys: pytest.CaptureFixture) -> None:
     short = [*given, "--rows", "1", "--seq-length", "8", "--ratio", "0.5"]
     assert run(*short) == 0
     without = capsys.readouterr().out
-    for option in (["--labels"], ["--labels", "true"]):
-        assert run(*short, *option) == 0
-        printed = capsys.readouterr().out
-        assert "\n  position  0 " in printed and "\n  label     " in printed
-        # the rest is the same
-        lines = [line for line in printed.splitlines() if not re.match(r"  (position|input|label) ", line)]
-        assert lines == without.splitlines()
+    assert run(*short, "--labels") == 0
+    printed = capsys.readouterr().out
+    assert "\n  position  0 " in printed and "\n  label     " in printed
+    # the rest is the same
+    lines = [line for line in printed.splitlines() if not re.match(r"  (position|input|label) ", line)]
+    assert lines == without.splitlines()
 
 
 def test_colours(given: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +135,8 @@ def test_fewer_rows_than_asked_for(given: list[str], capsys: pytest.CaptureFixtu
         ({"--seed": "-1"}, "--seed is -1, expected a number from 0"),
         ({"--seq-length": "0"}, "--seq-length is 0, expected a number from 1"),
         ({"--seq-length": "1000000"}, "tokens, one row needs --seq-length + 1 = 1000001; lower --seq-length"),
-        ({"--language-weights": '{"fr": 1}'}, "code_switch.language_weights names fr, expected languages of"),
-        ({"--label-mode": "none"}, "label_mode is none, expected one of"),
+        ({"--language-weights": "fr=1"}, "code_switch.language_weights names fr, expected languages of"),
+        ({"--label-mode": "none"}, "--label-mode is none, expected one of input_only, codeswitch, "),
         ({"--max-word-length": "0"}, "code_switch.max_word_length is 0, expected null or at least"),
         ({"--html": "."}, "--html is ., a folder; expected a file to write"),
     ],

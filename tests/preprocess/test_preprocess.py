@@ -14,7 +14,6 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_prealign.arguments import join_values, underscored, with_value
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.blocks import Block, Limits
 from megatron_prealign.corpus.readers import Fields
@@ -198,7 +197,7 @@ def test_bad_inputs_end_with_status_2_and_one_line(
         ),
         (["--output", "{tmp}"], "is a folder"),
         (["--tokenizer", "{tmp}/none"], "no such tokenizer"),
-        (["--on-error", "ignore"], "on_error"),
+        (["--on-error", "ignore"], "--on-error is ignore, expected one of stop, skip"),
         (["--inputs", "x"], "inputs"),
     ],
 )
@@ -262,30 +261,6 @@ sys.exit(f"loaded {{heavy}}" if heavy else 0)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--input" in done.stdout
-
-
-def test_argument_spellings() -> None:
-    assert join_values(["--a", "1", "--input", "x", "y z", "--b=2", "--input=w"], "--input") == [
-        "--a",
-        "1",
-        "--b=2",
-        '--input=["x", "y z", "w"]',
-    ]
-    assert join_values(["--a", "1"], "--input") == ["--a", "1"]
-    assert underscored(["--text-key", "a-b", "--on-error=x-y", "-h", "c-d"]) == [
-        "--text_key",
-        "a-b",
-        "--on_error=x-y",
-        "-h",
-        "c-d",
-    ]
-    assert with_value(["--json", "--json", "False", "--b", "--json"], "--json") == [
-        "--json=true",
-        "--json",
-        "False",
-        "--b",
-        "--json=true",
-    ]
 
 
 class Counting:

@@ -283,7 +283,7 @@ BAD = [
         "'a' in b_c and 'a_b' in c would both be ",
     ),
     (["--language", "de", "--max-document-mb", "0"], "{}", "--max-document-mb is 0; expected"),
-    (["--language", "de", "--max-document-mb", "inf"], "{}", "max_document_mb is inf, expected"),
+    (["--language", "de", "--max-document-mb", "inf"], "{}", "--max-document-mb is inf, expected a finite number"),
     (
         ["--language", "de", "--max-document-mb", "0.0001"],
         '{"text": "%s"}' % ("x" * 200),

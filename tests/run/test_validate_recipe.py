@@ -254,7 +254,7 @@ def test_vocabulary_too_small(
     [
         ("3", "training.global_batch_size is 8, expected a multiple of the micro batch x data-parallel size"),
         ("0", "the number of processes is 0, expected a number above 0"),
-        ("two", "world_size is two, expected a whole number"),
+        ("two", "--world-size is two, expected a whole number"),
     ],
 )
 def test_world_size_that_does_not_fit(

@@ -1,0 +1,134 @@
+"""What the fields of a dataclass are, for people: type, default and docstring. Help texts are made of it."""
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any
+
+# What the text of a field is, for help texts.
+PathText = Annotated[str, "PATH"]
+PrefixText = Annotated[str, "PREFIX"]
+"""Path of a dataset without the ending of its files."""
+LanguageText = Annotated[str, "CODE"]
+
+_TYPES = {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT"}
+
+
+@dataclass(frozen=True)
+class FieldDescription:
+    """One field."""
+
+    name: str
+    type: Any
+    """Without `None` and without a list around it."""
+    metavar: str
+    """What a value is, such as INT, PATH or {stop,skip}."""
+    is_list: bool
+    required: bool
+    default: Any
+    """None if it is required."""
+    help: str
+    """Its docstring on one line."""
+
+
+def describe(kind: type) -> dict[str, FieldDescription]:
+    """Name -> description of each field of the dataclass `kind`, in order.
+
+    A field's annotation may carry a metavar: `Annotated[str, "PATH"]`.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    texts = docstrings(kind)
+    found = {}
+    for field in fields(kind):
+        default = field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        required = default is MISSING
+        plain, metavar, is_list = _plain(hints[field.name])
+        found[field.name] = FieldDescription(
+            name=field.name,
+            type=plain,
+            metavar=metavar,
+            is_list=is_list,
+            required=required,
+            default=None if required else default,
+            help=texts.get(field.name, ""),
+        )
+    return found
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """Name -> docstring of each field, on one line."""
+    from docstring_parser import parse_from_object
+
+    return {each.arg_name: one_line(each.description or "") for each in parse_from_object(kind).params}
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
+def section_of(kind: Any) -> type | None:
+    """The dataclass in an annotation such as `Section | None` or `list[Item]`; None where there is none."""
+    while not is_dataclass(kind):
+        inner = _inner(kind)
+        if inner is None:
+            return None
+        kind = inner
+    return typing.cast(type, kind)
+
+
+def walk(kind: type, prefix: str = "") -> Iterator[tuple[str, FieldDescription]]:
+    """Dotted name and description of every field, those of sections included: `training.seed`."""
+    hints = typing.get_type_hints(kind)
+    for name, field in describe(kind).items():
+        yield f"{prefix}{name}", field
+        section = section_of(hints[name])
+        if section is not None and not field.is_list:
+            yield from walk(section, f"{prefix}{name}.")
+
+
+def is_union(kind: Any) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+
+
+def _inner(kind: Any) -> Any:
+    """The annotation inside `X | None`, `list[X]` and `Annotated[X, ...]`; None for others."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, typing.Annotated):
+        return arguments[0]
+    if is_union(kind):
+        return next((each for each in arguments if each is not types.NoneType), None)
+    return None
+
+
+def _plain(hint: Any) -> tuple[Any, str, bool]:
+    """Type without wrappers, metavar, and whether it is a list."""
+    is_list, metavar = False, ""
+    while True:
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin is typing.Annotated:
+            hint, metavar = arguments[0], metavar or str(arguments[1])
+        elif origin is list and not is_list:
+            hint, is_list = arguments[0], True
+        elif is_union(hint) and len(inner := [each for each in arguments if each is not types.NoneType]) == 1:
+            (hint,) = inner
+        else:
+            return hint, metavar or _metavar(hint), is_list
+
+
+def _metavar(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if is_union(hint):
+        return "|".join(dict.fromkeys(_metavar(each) for each in arguments if each is not types.NoneType))
+    if origin is dict:
+        return f"NAME={_metavar(arguments[1])}"
+    if origin is list:
+        return f"{_metavar(arguments[0])}..."
+    if is_dataclass(hint):
+        return "SECTION"
+    return _TYPES.get(hint, "VALUE")

@@ -1,0 +1,75 @@
+"""The JSON schema that editors check a recipe with: it takes our own recipes and finds what `pretrain` would refuse."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from megatron_prealign.recipe.describe import walk
+from megatron_prealign.recipe.recipe import Recipe
+from megatron_prealign.recipe.schema import recipe_schema
+
+EXAMPLES = sorted(Path("examples").glob("*/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    found = json.loads(recipe_schema())
+    jsonschema.Draft202012Validator.check_schema(found)
+    return found
+
+
+def problems(schema: dict[str, Any], recipe: Any) -> list[str]:
+    return [each.message for each in jsonschema.Draft202012Validator(schema).iter_errors(recipe)]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_the_examples_are_right(schema: dict[str, Any], path: Path) -> None:
+    assert problems(schema, yaml.safe_load(path.read_text())) == []
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"model": {"num_layer": 3}}, "num_layer"),
+        ({"modle": {}}, "modle"),
+        ({"model": {"family": "lama"}}, "lama"),
+        ({"training": {"seed": "x"}}, "'x' is not of type 'integer'"),
+        ({"data": {"sources": [{"path": "p"}]}}, "'language' is a required property"),
+        ({"alignment": {"train_iters": 1.5}}, "1.5"),
+        ({"code_switch": {"label_mode": "input-only"}}, "input-only"),
+    ],
+)
+def test_what_is_wrong_is_found(schema: dict[str, Any], change: dict[str, Any], found: str) -> None:
+    recipe: dict[str, Any] = {}
+    for section, values in copy.deepcopy(change).items():
+        recipe.setdefault(section, {}).update(values)
+    (problem, *rest) = problems(schema, recipe)
+    assert found in problem and not rest
+
+
+def test_sections_may_lie_in_several_files_and_be_left_out(schema: dict[str, Any]) -> None:
+    for recipe in ({}, {"optimizer": {"lr": 1e-3}}, {"alignment": None}, {"alignment": {"lr": 1}}):
+        assert problems(schema, recipe) == []
+
+
+def test_every_field_is_described_on_one_line(schema: dict[str, Any]) -> None:
+    def fields_of(part: dict[str, Any], prefix: str) -> Any:
+        for choice in part.get("anyOf", [part]):
+            if "$ref" in choice:
+                choice = schema["$defs"][choice["$ref"].rpartition("/")[2]]
+            for name, field in choice.get("properties", {}).items():
+                yield f"{prefix}{name}", field
+                yield from fields_of(field, f"{prefix}{name}.")
+
+    described = {path: field.get("description", "") for path, field in fields_of(schema, "")}
+    for path, _ in walk(Recipe):
+        assert described[path] and "\n" not in described[path], path
