@@ -104,7 +104,7 @@ class Shown:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["a", "b", "--json"], ["--json", "a", "b"], ["--path", "a", "b", "--json"], ["--json", "--path=a", "--path=b"]],
+    [["a", "b", "--json"], ["--json", "a", "b"], ["--path", "a", "b", "--json"], ["--path=a", "--json", "--path=b"]],
 )
 def test_one_field_may_go_without_its_name(arguments: list[str]) -> None:
     assert parse_options(Shown, "show", arguments, positional="path") == Shown(path=["a", "b"], json=True)

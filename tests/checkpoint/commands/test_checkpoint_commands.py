@@ -94,7 +94,7 @@ def test_a_list_names_damage(run_dir: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_list_as_json_and_of_one(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = printed(capsys, "list", "--folder", whole / "checkpoints" / "step_00000100", "--json")
+    status, text = printed(capsys, "list", "--path", whole / "checkpoints" / "step_00000100", "--json")
     (one,) = json.loads(text)
     assert status == 0
     assert one["status"] == "complete" and one["latest"] and one["step"] == 100 and one["tokens"] == 100_000
