@@ -1,1 +1,1 @@
-"""Phase 1: word batches, layer taps, and what is trained or left beside the model."""
+"""The alignment phase: word batches, layer taps, projection heads, frozen blocks."""

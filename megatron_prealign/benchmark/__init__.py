@@ -1,1 +1,1 @@
-"""Measures kernels: `megatron-prealign benchmark`."""
+"""Measures kernels, phases, preprocessing and conversion: `megatron-prealign benchmark`."""

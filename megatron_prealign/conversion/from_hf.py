@@ -1,12 +1,12 @@
 """A Hugging Face model folder becomes a checkpoint of weights: one process, CPU, a tensor at a time."""
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prealign.checkpoint.commit import TOKENIZER, complete_weights
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
-from megatron_prealign.checkpoint.state import is_weights_checkpoint, layout, model_identity, weights_state
+from megatron_prealign.checkpoint.state import is_weights_checkpoint, layout, weights_state
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.import_plan import CONFIG_DTYPES, plan_import
 from megatron_prealign.conversion.tensors import TensorPlan
@@ -90,22 +90,12 @@ def from_huggingface(
     with new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint) as working:
         # First: what is wrong with it shows before the long part.
         work.copy_tokenizer(working / TOKENIZER)
-        writer = ShardWriter(working, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
-        with writer:
+        with ShardWriter(working, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel) as writer:
             parameters = work.write(writer, progress)
             records = writer.close()
         complete_weights(
             working,
-            weights_state(
-                model_identity(
-                    asdict(work.model),
-                    vocab_size=work.rows.wanted,
-                    padded_vocab_size=work.rows.padded,
-                    tokenizer_fingerprint=work.tokenizer.fingerprint,
-                ),
-                layout=layout(tensor_parallel, pipeline_parallel),
-                source=work.source(),
-            ),
+            weights_state(work.identity(), layout=layout(tensor_parallel, pipeline_parallel), source=work.source()),
             config=work.config(),
             records=records,
         )

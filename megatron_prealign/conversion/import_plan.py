@@ -2,7 +2,7 @@
 dtype, with how many rows of the vocabulary."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from megatron_prealign.checkpoint.commit import copy_tokenizer
 from megatron_prealign.checkpoint.single_process.weights import check_numbers, converted
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
+from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
@@ -103,6 +104,15 @@ class Import:
             if progress is not None:
                 progress(done, total)
         return parameters
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights are of, for `state.json`."""
+        return model_identity(
+            asdict(self.model),
+            vocab_size=self.rows.wanted,
+            padded_vocab_size=self.rows.padded,
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+        )
 
     def source(self) -> dict[str, Any]:
         """Where the weights come from, for `state.json`."""

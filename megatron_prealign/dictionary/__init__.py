@@ -1,0 +1,1 @@
+"""Word lists to a table of translations: cleaning, groups, case variants, coverage, reports."""

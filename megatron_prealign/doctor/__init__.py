@@ -1,0 +1,1 @@
+"""Checks an installation part by part, in child processes that cannot crash or hang the command."""

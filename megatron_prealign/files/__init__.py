@@ -1,0 +1,1 @@
+"""Writing files safely: atomic renames, syncing, checksums, locks, directories that disappear again on failure."""

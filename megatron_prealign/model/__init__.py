@@ -1,0 +1,1 @@
+"""Builds Megatron-Core's `GPTModel`: layer specification, initial weights, FLOPs. Defines no model of its own."""

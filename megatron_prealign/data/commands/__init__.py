@@ -1,0 +1,1 @@
+"""The actions of `megatron-prealign dataset`: each works on finished token files."""
