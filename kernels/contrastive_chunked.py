@@ -22,7 +22,7 @@ _NEVER = -1e30
 """The logit of what is no candidate. Its power of two is 0, and 0 times it is not NaN as it would be with -inf."""
 
 
-class _Strip(NamedTuple):
+class _Chunk(NamedTuple):
     """Some anchors against all columns."""
 
     rows: slice
@@ -52,7 +52,7 @@ def row_sums(similarities: Similarities) -> tuple[Tensor, Tensor]:
     inverse = similarities.inverse_norms
     log_sums, positive_sums = inverse.new_empty((2, len(inverse), similarities.anchors))
     for layer, unit in enumerate(_unit_columns(similarities)):
-        for strip in _strips(similarities, unit):
+        for strip in _chunks(similarities, unit):
             strip.set_own(strip.same, 0)
             positive_sums[layer, strip.rows] = strip.same.mul_(strip.logits).sum(1)
             strip.set_own(strip.logits, _NEVER)
@@ -75,7 +75,7 @@ def gradients(similarities: Similarities, offsets: Tensor, scale: Tensor) -> Ten
     result = torch.empty_like(similarities.columns[:, similarities.own], memory_format=torch.contiguous_format)
     factors = similarities.inverse_norms[:, similarities.own] * scale[:, None]
     for layer, unit in enumerate(_unit_columns(similarities)):
-        for strip in _strips(similarities, unit):
+        for strip in _chunks(similarities, unit):
             weights = torch.sub(strip.logits, offsets[layer], out=strip.room).exp2_()
             weights.add_(strip.logits.sub_(offsets[layer, strip.own, None]).exp2_()).sub_(strip.same, alpha=2)
             strip.set_own(weights, 0)
@@ -95,7 +95,7 @@ def _unit_columns(similarities: Similarities) -> Iterator[Tensor]:
         yield columns * inverse[:, None]
 
 
-def _strips(similarities: Similarities, unit: Tensor) -> Iterator[_Strip]:
+def _chunks(similarities: Similarities, unit: Tensor) -> Iterator[_Chunk]:
     """The strips of a layer, all in the same memory."""
     total = len(unit)
     height = max(_LEAST_ROWS, _STRIP_BYTES // (unit.itemsize * max(total, 1)))
@@ -111,4 +111,4 @@ def _strips(similarities: Similarities, unit: Tensor) -> Iterator[_Strip]:
         torch.mm(unit[own] * scale, unit.T, out=logits)
         logits.add_(empty - scale).add_(empty[own, None])
         torch.eq(group[own, None], group, out=same)
-        yield _Strip(rows, own, logits, same, room)
+        yield _Chunk(rows, own, logits, same, room)

@@ -86,7 +86,7 @@ def gradients(similarities: Similarities, offsets: Tensor, scale: Tensor) -> Ten
     result = torch.empty_like(columns[:, similarities.own])
     products = _prepare(similarities, offsets)
     inverse = similarities.inverse_norms[:, similarities.own, None]
-    for rows, launches, sums in plan_strips(similarities, products):
+    for rows, launches, sums in plan_chunks(similarities, products):
         for launch in launches:
             _launch(launch, columns)
         own = slice(similarities.first + rows.start, similarities.first + rows.stop)
@@ -105,7 +105,7 @@ def plan_launches(similarities: Similarities) -> list[KernelLaunch]:
     """Every kernel once, as forward and the first strip of backward launch it, launching none: for compiling them ahead
     of time."""
     forward, *_ = plan_row_sums(similarities)
-    _, backward, _ = next(plan_strips(similarities, _prepare(similarities, similarities.inverse_norms)))
+    _, backward, _ = next(plan_chunks(similarities, _prepare(similarities, similarities.inverse_norms)))
     return [forward, *backward]
 
 
@@ -156,7 +156,7 @@ def _prepare(similarities: Similarities, offsets: Tensor) -> _Products:
     return _Products(scaled, rest * (_FLOAT16_ROOM / most), most / _FLOAT16_ROOM, offsets)
 
 
-def plan_strips(
+def plan_chunks(
     similarities: Similarities, products: _Products
 ) -> Iterator[tuple[slice, tuple[KernelLaunch, KernelLaunch], Tensor]]:
     """For every strip its rows among the anchors, two launches, and the sums [L, rows, H] that these leave. The memory
@@ -164,7 +164,7 @@ def plan_strips(
     columns, values = similarities.columns, products.values
     layers, total, hidden = columns.shape
     stride = _WHOLE_COLUMNS * _blocks(total, _WHOLE_COLUMNS)
-    height = strip_rows(similarities, layers * stride * values.itemsize)
+    height = chunk_rows(similarities, layers * stride * values.itemsize)
     weights = values.new_empty(layers * height * stride)
     sums = similarities.inverse_norms.new_empty(layers * height * hidden)
     for start in range(0, similarities.anchors, height):
@@ -175,7 +175,7 @@ def plan_strips(
         yield rows, (weigh, _plan_sums(values, weights, strip_sums, stride)), strip_sums
 
 
-def strip_rows(similarities: Similarities, row_bytes: int) -> int:
+def chunk_rows(similarities: Similarities, row_bytes: int) -> int:
     """Rows of a strip whose weights take `row_bytes` each: as much memory as the words at most."""
     columns = similarities.columns
     room = max(columns.numel() * columns.itemsize, _LEAST_SCRATCH)

@@ -111,8 +111,8 @@ def _is_aligned(argument: Any) -> bool:
 
 
 def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "kernel.cubin"
         file.write_bytes(cubin)
         usage, code = _cuobjdump("-res-usage", file), _cuobjdump("-sass", file)
     registers = re.search(r"REG:(\d+)", usage)

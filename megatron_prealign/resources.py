@@ -23,7 +23,7 @@ def without_cycle_collector() -> Iterator[None]:
             gc.enable()
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Has the C library give freed memory back to the system, which glibc else keeps for the process; does nothing with
     others."""
     with suppress(AttributeError, OSError):

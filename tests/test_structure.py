@@ -42,7 +42,7 @@ MAY_USE_PRIVATE_NAMES = ("megatron_prealign/runtime/", "megatron_prealign/checkp
 
 def sources() -> list[Path]:
     """Every module of the package, the two directories that lie beside it included."""
-    return sorted(path for folder in (PACKAGE, ROOT / "kernels", ROOT / "tools") for path in folder.rglob("*.py"))
+    return sorted(path for directory in (PACKAGE, ROOT / "kernels", ROOT / "tools") for path in directory.rglob("*.py"))
 
 
 def layer_of(module: str) -> int | None:
@@ -103,10 +103,10 @@ def test_the_documented_table_is_this_one() -> None:
     assert documented == list(LAYERS)
 
 
-@pytest.mark.parametrize("folder", ["megatron_prealign", "kernels", "tools", "tests", "examples"])
-def test_files_and_functions_are_short(folder: str) -> None:
+@pytest.mark.parametrize("directory", ["megatron_prealign", "kernels", "tools", "tests", "examples"])
+def test_files_and_functions_are_short(directory: str) -> None:
     wrong = []
-    for path in sorted((ROOT / folder).rglob("*.py")):
+    for path in sorted((ROOT / directory).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         lines = text.count("\n")
         if lines > LONGEST_FILE:

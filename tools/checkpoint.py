@@ -1,4 +1,5 @@
-"""`megatron-prealign checkpoint`: what lies in folders of checkpoints, whether it is whole, and its weights alone."""
+"""`megatron-prealign checkpoint`: what lies in directories of checkpoints, whether it is whole, and its weights
+alone."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ class ListOptions:
     """
 
     path: PathText
-    """A run's folder, its folder of checkpoints, or one checkpoint."""
+    """A run's directory, its directory of checkpoints, or one checkpoint."""
     json: bool = False
     """Print JSON instead."""
 
@@ -30,7 +31,7 @@ class InspectOptions:
     """Shows what a checkpoint says about itself: model, layout, run."""
 
     path: PathText
-    """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
+    """A checkpoint, or a directory of checkpoints or a run's directory, for its newest one."""
     tensors: bool = False
     """List every tensor with its type and shape."""
     json: bool = False
@@ -46,9 +47,9 @@ class VerifyOptions:
     """
 
     path: PathText
-    """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
+    """A checkpoint, or a directory of checkpoints or a run's directory, for its newest one."""
     all: bool = False
-    """Every checkpoint in the folder."""
+    """Every checkpoint in the directory."""
     workers: int | None = None
     """Files read at the same time; by default one for each CPU core this process may use."""
 
@@ -59,9 +60,9 @@ class ExportOptions:
     and `convert to-hf`. Needs no GPU and little memory."""
 
     checkpoint: PathText
-    """A checkpoint, or a folder of checkpoints or a run's folder, for its newest one."""
+    """A checkpoint, or a directory of checkpoints or a run's directory, for its newest one."""
     output: PathText
-    """Folder to write."""
+    """Directory to write."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Type of the weights; by default they stay as they are."""
     verify: Literal["checksums", "sizes"] = "checksums"
@@ -75,15 +76,15 @@ def list_(argv: Sequence[str]) -> int:
 
     from megatron_prealign.checkpoint.commands.list import find_pointer_problem, list_checkpoints, render
 
-    folder = Path(options.path)
-    listed = list_checkpoints(folder)
+    directory = Path(options.path)
+    listed = list_checkpoints(directory)
     if options.json:
         import json
 
         print(json.dumps([{**asdict(each), "status": each.status} for each in listed], ensure_ascii=False, indent=2))
         return 0
     print("\n".join(render(listed)))
-    problem = find_pointer_problem(folder)
+    problem = find_pointer_problem(directory)
     if problem:
         print(f"warning: {problem}")
     return 0
@@ -93,7 +94,7 @@ def inspect(argv: Sequence[str]) -> int:
     options = parse_options(InspectOptions, "checkpoint inspect", argv, positional="path")
 
     from megatron_prealign.checkpoint.commands.inspect import inspect_checkpoint, render
-    from megatron_prealign.checkpoint.folder import resolve_checkpoint
+    from megatron_prealign.checkpoint.directory import resolve_checkpoint
 
     facts = inspect_checkpoint(resolve_checkpoint(options.path))
     if options.json:
@@ -123,20 +124,20 @@ def verify(argv: Sequence[str]) -> int:
     lost = find_lost(Path(options.path))
     if lost:
         print(f"damaged: {lost}")
-    folders = checkpoints_to_verify(Path(options.path), options.all)
+    directories = checkpoints_to_verify(Path(options.path), options.all)
     damaged = 0
-    with Progress("verifying", bytes_to_read(folders), unit="B", unit_scale=True) as bar:
-        for folder in folders:
-            result = verify_checkpoint(folder, workers=workers, progress=bar.update)
+    with Progress("verifying", bytes_to_read(directories), unit="B", unit_scale=True) as bar:
+        for directory in directories:
+            result = verify_checkpoint(directory, workers=workers, progress=bar.update)
             for problem in result.problems:
-                print(f"damaged: {folder}: {problem}")
+                print(f"damaged: {directory}: {problem}")
             for name in result.unknown:
-                print(f"unknown: {folder}: {name} is not in the manifest")
+                print(f"unknown: {directory}: {name} is not in the manifest")
             if not result.problems:
-                print(f"{folder}: {result.files} files, {readable_bytes(result.bytes)}, all as they were written")
+                print(f"{directory}: {result.files} files, {readable_bytes(result.bytes)}, all as they were written")
             damaged += bool(result.problems)
-    if len(folders) > 1:
-        print(f"{damaged} of {len(folders)} checkpoints {'is' if damaged == 1 else 'are'} damaged")
+    if len(directories) > 1:
+        print(f"{damaged} of {len(directories)} checkpoints {'is' if damaged == 1 else 'are'} damaged")
     return 1 if damaged or lost else 0
 
 
@@ -147,7 +148,7 @@ def export_weights(argv: Sequence[str]) -> int:
     from megatron_prealign.checkpoint.commands.export import check_output
     from megatron_prealign.checkpoint.commands.export import export_weights as export
     from megatron_prealign.checkpoint.commands.list import readable_bytes
-    from megatron_prealign.checkpoint.folder import resolve_checkpoint
+    from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.progress import Progress
 
     checkpoint = resolve_checkpoint(options.checkpoint)
@@ -189,7 +190,7 @@ def _refuse_damage(checkpoint: Path) -> None:
 
 
 ACTIONS: Actions = {
-    "list": (list_, "steps, sizes and measures of the checkpoints in a folder"),
+    "list": (list_, "steps, sizes and measures of the checkpoints in a directory"),
     "inspect": (inspect, "model, layout and run of a checkpoint"),
     "verify": (verify, "read checkpoints whole and name every damaged file"),
     "export-weights": (export_weights, "a checkpoint of the weights alone"),

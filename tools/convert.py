@@ -25,15 +25,15 @@ _LEAST_SHARD = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ToHfOptions:
-    """Writes a checkpoint as a folder that transformers opens: weights, config, tokenizer and model card.
+    """Writes a checkpoint as a directory that transformers opens: weights, config, tokenizer and model card.
 
     One process on a CPU, whatever layout wrote the checkpoint; the files are the same for all layouts.
     """
 
     checkpoint: PathText
-    """A step_* folder, a folder of checkpoints (its newest) or a run's folder."""
+    """A step_* directory, a directory of checkpoints (its newest) or a run's directory."""
     output: PathText
-    """Folder to write; it gets its name when it is complete."""
+    """Directory to write; it gets its name when it is complete."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Type of the weights; by default as they were trained, bf16 for a bf16 run.
 
@@ -56,21 +56,22 @@ class ToHfOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FromHfOptions:
-    """Writes a Hugging Face model folder as a checkpoint of weights; pretrain --checkpoint.load takes it in any layout.
+    """Writes a Hugging Face model directory as a checkpoint of weights; pretrain --checkpoint.load takes it in any
+    layout.
 
     One process on a CPU. model.yaml in the checkpoint has the section `model` of a recipe for it.
     """
 
     model: PathText
-    """Folder as transformers' save_pretrained writes it: config.json, safetensors, tokenizer."""
+    """Directory as transformers' save_pretrained writes it: config.json, safetensors, tokenizer."""
     output: PathText
-    """Folder to write; it gets its name when it is complete."""
+    """Directory to write; it gets its name when it is complete."""
     tensor: int = 1
     """Parts in which matrices are written."""
     pipeline: int = 1
     """Parts in which the layers are written."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Type of the weights; by default as in the folder, fp32 for fp16."""
+    """Type of the weights; by default as in the directory, fp32 for fp16."""
     tokenizer: PathText | None = None
     """Tokenizer of the model, if it lies elsewhere."""
     vocab_size: int | None = None
@@ -150,7 +151,7 @@ def to_hf(argv: Sequence[str]) -> int:
     shard_bytes = parse_size(options.shard_size, "--shard-size")
 
     from megatron_prealign.checkpoint.commands.list import readable_bytes
-    from megatron_prealign.checkpoint.folder import resolve_checkpoint
+    from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
 
     settings = ToHuggingFace(
@@ -175,16 +176,16 @@ def to_hf(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Tells whether a checkpoint and a Hugging Face model folder are the same model: every tensor, the tokenizer, and
-    the states of every layer and the logits on a text. Exit status 0 if they are, 1 if not.
+    """Tells whether a checkpoint and a Hugging Face model directory are the same model: every tensor, the tokenizer,
+    and the states of every layer and the logits on a text. Exit status 0 if they are, 1 if not.
 
     Both models are run on the CPU in fp32, one after the other.
     """
 
     checkpoint: PathText
-    """A step_* folder, a folder of checkpoints (its newest) or a run's folder."""
+    """A step_* directory, a directory of checkpoints (its newest) or a run's directory."""
     model: PathText
-    """Hugging Face model folder."""
+    """Hugging Face model directory."""
     text: PathText | None = None
     """Text file to run through both models; by default some lines that are built in."""
     tolerance: float = 1e-4
@@ -260,7 +261,7 @@ def parse_size(text: str, option: str) -> int:
 
 def _history(checkpoint: Path) -> "History | None":
     """What the metrics of the checkpoint's run say up to it; None if they are not beside it any more."""
-    from megatron_prealign.checkpoint.folder import step_of
+    from megatron_prealign.checkpoint.directory import step_of
     from megatron_prealign.conversion.card import Evaluation, History
     from megatron_prealign.evaluation.run_record import load_run
 
@@ -291,9 +292,9 @@ def _history(checkpoint: Path) -> "History | None":
 
 
 ACTIONS: Actions = {
-    "to-hf": (to_hf, "write a checkpoint as a folder that transformers opens"),
-    "from-hf": (from_hf, "write a Hugging Face model folder as a checkpoint to train from"),
-    "verify": (verify, "tell whether a checkpoint and a Hugging Face model folder are the same model"),
+    "to-hf": (to_hf, "write a checkpoint as a directory that transformers opens"),
+    "from-hf": (from_hf, "write a Hugging Face model directory as a checkpoint to train from"),
+    "verify": (verify, "tell whether a checkpoint and a Hugging Face model directory are the same model"),
 }
 
 

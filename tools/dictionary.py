@@ -33,7 +33,7 @@ class BuildOptions:
     files may be compressed with gzip, zstd or bzip2.
     """
     tokenizer: PathText
-    """Hugging Face tokenizer folder or sentencepiece model file, the one the corpora were preprocessed with."""
+    """Hugging Face tokenizer directory or sentencepiece model file, the one the corpora were preprocessed with."""
     output: PathText
     """Table file to write; an older table there is replaced, any other file is not."""
     languages: str | None = None

@@ -87,7 +87,7 @@ def preview(argv: Sequence[str]) -> int:
     section = _section(options, recipe)
 
     from megatron_prealign.code_switch.preview import make_preview
-    from megatron_prealign.code_switch.preview_text import Look, render_preview
+    from megatron_prealign.code_switch.preview_text import TextStyle, render_preview
 
     data = _data(options, recipe)
     table, tokenizer = _open(options, recipe, data)
@@ -99,7 +99,7 @@ def preview(argv: Sequence[str]) -> int:
     )
     if options.html is not None:
         _write_page(made, Path(options.html))
-    look = Look(color=_wants_color(options.color), width=_terminal_width())
+    look = TextStyle(color=_wants_color(options.color), width=_terminal_width())
     for line in render_preview(made, look, labels=options.labels):
         print(line)
     if len(made.rows) < options.rows:
@@ -211,7 +211,7 @@ def _check_page(path: Path) -> None:
     from megatron_prealign.files.directories import check_writable
 
     if path.is_dir():
-        raise UserError(f"--html is {path}, a folder; expected a file to write")
+        raise UserError(f"--html is {path}, a directory; expected a file to write")
     check_writable(path.parent, f"--html {path}")
 
 

@@ -19,7 +19,7 @@ class ReportOptions:
     corpus: list[PrefixText]
     """Prefixes of preprocessed datasets, one or more."""
     output: PathText
-    """Folder to write report.json and report.html into."""
+    """Directory to write report.json and report.html into."""
     tokenizer: PathText | None = None
     """Tokenizer of the datasets; by default the one that their .json name."""
     ratio: float = 0.05
@@ -55,8 +55,8 @@ def report(argv: Sequence[str]) -> int:
     )
     if not options.corpus:
         raise UserError("--corpus is empty, expected one or more prefixes of preprocessed datasets")
-    folder = Path(options.output)
-    check_writable(folder, f"--output {folder}")
+    directory = Path(options.output)
+    check_writable(directory, f"--output {directory}")
     table = load_table(options.table)
     loaded: dict[str, Tokenizer] = {}
     paths = [options.tokenizer or _tokenizer_of(prefix) for prefix in options.corpus]
@@ -64,8 +64,8 @@ def report(argv: Sequence[str]) -> int:
         if path not in loaded:
             loaded[path] = load_tokenizer(path)
     made = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
-    files = [folder / "report.html", folder / "report.json"]
-    with writing(folder / "report.html", "report"), write_all_atomically(files) as (page, values):
+    files = [directory / "report.html", directory / "report.json"]
+    with writing(directory / "report.html", "report"), write_all_atomically(files) as (page, values):
         page.write_text(render_page(made), encoding="utf-8")
         values.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     replaced = table.replaced_languages()
@@ -78,7 +78,7 @@ def report(argv: Sequence[str]) -> int:
             f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} different ones, "
             f"{corpus['switch_rate']:.2%} switched at a ratio of {options.ratio:g}"
         )
-    print(f"wrote {folder / 'report.json'} and {folder / 'report.html'}")
+    print(f"wrote {directory / 'report.json'} and {directory / 'report.html'}")
     return 0
 
 

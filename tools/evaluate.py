@@ -15,9 +15,9 @@ class EvaluateOptions:
     """Measures the newest checkpoint of each run and writes report.json, report.html and report.png."""
 
     run: list[str]
-    """Runs as NAME=FOLDER, one or more; the first is what the others are compared with."""
+    """Runs as NAME=DIRECTORY, one or more; the first is what the others are compared with."""
     output: PathText
-    """Folder of the report."""
+    """Directory of the report."""
     tensor_model_parallel_size: int = 1
     """Processes that share each layer's matrices; need not be as in training."""
     pipeline_model_parallel_size: int = 1
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _named_run(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise UserError(f"--run is {text}, expected NAME=FOLDER")
-    return name, Path(folder)
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise UserError(f"--run is {text}, expected NAME=DIRECTORY")
+    return name, Path(directory)

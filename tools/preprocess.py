@@ -21,12 +21,12 @@ class PreprocessOptions:
     segmenter also PREFIX.words, one bit a token: does a word start here?"""
 
     input: list[PathText]
-    """What to read, one or more: files, folders, patterns ('data/*.jsonl.gz') or hf:NAME[,CONFIG][:SPLIT].
+    """What to read, one or more: files, directories, patterns ('data/*.jsonl.gz') or hf:NAME[,CONFIG][:SPLIT].
 
     .jsonl (one object a line) and .txt (documents separated by blank lines), also with .gz, .zst or .bz2, and .parquet.
     """
     tokenizer: PathText
-    """Hugging Face tokenizer folder or sentencepiece .model file."""
+    """Hugging Face tokenizer directory or sentencepiece .model file."""
     output: PrefixText
     """PREFIX: path of the files to write, without the ending.
 

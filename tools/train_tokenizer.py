@@ -19,14 +19,14 @@ class TrainTokenizerOptions:
     """What to read, one or more, each as NAME or NAME:LANGUAGE (data/de:de).
 
     NAME is a file (.jsonl with one object a line, .txt with documents separated by blank lines, both also .gz, .zst or
-    .bz2, or .parquet), a folder, a pattern such as 'data/**/*.jsonl.gz' or hf:DATASET[,CONFIG][:SPLIT].
+    .bz2, or .parquet), a directory, a pattern such as 'data/**/*.jsonl.gz' or hf:DATASET[,CONFIG][:SPLIT].
     """
     output: PathText
-    """Folder to write; it must not exist yet."""
+    """Directory to write; it must not exist yet."""
     vocab_size: int
     """Tokens in the vocabulary, <eod> and the 256 bytes included."""
     kind: Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"] = "byte-bpe"
-    """byte-bpe writes a Hugging Face tokenizer folder, the others a sentencepiece model with byte fallback."""
+    """byte-bpe writes a Hugging Face tokenizer directory, the others a sentencepiece model with byte fallback."""
     temperature: float = 1.0
     """Evens languages out: the share of a language is in proportion to its bytes to the power of 1/temperature."""
     sample_bytes: int | None = None

@@ -46,7 +46,9 @@ PACKAGES = (
     *("scipy", "pandas", "sklearn", "datasets", "deepspeed", "awkward", "triton"),
 )
 # Tests hold odd strings, vendored copies hold what another package holds already.
-SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "_vendor", "_vendored", "__pycache__"})
+SKIPPED_DIRECTORIES = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "_vendor", "_vendored", "__pycache__"}
+)
 MIN_CHARACTERS = 80
 MAX_SOURCE_BYTES = 2_000_000
 VALIDATION_SHARE = 0.02
@@ -192,20 +194,20 @@ def python_files(packages: Sequence[str]) -> list[tuple[str, Path]]:
     """(name, path) of the packages' sources, sorted by name; names are the same on every machine."""
     found: dict[str, Path] = {}
     for package in packages:
-        for root in package_folders(package):
+        for root in package_directories(package):
             for path in root.rglob("*.py"):
                 parts = path.relative_to(root).parts
-                if SKIPPED_FOLDERS.isdisjoint(parts):
+                if SKIPPED_DIRECTORIES.isdisjoint(parts):
                     found.setdefault(f"{package}/{'/'.join(parts)}", path)
     return sorted(found.items())
 
 
-def package_folders(package: str) -> list[Path]:
-    """Folders of a package, without importing it; empty when it is not installed."""
+def package_directories(package: str) -> list[Path]:
+    """Directories of a package, without importing it; empty when it is not installed."""
     if package == STANDARD_LIBRARY:
         return [Path(sysconfig.get_paths()["stdlib"])]
     specification = importlib.util.find_spec(package)
-    return [Path(folder) for folder in (specification.submodule_search_locations or [])] if specification else []
+    return [Path(directory) for directory in (specification.submodule_search_locations or [])] if specification else []
 
 
 def sources(packages: Sequence[str], seed: int) -> list[tuple[str, Path | None]]:
@@ -293,7 +295,7 @@ def write(output: Path, train: Sequence[str], validation: Sequence[str], words: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the three files, made when absent")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the three files, made when absent")
     parser.add_argument(
         "--max-bytes", type=int, default=12_000_000, help="stop at this much text (default: %(default)s)"
     )

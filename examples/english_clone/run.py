@@ -78,7 +78,7 @@ def prepare() -> None:
 
 
 def main() -> int:
-    """Runs the whole demo in the current folder."""
+    """Runs the whole demo in the current directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
     start_s = time.monotonic()

@@ -12,17 +12,17 @@ FILE = "alignment_dropped_words.tsv"
 _NAMED = 5
 
 
-def report_dropped_words(sampler: WordSampler, max_word_tokens: int, folder: Path) -> None:
-    """Logs how many words were left out and lists all of them in `folder`: language, word, tokens."""
+def report_dropped_words(sampler: WordSampler, max_word_tokens: int, directory: Path) -> None:
+    """Logs how many words were left out and lists all of them in `directory`: language, word, tokens."""
     table, words = sampler.table, sampler.usable.too_long
     if not len(words):
         # A run that went on with a higher limit.
-        (folder / FILE).unlink(missing_ok=True)
+        (directory / FILE).unlink(missing_ok=True)
         return
     text = table.word_text.tobytes()
     ends = table.word_text_offsets
     spelled = [text[ends[word] : ends[word + 1]].decode() for word in words]
-    with write_atomically(folder / FILE) as path, path.open("w", encoding="utf-8") as file:
+    with write_atomically(directory / FILE) as path, path.open("w", encoding="utf-8") as file:
         for word, spelling in zip(words, spelled, strict=True):
             tokens = table.word_offsets[word + 1] - table.word_offsets[word]
             file.write(f"{table.languages[table.word_language[word]]}\t{spelling}\t{tokens}\n")
@@ -33,5 +33,5 @@ def report_dropped_words(sampler: WordSampler, max_word_tokens: int, folder: Pat
         f"{len(words):,}",
         max_word_tokens,
         named,
-        folder / FILE,
+        directory / FILE,
     )

@@ -119,16 +119,17 @@ class ConvertBenchmark:
             UserError: there is no room on the disk.
         """
         size = self.parameters * _ITEM_BYTES
-        with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=self._options.folder) as name:
-            folder = Path(name)
-            free = shutil.disk_usage(folder).free
+        with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=self._options.directory) as name:
+            directory = Path(name)
+            free = shutil.disk_usage(directory).free
             if free < 2.1 * size:
                 raise UserError(
-                    f"{folder.parent}: {free:,} bytes free, {int(2.1 * size):,} are needed; choose another --folder or "
+                    f"{directory.parent}: {free:,} bytes free, {int(2.1 * size):,} are needed; choose another "
+                    "--directory or "
                     "fewer --parameters"
                 )
-            checkpoint, model = folder / "checkpoint", folder / "model"
-            small = {"checkpoint": folder / "small_checkpoint", "model": folder / "small_model"}
+            checkpoint, model = directory / "checkpoint", directory / "model"
+            small = {"checkpoint": directory / "small_checkpoint", "model": directory / "small_model"}
             _write_checkpoint(small["checkpoint"], *_plan(_LEAST), self._options.seed)
             to_huggingface(small["checkpoint"], small["model"], ToHuggingFace(), show_progress=False)
             _write_checkpoint(checkpoint, self.model, self.plan, self._options.seed)
@@ -177,14 +178,14 @@ def _plan(parameters: int) -> tuple[ModelSection, TensorPlan]:
     return model, TensorPlan(model, ids)
 
 
-def _write_checkpoint(folder: Path, model: ModelSection, plan: TensorPlan, seed: int) -> None:
+def _write_checkpoint(directory: Path, model: ModelSection, plan: TensorPlan, seed: int) -> None:
     """A checkpoint of weights with random numbers; tensors of one shape have the same ones."""
-    folder.mkdir()
+    directory.mkdir()
     generator = torch.Generator().manual_seed(seed)
     known: dict[tuple[int, ...], torch.Tensor] = {}
     ids = plan.entries[0].shape[0]
     total = sum(math.prod(entry.shape) for entry in plan.entries) * _ITEM_BYTES
-    with ShardWriter(folder) as writer, Progress("write checkpoint", total, unit="B", unit_scale=True) as progress:
+    with ShardWriter(directory) as writer, Progress("write checkpoint", total, unit="B", unit_scale=True) as progress:
         for entry in plan.entries:
             if entry.shape not in known:
                 # The largest ones come once: kept, they would be most of the memory.
@@ -194,17 +195,17 @@ def _write_checkpoint(folder: Path, model: ModelSection, plan: TensorPlan, seed:
             writer.add(entry.key, known[entry.shape], layer=entry.layer, num_layers=layers)
             progress.update(known[entry.shape].nbytes)
         records = writer.close()
-    (folder / TOKENIZER).mkdir()
+    (directory / TOKENIZER).mkdir()
     tokenizer = train_byte_bpe(iter(["the benchmark reads no text " * 20]), 270)
-    tokenizer.save(str(folder / TOKENIZER / "tokenizer.json"))
+    tokenizer.save(str(directory / TOKENIZER / "tokenizer.json"))
     complete_weights(
-        folder,
+        directory,
         weights_state(
             model_identity(
                 asdict(model),
                 vocab_size=ids,
                 padded_vocab_size=ids,
-                tokenizer_fingerprint=load_tokenizer(folder / TOKENIZER).fingerprint,
+                tokenizer_fingerprint=load_tokenizer(directory / TOKENIZER).fingerprint,
             ),
             layout=layout(1, 1),
             source={"format": "megatron-prealign"},
@@ -234,11 +235,11 @@ def _timed_copy(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-def _forget(folder: Path) -> None:
+def _forget(directory: Path) -> None:
     """Asks the system to drop its copy of the files in memory: both have to read the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for path in folder.rglob("*"):
+    for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_prealign.resources import give_back_memory
+from megatron_prealign.resources import release_memory
 
 _PROCESS = Path("/proc/self")
 
@@ -27,7 +27,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # A call that uses again what was freed before would take no memory.
-    give_back_memory()
+    release_memory()
     try:
         # sets the high-water mark back to what is in use now
         (_PROCESS / "clear_refs").write_text("5", encoding="ascii")

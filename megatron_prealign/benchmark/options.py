@@ -13,14 +13,14 @@ def check_output(output: str | None) -> None:
     """Checks that a file can be written there, before minutes of measuring.
 
     Raises:
-        UserError: its folder does not exist, or it is a folder itself.
+        UserError: its directory does not exist, or it is a directory itself.
     """
     if output is None:
         return
     path = Path(output)
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
-        raise UserError(f"--output {output} {what}, expected a file in a folder that exists; choose another path")
+        what = "is a directory" if path.is_dir() else f"lies in {path.parent}, which is no directory"
+        raise UserError(f"--output {output} {what}, expected a file in a directory that exists; choose another path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +136,11 @@ class PreprocessOptions:
     Megatron-LM's tool does it. All must write the same tokens."""
 
     input: list[PathText] = field(default_factory=list)
-    """Files, folders or patterns to preprocess; by default synthetic text."""
+    """Files, directories or patterns to preprocess; by default synthetic text."""
     text_key: str = "text"
     """Key of the text in each object."""
     tokenizer: PathText | None = None
-    """Tokenizer folder or sentencepiece model; by default a byte-level BPE of 4,096 ids is trained on the text."""
+    """Tokenizer directory or sentencepiece model; by default a byte-level BPE of 4,096 ids is trained on the text."""
     implementation: list[str] = field(default_factory=lambda: ["gigatoken", "plain", "megatron"])
     """What to measure, one or more of gigatoken, plain and megatron."""
     workers: int = 2
@@ -152,8 +152,8 @@ class PreprocessOptions:
     megatron_mb: float = 20
     """How much of the text megatron gets, in 10^6 characters; it is slow, and keeps nothing from one document to the
     next."""
-    folder: PathText | None = None
-    """Where text and results lie while it runs; by default the system's folder for temporary files."""
+    directory: PathText | None = None
+    """Where text and results lie while it runs; by default the system's directory for temporary files."""
     seed: int = 1234
     """Of the synthetic text."""
     output: PathText | None = None
@@ -173,8 +173,8 @@ class PreprocessOptions:
             good, "--document-bytes", " ".join(map(str, sizes)) or "empty", "two numbers from 1 to 2^28, ascending"
         )
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
-        folder = self.folder
-        _require(folder is None or Path(folder).is_dir(), "--folder", folder, "a folder that exists")
+        directory = self.directory
+        _require(directory is None or Path(directory).is_dir(), "--directory", directory, "a directory that exists")
         check_output(self.output)
 
 
@@ -191,8 +191,8 @@ class ConvertOptions:
     """Most bytes of a file with weights."""
     repeats: int = 3
     """Repeats of every measurement, of which the median is told."""
-    folder: PathText | None = None
-    """Where the files lie while it runs; by default the system's folder for temporary files."""
+    directory: PathText | None = None
+    """Where the files lie while it runs; by default the system's directory for temporary files."""
     seed: int = 1234
     """Of the weights."""
     output: PathText | None = None
@@ -204,8 +204,8 @@ class ConvertOptions:
         _require(self.shard_bytes >= 1_000_000, "--shard-bytes", self.shard_bytes, "at least 1000000")
         _require(self.repeats >= 1, "--repeats", self.repeats, "at least 1")
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
-        folder = self.folder
-        _require(folder is None or Path(folder).is_dir(), "--folder", folder, "a folder that exists")
+        directory = self.directory
+        _require(directory is None or Path(directory).is_dir(), "--directory", directory, "a directory that exists")
         check_output(self.output)
 
 

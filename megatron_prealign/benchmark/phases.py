@@ -50,8 +50,8 @@ def measure_phases(recipe: Recipe, runtime: Runtime, *, steps: int, warmup: int)
     """
     if recipe.alignment is None:
         raise UserError("the recipe has no section alignment, expected one to compare with language-model training")
-    with _folder() as folder:
-        trainer = _trainer(_short(recipe, folder, steps + warmup), runtime)
+    with _directory() as directory:
+        trainer = _trainer(_short(recipe, directory, steps + warmup), runtime)
         schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
         seconds: list[list[float]] = [[] for _ in trainer.phases]
         tokens: list[list[int]] = [[] for _ in trainer.phases]
@@ -84,8 +84,8 @@ def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[in
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder for the sample index, the same on all ranks of a machine, gone afterwards."""
+def _directory() -> Iterator[Path]:
+    """A directory for the sample index, the same on all ranks of a machine, gone afterwards."""
     made: list[tempfile.TemporaryDirectory[str]] = []
 
     def make() -> str:
@@ -93,13 +93,13 @@ def _folder() -> Iterator[Path]:
         return made[0].name
 
     try:
-        yield Path(from_rank_zero("making a folder", make))
+        yield Path(from_rank_zero("making a directory", make))
     finally:
-        for folder in made:
-            folder.cleanup()
+        for directory in made:
+            directory.cleanup()
 
 
-def _short(recipe: Recipe, folder: Path, steps: int) -> Recipe:
+def _short(recipe: Recipe, directory: Path, steps: int) -> Recipe:
     """The recipe with so many steps of each phase, and nothing but them."""
     assert recipe.alignment is not None
     return replace(
@@ -107,7 +107,7 @@ def _short(recipe: Recipe, folder: Path, steps: int) -> Recipe:
         alignment=replace(recipe.alignment, train_iters=steps, lr_warmup_iters=0),
         optimizer=replace(recipe.optimizer, lr_warmup_iters=0),
         training=replace(recipe.training, train_iters=steps, train_tokens=None),
-        logging=replace(recipe.logging, run_dir=str(folder), tensorboard=False),
+        logging=replace(recipe.logging, run_dir=str(directory), tensorboard=False),
         alignment_guard=None,
         alignment_watch=None,
     )

@@ -90,15 +90,15 @@ class PreprocessBenchmark:
             UserError: an unusable input or tokenizer; two implementations wrote different tokens.
         """
         options = self._options
-        with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=options.folder) as folder:
-            inputs = [str(path) for path in options.input] or [str(_write_corpus(Path(folder), options))]
-            tokenizer = options.tokenizer or str(_train(Path(folder), inputs, options.text_key))
+        with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=options.directory) as directory:
+            inputs = [str(path) for path in options.input] or [str(_write_corpus(Path(directory), options))]
+            tokenizer = options.tokenizer or str(_train(Path(directory), inputs, options.text_key))
             sources = resolve_inputs(inputs)
             checksum = None
             for name in options.implementation:
                 # The slow one gets the beginning of the corpus.
-                used = [str(_part(Path(folder), sources, options))] if name == MEGATRON else inputs
-                prefix = str(Path(folder) / name)
+                used = [str(_part(Path(directory), sources, options))] if name == MEGATRON else inputs
+                prefix = str(Path(directory) / name)
                 longest = 4 * max(options.document_bytes[1], 1 << 20)
                 case = _Case(name, used, options.text_key, tokenizer, prefix, options.workers, longest)
                 yield self._measure(case)
@@ -107,7 +107,7 @@ class PreprocessBenchmark:
                 if expected is not None and found != expected:
                     raise UserError(f"{name} wrote other tokens than the others; its figures above mean nothing")
                 checksum = checksum if name == MEGATRON else found
-                for path in Path(folder).glob(f"{name}.*"):
+                for path in Path(directory).glob(f"{name}.*"):
                     path.unlink()
 
     def _measure(self, case: _Case) -> PreprocessMeasurement:
@@ -115,7 +115,8 @@ class PreprocessBenchmark:
         free = shutil.disk_usage(Path(case.prefix).parent).free
         if free < needed:
             raise UserError(
-                f"{Path(case.prefix).parent}: {free:,} bytes free, up to {needed:,} are needed; choose another --folder"
+                f"{Path(case.prefix).parent}: {free:,} bytes free, up to {needed:,} are needed; choose another "
+                "--directory"
             )
         return _run_apart(case)
 
@@ -127,9 +128,9 @@ def _checksum_of_part(case: _Case) -> str:
     return file_checksum(Path(f"{again.prefix}.bin"))
 
 
-def _write_corpus(folder: Path, options: PreprocessOptions) -> Path:
+def _write_corpus(directory: Path, options: PreprocessOptions) -> Path:
     """Documents of words by Zipf's law, their lengths spread evenly over orders of magnitude."""
-    path = folder / "corpus.jsonl"
+    path = directory / "corpus.jsonl"
     generator = np.random.default_rng(options.seed)
     base = _base_text(generator)
     shortest, longest = options.document_bytes
@@ -167,23 +168,23 @@ def _document(base: bytes, size: int, generator: np.random.Generator) -> bytes:
     return b" ".join(parts)[: max(size, 1)].replace(b"  ", b" ").strip() or b"a"
 
 
-def _train(folder: Path, inputs: Sequence[str], text_key: str) -> Path:
+def _train(directory: Path, inputs: Sequence[str], text_key: str) -> Path:
     from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, train_tokenizer
 
     train_tokenizer(
         inputs,
-        folder / "tokenizer",
+        directory / "tokenizer",
         4096,
         text_keys=(text_key,),
         show_progress=False,
         settings=TrainerSettings(sample_bytes=4_000_000),
     )
-    return folder / "tokenizer"
+    return directory / "tokenizer"
 
 
-def _part(folder: Path, sources: Sequence[Input], options: PreprocessOptions) -> Path:
+def _part(directory: Path, sources: Sequence[Input], options: PreprocessOptions) -> Path:
     """The beginning of the corpus as plain lines, which is all that Megatron-LM's tool reads."""
-    path = folder / "part.jsonl"
+    path = directory / "part.jsonl"
     left = int(options.megatron_mb * 1e6)
     limits = Limits(document_bytes=4 * max(options.document_bytes[1], 1 << 20))
     with path.open("w", encoding="utf-8") as stream:

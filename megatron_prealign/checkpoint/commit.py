@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_prealign.checkpoint.folder import point_latest
+from megatron_prealign.checkpoint.directory import point_latest
 from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
 from megatron_prealign.checkpoint.state import write_state

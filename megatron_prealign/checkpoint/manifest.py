@@ -1,5 +1,5 @@
-"""The manifest of a checkpoint: size and checksum of every file in it. Written last, so that a folder with a manifest
-was complete once, and read first, so that damage is found before anything is loaded."""
+"""The manifest of a checkpoint: size and checksum of every file in it. Written last, so that a directory with a
+manifest was complete once, and read first, so that damage is found before anything is loaded."""
 
 import io
 import json
@@ -76,42 +76,45 @@ def record_file(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, checksum)
 
 
-def list_files(folder: Path) -> list[str]:
-    """Every file below `folder` but the manifest, as paths relative to it with `/`, sorted."""
+def list_files(directory: Path) -> list[str]:
+    """Every file below `directory` but the manifest, as paths relative to it with `/`, sorted."""
     found = []
-    for parent, _, names in os.walk(folder):
-        base = Path(parent).relative_to(folder)
+    for parent, _, names in os.walk(directory):
+        base = Path(parent).relative_to(directory)
         found += [(base / name).as_posix() for name in names]
     return sorted(name for name in found if name != MANIFEST)
 
 
-def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    """Writes and syncs the manifest of `folder`.
+def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
+    """Writes and syncs the manifest of `directory`.
 
     Args:
-        records: Path relative to the folder -> record; files of the folder that are not there are read for theirs. All
-            of them go into the manifest: a network disk may list a file later than its writer knew of it.
+        records: Path relative to the directory -> record; files of the directory that are not there are read for
+            theirs. All of them go into the manifest: a network disk may list a file later than its writer knew of it.
 
     Raises:
         OSError: it cannot be written.
         UserError: a file cannot be read.
     """
-    complete = {**{name: record_file(folder / name) for name in list_files(folder) if name not in records}, **records}
+    complete = {
+        **{name: record_file(directory / name) for name in list_files(directory) if name not in records},
+        **records,
+    }
     content = {
         "format_version": _FORMAT_VERSION,
         "files": {name: asdict(record) for name, record in sorted(complete.items())},
     }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    sync_file(folder / MANIFEST)
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    sync_file(directory / MANIFEST)
 
 
-def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """Path relative to `folder` -> record of each file.
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """Path relative to `directory` -> record of each file.
 
     Raises:
         ManifestError: there is none, or it is damaged.
     """
-    file = folder / MANIFEST
+    file = directory / MANIFEST
     try:
         content = json.loads(file.read_bytes())
         if content["format_version"] != _FORMAT_VERSION:
@@ -133,20 +136,20 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     return records
 
 
-def find_problems(folder: Path, *, checksums: bool = False) -> list[str]:
+def find_problems(directory: Path, *, checksums: bool = False) -> list[str]:
     """What is wrong with the files of a checkpoint, a line each; empty when all is well.
 
     Args:
         checksums: Read the files; otherwise only their sizes are compared.
     """
     try:
-        return find_damage(folder, read_manifest(folder), checksums=checksums)
+        return find_damage(directory, read_manifest(directory), checksums=checksums)
     except ManifestError as error:
         return [str(error)]
 
 
 def find_damage(
-    folder: Path,
+    directory: Path,
     records: Mapping[str, FileRecord],
     *,
     checksums: bool,
@@ -163,7 +166,7 @@ def find_damage(
     """
     problems = []
     for name in sorted(records) if names is None else names:
-        record, path = records[name], folder / name
+        record, path = records[name], directory / name
         try:
             size = path.stat().st_size
             if size != record.bytes:
@@ -175,5 +178,5 @@ def find_damage(
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
         except UserError as error:
-            problems.append(str(error).removeprefix(f"{folder}/"))
+            problems.append(str(error).removeprefix(f"{directory}/"))
     return problems

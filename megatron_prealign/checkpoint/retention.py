@@ -1,4 +1,4 @@
-"""Which folders of checkpoints stay and which are removed."""
+"""Which directories of checkpoints stay and which are removed."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_prealign.checkpoint.folder import named_latest, step_of
+from megatron_prealign.checkpoint.directory import named_latest, step_of
 from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.errors import UserError
@@ -19,7 +19,7 @@ _told: set[Path] = set()
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what interrupted saves and removals left. A folder that cannot be removed is a warning."""
+    """Removes what interrupted saves and removals left. A directory that cannot be removed is a warning."""
     for path in directory.glob(".step_*.incomplete"):
         _delete(path)
 
@@ -29,8 +29,8 @@ def prune(directory: Path, newest: Path, section: CheckpointSection) -> None:
     `keep_every` and `keep_best` hold.
 
     Steps after `newest` belong to a branch that was abandoned when the run was rolled back to an older checkpoint: they
-    go first. Then the oldest go. A folder that is damaged, has another name or is none of ours does not count and is
-    left alone. A folder that cannot be removed is a warning.
+    go first. Then the oldest go. A directory that is damaged, has another name or is none of ours does not count and is
+    left alone. A directory that cannot be removed is a warning.
     """
     written = step_of(newest)
     assert written is not None
@@ -85,8 +85,8 @@ def _remove(checkpoint: Path) -> None:
         _delete(doomed)
 
 
-def _delete(folder: Path) -> None:
+def _delete(directory: Path) -> None:
     try:
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
     except OSError as error:
-        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", folder, error)
+        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", directory, error)

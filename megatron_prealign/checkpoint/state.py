@@ -1,8 +1,8 @@
 """`state.json`: what a checkpoint says about itself, for readers that load no tensors. Imports no torch.
 
 A checkpoint is of a run, which can resume from it, or contains weights alone. Both say what model the weights are of;
-the checkpoint of a run also says how the run was set up (`run`, built by `resume.identity.facts_of_run`), where it
-stood (`train_state`, `blend`) and what was measured.
+the checkpoint of a run also says how the run was set up (`run`, built by `resume.identity.resume_fingerprint`), where
+it stood (`train_state`, `blend`) and what was measured.
 """
 
 import json
@@ -83,7 +83,7 @@ def run_state(
     Args:
         identity: `model_identity`.
         layout: `layout`.
-        run: `resume.identity.facts_of_run`.
+        run: `resume.identity.resume_fingerprint`.
         train_state: `TrainState.to_dict`.
         phase: Name of the current phase.
         consumed: Samples taken from each source so far.

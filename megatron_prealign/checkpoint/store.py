@@ -1,6 +1,6 @@
 """Saving a run's checkpoints: written beside, renamed when complete, found again by a `latest` file.
 
-A checkpoint is a folder `step_00000400` with the sharded state (Megatron-Core's `dist_checkpointing`), `state.json`
+A checkpoint is a directory `step_00000400` with the sharded state (Megatron-Core's `dist_checkpointing`), `state.json`
 (what a reader wants to know without loading tensors), the recipe, the tokenizer and a manifest with the checksum of
 every file. It loads in any parallel layout.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_prealign.checkpoint.commands.list import folder_bytes
+from megatron_prealign.checkpoint.commands.list import directory_bytes
 from megatron_prealign.checkpoint.commit import RunFiles, commit, tidy, write_run_files
-from megatron_prealign.checkpoint.folder import is_complete, named_latest, step_name, working_name
+from megatron_prealign.checkpoint.directory import is_complete, named_latest, step_name, working_name
 from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
-from megatron_prealign.checkpoint.sharded.model_state import StateBeside, layout_of, model_state, random_state_of
+from megatron_prealign.checkpoint.sharded.model_state import AuxiliaryState, layout_of, model_state, random_state_of
 from megatron_prealign.checkpoint.sharded.optimizer_state import optimizer_state
 from megatron_prealign.checkpoint.sharded.save import BackgroundSave, HostBuffers, stage
 from megatron_prealign.checkpoint.sharded.target import Target
@@ -53,7 +53,7 @@ class SaveReport:
 
 
 class CheckpointStore:
-    """Saves to one folder, one checkpoint at a time."""
+    """Saves to one directory, one checkpoint at a time."""
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class CheckpointStore:
         run: Mapping[str, Any],
         huggingface: Mapping[str, Any],
         versions: Mapping[str, str],
-        beside: StateBeside | None = None,
+        beside: AuxiliaryState | None = None,
     ) -> None:
         """
         Args:
             identity: `state.model_identity`.
-            run: `resume.identity.facts_of_run`.
+            run: `resume.identity.resume_fingerprint`.
             huggingface: config.json of the model, as Hugging Face has it.
             versions: of the packages the run uses.
             beside: what is saved beside the model and its optimizer; None for nothing.
@@ -95,7 +95,7 @@ class CheckpointStore:
         return self._writing is not None and self._writing.failed
 
     @property
-    def under_way(self) -> bool:
+    def in_progress(self) -> bool:
         """Whether this rank has not done its part of the last save yet."""
         return self._writing is not None and not self._writing.is_over
 
@@ -131,7 +131,7 @@ class CheckpointStore:
         final = self.directory / step_name(state.step)
         working = self.directory / working_name(state.step)
         timeout_s = self._recipe.checkpoint.timeout_minutes * 60
-        previous = from_rank_zero(f"preparing {final}", lambda: self._fresh_folder(Target(working, final, None)))
+        previous = from_rank_zero(f"preparing {final}", lambda: self._fresh_directory(Target(working, final, None)))
         target = Target(working, final, previous)
         model = model_state(chunks)
         content = {
@@ -190,7 +190,7 @@ class CheckpointStore:
         if writing is None:
             return
         try:
-            writing.wait_without_others()
+            writing.wait_after_error()
         except Exception as error:
             logger.error("%s", error)
 
@@ -200,27 +200,27 @@ class CheckpointStore:
         """What rank 0 does in the background when the sharded state of all ranks is written."""
 
         def complete(records: Mapping[str, FileRecord]) -> None:
-            write_run_files(target.folder, files)
-            commit(target.folder, target.name, records)
+            write_run_files(target.working, files)
+            commit(target.working, target.final, records)
             report.seconds = time.perf_counter() - start_s
             if not self._recipe.checkpoint.async_save:
                 report.paused_s = report.seconds
-            report.bytes = folder_bytes(target.name)
+            report.bytes = directory_bytes(target.final)
             self.longest_s = max(self.longest_s, report.seconds)
             self.reports.append(report)
             logger.info(
                 "checkpoint %s committed: %.2f GB in %.1f s (%.2f GB/s)",
-                target.name,
+                target.final,
                 report.bytes / 1e9,
                 report.seconds,
                 report.bytes_per_second / 1e9,
             )
-            tidy(target.name, self._recipe)
+            tidy(target.final, self._recipe)
 
         return complete
 
-    def _fresh_folder(self, target: Target) -> str | None:
-        """Makes the folder to write into; returns the name of the newest complete checkpoint."""
+    def _fresh_directory(self, target: Target) -> str | None:
+        """Makes the directory to write into; returns the name of the newest complete checkpoint."""
 
         def look() -> str | None:
             named = named_latest(self.directory)
@@ -228,9 +228,9 @@ class CheckpointStore:
 
         def make() -> None:
             remove_unfinished(self.directory)
-            target.folder.mkdir(parents=True)
+            target.working.mkdir(parents=True)
 
         timeout_s = self._recipe.checkpoint.timeout_minutes * 60
         previous = target.answer(look, timeout_s)
-        Target(target.folder, target.name, previous).answer(make, timeout_s)
+        Target(target.working, target.final, previous).answer(make, timeout_s)
         return previous

@@ -1,7 +1,7 @@
 """Code-switching during language-model training: the dictionary table applied to a batch on its device.
 
-Each decision is integer arithmetic on Philox 4x32-10 keyed by (seed, sample id, position): the result does not depend on
-batch, rank, device, layout or resumption.
+Each decision is integer arithmetic on Philox 4x32-10 keyed by (seed, sample id, position): the result does not depend
+on batch, rank, device, layout or resumption.
 """
 
 from megatron_prealign.code_switch.schedule import RatioSchedule

@@ -174,13 +174,13 @@ def make_preview(
     except RecipeValueError as error:
         raise UserError(str(error)) from error
     selected = switchable_table(table, section, data.languages)
-    with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as folder:
+    with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as directory:
         plan = TrainPlan.read(
             data,
             num_samples=rows,
             seed=seed,
             languages=data.languages,
-            cache_dir=Path(folder),
+            cache_dir=Path(directory),
             vocab_size=tokenizer.vocab_size,
             tokenizer_fingerprint=tokenizer.fingerprint,
             lookahead=section.lookahead_tokens(data.seq_length),

@@ -23,7 +23,7 @@ Run = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Look:
+class TextStyle:
     """How to write."""
 
     color: bool = False
@@ -67,7 +67,7 @@ def _character_width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def render_preview(preview: Preview, look: Look, *, labels: bool = False) -> Iterator[str]:
+def render_preview(preview: Preview, look: TextStyle, *, labels: bool = False) -> Iterator[str]:
     """The lines of all rows and of the totals.
 
     Args:
@@ -102,7 +102,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _render_row(row: PreviewRow, look: Look, codes: Mapping[str, str]) -> Iterator[str]:
+def _render_row(row: PreviewRow, look: TextStyle, codes: Mapping[str, str]) -> Iterator[str]:
     original = list(_runs(((part, part.source) for part in row.parts), ("[", "]"), look.color, codes))
     result = list(_runs(((part, part.output) for part in row.parts), ("{", "}"), look.color, codes))
     names = ("original  ", "switched  ")
@@ -207,7 +207,7 @@ def _joined(characters: Sequence[Run]) -> list[Run]:
     return [("".join(character for character, _ in group), code) for code, group in groups]
 
 
-def _render_labels(row: PreviewRow, preview: Preview, look: Look, codes: Mapping[str, str]) -> Iterator[str]:
+def _render_labels(row: PreviewRow, preview: Preview, look: TextStyle, codes: Mapping[str, str]) -> Iterator[str]:
     """The input tokens with what each is to predict below it, in blocks as wide as the terminal."""
     columns = []
     for position, (token, label, target) in enumerate(zip(row.tokens, row.labels, row.targets, strict=True)):

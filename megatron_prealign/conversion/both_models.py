@@ -42,16 +42,16 @@ class Place:
         return self.difference / (self.scale or 1.0)
 
 
-def compare(ours: States, theirs: States) -> list[Place]:
+def compare(mcore: States, hf: States) -> list[Place]:
     """Every place, in the order of the model. A number that is not finite differs by infinity."""
     places = []
-    for name, state in theirs.items():
-        difference = float((ours[name] - state).abs().max())
+    for name, state in hf.items():
+        difference = float((mcore[name] - state).abs().max())
         places.append(Place(name, difference if difference == difference else float("inf"), float(state.abs().max())))
     return places
 
 
-def our_states(
+def mcore_states(
     source: Source, ids: list[int], dtype: torch.dtype, masters: torch.dtype | None, *, leave_process_group: bool
 ) -> States:
     """Our model in float32 on this process's CPU.
@@ -103,7 +103,7 @@ def _recipe(source: Source, tokens: int) -> Recipe:
 
 def _load(model: GPTModel, source: Source, dtype: torch.dtype, masters: torch.dtype | None) -> None:
     """Fills the parameters from the checkpoint by Megatron-Core's own names, not by the tables of the conversion."""
-    with ShardReader(source.folder) as reader:
+    with ShardReader(source.directory) as reader:
         prefix = masters_of(reader, masters) or ""
         for entry in model.sharded_state_dict().values():
             for shard in sharded_tensors(entry):
@@ -117,7 +117,7 @@ def _load(model: GPTModel, source: Source, dtype: torch.dtype, masters: torch.dt
                 shard.data.copy_(part.to(dtype))
 
 
-def their_states(folder: Path, ids: list[int], num_layers: int) -> States:
+def hf_states(directory: Path, ids: list[int], num_layers: int) -> States:
     """transformers' model in float32.
 
     Raises:
@@ -129,10 +129,10 @@ def their_states(folder: Path, ids: list[int], num_layers: int) -> States:
     logging.disable_progress_bar()
     try:
         # Its plainest attention: fused ones are where a difference would hide.
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(str(directory), local_files_only=True, attn_implementation="eager")
     except Exception as error:  # transformers raises many kinds.
         reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UserError(f"{folder}: transformers cannot open this model ({reason}); convert it again") from error
+        raise UserError(f"{directory}: transformers cannot open this model ({reason}); convert it again") from error
     # Named when opening, the type has another name in every version.
     model = model.float()
     base = model.base_model
@@ -151,7 +151,9 @@ def their_states(folder: Path, ids: list[int], num_layers: int) -> States:
     handle.remove()
     states["logits"] = logits[0].float()
     if len(layers) != num_layers:
-        raise UserError(f"{folder}: the model has {len(layers)} layers, the checkpoint {num_layers}; convert it again")
+        raise UserError(
+            f"{directory}: the model has {len(layers)} layers, the checkpoint {num_layers}; convert it again"
+        )
     return states
 
 

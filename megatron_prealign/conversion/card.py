@@ -1,4 +1,4 @@
-"""The model card: what the checkpoint and its run say about the model, for whoever finds the folder later."""
+"""The model card: what the checkpoint and its run say about the model, for whoever finds the directory later."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from megatron_prealign.recipe import ModelSection
 from megatron_prealign.recipe.phases import ALIGNMENT
 
 if TYPE_CHECKING:
-    from megatron_prealign.conversion.to_hf import Converted
+    from megatron_prealign.conversion.to_hf import ConvertResult
     from megatron_prealign.conversion.tokenizer import TokenizerExport
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
@@ -52,7 +52,7 @@ def model_card(
     summary: Mapping[str, Any],
     model: ModelSection,
     seq_length: int,
-    converted: "Converted",
+    converted: "ConvertResult",
     tokenizer: "TokenizerExport",
     history: History | None,
 ) -> str:
@@ -69,7 +69,7 @@ def model_card(
         _measures(facts, history),
         _tokenizer(tokenizer, converted),
         _versions(facts),
-        "## Licence\n\nNot said by those who made this folder: it depends on the licence of the data and on who "
+        "## Licence\n\nNot said by those who made this directory: it depends on the licence of the data and on who "
         "trained the model. Add it here, and as `license` at the top of this file.\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -85,7 +85,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
 
 
-def _introduction(facts: Mapping[str, Any], converted: "Converted") -> str:
+def _introduction(facts: Mapping[str, Any], converted: "ConvertResult") -> str:
     phases = (facts.get("run") or {}).get("phases") or []
     text = "A causal language model"
     if ALIGNMENT in phases and len(phases) > 1:
@@ -124,7 +124,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
 
 
-def _architecture(summary: Mapping[str, Any], model: ModelSection, seq_length: int, converted: "Converted") -> str:
+def _architecture(summary: Mapping[str, Any], model: ModelSection, seq_length: int, converted: "ConvertResult") -> str:
     rows = [
         ("architecture", _FAMILIES.get(model.family, model.family)),
         ("parameters", f"{converted.parameters:,}"),
@@ -166,7 +166,7 @@ def _training(checkpoint: Path, facts: Mapping[str, Any]) -> str:
 
 
 def _origin(facts: Mapping[str, Any]) -> str | None:
-    """Name of the folder that the weights were read from, when they were not trained here."""
+    """Name of the directory that the weights were read from, when they were not trained here."""
     source = facts["source"]
     return _plain(Path(str(source.get("model"))).name) if source.get("format") == "huggingface" else None
 
@@ -257,7 +257,7 @@ def _evaluations(evaluations: Sequence[Evaluation]) -> str:
     return _table(header, rows)
 
 
-def _tokenizer(tokenizer: "TokenizerExport", converted: "Converted") -> str:
+def _tokenizer(tokenizer: "TokenizerExport", converted: "ConvertResult") -> str:
     notes = "".join(f"- {note}\n" for note in converted.notes)
     return f"## Tokenizer\n\nMade from: {tokenizer.kind}.\n" + (f"\n{notes}" if notes else "")
 

@@ -127,16 +127,16 @@ def huggingface_config(
     values = asdict(model) | {
         "num_query_groups": model.query_groups,
         "ffn_hidden_size": model.mlp_width,
-        "kv_channels": model.head_channels,
+        "kv_channels": model.head_dim,
         "max_position_embeddings": model.max_position_embeddings or seq_length,
     }
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    config |= {theirs: values[ours] for theirs, ours in family.fields.items()}
+    config |= {hf: values[mcore] for hf, mcore in family.fields.items()}
     config |= family.fixed
     if family.rope:
         # The form of older versions, which newer ones read too.
         config["rope_theta"] = float(model.rotary_base)
-        config["rope_scaling"] = _their_scaling(model.rope_scaling)
+        config["rope_scaling"] = _hf_rope_scaling(model.rope_scaling)
     config |= {
         "vocab_size": vocab_size,
         "bos_token_id": eod_id if bos_id is None else bos_id,
@@ -147,7 +147,7 @@ def huggingface_config(
     return config
 
 
-def _their_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     fields = _ROPE_FIELDS[scaling.rope_type]
@@ -205,15 +205,13 @@ def model_values(config: Mapping[str, Any], name: str, *, ignore: Collection[str
     if problems:
         raise UserError(f"{name}: {'; '.join(problems)}")
     values: dict[str, Any] = {"family": family.name}
-    for theirs, ours in family.fields.items():
-        value = config.get(theirs, family.defaults.get(theirs))
-        if values.setdefault(ours, value) != value:
-            raise UserError(
-                f"{name}: {theirs} is {value}, another field says {values[ours]}; only one value can be had"
-            )
+    for hf, mcore in family.fields.items():
+        value = config.get(hf, family.defaults.get(hf))
+        if values.setdefault(mcore, value) != value:
+            raise UserError(f"{name}: {hf} is {value}, another field says {values[mcore]}; only one value can be had")
     values["vocab_size"] = config["vocab_size"]
     if family.rope:
-        base, scaling = _our_rope(config, family, name)
+        base, scaling = _mcore_rope(config, family, name)
         values |= {"rotary_base": base, "rope_scaling": None if scaling is None else asdict(scaling)}
     values = {key: value for key, value in values.items() if value is not None}
     if values["num_layers"] > _MOST_LAYERS:
@@ -269,7 +267,7 @@ def _find_problems(config: Mapping[str, Any], family: Family, ignore: set[str]) 
     if not kinds <= allowed:
         others = ", ".join(sorted(kinds - allowed))
         problems.append(f"layer_types has {others}, only full_attention is built in")
-    kinds_of_fields = {theirs: _KINDS[ours] for theirs, ours in family.fields.items()} | {"vocab_size": int}
+    kinds_of_fields = {hf: _KINDS[mcore] for hf, mcore in family.fields.items()} | {"vocab_size": int}
     problems += [
         f"{key} is {config[key]!r}, expected {_KIND_NAMES[kind]}"
         for key, kind in kinds_of_fields.items()
@@ -301,7 +299,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _our_rope(config: Mapping[str, Any], family: Family, name: str) -> tuple[float, RopeScaling | None]:
+def _mcore_rope(config: Mapping[str, Any], family: Family, name: str) -> tuple[float, RopeScaling | None]:
     """Base and stretching; newer files keep both in `rope_parameters`."""
     base = config.get("rope_theta", family.defaults["rope_theta"])
     given = {key: config.get(key) for key in ("rope_parameters", "rope_scaling")}
@@ -350,7 +348,7 @@ def _check_values(values: Mapping[str, Any], name: str) -> None:
         section_of(values)
     except (RecipeValueError, TypeError) as error:
         # Recipes have other names for the same things.
-        theirs = {ours: field for field, ours in FAMILIES[values["family"]].fields.items() if field != ours}
-        named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in theirs]
-        called = ", ".join(f"model.{field} is {theirs[field]} in config.json" for field in dict.fromkeys(named))
+        hf = {mcore: field for field, mcore in FAMILIES[values["family"]].fields.items() if field != mcore}
+        named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in hf]
+        called = ", ".join(f"model.{field} is {hf[field]} in config.json" for field in dict.fromkeys(named))
         raise UserError(f"{name}: as a recipe, {error}{f' ({called})' if called else ''}") from error

@@ -29,15 +29,15 @@ Sizes = Mapping[str, int]
 
 def sizes_of(model: ModelSection, vocab_size: int, positions: int) -> Sizes:
     """The dimensions of a model by their names in the tables."""
-    query = model.num_attention_heads * model.head_channels
-    key = model.query_groups * model.head_channels
+    query = model.num_attention_heads * model.head_dim
+    key = model.query_groups * model.head_dim
     return {
         "vocabulary": vocab_size,
         "positions": positions,
         "hidden": model.hidden_size,
         "width": model.mlp_width,
         "twice the width": 2 * model.mlp_width,
-        "channels": model.head_channels,
+        "channels": model.head_dim,
         "heads": model.num_attention_heads,
         "groups": model.query_groups,
         "query": query,
@@ -50,24 +50,24 @@ def sizes_of(model: ModelSection, vocab_size: int, positions: int) -> Sizes:
 class Weight(ABC):
     """A tensor of ours and those of theirs that hold the same numbers."""
 
-    ours: str
+    mcore: str
     """Name in a checkpoint; the layers of a stack share one."""
 
     @abstractmethod
-    def our_shape(self, sizes: Sizes) -> tuple[int, ...]:
+    def mcore_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Of one layer, the vocabulary unpadded."""
 
     @abstractmethod
-    def their_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    def hf_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Name -> shape, in the order of the numbers in ours."""
 
     @abstractmethod
-    def to_theirs(self, ours: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
+    def to_hf(self, mcore: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
         """Views of `ours` where that can be."""
 
     @abstractmethod
-    def to_ours(self, theirs: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
-        """The inverse of `to_theirs`."""
+    def to_mcore(self, hf: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
+        """The inverse of `to_hf`."""
 
     @property
     def split(self) -> int | None:
@@ -76,10 +76,10 @@ class Weight(ABC):
 
 
 @dataclass(frozen=True)
-class Same(Weight):
+class Direct(Weight):
     """The same tensor under two names; `transposed` if theirs is input x output."""
 
-    theirs: str
+    hf: str
     shape: tuple[str, ...]
     """Of ours."""
     shared: int | None = None
@@ -90,22 +90,22 @@ class Same(Weight):
     def split(self) -> int | None:
         return self.shared
 
-    def our_shape(self, sizes: Sizes) -> tuple[int, ...]:
+    def mcore_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(sizes[name] for name in self.shape)
 
-    def their_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-        shape = self.our_shape(sizes)
-        return {self.theirs: shape[::-1] if self.transposed else shape}
+    def hf_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        shape = self.mcore_shape(sizes)
+        return {self.hf: shape[::-1] if self.transposed else shape}
 
-    def to_theirs(self, ours: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
-        return {self.theirs: ours.t() if self.transposed else ours}
+    def to_hf(self, mcore: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
+        return {self.hf: mcore.t() if self.transposed else mcore}
 
-    def to_ours(self, theirs: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
-        return theirs[self.theirs].t() if self.transposed else theirs[self.theirs]
+    def to_mcore(self, hf: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
+        return hf[self.hf].t() if self.transposed else hf[self.hf]
 
 
 @dataclass(frozen=True)
-class Gated(Weight):
+class GatedMLP(Weight):
     """The two inputs of a gated MLP: here one tensor, gate first, there two."""
 
     gate: str
@@ -115,24 +115,24 @@ class Gated(Weight):
     def split(self) -> int | None:
         return 0
 
-    def our_shape(self, sizes: Sizes) -> tuple[int, ...]:
+    def mcore_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return sizes["twice the width"], sizes["hidden"]
 
-    def their_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    def hf_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         return {name: (sizes["width"], sizes["hidden"]) for name in (self.gate, self.up)}
 
-    def to_theirs(self, ours: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
-        gate, up = ours.chunk(2)
+    def to_hf(self, mcore: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
+        gate, up = mcore.chunk(2)
         return {self.gate: gate, self.up: up}
 
-    def to_ours(self, theirs: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
+    def to_mcore(self, hf: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
         import torch
 
-        return torch.cat([theirs[self.gate], theirs[self.up]])
+        return torch.cat([hf[self.gate], hf[self.up]])
 
 
 @dataclass(frozen=True)
-class Packed(Weight):
+class QKV(Weight):
     """Query, key and value: here one tensor, packed group by group (the queries of a group, its key, its value), there
     three, each of all heads."""
 
@@ -146,30 +146,30 @@ class Packed(Weight):
     def split(self) -> int | None:
         return 0
 
-    def our_shape(self, sizes: Sizes) -> tuple[int, ...]:
+    def mcore_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return sizes["packed"], *self._input(sizes)
 
-    def their_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    def hf_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         inputs = self._input(sizes)
         rows = {self.query: sizes["query"], self.key: sizes["key"], self.value: sizes["key"]}
         return {name: (count, *inputs) for name, count in rows.items()}
 
-    def to_theirs(self, ours: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
-        return dict(zip(self.their_shapes(sizes), unpack(ours, sizes), strict=True))
+    def to_hf(self, mcore: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
+        return dict(zip(self.hf_shapes(sizes), unpack(mcore, sizes), strict=True))
 
-    def to_ours(self, theirs: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
-        return pack([theirs[name] for name in (self.query, self.key, self.value)], sizes)
+    def to_mcore(self, hf: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
+        return pack([hf[name] for name in (self.query, self.key, self.value)], sizes)
 
     def _input(self, sizes: Sizes) -> tuple[int, ...]:
         return () if self.bias else (sizes["hidden"],)
 
 
 @dataclass(frozen=True)
-class Joined(Weight):
+class FusedQKV(Weight):
     """Query, key and value: here packed group by group, there one tensor too, all queries first; theirs is input x
     output (GPT-2)."""
 
-    theirs: str
+    hf: str
     bias: bool = False
     """A bias has no dimension of the input."""
 
@@ -177,20 +177,20 @@ class Joined(Weight):
     def split(self) -> int | None:
         return 0
 
-    def our_shape(self, sizes: Sizes) -> tuple[int, ...]:
+    def mcore_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return (sizes["packed"],) if self.bias else (sizes["packed"], sizes["hidden"])
 
-    def their_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-        return {self.theirs: self.our_shape(sizes)[::-1]}
+    def hf_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.mcore_shape(sizes)[::-1]}
 
-    def to_theirs(self, ours: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
+    def to_hf(self, mcore: "torch.Tensor", sizes: Sizes) -> "dict[str, torch.Tensor]":
         import torch
 
-        joined = torch.cat(unpack(ours, sizes))
-        return {self.theirs: joined if self.bias else joined.t()}
+        joined = torch.cat(unpack(mcore, sizes))
+        return {self.hf: joined if self.bias else joined.t()}
 
-    def to_ours(self, theirs: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
-        joined = theirs[self.theirs]
+    def to_mcore(self, hf: "Mapping[str, torch.Tensor]", sizes: Sizes) -> "torch.Tensor":
+        joined = hf[self.hf]
         joined = joined if self.bias else joined.t()
         return pack(list(joined.split([sizes["query"], sizes["key"], sizes["key"]])), sizes)
 
@@ -248,7 +248,7 @@ class Family:
     """Tensors of one layer; their names begin behind `layer_name`."""
     last: tuple[Weight, ...]
     """Tensors behind the layers, but for the output layer."""
-    output: Same
+    output: Direct
     """The output layer, which models with tied weights do not have."""
     layer_name: str
     """What stands before a layer's tensors, `{}` for its number from 0."""

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder becomes a checkpoint of weights: one process, CPU, a tensor at a time."""
+"""A Hugging Face model directory becomes a checkpoint of weights: one process, CPU, a tensor at a time."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_prealign.checkpoint.commit import TOKENIZER, complete_weights
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.checkpoint.state import is_weights_checkpoint, layout, weights_state
-from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
+from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.import_plan import CONFIG_DTYPES, plan_import
 from megatron_prealign.conversion.tensors import TensorPlan
 from megatron_prealign.conversion.tokenizer import own_class_notes
@@ -17,12 +17,12 @@ from megatron_prealign.recipe import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
+class ImportResult:
     """What was written."""
 
     family: str
     tensors: int
-    """In the files of the folder that was read."""
+    """In the files of the directory that was read."""
     parameters: int
     bytes: int
     """Of the weights that were written."""
@@ -52,17 +52,17 @@ def from_huggingface(
     allow_pickle: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Imported:
+) -> ImportResult:
     """Writes the weights as a checkpoint that `pretrain --checkpoint.load` takes in any layout. Memory: twice the
     largest tensor.
 
     Args:
-        model: Folder as `save_pretrained` writes it.
-        output: Folder to write.
+        model: Directory as `save_pretrained` writes it.
+        output: Directory to write.
         tensor_parallel: In how many parts matrices are written; loading takes any number.
         pipeline_parallel: In how many parts the layers are written.
-        dtype: bf16 or fp32; None for bf16 if that is what the folder has, else fp32.
-        tokenizer: Of the model; None if it is in its folder.
+        dtype: bf16 or fp32; None for bf16 if that is what the directory has, else fp32.
+        tokenizer: Of the model; None if it is in its directory.
         vocab_size: Number of ids; None for that of the embedding, or of the tokenizer if it has more.
         make_vocab_size_divisible_by: The written vocabulary is a multiple of this times `tensor_parallel`.
         ignore_config_fields: Fields of config.json that the user vouches for.
@@ -71,14 +71,14 @@ def from_huggingface(
         progress: Told the bytes read so far and in all.
 
     Raises:
-        UserError: the folder is damaged or of a model that cannot be converted, its tokenizer does not fit, or the
+        UserError: the directory is damaged or of a model that cannot be converted, its tokenizer does not fit, or the
             output cannot be written.
     """
     for name, parts in (("--tensor", tensor_parallel), ("--pipeline", pipeline_parallel)):
         if parts < 1:
             raise UserError(f"{name} is {parts}, expected a number above 0")
     work = plan_import(
-        HuggingFaceFolder(model, allow_pickle=allow_pickle),
+        HuggingFaceDirectory(model, allow_pickle=allow_pickle),
         tensor_parallel=tensor_parallel,
         dtype=dtype,
         tokenizer=tokenizer,
@@ -99,7 +99,7 @@ def from_huggingface(
             config=work.config(),
             records=records,
         )
-    return Imported(
+    return ImportResult(
         family=work.model.family,
         tensors=len(work.names),
         parameters=parameters,

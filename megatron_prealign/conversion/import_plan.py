@@ -13,7 +13,7 @@ from megatron_prealign.checkpoint.single_process.weights import check_numbers, c
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
-from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
+from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ModelSection
@@ -32,7 +32,7 @@ class _Rows:
     """What becomes of dimension 0 of the embedding and the output layer."""
 
     there: int
-    """In the folder."""
+    """In the directory."""
     meant: int
     """Of those, the ones whose mean a new row becomes: they have tokens."""
     wanted: int
@@ -60,11 +60,11 @@ class _Rows:
 class Import:
     """A Hugging Face model on its way into a checkpoint."""
 
-    folder: HuggingFaceFolder
+    directory: HuggingFaceDirectory
     model: ModelSection
     plan: TensorPlan
     names: Mapping[str, str]
-    """Name of the plan -> name in the folder."""
+    """Name of the plan -> name in the directory."""
     tokenizer: Tokenizer
     rows: _Rows
     dtype: torch.dtype
@@ -73,13 +73,13 @@ class Import:
         """Copies the tokenizer's own files into the new directory `target`.
 
         Raises:
-            UserError: they alone do not give the same ids, or lead out of the folder.
+            UserError: they alone do not give the same ids, or lead out of the directory.
         """
         copies = copy_tokenizer(self.tokenizer.path, target)
-        if self.tokenizer.path == self.folder.path:
+        if self.tokenizer.path == self.directory.path:
             for copy in copies:
-                # What leads out of the folder is refused, like its weights.
-                self.folder.path_of(copy.name)
+                # What leads out of the directory is refused, like its weights.
+                self.directory.path_of(copy.name)
         if (
             not (target / "tokenizer.json").exists()
             and load_tokenizer(target).fingerprint != self.tokenizer.fingerprint
@@ -91,7 +91,7 @@ class Import:
 
     def write(self, writer: ShardWriter, progress: Callable[[int, int], None] | None) -> int:
         """Converts all tensors; returns how many numbers there are without padding."""
-        total = sum(self.folder.tensors[name].bytes for name in self.names.values())
+        total = sum(self.directory.tensors[name].bytes for name in self.names.values())
         done = parameters = 0
         self._check_tied()
         for entry in self.plan.entries:
@@ -100,7 +100,7 @@ class Import:
             layers = self.model.num_layers if entry.layer is not None else None
             writer.add(entry.key, tensor, layer=entry.layer, num_layers=layers, split=entry.split)
             del tensor
-            done += sum(self.folder.tensors[self.names[name]].bytes for name in entry.names)
+            done += sum(self.directory.tensors[self.names[name]].bytes for name in entry.names)
             if progress is not None:
                 progress(done, total)
         return parameters
@@ -116,13 +116,13 @@ class Import:
 
     def source(self) -> dict[str, Any]:
         """Where the weights come from, for `state.json`."""
-        config = self.folder.config
+        config = self.directory.config
         return {
             "format": "huggingface",
-            "model": str(self.folder.path),
+            "model": str(self.directory.path),
             "model_type": config.get("model_type"),
             **{role: config.get(role) for role in _ROLES},
-            "dtypes": sorted({self.folder.tensors[name].dtype for name in self.names.values()}),
+            "dtypes": sorted({self.directory.tensors[name].dtype for name in self.names.values()}),
             "vocab_size": self.rows.there,
             "tokenizer_size": self.tokenizer.vocab_size,
             "own_tokenizer": self.has_own_tokenizer,
@@ -131,10 +131,10 @@ class Import:
     @property
     def has_own_tokenizer(self) -> bool:
         """Whether the tokenizer is that of the model's makers, whose policy it keeps."""
-        return self.tokenizer.path.resolve() == self.folder.path.resolve()
+        return self.tokenizer.path.resolve() == self.directory.path.resolve()
 
     def config(self) -> dict[str, Any]:
-        """config.json as `convert to-hf` would write it, with the folder's own ids of tokens that have a role."""
+        """config.json as `convert to-hf` would write it, with the directory's own ids of tokens that have a role."""
         config = huggingface_config(
             self.model,
             vocab_size=self.rows.wanted,
@@ -144,41 +144,42 @@ class Import:
         )
         # Ids of roles are those of the makers' tokenizer.
         for role in _ROLES if self.has_own_tokenizer else ():
-            own = self.folder.config.get(role)
+            own = self.directory.config.get(role)
             ids = own if isinstance(own, list) else [own]
             if ids and all(type(each) is int and 0 <= each < self.rows.wanted for each in ids):
                 config[role] = own
         return config
 
     def _convert(self, entry: Entry) -> torch.Tensor:
-        theirs = {name: self._read(self.names[name]) for name in entry.names}
-        tensor = entry.from_huggingface(theirs)
+        hf = {name: self._read(self.names[name]) for name in entry.names}
+        tensor = entry.from_huggingface(hf)
         # Theirs need not stay while rows are added.
-        theirs.clear()
+        hf.clear()
         return self.rows.fit(tensor) if entry.vocabulary else tensor
 
     def _read(self, name: str) -> torch.Tensor:
-        where, tensor = self.folder.tensors[name].file, self.folder.read(name)
+        where, tensor = self.directory.tensors[name].file, self.directory.read(name)
         check_numbers(where, name, tensor, "; the model is damaged or had broken down in training, use another one")
         return converted(where, name, tensor, self.dtype)
 
     def _check_tied(self) -> None:
         """A file of a tied model that holds the output layer too must hold the same numbers twice."""
         for name, other in self.plan.tied.items():
-            if name not in self.folder.tensors:
+            if name not in self.directory.tensors:
                 continue
             expected = {name: self.plan.names[other]}
-            others = {each for each in self.folder.tensors if each != name}
-            self.folder.check(expected, others.__contains__)
-            if not torch.equal(self.folder.read(name), self.folder.read(self.names[other])):
+            others = {each for each in self.directory.tensors if each != name}
+            self.directory.check(expected, others.__contains__)
+            if not torch.equal(self.directory.read(name), self.directory.read(self.names[other])):
                 raise UserError(
-                    f"{self.folder.path}: config.json ties the output layer to the embedding, but {name} and {other} "
+                    f"{self.directory.path}: config.json ties the output layer to the embedding, but {name} and "
+                    f"{other} "
                     "differ; set tie_word_embeddings to false in it if both are meant"
                 )
 
 
 def plan_import(
-    folder: HuggingFaceFolder,
+    directory: HuggingFaceDirectory,
     *,
     tensor_parallel: int,
     dtype: str | None,
@@ -187,29 +188,29 @@ def plan_import(
     divisible_by: int,
     ignore: Collection[str],
 ) -> Import:
-    """Reads the small files of a folder and decides everything.
+    """Reads the small files of a directory and decides everything.
 
     Args:
-        folder: The folder.
+        directory: The directory.
         tensor_parallel: In how many parts matrices will be written.
-        dtype: bf16 or fp32; None for bf16 if that is what the folder has, else fp32.
-        tokenizer: Of the model; None if it is in its folder.
+        dtype: bf16 or fp32; None for bf16 if that is what the directory has, else fp32.
+        tokenizer: Of the model; None if it is in its directory.
         vocab_size: Number of ids; None for that of the embedding, or of the tokenizer if it has more.
         divisible_by: The written vocabulary is a multiple of this times `tensor_parallel`.
         ignore: Fields of config.json that the user vouches for.
 
     Raises:
-        UserError: the folder is damaged or of a model that cannot be converted, or its tokenizer does not fit.
+        UserError: the directory is damaged or of a model that cannot be converted, or its tokenizer does not fit.
     """
     if divisible_by < 1:
         raise UserError(f"--make-vocab-size-divisible-by is {divisible_by}, expected a number above 0")
-    values = model_values(folder.config, str(folder.path / "config.json"), ignore=ignore)
+    values = model_values(directory.config, str(directory.path / "config.json"), ignore=ignore)
     there = values["vocab_size"]
     read = section_of(values)
     plan = TensorPlan(read, there)
-    names = _names(folder, plan)
-    folder.check({names[name]: shape for name, shape in plan.names.items()}, lambda name: _may_have(plan, name))
-    loaded = _load_tokenizer(folder, tokenizer)
+    names = _names(directory, plan)
+    directory.check({names[name]: shape for name, shape in plan.names.items()}, lambda name: _may_have(plan, name))
+    loaded = _load_tokenizer(directory, tokenizer)
     wanted = max(there, loaded.vocab_size) if vocab_size is None else vocab_size
     if wanted < loaded.vocab_size:
         raise UserError(
@@ -219,18 +220,18 @@ def plan_import(
     multiple = divisible_by * tensor_parallel
     padded = -(-wanted // multiple) * multiple
     model = replace(read, vocab_size=wanted, make_vocab_size_divisible_by=divisible_by)
-    found = {folder.tensors[name].dtype for name in names.values()}
+    found = {directory.tensors[name].dtype for name in names.values()}
     if dtype is None:
         # Half precision is no type to train in; single precision holds all of its numbers.
         dtype = "bf16" if found == {"BF16"} else "fp32"
     rows = _Rows(there, min(there, loaded.vocab_size), wanted, padded)
-    return Import(folder, model, plan, names, loaded, rows, _DTYPES[dtype])
+    return Import(directory, model, plan, names, loaded, rows, _DTYPES[dtype])
 
 
-def _names(folder: HuggingFaceFolder, plan: TensorPlan) -> dict[str, str]:
-    """Name of the plan -> name in the folder, which may hold the model without its output layer's class."""
+def _names(directory: HuggingFaceDirectory, plan: TensorPlan) -> dict[str, str]:
+    """Name of the plan -> name in the directory, which may hold the model without its output layer's class."""
     base = plan.family.base
-    bare = not any(name.startswith(base) for name in folder.tensors)
+    bare = not any(name.startswith(base) for name in directory.tensors)
     return {name: name.removeprefix(base) if bare else name for name in plan.names}
 
 
@@ -238,9 +239,9 @@ def _may_have(plan: TensorPlan, name: str) -> bool:
     return plan.is_buffer(name) or name in plan.tied
 
 
-def _load_tokenizer(folder: HuggingFaceFolder, path: Path | None) -> Tokenizer:
+def _load_tokenizer(directory: HuggingFaceDirectory, path: Path | None) -> Tokenizer:
     try:
-        return load_tokenizer(folder.path if path is None else path)
+        return load_tokenizer(directory.path if path is None else path)
     except UserError as error:
         if path is not None:
             raise

@@ -38,16 +38,16 @@ class SafetensorsWriter:
     next one is read.
 
     Args:
-        folder: An existing folder.
+        directory: An existing directory.
         shapes: Name -> shape of every tensor.
         dtype: Of all tensors: float32, bfloat16 or float16.
         shard_bytes: Most bytes of tensors in a file; a larger tensor has a file of its own.
     """
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+        self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
     ) -> None:
-        self._folder, self._shapes, self._dtype = folder, dict(shapes), dtype
+        self._directory, self._shapes, self._dtype = directory, dict(shapes), dtype
         self.files = _plan(shapes, dtype.itemsize, shard_bytes)
         self._order = [(file, name) for file in self.files for name in file.places]
         self._next = 0
@@ -103,7 +103,7 @@ class SafetensorsWriter:
                 "metadata": {"total_size": self.total_bytes},
                 "weight_map": {name: file.name for file in self.files for name in sorted(file.places)},
             }
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -112,7 +112,7 @@ class SafetensorsWriter:
 
     def _write(self, file: _File, name: str, tensor: torch.Tensor) -> None:
         if next(iter(file.places)) == name:
-            self._descriptor = os.open(self._folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptor = os.open(self._directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             _write_all(self._descriptor, memoryview(self._header(file)))
         assert self._descriptor is not None, "opened by the first tensor of the file"
         if tensor.numel():

@@ -27,7 +27,7 @@ class Entry:
     @property
     def key(self) -> str:
         """Name in a checkpoint, for `ShardReader` and `ShardWriter`."""
-        return self.weight.ours
+        return self.weight.mcore
 
     @property
     def split(self) -> int | None:
@@ -37,27 +37,27 @@ class Entry:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of ours, one layer, the vocabulary unpadded."""
-        return self.weight.our_shape(self.sizes)
+        return self.weight.mcore_shape(self.sizes)
 
     @cached_property
     def names(self) -> dict[str, tuple[int, ...]]:
         """Their names and shapes."""
-        return {self.prefix + name: shape for name, shape in self.weight.their_shapes(self.sizes).items()}
+        return {self.prefix + name: shape for name, shape in self.weight.hf_shapes(self.sizes).items()}
 
     @property
     def vocabulary(self) -> bool:
         """Whether dimension 0 is the vocabulary, padded in a checkpoint."""
         return getattr(self.weight, "shape", ("",))[0] == "vocabulary"
 
-    def to_huggingface(self, ours: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    def to_huggingface(self, mcore: "torch.Tensor") -> "dict[str, torch.Tensor]":
         """Theirs, contiguous, from ours without padding."""
-        found = self.weight.to_theirs(ours, self.sizes)
+        found = self.weight.to_hf(mcore, self.sizes)
         return {self.prefix + name: tensor.contiguous() for name, tensor in found.items()}
 
-    def from_huggingface(self, theirs: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+    def from_huggingface(self, hf: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         """Ours, contiguous, without padding. `theirs` holds at least `names`."""
-        own = {name.removeprefix(self.prefix): theirs[name] for name in self.names}
-        return self.weight.to_ours(own, self.sizes).contiguous()
+        own = {name.removeprefix(self.prefix): hf[name] for name in self.names}
+        return self.weight.to_mcore(own, self.sizes).contiguous()
 
 
 class TensorPlan:
@@ -104,7 +104,7 @@ class TensorPlan:
         if not self._model.share_embeddings_and_output_weights:
             return {}
         embedding = self.family.first[0]
-        return {self.family.output.theirs: next(iter(embedding.their_shapes(self._sizes)))}
+        return {self.family.output.hf: next(iter(embedding.hf_shapes(self._sizes)))}
 
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor of this name holds no weights."""

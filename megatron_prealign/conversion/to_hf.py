@@ -1,7 +1,7 @@
-"""From a checkpoint to a folder that transformers opens as it is: weights, config, tokenizer, model card.
+"""From a checkpoint to a directory that transformers opens as it is: weights, config, tokenizer, model card.
 
 One process on a CPU reads the checkpoint tensor by tensor, whatever layout wrote it, and writes safetensors files as it
-goes. The folder gets its name when it is complete.
+goes. The directory gets its name when it is complete.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER
-from megatron_prealign.checkpoint.folder import resolve_checkpoint
+from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import check_numbers, is_finite
@@ -59,7 +59,7 @@ class ToHuggingFace:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertResult:
     """What was written."""
 
     checkpoint: Path
@@ -80,61 +80,63 @@ class Converted:
 class Source:
     """A checkpoint that was looked at."""
 
-    folder: Path
+    directory: Path
     summary: dict[str, Any]
     model: ModelSection
     plan: TensorPlan
     seq_length: int
 
 
-def open_source(folder: Path) -> Source:
+def open_source(directory: Path) -> Source:
     """Looks at the small files of a checkpoint.
 
     Raises:
         UserError: it is damaged, or its tensors are not those of its model.
     """
-    summary = read_state(folder)
+    summary = read_state(directory)
     try:
         model = section_of(summary["model"])
     except (RecipeValueError, TypeError) as error:
-        raise UserError(f"{folder}/state.json: its model is none of this version ({error})") from error
+        raise UserError(f"{directory}/state.json: its model is none of this version ({error})") from error
     if summary["vocab_size"] < 1:
-        raise UserError(f"{folder}/state.json is damaged (vocab_size {summary['vocab_size']}); use another checkpoint")
-    with ShardReader(folder) as reader:
+        raise UserError(
+            f"{directory}/state.json is damaged (vocab_size {summary['vocab_size']}); use another checkpoint"
+        )
+    with ShardReader(directory) as reader:
         stored = {key: facts.shape for key, facts in reader.tensors.items()}
     positions = stored[_POSITIONS][0] if len(stored.get(_POSITIONS, ())) == 2 else None
     plan = TensorPlan(model, summary["vocab_size"], positions)
-    _check_tensors(folder, plan, stored, summary)
+    _check_tensors(directory, plan, stored, summary)
     length = (summary["run"] if is_run(summary) else summary["source"]).get("seq_length")
     length = positions or model.max_position_embeddings or length
     if not isinstance(length, int):
-        raise UserError(f"{folder}/state.json names no sequence length; set max_position_embeddings in its model")
-    return Source(folder, summary, model, plan, length)
+        raise UserError(f"{directory}/state.json names no sequence length; set max_position_embeddings in its model")
+    return Source(directory, summary, model, plan, length)
 
 
-def check_manifest(folder: Path, *, checksums: bool) -> None:
+def check_manifest(directory: Path, *, checksums: bool) -> None:
     """Compares a checkpoint with its manifest.
 
     Raises:
         UserError: it is damaged; all files are named.
     """
     try:
-        records = read_manifest(folder)
+        records = read_manifest(directory)
         if checksums:
             total = sum(record.bytes for record in records.values())
             with Progress("verify checkpoint", total, unit="B", unit_scale=True) as progress:
-                problems = find_damage(folder, records, checksums=True, progress=progress.update)
+                problems = find_damage(directory, records, checksums=True, progress=progress.update)
         else:
-            problems = find_damage(folder, records, checksums=False)
+            problems = find_damage(directory, records, checksums=False)
     except ManifestError as error:
         problems = [str(error)]
     if problems:
         raise UserError(
-            f"{folder} is damaged ({shortened(problems, separator='; ')}); use another checkpoint or copy it again"
+            f"{directory} is damaged ({shortened(problems, separator='; ')}); use another checkpoint or copy it again"
         )
 
 
-def _check_tensors(folder: Path, plan: TensorPlan, stored: dict[str, Any], summary: dict[str, Any]) -> None:
+def _check_tensors(directory: Path, plan: TensorPlan, stored: dict[str, Any], summary: dict[str, Any]) -> None:
     vocabulary = {entry.key for entry in plan.entries if entry.vocabulary}
     problems = []
     for key, shape in plan.stacks.items():
@@ -146,7 +148,8 @@ def _check_tensors(folder: Path, plan: TensorPlan, stored: dict[str, Any], summa
             problems.append(f"{key} is {list(found)}, expected {list(shape)}")
     if problems:
         raise UserError(
-            f"{folder}: the weights are not those of the model in its state.json ({summary['model'].get('family')}): "
+            f"{directory}: the weights are not those of the model in its state.json "
+            f"({summary['model'].get('family')}): "
             f"{shortened(problems, separator='; ')}; use another checkpoint"
         )
 
@@ -166,25 +169,25 @@ def read_weights(source: Source, dtype: torch.dtype | None = None) -> Iterator[t
     Raises:
         UserError: the checkpoint is damaged, or a number is NaN, infinite or too large for `dtype`.
     """
-    with ShardReader(source.folder) as reader:
+    with ShardReader(source.directory) as reader:
         prefix = masters_of(reader, dtype) or ""
         broke = is_run(source.summary)
         advice = ": the training had broken down; use an older checkpoint" if broke else "; use other weights"
         for entry in source.plan.entries:
-            ours = reader.read(prefix + entry.key, entry.layer)
+            mcore = reader.read(prefix + entry.key, entry.layer)
             if entry.vocabulary:
-                ours = ours[: entry.shape[0]]
+                mcore = mcore[: entry.shape[0]]
             name = entry.key if entry.layer is None else f"{entry.key}, layer {entry.layer}"
-            check_numbers(source.folder, name, ours, advice)
-            if dtype is not None and ours.dtype is not dtype:
-                converted = ours.to(dtype)
+            check_numbers(source.directory, name, mcore, advice)
+            if dtype is not None and mcore.dtype is not dtype:
+                converted = mcore.to(dtype)
                 if not is_finite(converted):
                     raise UserError(
-                        f"{source.folder}: {name} has numbers up to {float(ours.abs().max()):.3g}, too large for "
+                        f"{source.directory}: {name} has numbers up to {float(mcore.abs().max()):.3g}, too large for "
                         f"{dtype}; choose bf16 or fp32"
                     )
-                ours = converted
-            yield entry, entry.to_huggingface(ours)
+                mcore = converted
+            yield entry, entry.to_huggingface(mcore)
 
 
 def masters_of(reader: ShardReader, dtype: torch.dtype | None) -> str | None:
@@ -205,46 +208,46 @@ def to_huggingface(
     *,
     history: History | None = None,
     show_progress: bool = True,
-) -> Converted:
-    """Writes a checkpoint as a folder for transformers.
+) -> ConvertResult:
+    """Writes a checkpoint as a directory for transformers.
 
     Memory: the largest tensor twice, and what transformers needs to open the tokenizer.
 
     Args:
-        path: The checkpoint, a folder of checkpoints or a run's folder.
-        output: Folder to write.
+        path: The checkpoint, a directory of checkpoints or a run's directory.
+        output: Directory to write.
         history: What the run's metrics say, for the model card.
 
     Raises:
         UserError: the checkpoint is damaged, its numbers or its tokenizer cannot be carried over, or the output cannot
             be written; nothing is left of it then.
     """
-    folder = resolve_checkpoint(path)
-    if output.resolve() == folder.resolve():
+    directory = resolve_checkpoint(path)
+    if output.resolve() == directory.resolve():
         raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
-    check_new_directory(output, overwrite=options.overwrite, replaceable=is_model_folder)
-    check_manifest(folder, checksums=options.checksums)
-    source = open_source(folder)
-    with ShardReader(source.folder) as reader:
+    check_new_directory(output, overwrite=options.overwrite, replaceable=is_model_directory)
+    check_manifest(directory, checksums=options.checksums)
+    source = open_source(directory)
+    with ShardReader(source.directory) as reader:
         stored = reader.tensors[source.plan.entries[0].key].dtype
         dtype = DTYPES[options.dtype] if options.dtype is not None else stored
         masters = masters_of(reader, dtype) is not None
-    with new_directory(output, overwrite=options.overwrite, replaceable=is_model_folder) as working:
+    with new_directory(output, overwrite=options.overwrite, replaceable=is_model_directory) as working:
         # First what can be refused in seconds.
         exported, notes = _write_tokenizer(source, working, options, _dtype_name(dtype))
         with SafetensorsWriter(working, source.plan.names, dtype, options.shard_bytes) as writer:
             with Progress(
                 "write weights", writer.total_bytes, unit="B", unit_scale=True, enabled=show_progress
             ) as progress:
-                for _, theirs in read_weights(source, dtype):
-                    for name, tensor in theirs.items():
+                for _, hf in read_weights(source, dtype):
+                    for name, tensor in hf.items():
                         writer.add(name, tensor)
                         progress.update(tensor.nbytes)
                 writer.close()
             written, files = writer.total_bytes, len(writer.files)
         parameters = written // dtype.itemsize
-        converted = Converted(
-            source.folder,
+        converted = ConvertResult(
+            source.directory,
             _dtype_name(dtype),
             masters,
             len(source.plan.names),
@@ -254,15 +257,15 @@ def to_huggingface(
             notes,
         )
         card = model_card(
-            output.name, source.folder, source.summary, source.model, source.seq_length, converted, exported, history
+            output.name, source.directory, source.summary, source.model, source.seq_length, converted, exported, history
         )
         (working / "README.md").write_text(card, encoding="utf-8")
     return converted
 
 
-def is_model_folder(folder: Path) -> bool:
+def is_model_directory(directory: Path) -> bool:
     """Whether there is a model of transformers, which may be replaced by another."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors*"))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -273,33 +276,35 @@ def _write_tokenizer(
     source: Source, working: Path, options: ToHuggingFace, dtype: str
 ) -> tuple[TokenizerExport, list[str]]:
     """Writes tokenizer, config.json and generation_config.json, and opens the tokenizer with transformers."""
-    folder, vocab_size = source.folder / TOKENIZER, source.summary["vocab_size"]
+    directory, vocab_size = source.directory / TOKENIZER, source.summary["vocab_size"]
     mode = options.tokenizer or ("copy" if came_from_huggingface(source.summary) else "convert")
     if mode == "copy":
-        exported = export_unchanged(folder, working)
+        exported = export_unchanged(directory, working)
     else:
-        exported = export_tokenizer(folder, working, family=source.model.family, max_length=source.seq_length)
+        exported = export_tokenizer(directory, working, family=source.model.family, max_length=source.seq_length)
     config = huggingface_config(
         source.model, vocab_size=vocab_size, seq_length=source.seq_length, dtype=dtype, eod_id=exported.eod_id
     )
     generation: dict[str, Any] = {"bos_token_id": exported.eod_id, "eos_token_id": exported.eod_id}
     if came_from_huggingface(source.summary):
-        own = _their_tokens(source.folder)
+        own = _hf_added_tokens(source.directory)
         config |= own
         generation |= own
     write_json(working / "config.json", config)
     write_json(working / "generation_config.json", generation)
     _check_config(source, working)
     found = (
-        _told_of_copy(folder, working, vocab_size) if mode == "copy" else check_tokenizer(folder, working, vocab_size)
+        _copy_notes(directory, working, vocab_size)
+        if mode == "copy"
+        else check_tokenizer(directory, working, vocab_size)
     )
     return exported, [*exported.notes, *_policy_notes(source.summary), *found]
 
 
-def _told_of_copy(folder: Path, working: Path, vocab_size: int) -> list[str]:
+def _copy_notes(directory: Path, working: Path, vocab_size: int) -> list[str]:
     """What a user should know of files that are as their makers left them; what these put around a text is no
     difference."""
-    problem, notes = compare_tokenizer(folder, working, vocab_size, add_special_tokens=False)
+    problem, notes = compare_tokenizer(directory, working, vocab_size, add_special_tokens=False)
     if not problem:
         return notes
     return [f"The tokenizer was copied as its makers left it, but {problem}; --tokenizer convert keeps the ids."]
@@ -313,7 +318,8 @@ def _check_config(source: Source, working: Path) -> None:
         transformers.AutoConfig.from_pretrained(str(working), local_files_only=True)
     except Exception as error:  # transformers raises many kinds.
         raise UserError(
-            f"{source.folder}: transformers {transformers.__version__} does not open a {source.model.family} of this "
+            f"{source.directory}: transformers {transformers.__version__} does not open a {source.model.family} of "
+            "this "
             f"shape ({' '.join(str(error).split())}); another version of it may"
         ) from error
 
@@ -340,10 +346,10 @@ def came_from_huggingface(summary: dict[str, Any]) -> bool:
     return source.get("format") == "huggingface" and bool(source["own_tokenizer"])
 
 
-def _their_tokens(folder: Path) -> dict[str, Any]:
+def _hf_added_tokens(directory: Path) -> dict[str, Any]:
     """Ids with a role, as the model that was brought here had them."""
     try:
-        content = json.loads((folder / CONFIG).read_bytes())
+        content = json.loads((directory / CONFIG).read_bytes())
     except (OSError, ValueError):
         return {}
     roles = ("bos_token_id", "eos_token_id", "pad_token_id")

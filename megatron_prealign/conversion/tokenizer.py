@@ -25,8 +25,8 @@ _CHAT_TEMPLATE = "chat_template.jinja"
 # as Qwen's tokenizer does, whatever the file and the tokenizer's config say.
 _OWN_CLASS = {"qwen2": ("Qwen2Tokenizer", "Qwen2TokenizerFast")}
 _PLAIN_MODULE, _PLAIN_CLASS = "plain_tokenizer", "PlainTokenizer"
-_PLAIN_SOURCE = f'''"""All of tokenizer.json. Without a class of its own this folder would be opened with one that reads
-the vocabulary alone."""
+_PLAIN_SOURCE = f'''\
+"""Loads all of tokenizer.json: transformers' own class for this model family reads only its vocabulary."""
 
 from transformers import PreTrainedTokenizerFast
 
@@ -91,7 +91,7 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
     of a document, and encoding adds none.
 
     Args:
-        source: A checkpoint's folder `tokenizer`, or what `load_tokenizer` takes.
+        source: A checkpoint's directory `tokenizer`, or what `load_tokenizer` takes.
         family: `model.family`.
         max_length: Positions that the model can take, in tokens.
 
@@ -106,11 +106,11 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
         "`split_special_tokens=True` reads it as plain text."
     ]
     if isinstance(base, HuggingFaceTokenizer):
-        folder = base.path
-        definition, config, kind = _cleaned(read_definition(folder)), read_config(folder), "tokenizers"
+        directory = base.path
+        definition, config, kind = _cleaned(read_definition(directory)), read_config(directory), "tokenizers"
         # How newer versions of transformers keep it; they read the one in the config, too.
-        if (folder / _CHAT_TEMPLATE).is_file():
-            shutil.copyfile(folder / _CHAT_TEMPLATE, output / _CHAT_TEMPLATE)
+        if (directory / _CHAT_TEMPLATE).is_file():
+            shutil.copyfile(directory / _CHAT_TEMPLATE, output / _CHAT_TEMPLATE)
     else:
         definition, kind = sentencepiece_definition(base.path), f"sentencepiece ({base.path.name})"
         notes += _sentencepiece_notes(definition)
@@ -216,13 +216,13 @@ def _roles(config: dict[str, Any], known: set[str]) -> dict[str, str]:
 
 
 def own_class_notes(path: Path, family: str) -> list[str]:
-    """What is said of a tokenizer whose ids transformers 5 would not give in a folder of this family."""
+    """What is said of a tokenizer whose ids transformers 5 would not give in a directory of this family."""
     if family not in _OWN_CLASS or (path.is_dir() and read_config(path).get("tokenizer_class") in _OWN_CLASS[family]):
         return []
     return [
-        f"transformers 5 opens every {family} folder with a class of its own ({_OWN_CLASS[family][0]}), which takes "
+        f"transformers 5 opens every {family} directory with a class of its own ({_OWN_CLASS[family][0]}), which takes "
         "the vocabulary alone of this tokenizer and may give other ids than training here, where the whole of it is "
-        "used; convert to-hf --tokenizer convert writes a folder that keeps the ids"
+        "used; convert to-hf --tokenizer convert writes a directory that keeps the ids"
     ]
 
 
@@ -270,7 +270,7 @@ def compare_tokenizer(
 
     Args:
         source: What `export_tokenizer` was given.
-        output: The folder, with config.json.
+        output: The directory, with config.json.
         vocab_size: Rows of the embedding.
         add_special_tokens: Let transformers put tokens around a text, which training does not.
 
@@ -280,27 +280,27 @@ def compare_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    ours = load_tokenizer(source)
+    mcore = load_tokenizer(source)
     try:
-        theirs = AutoTokenizer.from_pretrained(str(output), local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(str(output), local_files_only=True)
     except Exception as error:  # transformers raises many kinds.
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         return f"transformers does not open this tokenizer once it is written ({reason})", []
-    if len(theirs) > vocab_size:
-        return f"transformers finds {len(theirs):,} tokens, the model has {vocab_size:,}", []
+    if len(hf) > vocab_size:
+        return f"transformers finds {len(hf):,} tokens, the model has {vocab_size:,}", []
     # Only a warning about long texts depends on it.
-    theirs.model_max_length = 1 << 40
+    hf.model_max_length = 1 << 40
     # Added tokens that are not special are found in a text by both.
-    names = [str(token) for token in theirs.added_tokens_decoder.values() if token.special]
-    texts = [text for text in (*_CHECK_TEXTS, *_piece_texts(ours)) if not any(name in text for name in names)]
-    expected = ours.encode_batch(texts)
-    found = [theirs(text, add_special_tokens=add_special_tokens).input_ids for text in texts]
+    names = [str(token) for token in hf.added_tokens_decoder.values() if token.special]
+    texts = [text for text in (*_CHECK_TEXTS, *_piece_texts(mcore)) if not any(name in text for name in names)]
+    expected = mcore.encode_batch(texts)
+    found = [hf(text, add_special_tokens=add_special_tokens).input_ids for text in texts]
     different = [number for number in range(len(texts)) if list(found[number]) != expected[number]]
     if not different:
         return "", []
     first = texts[different[0]][:60]
     # Those without a backend are sentencepiece's own, as Python code.
-    unigram = type(getattr(getattr(theirs, "backend_tokenizer", None), "model", None)).__name__ == "Unigram"
+    unigram = type(getattr(getattr(hf, "backend_tokenizer", None), "model", None)).__name__ == "Unigram"
     if not unigram or len(different) > _UNIGRAM_TOLERANCE * len(texts):
         return (
             f"transformers gives other ids than training here in {len(different)} of {len(texts)} test texts, first "

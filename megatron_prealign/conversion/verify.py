@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a folder of transformers are the same model: tensor by tensor, and on a text."""
+"""Whether a checkpoint and a directory of transformers are the same model: tensor by tensor, and on a text."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from megatron_prealign.checkpoint.commit import TOKENIZER
-from megatron_prealign.checkpoint.folder import resolve_checkpoint
-from megatron_prealign.conversion.both_models import Place, compare, our_states, their_states
+from megatron_prealign.checkpoint.directory import resolve_checkpoint
+from megatron_prealign.conversion.both_models import Place, compare, hf_states, mcore_states
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
-from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
+from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.to_hf import (
     Source,
     came_from_huggingface,
@@ -36,14 +36,14 @@ _MOST_SHOWN = 20
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor of the folder against the checkpoint."""
+    """One tensor of the directory against the checkpoint."""
 
     name: str
-    """In the folder."""
+    """In the directory."""
     key: str
     """In the checkpoint; empty for one that the checkpoint has nothing for."""
     problem: str
-    """Empty if the numbers are equal once rounded to the folder's type."""
+    """Empty if the numbers are equal once rounded to the directory's type."""
     difference: float = 0.0
     """Largest, of all numbers; before anything is rounded."""
 
@@ -101,13 +101,13 @@ def verify(
     show_progress: bool = True,
     leave_process_group: bool = False,
 ) -> VerifyReport:
-    """Compares a checkpoint with a folder of transformers.
+    """Compares a checkpoint with a directory of transformers.
 
     Memory: the largest tensor a few times; with `logits` both models in float32, one after the other.
 
     Args:
-        checkpoint: The checkpoint, a folder of checkpoints or a run's folder.
-        model: The folder.
+        checkpoint: The checkpoint, a directory of checkpoints or a run's directory.
+        model: The directory.
         text: What to run through both models; the first tokens, as many as the model can take.
         tolerance: For states and logits, against the largest number there.
         logits: Run the models at all.
@@ -120,45 +120,45 @@ def verify(
     found = resolve_checkpoint(checkpoint)
     check_manifest(found, checksums=False)
     source = open_source(found)
-    folder = HuggingFaceFolder(model)
-    report = VerifyReport(str(source.folder), str(model), tolerance)
-    report.config = _compare_config(source, folder, ignore_config_fields)
+    directory = HuggingFaceDirectory(model)
+    report = VerifyReport(str(source.directory), str(model), tolerance)
+    report.config = _compare_config(source, directory, ignore_config_fields)
     # Before hours of reading: the text may be of no use.
     ids = _compare_tokenizers(source, model, text, report)
-    report.tensors = _compare_tensors(source, folder, show_progress)
+    report.tensors = _compare_tensors(source, directory, show_progress)
     # Of another architecture or shape nothing could be said layer by layer.
     if logits and not report.config and not any(each.problem and not each.difference for each in report.tensors):
         # Ours has no window: beyond it the two are not the same.
         ids = ids[: min(source.seq_length, source.model.sliding_window or source.seq_length)]
-        theirs = their_states(model, ids, source.model.num_layers)
-        dtype, masters = _types(folder)
-        ours = our_states(source, ids, dtype, masters, leave_process_group=leave_process_group)
-        report.places, report.tokens = compare(ours, theirs), len(ids)
-        report.same_choice = float((ours["logits"].argmax(-1) == theirs["logits"].argmax(-1)).float().mean())
+        hf = hf_states(model, ids, source.model.num_layers)
+        dtype, masters = _types(directory)
+        mcore = mcore_states(source, ids, dtype, masters, leave_process_group=leave_process_group)
+        report.places, report.tokens = compare(mcore, hf), len(ids)
+        report.same_choice = float((mcore["logits"].argmax(-1) == hf["logits"].argmax(-1)).float().mean())
     return report
 
 
-def _types(folder: HuggingFaceFolder) -> tuple[torch.dtype, torch.dtype | None]:
+def _types(directory: HuggingFaceDirectory) -> tuple[torch.dtype, torch.dtype | None]:
     """To what the numbers of the checkpoint were rounded, and whether its full precision may have been taken."""
-    found = {_TYPES.get(each.dtype, torch.float32) for each in folder.tensors.values()}
+    found = {_TYPES.get(each.dtype, torch.float32) for each in directory.tensors.values()}
     if found == {torch.float32}:
         return torch.float32, torch.float32
     return (found.pop() if len(found) == 1 else torch.float32), None
 
 
-def _compare_config(source: Source, folder: HuggingFaceFolder, ignore: Collection[str]) -> list[str]:
-    name = str(folder.path / "config.json")
+def _compare_config(source: Source, directory: HuggingFaceDirectory, ignore: Collection[str]) -> list[str]:
+    name = str(directory.path / "config.json")
     expected = huggingface_config(
         source.model, vocab_size=source.summary["vocab_size"], seq_length=source.seq_length, dtype="float32", eod_id=0
     )
-    ours, theirs = _maths(expected, name), _maths(folder.config, name, ignore)
+    mcore, hf = _maths(expected, name), _maths(directory.config, name, ignore)
     return [
-        f"{key} is {theirs.get(key)!r}, expected {ours.get(key)!r}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        f"{key} is {hf.get(key)!r}, expected {mcore.get(key)!r}"
+        for key in sorted(mcore.keys() | hf.keys())
+        if mcore.get(key) != hf.get(key)
     ] + (
-        [f"vocab_size is {folder.config.get('vocab_size')}, expected {expected['vocab_size']}"]
-        if folder.config.get("vocab_size") != expected["vocab_size"]
+        [f"vocab_size is {directory.config.get('vocab_size')}, expected {expected['vocab_size']}"]
+        if directory.config.get("vocab_size") != expected["vocab_size"]
         else []
     )
 
@@ -168,39 +168,39 @@ def _maths(config: Mapping[str, Any], name: str, ignore: Collection[str] = ()) -
     derived = {
         "num_query_groups": section.query_groups,
         "ffn_hidden_size": section.mlp_width,
-        "kv_channels": section.head_channels,
+        "kv_channels": section.head_dim,
     }
     return {key: value for key, value in {**asdict(section), **derived}.items() if key not in _FREE}
 
 
-def _compare_tensors(source: Source, folder: HuggingFaceFolder, show_progress: bool) -> list[TensorReport]:
+def _compare_tensors(source: Source, directory: HuggingFaceDirectory, show_progress: bool) -> list[TensorReport]:
     reports = []
-    left = set(folder.tensors)
-    _, masters = _types(folder)
-    total = sum(each.bytes for each in folder.tensors.values())
+    left = set(directory.tensors)
+    _, masters = _types(directory)
+    total = sum(each.bytes for each in directory.tensors.values())
     with Progress("compare tensors", total, unit="B", unit_scale=True, enabled=show_progress) as progress:
-        for entry, ours in read_weights(source, masters):
-            for name, tensor in ours.items():
+        for entry, mcore in read_weights(source, masters):
+            for name, tensor in mcore.items():
                 left.discard(name)
-                reports.append(_compare_tensor(folder, name, entry.key, tensor))
-                progress.update(folder.tensors[name].bytes if name in folder.tensors else 0)
+                reports.append(_compare_tensor(directory, name, entry.key, tensor))
+                progress.update(directory.tensors[name].bytes if name in directory.tensors else 0)
     for name in sorted(left):
         other = source.plan.tied.get(name)
         if other is not None:
-            equal = other in folder.tensors and torch.equal(folder.read(name), folder.read(other))
+            equal = other in directory.tensors and torch.equal(directory.read(name), directory.read(other))
             reports.append(TensorReport(name, "", "" if equal else f"differs from {other}, to which it is tied"))
         elif not source.plan.is_buffer(name):
             reports.append(TensorReport(name, "", "the checkpoint has none"))
     return reports
 
 
-def _compare_tensor(folder: HuggingFaceFolder, name: str, key: str, expected: torch.Tensor) -> TensorReport:
-    stored = folder.tensors.get(name)
+def _compare_tensor(directory: HuggingFaceDirectory, name: str, key: str, expected: torch.Tensor) -> TensorReport:
+    stored = directory.tensors.get(name)
     if stored is None:
-        return TensorReport(name, key, "missing in the folder")
+        return TensorReport(name, key, "missing in the directory")
     if stored.shape != tuple(expected.shape):
         return TensorReport(name, key, f"shape {list(stored.shape)}, expected {list(expected.shape)}")
-    found = folder.read(name)
+    found = directory.read(name)
     difference = float((expected.float() - found.float()).abs().max()) if found.numel() else 0.0
     if torch.equal(expected.to(found.dtype), found):
         return TensorReport(name, key, "", difference)
@@ -213,29 +213,28 @@ def _compare_tokenizers(source: Source, model: Path, text: str, report: VerifyRe
     """The ids of the text; what differs goes into the report."""
     from transformers import AutoTokenizer
 
-    ours = load_tokenizer(source.folder / TOKENIZER).encode(text)
-    if not ours:
+    mcore = load_tokenizer(source.directory / TOKENIZER).encode(text)
+    if not mcore:
         raise UserError("the text to compare on is empty; give one with words")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
         # Only a warning about long texts depends on it.
         tokenizer.model_max_length = 1 << 40
         # What a model that was not trained here puts in front of a text is its own affair.
-        theirs = list(tokenizer(text, add_special_tokens=not came_from_huggingface(source.summary)).input_ids)
+        hf = list(tokenizer(text, add_special_tokens=not came_from_huggingface(source.summary)).input_ids)
     except Exception as error:  # transformers raises many kinds.
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         report.tokenizer = f"transformers cannot open it ({reason})"
-        return ours
-    if theirs != ours:
+        return mcore
+    if hf != mcore:
         at = next(
-            (at for at, (mine, other) in enumerate(zip(ours, theirs, strict=False)) if mine != other),
-            min(len(ours), len(theirs)),
+            (at for at, (mine, other) in enumerate(zip(mcore, hf, strict=False)) if mine != other),
+            min(len(mcore), len(hf)),
         )
         report.tokenizer = (
-            f"{len(theirs)} ids, expected {len(ours)}; from token {at} on {theirs[at : at + 3]}, expected "
-            f"{ours[at : at + 3]}"
+            f"{len(hf)} ids, expected {len(mcore)}; from token {at} on {hf[at : at + 3]}, expected {mcore[at : at + 3]}"
         )
-    return ours
+    return mcore
 
 
 def render(report: VerifyReport) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reads datasets of the Hugging Face hub, and local folders in its forms, row by row through `datasets`."""
+"""Reads datasets of the Hugging Face hub, and local directories in its forms, row by row through `datasets`."""
 
 import os
 import re
@@ -22,7 +22,7 @@ class HubName:
     """What `hf:NAME[,CONFIG][:SPLIT]` says."""
 
     dataset: str
-    """`owner/name` on the hub, or a local folder."""
+    """`owner/name` on the hub, or a local directory."""
     config: str | None
     split: str
 
@@ -91,7 +91,7 @@ def _open(text: str) -> Any:
             return saved[name.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(name.dataset, name.config, split=name.split, streaming=True)
     except Exception as error:
-        where = "folder" if os.path.isdir(name.dataset) else "dataset"
+        where = "directory" if os.path.isdir(name.dataset) else "dataset"
         raise UserError(
             f"{text}: the {where} cannot be opened ({_told(error)}); check the name, its config and split ({_FORM}), "
             "and the network"

@@ -1,4 +1,4 @@
-"""Which files to read: files, folders, glob patterns and Hugging Face datasets become one list in a fixed order."""
+"""Which files to read: files, directories, glob patterns and Hugging Face datasets become one list in a fixed order."""
 
 import bz2
 import errno
@@ -27,7 +27,7 @@ ENDINGS: dict[str, tuple[Kind, Compression]] = {
 """Ending of a file name -> how to read the file. Capital letters count as small ones."""
 EXPECTED = ".jsonl, .txt (also with .gz, .zst or .bz2 behind it), .parquet"
 
-_ANY_FOLDERS = "**"
+_ANY_DIRECTORIES = "**"
 _SHOWN_NAMES = 3
 _BZ2_START = bz2.compress(b" ")[4:10]
 
@@ -51,17 +51,18 @@ def resolve_inputs(texts: Sequence[str | Path]) -> list[Input]:
     Each text is one of
 
     - a file of a known ending (`ENDINGS`),
-    - a folder: all such files in it and below, sorted by path,
-    - a pattern with `*`, `?`, `[...]` or `**` (any folders): what fits, sorted by path; folders that fit are searched,
-    - `hf:NAME[,CONFIG][:SPLIT]`: a dataset of the Hugging Face hub or a local folder, read through `datasets`.
+    - a directory: all such files in it and below, sorted by path,
+    - a pattern with `*`, `?`, `[...]` or `**` (any directories): what fits, sorted by path; directories that fit are
+      searched,
+    - `hf:NAME[,CONFIG][:SPLIT]`: a dataset of the Hugging Face hub or a local directory, read through `datasets`.
 
-    The order is that of `texts`. In folders and patterns, hidden files and files of other kinds are left out, and a
-    folder is read once, however many links lead to it. A missing file is most often a typing error that would
+    The order is that of `texts`. In directories and patterns, hidden files and files of other kinds are left out, and a
+    directory is read once, however many links lead to it. A missing file is most often a typing error that would
     quietly shrink the corpus, so it always stops.
 
     Raises:
         UserError: nothing given; something missing, unreadable, of an unknown ending or compressed otherwise than its
-            name says; the same file twice, also through links; a folder or pattern without any file.
+            name says; the same file twice, also through links; a directory or pattern without any file.
     """
     return [one for found in resolve_each(texts) for one in found]
 
@@ -69,7 +70,7 @@ def resolve_inputs(texts: Sequence[str | Path]) -> list[Input]:
 def resolve_each(texts: Sequence[str | Path]) -> list[list[Input]]:
     """`resolve_inputs`, apart for each of `texts`."""
     if not texts:
-        raise UserError(f"no input given; expected one or more files of {EXPECTED}, folders, patterns or hf:NAME")
+        raise UserError(f"no input given; expected one or more files of {EXPECTED}, directories, patterns or hf:NAME")
     found: list[list[Input]] = []
     seen: dict[str, str] = {}
     for text in map(str, texts):
@@ -161,7 +162,7 @@ def _magic(start: bytes, end: bytes) -> str | None:
 def _paths(text: str) -> list[str]:
     """The files that a path or pattern stands for, sorted; a plain path stands for itself, whatever lies there."""
     if os.path.isdir(text):
-        what, found = "a folder without any of", list(_expand(text, (_ANY_FOLDERS,), set()))
+        what, found = "a directory without any of", list(_expand(text, (_ANY_DIRECTORIES,), set()))
     elif glob.has_magic(text) and not os.path.lexists(text):
         what, found = "a pattern that fits none of", list(_match(text))
     else:
@@ -170,9 +171,9 @@ def _paths(text: str) -> list[str]:
     by_entry: dict[tuple[str, str], str] = {}
     for path in sorted(found, key=_depth_and_parts):
         if ending_of(path) is not None:
-            folder, name = os.path.split(path)
-            # Links between folders lead to the same entry of a folder on many ways; the shortest one names it.
-            by_entry.setdefault((os.path.realpath(folder), name), path)
+            directory, name = os.path.split(path)
+            # Links between directories lead to the same entry of a directory on many ways; the shortest one names it.
+            by_entry.setdefault((os.path.realpath(directory), name), path)
     paths = sorted(by_entry.values(), key=lambda path: path.split(os.sep))
     if not paths:
         others = sorted({os.path.basename(path) for path in found})[:_SHOWN_NAMES]
@@ -186,25 +187,25 @@ def _depth_and_parts(path: str) -> tuple[int, list[str]]:
 
 
 def _match(pattern: str) -> Iterator[str]:
-    """What fits a pattern; of folders that fit, the files in them and below."""
+    """What fits a pattern; of directories that fit, the files in them and below."""
     base = os.sep if pattern.startswith(os.sep) else ""
     visited: set[tuple[int, int, int]] = set()
     for path in _expand(base, tuple(part for part in pattern.split(os.sep) if part), visited):
         if os.path.isdir(path):
-            yield from _expand(path, (_ANY_FOLDERS,), visited)
+            yield from _expand(path, (_ANY_DIRECTORIES,), visited)
         else:
             yield path
 
 
 def _expand(base: str, parts: tuple[str, ...], visited: set[tuple[int, int, int]]) -> Iterator[str]:
-    """What lies under the folder `base` and fits `parts`, the parts of a pattern between slashes.
+    """What lies under the directory `base` and fits `parts`, the parts of a pattern between slashes.
 
-    `visited` keeps `**` from searching a folder twice, which also ends the circles that links can make.
+    `visited` keeps `**` from searching a directory twice, which also ends the circles that links can make.
     """
     if not parts:
         yield base
         return
-    if parts[0] == _ANY_FOLDERS:
+    if parts[0] == _ANY_DIRECTORIES:
         status = os.stat(base or os.curdir)
         key = status.st_dev, status.st_ino, len(parts)
         if key in visited:
@@ -214,27 +215,27 @@ def _expand(base: str, parts: tuple[str, ...], visited: set[tuple[int, int, int]
             yield from _expand(base, parts[1:], visited)
     for name in _names(base, parts[0]):
         path = os.path.join(base, name)
-        if parts[0] == _ANY_FOLDERS and os.path.isdir(path):
+        if parts[0] == _ANY_DIRECTORIES and os.path.isdir(path):
             yield from _expand(path, parts, visited)
-        elif parts[0] == _ANY_FOLDERS and len(parts) == 1:
+        elif parts[0] == _ANY_DIRECTORIES and len(parts) == 1:
             yield path
-        elif parts[0] != _ANY_FOLDERS and (len(parts) == 1 or os.path.isdir(path)):
+        elif parts[0] != _ANY_DIRECTORIES and (len(parts) == 1 or os.path.isdir(path)):
             yield from _expand(path, parts[1:], visited)
 
 
-def _names(folder: str, part: str) -> list[str]:
-    """The names in a folder that fit one part of a pattern; what is no link first, so that it is found by its own
+def _names(directory: str, part: str) -> list[str]:
+    """The names in a directory that fit one part of a pattern; what is no link first, so that it is found by its own
     path."""
-    if part != _ANY_FOLDERS and not glob.has_magic(part):
-        return [part] if os.path.lexists(os.path.join(folder, part)) else []
+    if part != _ANY_DIRECTORIES and not glob.has_magic(part):
+        return [part] if os.path.lexists(os.path.join(directory, part)) else []
     try:
-        with os.scandir(folder or os.curdir) as entries:
+        with os.scandir(directory or os.curdir) as entries:
             found = sorted((entry.is_symlink(), entry.name) for entry in entries)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise _unreadable(directory, error) from error
     hidden = part.startswith(".")
     return [
         name
         for _, name in found
-        if (hidden or not name.startswith(".")) and (part == _ANY_FOLDERS or fnmatch.fnmatchcase(name, part))
+        if (hidden or not name.startswith(".")) and (part == _ANY_DIRECTORIES or fnmatch.fnmatchcase(name, part))
     ]

@@ -70,7 +70,7 @@ class Documents:
     """What else was passed over: a block of nothing but bad lines must not fill the memory with reasons."""
     _stops: bool = False
 
-    def pass_over(self, number: int, byte: int, why: str) -> None:
+    def skip(self, number: int, byte: int, why: str) -> None:
         """Lists a problem while there is room, else counts it; what may stop the run always finds room."""
         if len(self.problems) < MAX_LISTED or (why != EMPTY and not self._stops):
             self.problems.append((number, byte, why))
@@ -92,7 +92,7 @@ def parse_block(block: Block, fields: Fields, limits: Limits) -> Documents:
     found = Documents([[] for _ in fields.texts])
     if block.problem is not None:
         found.lines = block.lines
-        found.pass_over(0, -1, block.problem)
+        found.skip(0, -1, block.problem)
     elif block.kind == "rows":
         assert isinstance(block.content, bytes), "rows are read in the parent"
         _parse_rows(block.content, fields, limits, found)
@@ -133,9 +133,9 @@ def _parse_text(block: Block, fields: Fields, limits: Limits, found: Documents) 
                     # On from the last bad line: all of them together take as long as one look at the block.
                     byte += sum(len(line) + 1 for line in lines[counted:number])
                     counted = number
-                found.pass_over(number, byte, str(error))
+                found.skip(number, byte, str(error))
     if is_cut:
-        found.pass_over(found.lines, (begin or 0) + len(data), too_long(limits))
+        found.skip(found.lines, (begin or 0) + len(data), too_long(limits))
         found.lines += 1
 
 
@@ -161,7 +161,7 @@ def _parse_rows(payload: bytes, fields: Fields, limits: Limits, found: Documents
                 raise _BadDocument(too_long(limits))
             take.add(number, dict(zip(fields.columns, row, strict=True)))
         except _BadDocument as error:
-            found.pass_over(number, -1, str(error))
+            found.skip(number, -1, str(error))
 
 
 def _utf8_bytes(value: object) -> int:
@@ -304,7 +304,7 @@ class Places:
             return f"{self.name}:byte {byte:,}" if byte >= 0 else self.name
         return f"{self.name}:{self.unit}{self.lines + number + 1}"
 
-    def pass_over(self, lines: int) -> None:
+    def skip(self, lines: int) -> None:
         """Goes on behind a block with so many lines."""
         if self.lines is not None:
             self.lines += lines
@@ -358,7 +358,7 @@ def read_documents(
                 worst = next(bad)
             if problems is not None:
                 problems.count += found.unlisted
-            places.pass_over(found.lines)
+            places.skip(found.lines)
 
 
 def _report(

@@ -19,11 +19,11 @@ from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
 
-_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
+_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceFacts:
+class SourceInfo:
     """One source of a blend: what tells it from others, and how far it was read."""
 
     key: int
@@ -51,7 +51,7 @@ class SourceFacts:
     consumed_at_start: int
     """Samples it had given when the blend began."""
 
-    def same_content(self, other: "SourceFacts") -> bool:
+    def same_content(self, other: "SourceInfo") -> bool:
         """Whether both are one dataset, wherever it lies."""
         alike = (self.language, self.documents, self.tokens) == (other.language, other.documents, other.tokens)
         if self.checksum and other.checksum:
@@ -65,9 +65,9 @@ class Blend:
 
     start: int
     """First position of the run that it decides."""
-    sources: tuple[SourceFacts, ...]
+    sources: tuple[SourceInfo, ...]
     """In the recipe's order."""
-    dropped: tuple[SourceFacts, ...] = ()
+    dropped: tuple[SourceInfo, ...] = ()
     """Sources of earlier blends, which may come back: they go on where they stood."""
 
     def to_dict(self, consumed: Sequence[int]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class SavedBlend:
         """What a checkpoint of a run says.
 
         Args:
-            checkpoint: Its folder.
+            checkpoint: Its directory.
             summary: Its `state.json`.
 
         Raises:
@@ -139,16 +139,16 @@ def first_blend(
     return Blend(
         0,
         tuple(
-            facts_of_source(source, weight, seq_length, digest, key=number)
+            source_info(source, weight, seq_length, digest, key=number)
             for number, (source, weight, digest) in enumerate(zip(opened, weights, digests, strict=True))
         ),
     )
 
 
-def facts_of_source(source: OpenSource, weight: float, seq_length: int, digest: str, *, key: int) -> SourceFacts:
+def source_info(source: OpenSource, weight: float, seq_length: int, digest: str, *, key: int) -> SourceInfo:
     """What a blend keeps of an opened source, of which nothing has been read."""
     tokens = source.tokens
-    return SourceFacts(
+    return SourceInfo(
         key=key,
         path=source.path,
         language=source.language,
@@ -193,7 +193,7 @@ def continue_blend(saved: SavedBlend, fresh: Blend) -> Blend:
         moved = zip(before.sources, fresh.sources, strict=True)
         return replace(before, sources=tuple(replace(source, path=now.path) for source, now in moved))
     next_key = max((source.key for source in known), default=-1) + 1
-    sources: list[SourceFacts] = []
+    sources: list[SourceInfo] = []
     for now, partner in zip(fresh.sources, partners, strict=True):
         if partner is None:
             sources.append(replace(now, key=next_key))
@@ -206,7 +206,7 @@ def continue_blend(saved: SavedBlend, fresh: Blend) -> Blend:
     return blend
 
 
-def _match(known: Sequence[SourceFacts], fresh: Sequence[SourceFacts]) -> list[int | None]:
+def _match(known: Sequence[SourceInfo], fresh: Sequence[SourceInfo]) -> list[int | None]:
     """For each source of the recipe the known one that it is."""
     partners: list[int | None] = [None] * len(fresh)
     free = set(range(len(known)))
@@ -223,7 +223,7 @@ def _match(known: Sequence[SourceFacts], fresh: Sequence[SourceFacts]) -> list[i
 
 
 def _refuse_changed(
-    known: Sequence[SourceFacts], fresh: Sequence[SourceFacts], partners: Sequence[int | None], checkpoint: Path
+    known: Sequence[SourceInfo], fresh: Sequence[SourceInfo], partners: Sequence[int | None], checkpoint: Path
 ) -> None:
     """A source that is not what it was would repeat some samples and skip others."""
     by_path = {source.path: source for number, source in enumerate(known) if number not in partners}
@@ -249,7 +249,7 @@ def _refuse_changed(
 
 
 def _warn_of_moves(
-    known: Sequence[SourceFacts], fresh: Sequence[SourceFacts], partners: Sequence[int | None], checkpoint: Path
+    known: Sequence[SourceInfo], fresh: Sequence[SourceInfo], partners: Sequence[int | None], checkpoint: Path
 ) -> None:
     moved = [
         f"{known[partner].path} to {now.path}"
@@ -293,15 +293,15 @@ def _tell(before: Blend, now: Blend, checkpoint: Path) -> None:
             )
 
 
-def _facts(source: SourceFacts) -> dict[str, Any]:
+def _facts(source: SourceInfo) -> dict[str, Any]:
     values = asdict(source)
     del values["consumed_at_start"]
     return values
 
 
-def _source(values: Mapping[str, Any]) -> SourceFacts:
-    source = SourceFacts(**values)
-    for item in fields(SourceFacts):
+def _source(values: Mapping[str, Any]) -> SourceInfo:
+    source = SourceInfo(**values)
+    for item in fields(SourceInfo):
         value = getattr(source, item.name)
         number = item.type in (int, float)
         if type(value) is not item.type and not (item.type is float and type(value) is int):
@@ -314,7 +314,7 @@ def _source(values: Mapping[str, Any]) -> SourceFacts:
 
 
 def _check_counts(
-    start: Any, position: Any, sources: Sequence[SourceFacts], dropped: Sequence[SourceFacts], consumed: Sequence[Any]
+    start: Any, position: Any, sources: Sequence[SourceInfo], dropped: Sequence[SourceInfo], consumed: Sequence[Any]
 ) -> None:
     """The counts of a checkpoint must add up: each row came from one source."""
     if not all(type(count) is int and count >= 0 for count in (start, position, *consumed)):

@@ -97,7 +97,7 @@ def check_output_prefix(output: str) -> None:
     """Refuses what cannot be a prefix to write to.
 
     Raises:
-        UserError: it has an ending or is a folder.
+        UserError: it has an ending or is a directory.
     """
     if output.endswith((".bin", ".idx", ".words", ".json")):
         raise UserError(
@@ -105,7 +105,9 @@ def check_output_prefix(output: str) -> None:
             "added to it"
         )
     if output.endswith("/") or Path(output).is_dir():
-        raise UserError(f"output {output}: is a folder; expected a path inside it, for example {Path(output) / 'de'}")
+        raise UserError(
+            f"output {output}: is a directory; expected a path inside it, for example {Path(output) / 'de'}"
+        )
 
 
 def check_workers(workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Named arrays kept in a folder that appears complete or not at all, written once per file system."""
+"""Named arrays kept in a directory that appears complete or not at all, written once per file system."""
 
 import json
 import os
@@ -21,43 +21,45 @@ _POLL_SECONDS = 0.2
 
 
 class IncompleteCacheError(Exception):
-    """A cache folder is missing or not what its manifest says; the text is the reason."""
+    """A cache directory is missing or not what its manifest says; the text is the reason."""
 
 
 def build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> bool:
-    """Writes the cache folder `directory` where it is missing or damaged.
+    """Writes the cache directory `directory` where it is missing or damaged.
 
     One process per node calls this. Builders of several nodes on one shared disk take turns by a file lock, so the
     first one builds and the rest find its work; on disks of their own each builds for its node.
 
     Args:
-        directory: The cache folder. Its name must identify the content, because a complete folder is never rewritten.
+        directory: The cache directory. Its name must identify the content, because a complete directory is never
+            rewritten.
         build: Yields (name, non-empty array); called only when needed.
 
     Returns:
         Whether this call built it.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the directory cannot be written.
     """
     try:
         return _build_if_needed(directory, build)
     except OSError as error:
         raise UserError(
-            f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable folder "
+            f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable directory "
             "with enough space"
         ) from error
 
 
 def wait_for_arrays(directory: Path, patience_seconds: float = 60.0) -> dict[str, np.ndarray]:
-    """The arrays of the cache folder `directory` by name, memory-mapped read-only. Call it after the builder is done.
+    """The arrays of the cache directory `directory` by name, memory-mapped read-only. Call it after the builder is
+    done.
 
     Args:
-        patience_seconds: How long to wait for the folder to show: network file systems may answer from an old
+        patience_seconds: How long to wait for the directory to show: network file systems may answer from an old
             directory listing for tens of seconds.
 
     Raises:
-        UserError: the folder does not show in time.
+        UserError: the directory does not show in time.
     """
     deadline = time.monotonic() + patience_seconds
     while True:
@@ -76,10 +78,10 @@ def wait_for_arrays(directory: Path, patience_seconds: float = 60.0) -> dict[str
 
 
 def load_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """Memory-maps a complete cache folder.
+    """Memory-maps a complete cache directory.
 
     Raises:
-        IncompleteCacheError: the folder or a file is missing, or a file differs from the manifest in size or header.
+        IncompleteCacheError: the directory or a file is missing, or a file differs from the manifest in size or header.
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_bytes())
@@ -130,7 +132,7 @@ def _write_arrays(directory: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> 
     facts: dict[str, dict[str, Any]] = {}
     for name, array in arrays:
         if array.size == 0:
-            raise ValueError(f"array {name} of cache folder {directory.name} is empty: it cannot be memory-mapped")
+            raise ValueError(f"array {name} of cache directory {directory.name} is empty: it cannot be memory-mapped")
         with open(directory / f"{name}.npy", "wb") as file:
             np.save(file, array, allow_pickle=False)
             _flush_to_disk(file.fileno(), file.flush)
@@ -148,14 +150,14 @@ def _flush_to_disk(descriptor: int, flush: Callable[[], None]) -> None:
 
 
 def _publish(temporary: Path, directory: Path) -> None:
-    """Renames `temporary` to `directory`; a damaged folder in its place is removed, a complete one is kept."""
+    """Renames `temporary` to `directory`; a damaged directory in its place is removed, a complete one is kept."""
     if directory.exists():
         try:
             # Only where locks do not work: another builder was faster, with the same content.
             load_arrays(directory)
             return
         except IncompleteCacheError:
-            # Renamed first, so that the name never shows a folder that is being emptied.
+            # Renamed first, so that the name never shows a directory that is being emptied.
             damaged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.tmp-", dir=directory.parent))
             os.rename(directory, damaged / "damaged")
             shutil.rmtree(damaged, ignore_errors=True)

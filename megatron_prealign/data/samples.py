@@ -64,7 +64,7 @@ class TrainPlan:
     num_samples: int
     seed: int
     directory: Path
-    """Folder of the index."""
+    """Directory of the index."""
     lookahead: int = 0
     """Tokens that each row has behind its sample; the index does not depend on it."""
 
@@ -93,7 +93,7 @@ class TrainPlan:
             num_samples: Samples of the whole run.
             seed: From 0; decides the order.
             languages: The run's languages, in the order of their ids.
-            cache_dir: Folder of the index cache, on a disk that the processes of a node share.
+            cache_dir: Directory of the index cache, on a disk that the processes of a node share.
             vocab_size: Ids that the model has; None does not check.
             tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
             lookahead: Tokens to read behind every sample, from 0: those that follow in the same source's shuffled order

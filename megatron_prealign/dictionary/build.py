@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder, Groups, ScriptFit, without_unused_texts
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
-from megatron_prealign.dictionary.readers import DictionaryInput, FileFacts, OnError, ReadErrors, read_entries
+from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, OnError, ReadErrors, read_entries
 from megatron_prealign.dictionary.running_words import WordCounts
 from megatron_prealign.dictionary.selection import drop_rare, keep_pairs, order_pairs
 from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
@@ -121,7 +121,7 @@ def read_groups(
     with without_cycle_collector():
         for source in inputs:
             pairs = 0
-            facts = FileFacts()
+            facts = FileInfo()
             builder.fit = ScriptFit()
             for block in read_entries(source, report.errors, on_error, facts):
                 languages = block.languages or source.languages

@@ -21,8 +21,8 @@ from megatron_prealign.dictionary.words import (
     FIRST_SCRIPT_BIT,
     HAS_LETTER,
     TO_CLEAN,
-    WordFacts,
-    WordLooker,
+    WordClassifier,
+    WordInfo,
     clean,
     has_note,
 )
@@ -108,10 +108,10 @@ class Groups:
 class _Vocabulary:
     """The words of one language as they stand in the files, each looked at once; they are numbered as they come."""
 
-    looker: WordLooker
+    looker: WordClassifier
     numbers: defaultdict[str, int] = field(default_factory=lambda: defaultdict(count().__next__))
     """A word that is looked up for the first time gets the next number: one pass over a column finds and adds."""
-    facts: list[WordFacts] = field(default_factory=list)
+    facts: list[WordInfo] = field(default_factory=list)
     """What is known of each word once it is clean."""
     cleaned: dict[int, int] = field(default_factory=dict)
     """Number of a word that had to be cleaned -> number of the clean word."""
@@ -136,10 +136,10 @@ class _Vocabulary:
                 values[own] = values[clean_ones]
         return found
 
-    def known(self) -> WordFacts:
+    def known(self) -> WordInfo:
         """What is known of each word."""
         if len(self.facts) != 1:
-            self.facts = [WordFacts(*map(np.concatenate, zip(*self.facts, strict=True)))]
+            self.facts = [WordInfo(*map(np.concatenate, zip(*self.facts, strict=True)))]
         return self.facts[0]
 
     def clean_numbers(self) -> NDArray[np.int64]:
@@ -203,7 +203,7 @@ class GroupBuilder:
             self.counts[rule] += 0
         ids = [self._languages.setdefault(code, len(self._languages)) for code in languages]
         for _ in range(len(self._languages) - len(self._vocabularies)):
-            self._vocabularies.append(_Vocabulary(WordLooker(self.cleaning.notes)))
+            self._vocabularies.append(_Vocabulary(WordClassifier(self.cleaning.notes)))
         count, targets = len(columns[0]), len(columns) - 1
         weight = np.ones(count, dtype=np.float32) if weights is None else np.asarray(weights, dtype=np.float32)
         source, *translations = (

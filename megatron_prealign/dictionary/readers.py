@@ -13,8 +13,8 @@ from types import ModuleType
 from megatron_prealign.dictionary.formats.base import (
     DictionaryInput,
     Entries,
-    FileFacts,
     FileFormat,
+    FileInfo,
     OnError,
     ReadErrors,
     Reading,
@@ -25,7 +25,7 @@ from megatron_prealign.errors import UserError
 __all__ = [
     "DictionaryInput",
     "Entries",
-    "FileFacts",
+    "FileInfo",
     "FileFormat",
     "OnError",
     "ReadErrors",
@@ -126,7 +126,7 @@ def detect_file(path: Path) -> str:
     if path.is_dir():
         if any((path / f"expr.csv{ending}").exists() for ending in ("", *_COMPRESSED)):
             return "panlex"
-        raise UserError(f"{path}: is a folder without expr.csv, expected a word list or the CSV files of PanLex")
+        raise UserError(f"{path}: is a directory without expr.csv, expected a word list or the CSV files of PanLex")
     name = path.name.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -168,7 +168,7 @@ def _detect_content(path: Path) -> str:
 
 
 def read_entries(
-    source: DictionaryInput, errors: ReadErrors, on_error: OnError = "stop", facts: FileFacts | None = None
+    source: DictionaryInput, errors: ReadErrors, on_error: OnError = "stop", facts: FileInfo | None = None
 ) -> Iterator[Entries]:
     """Yields the words of every entry, many entries at a time.
 
@@ -182,7 +182,7 @@ def read_entries(
         UserError: a file that cannot be opened or holds nothing, damaged compressed data, files of one dictionary that
             do not fit together; with `stop` also a bad line (`file:line`, what it holds, what was expected).
     """
-    facts = facts if facts is not None else FileFacts()
+    facts = facts if facts is not None else FileInfo()
     facts.format = detect_file(source.path) if source.format == "auto" else source.format
     yield from _module(facts.format).read(Reading(source, errors, on_error, facts))
     facts.licence = facts.licence or source.licence

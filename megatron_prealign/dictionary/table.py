@@ -221,7 +221,7 @@ class DictionaryTable:
         """Writes the table in one step: a reader sees the old file or the whole new one.
 
         Raises:
-            UserError: the folder cannot be written or its disk is full.
+            UserError: the directory cannot be written or its disk is full.
         """
         from safetensors.numpy import save_file
 

@@ -17,7 +17,7 @@ def check_table_output(path: str | Path) -> None:
     """Checks that a table can be written to `path` and that nothing but an older table is lost.
 
     Raises:
-        UserError: it is a folder or a file of another kind, or its folder cannot be written.
+        UserError: it is a directory or a file of another kind, or its directory cannot be written.
     """
     path = Path(path)
     if os.path.lexists(path):
@@ -30,7 +30,7 @@ def check_table_output(path: str | Path) -> None:
 def _kind_in_the_way(path: Path) -> str:
     """What is at `path`, in words; empty for a table, also for a damaged one, and for a link to nothing."""
     if path.is_dir():
-        return "a folder"
+        return "a directory"
     if not path.exists():
         return ""
     if not path.is_file():

@@ -69,7 +69,7 @@ def has_letter(word: str) -> bool:
     return any(character.isalpha() for character in word)
 
 
-class WordFacts(NamedTuple):
+class WordInfo(NamedTuple):
     """What is known of words `[N]`."""
 
     flags: NDArray[np.uint64]
@@ -77,13 +77,13 @@ class WordFacts(NamedTuple):
     characters: NDArray[np.int32]
     spaces: NDArray[np.int32]
 
-    def take(self, words: NDArray[Any]) -> "WordFacts":
+    def take(self, words: NDArray[Any]) -> "WordInfo":
         """The facts of the chosen words."""
-        return WordFacts(self.flags[words], self.characters[words], self.spaces[words])
+        return WordInfo(self.flags[words], self.characters[words], self.spaces[words])
 
 
 @dataclass(frozen=True)
-class WordLooker:
+class WordClassifier:
     """Looks at words.
 
     Attributes:
@@ -92,7 +92,7 @@ class WordLooker:
 
     notes: bool = True
 
-    def look(self, words: list[str]) -> WordFacts:
+    def look(self, words: list[str]) -> WordInfo:
         """What is known of `words` as they are."""
         lengths = np.fromiter(map(len, words), np.int32, len(words))
         codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -118,7 +118,7 @@ class WordLooker:
             for index in np.flatnonzero(flags & np.uint64(HAS_NOTE)).tolist():
                 if has_note(words[index]):
                     flags[index] |= np.uint64(TO_CLEAN)
-        return WordFacts(flags, lengths, spaces)
+        return WordInfo(flags, lengths, spaces)
 
 
 class _CharacterTable:

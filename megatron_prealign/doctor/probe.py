@@ -55,8 +55,8 @@ def gloo_sum(timeout_s: float = TIMEOUT_S) -> float:
     Raises:
         ProbeError: one of them failed or took too long.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
+    with tempfile.TemporaryDirectory() as directory:
+        store = str(Path(directory) / "store")
         children = [_start(GLOO, str(rank), store) for rank in range(2)]
         try:
             return float([_result(child, timeout_s) for child in children][0]["total"])

@@ -61,7 +61,7 @@ def build_report(runs: Runs) -> dict[str, Any]:
         UserError: no runs.
     """
     if not runs:
-        raise UserError("the report got no runs; name at least one run folder")
+        raise UserError("the report got no runs; name at least one run directory")
     entries = {name: _run_entry(record, measurement) for name, (record, measurement) in runs.items()}
     last, _ = list(runs.values())[-1]
     report = {
@@ -79,12 +79,12 @@ def build_report(runs: Runs) -> dict[str, Any]:
 
 
 def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -> dict[str, Any]:
-    """Writes report.json, report.html and report.png into the folder `output`, all or none.
+    """Writes report.json, report.html and report.png into the directory `output`, all or none.
 
     Args:
         runs: name -> the run's record and what its final model was measured to be; the first is what the others are
             compared with.
-        output: folder of the report, made when absent.
+        output: directory of the report, made when absent.
 
     Returns:
         The content of report.json.

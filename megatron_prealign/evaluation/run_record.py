@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder: metrics.jsonl, recipe.yaml and versions.json."""
+"""Reads what a run left in its directory: metrics.jsonl, recipe.yaml and versions.json."""
 
 import json
 import logging
@@ -97,7 +97,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder in memory, points in the order of training."""
+    """One run directory in memory, points in the order of training."""
 
     path: Path
     train: list[TrainPoint]
@@ -105,9 +105,9 @@ class RunRecord:
     watch: list[WatchPoint]
     """Empty for a run without the alignment watch."""
     recipe: dict[str, Any]
-    """The resolved recipe; empty when the folder has none."""
+    """The resolved recipe; empty when the directory has none."""
     versions: dict[str, Any]
-    """Versions of what the run used; empty when the folder has none."""
+    """Versions of what the run used; empty when the directory has none."""
 
     @property
     def after_alignment(self) -> EvaluationPoint | None:
@@ -123,7 +123,7 @@ class RunRecord:
 
 
 def load_run(path: str | Path) -> RunRecord:
-    """Reads a run folder.
+    """Reads a run directory.
 
     A resumed run may have logged a step twice: the later line wins. A line cut off by a kill is left out (with a
     warning, unless it is the last one).
@@ -131,10 +131,10 @@ def load_run(path: str | Path) -> RunRecord:
     Raises:
         UserError: no metrics.jsonl there, or a line that is whole but not a metric.
     """
-    folder = Path(path)
-    metrics = folder / "metrics.jsonl"
+    directory = Path(path)
+    metrics = directory / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{folder}: no metrics.jsonl there; expected the run_dir of a run that has trained")
+        raise UserError(f"{directory}: no metrics.jsonl there; expected the run_dir of a run that has trained")
     train: dict[tuple[str, int], TrainPoint] = {}
     evaluations: dict[tuple[str, int], EvaluationPoint] = {}
     watch: dict[tuple[str, int], WatchPoint] = {}
@@ -159,12 +159,12 @@ def load_run(path: str | Path) -> RunRecord:
                 "expected a line written by `megatron-prealign pretrain`"
             ) from error
     return RunRecord(
-        path=folder,
+        path=directory,
         train=sorted(train.values(), key=_order),
         evaluations=sorted(evaluations.values(), key=_order),
         watch=sorted(watch.values(), key=_order),
-        recipe=_load_recipe(folder / "recipe.yaml"),
-        versions=_load_versions(folder / "versions.json"),
+        recipe=_load_recipe(directory / "recipe.yaml"),
+        versions=_load_versions(directory / "versions.json"),
     )
 
 

@@ -51,7 +51,7 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.query_groups,
         ffn_hidden_size=model.mlp_width,
-        kv_channels=model.head_channels,
+        kv_channels=model.head_dim,
         normalization="RMSNorm" if rotary else "LayerNorm",
         layernorm_epsilon=model.layernorm_epsilon,
         gated_linear_unit=rotary,

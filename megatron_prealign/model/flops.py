@@ -22,7 +22,7 @@ def forward_flops_per_token(model: ModelSection, *, vocab_size: int, seq_length:
         seq_length: tokens per row; attention grows with it.
         causal: count only the lower half of the attention scores, which is what a causal kernel computes.
     """
-    heads, groups, channels = model.num_attention_heads, model.query_groups, model.head_channels
+    heads, groups, channels = model.num_attention_heads, model.query_groups, model.head_dim
     attention_weights = model.hidden_size * channels * (heads + 2 * groups) + heads * channels * model.hidden_size
     mlp_weights = model.hidden_size * model.mlp_width * (3 if model.is_rotary else 2)
     scores = 2 * heads * channels * seq_length * (0.5 if causal else 1.0)

@@ -1,4 +1,4 @@
-"""The folder of a run that is not finished: what was written so far, and how far that is.
+"""The directory of a run that is not finished: what was written so far, and how far that is.
 
 A journal names the last place that is safely on the disk. Whatever happens to the process, a later run cuts the files
 to what the journal says and goes on from there, or begins anew; the finished files appear under their names at the end.
@@ -68,15 +68,17 @@ class Journal:
 class TokenWriter:
     """The tokens, lengths and word bits of one dataset while it is made."""
 
-    def __init__(self, folder: Path, number: int, route: Route, has_words: bool, state: dict[str, Any] | None) -> None:
-        """Opens the files with the `number` in `folder`: new ones, or cut to what `state` says.
+    def __init__(
+        self, directory: Path, number: int, route: Route, has_words: bool, state: dict[str, Any] | None
+    ) -> None:
+        """Opens the files with the `number` in `directory`: new ones, or cut to what `state` says.
 
         Raises:
             UnusableRunError: they are shorter than that.
         """
         self.route = route
         self.tokens = self.documents = self.text_bytes = 0
-        self.paths = {ending: folder / f"{number}.{ending}" for ending in ("bin", "idx", "words", "json", "lengths")}
+        self.paths = {ending: directory / f"{number}.{ending}" for ending in ("bin", "idx", "words", "json", "lengths")}
         if not has_words:
             del self.paths["words"]
         self._checksum = Checksum()
@@ -161,18 +163,19 @@ def _cut(path: Path, size: int) -> None:
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         raise UnusableRunError(
-            f"{path}: {found:,} bytes, expected {size:,} as the journal beside it says; remove that folder and begin "
+            f"{path}: {found:,} bytes, expected {size:,} as the journal beside it says; remove that directory and "
+            "begin "
             "anew"
         )
     os.truncate(path, size)
 
 
 class Unfinished:
-    """The folder `OUTPUT.unfinished`, held by one process at a time."""
+    """The directory `OUTPUT.unfinished`, held by one process at a time."""
 
     def __init__(self, output: str | Path, journal: Journal, resumed: bool) -> None:
         """For `open_unfinished`."""
-        self.folder = Path(f"{output}{ENDING}")
+        self.directory = Path(f"{output}{ENDING}")
         self.journal = journal
         self.is_kept = resumed
         """Whether there is something worth going on from."""
@@ -199,7 +202,7 @@ class Unfinished:
 
     def _open(self, route: Route, state: dict[str, Any] | None) -> TokenWriter:
         _allow_open_files(_FILES_A_WRITER * (len(self._writers) + 1) + _OTHER_FILES)
-        opened = TokenWriter(self.folder, len(self._writers), route, self._has_words(route.language), state)
+        opened = TokenWriter(self.directory, len(self._writers), route, self._has_words(route.language), state)
         self._writers[route] = opened
         return opened
 
@@ -208,7 +211,7 @@ class Unfinished:
         if not self.journal.is_complete:
             self.journal.outputs = [writer.sync() for writer in self._writers.values()]
         content = {"format_version": _FORMAT_VERSION, **asdict(self.journal)}
-        with write_atomically(self.folder / _JOURNAL) as temporary:
+        with write_atomically(self.directory / _JOURNAL) as temporary:
             # A file name that is not UTF-8 is kept as JSON escapes.
             temporary.write_text(json.dumps(content, ensure_ascii=False), "utf-8", errors="backslashreplace")
         self.is_kept = True
@@ -220,13 +223,13 @@ class Unfinished:
         for path in obsolete:
             path.unlink(missing_ok=True)
         if obsolete:
-            sync_directory(self.folder.parent)
+            sync_directory(self.directory.parent)
         for source, target in moves:
             # Gone if an earlier run was killed behind this move.
             if source.exists():
                 os.replace(source, target)
-        sync_directory(self.folder.parent)
-        shutil.rmtree(self.folder)
+        sync_directory(self.directory.parent)
+        shutil.rmtree(self.directory)
 
     def close(self) -> None:
         """Closes all files."""
@@ -253,7 +256,7 @@ def has_unfinished(output: str | Path) -> bool:
 
 @contextmanager
 def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) -> Iterator[Unfinished]:
-    """Holds the folder of a run while it works. If nothing was saved in it by then, it is gone afterwards.
+    """Holds the directory of a run while it works. If nothing was saved in it by then, it is gone afterwards.
 
     Args:
         output: the prefix of the run's output.
@@ -264,47 +267,48 @@ def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) 
         UserError: another process works in it; an earlier run lies there and `resume` is not set; that one had other
             settings.
     """
-    folder = Path(f"{output}{ENDING}")
+    directory = Path(f"{output}{ENDING}")
     with ExitStack() as held:
-        made = _lock(folder, held)
-        saved = (folder / _JOURNAL).exists()
+        made = _lock(directory, held)
+        saved = (directory / _JOURNAL).exists()
         if saved and not resume:
             raise UserError(
-                f"{folder}: an unfinished run lies here; go on from it with --resume, or remove this folder to begin "
+                f"{directory}: an unfinished run lies here; go on from it with --resume, or remove this directory to "
+                "begin "
                 "anew"
             )
-        journal = _load(folder / _JOURNAL, settings) if saved else Journal(settings)
+        journal = _load(directory / _JOURNAL, settings) if saved else Journal(settings)
         unfinished = Unfinished(output, journal, resumed=saved)
         try:
             yield unfinished
         finally:
             unfinished.close()
-            if not unfinished.is_kept and folder.exists():
-                shutil.rmtree(folder)
+            if not unfinished.is_kept and directory.exists():
+                shutil.rmtree(directory)
                 remove_empty(made)
 
 
-def _lock(folder: Path, held: ExitStack) -> list[Path]:
-    """Makes and locks the folder; returns the directories that were made."""
+def _lock(directory: Path, held: ExitStack) -> list[Path]:
+    """Makes and locks the directory; returns the directories that were made."""
     while True:
         try:
-            made = make_directories(folder)
+            made = make_directories(directory)
         except OSError as error:
-            raise write_error(folder, error.errno) from error
+            raise write_error(directory, error.errno) from error
         try:
-            held.enter_context(file_lock(folder / _LOCK, wait=False))
+            held.enter_context(file_lock(directory / _LOCK, wait=False))
             return made
         except FileNotFoundError:
-            # Its holder finished and removed the folder between these two steps.
+            # Its holder finished and removed the directory between these two steps.
             continue
         except LockHeldError as error:
-            output = str(folder).removesuffix(ENDING)
+            output = str(directory).removesuffix(ENDING)
             raise UserError(
-                f"{folder}: another process is writing {output} ({error}); wait for it, or choose another --output"
+                f"{directory}: another process is writing {output} ({error}); wait for it, or choose another --output"
             ) from error
         except OSError as error:
             remove_empty(made)
-            raise write_error(folder, error.errno) from error
+            raise write_error(directory, error.errno) from error
 
 
 def _load(path: Path, settings: dict[str, Any]) -> Journal:
@@ -319,7 +323,7 @@ def _load(path: Path, settings: dict[str, Any]) -> Journal:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a journal of this version ({error}); remove the folder it lies in and begin anew"
+            f"{path}: not a journal of this version ({error}); remove the directory it lies in and begin anew"
         ) from error
     # As JSON gives them back: tuples are lists there.
     wanted = json.loads(json.dumps(settings))
@@ -328,7 +332,7 @@ def _load(path: Path, settings: dict[str, Any]) -> Journal:
         shown = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in other)
         raise UserError(
             f"{path.parent}: the unfinished run here was another one ({shown}); give the same again, or remove this "
-            "folder to begin anew"
+            "directory to begin anew"
         )
     return journal
 

@@ -83,8 +83,8 @@ def preprocess(
 
     Args:
         inputs: what `inputs.resolve_inputs` takes; their order is the order of the documents.
-        tokenizer: Hugging Face tokenizer folder or sentencepiece model.
-        output: path without ending; its folder is made.
+        tokenizer: Hugging Face tokenizer directory or sentencepiece model.
+        output: path without ending; its directory is made.
         settings: see there.
         show_progress: whether to write a progress bar to standard error.
 
@@ -112,7 +112,7 @@ def preprocess(
             return PreprocessResult(finished, 0.0, 0.0, 0)
     with open_unfinished(output, run.identity(), settings.resume) as unfinished:
         try:
-            return run.carry_out(unfinished, show_progress, start_s)
+            return run.execute(unfinished, show_progress, start_s)
         except UnusableRunError:
             raise
         except UserError as error:
@@ -122,14 +122,15 @@ def preprocess(
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            raise _with_kept(write_error(unfinished.folder, error.errno), unfinished) from error
+            raise _with_kept(write_error(unfinished.directory, error.errno), unfinished) from error
 
 
 def _interrupted(unfinished: Unfinished) -> str:
     if not unfinished.is_kept:
         return "interrupted; nothing was saved yet, nothing is left behind"
     return (
-        f"interrupted; {unfinished.kept_documents:,} documents are kept in {unfinished.folder}, the same command with "
+        f"interrupted; {unfinished.kept_documents:,} documents are kept in {unfinished.directory}, the same command "
+        "with "
         "--resume goes on from there"
     )
 
@@ -138,7 +139,7 @@ def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
     if not unfinished.is_kept:
         return error
     return UserError(
-        f"{error} ({unfinished.kept_documents:,} documents are kept in {unfinished.folder}; go on from there with "
+        f"{error} ({unfinished.kept_documents:,} documents are kept in {unfinished.directory}; go on from there with "
         "--resume)"
     )
 
@@ -230,7 +231,7 @@ class _Run:
         total = sum(source.bytes for source in self.sources)
         return f"{len(self.sources):,} of {total:,} bytes together, sha256:{digest.hexdigest()[:16]}"
 
-    def carry_out(self, unfinished: Unfinished, show_progress: bool, start_s: float) -> PreprocessResult:
+    def execute(self, unfinished: Unfinished, show_progress: bool, start_s: float) -> PreprocessResult:
         journal = unfinished.journal
         before = sum(state["text_bytes"] for state in journal.outputs)
         if not journal.is_complete:
@@ -265,7 +266,7 @@ class _Run:
                     journal.input = block.source
                     places = self._places(journal.input, parts)
                 self._take(block, result, unfinished, places, choice)
-                places.pass_over(result.lines)
+                places.skip(result.lines)
                 journal.position, journal.lines = block.next_position, places.lines
                 journal.disk_bytes += block.disk_bytes
                 progress.update(block.disk_bytes)
@@ -375,7 +376,7 @@ class _Run:
             prefixes.append(prefix)
             has_words = resolve_segmenter(self.settings.segmenter, state["language"]) is not None
             for path in (bin_path(prefix), idx_path(prefix), words_path(prefix), sidecar_path(prefix)):
-                source = unfinished.folder / f"{number}{path.name[len(Path(prefix).name) :]}"
+                source = unfinished.directory / f"{number}{path.name[len(Path(prefix).name) :]}"
                 if path != words_path(prefix) or has_words:
                     moves.append((source, path))
                 # Of the dataset that lay here before: a sidecar beside other tokens, a bitmap that the new one lacks.

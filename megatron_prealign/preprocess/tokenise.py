@@ -13,7 +13,7 @@ from megatron_prealign.corpus.readers import EMPTY, Documents, Fields, parse_blo
 from megatron_prealign.data.indexed import token_dtype
 from megatron_prealign.data.word_bitmap import token_word_starts
 from megatron_prealign.errors import UserError
-from megatron_prealign.resources import give_back_memory
+from megatron_prealign.resources import release_memory
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.gigatoken_engine import RowEngine, UnsuitableTextError
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -169,7 +169,7 @@ class BlockTokeniser:
         self._check_range(ids, offsets, numbers)
         lengths = numpy.diff(offsets)
         for place in numpy.flatnonzero(lengths == 0).tolist():
-            documents.pass_over(numbers[place], -1, EMPTY)
+            documents.skip(numbers[place], -1, EMPTY)
         filled = lengths > 0
         if not filled.any():
             return
@@ -211,7 +211,7 @@ class BlockTokeniser:
             return
         with self._large_texts:
             yield
-            give_back_memory()
+            release_memory()
 
     def _compare(
         self, engine: RowEngine, texts: list[str], ids: numpy.ndarray, offsets: numpy.ndarray, language: str

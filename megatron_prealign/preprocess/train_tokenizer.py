@@ -100,16 +100,16 @@ def train_tokenizer(
     show_progress: bool = True,
     settings: TrainerSettings | None = None,
 ) -> TrainingReport:
-    """Writes the folder `output`, which `load_tokenizer` opens; `<eod>` is token 0.
+    """Writes the directory `output`, which `load_tokenizer` opens; `<eod>` is token 0.
 
     It has `tokenizer.json` and `tokenizer_config.json` (byte-level BPE; transformers opens it, too) or
     `tokenizer.model` (sentencepiece), and `fertility.json`. The same inputs in the same order give the same files, byte
     for byte. The inputs are read twice: to count, and to draw.
 
     Args:
-        inputs: files, folders, patterns and hub names as `resolve_inputs` takes them, each with `:LANGUAGE` behind it
-            or without.
-        output: folder to make; it must not exist or be empty.
+        inputs: files, directories, patterns and hub names as `resolve_inputs` takes them, each with `:LANGUAGE` behind
+            it or without.
+        output: directory to make; it must not exist or be empty.
         vocab_size: tokens in all, `<eod>` and the 256 bytes included.
         clone_language: also makes it a clone tokenizer: 2 * vocab_size ids, the upper half for this language code.
         text_keys: keys of the text in each JSON object or row; several are joined by a line break.
@@ -129,9 +129,9 @@ def train_tokenizer(
         raise UserError("clone_language is empty; expected a code like en_clone, or leave it out")
     target = Path(output)
     if target.exists() and not target.is_dir():
-        raise UserError(f"output {target}: is a file; expected the path of a new folder")
+        raise UserError(f"output {target}: is a file; expected the path of a new directory")
     if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"output {target}: the folder is not empty; give a new one, or remove it first")
+        raise UserError(f"output {target}: the directory is not empty; give a new one, or remove it first")
     corpus = Corpus.open(inputs, text_keys, on_error)
     if settings.temperature != 1 and UNNAMED in corpus.languages:
         name = next(one.name for one, language in corpus.inputs if language == UNNAMED)
@@ -149,17 +149,17 @@ def train_tokenizer(
     )
     measured = {language: MeasuredText(share.held_out) for language, share in shares.items()}
     texts = _training_texts(corpus, report, measured, segmenters, settings.seed, show_progress)
-    with writing(target, "tokenizer"), write_atomically(target) as folder:
-        folder.mkdir()
-        _train(texts, folder, vocab_size, settings)
+    with writing(target, "tokenizer"), write_atomically(target) as directory:
+        directory.mkdir()
+        _train(texts, directory, vocab_size, settings)
         if clone_language is not None:
-            save_clone_language(folder, clone_language)
-        tokenizer = load_tokenizer(folder)
+            save_clone_language(directory, clone_language)
+        tokenizer = load_tokenizer(directory)
         for language, language_report in report.languages.items():
             language_report.fertility = measure_fertility(
                 tokenizer, language, measured[language], segmenters.get(language), names.get(language)
             )
-        _write_report(folder / REPORT_FILE, corpus, vocab_size, settings, report)
+        _write_report(directory / REPORT_FILE, corpus, vocab_size, settings, report)
     return report
 
 
@@ -217,22 +217,22 @@ def _training_texts(
             yield text
 
 
-def _train(texts: Iterator[str], folder: Path, vocab_size: int, settings: TrainerSettings) -> None:
+def _train(texts: Iterator[str], directory: Path, vocab_size: int, settings: TrainerSettings) -> None:
     if settings.kind == "byte-bpe":
         # Not its own `save`, which tells a full disk as an exception without a kind.
         definition = train_byte_bpe(texts, vocab_size).to_str(pretty=True)
-        (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
+        (directory / "tokenizer.json").write_text(definition, encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": EOD,
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model_type = settings.kind.removeprefix("sentencepiece-")
         model = train_sentencepiece(texts, vocab_size, model_type, settings.character_coverage)
-        (folder / MODEL_FILE).write_bytes(model)
+        (directory / MODEL_FILE).write_bytes(model)
 
 
 def _write_report(

@@ -11,7 +11,7 @@ class CheckpointSection:
     """Saving and resuming."""
 
     directory: str | None = None
-    """Folder of the checkpoints; null means `checkpoints` inside logging.run_dir. A run resumes from what it finds
+    """Directory of the checkpoints; null means `checkpoints` inside logging.run_dir. A run resumes from what it finds
     there."""
     save_interval: int | None = None
     """Optimizer steps between two saves; null saves at the end of each phase only."""
@@ -30,7 +30,7 @@ class CheckpointSection:
     keep_best_mode: Literal["min", "max"] = "min"
     """Whether a low or a high keep_best is the best."""
     load: str | None = None
-    """Checkpoint folder to start from when there is nothing to resume."""
+    """Checkpoint directory to start from when there is nothing to resume."""
     load_parts: Literal["weights", "all"] = "weights"
     """What is taken from checkpoint.load: its weights alone, or all of it, to go on where that run was."""
     on_damage: Literal["fail", "fall_back"] = "fall_back"

@@ -35,7 +35,7 @@ class DataSection:
     """Training and validation data."""
 
     tokenizer: str
-    """Hugging Face tokenizer folder or sentencepiece model file."""
+    """Hugging Face tokenizer directory or sentencepiece model file."""
     sources: list[DataSource]
     """The training blend."""
     seq_length: int
@@ -53,7 +53,7 @@ class DataSection:
     """Let no token attend to an earlier document of its sample. Attention then needs a mask of seq_length x seq_length
     per row and cannot use the flash kernel."""
     cache: str | None = None
-    """Folder of the sample index cache; null means a folder inside logging.run_dir."""
+    """Directory of the sample index cache; null means a directory inside logging.run_dir."""
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", "empty", "at least one source")

@@ -1,4 +1,4 @@
-"""Recipe section `logging`: the run's folder and what is written there."""
+"""Recipe section `logging`: the run's directory and what is written there."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class LoggingSection:
     """Logs and metrics."""
 
     run_dir: str
-    """Folder of the run: recipe.yaml, metrics.jsonl, checkpoints, tensorboard."""
+    """Directory of the run: recipe.yaml, metrics.jsonl, checkpoints, tensorboard."""
     log_interval: int = 10
     """Optimizer steps between two log lines."""
     tensorboard: bool = True

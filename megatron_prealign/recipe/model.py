@@ -127,7 +127,7 @@ class ModelSection:
         """Refuses what the model of that name does not have: it could be trained, but nothing else would open it."""
         if self.family in ("qwen2", "gpt2"):
             require(
-                self.head_channels * self.num_attention_heads == self.hidden_size,
+                self.head_dim * self.num_attention_heads == self.hidden_size,
                 "model.kv_channels",
                 self.kv_channels,
                 f"null: the family {self.family} has hidden_size / num_attention_heads channels a head",
@@ -152,7 +152,7 @@ class ModelSection:
         return self.num_query_groups or self.num_attention_heads
 
     @property
-    def head_channels(self) -> int:
+    def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property

@@ -33,7 +33,7 @@ class Recipe:
     training: TrainingSection
     """Length, batches, precision."""
     logging: LoggingSection
-    """The run's folder."""
+    """The run's directory."""
     parallel: ParallelSection = ParallelSection()
     """Layout over devices."""
     checkpoint: CheckpointSection = CheckpointSection()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.checkpoint.folder import resolve_checkpoint
+from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.resume.agree import require_intact
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.resume.load import load_weights
@@ -39,7 +39,7 @@ def evaluate_runs(
     Takes part: all processes; rank 0 returns the report, the others None.
 
     Args:
-        runs: name in the report -> the run's folder.
+        runs: name in the report -> the run's directory.
         parallel: layout to evaluate in; it need not be the one the run was trained in.
         leave_process_group: keep torch's process group for the caller, who started it.
 
@@ -47,8 +47,8 @@ def evaluate_runs(
         UserError: a run, its checkpoint or its data is missing or damaged.
     """
     # Measuring takes minutes a run: whatever is missing in any of them is said first.
-    records = {name: load_run(folder) for name, folder in runs.items()}
-    checkpoints = {name: _find_checkpoint(folder, parallel) for name, folder in runs.items()}
+    records = {name: load_run(directory) for name, directory in runs.items()}
+    checkpoints = {name: _find_checkpoint(directory, parallel) for name, directory in runs.items()}
     measured, rank = {}, 0
     for number, (name, (checkpoint, recipe)) in enumerate(checkpoints.items()):
         last = number + 1 == len(runs)
@@ -58,11 +58,11 @@ def evaluate_runs(
     return write_report({name: (records[name], measured[name]) for name in runs}, output)
 
 
-def _find_checkpoint(folder: Path, parallel: ParallelSection) -> tuple[Path, Recipe]:
+def _find_checkpoint(directory: Path, parallel: ParallelSection) -> tuple[Path, Recipe]:
     """The run's newest checkpoint, and its recipe in the layout `parallel`."""
-    checkpoint = resolve_checkpoint(folder)
+    checkpoint = resolve_checkpoint(directory)
     saved = load_recipe(["--config", str(checkpoint / "recipe.yaml")])
-    with as_user_error(f"{folder} cannot be measured in this layout"):
+    with as_user_error(f"{directory} cannot be measured in this layout"):
         return checkpoint, replace(saved, parallel=parallel)
 
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from megatron_prealign.checkpoint.resume.identity import saved_coverage
-from megatron_prealign.checkpoint.resume.start import FRESH, Start
+from megatron_prealign.checkpoint.resume.start import FRESH, StartPoint
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.errors import UserError
@@ -76,7 +76,7 @@ def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples
     )
 
 
-def open_inputs(recipe: Recipe, start: Start = FRESH) -> RunInputs:
+def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
     """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index, rank 0 measures
     the coverage of the dictionary.
 
@@ -99,7 +99,7 @@ def open_inputs(recipe: Recipe, start: Start = FRESH) -> RunInputs:
 
 
 def _open_files(
-    recipe: Recipe, start: Start
+    recipe: Recipe, start: StartPoint
 ) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, TrainPlan]:
     """What each rank opens by itself."""
     vocabulary = open_vocabulary(recipe)
@@ -110,7 +110,7 @@ def _open_files(
 
 
 def _words_known(
-    recipe: Recipe, section: CodeSwitchSection, switching: SwitchingTable, start: Start
+    recipe: Recipe, section: CodeSwitchSection, switching: SwitchingTable, start: StartPoint
 ) -> dict[str, float]:
     """Share of running words of each language that code-switching knows: that of the checkpoint that the run resumes
     from, so that no threshold moves, or else measured on the data."""
@@ -124,7 +124,7 @@ def _words_known(
     return coverage
 
 
-def open_plan(recipe: Recipe, vocabulary: Vocabulary, start: Start = FRESH) -> TrainPlan:
+def open_plan(recipe: Recipe, vocabulary: Vocabulary, start: StartPoint = FRESH) -> TrainPlan:
     """Opens the training data and says where its sample index belongs, which need not be there yet.
 
     Raises:
@@ -148,7 +148,7 @@ def lookahead_tokens(recipe: Recipe) -> int:
     return recipe.code_switch.lookahead_tokens(recipe.data.seq_length) if recipe.code_switch is not None else 0
 
 
-def num_samples(recipe: Recipe, start: Start = FRESH) -> int:
+def num_samples(recipe: Recipe, start: StartPoint = FRESH) -> int:
     """Samples of the blend that all phases together can consume."""
     state, phases = start.state, recipe.phases
     budget, seq_length = recipe.training.train_tokens, recipe.data.seq_length

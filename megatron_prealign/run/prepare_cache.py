@@ -10,7 +10,7 @@ from megatron_prealign.run.inputs import open_plan, open_vocabulary
 
 
 @dataclass(frozen=True)
-class PreparedCache:
+class PrepareCacheResult:
     """A sample index that training will find."""
 
     directory: Path
@@ -22,18 +22,18 @@ class PreparedCache:
     """Size of its arrays."""
 
 
-def prepare_cache(recipe: Recipe) -> PreparedCache:
-    """Writes the sample index of a recipe into its cache folder, unless it is there. No process group, no GPU.
+def prepare_cache(recipe: Recipe) -> PrepareCacheResult:
+    """Writes the sample index of a recipe into its cache directory, unless it is there. No process group, no GPU.
 
-    Training with the same data, weights, sequence length, budget and seed finds it, from any folder and in any layout;
-    a run that goes on with another blend finds what it needs from its checkpoint on.
-    Several processes may call it: those on one disk take turns, and the first one does the work.
+    Training with the same data, weights, sequence length, budget and seed finds it, from any directory and in any
+    layout; a run that goes on with another blend finds what it needs from its checkpoint on. Several processes may call
+    it: those on one disk take turns, and the first one does the work.
 
     Raises:
         UserError: the tokenizer, a dataset or the checkpoint to go on from is missing, damaged or does not fit, or the
-            folder cannot be written.
+            directory cannot be written.
     """
     plan = open_plan(recipe, open_vocabulary(recipe), preview_start(recipe))
     built = plan.write_index()
     size = sum(array.nbytes for array in load_arrays(plan.directory).values())
-    return PreparedCache(plan.directory, built, plan.num_samples, size)
+    return PrepareCacheResult(plan.directory, built, plan.num_samples, size)

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
-from megatron_prealign.checkpoint.resume.agree import choose_start, settle_start
-from megatron_prealign.checkpoint.resume.identity import facts_of_run, facts_of_switching
+from megatron_prealign.checkpoint.resume.agree import agree_on_start, choose_start
+from megatron_prealign.checkpoint.resume.identity import code_switch_fingerprint, resume_fingerprint
 from megatron_prealign.checkpoint.resume.load import load_weights, resume
 from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.checkpoint.store import CheckpointStore
@@ -27,7 +27,7 @@ from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
-from megatron_prealign.run.folder import record_run, take_run_folder, versions
+from megatron_prealign.run.directory import record_run, take_run_directory, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
@@ -148,13 +148,13 @@ def identity_of_run(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
     if recipe.code_switch is not None:
         assert recipe.dictionary is not None and inputs.dictionary is not None
         assert inputs.dictionary.switching is not None
-        facts = facts_of_switching(
+        facts = code_switch_fingerprint(
             recipe.dictionary.table,
             recipe.code_switch,
             digest=inputs.dictionary.switching.digest,
             coverage=inputs.coverage,
         )
-    return facts_of_run(
+    return resume_fingerprint(
         recipe,
         num_samples=len(inputs.train),
         keys=[source.key for source in inputs.train.blend.sources],
@@ -184,7 +184,7 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
         ExitStack() as held,
     ):
         on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
-        on_rank_zero("checking logging.run_dir", lambda: take_run_folder(recipe, held))
+        on_rank_zero("checking logging.run_dir", lambda: take_run_directory(recipe, held))
         return _pretrain(recipe, runtime, callbacks, started_s)
 
 
@@ -219,7 +219,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         )
     elif start.choice is not None:
         on_every_rank("loading weights", lambda: load_weights(chunks, optimizer, start.checkpoint, identity=identity))
-    settle_start(start)
+    agree_on_start(start)
     store = CheckpointStore(
         recipe,
         runtime,
@@ -229,7 +229,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         versions=versions(),
         beside=heads,
     )
-    # Only now: a run that is refused must not change what its folder says of the run that is there.
+    # Only now: a run that is refused must not change what its directory says of the run that is there.
     on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
     logger.info(
         "%d processes on %s, %.1f million parameters on this one, %d ids (%d padded)",

@@ -3,8 +3,8 @@ queued."""
 
 from dataclasses import asdict
 
-from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run, facts_of_run
-from megatron_prealign.checkpoint.resume.start import Start, preview_start
+from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run, resume_fingerprint
+from megatron_prealign.checkpoint.resume.start import StartPoint, preview_start
 from megatron_prealign.checkpoint.state import model_identity, read_state
 from megatron_prealign.data.dataset import contradictions
 from megatron_prealign.data.indexed import check_indexed
@@ -56,7 +56,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     return f"{_summary(recipe, tokens)}\nthe run {start.describe()}"
 
 
-def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> Start:
+def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> StartPoint:
     """Where the run would start, as far as the checkpoint and the sidecars tell.
 
     Raises:
@@ -75,7 +75,7 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     check_model(start.checkpoint, start.summary, identity)
     # Which source is which, the run finds out by what they hold; here their paths must do.
     known = {source["path"]: source["key"] for source in start.summary["run"]["sources"]}
-    facts = facts_of_run(
+    facts = resume_fingerprint(
         recipe,
         num_samples=start.summary["run"]["num_samples"],
         keys=[known.get(source.path, -1) for source in recipe.data.sources],

@@ -4,7 +4,8 @@ What is replaced in Megatron-Core 0.16.1, and why:
 
 - `cpu.py`: a torch function mode, `torch.cuda.current_device` and friends, and the getters of the RNG tracker, so that
   the engine runs on a CPU with gloo.
-- `optimizer.py`: `megatron.core.optimizer.Adam` and its flags, because the sharded state of torch's AdamW does not load.
+- `optimizer.py`: `megatron.core.optimizer.Adam` and its flags, because the sharded state of torch's AdamW does
+  not load.
 - `index_builder.py`: `GPTDataset`'s index of exactly one epoch and the blending helper, in memory: the class itself has
   a cached loss mask and cache races, and its order of samples depends on how many are requested.
 - `checkpoint/sharded/save.py`: `FileSystemWriterAsync` and the planning of a save, without helper processes.

@@ -80,7 +80,7 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
 
 
 @contextmanager
-def lost_ranks_as_mistakes(what: str) -> Iterator[None]:
+def lost_ranks_as_user_errors(what: str) -> Iterator[None]:
     """Turns what a collective raises when another process has ended into one line: the cause is in the output of that
     process."""
     try:

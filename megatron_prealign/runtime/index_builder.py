@@ -79,7 +79,7 @@ def epoch_indices(dataset: "IndexedDataset", *, sequences: int, seq_length: int,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        # None would mean a folder beside the data; empty means no cache, and then every rank computes for itself
+        # None would mean a directory beside the data; empty means no cache, and then every rank computes for itself
         # (with a cache, only global rank 0 would, and the other nodes would look for its files on their own disks).
         path_to_cache="",
     )
@@ -109,7 +109,7 @@ class _NoTokenizer:
 
 @contextmanager
 def _without_cache_warning() -> Iterator[None]:
-    """Drops the one warning that says there is no cache folder, which is on purpose here."""
+    """Drops the one warning that says there is no cache directory, which is on purpose here."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "path_to_cache is None" not in record.getMessage()

@@ -66,7 +66,7 @@ def hold(parameters: Iterable[torch.nn.Parameter]) -> None:
         setattr(parameter, _HELD, True)
 
 
-def forget_held_gradients(chunks: Sequence[torch.nn.Module]) -> None:
+def zero_frozen_gradients(chunks: Sequence[torch.nn.Module]) -> None:
     """Makes the gradients of held parameters zero, so that they count neither in the norm nor in the moments."""
     held: list[torch.Tensor] = [
         getattr(parameter, "main_grad")  # noqa: B009  # Megatron-Core's own attribute, which mypy does not know

@@ -112,6 +112,6 @@ def load_clone_language(path: Path) -> str:
     return language
 
 
-def save_clone_language(folder: Path, language: str) -> None:
-    """Makes the tokenizer in `folder` a clone tokenizer."""
-    (folder / CLONE_FILE).write_bytes(orjson.dumps({"language": language}) + b"\n")
+def save_clone_language(directory: Path, language: str) -> None:
+    """Makes the tokenizer in `directory` a clone tokenizer."""
+    (directory / CLONE_FILE).write_bytes(orjson.dumps({"language": language}) + b"\n")

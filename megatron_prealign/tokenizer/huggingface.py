@@ -1,4 +1,4 @@
-"""Hugging Face tokenizer folders: byte-level BPE and metaspace (Llama, T5, XLM-R style), through `tokenizers`."""
+"""Hugging Face tokenizer directories: byte-level BPE and metaspace (Llama, T5, XLM-R style), through `tokenizers`."""
 
 import copy
 import hashlib
@@ -19,7 +19,7 @@ from megatron_prealign.tokenizer.word_boundaries import byte_level_alphabet, voc
 if TYPE_CHECKING:
     import tokenizers
 
-# Files that older folders keep a vocabulary in; sentencepiece's end with .model.
+# Files that older directories keep a vocabulary in; sentencepiece's end with .model.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 METASPACE = "▁"
 # Parts of tokenizer.json that do not change the ids of a text encoded without special tokens.
@@ -27,7 +27,7 @@ _IRRELEVANT = ("version", "truncation", "padding", "post_processor", "decoder")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A folder with `tokenizer.json`, or one that transformers can convert to it."""
+    """A directory with `tokenizer.json`, or one that transformers can convert to it."""
 
     library = "tokenizers"
 
@@ -170,7 +170,7 @@ def _build(data: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """The contents of tokenizer.json, or what transformers makes of an older folder."""
+    """The contents of tokenizer.json, or what transformers makes of an older directory."""
     file = path / "tokenizer.json"
     try:
         data = orjson.loads(file.read_bytes() if file.exists() else _convert(path))
@@ -187,7 +187,7 @@ def _convert(path: Path) -> bytes:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, use_fast=True)
         return tokenizer.backend_tokenizer.to_str().encode()
-    except Exception as error:  # transformers raises many kinds for folders it cannot use.
+    except Exception as error:  # transformers raises many kinds for directories it cannot use.
         if not any((path / name).exists() for name in _VOCABULARIES):
             raise UserError(
                 f"{path}: no vocabulary, only tokenizer_config.json; copy tokenizer.json or what else the tokenizer "

@@ -10,12 +10,12 @@ from megatron_prealign.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a Hugging Face tokenizer folder or a sentencepiece `.model` file.
+    """Loads a Hugging Face tokenizer directory or a sentencepiece `.model` file.
 
-    A folder that also holds `clone.json` (`{"language": "en_clone"}`) loads as a `CloneTokenizer`.
+    A directory that also holds `clone.json` (`{"language": "en_clone"}`) loads as a `CloneTokenizer`.
 
     Args:
-        path: the folder or file.
+        path: the directory or file.
 
     Raises:
         UserError: nothing there, a broken file, a tokenizer that does not mark where words start, or no end-of-document
@@ -24,7 +24,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise UserError(
-            f"{path}: no such tokenizer; expected a Hugging Face tokenizer folder or a sentencepiece .model file"
+            f"{path}: no such tokenizer; expected a Hugging Face tokenizer directory or a sentencepiece .model file"
         )
     base = _load_base(path)
     check_word_forms(base)
@@ -38,7 +38,7 @@ def _load_base(path: Path) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePieceTokenizer(path)
         raise UserError(
-            f"{path}: not a tokenizer; expected a sentencepiece .model file or the folder that holds tokenizer.json"
+            f"{path}: not a tokenizer; expected a sentencepiece .model file or the directory that holds tokenizer.json"
         )
     if (path / "tokenizer.json").exists():
         return HuggingFaceTokenizer(path)
@@ -48,5 +48,5 @@ def _load_base(path: Path) -> Tokenizer:
     if (path / "tokenizer_config.json").exists() or (path / "vocab.json").exists():
         return HuggingFaceTokenizer(path)
     raise UserError(
-        f"{path}: no tokenizer in this folder; expected tokenizer.json (from save_pretrained) or one .model file"
+        f"{path}: no tokenizer in this directory; expected tokenizer.json (from save_pretrained) or one .model file"
     )

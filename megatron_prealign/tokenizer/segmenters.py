@@ -36,9 +36,9 @@ class JiebaSegmenter:
         jieba = _import("jieba", "jieba")
         jieba.setLogLevel(logging.WARNING)
         self._tokenizer = jieba.Tokenizer()
-        with tempfile.TemporaryDirectory() as folder:
-            # The cache it keeps in the machine's temporary folder may be another version's, or another user's.
-            self._tokenizer.tmp_dir = folder
+        with tempfile.TemporaryDirectory() as directory:
+            # The cache it keeps in the machine's temporary directory may be another version's, or another user's.
+            self._tokenizer.tmp_dir = directory
             self._tokenizer.initialize()
 
     def word_starts(self, text: str) -> list[int]:

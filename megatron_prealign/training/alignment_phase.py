@@ -10,7 +10,7 @@ from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import ALIGNMENT, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
-from megatron_prealign.runtime.optimizer import forget_held_gradients
+from megatron_prealign.runtime.optimizer import zero_frozen_gradients
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.phase import AlignmentMeasures, Phase, ScheduleSettings
 from megatron_prealign.training.rows import RowMicrobatch, RowReader, row_loss_sum
@@ -53,7 +53,7 @@ class AlignmentPhase(Phase):
             rows, _ = self._reader.read(state.consumed_samples, self._section.lm_global_batch_size, 0)
         self._words.run(state.step, chunks, rows, self._row_step, next_step=state.step + 1)
         if self._section.freeze != "none":
-            forget_held_gradients(chunks)
+            zero_frozen_gradients(chunks)
 
     def _row_step(
         self, chunk: torch.nn.Module, rows: RowMicrobatch, microbatches: int

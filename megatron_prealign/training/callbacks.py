@@ -64,7 +64,7 @@ class Saves(Protocol):
         """Whether this rank knows that the save under way cannot succeed."""
 
     @property
-    def under_way(self) -> bool:
+    def in_progress(self) -> bool:
         """Whether a save is being written, as rank 0 sees it."""
 
     @property
@@ -142,7 +142,7 @@ class StopOnRequest(Callback):
         self._last_step_s = now_s
         # A disk may be half as fast the next time; how fast it is, is not known before the first save.
         save_s = 1.5 * self._saves.longest_s or 0.1 * self._limit_s
-        if self._saves.under_way:
+        if self._saves.in_progress:
             # The last one waits for it.
             save_s *= 2
         return self._rank == 0 and now_s - self._started_s + 2 * self._longest_step_s + save_s > self._limit_s

@@ -6,10 +6,10 @@ from typing import Any
 
 
 class TensorBoard:
-    """Writes scalars into a folder; opened by the first one."""
+    """Writes scalars into a directory; opened by the first one."""
 
-    def __init__(self, folder: Path, *, enabled: bool) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path, *, enabled: bool) -> None:
+        self._directory = directory
         self._enabled = enabled
         self._writer: Any = None
 
@@ -20,7 +20,7 @@ class TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder))
+            self._writer = SummaryWriter(str(self._directory))
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
 

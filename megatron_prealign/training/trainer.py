@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.runtime.agreement import lost_ranks_as_mistakes
+from megatron_prealign.runtime.agreement import lost_ranks_as_user_errors
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.optimizer import build_schedule, reset_optimizer
 from megatron_prealign.training.callbacks import Callback
@@ -62,7 +62,7 @@ class Trainer:
         Raises:
             UserError: the run diverged, a checkpoint cannot be written, or another process has ended.
         """
-        with lost_ranks_as_mistakes("training"), ExitStack() as closing:
+        with lost_ranks_as_user_errors("training"), ExitStack() as closing:
             for callback in self.callbacks:
                 closing.callback(callback.on_close, self)
             for callback in self.callbacks:

@@ -7,7 +7,7 @@ from support.word_draws import MAX_TOKENS, USUAL, Setting, groups, pairs_of_word
 from support.workers import WorkerPool
 
 
-def reported(setting: Setting, folder: str) -> tuple[list[str], list[str], list[str]]:
+def reported(setting: Setting, directory: str) -> tuple[list[str], list[str], list[str]]:
     """Runs in a worker: messages about dropped words, files and lines of the list."""
     import logging
     from pathlib import Path
@@ -20,11 +20,11 @@ def reported(setting: Setting, folder: str) -> tuple[list[str], list[str], list[
     logger = logging.getLogger("megatron_prealign.alignment.dropped_words")
     logger.addHandler(handler)
     try:
-        report_dropped_words(sampler_of(setting), MAX_TOKENS, Path(folder))
+        report_dropped_words(sampler_of(setting), MAX_TOKENS, Path(directory))
     finally:
         logger.removeHandler(handler)
-    files = sorted(path.name for path in Path(folder).iterdir())
-    return messages, files, (Path(folder) / FILE).read_text(encoding="utf-8").splitlines() if files else []
+    files = sorted(path.name for path in Path(directory).iterdir())
+    return messages, files, (Path(directory) / FILE).read_text(encoding="utf-8").splitlines() if files else []
 
 
 def test_words_that_are_too_long_are_counted_and_listed(workers: WorkerPool, tmp_path: Any) -> None:

@@ -100,7 +100,7 @@ def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             "unknown action codeswitch; did you mean code-switch?",
         ),
         (["resources", "--capability", "9"], 2, "--capability is 9, expected 80 (A100) to 121"),
-        (["resources", "--output", "no/x.csv"], 2, "--output no/x.csv lies in no, which is no folder"),
+        (["resources", "--output", "no/x.csv"], 2, "--output no/x.csv lies in no, which is no directory"),
     ],
 )
 def test_help_and_mistakes(arguments: list[str], status: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,14 +267,14 @@ def test_synthetic_table_has_as_many_keys_as_asked_for(keys: int) -> None:
 
 
 def test_own_table_and_dataset(tiny: "Tiny", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F821
-    found = dataset_workload(tiny.table, f"{tiny.folder}/en")
+    found = dataset_workload(tiny.table, f"{tiny.directory}/en")
     inputs = inputs_of(found, 0.5, rows=2, sequence=64)
     output = code_switch_reference(*inputs)
     assert int(output.counts[:, KNOWN].sum()) > 10
     check_python_loop(python_loop(found, inputs), ratio_threshold(0.5), inputs, inputs.table)
-    arguments = ["benchmark", "code-switch", "--device", "cpu", "--table", tiny.table, "--data", f"{tiny.folder}/en"]
+    arguments = ["benchmark", "code-switch", "--device", "cpu", "--table", tiny.table, "--data", f"{tiny.directory}/en"]
     assert main([*arguments, "--cases", "1x64", "--repeats", "1"]) == 0
-    assert f"workload  {tiny.folder}/en text, table of " in capsys.readouterr().out
+    assert f"workload  {tiny.directory}/en text, table of " in capsys.readouterr().out
     assert main([*arguments, "--cases", "1x64", "999x99999"]) == 2
     # before anything is measured
     captured = capsys.readouterr()
@@ -284,8 +284,8 @@ def test_own_table_and_dataset(tiny: "Tiny", tmp_path: Path, capsys: pytest.Capt
 def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa: F821
     prefix = tmp_path / "marked"
     for ending in (".bin", ".idx"):
-        Path(f"{prefix}{ending}").write_bytes(Path(f"{tiny.folder}/en{ending}").read_bytes())
-    sidecar = dataclasses.replace(load_sidecar(f"{tiny.folder}/en"), segmenter="mine")
+        Path(f"{prefix}{ending}").write_bytes(Path(f"{tiny.directory}/en{ending}").read_bytes())
+    sidecar = dataclasses.replace(load_sidecar(f"{tiny.directory}/en"), segmenter="mine")
     save_sidecar(sidecar, prefix)
     with pytest.raises(UserError, match="no such file"):
         dataset_workload(tiny.table, str(prefix))
@@ -293,7 +293,7 @@ def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa
     words_path(prefix).write_bytes(np.packbits(bits, bitorder="little").tobytes())
     tokens, starts = dataset_workload(tiny.table, str(prefix)).read(1003)
     assert starts is not None and np.array_equal(starts, bits[:1003])
-    assert np.array_equal(tokens, dataset_workload(tiny.table, f"{tiny.folder}/en").read(1003)[0])
+    assert np.array_equal(tokens, dataset_workload(tiny.table, f"{tiny.directory}/en").read(1003)[0])
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,8 @@ def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa
         (["--data", "x"], "--data is given without --table"),
         (["--table", "no/table", "--data", "x"], "no/table: no such dictionary table"),
         (["--table", "x", "--data", "x", "--keys", "5"], "--keys is given with --table"),
-        (["--output", "no/folder/x.csv"], "--output no/folder/x.csv lies in no/folder, which is no folder"),
-        (["--output", "."], "--output . is a folder"),
+        (["--output", "no/directory/x.csv"], "--output no/directory/x.csv lies in no/directory, which is no directory"),
+        (["--output", "."], "--output . is a directory"),
         (["--l2", "hot"], "--l2 is hot, expected one of cold, warm, both"),
     ],
     ids=" ".join,

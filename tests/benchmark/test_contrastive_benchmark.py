@@ -121,7 +121,7 @@ def test_kernels_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (["--seed", "-1"], "--seed is -1, expected 0"),
         (["--repeats", "0"], "--repeats is 0, expected at least 1"),
         (["--largest"], "--largest is given without a GPU"),
-        (["--output", "no/folder/x.csv"], "--output no/folder/x.csv lies in no/folder, which is no folder"),
+        (["--output", "no/directory/x.csv"], "--output no/directory/x.csv lies in no/directory, which is no directory"),
         (["--dtype", "float16"], "--dtype is float16, expected one of float32, bfloat16, both"),
     ],
     ids=" ".join,

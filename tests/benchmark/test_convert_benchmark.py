@@ -17,7 +17,7 @@ SLACK_BYTES = 16 << 20
 
 def test_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out.csv"
-    arguments = ["--parameters", "30000000", "--repeats", "1", "--shard-bytes", "4000000", "--folder", str(tmp_path)]
+    arguments = ["--parameters", "30000000", "--repeats", "1", "--shard-bytes", "4000000", "--directory", str(tmp_path)]
     assert main(["benchmark", "convert", *arguments, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     rows = list(csv.DictReader(output.open()))
@@ -55,7 +55,7 @@ def test_shapes_are_those_of_published_models(parameters: int, layers: int, hidd
 def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     with pytest.raises(UserError, match=r"1,000,000 bytes free, .* are needed"):
-        next(module.ConvertBenchmark(ConvertOptions(folder=str(tmp_path))).measure())
+        next(module.ConvertBenchmark(ConvertOptions(directory=str(tmp_path))).measure())
     assert not list(tmp_path.iterdir())
 
 
@@ -65,7 +65,7 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--parameters", "7"], "--parameters is 7, expected 1000000 to"),
         (["--repeats", "0"], "--repeats is 0, expected at least 1"),
         (["--shard-bytes", "5"], "--shard-bytes is 5, expected at least"),
-        (["--folder", "/no/such/folder"], "--folder is /no/such/folder, expected a folder"),
+        (["--directory", "/no/such/directory"], "--directory is /no/such/directory, expected a directory"),
     ],
 )
 def test_options_that_cannot_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

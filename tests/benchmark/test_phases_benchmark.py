@@ -16,18 +16,18 @@ from megatron_prealign.cli import main
 LM_TOKENS = 8 * 32
 
 
-def measured(values: dict[str, Any], folder: str, steps: int) -> list[Any]:
+def measured(values: dict[str, Any], directory: str, steps: int) -> list[Any]:
     """Runs in workers."""
     from megatron_prealign.benchmark.phases import measure_phases
     from megatron_prealign.runtime.distributed import running
 
-    recipe = recipe_of(values, Path(folder))
+    recipe = recipe_of(values, Path(directory))
     with running(recipe.parallel, seed=1, leave_process_group=True) as runtime:
         return measure_phases(recipe, runtime, steps=steps, warmup=1)
 
 
-def values_for(tiny: Tiny, folder: Path) -> dict[str, Any]:
-    values = tiny.values(folder)
+def values_for(tiny: Tiny, directory: Path) -> dict[str, Any]:
+    values = tiny.values(directory)
     # None of these may run, nor stand in the way of two steps.
     values["optimizer"]["lr_warmup_iters"] = 3
     values["alignment"]["lr_warmup_iters"] = 3
@@ -86,7 +86,7 @@ def test_command_writes_a_row_a_phase(tiny: Tiny, tmp_path: Path) -> None:
     [
         (["--steps", "0"], "--steps is 0 and --warmup 5, expected at least 1 and at least 0"),
         (["--warmup", "-1"], "--steps is 20 and --warmup -1, expected at least 1 and at least 0"),
-        (["--output", "/no/such/folder/x.csv"], "--output /no/such/folder/x.csv lies in /no/such/folder"),
+        (["--output", "/no/such/directory/x.csv"], "--output /no/such/directory/x.csv lies in /no/such/directory"),
     ],
 )
 def test_wrong_options(

@@ -19,7 +19,7 @@ def run(*arguments: str) -> int:
 
 def test_synthetic_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out.csv"
-    assert run("--mb", "0.4", "--megatron-mb", "0.1", "--folder", str(tmp_path), "--output", str(output)) == 0
+    assert run("--mb", "0.4", "--megatron-mb", "0.1", "--directory", str(tmp_path), "--output", str(output)) == 0
     printed = capsys.readouterr().out
     rows = list(csv.DictReader(output.open()))
     assert [(row["implementation"], row["encoded_by"]) for row in rows] == [
@@ -48,11 +48,11 @@ def test_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"body": f"line {number} of a text of many words"}) for number in range(3000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     arguments = ["--input", str(tmp_path / "a.jsonl"), "--text-key", "body", "--implementation", "plain"]
-    assert run("--folder", str(tmp_path), *arguments) == 2
+    assert run("--directory", str(tmp_path), *arguments) == 2
     assert "the text yields only" in capsys.readouterr().err
     assert main(["train-tokenizer", "--input", str(tmp_path / "a.jsonl"), "--text-key", "body", "--vocab-size", "280",
                  "--output", str(tmp_path / "tok")]) == 0  # fmt: skip
-    assert run("--folder", str(tmp_path), *arguments, "--tokenizer", str(tmp_path / "tok")) == 0
+    assert run("--directory", str(tmp_path), *arguments, "--tokenizer", str(tmp_path / "tok")) == 0
     assert "3,000" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "tok"]
 
@@ -63,7 +63,7 @@ def test_other_tokens_end_the_run(
     sums = iter("ab")
     monkeypatch.setattr(module, "file_checksum", lambda path: next(sums))
     arguments = ["--implementation", "gigatoken", "plain", "--mb", "0.3"]
-    assert run("--folder", str(tmp_path), *arguments) == 2
+    assert run("--directory", str(tmp_path), *arguments) == 2
     assert "plain wrote other tokens than the others" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -73,13 +73,13 @@ def test_other_tokens_than_megatrons_end_the_run(
 ) -> None:
     monkeypatch.setattr(module, "_checksum_of_part", lambda case: "other")
     arguments = ["--implementation", "megatron", "--mb", "0.3", "--megatron-mb", "0.05"]
-    assert run("--folder", str(tmp_path), *arguments) == 2
+    assert run("--directory", str(tmp_path), *arguments) == 2
     assert "megatron wrote other tokens than the others" in capsys.readouterr().err
 
 
 def test_too_little_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert run("--folder", str(tmp_path), "--mb", "0.3") == 2
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda directory: SimpleNamespace(free=1000))
+    assert run("--directory", str(tmp_path), "--mb", "0.3") == 2
     assert "1,000 bytes free" in capsys.readouterr().err
 
 
@@ -93,7 +93,7 @@ def test_a_dead_process_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_run", exit)
-    assert run("--folder", str(tmp_path), "--mb", "0.3") == 2
+    assert run("--directory", str(tmp_path), "--mb", "0.3") == 2
     assert "gigatoken: the measuring process died" in capsys.readouterr().err
 
 
@@ -106,7 +106,7 @@ def test_a_dead_process_is_one_line(
         (["--mb", "0"], "--mb is 0"),
         (["--document-bytes", "10"], "--document-bytes is 10, expected two numbers"),
         (["--document-bytes", "20", "10"], "--document-bytes is 20 10"),
-        (["--folder", "/nowhere"], "--folder is /nowhere, expected a folder"),
+        (["--directory", "/nowhere"], "--directory is /nowhere, expected a directory"),
         (["--input", "missing.jsonl"], "missing.jsonl: no such file"),
     ],
 )

@@ -31,10 +31,10 @@ class Releases(Callback):
         self._free = threading.Event()
         self.steps_while_held: list[int] = []
 
-    def write(self, real: Any, folder: Path, file: Any) -> Any:
-        if self._held in folder.name:
+    def write(self, real: Any, directory: Path, file: Any) -> Any:
+        if self._held in directory.name:
             assert self._free.wait(60), "training did not go on"
-        return real(folder, file)
+        return real(directory, file)
 
     def on_step(self, trainer: Any) -> None:
         if not self._free.is_set():
@@ -43,7 +43,7 @@ class Releases(Callback):
             self._free.set()
 
 
-def train_while_saving(values: dict[str, Any], folder: str, held: int, until: int) -> list[int]:
+def train_while_saving(values: dict[str, Any], directory: str, held: int, until: int) -> list[int]:
     """Runs in workers: steps done while the checkpoint of step `held` was being written."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
     from megatron_prealign.run.pretrain import pretrain
@@ -51,7 +51,7 @@ def train_while_saving(values: dict[str, Any], folder: str, held: int, until: in
     real, releases = sharded_save._write_file, Releases(held, until)
     sharded_save._write_file = lambda *args: releases.write(real, *args)
     try:
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[releases])
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[releases])
     finally:
         sharded_save._write_file = real
     return releases.steps_while_held
@@ -65,15 +65,15 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_step_of_its_request(
     checkpoint writes the same."""
     answers = []
     for name, asynchronous in (("async", True), ("sync", False)):
-        folder = tmp_path / name
-        values = language_model_values(tiny, folder, save_interval=2, keep=9, async_save=asynchronous)
+        directory = tmp_path / name
+        values = language_model_values(tiny, directory, save_interval=2, keep=9, async_save=asynchronous)
         values["parallel"]["use_distributed_optimizer"] = distributed
         held = 2 if asynchronous else 99
         values["training"]["train_iters"] = 4
-        answers.append(workers.run(2, train_while_saving, values, str(folder), held, 3, timeout_s=100))
+        answers.append(workers.run(2, train_while_saving, values, str(directory), held, 3, timeout_s=100))
     assert answers[0] == [[1, 2, 3]] * 2
     there, expected = (tmp_path / name / "checkpoints" / "step_00000002" for name in ("async", "sync"))
-    loaded, wanted = (workers.run(1, everything_in, str(folder))[0] for folder in (there, expected))
+    loaded, wanted = (workers.run(1, everything_in, str(directory))[0] for directory in (there, expected))
     assert loaded.keys() == wanted.keys()
     assert sum(key.startswith("optimizer") for key in wanted) > 10
     for key, tensor in wanted.items():
@@ -82,7 +82,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_step_of_its_request(
     paused = {name: records(tmp_path / name, "checkpoint")[("language_model", 2)] for name in ("async", "sync")}
     assert paused["async"]["paused_s"] < paused["async"]["seconds"]
     assert paused["sync"]["paused_s"] == paused["sync"]["seconds"]
-    states = [json.loads((folder / "state.json").read_text()) for folder in (there, expected)]
+    states = [json.loads((directory / "state.json").read_text()) for directory in (there, expected)]
     for state in states:
         del state["saved_at"], state["train_state"]["seconds"]
     assert states[0] == states[1]
@@ -133,7 +133,7 @@ def test_measure_that_the_run_does_not_have_is_refused(workers: WorkerPool, tiny
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def train_on_a_disk_that_fills(values: dict[str, Any], folder: str, step: int, rank: int) -> None:
+def train_on_a_disk_that_fills(values: dict[str, Any], directory: str, step: int, rank: int) -> None:
     """Runs in workers: one rank cannot write the checkpoint of `step`, which it finds out at once."""
     import torch.distributed as dist
 
@@ -142,10 +142,10 @@ def train_on_a_disk_that_fills(values: dict[str, Any], folder: str, step: int, r
 
     real = sharded_save._write_file
 
-    def write(folder: Path, file: Any) -> Any:
-        if f"step_{step:08d}" in folder.name and dist.get_rank() == rank:
+    def write(directory: Path, file: Any) -> Any:
+        if f"step_{step:08d}" in directory.name and dist.get_rank() == rank:
             raise OSError(28, "No space left on device")
-        return real(folder, file)
+        return real(directory, file)
 
     class Slow(Callback):
         """Gives the background time: the failure must be found by a step, not by the next save or the end."""
@@ -156,7 +156,7 @@ def train_on_a_disk_that_fills(values: dict[str, Any], folder: str, step: int, r
 
     sharded_save._write_file = write
     try:
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[Slow()])
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[Slow()])
     finally:
         sharded_save._write_file = real
 
@@ -184,7 +184,7 @@ def test_failure_in_the_background_ends_all_ranks(
     assert max(number for _, number in records(tmp_path)) == last
 
 
-def fail_while_saving(values: dict[str, Any], folder: str) -> list[str]:
+def fail_while_saving(values: dict[str, Any], directory: str) -> list[str]:
     """Runs in workers: a step fails while the checkpoint of the step before it is written. Returns what is there when
     the error comes out."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
@@ -192,10 +192,10 @@ def fail_while_saving(values: dict[str, Any], folder: str) -> list[str]:
 
     real = sharded_save._write_file
 
-    def write(folder: Path, file: Any) -> Any:
+    def write(directory: Path, file: Any) -> Any:
         # Longer than an error takes.
         time.sleep(1.0)
-        return real(folder, file)
+        return real(directory, file)
 
     class Fails(Callback):
         def on_step(self, trainer: Any) -> None:
@@ -204,9 +204,9 @@ def fail_while_saving(values: dict[str, Any], folder: str) -> list[str]:
 
     sharded_save._write_file = write
     try:
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[Fails()])
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[Fails()])
     except ZeroDivisionError:
-        return steps_in(Path(folder))
+        return steps_in(Path(directory))
     finally:
         sharded_save._write_file = real
     return []
@@ -273,12 +273,14 @@ class Asks(Callback):
             signal.raise_signal(self._number)
 
 
-def train_until_asked(values: dict[str, Any], folder: str, number: int, rank: int, step: int) -> tuple[bool, int, str]:
+def train_until_asked(
+    values: dict[str, Any], directory: str, number: int, rank: int, step: int
+) -> tuple[bool, int, str]:
     """Runs in workers."""
     from megatron_prealign.run.pretrain import pretrain
 
     asks = Asks(number, rank, step)
-    state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[asks])
+    state = pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[asks])
     return state.stop_requested, state.step, "alignment" if state.phase == 0 else "language_model"
 
 
@@ -321,7 +323,7 @@ def test_time_limit_saves_and_ends_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("rank", "longest_save_s", "under_way", "elapsed_s", "late"),
+    ("rank", "longest_save_s", "in_progress", "elapsed_s", "late"),
     [
         # A limit of 1,000 s, steps of 10 s: two more of them, and a tenth of the limit before a save was measured.
         (0, 0.0, False, 870, False),
@@ -338,18 +340,18 @@ def test_time_limit_saves_and_ends_and_the_same_command_goes_on(
     ],
 )
 def test_time_limit_leaves_room_for_two_steps_and_the_save(
-    monkeypatch: pytest.MonkeyPatch, rank: int, longest_save_s: float, under_way: bool, elapsed_s: float, late: bool
+    monkeypatch: pytest.MonkeyPatch, rank: int, longest_save_s: float, in_progress: bool, elapsed_s: float, late: bool
 ) -> None:
     now_s = 5000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    saves: Any = SimpleNamespace(failed=False, under_way=under_way, longest_s=longest_save_s)
+    saves: Any = SimpleNamespace(failed=False, in_progress=in_progress, longest_s=longest_save_s)
     callback = StopOnRequest(saves, exit_after_minutes=1000 / 60, started_s=now_s - elapsed_s)
     callback._rank = rank
     callback._last_step_s = now_s - 10.0
     assert callback._is_late() == late
 
 
-def test_second_run_in_one_folder_is_refused(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+def test_second_run_in_one_directory_is_refused(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = language_model_values(tiny, tmp_path / "run", directory=str(tmp_path / "checkpoints"))
     with locked_directories([tmp_path / "checkpoints"]), pytest.raises(WorkerError) as caught:
         run(workers, 2, values, tmp_path / "run")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prealign.checkpoint.folder import step_name
+from megatron_prealign.checkpoint.directory import step_name
 from megatron_prealign.checkpoint.manifest import write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
 from megatron_prealign.recipe import CheckpointSection
@@ -27,11 +27,11 @@ SUMMARY: dict[str, Any] = {
 
 def write(directory: Path, *steps: int, metrics: dict[int, dict[str, Any]] | None = None) -> None:
     for step in steps:
-        folder = directory / step_name(step)
-        folder.mkdir()
+        checkpoint = directory / step_name(step)
+        checkpoint.mkdir()
         summary = {**SUMMARY, "metrics": (metrics or {}).get(step, {})}
-        (folder / "state.json").write_text(json.dumps(summary))
-        write_manifest(folder, {})
+        (checkpoint / "state.json").write_text(json.dumps(summary))
+        write_manifest(checkpoint, {})
 
 
 def steps(directory: Path) -> list[int]:
@@ -124,7 +124,7 @@ def test_what_latest_names_stays(tmp_path: Path) -> None:
     assert prune_after(tmp_path, 3, keep=1) == [1, 3]
 
 
-def test_folders_of_the_user_are_left_alone(tmp_path: Path) -> None:
+def test_directories_of_the_user_are_left_alone(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     for name in ("step_00000001_best", "step_00000001.damaged"):
         shutil.copytree(tmp_path / step_name(1), tmp_path / name)
@@ -136,7 +136,7 @@ def test_folders_of_the_user_are_left_alone(tmp_path: Path) -> None:
     ]
 
 
-def test_unfinished_folders_of_any_step_are_removed(tmp_path: Path) -> None:
+def test_unfinished_directories_of_any_step_are_removed(tmp_path: Path) -> None:
     write(tmp_path, 4)
     for kind in (".step_00000003", ".step_00000099", ".step_00000004.abandoned", ".step_00000002.removed"):
         shutil.copytree(tmp_path / step_name(4), tmp_path / f"{kind}.incomplete")

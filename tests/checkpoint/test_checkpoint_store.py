@@ -15,19 +15,19 @@ from support.workers import WorkerError, WorkerPool
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two processes with a checkpoint of every step. Tests copy it."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(workers, 2, language_model_values(tiny, folder, save_interval=1, keep=100), folder)
-    return folder
+    directory = tmp_path_factory.mktemp("trained")
+    run(workers, 2, language_model_values(tiny, directory, save_interval=1, keep=100), directory)
+    return directory
 
 
-def copied(trained: Path, folder: Path, newest: int | None = None) -> Path:
+def copied(trained: Path, directory: Path, newest: int | None = None) -> Path:
     """A copy of the run, as it was after step `newest`."""
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    shutil.copytree(trained, directory, dirs_exist_ok=True)
     if newest is not None:
         for step in range(newest + 1, 6):
-            shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
-        (folder / "checkpoints" / "latest").write_text(f"step_{newest:08d}\n")
-    return folder
+            shutil.rmtree(directory / "checkpoints" / f"step_{step:08d}")
+        (directory / "checkpoints" / "latest").write_text(f"step_{newest:08d}\n")
+    return directory
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -55,7 +55,7 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
     # Each source's share of the 24 rows so far.
     assert sum(state["consumed_samples_per_source"].values()) == 24
     assert [source["segmenter"] for source in state["run"]["sources"]] == [None, None]
-    assert list(state["consumed_samples_per_source"]) == [str(tiny.folder / "en"), str(tiny.folder / "en_clone")]
+    assert list(state["consumed_samples_per_source"]) == [str(tiny.directory / "en"), str(tiny.directory / "en_clone")]
     assert (checkpoint / "recipe.yaml").exists()
     files = {file for file in Path(tiny.tokenizer).iterdir() if file.name != "fertility.json"}
     assert len(files) > 2
@@ -63,11 +63,11 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
         assert (checkpoint / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
-def resume_only(values: dict[str, Any], folder: str) -> None:
+def resume_only(values: dict[str, Any], directory: str) -> None:
     """Runs in workers: `pretrain`, on what must fail."""
     from megatron_prealign.run.pretrain import pretrain
 
-    pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+    pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
 
 
 def test_checkpoint_of_another_tokenizer_is_refused(
@@ -85,7 +85,7 @@ def test_checkpoint_of_another_tokenizer_is_refused(
     assert "is of another model: tokenizer sha256:other (recipe: sha256:" in message
 
 
-def test_unfinished_folders_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+def test_unfinished_directories_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
     copied(trained, tmp_path, newest=3)
     checkpoints = tmp_path / "checkpoints"
     # What a killed save leaves: of a step to come, and of a far one.
@@ -100,7 +100,7 @@ def test_unfinished_folders_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_pat
         assert torch.equal(tensor, expected[name]), name
 
 
-def run_until_the_disk_is_full(values: dict[str, Any], folder: str, step: int) -> None:
+def run_until_the_disk_is_full(values: dict[str, Any], directory: str, step: int) -> None:
     """Runs in workers: from `step` on rank 1 cannot write tensors."""
     import torch.distributed as dist
 
@@ -109,14 +109,14 @@ def run_until_the_disk_is_full(values: dict[str, Any], folder: str, step: int) -
 
     real = sharded_save._write_file
 
-    def write(folder: Path, file: Any) -> Any:
-        if f"step_{step:08d}" in folder.name and dist.get_rank() == 1:
+    def write(directory: Path, file: Any) -> Any:
+        if f"step_{step:08d}" in directory.name and dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
-        return real(folder, file)
+        return real(directory, file)
 
     sharded_save._write_file = write
     try:
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
     finally:
         sharded_save._write_file = real
 

@@ -22,13 +22,13 @@ class KilledError(Exception):
 
 
 class Disk:
-    """Counts what changes the disk below a folder in this process, and can put an end to it."""
+    """Counts what changes the disk below a directory in this process, and can put an end to it."""
 
     _watching: "Disk | None" = None
     _hooked = False
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = str(folder)
+    def __init__(self, directory: Path) -> None:
+        self._directory = str(directory)
         self.changes: list[str] = []
         self._kill_at: int | None = None
         self._full_from: int | None = None
@@ -59,9 +59,9 @@ class Disk:
         path = str(arguments[0])
         if event == "open" and not arguments[2] & _WRITING:
             return
-        # Names that are relative to a folder that is open are those of a folder being removed.
-        if path.startswith(watching._folder) or not path.startswith("/"):
-            watching._change(f"{event} {path[len(watching._folder) :]}", takes_room=event in ("open", "os.mkdir"))
+        # Names that are relative to a directory that is open are those of a directory being removed.
+        if path.startswith(watching._directory) or not path.startswith("/"):
+            watching._change(f"{event} {path[len(watching._directory) :]}", takes_room=event in ("open", "os.mkdir"))
 
     def _change(self, what: str, *, takes_room: bool) -> None:
         number = len(self.changes)
@@ -75,11 +75,11 @@ class Disk:
 class Saver:
     """Checkpoints of a run whose whole state is one tensor."""
 
-    def __init__(self, values: dict[str, Any], folder: Path) -> None:
+    def __init__(self, values: dict[str, Any], root: Path) -> None:
         from megatron_prealign.recipe import ParallelSection
         from megatron_prealign.runtime.distributed import start
 
-        self._recipe = recipe_of(values, folder)
+        self._recipe = recipe_of(values, root)
         self._runtime = start(ParallelSection(device="cpu"), seed=1)
 
     def save(self, directory: Path, step: int, keep: int) -> None:
@@ -120,13 +120,13 @@ def check(directory: Path) -> int:
     import torch
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from megatron_prealign.checkpoint.folder import latest_checkpoint
+    from megatron_prealign.checkpoint.checkpoint import latest_checkpoint
     from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
     from megatron_prealign.checkpoint.sharded.load import load_sharded
     from megatron_prealign.checkpoint.state import read_state
 
-    for folder in directory.glob("step_*"):
-        assert find_damage(folder, read_manifest(folder), checksums=True) == [], folder
+    for checkpoint in directory.glob("step_*"):
+        assert find_damage(checkpoint, read_manifest(checkpoint), checksums=True) == [], checkpoint
     newest = latest_checkpoint(directory)
     assert newest is not None
     step = int(read_state(newest)["train_state"]["step"])
@@ -136,17 +136,17 @@ def check(directory: Path) -> int:
     return step
 
 
-def kill_everywhere(values: dict[str, Any], folder: str, branch: bool, keep: int) -> tuple[list[str], list[int]]:
+def kill_everywhere(values: dict[str, Any], root: str, branch: bool, keep: int) -> tuple[list[str], list[int]]:
     """Runs in a worker: a save of step 2 is killed at each change of the disk. Returns the changes of a save that is
     not, and the step that is there after each kill."""
-    saver, base = Saver(values, Path(folder)), Path(folder) / "base"
+    saver, base = Saver(values, Path(root)), Path(root) / "base"
     if branch:
         # Of a branch that was left: the run went back to step 1.
         saver.save(base, 2, keep=2)
     saver.save(base, 1, keep=2)
     steps, number = [], 0
     while True:
-        directory = Path(folder) / f"killed_{number}"
+        directory = Path(root) / f"killed_{number}"
         shutil.copytree(base, directory)
         disk = Disk(directory)
         try:
@@ -164,16 +164,16 @@ def kill_everywhere(values: dict[str, Any], folder: str, branch: bool, keep: int
         number += 1
 
 
-def fill_everywhere(values: dict[str, Any], folder: str) -> list[tuple[str, int]]:
+def fill_everywhere(values: dict[str, Any], root: str) -> list[tuple[str, int]]:
     """Runs in a worker: the disk is full from each change of a save of step 2 on. Returns what the user is told, and
     the step that is there."""
     from megatron_prealign.errors import UserError
 
-    saver, base = Saver(values, Path(folder)), Path(folder) / "base"
+    saver, base = Saver(values, Path(root)), Path(root) / "base"
     saver.save(base, 1, keep=2)
     answers: list[tuple[str, int]] = []
     while True:
-        directory = Path(folder) / f"full_{len(answers)}"
+        directory = Path(root) / f"full_{len(answers)}"
         shutil.copytree(base, directory)
         disk, told = Disk(directory), ""
         try:
@@ -189,14 +189,14 @@ def fill_everywhere(values: dict[str, Any], folder: str) -> list[tuple[str, int]
         shutil.rmtree(directory)
 
 
-def write_with_a_limit(values: dict[str, Any], folder: str, limit: int) -> str:
+def write_with_a_limit(values: dict[str, Any], root: str, limit: int) -> str:
     """Runs in a worker: the system itself refuses files longer than `limit` bytes."""
     import resource
     import signal
 
     from megatron_prealign.errors import UserError
 
-    saver, directory = Saver(values, Path(folder)), Path(folder) / "checkpoints"
+    saver, directory = Saver(values, Path(root)), Path(root) / "checkpoints"
     saver.save(directory, 1, keep=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -224,7 +224,7 @@ def test_killed_at_any_change_of_the_disk(
     renamed = changes.index("os.rename /.step_00000002.incomplete")
     manifest = changes.index("open /.step_00000002.incomplete/manifest.json")
     assert manifest < renamed < moved
-    # Nothing is renamed that is not on the disk: the manifest, the folder; the folder above; the pointer.
+    # Nothing is renamed that is not on the disk: the manifest, the directory; the directory above; the pointer.
     assert changes[manifest + 1 : renamed].count("fsync") == 2
     assert changes[renamed + 1 : moved].count("fsync") == 2
     # Only the checkpoint before it is removed, and only at the end.

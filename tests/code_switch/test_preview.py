@@ -14,7 +14,7 @@ from support.word_table import word_table
 
 from megatron_prealign.code_switch import CodeSwitcher, RowFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
-from megatron_prealign.code_switch.preview_text import Look, render_preview, split_space
+from megatron_prealign.code_switch.preview_text import TextStyle, render_preview, split_space
 from megatron_prealign.code_switch.token_text import INCOMPLETE
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
 from megatron_prealign.dictionary.readers import parse_input
@@ -57,10 +57,10 @@ class Material:
     english: DictionaryTable
     chinese: DictionaryTable
     documents: list[str]
-    folder: Path
+    directory: Path
 
     def data(self, language: str = "en", seq_length: int = 40) -> DataSection:
-        source = DataSource(path=str(self.folder / language), language=language)
+        source = DataSource(path=str(self.directory / language), language=language)
         return DataSection(
             tokenizer=str(self.tokenizer.path), sources=[source], seq_length=seq_length, validation_fraction=0.0
         )
@@ -71,10 +71,10 @@ class Material:
         return make_preview(table, section, self.data(language, seq_length), self.tokenizer, rows=rows, seed=7)
 
 
-def build(folder: Path, tokenizer: Tokenizer, lists: dict[str, list[str]]) -> DictionaryTable:
+def build(directory: Path, tokenizer: Tokenizer, lists: dict[str, list[str]]) -> DictionaryTable:
     inputs = []
     for languages, pairs in lists.items():
-        file = folder / f"{languages}.tsv"
+        file = directory / f"{languages}.tsv"
         file.write_text("".join(pair.replace(" ", "\t") + "\n" for pair in pairs), encoding="utf-8")
         inputs.append(parse_input(f"{file}:{languages}", None, "auto", ""))
     report = BuildReport()
@@ -83,7 +83,7 @@ def build(folder: Path, tokenizer: Tokenizer, lists: dict[str, list[str]]) -> Di
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    folder = tmp_path_factory.mktemp("preview")
+    directory = tmp_path_factory.mktemp("preview")
     order = np.random.default_rng(0)
     documents = {
         "en": [" ".join(order.permutation(SENTENCES)) for _ in range(30)],
@@ -91,17 +91,17 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     }
     for language, texts in documents.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{language}.jsonl").write_text(lines, encoding="utf-8")
+        (directory / f"{language}.jsonl").write_text(lines, encoding="utf-8")
     # few enough tokens for characters of other scripts to be made of several
-    train_tokenizer([folder / "en.jsonl"], folder / "tokenizer", 300, show_progress=False)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    train_tokenizer([directory / "en.jsonl"], directory / "tokenizer", 300, show_progress=False)
+    tokenizer = load_tokenizer(directory / "tokenizer")
     for language, segmenter in (("en", None), ("zh", "support.word_cutters:KnownWords")):
-        source, prefix = str(folder / f"{language}.jsonl"), str(folder / language)
+        source, prefix = str(directory / f"{language}.jsonl"), str(directory / language)
         settings = PreprocessSettings(language=language, segmenter=segmenter)
         preprocess([source], str(tokenizer.path), prefix, settings, show_progress=False)
-    english = build(folder, tokenizer, {f"en-{language}": pairs for language, pairs in PAIRS.items()})
+    english = build(directory, tokenizer, {f"en-{language}": pairs for language, pairs in PAIRS.items()})
     words = [f"{word} {english}" for word, english in zip(WORDS, ("apple", "bank", "house"), strict=False)]
-    return Material(tokenizer, english, build(folder, tokenizer, {"zh-en": words}), documents["en"], folder)
+    return Material(tokenizer, english, build(directory, tokenizer, {"zh-en": words}), documents["en"], directory)
 
 
 def translations() -> dict[tuple[str, str], set[str]]:
@@ -208,7 +208,7 @@ def test_totals(material: Material) -> None:
     assert after == pytest.approx(np.mean([part.output_tokens for part in whole]), abs=0.5)
     nothing = material.preview(rows=2, ratio=0.0)
     assert nothing.switched == 0 and nothing.token_lengths is None
-    assert "nothing was switched in these rows" in list(render_preview(nothing, Look()))
+    assert "nothing was switched in these rows" in list(render_preview(nothing, TextStyle()))
 
 
 def test_no_row_comes_twice(material: Material) -> None:
@@ -234,7 +234,7 @@ def test_ratio_of_words(material: Material, caplog: pytest.LogCaptureFixture) ->
     preview = material.preview(rows=30, ratio=0.95, ratio_of="words")
     assert preview.switched == preview.known
     assert caplog.text.count("all known ones will be switched") == 1
-    assert "0.95 of the running words, input_only" in "\n".join(render_preview(preview, Look()))
+    assert "0.95 of the running words, input_only" in "\n".join(render_preview(preview, TextStyle()))
 
 
 def test_spans() -> None:
@@ -298,7 +298,7 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
     data = DataSection(tokenizer="pieces", sources=[source], seq_length=6, validation_fraction=0.0)
     section = CodeSwitchSection(ratio=1.0, lookahead=0)
     preview = make_preview(table, section, data, tokenizer, rows=3, seed=1)
-    assert list(render_preview(preview, Look(), labels=True)) == [
+    assert list(render_preview(preview, TextStyle(), labels=True)) == [
         "row 1 (en): 1 of 3 words switched, 1 token cut at the end",
         "  original  The [cat] sat.",
         "  switched  The {KAT} sat.",
@@ -316,7 +316,7 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
         "padded                      0  0.00% of the positions",
         "tokens cut                  1  16.67% of the positions, no longer fit into their rows",
     ]
-    coloured = list(render_preview(preview, Look(color=True), labels=True))
+    coloured = list(render_preview(preview, TextStyle(color=True), labels=True))
     assert coloured[1] == "  original  The \x1b[1;32mcat\x1b[0m sat."
     assert coloured[2] == "  switched  The \x1b[1;32mKAT\x1b[0m sat."
     assert "\x1b[1;32m▁K\x1b[0m  \x1b[1;32mA\x1b[0m  \x1b[1;32mT\x1b[0m" in coloured[4]

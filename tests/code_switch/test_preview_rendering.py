@@ -10,7 +10,14 @@ import pytest
 
 from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
 from megatron_prealign.code_switch.preview_page import render_page
-from megatron_prealign.code_switch.preview_text import Look, display_width, render_preview, split_space, visible, wrap
+from megatron_prealign.code_switch.preview_text import (
+    TextStyle,
+    display_width,
+    render_preview,
+    split_space,
+    visible,
+    wrap,
+)
 from megatron_prealign.code_switch.token_text import INCOMPLETE, TokenText
 from megatron_prealign.recipe import CodeSwitchSection
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -44,7 +51,7 @@ PREVIEW = preview_of(
 
 
 def test_lines_without_colours() -> None:
-    assert list(render_preview(PREVIEW, Look()))[:3] == [
+    assert list(render_preview(PREVIEW, TextStyle()))[:3] == [
         "row 1 (en): 2 of 5 words switched, 2 tokens cut at the end",
         '  original  a <script>alert("1")</script> & b⏎ ␛[31mred␇ [apple], [house] end',
         '  switched  a <script>alert("1")</script> & b⏎ ␛[31mred␇ {A"pf<b>el}, {بيت} end',
@@ -60,7 +67,7 @@ def test_lengths_leave_out_what_the_end_of_a_row_may_cut() -> None:
 
 
 def test_colours_differ_by_language() -> None:
-    caption, original, result = list(render_preview(PREVIEW, Look(color=True)))[:3]
+    caption, original, result = list(render_preview(PREVIEW, TextStyle(color=True)))[:3]
     assert caption.startswith("\x1b[2mrow 1 (en)") and caption.endswith("\x1b[0m")
     assert original.endswith(" \x1b[1;32mapple\x1b[0m, \x1b[1;36mhouse\x1b[0m end")
     assert result.endswith(' \x1b[1;32mA"pf<b>el\x1b[0m, \x1b[1;36mبيت\x1b[0m end')
@@ -68,13 +75,13 @@ def test_colours_differ_by_language() -> None:
 
 
 def test_layout_follows_the_width() -> None:
-    narrow = list(render_preview(PREVIEW, Look(width=41)))
+    narrow = list(render_preview(PREVIEW, TextStyle(width=41)))
     assert narrow[1] == '  original  a <script>alert("1")</script>'
     assert narrow[2:4] == ["            & b⏎ ␛[31mred␇ [apple],", "            [house] end"]
     # columns would be mixed up by a terminal that turns right-to-left words around
-    assert list(render_preview(PREVIEW, Look(width=150)))[1].startswith("  original  a <script>")
+    assert list(render_preview(PREVIEW, TextStyle(width=150)))[1].startswith("  original  a <script>")
     german = preview_of(kept("The"), Part(" apple", " Apfel", "de", 1, 1), kept(" 苹果 is red"))
-    lines = list(render_preview(german, Look(width=140)))
+    lines = list(render_preview(german, TextStyle(width=140)))
     assert lines[1] == "  original" + " " * 59 + " │ switched"
     assert lines[2] == "  The [apple] 苹果 is red" + " " * 44 + " │ The {Apfel} 苹果 is red"
 
@@ -152,13 +159,13 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TokenText:
     """One token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    folder = tmp_path_factory.mktemp("bytes")
+    directory = tmp_path_factory.mktemp("bytes")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({each: index for index, each in enumerate(["<eod>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return TokenText(load_tokenizer(folder))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return TokenText(load_tokenizer(directory))
 
 
 def test_characters_cut_by_stretches(byte_level: TokenText) -> None:

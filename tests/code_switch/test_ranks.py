@@ -10,7 +10,7 @@ from support.workers import WorkerPool
 ROWS = 12
 
 
-def switch_shares(values: dict[str, Any], folder: str) -> dict[int, list[Any]]:
+def switch_shares(values: dict[str, Any], directory: str) -> dict[int, list[Any]]:
     """Runs in workers: each rank switches its own share of the rows, cut differently from its neighbours', and all rows
     once more on its own."""
     import torch.distributed as dist
@@ -22,13 +22,13 @@ def switch_shares(values: dict[str, Any], folder: str) -> dict[int, list[Any]]:
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    recipe = recipe_of(values, Path(folder) / str(rank))
+    recipe = recipe_of(values, Path(directory) / str(rank))
     samples = open_samples(
         recipe.data,
         num_samples=ROWS,
         seed=3,
         languages=recipe.data.languages,
-        cache_dir=Path(folder) / f"cache{rank}",
+        cache_dir=Path(directory) / f"cache{rank}",
         lookahead=recipe.code_switch.lookahead_tokens(recipe.data.seq_length),
     )
     switcher = CodeSwitcher(

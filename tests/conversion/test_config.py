@@ -50,10 +50,10 @@ CONFIGS = {
 }
 
 
-def saved(config: PretrainedConfig, folder: Path) -> dict[str, Any]:
+def saved(config: PretrainedConfig, directory: Path) -> dict[str, Any]:
     """What transformers writes."""
-    config.save_pretrained(folder)
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.save_pretrained(directory)
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def facts(config: PretrainedConfig) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def facts(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def back(values: dict[str, Any], folder: Path) -> PretrainedConfig:
+def back(values: dict[str, Any], directory: Path) -> PretrainedConfig:
     """Through the recipe's section to transformers again."""
     config = huggingface_config(section_of(values), vocab_size=40, seq_length=64, dtype="float32", eod_id=2, bos_id=1)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return AutoConfig.from_pretrained(folder)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return AutoConfig.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,7 +107,7 @@ def test_published_forms_are_read() -> None:
     }
     values = model_values(llama2, "config.json")
     assert "rope_scaling" not in values
-    assert section_of(values).head_channels == 128
+    assert section_of(values).head_dim == 128
     # Two names of one field, as files between two versions have them.
     llama3 = {**LLAMA3, "type": "llama3"}
     del llama3["rope_theta"]

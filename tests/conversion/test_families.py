@@ -18,7 +18,7 @@ from support.hf_models import (
     save_model,
     train,
 )
-from support.our_models import logits
+from support.mcore_models import logits
 from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
@@ -31,46 +31,46 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
 
 @dataclass(frozen=True)
-class Converted:
-    theirs: Path
-    ours: Path
+class ConvertResult:
+    hf: Path
+    mcore: Path
     back: Path
     logits: torch.Tensor
     """Of transformers."""
 
 
-def convert(name: str, folder: Path, *, trained: bool = False, dtype: torch.dtype = torch.float32) -> Converted:
+def convert(name: str, directory: Path, *, trained: bool = False, dtype: torch.dtype = torch.float32) -> ConvertResult:
     model = make_model(name)
     model = (train(model) if trained else model).to(dtype)
-    theirs = save_model(model, folder / "theirs")
-    from_huggingface(theirs, folder / "ours", tensor_parallel=2, pipeline_parallel=2)
-    to_huggingface(folder / "ours", folder / "back", ToHuggingFace(), show_progress=False)
-    return Converted(theirs, folder / "ours", folder / "back", logits_of(model))
+    hf = save_model(model, directory / "theirs")
+    from_huggingface(hf, directory / "ours", tensor_parallel=2, pipeline_parallel=2)
+    to_huggingface(directory / "ours", directory / "back", ToHuggingFace(), show_progress=False)
+    return ConvertResult(hf, directory / "ours", directory / "back", logits_of(model))
 
 
 @pytest.fixture(scope="module", params=[(name, trained) for name in CONFIGS for trained in (False, True)], ids=str)
-def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ConvertResult:
     name, trained = request.param
     return convert(name, tmp_path_factory.mktemp(name), trained=trained)
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
+    before, after = (load_file(directory / "model.safetensors") for directory in (one, other))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
 
 
-def test_tensors_come_back_bit_by_bit(converted: Converted) -> None:
-    assert_same_tensors(converted.theirs, converted.back)
+def test_tensors_come_back_bit_by_bit(converted: ConvertResult) -> None:
+    assert_same_tensors(converted.hf, converted.back)
 
 
-def test_logits_are_those_of_transformers(converted: Converted, workers: WorkerPool) -> None:
-    ours = workers.run(1, logits, str(converted.ours), rows_of_tokens(), ROWS)[0]
-    torch.testing.assert_close(ours, converted.logits, **TOLERANCE)
+def test_logits_are_those_of_transformers(converted: ConvertResult, workers: WorkerPool) -> None:
+    mcore = workers.run(1, logits, str(converted.mcore), rows_of_tokens(), ROWS)[0]
+    torch.testing.assert_close(mcore, converted.logits, **TOLERANCE)
 
 
-def test_transformers_opens_what_comes_back(converted: Converted) -> None:
+def test_transformers_opens_what_comes_back(converted: ConvertResult) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted.back)
     assert torch.equal(logits_of(model), converted.logits)
 
@@ -78,7 +78,7 @@ def test_transformers_opens_what_comes_back(converted: Converted) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_half_the_bits(tmp_path: Path, name: str) -> None:
     result = convert(name, tmp_path, dtype=torch.bfloat16)
-    assert_same_tensors(result.theirs, result.back)
+    assert_same_tensors(result.hf, result.back)
     assert next(iter(load_file(result.back / "model.safetensors").values())).dtype is torch.bfloat16
 
 
@@ -86,9 +86,9 @@ def test_a_shape_that_transformers_does_not_open_is_refused(tmp_path: Path) -> N
     """Newer versions take a Llama only if its heads divide the hidden size. Mistral's tensors are the same."""
     shape = {**SHAPE, "num_attention_heads": 6, "head_dim": 8}
     model = AutoModelForCausalLM.from_config(MistralConfig(**shape, sliding_window=None))
-    theirs = save_model(model, tmp_path / "theirs")
-    change_config(theirs, architectures=["LlamaForCausalLM"], model_type="llama", sliding_window=None)
-    from_huggingface(theirs, tmp_path / "ours")
+    hf = save_model(model, tmp_path / "theirs")
+    change_config(hf, architectures=["LlamaForCausalLM"], model_type="llama", sliding_window=None)
+    from_huggingface(hf, tmp_path / "ours")
     try:
         LlamaConfig(**shape)
     except Exception:  # Of huggingface_hub, by a name of its own.

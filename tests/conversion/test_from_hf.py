@@ -1,5 +1,5 @@
 """`convert from-hf`: vocabularies, types and layouts of what it writes, what it refuses, and that it leaves behind a
-whole folder or none."""
+whole directory or none."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from support.hf_models import (
     save_model,
     save_tokenizer,
 )
-from support.our_models import parameters
+from support.mcore_models import parameters
 from support.workers import WorkerPool
 from transformers import BertConfig, BertModel
 
@@ -30,8 +30,8 @@ from megatron_prealign.checkpoint.manifest import MANIFEST, find_damage, read_ma
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.cli import main
-from megatron_prealign.conversion.from_hf import Imported, from_huggingface
-from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
+from megatron_prealign.conversion.from_hf import ImportResult, from_huggingface
+from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.load import load_tokenizer
 
@@ -40,34 +40,34 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders that no test changes."""
-    folder = tmp_path_factory.mktemp("saved")
-    return {name: save_model(make_model(name), folder / name) for name in ("llama", "llama3_tied", "gpt2")}
+    """Directories that no test changes."""
+    directory = tmp_path_factory.mktemp("saved")
+    return {name: save_model(make_model(name), directory / name) for name in ("llama", "llama3_tied", "gpt2")}
 
 
 @pytest.fixture
 def llama(saved: dict[str, Path], tmp_path: Path) -> Path:
-    """A folder to change."""
+    """A directory to change."""
     shutil.copytree(saved["llama"], tmp_path / "llama")
     return tmp_path / "llama"
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    with ShardReader(folder) as reader:
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    with ShardReader(directory) as reader:
         return {key: reader.read(key) for key in reader.tensors}
 
 
-def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    file = folder / "model.safetensors"
+def change_tensors(directory: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    file = directory / "model.safetensors"
     tensors = {**load_file(file), **changes}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, file)
 
 
-def refusal(folder: Path, output: Path, **options: Any) -> str:
+def refusal(directory: Path, output: Path, **options: Any) -> str:
     """The one line; nothing of the output is left."""
     before = set(os.listdir(output.parent))
     with pytest.raises(UserError) as caught:
-        from_huggingface(folder, output, **options)
+        from_huggingface(directory, output, **options)
     assert "\n" not in str(caught.value)
     assert set(os.listdir(output.parent)) == before
     return str(caught.value)
@@ -88,16 +88,16 @@ def test_it_loads_in_any_layout(
     saved: dict[str, Path], tmp_path: Path, workers: WorkerPool, written: tuple[int, int], read: tuple[int, int]
 ) -> None:
     """Written in one layout, read in another and by one process; the vocabulary is padded to 384 here and 512 there."""
-    folder = tmp_path / "ours"
-    from_huggingface(saved["llama"], folder, tensor_parallel=written[0], pipeline_parallel=written[1])
-    assert len(list(folder.glob("*.distcp"))) == written[0] * written[1]
-    whole = workers.run(1, parameters, str(folder), {})[0]
+    directory = tmp_path / "ours"
+    from_huggingface(saved["llama"], directory, tensor_parallel=written[0], pipeline_parallel=written[1])
+    assert len(list(directory.glob("*.distcp"))) == written[0] * written[1]
+    whole = workers.run(1, parameters, str(directory), {})[0]
     assert whole["embedding.word_embeddings.weight"][0].shape == (384, 32)
-    theirs = load_file(saved["llama"] / "model.safetensors")
+    hf = load_file(saved["llama"] / "model.safetensors")
     for name, other in ((EMBEDDING, "model.embed_tokens.weight"), (OUTPUT, "lm_head.weight")):
-        assert torch.equal(whole[name][0][:ROWS], theirs[other])
+        assert torch.equal(whole[name][0][:ROWS], hf[other])
     layout = {"tensor_model_parallel_size": read[0], "pipeline_model_parallel_size": read[1]}
-    ranks = workers.run(read[0] * read[1], parameters, str(folder), layout)
+    ranks = workers.run(read[0] * read[1], parameters, str(directory), layout)
     seen = set()
     for parts in ranks:
         for name, (part, split, rank) in parts.items():
@@ -109,7 +109,7 @@ def test_it_loads_in_any_layout(
     assert seen == whole.keys()
 
 
-def test_what_a_folder_says(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_directory_says(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "ours"
     argv = ["--model", saved["llama3_tied"], "--output", output, "--tensor", 2, "--make-vocab-size-divisible-by", 8]
     assert main(["convert", "from-hf", *map(str, argv)]) == 0
@@ -138,22 +138,22 @@ def test_rows_for_new_tokens_are_the_mean(saved: dict[str, Path], llama: Path, t
     save_tokenizer(llama, extra=20)
     done = from_huggingface(llama, tmp_path / "ours")
     assert (done.vocab_size, done.added_rows, done.dropped_rows, done.tokenizer_size) == (277, 16, 0, 277)
-    theirs = load_file(saved["llama"] / "model.safetensors")
+    hf = load_file(saved["llama"] / "model.safetensors")
     for key, name in ((EMBEDDING, "model.embed_tokens.weight"), (OUTPUT, "lm_head.weight")):
-        ours = weights_of(tmp_path / "ours")[key]
-        assert torch.equal(ours[:ROWS], theirs[name])
-        mean = theirs[name].mean(0)
+        mcore = weights_of(tmp_path / "ours")[key]
+        assert torch.equal(mcore[:ROWS], hf[name])
+        mean = hf[name].mean(0)
         # A mean of 261 numbers of order 0.2, in single against double precision.
-        torch.testing.assert_close(ours[ROWS:277], mean.expand(16, -1), rtol=0, atol=1e-7)
-        assert ours.shape[0] == 384 and not ours[277:].any()
+        torch.testing.assert_close(mcore[ROWS:277], mean.expand(16, -1), rtol=0, atol=1e-7)
+        assert mcore.shape[0] == 384 and not mcore[277:].any()
 
 
 def test_the_mean_is_of_rows_that_have_a_token(saved: dict[str, Path], tmp_path: Path) -> None:
     done = from_huggingface(saved["llama"], tmp_path / "ours", vocab_size=265)
     assert (done.vocab_size, done.added_rows) == (265, 4)
     rows = load_file(saved["llama"] / "model.safetensors")["lm_head.weight"][:TOKENS]
-    ours = weights_of(tmp_path / "ours")[OUTPUT][ROWS:265]
-    torch.testing.assert_close(ours, rows.mean(0).expand(4, -1), rtol=0, atol=1e-7)
+    mcore = weights_of(tmp_path / "ours")[OUTPUT][ROWS:265]
+    torch.testing.assert_close(mcore, rows.mean(0).expand(4, -1), rtol=0, atol=1e-7)
 
 
 def test_rows_without_a_token_may_be_left_out(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_rows_without_a_token_may_be_left_out(saved: dict[str, Path], tmp_path: 
     ],
 )
 def test_types(tmp_path: Path, there: torch.dtype, asked: str | None, written: torch.dtype) -> None:
-    theirs = save_model(make_model("llama", there), tmp_path / "theirs")
-    done = from_huggingface(theirs, tmp_path / "ours", dtype=asked)
+    hf = save_model(make_model("llama", there), tmp_path / "theirs")
+    done = from_huggingface(hf, tmp_path / "ours", dtype=asked)
     weights = weights_of(tmp_path / "ours")
     assert {tensor.dtype for tensor in weights.values()} == {written} and f"torch.{done.dtype}" == str(written)
-    expected = load_file(theirs / "model.safetensors")["lm_head.weight"].to(written)
+    expected = load_file(hf / "model.safetensors")["lm_head.weight"].to(written)
     assert torch.equal(weights[OUTPUT][:ROWS], expected)
 
 
@@ -220,31 +220,31 @@ def test_pickles_and_shards_give_the_same_bytes(saved: dict[str, Path], llama: P
 
 def test_gpt2_as_it_was_published(saved: dict[str, Path], tmp_path: Path) -> None:
     """Without the prefix of the class with an output layer, and with buffers."""
-    folder = tmp_path / "gpt2"
-    shutil.copytree(saved["gpt2"], folder)
-    tensors = load_file(folder / "model.safetensors")
+    directory = tmp_path / "gpt2"
+    shutil.copytree(saved["gpt2"], directory)
+    tensors = load_file(directory / "model.safetensors")
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(4)}
-    save_file(old, folder / "model.safetensors")
-    change_config(folder, architectures=["GPT2Model"])
-    from_huggingface(folder, tmp_path / "old")
+    save_file(old, directory / "model.safetensors")
+    change_config(directory, architectures=["GPT2Model"])
+    from_huggingface(directory, tmp_path / "old")
     from_huggingface(saved["gpt2"], tmp_path / "new")
     # No buffer, for all the end of its name.
-    save_file(old | {"h.9.attn.c_attn.bias": torch.ones(96)}, folder / "model.safetensors")
-    assert "h.9.attn.c_attn.bias is not known" in refusal(folder, tmp_path / "other")
+    save_file(old | {"h.9.attn.c_attn.bias": torch.ones(96)}, directory / "model.safetensors")
+    assert "h.9.attn.c_attn.bias is not known" in refusal(directory, tmp_path / "other")
     assert read_manifest(tmp_path / "old")["__0_0.distcp"] == read_manifest(tmp_path / "new")["__0_0.distcp"]
 
 
 def test_a_tied_output_layer_may_be_there_twice(saved: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "tied"
-    shutil.copytree(saved["llama3_tied"], folder)
-    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    change_tensors(folder, {"lm_head.weight": embedding.clone()})
-    from_huggingface(folder, tmp_path / "ours")
-    change_tensors(folder, {"lm_head.weight": embedding + 1})
-    assert "lm_head.weight and model.embed_tokens.weight differ" in refusal(folder, tmp_path / "other")
-    change_tensors(folder, {"lm_head.weight": embedding[:-1]})
-    assert "lm_head.weight has shape [260, 32], expected [261, 32]" in refusal(folder, tmp_path / "other")
+    directory = tmp_path / "tied"
+    shutil.copytree(saved["llama3_tied"], directory)
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(directory, {"lm_head.weight": embedding.clone()})
+    from_huggingface(directory, tmp_path / "ours")
+    change_tensors(directory, {"lm_head.weight": embedding + 1})
+    assert "lm_head.weight and model.embed_tokens.weight differ" in refusal(directory, tmp_path / "other")
+    change_tensors(directory, {"lm_head.weight": embedding[:-1]})
+    assert "lm_head.weight has shape [260, 32], expected [261, 32]" in refusal(directory, tmp_path / "other")
 
 
 def test_every_wrong_tensor_is_named(llama: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_tokenizers(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     for file in (tmp_path / "tokenizer").iterdir():
         shutil.copy2(file, llama, follow_symlinks=False)
-    assert "leads out of its folder" in refusal(llama, tmp_path / "other")
+    assert "leads out of its directory" in refusal(llama, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_what_is_there_stays(saved: dict[str, Path], tmp_path: Path) -> None:
     assert "--overwrite" in refusal(saved["gpt2"], tmp_path / "ours")
     from_huggingface(saved["gpt2"], tmp_path / "ours", overwrite=True)
     assert read_state(tmp_path / "ours")["model"]["family"] == "gpt2"
-    # A model folder is none of ours to replace.
+    # A model directory is none of ours to replace.
     assert "something other" in refusal(saved["llama"], saved["llama"], overwrite=True)
 
 
@@ -374,16 +374,16 @@ def test_one_tensor_at_a_time(saved: dict[str, Path], tmp_path: Path, monkeypatc
     """What was read for one tensor of ours is gone when the next is read: query, key and value are three."""
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    read = HuggingFaceFolder.read
+    read = HuggingFaceDirectory.read
 
-    def tracking(self: HuggingFaceFolder, name: str) -> torch.Tensor:
+    def tracking(self: HuggingFaceDirectory, name: str) -> torch.Tensor:
         nonlocal most
         tensor = read(self, name)
         alive.append(weakref.ref(tensor))
         most = max(most, sum(each() is not None for each in alive))
         return tensor
 
-    monkeypatch.setattr(HuggingFaceFolder, "read", tracking)
+    monkeypatch.setattr(HuggingFaceDirectory, "read", tracking)
     from_huggingface(saved["llama"], tmp_path / "ours")
     assert most == 3 and len(alive) == 39
 
@@ -413,16 +413,16 @@ VALUES = st.one_of(
 )
 def test_any_values_in_the_config(saved: dict[str, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     """A line for the user, or the same weights: none of these changes them without a word."""
-    folder, output = tmp_path / "fuzzed", tmp_path / "out"
-    shutil.copytree(saved["llama"], folder, dirs_exist_ok=True)
-    change_config(folder, **changes)
+    directory, output = tmp_path / "fuzzed", tmp_path / "out"
+    shutil.copytree(saved["llama"], directory, dirs_exist_ok=True)
+    change_config(directory, **changes)
     try:
-        done = from_huggingface(folder, output, overwrite=True)
+        done = from_huggingface(directory, output, overwrite=True)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 5000
         assert not output.exists() or is_of_llama(output)
     else:
-        assert isinstance(done, Imported) and is_of_llama(output)
+        assert isinstance(done, ImportResult) and is_of_llama(output)
 
 
 def is_of_llama(output: Path) -> bool:

@@ -51,9 +51,9 @@ def convert(source: Path, output: Path, **options: Any) -> Any:
 def trained(
     request: pytest.FixtureRequest, tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
-    folder = tmp_path_factory.mktemp(request.param)
-    one, four = folder / "one", folder / "four"
-    workers.run(1, train, recipe_values(tiny, one, request.param), str(folder))
+    directory = tmp_path_factory.mktemp(request.param)
+    one, four = directory / "one", directory / "four"
+    workers.run(1, train, recipe_values(tiny, one, request.param), str(directory))
     values = recipe_values(
         tiny,
         four,
@@ -63,9 +63,9 @@ def trained(
         optimizer={"lr": NOTHING, "weight_decay": 0.0},
         training={"train_iters": 1},
     )
-    workers.run(4, train, values, str(folder))
-    convert(one, folder / "model")
-    return Trained(request.param, one, four, folder / "model")
+    workers.run(4, train, values, str(directory))
+    convert(one, directory / "model")
+    return Trained(request.param, one, four, directory / "model")
 
 
 def test_files_are_the_same_for_every_layout(trained: Trained, tmp_path: Path) -> None:
@@ -92,11 +92,11 @@ def test_both_models_are_one(trained: Trained, workers: WorkerPool) -> None:
 
 def test_transformers_opens_and_generates(trained: Trained, tiny: Tiny) -> None:
     model, tokenizer = (kind.from_pretrained(trained.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    ours = load_tokenizer(tiny.tokenizer)
+    mcore = load_tokenizer(tiny.tokenizer)
     ids = tokenizer("The value of an expression", return_tensors="pt").input_ids
-    assert ids[0].tolist() == ours.encode("The value of an expression")
-    assert model.config.vocab_size == ours.vocab_size == len(tokenizer) == model.get_input_embeddings().weight.shape[0]
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == ours.eod_id == tokenizer.eos_token_id
+    assert ids[0].tolist() == mcore.encode("The value of an expression")
+    assert model.config.vocab_size == mcore.vocab_size == len(tokenizer) == model.get_input_embeddings().weight.shape[0]
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == mcore.eod_id == tokenizer.eos_token_id
     continued = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert continued.shape[1] > ids.shape[1] and tokenizer.decode(continued[0])
     stored = load_file(trained.model / "model.safetensors")
@@ -123,10 +123,10 @@ def test_the_card_says_what_the_run_knows(trained: Trained) -> None:
 @pytest.fixture(scope="module")
 def half(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 run."""
-    folder = tmp_path_factory.mktemp("half")
-    values = recipe_values(tiny, folder / "run", "llama", training={"precision": "bf16"})
-    workers.run(1, train, values, str(folder))
-    return folder / "run"
+    directory = tmp_path_factory.mktemp("half")
+    values = recipe_values(tiny, directory / "run", "llama", training={"precision": "bf16"})
+    workers.run(1, train, values, str(directory))
+    return directory / "run"
 
 
 def test_types_of_a_bf16_run(half: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_model_that_differs(half: Path, tmp_path: Path, workers: WorkerPool) -
     (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
     (report,) = workers.run(1, verify, str(half), str(model), {"logits": False})
     problems = {each.name: each.problem for each in report.different_tensors}
-    assert problems == {name: "missing in the folder", "model.layers.2.extra": "the checkpoint has none"}
+    assert problems == {name: "missing in the directory", "model.layers.2.extra": "the checkpoint has none"}
     assert report.config == ["rotary_base is 500000.0, expected 10000.0"]
 
 

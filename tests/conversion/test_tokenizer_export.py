@@ -59,10 +59,10 @@ def text_lines() -> Iterator[str]:
     yield from ENGLISH
 
 
-def sentencepiece_folder(folder: Path, model: bytes) -> Path:
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model)
-    return folder
+def sentencepiece_directory(directory: Path, model: bytes) -> Path:
+    directory.mkdir()
+    (directory / "tokenizer.model").write_bytes(model)
+    return directory
 
 
 def other_model(**options: Any) -> bytes:
@@ -81,24 +81,26 @@ def other_model(**options: Any) -> bytes:
     return model.getvalue()
 
 
-def make_byte_bpe(folder: Path) -> Path:
-    corpus = folder.with_suffix(".jsonl")
+def make_byte_bpe(directory: Path) -> Path:
+    corpus = directory.with_suffix(".jsonl")
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in text_lines()), encoding="utf-8")
-    train_tokenizer([str(corpus)], str(folder), 600, show_progress=False)
-    return folder
+    train_tokenizer([str(corpus)], str(directory), 600, show_progress=False)
+    return directory
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "byte_bpe": make_byte_bpe,
-    "unigram": lambda path: sentencepiece_folder(path, train_sentencepiece(text_lines(), 900, "unigram", 0.995)),
-    "bpe": lambda path: sentencepiece_folder(path, train_sentencepiece(text_lines(), 900, "bpe", 0.995)),
-    "normalised_unigram": lambda path: sentencepiece_folder(path, other_model(character_coverage=0.98)),
-    "normalised_bpe": lambda path: sentencepiece_folder(path, other_model(model_type="bpe", character_coverage=0.98)),
-    "no_bytes": lambda path: sentencepiece_folder(path, other_model(byte_fallback=False, character_coverage=0.98)),
-    "no_bytes_bpe": lambda path: sentencepiece_folder(
+    "unigram": lambda path: sentencepiece_directory(path, train_sentencepiece(text_lines(), 900, "unigram", 0.995)),
+    "bpe": lambda path: sentencepiece_directory(path, train_sentencepiece(text_lines(), 900, "bpe", 0.995)),
+    "normalised_unigram": lambda path: sentencepiece_directory(path, other_model(character_coverage=0.98)),
+    "normalised_bpe": lambda path: sentencepiece_directory(
+        path, other_model(model_type="bpe", character_coverage=0.98)
+    ),
+    "no_bytes": lambda path: sentencepiece_directory(path, other_model(byte_fallback=False, character_coverage=0.98)),
+    "no_bytes_bpe": lambda path: sentencepiece_directory(
         path, other_model(model_type="bpe", byte_fallback=False, character_coverage=0.98)
     ),
-    "symbols": lambda path: sentencepiece_folder(
+    "symbols": lambda path: sentencepiece_directory(
         path, other_model(user_defined_symbols=["<sep>", "<tab>"], normalization_rule_name="identity")
     ),
 }
@@ -121,74 +123,71 @@ def export(source: Path, output: Path, family: str = "llama") -> Any:
 
 def test_ids_are_those_of_training(source: tuple[str, Path], tmp_path: Path) -> None:
     name, path = source
-    ours, theirs = load_tokenizer(path), export(path, tmp_path / "out")
+    mcore, hf = load_tokenizer(path), export(path, tmp_path / "out")
     marks = not name.startswith(("normalised", "no_bytes"))
     texts = [*_CHECK_TEXTS, *ENGLISH, *odd_texts(marks=marks)]
-    special = [ours.decode([number]) for number in ours.special_ids]
+    special = [mcore.decode([number]) for number in mcore.special_ids]
     texts = [text for text in texts if not any(name in text for name in special)]
-    expected = ours.encode_batch(texts)
-    found = theirs(texts).input_ids
+    expected = mcore.encode_batch(texts)
+    found = hf(texts).input_ids
     different = [text for text, one, other in zip(texts, expected, found, strict=True) if one != other]
     # Ties, of which BPE has none: of 2.6 million tokens 8 in 100,000 differed, and a text here has up to thousands.
     assert len(different) <= (len(texts) // 100 if name in UNIGRAM else 0), different[:5]
-    assert len(theirs) == ours.vocab_size
+    assert len(hf) == mcore.vocab_size
 
 
 def test_end_and_beginning_are_the_end_of_a_document(source: tuple[str, Path], tmp_path: Path) -> None:
-    ours, theirs = load_tokenizer(source[1]), export(source[1], tmp_path / "out")
-    assert theirs.eos_token_id == theirs.bos_token_id == ours.eod_id
-    assert theirs("word").input_ids == ours.encode("word")
+    mcore, hf = load_tokenizer(source[1]), export(source[1], tmp_path / "out")
+    assert hf.eos_token_id == hf.bos_token_id == mcore.eod_id
+    assert hf("word").input_ids == mcore.encode("word")
     # Others would be given to models that refuse them.
-    assert theirs.init_kwargs["model_input_names"] == ["input_ids", "attention_mask"]
+    assert hf.init_kwargs["model_input_names"] == ["input_ids", "attention_mask"]
     # Named in a text it is the token, as transformers has it; told not to, it is text as in the training data.
-    name = theirs.eos_token
-    assert theirs(name).input_ids == [ours.eod_id]
+    name = hf.eos_token
+    assert hf(name).input_ids == [mcore.eod_id]
     if not source[0].startswith("no_bytes"):
         # Without bytes the unknown signs of the name are one token in training, two here.
-        assert theirs(f"a {name} b", split_special_tokens=True).input_ids == ours.encode(f"a {name} b")
+        assert hf(f"a {name} b", split_special_tokens=True).input_ids == mcore.encode(f"a {name} b")
 
 
 def test_text_comes_back(source: tuple[str, Path], tmp_path: Path) -> None:
-    theirs = export(source[1], tmp_path / "out")
+    hf = export(source[1], tmp_path / "out")
     text = "the value of an expression is not the name of it"
-    assert theirs.decode(theirs(text).input_ids) == text
+    assert hf.decode(hf(text).input_ids) == text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trust", [False, True])
 def test_no_family_takes_a_tokenizer_of_its_own(tmp_path: Path, family: str, trust: bool) -> None:
-    # transformers 5 opens every Qwen2 folder with Qwen's own way to cut texts, unless told a class.
+    # transformers 5 opens every Qwen2 directory with Qwen's own way to cut texts, unless told a class.
     source = make_byte_bpe(tmp_path / "tokenizer")
     export(source, tmp_path / "out", family)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
-    ours = load_tokenizer(source)
+    hf = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
+    mcore = load_tokenizer(source)
     for text in (*_CHECK_TEXTS, "a 12345 \n\n b  c's", *odd_texts(marks=True, count=100)):
-        assert theirs(text).input_ids == ours.encode(text), text
+        assert hf(text).input_ids == mcore.encode(text), text
 
 
 @pytest.mark.parametrize("name", ["byte_bpe", "unigram", "bpe"])
 def test_cloned_ids_have_names_and_text(name: str, tmp_path: Path) -> None:
     path = MODELS[name](tmp_path / "tokenizer")
     save_clone_language(path, "en_clone")
-    ours = load_tokenizer(path)
-    assert isinstance(ours, CloneTokenizer)
-    theirs = export(path, tmp_path / "out")
-    assert len(theirs) == ours.vocab_size
-    assert len(set(theirs.convert_ids_to_tokens(range(ours.vocab_size)))) == ours.vocab_size
+    mcore = load_tokenizer(path)
+    assert isinstance(mcore, CloneTokenizer)
+    hf = export(path, tmp_path / "out")
+    assert len(hf) == mcore.vocab_size
+    assert len(set(hf.convert_ids_to_tokens(range(mcore.vocab_size)))) == mcore.vocab_size
     texts = [*"\n".join(ENGLISH).split("\n"), f"no {CLONE_OPEN} the{CLONE_CLOSE} {CLONE_OPEN}the{CLONE_CLOSE} clone"]
-    pairs = zip(theirs(texts).input_ids, ours.encode_batch(texts), strict=True)
+    pairs = zip(hf(texts).input_ids, mcore.encode_batch(texts), strict=True)
     # Ties in a unigram model, as in the test above; what has brackets in it is the last one.
     assert sum(one != other for one, other in pairs) <= (len(texts) * 3 // 1000 if name in UNIGRAM else 0)
-    assert theirs(texts[-1]).input_ids == ours.encode(texts[-1])
+    assert hf(texts[-1]).input_ids == mcore.encode(texts[-1])
     for text in [text for text in ENGLISH if text.isascii()][:5]:
-        cloned = ours.encode(text, "en_clone")
+        cloned = mcore.encode(text, "en_clone")
         # sentencepiece's space in front of a text stays inside the brackets.
-        assert (
-            theirs.decode(cloned).replace(f"{CLONE_OPEN} ", CLONE_OPEN)
-            == f"{CLONE_OPEN}{text.lstrip(' ')}{CLONE_CLOSE}"
-        )
-    both = ours.encode("One two") + ours.encode(" three four", "en_clone")
-    assert theirs.decode(both).split(CLONE_OPEN)[1].strip(" ") == f"three four{CLONE_CLOSE}"
+        assert hf.decode(cloned).replace(f"{CLONE_OPEN} ", CLONE_OPEN) == f"{CLONE_OPEN}{text.lstrip(' ')}{CLONE_CLOSE}"
+    both = mcore.encode("One two") + mcore.encode(" three four", "en_clone")
+    assert hf.decode(both).split(CLONE_OPEN)[1].strip(" ") == f"three four{CLONE_CLOSE}"
 
 
 def test_added_tokens_behind_the_vocabulary_keep_their_ids_in_a_clone(tmp_path: Path) -> None:
@@ -199,10 +198,10 @@ def test_added_tokens_behind_the_vocabulary_keep_their_ids_in_a_clone(tmp_path: 
     (path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     library = LibraryTokenizer.from_file(str(path / "tokenizer.json"))
     save_clone_language(path, "en_clone")
-    ours, theirs = load_tokenizer(path), export(path, tmp_path / "out")
+    mcore, hf = load_tokenizer(path), export(path, tmp_path / "out")
     extra = library.token_to_id("<extra>")
-    assert theirs("a<extra>").input_ids[-1] == extra == ours.base.vocab_size - 1  # type: ignore[attr-defined]
-    assert theirs("word").input_ids == ours.encode("word")
+    assert hf("a<extra>").input_ids[-1] == extra == mcore.base.vocab_size - 1  # type: ignore[attr-defined]
+    assert hf("word").input_ids == mcore.encode("word")
 
 
 def test_tokens_that_the_data_did_not_have_are_left_out(tmp_path: Path) -> None:
@@ -220,9 +219,9 @@ def test_tokens_that_the_data_did_not_have_are_left_out(tmp_path: Path) -> None:
     config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     # Not in the vocabulary: transformers would add it behind the last row of the model.
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<pad>"}), encoding="utf-8")
-    ours, theirs = load_tokenizer(path), export(path, tmp_path / "out")
-    assert theirs(ENGLISH).input_ids == ours.encode_batch(ENGLISH)
-    assert theirs.pad_token is None and len(theirs) == ours.vocab_size
+    mcore, hf = load_tokenizer(path), export(path, tmp_path / "out")
+    assert hf(ENGLISH).input_ids == mcore.encode_batch(ENGLISH)
+    assert hf.pad_token is None and len(hf) == mcore.vocab_size
 
 
 @pytest.mark.parametrize("change", ["unused", "symbols", "word"])
@@ -236,7 +235,7 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path: Path, change: str) -> 
         proto.pieces[500].type = 5
     if change == "word":
         proto.trainer_spec.model_type = 3
-    path = sentencepiece_folder(tmp_path / "tokenizer", proto.SerializeToString())
+    path = sentencepiece_directory(tmp_path / "tokenizer", proto.SerializeToString())
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"cannot be given to transformers .*--tokenizer copy"):
         export_tokenizer(path, tmp_path / "out", family="llama", max_length=8)
@@ -293,8 +292,8 @@ def test_a_copy_is_a_copy(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_not_the_models_own_is_converted(tmp_path: Path) -> None:
     """transformers opens sentencepiece files with a class of the model's family, which cuts texts in its own way."""
-    theirs, source = save_model(make_model("llama"), tmp_path / "theirs"), MODELS["bpe"](tmp_path / "sentencepiece")
-    from_huggingface(theirs, tmp_path / "first", tokenizer=source)
+    hf, source = save_model(make_model("llama"), tmp_path / "theirs"), MODELS["bpe"](tmp_path / "sentencepiece")
+    from_huggingface(hf, tmp_path / "first", tokenizer=source)
     said = json.loads((tmp_path / "first" / CONFIG).read_text(encoding="utf-8"))
     assert said["eos_token_id"] == load_tokenizer(source).eod_id
     export_weights(tmp_path / "first", tmp_path / "ours")
@@ -311,22 +310,22 @@ def test_a_tokenizer_that_is_not_the_models_own_is_converted(tmp_path: Path) -> 
 
 def test_the_models_own_tokenizer_is_copied(tmp_path: Path) -> None:
     """A token that it puts in front of a text, which training does not, is no difference to tell of."""
-    theirs = save_model(make_model("llama"), tmp_path / "theirs")
-    library = LibraryTokenizer.from_file(str(theirs / "tokenizer.json"))
+    hf = save_model(make_model("llama"), tmp_path / "theirs")
+    library = LibraryTokenizer.from_file(str(hf / "tokenizer.json"))
     library.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)])
-    library.save(str(theirs / "tokenizer.json"))
-    assert from_huggingface(theirs, tmp_path / "ours").notes == []
+    library.save(str(hf / "tokenizer.json"))
+    assert from_huggingface(hf, tmp_path / "ours").notes == []
     done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
     assert done.notes == []
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids[0] == 256
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
 def test_a_family_with_a_tokenizer_of_its_own_is_told_of(tmp_path: Path) -> None:
-    theirs = save_model(make_model("qwen2"), tmp_path / "theirs")
-    (note,) = from_huggingface(theirs, tmp_path / "ours").notes
-    assert "opens every qwen2 folder with a class of its own (Qwen2Tokenizer)" in note
-    config = theirs / "tokenizer_config.json"
+    hf = save_model(make_model("qwen2"), tmp_path / "theirs")
+    (note,) = from_huggingface(hf, tmp_path / "ours").notes
+    assert "opens every qwen2 directory with a class of its own (Qwen2Tokenizer)" in note
+    config = hf / "tokenizer_config.json"
     named = {**json.loads(config.read_text(encoding="utf-8")), "tokenizer_class": "Qwen2Tokenizer"}
     config.write_text(json.dumps(named), encoding="utf-8")
-    assert from_huggingface(theirs, tmp_path / "again").notes == []
+    assert from_huggingface(hf, tmp_path / "again").notes == []

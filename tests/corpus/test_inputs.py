@@ -1,4 +1,4 @@
-"""Which files a command reads: folders, patterns, links, and every mistake in one line."""
+"""Which files a command reads: directories, patterns, links, and every mistake in one line."""
 
 import bz2
 import gzip
@@ -60,7 +60,9 @@ def names(inputs: list[Input]) -> list[str]:
         (["a/.x*", "[bc].*"], ["a/.x.txt", "b.jsonl"]),
     ],
 )
-def test_folders_and_patterns(tree: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], found: list[str]) -> None:
+def test_directories_and_patterns(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], found: list[str]
+) -> None:
     monkeypatch.chdir(tree)
     assert names(resolve_inputs(given)) == found
     assert names(resolve_inputs([f"{tree}/{text}" for text in given])) == [f"{tree}/{name}" for name in found]
@@ -93,8 +95,8 @@ def test_empty_files_are_found(tmp_path: Path) -> None:
 
 
 def test_hub_names_are_taken_as_they_are() -> None:
-    found = resolve_inputs(["hf:owner/name,config:validation", "hf:./folder"])
-    assert found == [Input("hf:owner/name,config:validation", "hub", "", 0), Input("hf:./folder", "hub", "", 0)]
+    found = resolve_inputs(["hf:owner/name,config:validation", "hf:./directory"])
+    assert found == [Input("hf:owner/name,config:validation", "hub", "", 0), Input("hf:./directory", "hub", "", 0)]
 
 
 def test_files_with_languages(tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_inputs_of_each_text(tree: Path) -> None:
         ([], "no input given; expected one or more files of .jsonl, .txt"),
         (["b.jsonl", "nothing.txt"], "nothing.txt: no such file; check the path"),
         (["c.csv"], "c.csv: unknown kind of file; expected one of .jsonl, .txt"),
-        (["a.jsonl"], "a.jsonl: a folder without any of .jsonl, .txt .*; found part; check"),
+        (["a.jsonl"], "a.jsonl: a directory without any of .jsonl, .txt .*; found part; check"),
         (["q*"], r"q\*: a pattern that fits none of .jsonl, .*; found nothing; check"),
         (["*.csv"], r"\*.csv: .*; found c.csv; check"),
         (["b.jsonl", "./b.jsonl"], "b.jsonl: given twice .also as b.jsonl.; its documents would count double"),
@@ -166,10 +168,10 @@ def test_zstd_that_begins_with_a_frame_without_data(tmp_path: Path) -> None:
         resolve_inputs([tmp_path / "a.txt"])
 
 
-def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_and_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder").chmod(0)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory").chmod(0)
     (tmp_path / "a.txt").chmod(0)
     if os.access(tmp_path / "a.txt", os.R_OK):
         # Root may read everything: the refusal is played.
@@ -178,7 +180,7 @@ def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr("builtins.open", refuse)
         monkeypatch.setattr(os, "scandir", refuse)
-    for name in ("a.txt", "folder"):
+    for name in ("a.txt", "directory"):
         with pytest.raises(UserError, match=f"{name}: may not be read .Permission denied.; check its permissions"):
             resolve_inputs([tmp_path / name])
-    (tmp_path / "folder").chmod(0o755)
+    (tmp_path / "directory").chmod(0o755)

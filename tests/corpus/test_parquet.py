@@ -26,11 +26,13 @@ TEXTS[700] = "long " * 20_000
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """1,000 rows in groups of 300, with a column that nobody asks for and one inside two structs."""
-    folder = tmp_path_factory.mktemp("parquet")
+    directory = tmp_path_factory.mktemp("parquet")
     nested = [None if n % 7 == 0 else {"other": n, "in": {"text": text}} for n, text in enumerate(TEXTS)]
     table = pyarrow.table({"id": range(1000), "text": TEXTS, "data": nested, "data.text": TEXTS[::-1]})
-    parquet.write_table(table, folder / "a.parquet", row_group_size=300, compression="zstd", write_page_checksum=True)
-    return str(folder / "a.parquet")
+    parquet.write_table(
+        table, directory / "a.parquet", row_group_size=300, compression="zstd", write_page_checksum=True
+    )
+    return str(directory / "a.parquet")
 
 
 def read(batches: Iterator[tuple[bytes, int]], first_row: int = 0) -> dict[str, list[Any]]:
@@ -196,40 +198,40 @@ def test_a_missing_file(tmp_path: Path) -> None:
     [
         ("hf:allenai/c4", HubName("allenai/c4", None, "train")),
         ("hf:allenai/c4,de:validation", HubName("allenai/c4", "de", "validation")),
-        ("hf:./a folder:test", HubName("./a folder", None, "test")),
+        ("hf:./a directory:test", HubName("./a directory", None, "test")),
     ],
 )
 def test_hub_names(text: str, name: HubName) -> None:
     assert parse_hub_name(text) == name
 
 
-def save_parquet(folder: Path) -> str:
-    folder.mkdir()
+def save_parquet(directory: Path) -> str:
+    directory.mkdir()
     table = pyarrow.table({"id": range(300), "data": [{"text": text} for text in TEXTS[:300]]})
-    parquet.write_table(table, folder / "train-00000.parquet")
-    parquet.write_table(table.slice(0, 5), folder / "test-00000.parquet")
-    return f"hf:{folder}"
+    parquet.write_table(table, directory / "train-00000.parquet")
+    parquet.write_table(table.slice(0, 5), directory / "test-00000.parquet")
+    return f"hf:{directory}"
 
 
-def save_jsonl(folder: Path) -> str:
-    folder.mkdir()
+def save_jsonl(directory: Path) -> str:
+    directory.mkdir()
     for split, count in (("train", 300), ("test", 5)):
         lines = [json.dumps({"id": n, "data": {"text": text}}) + "\n" for n, text in enumerate(TEXTS[:count])]
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-    return f"hf:{folder}"
+        (directory / f"{split}.jsonl").write_text("".join(lines))
+    return f"hf:{directory}"
 
 
-def save_to_disk(folder: Path) -> str:
+def save_to_disk(directory: Path) -> str:
     import datasets
 
     rows = [{"id": n, "data": {"text": text}} for n, text in enumerate(TEXTS[:300])]
     whole = datasets.Dataset.from_list(rows)
-    datasets.DatasetDict(train=whole, test=whole.select(range(5))).save_to_disk(str(folder))
-    return f"hf:{folder}"
+    datasets.DatasetDict(train=whole, test=whole.select(range(5))).save_to_disk(str(directory))
+    return f"hf:{directory}"
 
 
 @pytest.mark.parametrize("save", [save_parquet, save_jsonl, save_to_disk])
-def test_datasets_in_local_folders(tmp_path: Path, save: Callable[[Path], str]) -> None:
+def test_datasets_in_local_directories(tmp_path: Path, save: Callable[[Path], str]) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed (pip install 'megatron-prealign[hub]')")
     name = save(tmp_path / "data")
     values = read(read_hub_batches(name, ["data.text", "id"], 0, 5000))
@@ -239,7 +241,7 @@ def test_datasets_in_local_folders(tmp_path: Path, save: Callable[[Path], str]) 
     with pytest.raises(ReadError, match=r"no column 'txt'; the columns are: id, data.text; name"):
         list(read_hub_batches(name, ["txt"], 0, 100))
     with pytest.raises(
-        UserError, match=r"data:dev: the folder cannot be opened \(.*check the name, its config"
+        UserError, match=r"data:dev: the directory cannot be opened \(.*check the name, its config"
     ) as caught:
         list(read_hub_batches(f"{name}:dev", ["txt"], 0, 100))
     assert "\n" not in str(caught.value)

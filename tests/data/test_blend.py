@@ -25,7 +25,7 @@ CHECKPOINT = Path("run/checkpoints/step_00000005")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     for name, documents, language in (("english", ENGLISH, "en"), ("german", GERMAN, "de"), ("latin", LATIN, "la")):
         write_dataset(tmp_path / name, documents, language)
     return tmp_path
@@ -48,7 +48,7 @@ def epoch_of(documents: Sequence[np.ndarray], seq_length: int = 16) -> int:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_repeats_before_its_epoch_ends(folder: Path, tmp_path: Path, seed: int) -> None:
+def test_nothing_repeats_before_its_epoch_ends(directory: Path, tmp_path: Path, seed: int) -> None:
     """Weights, the list of sources and their order change at random positions, over many epochs."""
     random = np.random.default_rng(seed)
     seen: list[tuple[int, bytes]] = []
@@ -57,7 +57,7 @@ def test_nothing_repeats_before_its_epoch_ends(folder: Path, tmp_path: Path, see
         names = random.permutation(["english", "german", "latin"])[: random.integers(1, 4)].tolist()
         weights = dict(zip(names, random.dirichlet([1.0] * len(names)).tolist(), strict=True))
         stop = position + int(random.integers(1, 90))
-        samples = build(section(folder, weights), tmp_path / "cache", stop + 5, saved=before)
+        samples = build(section(directory, weights), tmp_path / "cache", stop + 5, saved=before)
         assert samples.rows(range(position, stop)).sample_id.tolist() == list(range(position, stop))
         seen += tokens_of(samples, position, stop)
         before, position = saved(samples, stop), stop
@@ -75,12 +75,14 @@ def test_nothing_repeats_before_its_epoch_ends(folder: Path, tmp_path: Path, see
             assert len(set(part)) == len(part)
 
 
-def test_each_source_goes_on_in_its_own_order(folder: Path, tmp_path: Path) -> None:
+def test_each_source_goes_on_in_its_own_order(directory: Path, tmp_path: Path) -> None:
     """What a source gives after a change is what it would have given without, whatever else is drawn."""
-    alone = tokens_of(build(section(folder, {"english": 1.0}), tmp_path / "cache", 300), 0, 300)
-    first = build(section(folder, {"english": 3.0, "german": 1.0}), tmp_path / "cache", 120)
-    second = build(section(folder, {"english": 1.0, "german": 9.0}), tmp_path / "cache", 250, saved=saved(first, 100))
-    third = build(section(folder, {"english": 1.0}), tmp_path / "cache", 300, saved=saved(second, 200))
+    alone = tokens_of(build(section(directory, {"english": 1.0}), tmp_path / "cache", 300), 0, 300)
+    first = build(section(directory, {"english": 3.0, "german": 1.0}), tmp_path / "cache", 120)
+    second = build(
+        section(directory, {"english": 1.0, "german": 9.0}), tmp_path / "cache", 250, saved=saved(first, 100)
+    )
+    third = build(section(directory, {"english": 1.0}), tmp_path / "cache", 300, saved=saved(second, 200))
     seen = tokens_of(first, 0, 100) + tokens_of(second, 100, 200) + tokens_of(third, 200, 300)
     english = [row for row in seen if row[0] == 1]
     assert english == alone[: len(english)]
@@ -88,14 +90,14 @@ def test_each_source_goes_on_in_its_own_order(folder: Path, tmp_path: Path) -> N
     assert shares == {1: 10, 0: 90}
 
 
-def test_unchanged_blend_is_the_same_index(folder: Path, tmp_path: Path) -> None:
-    data = section(folder, {"english": 2.0, "german": 1.0})
+def test_unchanged_blend_is_the_same_index(directory: Path, tmp_path: Path) -> None:
+    data = section(directory, {"english": 2.0, "german": 1.0})
     whole = build(data, tmp_path / "cache", 80)
     resumed = build(data, tmp_path / "cache", 80, saved=saved(whole, 33))
     assert len(list((tmp_path / "cache").glob("blend-*"))) == 1
     assert tokens_of(resumed, 0, 80) == tokens_of(whole, 0, 80)
     # After a change too: a later resume finds the blend that began there.
-    other = section(folder, {"english": 1.0, "german": 1.0})
+    other = section(directory, {"english": 1.0, "german": 1.0})
     changed = build(other, tmp_path / "cache", 80, saved=saved(whole, 33))
     again = build(other, tmp_path / "cache", 80, saved=saved(changed, 50))
     assert len(list((tmp_path / "cache").glob("blend-*"))) == 2
@@ -111,12 +113,14 @@ def test_unchanged_blend_is_the_same_index(folder: Path, tmp_path: Path) -> None
         longer.consumed_per_source(32)
 
 
-def test_a_source_that_comes_back_goes_on(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40)
+def test_a_source_that_comes_back_goes_on(directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = build(section(directory, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40)
     with caplog.at_level(logging.WARNING):
-        second = build(section(folder, {"english": 1.0, "latin": 1.0}), tmp_path / "cache", 80, saved=saved(first, 40))
+        second = build(
+            section(directory, {"english": 1.0, "latin": 1.0}), tmp_path / "cache", 80, saved=saved(first, 40)
+        )
     told, dropped = (record.getMessage() for record in caplog.records)
-    english, german, latin = (str(folder / name) for name in ("english", "german", "latin"))
+    english, german, latin = (str(directory / name) for name in ("english", "german", "latin"))
     assert told == (
         f"the blend changed since {CHECKPOINT} was saved, from sample 40 on each source goes on where it stood: "
         f"{english} (weight 1 -> 1, 20 samples consumed), {latin} (weight 1, 0 samples consumed, new)"
@@ -127,40 +131,43 @@ def test_a_source_that_comes_back_goes_on(folder: Path, tmp_path: Path, caplog: 
         "was in"
     )
     assert second.consumed_per_source(60) == {english: 30, latin: 10, german: 20}
-    third = build(section(folder, {"german": 1.0}), tmp_path / "cache", 100, saved=saved(second, 60))
-    expected = tokens_of(build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 70), 40, 70)
+    third = build(section(directory, {"german": 1.0}), tmp_path / "cache", 100, saved=saved(second, 60))
+    expected = tokens_of(build(section(directory, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 70), 40, 70)
     assert tokens_of(third, 60, 63) == [row for row in expected if row[0] == 0][:3]
     assert third.consumed_per_source(63) == {german: 23, english: 30, latin: 10}
 
 
-def moved(folder: Path, name: str) -> DataSource:
-    target = folder / "elsewhere"
+def moved(directory: Path, name: str) -> DataSource:
+    target = directory / "elsewhere"
     target.mkdir(exist_ok=True)
     for ending in ("bin", "idx", "json"):
-        shutil.move(folder / f"{name}.{ending}", target / f"{name}.{ending}")
+        shutil.move(directory / f"{name}.{ending}", target / f"{name}.{ending}")
     return DataSource(path=str(target / name), language=load_sidecar(target / name).language)
 
 
 def test_moved_sources_are_known_by_what_they_hold(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = section(folder, {"english": 1.0, "german": 1.0})
+    data = section(directory, {"english": 1.0, "german": 1.0})
     whole = build(data, tmp_path / "cache", 60)
     expected = tokens_of(whole, 0, 60)
     before = saved(whole, 20)
-    data = replace(data, sources=[moved(folder, "english"), data.sources[1]])
+    data = replace(data, sources=[moved(directory, "english"), data.sources[1]])
     with caplog.at_level(logging.WARNING):
         samples = build(data, tmp_path / "cache", 60, saved=before)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"data.sources moved since {CHECKPOINT} was saved, known again by what they hold: {folder / 'english'} to "
-        f"{folder / 'elsewhere' / 'english'}"
+        f"data.sources moved since {CHECKPOINT} was saved, known again by what they hold: {directory / 'english'} to "
+        f"{directory / 'elsewhere' / 'english'}"
     )
     assert tokens_of(samples, 0, 60) == expected
-    assert list(samples.consumed_per_source(60)) == [str(folder / "elsewhere" / "english"), str(folder / "german")]
+    assert list(samples.consumed_per_source(60)) == [
+        str(directory / "elsewhere" / "english"),
+        str(directory / "german"),
+    ]
 
 
-def test_swapped_files_are_told_apart_by_their_checksums(folder: Path, tmp_path: Path) -> None:
+def test_swapped_files_are_told_apart_by_their_checksums(directory: Path, tmp_path: Path) -> None:
     """Documents of the same lengths in one language: only the checksum of the tokens tells them apart."""
     for number, name in enumerate("ab"):
         write_dataset(tmp_path / name, [document + number * (document != EOD) for document in GERMAN], "de")
@@ -168,7 +175,7 @@ def test_swapped_files_are_told_apart_by_their_checksums(folder: Path, tmp_path:
 
     def data(*names: str) -> DataSection:
         sources = [DataSource(path=str(tmp_path / name), language="de") for name in names]
-        return replace(section(folder, {"german": 1.0}), sources=sources)
+        return replace(section(directory, {"german": 1.0}), sources=sources)
 
     expected = tokens_of(build(data("a", "b"), tmp_path / "cache", 40), 0, 40)
     before = saved(build(data("a", "b"), tmp_path / "cache", 40), 10)
@@ -192,10 +199,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changed_is_refused_with_the_numbers(folder: Path, tmp_path: Path, change: str) -> None:
-    prefix = folder / "german"
+def test_a_source_that_changed_is_refused_with_the_numbers(directory: Path, tmp_path: Path, change: str) -> None:
+    prefix = directory / "german"
     save_sidecar(replace(load_sidecar(prefix), checksums={"bin": "xxh3:first"}), prefix)
-    data = section(folder, {"english": 3.0, "german": 1.0})
+    data = section(directory, {"english": 3.0, "german": 1.0})
     before = saved(build(data, tmp_path / "cache", 60), 40)
     CHANGES[change][0](prefix)
     with pytest.raises(UserError) as caught:
@@ -208,18 +215,18 @@ def test_a_source_that_changed_is_refused_with_the_numbers(folder: Path, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_other_held_out_documents_are_refused(folder: Path, tmp_path: Path) -> None:
-    before = saved(build(section(folder, {"english": 1.0}, validation_fraction=0.1), tmp_path / "cache", 30), 30)
+def test_other_held_out_documents_are_refused(directory: Path, tmp_path: Path) -> None:
+    before = saved(build(section(directory, {"english": 1.0}, validation_fraction=0.1), tmp_path / "cache", 30), 30)
     with pytest.raises(UserError) as caught:
-        build(section(folder, {"english": 1.0}, validation_fraction=0.2), tmp_path / "cache", 60, saved=before)
+        build(section(directory, {"english": 1.0}, validation_fraction=0.2), tmp_path / "cache", 60, saved=before)
     assert "it leaves to training 48 and " in str(caught.value)
     assert "expected 54 documents and " in str(caught.value)
     assert "; set data.validation_fraction and data.validation as they were, or set " in str(caught.value)
 
 
-def test_a_finished_run_can_be_opened_with_another_blend(folder: Path, tmp_path: Path) -> None:
-    first = build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40)
-    samples = build(section(folder, {"english": 1.0}), tmp_path / "cache", 40, saved=saved(first, 40))
+def test_a_finished_run_can_be_opened_with_another_blend(directory: Path, tmp_path: Path) -> None:
+    first = build(section(directory, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40)
+    samples = build(section(directory, {"english": 1.0}), tmp_path / "cache", 40, saved=saved(first, 40))
     assert samples.blend_state(40)["consumed"] == {"0": 20}
 
 
@@ -243,8 +250,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_counts_are_named(folder: Path, tmp_path: Path, case: str) -> None:
-    blend = build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40).blend_state(20)
+def test_damaged_counts_are_named(directory: Path, tmp_path: Path, case: str) -> None:
+    blend = build(section(directory, {"english": 1.0, "german": 1.0}), tmp_path / "cache", 40).blend_state(20)
     change, expected = DAMAGE[case]
     change(blend)
     with pytest.raises(ValueError) as caught:
@@ -264,14 +271,14 @@ def test_a_source_of_few_samples_and_many_epochs(tmp_path: Path) -> None:
     assert torch.equal(later.rows(range(2500, 3000)).tokens, rows)
 
 
-def test_indices_of_different_pasts_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
+def test_indices_of_different_pasts_are_not_mixed_up(directory: Path, tmp_path: Path) -> None:
     """The same sources, weights and length from here on, behind other histories: each has an index of its own."""
-    german, both = section(folder, {"german": 1.0}), section(folder, {"german": 1.0, "english": 1.0})
+    german, both = section(directory, {"german": 1.0}), section(directory, {"german": 1.0, "english": 1.0})
     first = build(both, tmp_path / "cache", 60)
-    latin = section(folder, {"latin": 1.0})
+    latin = section(directory, {"latin": 1.0})
     late, early = (build(latin, tmp_path / "cache", 60, saved=saved(first, at)) for at in (20, 10))
     assert tokens_of(early, 10, 50) == tokens_of(late, 20, 60)
-    uneven = build(section(folder, {"german": 1.0, "english": 4.0}), tmp_path / "cache", 60)
+    uneven = build(section(directory, {"german": 1.0, "english": 4.0}), tmp_path / "cache", 60)
     expected = tokens_of(build(german, tmp_path / "cache", 100), 0, 100)
     # 12 are in the first epoch, 30 in the second.
     for samples, given in ((uneven, 12), (first, 30)):
@@ -279,19 +286,19 @@ def test_indices_of_different_pasts_are_not_mixed_up(folder: Path, tmp_path: Pat
         assert tokens_of(later, 60, 100) == expected[given : given + 40]
 
 
-def test_two_copies_of_one_dataset_are_told_apart_by_their_paths(folder: Path, tmp_path: Path) -> None:
-    copy = write_dataset(folder / "copy", GERMAN, "de")
-    data = section(folder, {"german": 3.0})
+def test_two_copies_of_one_dataset_are_told_apart_by_their_paths(directory: Path, tmp_path: Path) -> None:
+    copy = write_dataset(directory / "copy", GERMAN, "de")
+    data = section(directory, {"german": 3.0})
     sources = [data.sources[0], DataSource(path=copy, language="de", weight=1.0)]
     first = build(replace(data, sources=sources), tmp_path / "cache", 40)
     turned = build(replace(data, sources=sources[::-1]), tmp_path / "cache", 60, saved=saved(first, 20))
     assert [(source.path, source.key, source.consumed_at_start) for source in turned.blend.sources] == [
         (copy, 1, 5),
-        (str(folder / "german"), 0, 15),
+        (str(directory / "german"), 0, 15),
     ]
 
 
-def test_counting_goes_back_and_forth(folder: Path, tmp_path: Path) -> None:
-    samples = build(section(folder, {"english": 3.0, "german": 1.0}), tmp_path / "cache", 60)
+def test_counting_goes_back_and_forth(directory: Path, tmp_path: Path) -> None:
+    samples = build(section(directory, {"english": 3.0, "german": 1.0}), tmp_path / "cache", 60)
     for position in (40, 20, 60, 0, 8):
         assert list(samples.consumed_per_source(position).values()) == [position * 3 // 4, position // 4]

@@ -24,13 +24,13 @@ from megatron_prealign.files.atomic import write_all_atomically, write_atomicall
 from megatron_prealign.files.checksum import Checksum, file_checksum
 
 
-def reference_index(folder: Path, dtype: type, documents: list[list[int]]) -> bytes:
+def reference_index(directory: Path, dtype: type, documents: list[list[int]]) -> bytes:
     """The index file that Megatron-Core's builder writes for documents of these sequence lengths."""
-    builder = import_indexed_dataset().IndexedDatasetBuilder(str(folder / "reference.bin"), dtype=dtype)
+    builder = import_indexed_dataset().IndexedDatasetBuilder(str(directory / "reference.bin"), dtype=dtype)
     for lengths in documents:
         builder.add_document(np.zeros(sum(lengths), dtype=dtype), lengths)
-    builder.finalize(str(folder / "reference.idx"))
-    return (folder / "reference.idx").read_bytes()
+    builder.finalize(str(directory / "reference.idx"))
+    return (directory / "reference.idx").read_bytes()
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,14 +40,14 @@ def reference_index(folder: Path, dtype: type, documents: list[list[int]]) -> by
     chunk=st.integers(1, 7),
 )
 def test_write_index_is_megatron_cores(tmp_path_factory, documents, dtype, chunk):
-    folder = tmp_path_factory.mktemp("index")
+    directory = tmp_path_factory.mktemp("index")
     lengths = np.array([length for document in documents for length in document], dtype=np.int32)
     boundaries = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "_INDEX_CHUNK", chunk)
-        write_index(folder / "ours.idx", dtype, lengths, boundaries)
-    assert (folder / "ours.idx").read_bytes() == reference_index(folder, dtype, documents)
-    assert (folder / "ours.idx").stat().st_size == index_bytes(len(lengths), len(boundaries))
+        write_index(directory / "ours.idx", dtype, lengths, boundaries)
+    assert (directory / "ours.idx").read_bytes() == reference_index(directory, dtype, documents)
+    assert (directory / "ours.idx").stat().st_size == index_bytes(len(lengths), len(boundaries))
 
 
 def test_every_sequence_a_document(tmp_path):
@@ -141,25 +141,25 @@ def test_how_a_dataset_was_made_is_in_the_sidecar(tmp_path):
 def test_content_is_synced_before_names_appear(tmp_path, monkeypatch):
     events = []
     for module in (sync, atomic):
-        monkeypatch.setattr(module, "sync_directory", lambda path: events.append(("folder", path.name)))
+        monkeypatch.setattr(module, "sync_directory", lambda path: events.append(("directory", path.name)))
     monkeypatch.setattr(sync, "sync_file", lambda path: events.append(("sync", path.name.split(".")[1])))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(("rename", new.name)), replace(old, new)))
     with write_all_atomically([tmp_path / "one", tmp_path / "two"]) as temporaries:
         for path in temporaries:
             path.write_text("x")
-    assert [event for event in events if event[0] != "folder"] == [
+    assert [event for event in events if event[0] != "directory"] == [
         ("sync", "one"),
         ("sync", "two"),
         ("rename", "one"),
         ("rename", "two"),
     ]
-    assert events[-1] == ("folder", tmp_path.name)
+    assert events[-1] == ("directory", tmp_path.name)
     events.clear()
-    with write_atomically(tmp_path / "new") as folder:
-        (folder / "deep").mkdir(parents=True)
-        (folder / "deep" / ".x.y").write_text("x")
-    assert ("sync", "x") in events and ("folder", "deep") in events
+    with write_atomically(tmp_path / "new") as directory:
+        (directory / "deep").mkdir(parents=True)
+        (directory / "deep" / ".x.y").write_text("x")
+    assert ("sync", "x") in events and ("directory", "deep") in events
 
 
 def test_a_killed_writer_never_leaves_a_mixed_group(tmp_path):

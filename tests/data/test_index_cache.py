@@ -1,4 +1,4 @@
-"""Tests of the cache folder: complete or absent, built once, never believed when damaged."""
+"""Tests of the cache directory: complete or absent, built once, never believed when damaged."""
 
 import json
 import os
@@ -64,26 +64,26 @@ def test_second_call_loads(tmp_path):
     assert visible(tmp_path / "deep") == ["cache"]
 
 
-def truncate(folder: Path) -> None:
-    os.truncate(folder / "second.npy", (folder / "second.npy").stat().st_size - 8)
+def truncate(directory: Path) -> None:
+    os.truncate(directory / "second.npy", (directory / "second.npy").stat().st_size - 8)
 
 
-def grow(folder: Path) -> None:
-    with open(folder / "second.npy", "ab") as file:
+def grow(directory: Path) -> None:
+    with open(directory / "second.npy", "ab") as file:
         file.write(b"\0" * 8)
 
 
-def other_shape(folder: Path) -> None:
-    np.save(folder / "second.npy", np.arange(12, dtype=np.int64).reshape(2, 6))
+def other_shape(directory: Path) -> None:
+    np.save(directory / "second.npy", np.arange(12, dtype=np.int64).reshape(2, 6))
 
 
-def half_manifest(folder: Path) -> None:
-    os.truncate(folder / "index.json", 20)
+def half_manifest(directory: Path) -> None:
+    os.truncate(directory / "index.json", 20)
 
 
-def other_version(folder: Path) -> None:
-    manifest = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(manifest | {"format_version": 99}))
+def other_version(directory: Path) -> None:
+    manifest = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(manifest | {"format_version": 99}))
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def other_version(folder: Path) -> None:
         other_shape,
         half_manifest,
         other_version,
-        lambda folder: (folder / "first.npy").unlink(),
-        lambda folder: (folder / "index.json").unlink(),
-        lambda folder: (folder / "index.json").write_text("[]"),
+        lambda directory: (directory / "first.npy").unlink(),
+        lambda directory: (directory / "index.json").unlink(),
+        lambda directory: (directory / "index.json").write_text("[]"),
     ],
 )
-def test_damaged_folder_is_rebuilt_by_a_builder_and_refused_by_others(tmp_path, damage):
+def test_damaged_directory_is_rebuilt_by_a_builder_and_refused_by_others(tmp_path, damage):
     directory = tmp_path / "cache"
     load(directory, Builds())
     damage(directory)
@@ -172,7 +172,7 @@ def test_builders_without_locks_all_succeed(tmp_path, monkeypatch):
     assert visible(tmp_path) == ["cache"]
 
 
-def test_others_wait_for_a_late_folder(tmp_path):
+def test_others_wait_for_a_late_directory(tmp_path):
     thread = threading.Timer(0.3, lambda: load(tmp_path / "cache", Builds()))
     thread.start()
     builds = Builds()
@@ -191,14 +191,14 @@ def test_failing_builder_leaves_nothing(tmp_path):
     assert visible(tmp_path) == []
 
 
-def test_unwritable_folder_is_a_user_error(tmp_path):
+def test_unwritable_directory_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write the sample index cache .*set data\.cache"):
         load(tmp_path / "file" / "cache", Builds())
 
 
-def test_folder_can_be_read_by_the_group(tmp_path):
-    # mkdtemp makes folders for the owner alone; on a shared disk others resume the run.
+def test_directory_can_be_read_by_the_group(tmp_path):
+    # mkdtemp makes directories for the owner alone; on a shared disk others resume the run.
     load(tmp_path / "cache", Builds())
     mask = index_cache._umask()
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o777 & ~mask

@@ -33,17 +33,17 @@ from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSou
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("datasets")
-    write_dataset(folder / "english", ENGLISH, "en")
-    write_dataset(folder / "german", GERMAN, "de")
-    write_dataset(folder / "latin", LATIN, "la")
-    return folder
+def directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("datasets")
+    write_dataset(directory / "english", ENGLISH, "en")
+    write_dataset(directory / "german", GERMAN, "de")
+    write_dataset(directory / "latin", LATIN, "la")
+    return directory
 
 
 @pytest.mark.parametrize("seq_length", [2, 16, 200])
-def test_tokens_equal_a_plain_reconstruction(folder, tmp_path, seq_length):
-    data = section(folder, {"english": 2.0, "german": 1.0}, seq_length)
+def test_tokens_equal_a_plain_reconstruction(directory, tmp_path, seq_length):
+    data = section(directory, {"english": 2.0, "german": 1.0}, seq_length)
     num_samples = (sum(len(document) for document in GERMAN) - 1) // seq_length
     samples = build(data, tmp_path, num_samples)
     rows = samples.rows(range(num_samples))
@@ -58,7 +58,7 @@ def test_tokens_equal_a_plain_reconstruction(folder, tmp_path, seq_length):
     assert rows.sample_id.tolist() == list(range(num_samples))
 
 
-def test_first_epoch_is_megatrons(folder, tmp_path):
+def test_first_epoch_is_megatrons(directory, tmp_path):
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -78,19 +78,19 @@ def test_first_epoch_is_megatrons(folder, tmp_path):
         eod_mask_loss=False,
         path_to_cache=str(tmp_path / "megatron"),
     )
-    dataset = IndexedDataset(str(folder / "german"))
+    dataset = IndexedDataset(str(directory / "german"))
     epoch = (sum(map(len, GERMAN)) - 1) // 16
     theirs = GPTDataset(dataset, "german", np.arange(25, dtype=np.int32), epoch, Split.train, config)
-    rows = build(section(folder, {"german": 1.0}), tmp_path, 3 * epoch).rows(range(epoch))
+    rows = build(section(directory, {"german": 1.0}), tmp_path, 3 * epoch).rows(range(epoch))
     for position in range(epoch):
         expected = theirs[position]
         assert torch.equal(rows.tokens[position, :-1], expected["tokens"])
         assert torch.equal(rows.tokens[position, 1:], expected["labels"])
 
 
-def test_each_epoch_is_a_shuffle_of_its_own(folder, tmp_path):
+def test_each_epoch_is_a_shuffle_of_its_own(directory, tmp_path):
     epoch = (sum(map(len, GERMAN)) - 1) // 16
-    rows = build(section(folder, {"german": 1.0}), tmp_path, 4 * epoch + 3, lookahead=9).rows(range(4 * epoch + 3))
+    rows = build(section(directory, {"german": 1.0}), tmp_path, 4 * epoch + 3, lookahead=9).rows(range(4 * epoch + 3))
     seen = []
     for number in range(4):
         seed = source_seed(0) if number == 0 else source_seed(0, number)
@@ -102,21 +102,21 @@ def test_each_epoch_is_a_shuffle_of_its_own(folder, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_longer_plan_begins_with_the_shorter_one(folder, tmp_path, seed):
+def test_a_longer_plan_begins_with_the_shorter_one(directory, tmp_path, seed):
     """Any weights, any two lengths, several epochs: what was read stays what it was."""
     random = np.random.default_rng(seed)
     weights = dict(zip(("english", "german", "latin"), random.dirichlet([0.7] * 3).tolist(), strict=True))
     short, long = sorted(random.integers(1, 700, size=2).tolist())
-    data = section(folder, weights)
+    data = section(directory, weights)
     rows = build(data, tmp_path, long).rows(range(short))
     expected = build(data, tmp_path, short).rows(range(short))
     assert torch.equal(rows.tokens, expected.tokens) and torch.equal(rows.language, expected.language)
 
 
-def test_shares_follow_the_weights(folder, tmp_path):
+def test_shares_follow_the_weights(directory, tmp_path):
     weights = {"english": 7.0, "german": 2.0, "latin": 1.0}
-    samples = build(section(folder, weights), tmp_path, 300)
-    paths = {name: str(folder / name) for name in weights}
+    samples = build(section(directory, weights), tmp_path, 300)
+    paths = {name: str(directory / name) for name in weights}
     for num_samples in range(1, 301):
         consumed = samples.consumed_per_source(num_samples)
         assert sum(consumed.values()) == num_samples
@@ -129,14 +129,14 @@ def test_shares_follow_the_weights(folder, tmp_path):
     assert samples.consumed_per_source(0) == dict.fromkeys(paths.values(), 0)
 
 
-def test_source_that_is_never_drawn(folder, tmp_path):
-    samples = build(section(folder, {"german": 1.0, "english": 9.0}), tmp_path, 1)
-    assert samples.consumed_per_source(1) == {str(folder / "german"): 0, str(folder / "english"): 1}
+def test_source_that_is_never_drawn(directory, tmp_path):
+    samples = build(section(directory, {"german": 1.0, "english": 9.0}), tmp_path, 1)
+    assert samples.consumed_per_source(1) == {str(directory / "german"): 0, str(directory / "english"): 1}
     assert samples.rows([0]).language.tolist() == [1]
 
 
-def test_rows_do_not_depend_on_call_order_or_cache(folder, tmp_path):
-    data = section(folder, {"english": 1.0, "german": 1.0}, validation_fraction=0.1)
+def test_rows_do_not_depend_on_call_order_or_cache(directory, tmp_path):
+    data = section(directory, {"english": 1.0, "german": 1.0}, validation_fraction=0.1)
     first = build(data, tmp_path / "a", 90)
     whole = first.rows(range(90)).tokens
     order = np.random.default_rng(0).permutation(90)
@@ -149,25 +149,25 @@ def test_rows_do_not_depend_on_call_order_or_cache(folder, tmp_path):
     assert not torch.equal(build(data, tmp_path / "a", 90, seed=SEED + 1).rows(range(90)).tokens, whole)
 
 
-def test_sources_of_equal_size_are_shuffled_differently(folder, tmp_path):
+def test_sources_of_equal_size_are_shuffled_differently(directory, tmp_path):
     # German and Latin have documents of the same lengths, as parallel texts and clones have.
-    rows = build(section(folder, {"german": 1.0, "latin": 1.0}), tmp_path, 40).rows(range(40))
+    rows = build(section(directory, {"german": 1.0, "latin": 1.0}), tmp_path, 40).rows(range(40))
     german, latin = rows.tokens[rows.language == 0], rows.tokens[rows.language == 2]
     assert not torch.equal(german + 20_000 * (german != EOD), latin)
 
 
-def test_rebuilt_data_is_not_read_with_an_old_index(folder, tmp_path):
+def test_rebuilt_data_is_not_read_with_an_old_index(directory, tmp_path):
     for count in (60, 50):
         path = write_dataset(tmp_path / "english", ENGLISH[:count], "en")
-        data = replace(section(folder, {"english": 1.0}), sources=[DataSource(path=path, language="en")])
+        data = replace(section(directory, {"english": 1.0}), sources=[DataSource(path=path, language="en")])
         rows = build(data, tmp_path / "cache", 10).rows(range(10))
         expected = plain_epoch(ENGLISH[:count], 16, source_seed(0))[:10]
         np.testing.assert_array_equal(rows.tokens.numpy(), expected)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "manifest", "leftover"])
-def test_half_written_cache_is_not_believed(folder, tmp_path, damage):
-    data = section(folder, {"english": 1.0, "german": 1.0})
+def test_half_written_cache_is_not_believed(directory, tmp_path, damage):
+    data = section(directory, {"english": 1.0, "german": 1.0})
     expected = build(data, tmp_path).rows(range(40)).tokens
     (cache,) = tmp_path.glob("blend-*")
     if damage == "truncate":
@@ -190,8 +190,8 @@ def scored_labels(samples: ValidationSamples, language: str) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("fraction, held_out", [(0.07, 5), (0.25, 15), (0.0001, 1)])
-def test_held_out_documents_are_scored_once_and_never_trained_on(folder, tmp_path, fraction, held_out):
-    data = section(folder, {"english": 1.0, "german": 1.0}, 8, validation_fraction=fraction)
+def test_held_out_documents_are_scored_once_and_never_trained_on(directory, tmp_path, fraction, held_out):
+    data = section(directory, {"english": 1.0, "german": 1.0}, 8, validation_fraction=fraction)
     validation = ValidationSamples.build(data, languages=LANGUAGES, max_samples=10_000)
     assert validation.languages == ["de", "en"]
     first, labels = scored_labels(validation, "en")
@@ -203,26 +203,29 @@ def test_held_out_documents_are_scored_once_and_never_trained_on(folder, tmp_pat
     assert len(trained) > 0.9 * sum(len(d) - 1 for d in ENGLISH[:-held_out])
 
 
-def test_held_out_share_does_not_suffer_from_floating_point(folder, tmp_path):
+def test_held_out_share_does_not_suffer_from_floating_point(directory, tmp_path):
     # 0.07 * 100 is 7.000000000000001, and still means seven documents.
     documents = make_documents(100, 1, seed=3)
-    data = section(folder, {"english": 1.0}, validation_fraction=0.07)
+    data = section(directory, {"english": 1.0}, validation_fraction=0.07)
     data = replace(data, sources=[DataSource(path=write_dataset(tmp_path / "hundred", documents, "en"), language="en")])
     first, labels = scored_labels(ValidationSamples.build(data, languages=LANGUAGES, max_samples=999), "en")
     assert first + labels == np.concatenate(documents[-7:]).tolist()
 
 
-def test_validation_fraction_of_zero_holds_nothing_out(folder):
-    validation = ValidationSamples.build(section(folder, {"english": 1.0}), languages=LANGUAGES, max_samples=5)
+def test_validation_fraction_of_zero_holds_nothing_out(directory):
+    validation = ValidationSamples.build(section(directory, {"english": 1.0}), languages=LANGUAGES, max_samples=5)
     assert validation.languages == [] and validation.num_samples("en") == 0
     with pytest.raises(KeyError):
         validation.rows("en", [0])
 
 
-def test_separate_validation_files_leave_training_whole(folder, tmp_path):
+def test_separate_validation_files_leave_training_whole(directory, tmp_path):
     held_out = write_dataset(tmp_path / "held_out", LATIN[:7], "en")
     data = section(
-        folder, {"english": 1.0}, validation=[ValidationSource(path=held_out, language="en")], validation_fraction=0.5
+        directory,
+        {"english": 1.0},
+        validation=[ValidationSource(path=held_out, language="en")],
+        validation_fraction=0.5,
     )
     validation = ValidationSamples.build(data, languages=LANGUAGES, max_samples=10_000)
     first, labels = scored_labels(validation, "en")
@@ -231,9 +234,9 @@ def test_separate_validation_files_leave_training_whole(folder, tmp_path):
     np.testing.assert_array_equal(rows.tokens.numpy(), plain_epoch(ENGLISH, 16, source_seed(0))[:50])
 
 
-def test_sources_of_one_language_are_joined_and_capped(folder, tmp_path):
+def test_sources_of_one_language_are_joined_and_capped(directory, tmp_path):
     more = write_dataset(tmp_path / "more", LATIN, "en")
-    data = section(folder, {"english": 1.0}, validation_fraction=0.1)
+    data = section(directory, {"english": 1.0}, validation_fraction=0.1)
     data = replace(data, sources=[*data.sources, DataSource(path=more, language="en")])
     everything = np.concatenate([*ENGLISH[-6:], *LATIN[-3:]]).tolist()
     whole = ValidationSamples.build(data, languages=LANGUAGES, max_samples=10_000)
@@ -246,15 +249,15 @@ def test_sources_of_one_language_are_joined_and_capped(folder, tmp_path):
     assert rows.tokens.reshape(-1).tolist() == everything[16:33] + everything[:17] and rows.sample_id.tolist() == [1, 0]
 
 
-def test_validation_shorter_than_one_window(folder):
-    data = section(folder, {"english": 1.0}, 500, validation_fraction=0.05)
+def test_validation_shorter_than_one_window(directory):
+    data = section(directory, {"english": 1.0}, 500, validation_fraction=0.05)
     rows, mask = ValidationSamples.build(data, languages=LANGUAGES, max_samples=10).rows("en", [0])
     text = np.concatenate(ENGLISH[-3:])
     assert rows.tokens[0].tolist() == text.tolist() + [EOD] * (501 - len(text))
     assert mask[0].tolist() == [True] * (len(text) - 1) + [False] * (501 - len(text))
 
 
-def test_documents_of_several_sequences_are_not_divided(folder, tmp_path):
+def test_documents_of_several_sequences_are_not_divided(directory, tmp_path):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path / "parts"
@@ -265,7 +268,7 @@ def test_documents_of_several_sequences_are_not_divided(folder, tmp_path):
         builder.add_document(np.concatenate(parts[number : number + 2]), [30, 30])
     builder.finalize(f"{prefix}.idx")
     save_sidecar(replace(load_sidecar(prefix), documents=4, tokens=240), prefix)
-    data = section(folder, {"english": 1.0}, validation_fraction=0.2)
+    data = section(directory, {"english": 1.0}, validation_fraction=0.2)
     data = replace(data, sources=[DataSource(path=str(prefix), language="en")])
     first, labels = scored_labels(ValidationSamples.build(data, languages=LANGUAGES, max_samples=99), "en")
     assert first + labels == list(range(280, 340))
@@ -281,8 +284,8 @@ def test_sixteen_bit_ids_above_two_to_the_fifteen(tmp_path):
     assert build(data, tmp_path, 1).rows([0]).tokens[0].tolist() == document.tolist()
 
 
-def test_bad_arguments(folder, tmp_path):
-    data = section(folder, {"english": 1.0})
+def test_bad_arguments(directory, tmp_path):
+    data = section(directory, {"english": 1.0})
     samples = build(data, tmp_path, 5)
     assert len(samples) == 5 and samples.rows([]).tokens.shape == (0, 17)
     for index in (-1, 5):
@@ -344,8 +347,8 @@ def test_damaged_sources_are_user_errors(tmp_path, damage, message, where):
             ValidationSamples.build(data, languages=LANGUAGES, max_samples=4, vocab_size=VOCAB_SIZE)
 
 
-def test_wrong_combinations_are_user_errors(folder, tmp_path):
-    data = section(folder, {"english": 1.0})
+def test_wrong_combinations_are_user_errors(directory, tmp_path):
+    data = section(directory, {"english": 1.0})
     with pytest.raises(UserError, match=r"expected sha256:cc as in the tokenizer tokenizer;"):
         build(data, tmp_path, tokenizer_fingerprint="sha256:cc")
     with pytest.raises(UserError, match=r"language 'en' is not among the run's languages de, fr"):
@@ -356,7 +359,7 @@ def test_wrong_combinations_are_user_errors(folder, tmp_path):
         UserError, match=rf"english: {tokens} tokens in 60 training documents \(0 more .* = {tokens + 1};"
     ):
         build(replace(data, seq_length=tokens), tmp_path, 1)
-    same = ValidationSource(path=str(folder / ".." / folder.name / "english"), language="en")
+    same = ValidationSource(path=str(directory / ".." / directory.name / "english"), language="en")
     with pytest.raises(UserError, match=r"data\.validation: .*english is also in data\.sources"):
         build(replace(data, validation=[same]), tmp_path)
 
@@ -378,13 +381,13 @@ def test_ids_outside_the_vocabulary_are_user_errors(tmp_path):
         validation.rows("en", [0])
 
 
-def test_building_warns_of_nothing(folder, tmp_path, caplog):
+def test_building_warns_of_nothing(directory, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        build(section(folder, {"english": 1.0, "german": 1.0}), tmp_path)
+        build(section(directory, {"english": 1.0, "german": 1.0}), tmp_path)
     assert caplog.records == []
 
 
-# For each case the cache folders and the builder flags of the two ranks.
+# For each case the cache directories and the builder flags of the two ranks.
 LAYOUTS = {
     # The case that Megatron-Core's own cache fails: its rank 0 builds, and rank 1 looks on another disk.
     "two nodes with own disks": (("node0", "node1"), (True, True)),
@@ -394,12 +397,12 @@ LAYOUTS = {
 }
 
 
-def build_on_rank(rank: int, folder: Path, results: Path) -> None:
+def build_on_rank(rank: int, directory: Path, results: Path) -> None:
     """One process of a job of two: joins gloo, builds in every layout, saves its rows; runs in a spawned process."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{results}/rendezvous", rank=rank, world_size=2)
-    data = section(folder, {"english": 1.0, "german": 2.0}, validation_fraction=0.1)
+    data = section(directory, {"english": 1.0, "german": 2.0}, validation_fraction=0.1)
     rows = {}
     for layout, (caches, builders) in LAYOUTS.items():
         cache_dir = results / caches[rank]
@@ -414,9 +417,9 @@ def build_on_rank(rank: int, folder: Path, results: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes(folder, tmp_path):
+def test_two_processes(directory, tmp_path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=build_on_rank, args=(rank, folder, tmp_path)) for rank in range(2)]
+    processes = [context.Process(target=build_on_rank, args=(rank, directory, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     try:
@@ -426,7 +429,7 @@ def test_two_processes(folder, tmp_path):
     finally:
         for process in processes:
             process.kill()
-    data = section(folder, {"english": 1.0, "german": 2.0}, validation_fraction=0.1)
+    data = section(directory, {"english": 1.0, "german": 2.0}, validation_fraction=0.1)
     expected = build(data, tmp_path / "alone", 70).rows(range(70)).tokens
     for rank in range(2):
         rows = torch.load(tmp_path / f"{rank}.pt")

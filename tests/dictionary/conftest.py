@@ -21,8 +21,8 @@ TRAINING_TEXT = [
 ]
 
 
-def save_bpe(folder: Path, *, vocab_size: int = 900) -> Path:
-    """A byte-level BPE tokenizer folder as `train-tokenizer` writes it."""
+def save_bpe(directory: Path, *, vocab_size: int = 900) -> Path:
+    """A byte-level BPE tokenizer directory as `train-tokenizer` writes it."""
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -36,19 +36,19 @@ def save_bpe(folder: Path, *, vocab_size: int = 900) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TRAINING_TEXT * 3, trainer)
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_bpe(tmp_path_factory.mktemp("bpe") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_folder)
+def tokenizer(tokenizer_directory: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_directory)
 
 
 @pytest.fixture(scope="session")
@@ -61,16 +61,16 @@ def metaspace_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator(TRAINING_TEXT * 3, trainer)
-    folder = tmp_path_factory.mktemp("metaspace")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    directory = tmp_path_factory.mktemp("metaspace")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
 
 
 @pytest.fixture(scope="session")
 def clone_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = save_bpe(tmp_path_factory.mktemp("clone") / "tokenizer")
-    (folder / "clone.json").write_text('{"language": "en_clone"}')
-    return load_tokenizer(folder)
+    directory = save_bpe(tmp_path_factory.mktemp("clone") / "tokenizer")
+    (directory / "clone.json").write_text('{"language": "en_clone"}')
+    return load_tokenizer(directory)
 
 
 @pytest.fixture

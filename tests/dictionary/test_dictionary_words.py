@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megatron_prealign.dictionary import groups as rules
 from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder
 from megatron_prealign.dictionary.scripts import scripts_of
-from megatron_prealign.dictionary.words import FIRST_SCRIPT_BIT, TO_CLEAN, WordLooker, clean
+from megatron_prealign.dictionary.words import FIRST_SCRIPT_BIT, TO_CLEAN, WordClassifier, clean
 from megatron_prealign.errors import UserError
 
 
@@ -42,12 +42,12 @@ def test_clean_words_are_clean(word):
     cleaned = clean(word)
     assert clean(cleaned) == cleaned == cleaned.strip()
     # What looks for dirt agrees: a word that it does not find dirty is clean.
-    flags = WordLooker().look(["x", word, "y"]).flags
+    flags = WordClassifier().look(["x", word, "y"]).flags
     assert flags[1] & TO_CLEAN or cleaned == word
 
 
 def test_what_is_known_of_words():
-    facts = WordLooker().look(["apple", "", "яблоко и груша", "苹果 tree", "123"])
+    facts = WordClassifier().look(["apple", "", "яблоко и груша", "苹果 tree", "123"])
     assert facts.characters.tolist() == [5, 0, 14, 7, 3]
     assert facts.spaces.tolist() == [0, 0, 2, 1, 0]
     latin, cyrillic, han = scripts_of("en"), scripts_of("ru"), scripts_of("zh")

@@ -48,14 +48,14 @@ def base64(number: int) -> str:
             return text
 
 
-def write_dictd(folder: Path, articles: dict[str, str], *, compress: bool = True) -> Path:
+def write_dictd(directory: Path, articles: dict[str, str], *, compress: bool = True) -> Path:
     index, data = [], b""
     for headword, article in articles.items():
         index.append(f"{headword}\t{base64(len(data))}\t{base64(len(article.encode()))}\n")
         data += article.encode()
-    (folder / "d.index").write_text("".join(index), encoding="utf-8")
-    (folder / ("d.dict.dz" if compress else "d.dict")).write_bytes(gzip.compress(data) if compress else data)
-    return folder / "d.index"
+    (directory / "d.index").write_text("".join(index), encoding="utf-8")
+    (directory / ("d.dict.dz" if compress else "d.dict")).write_bytes(gzip.compress(data) if compress else data)
+    return directory / "d.index"
 
 
 ARTICLES = {
@@ -148,7 +148,7 @@ def test_dictd_files_that_are_missing_or_damaged(tmp_path):
 
 
 def write_stardict(
-    folder: Path,
+    directory: Path,
     articles: dict[str, bytes],
     *,
     types: str = "m",
@@ -172,12 +172,12 @@ def write_stardict(
     if synonyms is not None:
         values["synwordcount"] = len(synonyms)
         rows = [word.encode() + b"\0" + struct.pack(">I", place) for word, place in synonyms.items()]
-        (folder / "s.syn").write_bytes(b"".join(rows))
+        (directory / "s.syn").write_bytes(b"".join(rows))
     lines = [f"{key}={value}" for key, value in (values | changes).items() if value is not None]
-    (folder / "s.ifo").write_text("StarDict's dict ifo file\n" + "\n".join(lines) + "\n")
-    (folder / "s.idx").write_bytes(index)
-    (folder / "s.dict").write_bytes(data)
-    return folder / "s.ifo"
+    (directory / "s.ifo").write_text("StarDict's dict ifo file\n" + "\n".join(lines) + "\n")
+    (directory / "s.idx").write_bytes(index)
+    (directory / "s.dict").write_bytes(data)
+    return directory / "s.ifo"
 
 
 def test_stardict(tmp_path):

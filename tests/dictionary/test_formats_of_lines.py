@@ -137,7 +137,7 @@ def test_wiktextract_of_odd_shapes(tmp_path):
 # PanLex
 
 
-def write_panlex(folder: Path, ending: str = "") -> Path:
+def write_panlex(directory: Path, ending: str = "") -> Path:
     tables = {
         "langvar": [["id", "lang_code", "var_code"], [187, "eng", 0], [157, "deu", 0], [1627, "cmn", 0], [9, "cmn", 1]],
         "expr": [
@@ -154,8 +154,8 @@ def write_panlex(folder: Path, ending: str = "") -> Path:
     for name, rows in tables.items():
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        (folder / f"{name}.csv{ending}").write_bytes(COMPRESSIONS[ending](text.getvalue().encode()))
-    return folder
+        (directory / f"{name}.csv{ending}").write_bytes(COMPRESSIONS[ending](text.getvalue().encode()))
+    return directory
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -192,7 +192,7 @@ def test_broken_panlex(tmp_path):
     (tmp_path / "langvar.csv").unlink()
     with pytest.raises(UserError, match=r"langvar\.csv is missing"):
         read(tmp_path)
-    with pytest.raises(UserError, match=r"is a folder without expr\.csv"):
+    with pytest.raises(UserError, match=r"is a directory without expr\.csv"):
         read(tmp_path.parent)
 
 

@@ -21,7 +21,7 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture
 def given(tiny: Tiny) -> list[str]:
-    return ["--table", tiny.table, "--data", str(tiny.folder / "en")]
+    return ["--table", tiny.table, "--data", str(tiny.directory / "en")]
 
 
 def test_rows_and_totals_without_a_terminal(given: list[str], tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
@@ -60,7 +60,7 @@ def test_recipe(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert marked and marked <= kept
     assert not (tmp_path / "run").exists()
     # a ratio on the command line has no schedule, and data of its own replaces the blend
-    arguments = ["--rows", 3, "--ratio", 0.25, "--data", tiny.folder / "en", "--seed", 9, "--seq-length", 16]
+    arguments = ["--rows", 3, "--ratio", 0.25, "--data", tiny.directory / "en", "--seed", 9, "--seq-length", 16]
     assert run("--config", recipe, *arguments, "--label-mode", "mix") == 0
     printed = capsys.readouterr().out
     assert "0.25 of the known words, mix" in printed and "of 16 tokens, seed 9" in printed
@@ -138,12 +138,12 @@ def test_fewer_rows_than_asked_for(given: list[str], capsys: pytest.CaptureFixtu
         ({"--language-weights": "fr=1"}, "code_switch.language_weights names fr, expected languages of"),
         ({"--label-mode": "none"}, "--label-mode is none, expected one of input_only, codeswitch, "),
         ({"--max-word-length": "0"}, "code_switch.max_word_length is 0, expected null or at least"),
-        ({"--html": "."}, "--html is ., a folder; expected a file to write"),
+        ({"--html": "."}, "--html is ., a directory; expected a file to write"),
     ],
     ids=str,
 )
 def test_mistakes(change: dict[str, str | None], text: str, tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
-    options = {"--table": tiny.table, "--data": str(tiny.folder / "en"), "--rows": "1", **change}
+    options = {"--table": tiny.table, "--data": str(tiny.directory / "en"), "--rows": "1", **change}
     assert run(*[each for pair in options.items() if pair[1] is not None for each in pair]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and text in captured.err
@@ -151,20 +151,20 @@ def test_mistakes(change: dict[str, str | None], text: str, tiny: Tiny, capsys: 
 
 
 def test_data_that_does_not_fit(tiny: Tiny, tmp_path: Path, tokenizer, make_dataset, capsys) -> None:
-    assert run("--table", tiny.table, "--data", tiny.folder / "en_clone") == 2
+    assert run("--table", tiny.table, "--data", tiny.directory / "en_clone") == 2
     assert "replaces words of en, the data is in en_clone: nothing would ever be switched" in capsys.readouterr().err
     other = make_dataset(tokenizer, ["The apple and the house " * 30], "en")
     capsys.readouterr()
     assert run("--table", tiny.table, "--data", other) == 2
     assert f"but dataset {other} has {tokenizer.fingerprint}" in capsys.readouterr().err
-    assert run("--table", tiny.table, "--data", tiny.folder / "en", "--tokenizer", tokenizer.path) == 2
+    assert run("--table", tiny.table, "--data", tiny.directory / "en", "--tokenizer", tokenizer.path) == 2
     assert f"but tokenizer {tokenizer.path} has {tokenizer.fingerprint}" in capsys.readouterr().err
 
 
 def test_tokenizer_that_moved(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for ending in ("bin", "idx"):
-        shutil.copy(tiny.folder / f"en.{ending}", tmp_path / f"en.{ending}")
-    sidecar = json.loads(sidecar_path(tiny.folder / "en").read_text(encoding="utf-8"))
+        shutil.copy(tiny.directory / f"en.{ending}", tmp_path / f"en.{ending}")
+    sidecar = json.loads(sidecar_path(tiny.directory / "en").read_text(encoding="utf-8"))
     sidecar["tokenizer"]["path"] = "gone/tokenizer"
     sidecar_path(tmp_path / "en").write_text(json.dumps(sidecar), encoding="utf-8")
     arguments = ["--table", tiny.table, "--data", tmp_path / "en", "--rows", 1]

@@ -15,14 +15,14 @@ from megatron_prealign.dictionary.table_output import check_table_output
 from megatron_prealign.errors import UserError
 
 
-def arguments(action: str, folder: Path, tokenizer, output: Path) -> list[str]:
+def arguments(action: str, directory: Path, tokenizer, output: Path) -> list[str]:
     """Of a command that writes a table; what it reads is made."""
-    (folder / "a.tsv").write_text("apple\tApfel\nhouse\tHaus\n")
+    (directory / "a.tsv").write_text("apple\tApfel\nhouse\tHaus\n")
     given = ["dictionary", action, "--tokenizer", str(tokenizer.path), "--output", str(output)]
     if action == "build":
-        return [*given, "--input", f"{folder}/a.tsv:en-de"]
-    assert main(arguments("build", folder, tokenizer, folder / "one.safetensors")) == 0
-    return [*given, "--table", f"{folder}/one.safetensors", f"{folder}/one.safetensors"]
+        return [*given, "--input", f"{directory}/a.tsv:en-de"]
+    assert main(arguments("build", directory, tokenizer, directory / "one.safetensors")) == 0
+    return [*given, "--table", f"{directory}/one.safetensors", f"{directory}/one.safetensors"]
 
 
 @contextmanager
@@ -51,9 +51,9 @@ def safetensors(header: object) -> bytes:
         (safetensors({"w": {}, "__metadata__": {"format_version": "1"}}), "a safetensors file of something else"),
         (safetensors({"x": [{}]}), "a safetensors file of something else"),
         (b"\2\0\0\0\0\0\0\0{]", "a safetensors file of something else"),
-        (None, "a folder"),
+        (None, "a directory"),
     ],
-    ids=["text", "empty", "zip", "version", "tensors", "broken", "folder"],
+    ids=["text", "empty", "zip", "version", "tensors", "broken", "directory"],
 )
 def test_other_files_are_not_overwritten(action, content, kind, tokenizer, tmp_path, capsys):
     output = tmp_path / "recipe.yaml"
@@ -87,7 +87,7 @@ def test_devices_are_not_overwritten():
 
 
 @pytest.mark.parametrize("action", ["build", "merge"])
-def test_folders_that_take_no_files(action, tokenizer, tmp_path, capsys):
+def test_directories_that_take_no_files(action, tokenizer, tmp_path, capsys):
     # Nobody, not even root, can write there.
     given = arguments(action, tmp_path, tokenizer, Path("/proc/new/table.safetensors"))
     capsys.readouterr()
@@ -101,7 +101,7 @@ def test_folders_that_take_no_files(action, tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize("action", ["build", "merge"])
 @pytest.mark.parametrize("size", [0, 1000])
 def test_a_table_on_a_full_disk(action, size, tokenizer, tmp_path, capsys):
-    output = tmp_path / "new" / "folder" / "table.safetensors"
+    output = tmp_path / "new" / "directory" / "table.safetensors"
     given = arguments(action, tmp_path, tokenizer, output)
     capsys.readouterr()
     with largest_file(size):
@@ -117,13 +117,13 @@ def test_pages_on_a_full_disk(tokenizer, tmp_path, make_dataset, capsys):
     table = tmp_path / "table.safetensors"
     assert main(arguments("build", tmp_path, tokenizer, table)) == 0
     corpus = str(make_dataset(tokenizer, ["an apple, a house " * 20], "en"))
-    page, folder = tmp_path / "new" / "page.html", tmp_path / "report"
+    page, directory = tmp_path / "new" / "page.html", tmp_path / "report"
     commands = {
         "page": ("preview", ["--data", corpus, "--seq-length", "16", "--rows", "2", "--html", str(page)], page),
-        "report": ("report", ["--corpus", corpus, "--output", str(folder)], folder / "report.html"),
+        "report": ("report", ["--corpus", corpus, "--output", str(directory)], directory / "report.html"),
     }
     assert main(["dictionary", "report", "--table", str(table), *commands["report"][1]]) == 0
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
     for what, (action, options, path) in commands.items():
         capsys.readouterr()
         with largest_file(500):
@@ -131,4 +131,4 @@ def test_pages_on_a_full_disk(tokenizer, tmp_path, make_dataset, capsys):
         line = f"error: cannot write {what} {path}: File too large; free disk space"
         assert re.fullmatch(re.escape(line) + r"[^\n]*\n", capsys.readouterr().err)
     assert not page.parent.exists()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

@@ -18,10 +18,10 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.tools.doctor import main
 
 
-def put_module(folder: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / name).mkdir(parents=True)
-    (folder / name / "__init__.py").write_text(source)
-    monkeypatch.syspath_prepend(str(folder))
+def put_module(directory: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / name).mkdir(parents=True)
+    (directory / name / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(directory))
 
 
 def pretend_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
@@ -37,10 +37,10 @@ def pretend_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | 
     monkeypatch.setattr(metadata, "version", version)
 
 
-def put_command(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+def put_command(directory: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_this_machine_can_run_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Run folders in, report.json, report.html, report.png and the table out."""
+"""Run directories in, report.json, report.html, report.png and the table out."""
 
 import copy
 import json
@@ -62,12 +62,12 @@ WATCH = {
 }
 
 
-def write_run(folder: Path, lines: list[dict], recipe: str = "model: {num_layers: 1}\n") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "recipe.yaml").write_text(recipe)
-    (folder / "versions.json").write_text('{"torch": "2.13.0"}')
-    return folder
+def write_run(directory: Path, lines: list[dict], recipe: str = "model: {num_layers: 1}\n") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "recipe.yaml").write_text(recipe)
+    (directory / "versions.json").write_text('{"torch": "2.13.0"}')
+    return directory
 
 
 def aligned_lines() -> list[dict]:
@@ -120,9 +120,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunRecord,
 
 @pytest.fixture(scope="module")
 def written(runs: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A report folder and what `write_report` returned; drawing takes a second, so tests share it."""
-    folder = tmp_path_factory.mktemp("report") / "made" / "here"
-    return folder, write_report(runs, folder)
+    """A report directory and what `write_report` returned; drawing takes a second, so tests share it."""
+    directory = tmp_path_factory.mktemp("report") / "made" / "here"
+    return directory, write_report(runs, directory)
 
 
 def test_a_repeated_step_of_a_resumed_run_is_read_from_its_later_line(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_mistakes_name_the_place(tmp_path: Path) -> None:
 
 
 def test_report_json_holds_what_was_measured(written: tuple[Path, dict]) -> None:
-    folder, returned = written
-    report = json.loads((folder / "report.json").read_text())
+    directory, returned = written
+    report = json.loads((directory / "report.json").read_text())
     assert report == returned
     aligned = report["runs"]["aligned"]
     assert aligned["validation_loss"] == {"en": 4.5, "de": 5.0}

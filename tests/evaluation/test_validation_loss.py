@@ -12,9 +12,9 @@ from support.workers import WorkerPool
 SEQ_LENGTH = 96
 
 
-def values_for(tiny: Tiny, folder: Path, **parallel: Any) -> dict[str, Any]:
+def values_for(tiny: Tiny, directory: Path, **parallel: Any) -> dict[str, Any]:
     """Windows that fill neither the last microbatch nor the last window."""
-    values = copy.deepcopy(tiny.values(folder))
+    values = copy.deepcopy(tiny.values(directory))
     values["data"]["seq_length"] = SEQ_LENGTH
     values["training"].update(micro_batch_size=3, global_batch_size=12, eval_samples=100_000)
     values["alignment"].update(lm_global_batch_size=12)
@@ -22,14 +22,14 @@ def values_for(tiny: Tiny, folder: Path, **parallel: Any) -> dict[str, Any]:
     return values
 
 
-def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any, Any]:
+def opened(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any, Any, Any, Any]:
     from megatron_prealign.model.build import build_model
     from megatron_prealign.run.dictionary import load_words
     from megatron_prealign.run.inputs import open_validation, open_vocabulary
     from megatron_prealign.run.pretrain import format_of_rows
     from megatron_prealign.runtime.distributed import start
 
-    recipe = recipe_of(values, Path(folder))
+    recipe = recipe_of(values, Path(directory))
     runtime = start(recipe.parallel, seed=recipe.training.seed)
     vocabulary = open_vocabulary(recipe)
     chunks = build_model(recipe, runtime, vocab_size=vocabulary.size)
@@ -38,11 +38,11 @@ def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any
     return recipe, runtime, chunks, validation, words, format_of_rows(recipe, vocabulary)
 
 
-def measured(values: dict[str, Any], folder: str) -> dict[str, float]:
+def measured(values: dict[str, Any], directory: str) -> dict[str, float]:
     """Runs in workers."""
     from megatron_prealign.evaluation.validation import validation_losses
 
-    recipe, runtime, chunks, samples, _, row_format = opened(values, folder)
+    recipe, runtime, chunks, samples, _, row_format = opened(values, directory)
     return validation_losses(
         runtime,
         chunks,
@@ -52,10 +52,10 @@ def measured(values: dict[str, Any], folder: str) -> dict[str, float]:
     )
 
 
-def by_hand(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def by_hand(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in a worker: one window at a time through the model, torch's cross entropy over its text; with
     `reset_attention_mask` one document of a window at a time."""
-    _, _, (chunk,), samples, _, row_format = opened(values, folder)
+    _, _, (chunk,), samples, _, row_format = opened(values, directory)
     losses: dict[str, float] = {}
     windows, last = {}, {}
     for language in samples.languages:
@@ -77,11 +77,11 @@ def by_hand(values: dict[str, Any], folder: str) -> dict[str, Any]:
     return {"losses": losses, "windows": windows, "last": last}
 
 
-def evaluation(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def evaluation(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in a worker: the evaluator's result, and what it leaves of the model."""
     from megatron_prealign.evaluation.evaluator import Evaluator
 
-    recipe, runtime, chunks, samples, words, row_format = opened(values, folder)
+    recipe, runtime, chunks, samples, words, row_format = opened(values, directory)
     chunks[0].train()
     evaluator = Evaluator(recipe, runtime, samples, row_format, words)
     first = evaluator.measure(chunks)
@@ -95,8 +95,8 @@ def evaluation(values: dict[str, Any], folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    folder = tmp_path_factory.mktemp("by_hand")
-    answer = workers.run(1, by_hand, values_for(tiny, folder), str(folder))[0]
+    directory = tmp_path_factory.mktemp("by_hand")
+    answer = workers.run(1, by_hand, values_for(tiny, directory), str(directory))[0]
     assert list(answer["losses"]) == ["en", "en_clone"]
     # What the test is about: a last round and a last window that are not full.
     assert all(windows % 6 for windows in answer["windows"].values())

@@ -29,9 +29,9 @@ def sentence(topic: str, verb: str) -> str:
     return f"This is the part that will {verb} all of the {topic} in the garden, and it returns to the {unique} hut."
 
 
-def put_package(folder: Path, name: str, files: dict[str, str]) -> None:
+def put_package(directory: Path, name: str, files: dict[str, str]) -> None:
     for path, source in {"__init__.py": "", **files}.items():
-        target = folder / name / path
+        target = directory / name / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source, encoding="utf-8")
 

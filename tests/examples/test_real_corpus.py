@@ -28,17 +28,17 @@ DICTIONARIES = ("ar", "de", "es", "ja", "ru")
 RECIPE = """
 model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 4}}
 data:
-  tokenizer: {folder}/tokenizer
+  tokenizer: {directory}/tokenizer
   seq_length: 256
-  cache: {folder}/cache
+  cache: {directory}/cache
   validation_fraction: 0.05
   sources:
 {sources}
-dictionary: {{table: {folder}/table.safetensors}}
+dictionary: {{table: {directory}/table.safetensors}}
 code_switch: {{ratio: 0.5}}
 optimizer: {{lr: 1.0e-3, lr_warmup_iters: 1}}
 training: {{seed: 1, precision: fp32, micro_batch_size: 4, global_batch_size: 64, train_iters: 2}}
-logging: {{run_dir: {folder}/run}}
+logging: {{run_dir: {directory}/run}}
 """
 
 
@@ -47,7 +47,7 @@ def command(*arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (REAL / "corpus").is_dir():
         pytest.skip("the real corpora are not beside this checkout (../shared/data)")
     path = tmp_path_factory.mktemp("real")
@@ -64,33 +64,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command("dictionary", "build", "--input", *lists, "--tokenizer", path / "tokenizer",
             "--output", path / "table.safetensors", "--corpus", path / "en", "--on-error", "skip")  # fmt: skip
     sources = [f"    - {{path: {path}/{language}, language: {language}, weight: 1.0}}" for language in LANGUAGES]
-    (path / "recipe.yaml").write_text(RECIPE.format(folder=path, sources="\n".join(sources)))
+    (path / "recipe.yaml").write_text(RECIPE.format(directory=path, sources="\n".join(sources)))
     return path
 
 
-def test_the_token_files_hold_the_text(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder / "tokenizer")
+def test_the_token_files_hold_the_text(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory / "tokenizer")
     for language in LANGUAGES:
         with gzip.open(REAL / "corpus" / f"{language}.jsonl.gz") as lines:
             texts = [json.loads(line)["text"] for line in lines]
-        dataset, sidecar = open_indexed(folder / language), load_sidecar(folder / language)
+        dataset, sidecar = open_indexed(directory / language), load_sidecar(directory / language)
         assert (len(dataset), sidecar.documents, sidecar.language) == (len(texts), len(texts), language)
         assert sidecar.bytes == sum(len(text.encode()) for text in texts)
         # Byte-level: what comes back is the text itself.
         assert [tokenizer.decode(row[:-1]) for row in dataset] == texts
-    command("dataset", "verify", "--input", *(folder / language for language in LANGUAGES))
+    command("dataset", "verify", "--input", *(directory / language for language in LANGUAGES))
 
 
-def test_a_training_batch(folder: Path) -> None:
-    command("pretrain", "--config", folder / "recipe.yaml", "--validate")
-    command("dataset", "prepare-cache", "--config", folder / "recipe.yaml")
-    recipe = load_recipe(["--config", str(folder / "recipe.yaml")])
+def test_a_training_batch(directory: Path) -> None:
+    command("pretrain", "--config", directory / "recipe.yaml", "--validate")
+    command("dataset", "prepare-cache", "--config", directory / "recipe.yaml")
+    recipe = load_recipe(["--config", str(directory / "recipe.yaml")])
     vocabulary = open_vocabulary(recipe)
     plan = open_plan(recipe, vocabulary)
     assert not plan.write_index()
     rows = plan.open().rows(range(64))
     assert set(rows.language.tolist()) == set(range(len(recipe.data.languages)))
-    table = load_table(folder / "table.safetensors")
+    table = load_table(directory / "table.safetensors")
     table = switchable_table(table, recipe.code_switch, recipe.data.languages)
     switcher = CodeSwitcher(
         table, recipe.code_switch, format_of_rows(recipe, vocabulary), seed=1,
@@ -110,21 +110,21 @@ def test_a_training_batch(folder: Path) -> None:
         assert set(batch.labels[number][scored[number]].tolist()) <= originals[number]
 
 
-def test_what_the_dictionaries_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_dictionaries_know(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    command("dictionary", "report", "--table", folder / "table.safetensors", "--corpus", folder / "en",
-            "--output", folder / "report")  # fmt: skip
-    table = load_table(folder / "table.safetensors")
+    command("dictionary", "report", "--table", directory / "table.safetensors", "--corpus", directory / "en",
+            "--output", directory / "report")  # fmt: skip
+    table = load_table(directory / "table.safetensors")
     assert set(table.languages) == {"en", *DICTIONARIES}
     assert table.num_groups > 50_000
-    report = json.loads((folder / "report/report.json").read_text(encoding="utf-8"))
+    report = json.loads((directory / "report/report.json").read_text(encoding="utf-8"))
     (corpus,) = report["corpora"]
-    measured = measure_coverage(table, folder / "en")
+    measured = measure_coverage(table, directory / "en")
     assert (corpus["running_words"], corpus["known_words"]) == (measured.running_words, measured.known_words)
     # A handbook in plain English, and 125,000 words.
     assert 0.9 < corpus["coverage"] < 1
     assert len(corpus["unknown_words"]) == 50 and len(corpus["samples"]) == 20
-    page = (folder / "report/report.html").read_text(encoding="utf-8")
+    page = (directory / "report/report.html").read_text(encoding="utf-8")
     assert f"{corpus['coverage']:.1%}" in page
     # It fetches nothing.
     assert not re.search(r"(src|href)=.?https?:|<link|@import", page)

@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder."""
+"""One run at a time writes into a directory."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from support.tiny import recipe_of
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.lock import LOCK, locked_directories
-from megatron_prealign.run.folder import take_run_folder
+from megatron_prealign.run.directory import take_run_directory
 
 # Takes the lock, says so, and waits to be killed.
 HOLD = """
@@ -36,7 +36,7 @@ def test_second_run_is_refused_and_a_killed_one_does_not_block(tmp_path: Path) -
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(UserError) as caught, locked_directories([tmp_path]):
-            raise AssertionError("two runs in one folder")
+            raise AssertionError("two runs in one directory")
         assert re.fullmatch(
             re.escape(f"{tmp_path} is in use by another run (process {other.pid} on {socket.gethostname()} since ")
             + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); wait for it, stop it, or choose another logging.run_dir and "
@@ -52,28 +52,28 @@ def test_second_run_is_refused_and_a_killed_one_does_not_block(tmp_path: Path) -
     assert not (tmp_path / LOCK).exists()
 
 
-def test_any_of_several_folders_refuses(tmp_path: Path) -> None:
+def test_any_of_several_directories_refuses(tmp_path: Path) -> None:
     run, shared = tmp_path / "run", tmp_path / "shared"
     with locked_directories([run, shared]):
         with (
             pytest.raises(UserError, match=f"^{re.escape(str(shared))} is in use"),
             locked_directories([tmp_path / "b", shared]),
         ):
-            raise AssertionError("two runs in one folder")
+            raise AssertionError("two runs in one directory")
         # What the refused one made is gone again.
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shared"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_folder_by_two_names_is_locked_once(tmp_path: Path) -> None:
+def test_one_directory_by_two_names_is_locked_once(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     with locked_directories([tmp_path, tmp_path / "link", tmp_path / "."]):
         assert (tmp_path / LOCK).exists()
 
 
-def test_folders_with_something_in_them_stay(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "b"
-    with locked_directories([folder]):
+def test_directories_with_something_in_them_stay(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "b"
+    with locked_directories([directory]):
         (tmp_path / "a" / "file").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
 
@@ -85,7 +85,7 @@ def test_holder_that_has_not_said_who_it_is(tmp_path: Path) -> None:
             pytest.raises(UserError, match=r"is in use by another run \(process unknown\)"),
             locked_directories([tmp_path]),
         ):
-            raise AssertionError("two runs in one folder")
+            raise AssertionError("two runs in one directory")
 
 
 def test_lock_that_is_removed_under_our_hands_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +138,13 @@ def test_a_full_disk_is_left_by_the_next_start(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "write", full)
     with ExitStack() as held:
-        take_run_folder(recipe, held)
+        take_run_directory(recipe, held)
         assert not half.exists()
         with pytest.raises(UserError, match="in use by another run"), ExitStack() as second:
-            take_run_folder(recipe, second)
+            take_run_directory(recipe, second)
 
 
-def test_a_folder_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(recipe_values("llama", logging={"run_dir": str(tmp_path / "run")}), tmp_path)
 
     def full(*_: object, **__: object) -> None:
@@ -152,4 +152,4 @@ def test_a_folder_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(UserError, match="No space left on device; free disk space or choose another path"):
-        take_run_folder(recipe, ExitStack())
+        take_run_directory(recipe, ExitStack())

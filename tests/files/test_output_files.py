@@ -37,7 +37,7 @@ def test_output_below_a_file(
         "preprocess": ["--tokenizer", tiny.tokenizer, "--language", "en", "--workers", "1"],
         "train-tokenizer": ["--vocab-size", "300"],
     }[command]
-    corpus = str(tiny.folder / "corpus.jsonl")
+    corpus = str(tiny.directory / "corpus.jsonl")
     assert cli.main([command, "--input", corpus, "--output", str(output), *options]) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1

@@ -54,7 +54,7 @@ def documents(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("preprocess")
     lines = [json.dumps({"text": text, "body": text.upper()}) for text in documents(300, 1)]
     (path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -64,20 +64,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder / "tok")
+def tokenizer(directory: Path) -> Tokenizer:
+    return load_tokenizer(directory / "tok")
 
 
-def run(folder: Path, out: Path, *arguments: str) -> int:
+def run(directory: Path, out: Path, *arguments: str) -> int:
     """The command with defaults; later options win over earlier ones."""
     return main(
-        ["preprocess", "--tokenizer", str(folder / "tok"), "--output", str(out), "--language", "de", *arguments]
+        ["preprocess", "--tokenizer", str(directory / "tok"), "--output", str(out), "--language", "de", *arguments]
     )
 
 
-def test_megatron_core_reads_the_tokens_back(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    inputs = [folder / "a.jsonl", folder / "b.txt.gz"]
-    result = preprocess(inputs, folder / "tok", tmp_path / "new/de", GERMAN, show_progress=False)
+def test_megatron_core_reads_the_tokens_back(directory: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    inputs = [directory / "a.jsonl", directory / "b.txt.gz"]
+    result = preprocess(inputs, directory / "tok", tmp_path / "new/de", GERMAN, show_progress=False)
     texts = [*documents(300, 1), *documents(200, 2)]
     expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
     dataset = IndexedDataset(str(tmp_path / "new/de"))
@@ -103,53 +103,53 @@ def test_megatron_core_reads_the_tokens_back(folder: Path, tokenizer: Tokenizer,
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["de.bin", "de.idx", "de.json"]
 
 
-def test_workers_do_not_change_a_byte(folder: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_a_byte(directory: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"text": ""}\nx\n{"text": "b"}\n')
     for workers in (1, 2):
-        inputs = [folder / "a.jsonl", bad, folder / "b.txt.gz"]
+        inputs = [directory / "a.jsonl", bad, directory / "b.txt.gz"]
         # Small blocks, so that there are many more than can be in flight.
         settings = replace(GERMAN, on_error="skip", workers=workers, limits=Limits(block_bytes=700))
-        preprocess(inputs, folder / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
+        preprocess(inputs, directory / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     for ending in ("bin", "idx", "json"):
         assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w2.{ending}").read_bytes()
     sidecar = load_sidecar(tmp_path / "w2")
     assert (sidecar.documents, sidecar.skipped_count) == (502, 2)
     assert [problem.where for problem in sidecar.skipped] == [f"{bad}:2", f"{bad}:3"]
     with pytest.raises(UserError, match=r"bad\.jsonl:3: not JSON"):
-        preprocess([bad, folder / "a.jsonl"], folder / "tok", tmp_path / "w3", replace(GERMAN, workers=2), False)
+        preprocess([bad, directory / "a.jsonl"], directory / "tok", tmp_path / "w3", replace(GERMAN, workers=2), False)
     assert not list(tmp_path.glob("*w3*"))
 
 
-def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [str(folder / "a.jsonl"), str(folder / "b.txt.gz")]
-    assert run(folder, tmp_path / "x", "--input", *files, "--workers", "1") == 0
+def test_command(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(directory / "a.jsonl"), str(directory / "b.txt.gz")]
+    assert run(directory, tmp_path / "x", "--input", *files, "--workers", "1") == 0
     printed = capsys.readouterr().out
     for part in ("documents        500", "tokens per word", "MB of text a second", "skipped          0"):
         assert part in printed
-    assert run(folder, tmp_path / "y", "--input", files[0], "--text-key=body", "--workers=1") == 0
+    assert run(directory, tmp_path / "y", "--input", files[0], "--text-key=body", "--workers=1") == 0
     dataset = open_indexed(tmp_path / "y")
-    first = json.loads((folder / "a.jsonl").read_text().splitlines()[0])
-    assert dataset[0].tolist() == [*load_tokenizer(folder / "tok").encode(first["body"]), 0]
+    first = json.loads((directory / "a.jsonl").read_text().splitlines()[0])
+    assert dataset[0].tolist() == [*load_tokenizer(directory / "tok").encode(first["body"]), 0]
 
 
-def test_empty_documents_are_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_documents_are_counted(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n{"text": " \\n\\t "}\n{"text": "x"}\n')
-    assert run(folder, tmp_path / "x", "--input", str(path), "--workers", "1") == 0
+    assert run(directory, tmp_path / "x", "--input", str(path), "--workers", "1") == 0
     assert f"{path}:2: empty document" in capsys.readouterr().out
     sidecar = load_sidecar(tmp_path / "x")
     assert (sidecar.documents, sidecar.skipped_count) == (1, 2)
 
 
-def test_clone_language(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_clone_language(directory: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "tok").mkdir()
-    for path in (folder / "tok").iterdir():
+    for path in (directory / "tok").iterdir():
         (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tok/clone.json").write_text('{"language": "en_clone"}')
     for language in ("en", "en_clone"):
         preprocess(
-            [folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, PreprocessSettings(language=language), False
+            [directory / "a.jsonl"], tmp_path / "tok", tmp_path / language, PreprocessSettings(language=language), False
         )
     plain, clone = open_indexed(tmp_path / "en"), open_indexed(tmp_path / "en_clone")
     for text, row, cloned in zip(documents(300, 1), plain, clone, strict=True):
@@ -172,13 +172,13 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_inputs_end_with_status_2_and_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     name, content, message = BAD_FILES[kind]
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("good")
     good = [] if kind == "only blank" else [str(tmp_path / "good.txt")]
-    assert run(folder, tmp_path / "x", "--input", *good, str(tmp_path / name), "--workers", "1") == 2
+    assert run(directory, tmp_path / "x", "--input", *good, str(tmp_path / name), "--workers", "1") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
@@ -195,17 +195,17 @@ def test_bad_inputs_end_with_status_2_and_one_line(
             ["--output", "{tmp}/x.words"],
             "expected a path without ending; .bin, .idx, .json and, with a segmenter, .words are added to it",
         ),
-        (["--output", "{tmp}"], "is a folder"),
+        (["--output", "{tmp}"], "is a directory"),
         (["--tokenizer", "{tmp}/none"], "no such tokenizer"),
         (["--on-error", "ignore"], "--on-error is ignore, expected one of stop, skip"),
         (["--inputs", "x"], "inputs"),
     ],
 )
 def test_bad_options(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert run(folder, tmp_path / "x", "--input", str(folder / "a.jsonl"), "--workers", "1", *filled) == 2
+    assert run(directory, tmp_path / "x", "--input", str(directory / "a.jsonl"), "--workers", "1", *filled) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert message in error
@@ -237,12 +237,12 @@ def test_ids_outside_the_vocabulary_are_refused_before_the_cast(tokenizer: Token
     assert result.fault is None and result.routes[Route(0, "de")].ids[-2:].tolist() == [319, 0]
 
 
-def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_leaves_nothing(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "write_sidecar", interrupt)
-    assert run(folder, tmp_path / "x", "--input", str(folder / "a.jsonl"), "--workers", "1") == 130
+    assert run(directory, tmp_path / "x", "--input", str(directory / "a.jsonl"), "--workers", "1") == 130
     assert not list(tmp_path.iterdir())
 
 
@@ -277,10 +277,10 @@ class Counting:
 
 @pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_large_texts_are_encoded_one_at_a_time(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, segmenter: str | None
+    directory: Path, monkeypatch: pytest.MonkeyPatch, segmenter: str | None
 ) -> None:
     monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", segmenter)
+    settings = TokeniserSettings(str(directory / "tok"), Fields(), Limits(), "de", segmenter)
     lock = Counting()
     tokenise = BlockTokeniser(settings, large_texts=lock)
     tokenise(Block("lines", json.dumps({"text": "x" * 10}).encode(), 1, 0), plain=True)
@@ -289,11 +289,11 @@ def test_large_texts_are_encoded_one_at_a_time(
     assert lock.taken == 1
 
 
-def test_workers_share_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_lock(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenise_module, "_LARGE_CHARACTERS", 10)
     monkeypatch.setattr(pool_module, "_worker", None)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
+    settings = TokeniserSettings(str(directory / "tok"), Fields(), Limits(), "de", None)
     before, lock = signal.getsignal(signal.SIGINT), Counting()
     try:
         pool_module._start_worker(settings, lock)
@@ -305,10 +305,10 @@ def test_workers_share_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("bytes_in_flight, most", [(1 << 28, 4), (20, 2)])
 def test_blocks_are_not_fetched_far_ahead(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, bytes_in_flight: int, most: int
+    directory: Path, monkeypatch: pytest.MonkeyPatch, bytes_in_flight: int, most: int
 ) -> None:
     monkeypatch.setattr(pool_module, "_BYTES_IN_FLIGHT", bytes_in_flight)
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", None)
+    settings = TokeniserSettings(str(directory / "tok"), Fields(), Limits(), "de", None)
     fetched = 0
 
     def blocks() -> Iterator[Block]:
@@ -323,7 +323,7 @@ def test_blocks_are_not_fetched_far_ahead(
     assert fetched == 12
 
 
-def test_documents_without_a_token_make_no_dataset(folder: Path, tmp_path: Path) -> None:
+def test_documents_without_a_token_make_no_dataset(directory: Path, tmp_path: Path) -> None:
     class Nothing(Tokenizer):
         def __init__(self, base: Tokenizer) -> None:
             self.__dict__.update(base.__dict__)
@@ -335,18 +335,18 @@ def test_documents_without_a_token_make_no_dataset(folder: Path, tmp_path: Path)
 
     settings = TokeniserSettings("", Fields(), Limits(), "de", None)
     block = Block("lines", b'{"text": "a"}\nbad\n{"text": "b"}\n', 1, 0)
-    result = BlockTokeniser(settings, Nothing(load_tokenizer(folder / "tok")))(block, plain=True)
+    result = BlockTokeniser(settings, Nothing(load_tokenizer(directory / "tok")))(block, plain=True)
     assert result.routes == {} and [number for number, _, _ in result.problems] == [0, 1, 2]
 
 
-def test_one_engine_serves_all_languages(folder: Path) -> None:
+def test_one_engine_serves_all_languages(directory: Path) -> None:
     pytest.importorskip("gigatoken")
-    tokenizer = load_tokenizer(folder / "tok")
+    tokenizer = load_tokenizer(directory / "tok")
     assert tokenizer.fast_engine("de") is tokenizer.fast_engine("en") is not None
 
 
-def test_first_and_last_tokens_of_a_document_start_words(folder: Path) -> None:
-    settings = TokeniserSettings(str(folder / "tok"), Fields(), Limits(), "de", "support.word_cutters:KnownWords")
+def test_first_and_last_tokens_of_a_document_start_words(directory: Path) -> None:
+    settings = TokeniserSettings(str(directory / "tok"), Fields(), Limits(), "de", "support.word_cutters:KnownWords")
     block = Block("lines", '{"text": "苹果银行"}\n{"text": "银行"}\n'.encode(), 1, 0)
     found = BlockTokeniser(settings)(block, plain=False).routes[Route(0, "de")]
     assert found.word_starts is not None

@@ -39,7 +39,7 @@ def documents(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("outputs")
     languages = ["de", "ru", "de", "zh-Hans"]
     lines = [
@@ -68,22 +68,24 @@ def bytes_of(prefix: Path) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize(
     ("kind", "vocabulary"), [("huggingface", None), ("huggingface", 65_600), ("sentencepiece", None)]
 )
-def test_the_bytes_are_those_of_megatrons_tool(folder: Path, tmp_path: Path, kind: str, vocabulary: int | None) -> None:
+def test_the_bytes_are_those_of_megatrons_tool(
+    directory: Path, tmp_path: Path, kind: str, vocabulary: int | None
+) -> None:
     """Megatron-LM's tools/preprocess_data.py with --append-eod: each document through the tokenizer's own library into
     Megatron-Core's builder, whose type goes by the size of the vocabulary."""
     if kind == "huggingface":
-        path = folder / "tok"
+        path = directory / "tok"
         if vocabulary is not None:
             # Above 65,500 ids Megatron-Core stores 32 bits.
             path = tmp_path / "tok"
-            large = transformers.AutoTokenizer.from_pretrained(folder / "tok")
+            large = transformers.AutoTokenizer.from_pretrained(directory / "tok")
             large.add_tokens([f"<extra_{n}>" for n in range(vocabulary - len(large))])
             large.save_pretrained(path)
         theirs = transformers.AutoTokenizer.from_pretrained(path)
         size, eod = len(theirs), theirs.eos_token_id
         rows = [theirs(text, add_special_tokens=False)["input_ids"] for text in documents(200, 1)]
     else:
-        path = folder / "sp.model"
+        path = directory / "sp.model"
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         size, eod = processor.get_piece_size(), processor.eos_id()
         rows = [processor.encode(text) for text in documents(200, 1)]
@@ -91,19 +93,19 @@ def test_the_bytes_are_those_of_megatrons_tool(folder: Path, tmp_path: Path, kin
     for row in rows:
         builder.add_document([*row, eod], [len(row) + 1])
     builder.finalize(str(tmp_path / "theirs.idx"))
-    preprocess([folder / "a.jsonl"], path, tmp_path / "ours", GERMAN, show_progress=False)
+    preprocess([directory / "a.jsonl"], path, tmp_path / "ours", GERMAN, show_progress=False)
     assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
     sidecar = load_sidecar(tmp_path / "ours")
     assert sidecar.engine == {"huggingface": "gigatoken", "sentencepiece": "sentencepiece"}[kind]
     assert open_indexed(tmp_path / "ours").index.dtype == (numpy.uint16 if vocabulary is None else numpy.int32)
 
 
-def test_keys_and_languages_make_datasets_of_their_own(folder: Path, tmp_path: Path) -> None:
+def test_keys_and_languages_make_datasets_of_their_own(directory: Path, tmp_path: Path) -> None:
     fields = Fields(("text", "meta.title"), language_key="meta.lang")
     settings = replace(GERMAN, language=None, fields=fields, workers=2)
-    result = preprocess([folder / "a.jsonl"], folder / "tok", tmp_path / "x", settings, show_progress=False)
-    records = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
-    tokenizer = load_tokenizer(folder / "tok")
+    result = preprocess([directory / "a.jsonl"], directory / "tok", tmp_path / "x", settings, show_progress=False)
+    records = [json.loads(line) for line in (directory / "a.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(directory / "tok")
     expected = {}
     for key, get in (("text", lambda r: r["text"]), ("meta.title", lambda r: r["meta"]["title"])):
         for language in ("de", "ru", "zh-Hans"):
@@ -119,12 +121,12 @@ def test_keys_and_languages_make_datasets_of_their_own(folder: Path, tmp_path: P
     assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted([".bin", ".idx", ".json"] * 6)
 
 
-def test_joined_keys(folder: Path, tmp_path: Path) -> None:
-    arguments = ["--input", str(folder / "b.jsonl.gz"), "--tokenizer", str(folder / "tok"), "--language", "de"]
+def test_joined_keys(directory: Path, tmp_path: Path) -> None:
+    arguments = ["--input", str(directory / "b.jsonl.gz"), "--tokenizer", str(directory / "tok"), "--language", "de"]
     arguments += ["--text-key", "meta.title", "text", "--join", "\\n", "--workers", "1"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 0
-    records = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()[:60]]
-    tokenizer = load_tokenizer(folder / "tok")
+    records = [json.loads(line) for line in (directory / "a.jsonl").read_text().splitlines()[:60]]
+    tokenizer = load_tokenizer(directory / "tok")
     texts = ["\n".join(part for part in (r["meta"]["title"], r["text"]) if part) for r in records]
     dataset = open_indexed(tmp_path / "x")
     assert [row.tolist() for row in dataset] == [[*tokenizer.encode(text), 0] for text in texts]
@@ -133,13 +135,13 @@ def test_joined_keys(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
-def test_shards_put_together_are_the_whole(folder: Path, tmp_path: Path, count: int, segmenter: str | None) -> None:
+def test_shards_put_together_are_the_whole(directory: Path, tmp_path: Path, count: int, segmenter: str | None) -> None:
     # With 40 shards, some are empty: a compressed file belongs to one of them alone.
-    inputs = [folder / "a.jsonl", folder / "b.jsonl.gz"]
+    inputs = [directory / "a.jsonl", directory / "b.jsonl.gz"]
     settings = replace(GERMAN, segmenter=segmenter)
-    preprocess(inputs, folder / "tok", tmp_path / "whole", settings, show_progress=False)
+    preprocess(inputs, directory / "tok", tmp_path / "whole", settings, show_progress=False)
     for number in range(1, count + 1):
-        preprocess(inputs, folder / "tok", tmp_path / "x", replace(settings, shard=(number, count)), False)
+        preprocess(inputs, directory / "tok", tmp_path / "x", replace(settings, shard=(number, count)), False)
     prefixes = [str(tmp_path / f"x_{number:05d}-of-{count:05d}") for number in range(1, count + 1)]
     documents_of_shards = [load_sidecar(prefix).documents for prefix in prefixes]
     assert sum(documents_of_shards) == 260 and (0 in documents_of_shards) == (count == 40)
@@ -150,11 +152,11 @@ def test_shards_put_together_are_the_whole(folder: Path, tmp_path: Path, count: 
 
 
 def test_lines_of_a_shard_are_named_by_their_byte(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' * 10 + "bad\n" + '{"text": "two"}\n' * 3)
-    arguments = ["--input", str(path), "--tokenizer", str(folder / "tok"), "--language", "de", "--workers", "1"]
+    arguments = ["--input", str(path), "--tokenizer", str(directory / "tok"), "--language", "de", "--workers", "1"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", "2/2"]) == 2
     assert f"{path}:byte 160: not JSON" in capsys.readouterr().err
     for shard in ("0/2", "3/2", "1", "a/b", "1/0", "x1/2"):
@@ -186,7 +188,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_wrong_ids_of_the_fast_engine_are_noticed(
-    folder: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    directory: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/gigatoken.py").write_text(FAKE_GIGATOKEN)
@@ -199,25 +201,25 @@ def test_wrong_ids_of_the_fast_engine_are_noticed(
     texts = [*right[:53], "one WRONG document", *right[53:], *["WRONG " * 20] * 60, *right]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     settings = replace(GERMAN, workers=workers)
-    result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
     assert result.sidecar.engine.startswith(f"gigatoken, from {path}:")
     assert result.sidecar.engine.endswith(" on tokenizers: the ids differed there")
     line = int(result.sidecar.engine.split(":")[1].split()[0])
     assert 102 <= line <= 161
     # From the block on in which it was noticed, all is plain, also what the workers had already begun.
-    tokenizer = load_tokenizer(folder / "tok")
+    tokenizer = load_tokenizer(directory / "tok")
     dataset = open_indexed(tmp_path / "x")
     wrong = [n for n, text in enumerate(texts) if dataset[n].tolist() != [*tokenizer.encode(text), 0]]
     assert all("WRONG" in texts[n] for n in wrong)
     assert max(wrong) < line <= 161
     settings = replace(settings, use_fast_engine=False)
-    plain = preprocess([path], folder / "tok", tmp_path / "plain", settings, show_progress=False)
+    plain = preprocess([path], directory / "tok", tmp_path / "plain", settings, show_progress=False)
     assert plain.sidecar.engine == "tokenizers"
     assert [row.tolist() for row in open_indexed(tmp_path / "plain")] == [[*tokenizer.encode(t), 0] for t in texts]
 
 
 def test_the_place_where_the_engine_changes_depends_on_nothing_but_the_text(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/gigatoken.py").write_text(FAKE_GIGATOKEN)
@@ -232,14 +234,14 @@ def test_the_place_where_the_engine_changes_depends_on_nothing_but_the_text(
     path.write_text("".join(lines))
     for workers in (1, 2, 3):
         settings = replace(GERMAN, workers=workers, limits=Limits(block_bytes=10 * len(lines[0])))
-        preprocess([path], folder / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
+        preprocess([path], directory / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     assert bytes_of(tmp_path / "w1") == bytes_of(tmp_path / "w2") == bytes_of(tmp_path / "w3")
     assert (tmp_path / "w1.json").read_bytes() == (tmp_path / "w3.json").read_bytes()
     assert "ids differed" in load_sidecar(tmp_path / "w1").engine
 
 
-def test_added_tokens_in_a_text_go_to_the_library(folder: Path, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tok")
+def test_added_tokens_in_a_text_go_to_the_library(directory: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "tok")
     tokenizer.add_tokens(["<mark>"])
     tokenizer.save_pretrained(tmp_path / "tok")
     path = tmp_path / "a.txt"
@@ -295,46 +297,50 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "line", "message"), BAD)
 def test_mistakes(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str, message: str
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str, message: str
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
-    arguments = ["--input", str(path), "--tokenizer", str(folder / "tok"), "--workers", "1", *options]
+    arguments = ["--input", str(path), "--tokenizer", str(directory / "tok"), "--workers", "1", *options]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_run_over_another_dataset_leaves_nothing_of_it(folder: Path, tmp_path: Path) -> None:
+def test_a_run_over_another_dataset_leaves_nothing_of_it(directory: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "x", replace(GERMAN, overwrite=True)
     preprocess(
-        [folder / "a.jsonl"], folder / "tok", out, replace(GERMAN, segmenter="support.word_cutters:KnownWords"), False
+        [directory / "a.jsonl"],
+        directory / "tok",
+        out,
+        replace(GERMAN, segmenter="support.word_cutters:KnownWords"),
+        False,
     )
-    preprocess([folder / "b.jsonl.gz"], folder / "tok", out, again, show_progress=False)
-    preprocess([folder / "b.jsonl.gz"], folder / "tok", tmp_path / "y", GERMAN, show_progress=False)
+    preprocess([directory / "b.jsonl.gz"], directory / "tok", out, again, show_progress=False)
+    preprocess([directory / "b.jsonl.gz"], directory / "tok", tmp_path / "y", GERMAN, show_progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{name}.{ending}" for name in "xy" for ending in ("bin", "idx", "json")
     )
     assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
 
 
-def command(folder: Path, name: str, out: Path, *options: str) -> int:
-    arguments = ["--input", str(folder / name), "--tokenizer", str(folder / "tok"), "--workers", "1"]
+def command(directory: Path, name: str, out: Path, *options: str) -> int:
+    arguments = ["--input", str(directory / name), "--tokenizer", str(directory / "tok"), "--workers", "1"]
     return main(["preprocess", *arguments, "--output", str(out), *options])
 
 
 @pytest.mark.parametrize("languages", [["--language", "de"], ["--language-key", "meta.lang"]])
 def test_a_finished_dataset_stays(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], languages: list[str]
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], languages: list[str]
 ) -> None:
     out = tmp_path / "x"
-    assert command(folder, "a.jsonl", out, *languages) == 0
+    assert command(directory, "a.jsonl", out, *languages) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(before) == (3 if languages[0] == "--language" else 9)
     capsys.readouterr()
     # Started again, as a job array is.
-    assert command(folder, "a.jsonl", out, *languages, "--resume") == 0
+    assert command(directory, "a.jsonl", out, *languages, "--resume") == 0
     assert capsys.readouterr().out.count("already there, complete") == len(before) // 3
     # Anything else is in its way.
     for name, options in [
@@ -342,111 +348,113 @@ def test_a_finished_dataset_stays(
         ("b.jsonl.gz", ["--resume"]),
         ("a.jsonl", ["--text-key", "meta.title", "--resume"]),
     ]:
-        assert command(folder, name, out, *languages, *options) == 2
+        assert command(directory, name, out, *languages, *options) == 2
         assert "a dataset lies here already; replace it with --overwrite" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert command(folder, "b.jsonl.gz", out, *languages, "--overwrite") == 0
+    assert command(directory, "b.jsonl.gz", out, *languages, "--overwrite") == 0
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} != before
 
 
-def test_files_without_a_sidecar_stay_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_without_a_sidecar_stay_too(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.bin").write_bytes(b"of Megatron's own tool")
-    assert command(folder, "a.jsonl", tmp_path / "x", "--language", "de", "--resume") == 2
+    assert command(directory, "a.jsonl", tmp_path / "x", "--language", "de", "--resume") == 2
     assert "a dataset lies here already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_hub_and_tables(folder: Path, tmp_path: Path) -> None:
+def test_hub_and_tables(directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
-    shutil.copy(folder / "a.jsonl", tmp_path / "set/a.jsonl")
-    preprocess([f"hf:{tmp_path}/set"], folder / "tok", tmp_path / "hub", GERMAN, show_progress=False)
-    preprocess([folder / "a.jsonl"], folder / "tok", tmp_path / "file", GERMAN, show_progress=False)
+    shutil.copy(directory / "a.jsonl", tmp_path / "set/a.jsonl")
+    preprocess([f"hf:{tmp_path}/set"], directory / "tok", tmp_path / "hub", GERMAN, show_progress=False)
+    preprocess([directory / "a.jsonl"], directory / "tok", tmp_path / "file", GERMAN, show_progress=False)
     assert bytes_of(tmp_path / "hub") == bytes_of(tmp_path / "file")
 
 
-def test_rows_of_a_shard_are_counted_from_the_first_of_the_table(folder: Path, tmp_path: Path) -> None:
+def test_rows_of_a_shard_are_counted_from_the_first_of_the_table(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [text if n != 25 else "" for n, text in enumerate(documents(40, 1))]})
     pyarrow.parquet.write_table(table, path, row_group_size=10)
     found = []
     for number in (1, 2, 3):
         settings = replace(GERMAN, shard=(number, 3))
-        result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+        result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
         found += [problem.where for problem in result.sidecar.skipped]
     assert found == [f"{path}:row 26"]
 
 
-def test_a_document_with_an_odd_language_can_be_skipped(folder: Path, tmp_path: Path) -> None:
+def test_a_document_with_an_odd_language_can_be_skipped(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "l": "de"}\n{"text": "b", "l": "../x"}\n{"text": "c", "l": "de"}\n')
     settings = replace(GERMAN, language=None, fields=Fields(language_key="l"), on_error="skip")
-    result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+    result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
     assert result.outputs.keys() == {str(tmp_path / "x_de")}
     assert (result.sidecar.documents, result.sidecar.skipped[0].where) == (2, f"{path}:2")
 
 
 def test_a_shard_without_documents_and_language(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "l": "de"}\n')
-    arguments = ["--input", str(path), "--tokenizer", str(folder / "tok"), "--language-key", "l", "--workers", "1"]
+    arguments = ["--input", str(path), "--tokenizer", str(directory / "tok"), "--language-key", "l", "--workers", "1"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", "2/2"]) == 0
     assert "no document in this shard" in capsys.readouterr().out
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_more_languages_than_files_may_be_open(folder: Path, tmp_path: Path) -> None:
+def test_more_languages_than_files_may_be_open(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n}", "l": f"l{n}"}) + "\n" for n in range(90)))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     settings = replace(GERMAN, language=None, fields=Fields(language_key="l"))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
-        result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+        result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert [sidecar.documents for sidecar in result.outputs.values()] == [1] * 90
 
 
-def test_long_documents_are_compared_in_part(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_documents_are_compared_in_part(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": "word " * 1000 + text}) for text in documents(6, 3)))
-    result = preprocess([path], folder / "tok", tmp_path / "x", GERMAN, show_progress=False)
+    result = preprocess([path], directory / "tok", tmp_path / "x", GERMAN, show_progress=False)
     assert result.sidecar.engine == "gigatoken"
     settings = replace(GERMAN, segmenter="support.word_cutters:KnownWords")
-    result = preprocess([path], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    result = preprocess([path], directory / "tok", tmp_path / "y", settings, show_progress=False)
     assert result.sidecar.engine == "tokenizers"
     assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "y")
 
 
-def test_all_bad_lines_are_counted(folder: Path, tmp_path: Path) -> None:
+def test_all_bad_lines_are_counted(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("bad\n" * 300 + '{"text": "good"}\n')
-    result = preprocess([path], folder / "tok", tmp_path / "x", replace(GERMAN, on_error="skip"), show_progress=False)
+    result = preprocess(
+        [path], directory / "tok", tmp_path / "x", replace(GERMAN, on_error="skip"), show_progress=False
+    )
     assert (result.sidecar.skipped_count, len(result.sidecar.skipped)) == (300, 100)
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_too_many_languages(folder: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_languages(directory: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_module, "_MOST_DATASETS", 3)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "x", "l": f"l{min(n // 100, count - 1)}"}) + "\n" for n in range(400)))
     settings = replace(GERMAN, language=None, fields=Fields(language_key="l"))
     if count == 3:
-        result = preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+        result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
         assert len(result.outputs) == 3
         return
     # The languages of what an earlier run saved count, too.
     for resume in (False, True):
         settings = replace(settings, resume=resume, limits=Limits(block_bytes=60), save_every_bytes=60)
         with pytest.raises(UserError, match="more than 3 datasets by the language under 'l'"):
-            preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+            preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
         assert (tmp_path / "x.unfinished").exists()
 
 
-def test_a_file_name_that_is_not_utf8(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_name_that_is_not_utf8(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     name = os.fsdecode(b"caf\xe9.jsonl")
     lines = [*(json.dumps({"text": text}) for text in documents(20, 1)), "bad"]
@@ -454,7 +462,7 @@ def test_a_file_name_that_is_not_utf8(folder: Path, tmp_path: Path, capsys: pyte
         (tmp_path / "in" / name).write_text("\n".join(lines))
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(folder / "tok"), "--language", "de"]
+    arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(directory / "tok"), "--language", "de"]
     # Saved again and again on the way.
     arguments += ["--workers", "1", "--on-error", "skip", "--save-every-mb", "0.0001"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 0

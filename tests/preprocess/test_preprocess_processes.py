@@ -30,13 +30,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("resume"))
 
 
-def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
+def test_killed_for_real_with_workers(directory: Path, tmp_path: Path) -> None:
     big = tmp_path / "big.jsonl"
-    lines = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (directory / "a.jsonl").read_text(encoding="utf-8").splitlines()
     big.write_text("\n".join(line for line in lines * 30 if line != "no JSON"), encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "x"
@@ -44,7 +44,7 @@ def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
         sys.executable,
         str(tmp_path / "script.py"),
         str(big),
-        str(folder / "tok"),
+        str(directory / "tok"),
         str(out),
         "support.word_cutters:Slow",
     ]
@@ -66,17 +66,17 @@ def test_killed_for_real_with_workers(folder: Path, tmp_path: Path) -> None:
         language="zh", segmenter="support.word_cutters:Slow", limits=Limits(block_bytes=2500), save_every_bytes=1 << 30
     )
     with pytest.raises(UserError, match="an unfinished run lies here"):
-        preprocess([big], folder / "tok", out, settings, show_progress=False)
-    preprocess([big], folder / "tok", out, replace(settings, resume=True), show_progress=False)
-    preprocess([big], folder / "tok", tmp_path / "y", settings, show_progress=False)
+        preprocess([big], directory / "tok", out, settings, show_progress=False)
+    preprocess([big], directory / "tok", out, replace(settings, resume=True), show_progress=False)
+    preprocess([big], directory / "tok", tmp_path / "y", settings, show_progress=False)
     assert files(out) == files(tmp_path / "y")
 
 
 @pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGTERM", "2"), ("SIGHUP", "1"), ("SIGINT", "2")])
-def test_a_signal_tells_what_is_kept(folder: Path, tmp_path: Path, name: str, workers: str) -> None:
+def test_a_signal_tells_what_is_kept(directory: Path, tmp_path: Path, name: str, workers: str) -> None:
     path = tmp_path / "big.jsonl"
     path.write_text('{"text": "我们"}\n' * 2_000, encoding="utf-8")
-    arguments = ["--input", path, "--tokenizer", folder / "tok", "--language", "zh", "--output", tmp_path / "x"]
+    arguments = ["--input", path, "--tokenizer", directory / "tok", "--language", "zh", "--output", tmp_path / "x"]
     arguments += ["--segmenter", "support.word_cutters:Slow", "--workers", workers]
     command = [sys.executable, "-m", "megatron_prealign", "preprocess", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -105,10 +105,10 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_worker_ends_the_run(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' * 50 + '{"text": "die now"}\n' + '{"text": "two"}\n' * 50)
-    arguments = ["--tokenizer", str(folder / "tok"), "--language", "zh", "--workers", "2"]
+    arguments = ["--tokenizer", str(directory / "tok"), "--language", "zh", "--workers", "2"]
     arguments += ["--segmenter", "support.word_cutters:Deadly", "--output", str(tmp_path / "x")]
     assert main(["preprocess", "--input", str(path), *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -116,7 +116,7 @@ def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, capsys: pytest
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_ctrl_c_does_not_reach_a_worker_that_starts(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_does_not_reach_a_worker_that_starts(directory: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, workers=2, segmenter="support.word_cutters:Undisturbed")
-    run(folder, tmp_path / "x", settings)
+    run(directory, tmp_path / "x", settings)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -26,7 +26,7 @@ from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("resume"))
 
 
@@ -59,14 +59,18 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 @pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
-    folder: Path, tmp_path: Path, segmenter: str | None
+    directory: Path, tmp_path: Path, segmenter: str | None
 ) -> None:
     settings = replace(SETTINGS, segmenter=segmenter)
-    run(folder, tmp_path / "whole/x", settings)
+    run(directory, tmp_path / "whole/x", settings)
     expected = files(tmp_path / "whole/x")
     old = tmp_path / "old/x"
     preprocess(
-        [folder / "b.txt"], folder / "tok", old, replace(settings, segmenter="support.word_cutters:KnownWords"), False
+        [directory / "b.txt"],
+        directory / "tok",
+        old,
+        replace(settings, segmenter="support.word_cutters:KnownWords"),
+        False,
     )
     step, resumed, untouched = 0, 0, 0
     while True:
@@ -76,7 +80,7 @@ def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
         with pytest.MonkeyPatch.context() as patch:
             count = kill_at(step, patch)
             try:
-                run(folder, out, settings)
+                run(directory, out, settings)
             except Killed:
                 pass
             else:
@@ -90,7 +94,7 @@ def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
             assert sidecar == load_sidecar(old if found[".bin"] == files(old)[".bin"] else tmp_path / "whole/x")
             untouched += 1
         resumed += (out.parent / "x.unfinished/journal.json").exists()
-        run(folder, out, replace(settings, resume=True))
+        run(directory, out, replace(settings, resume=True))
         assert files(out) == expected, step
         shutil.rmtree(out.parent)
     # Most steps lie between the first journal and the end.
@@ -99,7 +103,7 @@ def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
 
 @pytest.mark.parametrize("at", [2, 8])
 def test_a_full_disk_keeps_what_was_saved(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     append, count = module.TokenWriter.append, 0
 
@@ -114,17 +118,17 @@ def test_a_full_disk_keeps_what_was_saved(
     with monkeypatch.context() as patch:
         patch.setattr(module.TokenWriter, "append", full)
         with pytest.raises(UserError, match=r"x.unfinished: No space left on device") as caught:
-            run(folder, out, SETTINGS)
+            run(directory, out, SETTINGS)
     kept = at > 2
     assert ("documents are kept in" in str(caught.value)) == kept
     assert (tmp_path / "x.unfinished").exists() == kept
     assert not (tmp_path / "x.bin").exists()
-    run(folder, out, replace(SETTINGS, resume=True))
-    run(folder, tmp_path / "y", SETTINGS)
+    run(directory, out, replace(SETTINGS, resume=True))
+    run(directory, tmp_path / "y", SETTINGS)
     assert files(out) == files(tmp_path / "y")
 
 
-def test_only_what_is_kept_is_called_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_kept_is_called_kept(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -132,13 +136,13 @@ def test_only_what_is_kept_is_called_kept(folder: Path, tmp_path: Path, monkeypa
     # A second time, it goes on from what is kept.
     for resume in (False, True):
         with pytest.raises(UserError, match="No space left") as caught:
-            run(folder, tmp_path / "x", replace(SETTINGS, resume=resume))
+            run(directory, tmp_path / "x", replace(SETTINGS, resume=resume))
         journal = json.loads((tmp_path / "x.unfinished/journal.json").read_text())
         kept = sum(state["documents"] for state in journal["outputs"])
         assert 0 < kept < 80 and f"({kept} documents are kept in" in str(caught.value)
 
 
-def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settings: PreprocessSettings) -> None:
+def interrupted(directory: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settings: PreprocessSettings) -> None:
     """Leaves an unfinished run."""
     append, count = module.TokenWriter.append, 0
 
@@ -152,15 +156,15 @@ def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settin
     with monkeypatch.context() as patch:
         patch.setattr(module.TokenWriter, "append", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(folder, out, settings)
+            run(directory, out, settings)
     assert (out.parent / "x.unfinished").is_dir()
 
 
-def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_same_run_goes_on(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "x"
-    interrupted(folder, out, monkeypatch, SETTINGS)
+    interrupted(directory, out, monkeypatch, SETTINGS)
     with pytest.raises(UserError, match="an unfinished run lies here; go on from it with --resume, or remove"):
-        run(folder, out, SETTINGS)
+        run(directory, out, SETTINGS)
     same = replace(SETTINGS, resume=True)
     for other, named in [
         (replace(same, language="ja"), "language was zh, is ja"),
@@ -170,33 +174,33 @@ def test_only_the_same_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: py
         (replace(same, limits=Limits(block_bytes=2501)), "block_bytes was 2500, is 2501"),
     ]:
         with pytest.raises(UserError, match=named):
-            run(folder, out, other)
+            run(directory, out, other)
     with pytest.raises(UserError, match="inputs was"):
-        preprocess([folder / "a.jsonl"], folder / "tok", out, same, show_progress=False)
-    train_tokenizer([folder / "a.jsonl"], tmp_path / "tok", 271, on_error="skip", show_progress=False)
+        preprocess([directory / "a.jsonl"], directory / "tok", out, same, show_progress=False)
+    train_tokenizer([directory / "a.jsonl"], tmp_path / "tok", 271, on_error="skip", show_progress=False)
     with pytest.raises(UserError, match="tokenizer was sha256"):
-        preprocess(inputs(folder), tmp_path / "tok", out, same, show_progress=False)
+        preprocess(inputs(directory), tmp_path / "tok", out, same, show_progress=False)
     shutil.rmtree(tmp_path / "tok")
-    touched = os.stat(folder / "b.txt")
-    os.utime(folder / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns + 1_000_000))
+    touched = os.stat(directory / "b.txt")
+    os.utime(directory / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns + 1_000_000))
     with pytest.raises(UserError, match="inputs was"):
-        run(folder, out, same)
-    os.utime(folder / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns))
+        run(directory, out, same)
+    os.utime(directory / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns))
     with open(tmp_path / "x.unfinished/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing"):
-            run(folder, out, same)
+            run(directory, out, same)
     # Whether bad lines stop the run, and how many workers there are, changes no byte of what was done.
-    result = preprocess(inputs(folder), folder / "tok", out, replace(same, workers=2), show_progress=False)
+    result = preprocess(inputs(directory), directory / "tok", out, replace(same, workers=2), show_progress=False)
     assert 0 < result.text_bytes < result.sidecar.bytes
-    run(folder, tmp_path / "y", SETTINGS)
+    run(directory, tmp_path / "y", SETTINGS)
     assert files(out) == files(tmp_path / "y")
 
 
-def test_the_lock_of_a_folder_that_is_gone_holds_nobody_off(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_lock_of_a_directory_that_is_gone_holds_nobody_off(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run opened its lock, and removed the folder before this one had locked it, too."""
+    """Another run opened its lock, and removed the directory before this one had locked it, too."""
     flock, calls = fcntl.flock, []
 
     def late(lock: Any, operation: int) -> None:
@@ -209,27 +213,27 @@ def test_the_lock_of_a_folder_that_is_gone_holds_nobody_off(
         flock(lock, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    run(folder, tmp_path / "x", SETTINGS)
+    run(directory, tmp_path / "x", SETTINGS)
     assert len(calls) == 3
     assert (tmp_path / "x.bin").exists() and not (tmp_path / "x.unfinished").exists()
 
 
-def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unknown)
-    run(folder, tmp_path / "x", SETTINGS)
+    run(directory, tmp_path / "x", SETTINGS)
     assert (tmp_path / "x.bin").exists()
 
 
 def test_everything_is_on_the_disk_before_anything_says_so(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a machine keeps that loses power is what was synced: files before the journal that counts on them, the
-    removal of an old sidecar before the first new name, names before the folder of the run goes."""
+    removal of an old sidecar before the first new name, names before the directory of the run goes."""
     settings = replace(SETTINGS, segmenter="support.word_cutters:KnownWords")
-    run(folder, tmp_path / "x", settings)
+    run(directory, tmp_path / "x", settings)
     synced: dict[int, int] = {}
     events: list[str] = []
     fsync, save, move = os.fsync, module.Unfinished.save, os.replace
@@ -253,7 +257,7 @@ def test_everything_is_on_the_disk_before_anything_says_so(
             events.append(Path(target).name)
         move(source, target)
 
-    def folder_synced(path: Path) -> None:
+    def directory_synced(path: Path) -> None:
         events.append("sync" if path == tmp_path else "")
         sync_directory(path)
 
@@ -264,14 +268,14 @@ def test_everything_is_on_the_disk_before_anything_says_so(
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "replace", moved)
     monkeypatch.setattr(module.Unfinished, "save", checked)
-    monkeypatch.setattr(module, "sync_directory", folder_synced)
+    monkeypatch.setattr(module, "sync_directory", directory_synced)
     monkeypatch.setattr(shutil, "rmtree", removed)
-    run(folder, tmp_path / "x", settings)
+    run(directory, tmp_path / "x", settings)
     assert events == ["sync", "x.bin", "x.idx", "x.words", "x.json", "sync", "gone"]
 
 
 def test_the_command_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append, count = module.TokenWriter.append, 0
 
@@ -282,8 +286,18 @@ def test_the_command_goes_on(
             raise KeyboardInterrupt
         append(self, texts)
 
-    arguments = ["preprocess", "--input", str(folder / "b.txt"), str(folder / "a.jsonl"), "--tokenizer"]
-    arguments += [str(folder / "tok"), "--language", "zh", "--on-error", "skip", "--engine", "plain", "--workers", "1"]
+    arguments = ["preprocess", "--input", str(directory / "b.txt"), str(directory / "a.jsonl"), "--tokenizer"]
+    arguments += [
+        str(directory / "tok"),
+        "--language",
+        "zh",
+        "--on-error",
+        "skip",
+        "--engine",
+        "plain",
+        "--workers",
+        "1",
+    ]
     arguments += ["--output", str(tmp_path / "x"), "--save-every-mb", "0.001"]
     with monkeypatch.context() as patch:
         patch.setattr(module.TokenWriter, "append", interrupt)
@@ -296,7 +310,7 @@ def test_the_command_goes_on(
 
 
 def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = BlockTokeniser.engine
 
@@ -320,7 +334,7 @@ def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     settings = replace(SETTINGS, use_fast_engine=True)
-    preprocess([path], folder / "tok", tmp_path / "y", settings, show_progress=False)
+    preprocess([path], directory / "tok", tmp_path / "y", settings, show_progress=False)
     append, count = module.TokenWriter.append, 0
 
     def interrupt(self: module.TokenWriter, texts: Any) -> None:
@@ -333,7 +347,7 @@ def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
     with monkeypatch.context() as patch:
         patch.setattr(module.TokenWriter, "append", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            preprocess([path], folder / "tok", tmp_path / "x", settings, show_progress=False)
+            preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
     asked: list[bool] = []
     call = BlockTokeniser.__call__
 
@@ -342,16 +356,16 @@ def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
         return call(self, block, plain)
 
     monkeypatch.setattr(BlockTokeniser, "__call__", noted)
-    preprocess([path], folder / "tok", tmp_path / "x", replace(settings, resume=True), show_progress=False)
+    preprocess([path], directory / "tok", tmp_path / "x", replace(settings, resume=True), show_progress=False)
     assert asked and all(asked)
     assert files(tmp_path / "x") == files(tmp_path / "y")
 
 
 @pytest.mark.parametrize("damage", ["journal", "short", "version"])
 def test_a_damaged_unfinished_run_is_one_line(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    interrupted(folder, tmp_path / "x", monkeypatch, SETTINGS)
+    interrupted(directory, tmp_path / "x", monkeypatch, SETTINGS)
     journal = tmp_path / "x.unfinished/journal.json"
     if damage == "journal":
         journal.write_text(journal.read_text()[:-5])
@@ -361,7 +375,7 @@ def test_a_damaged_unfinished_run_is_one_line(
         os.truncate(tmp_path / "x.unfinished/0.bin", 100)
     match = r"x.unfinished/.*(not a journal of this version|expected .* as the journal)"
     with pytest.raises(UserError, match=match) as caught:
-        run(folder, tmp_path / "x", replace(SETTINGS, resume=True))
+        run(directory, tmp_path / "x", replace(SETTINGS, resume=True))
     # One cannot go on from there.
     assert "--resume" not in str(caught.value)
     # Nothing is thrown away by that.
@@ -369,9 +383,9 @@ def test_a_damaged_unfinished_run_is_one_line(
 
 
 @pytest.mark.parametrize("added", [b"", b'{"text": "late"}\n'])
-def test_an_input_that_changes_is_noticed(folder: Path, tmp_path: Path, monkeypatch: Any, added: bytes) -> None:
+def test_an_input_that_changes_is_noticed(directory: Path, tmp_path: Path, monkeypatch: Any, added: bytes) -> None:
     path = tmp_path / "a.jsonl"
-    shutil.copy(folder / "a.jsonl", path)
+    shutil.copy(directory / "a.jsonl", path)
     finish = module.Unfinished.save
 
     def touched(self: module.Unfinished) -> None:
@@ -381,16 +395,16 @@ def test_an_input_that_changes_is_noticed(folder: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(module.Unfinished, "save", touched)
     with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read"):
-        preprocess([path], folder / "tok", tmp_path / "x", SETTINGS, show_progress=False)
+        preprocess([path], directory / "tok", tmp_path / "x", SETTINGS, show_progress=False)
     assert not (tmp_path / "x.bin").exists()
 
 
-def test_read_only_output(folder: Path, tmp_path: Path) -> None:
+def test_read_only_output(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=f"{tmp_path}/file is a file"):
-        run(folder, tmp_path / "file/x", SETTINGS)
+        run(directory, tmp_path / "file/x", SETTINGS)
     if os.geteuid() == 0:
         return
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(UserError, match=f"{tmp_path}/locked/x.unfinished: Permission denied"):
-        run(folder, tmp_path / "locked/x", SETTINGS)
+        run(directory, tmp_path / "locked/x", SETTINGS)

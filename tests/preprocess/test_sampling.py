@@ -12,8 +12,8 @@ from megatron_prealign.preprocess.sampling import HELD_OUT_BYTES, Corpus, Drawn,
 COUNTS = {"big": TextCount(100_000, 64_000_000), "mid": TextCount(10_000, 4_000_000), "low": TextCount(1000, 250_000)}
 
 
-def write(folder: Path, language: str, texts: list[str]) -> str:
-    path = folder / f"{language}.jsonl"
+def write(directory: Path, language: str, texts: list[str]) -> str:
+    path = directory / f"{language}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return f"{path}:{language}"
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer: the folder opens, twice the same, words stay whole, and mistakes leave nothing behind."""
+"""Training a tokenizer: the directory opens, twice the same, words stay whole, and mistakes leave nothing behind."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_folder_opens_in_transformers_with_the_same_ids(corpus: Path, tmp_path: Path) -> None:
+def test_directory_opens_in_transformers_with_the_same_ids(corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], tmp_path / "new/tok", 300, show_progress=False)
     names = sorted(path.name for path in (tmp_path / "new/tok").iterdir())
     assert names == ["fertility.json", "tokenizer.json", "tokenizer_config.json"]
@@ -79,11 +79,11 @@ def test_command_with_clone(corpus: Path, tmp_path: Path, capsys: pytest.Capture
     assert "not empty" in capsys.readouterr().err
 
 
-def write_chinese(folder: Path, count: int) -> Path:
+def write_chinese(directory: Path, count: int) -> Path:
     """Documents of 8 words out of 4 without spaces, a sign and a name."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(WORDS[:4], k=8)) + "，RAID5" for _ in range(count)]
-    path = folder / "zh.jsonl"
+    path = directory / "zh.jsonl"
     path.write_text("".join(json.dumps({"data": {"text": text}}) + "\n" for text in texts))
     return path
 
@@ -96,9 +96,9 @@ def test_tokens_do_not_reach_across_words(tmp_path: Path, kind: str) -> None:
         settings = TrainerSettings(kind=kind, segmenters=["zh=support.word_cutters:KnownWords"] if cut else [])
         # Whole words are all there is to learn if no token reaches across.
         size = 300 if not cut else 279 if kind == "byte-bpe" else 275
-        folder = tmp_path / f"{cut}"
-        train_tokenizer([f"{path}:zh"], folder, size, None, ["data.text"], show_progress=False, settings=settings)
-        tokenizer = load_tokenizer(folder)
+        directory = tmp_path / f"{cut}"
+        train_tokenizer([f"{path}:zh"], directory, size, None, ["data.text"], show_progress=False, settings=settings)
+        tokenizer = load_tokenizer(directory)
         tokens = [tokenizer.decode([index]) for index in range(size)]
         chinese = [token for token in tokens if "\ufffd" not in token and any(sign in "".join(WORDS) for sign in token)]
         crossing[cut] = [token for token in chinese if not any(token.strip() in word for word in WORDS)]
@@ -107,7 +107,7 @@ def test_tokens_do_not_reach_across_words(tmp_path: Path, kind: str) -> None:
         assert tokenizer.decode(tokenizer.encode("苹果，RAID5")) == "苹果，RAID5"
         if kind == "byte-bpe":
             # No trace of it stays: other text has other words.
-            assert json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
+            assert json.loads((directory / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
     assert not crossing[True] and crossing[False]
 
 

@@ -374,10 +374,10 @@ def test_width_of_the_mlp(fields: dict[str, Any], width: int) -> None:
 
 def test_heads_groups_and_channels() -> None:
     model = build("model")
-    assert (model.query_groups, model.head_channels) == (4, 8)
+    assert (model.query_groups, model.head_dim) == (4, 8)
     # With channels of its own a head need not divide the hidden size.
     model = build("model", hidden_size=30, kv_channels=16, num_query_groups=1)
-    assert (model.query_groups, model.head_channels) == (1, 16)
+    assert (model.query_groups, model.head_dim) == (1, 16)
 
 
 def test_model_parallel_size() -> None:

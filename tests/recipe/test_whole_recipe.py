@@ -15,8 +15,8 @@ PP = "parallel.pipeline_model_parallel_size"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 
-def load(folder: Path, changes: dict[str, Any]) -> Recipe:
-    return load_recipe(["--config", write_recipe(folder, changes)])
+def load(directory: Path, changes: dict[str, Any]) -> Recipe:
+    return load_recipe(["--config", write_recipe(directory, changes)])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_world_size_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], w
     assert str(caught.value) == message
 
 
-def test_folders_lie_in_the_run_unless_named(tmp_path: Path) -> None:
+def test_directories_lie_in_the_run_unless_named(tmp_path: Path) -> None:
     recipe = load(tmp_path, {})
     assert recipe.checkpoint_dir == Path("run/checkpoints")
     assert recipe.cache_dir == Path("run/cache")

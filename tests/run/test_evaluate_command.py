@@ -15,12 +15,12 @@ from megatron_prealign import cli
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps; its global batch of 8 rows does not divide by 3 processes."""
-    folder = tmp_path_factory.mktemp("trained")
-    values = tiny.values(folder / "run")
+    directory = tmp_path_factory.mktemp("trained")
+    values = tiny.values(directory / "run")
     values["alignment"] = None
     values["training"].update(train_iters=3, eval_samples=4, retrieval_words=10)
-    run(workers, 1, values, folder)
-    return folder / "run"
+    run(workers, 1, values, directory)
+    return directory / "run"
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,15 @@ def log() -> Iterator[None]:
     logger.handlers[:], logger.level, logger.propagate = before
 
 
-def prepare_on_rank(values: dict[str, Any], folder: str, caches: list[str]) -> bool:
-    """Runs in a worker, each with a cache folder of its own or one for both; says whether it built."""
+def prepare_on_rank(values: dict[str, Any], directory: str, caches: list[str]) -> bool:
+    """Runs in a worker, each with a cache directory of its own or one for both; says whether it built."""
     from megatron_prealign.run.prepare_cache import prepare_cache
 
     values["data"]["cache"] = caches[int(os.environ["RANK"])]
-    return prepare_cache(recipe_of(values, Path(folder))).built
+    return prepare_cache(recipe_of(values, Path(directory))).built
 
 
-def train_on_nodes(values: dict[str, Any], folder: str, caches: list[str]) -> int:
+def train_on_nodes(values: dict[str, Any], directory: str, caches: list[str]) -> int:
     """Runs in a worker: trains with each rank as a node of its own, and fails if anyone would build."""
     from megatron_prealign.data import samples
     from megatron_prealign.run.pretrain import pretrain
@@ -50,25 +50,25 @@ def train_on_nodes(values: dict[str, Any], folder: str, caches: list[str]) -> in
     build = samples._build_arrays
     samples._build_arrays = refuse  # type: ignore[assignment]
     try:
-        return pretrain(recipe_of(values, Path(folder)), leave_process_group=True).step
+        return pretrain(recipe_of(values, Path(directory)), leave_process_group=True).step
     finally:
         samples._build_arrays = build
 
 
-def small(tiny: Tiny, folder: Path) -> dict[str, Any]:
-    values = tiny.values(folder / "run")
+def small(tiny: Tiny, directory: Path) -> dict[str, Any]:
+    values = tiny.values(directory / "run")
     for section in ("dictionary", "alignment", "code_switch"):
         del values[section]
     values["training"] |= {"train_iters": 2, "global_batch_size": 4}
     return values
 
 
-def visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+def visible(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if not path.name.endswith(".lock"))
 
 
-def arrays(folder: Path) -> dict[str, bytes]:
-    (cache,) = folder.iterdir() if not folder.name.startswith("blend") else (folder,)
+def arrays(directory: Path) -> dict[str, bytes]:
+    (cache,) = directory.iterdir() if not directory.name.startswith("blend") else (directory,)
     return {path.name: path.read_bytes() for path in sorted(cache.iterdir())}
 
 

@@ -16,7 +16,7 @@ from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 
 from megatron_prealign import cli
 from megatron_prealign.checkpoint.manifest import write_manifest
-from megatron_prealign.checkpoint.resume.identity import facts_of_run
+from megatron_prealign.checkpoint.resume.identity import resume_fingerprint
 from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.sidecar import load_sidecar
@@ -40,34 +40,34 @@ def values(tiny: Tiny, tmp_path: Path) -> dict[str, Any]:
     return tiny.values(tmp_path / "run")
 
 
-def write(values: dict[str, Any], folder: Path) -> str:
-    path = folder / "recipe.json"
+def write(values: dict[str, Any], directory: Path) -> str:
+    path = directory / "recipe.json"
     path.write_text(json.dumps(values), encoding="utf-8")
     return str(path)
 
 
 def refusal(
-    values: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...] = ()
+    values: dict[str, Any], directory: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...] = ()
 ) -> str:
-    assert cli.main(["pretrain", "--config", write(values, folder), "--validate", *options]) == 2
+    assert cli.main(["pretrain", "--config", write(values, directory), "--validate", *options]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert len(output.err.splitlines()) == 1
     return output.err
 
 
-def moved(prefix: Path, folder: Path) -> Path:
+def moved(prefix: Path, directory: Path) -> Path:
     """A copy of a dataset that a test may damage."""
     for ending in (".bin", ".idx", ".json"):
-        shutil.copy(f"{prefix}{ending}", folder / f"{prefix.name}{ending}")
-    return folder / prefix.name
+        shutil.copy(f"{prefix}{ending}", directory / f"{prefix.name}{ending}")
+    return directory / prefix.name
 
 
 def test_sound_recipe_needs_no_torch(tiny: Tiny, values: dict[str, Any], tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH, "pretrain", "--config", write(values, tmp_path), "--validate"]
     done = subprocess.run([*command, "--world_size", "2"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    tokens = sum(json.loads(Path(f"{tiny.folder}/{name}.json").read_text())["tokens"] for name in ("en", "en_clone"))
+    tokens = sum(json.loads(Path(f"{tiny.directory}/{name}.json").read_text())["tokens"] for name in ("en", "en_clone"))
     assert done.stdout == (
         f"the recipe is sound: {values['training']['train_iters']} steps of training on sources of {tokens:,} tokens, "
         "languages en, en_clone, alignment and code_switch\nthe run starts anew\n"
@@ -95,9 +95,9 @@ def test_weights_to_load_that_are_not_there(
 ) -> None:
     empty = tmp_path / "no_checkpoint"
     empty.mkdir()
-    for folder, reason in (("nowhere", ": there is no such folder"), (str(empty), "")):
-        values["checkpoint"] = {"load": folder}
-        expected = f"{folder} holds no complete checkpoint{reason}; expected a step_* folder"
+    for directory, reason in (("nowhere", ": there is no such directory"), (str(empty), "")):
+        values["checkpoint"] = {"load": directory}
+        expected = f"{directory} holds no complete checkpoint{reason}; expected a step_* directory"
         assert expected in refusal(values, tmp_path, capsys)
 
 
@@ -114,7 +114,7 @@ def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, *
             padded_vocab_size=2048,
             tokenizer_fingerprint=tokenizer.fingerprint,
         ),
-        "run": facts_of_run(
+        "run": resume_fingerprint(
             recipe,
             num_samples=60,
             keys=[0, 1],
@@ -186,7 +186,7 @@ def test_wrong_language(values: dict[str, Any], tmp_path: Path, capsys: pytest.C
 def test_missing_file(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
-    prefix = moved(tiny.folder / "en", tmp_path)
+    prefix = moved(tiny.directory / "en", tmp_path)
     Path(f"{prefix}{ending}").unlink()
     values["data"]["sources"][0]["path"] = str(prefix)
     message = refusal(values, tmp_path, capsys)
@@ -204,7 +204,7 @@ def test_validation_sources_are_checked_too(
 def test_dataset_of_another_tokenizer(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = moved(tiny.folder / "en_clone", tmp_path)
+    prefix = moved(tiny.directory / "en_clone", tmp_path)
     sidecar = json.loads(Path(f"{prefix}.json").read_text())
     sidecar["tokenizer"]["fingerprint"] = "sha256:other"
     Path(f"{prefix}.json").write_text(json.dumps(sidecar))
@@ -267,7 +267,7 @@ def test_world_size_that_does_not_fit(
 def test_truncated_dataset(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
-    prefix = moved(tiny.folder / "en", tmp_path)
+    prefix = moved(tiny.directory / "en", tmp_path)
     path = Path(f"{prefix}{ending}")
     os.truncate(path, path.stat().st_size - 2)
     values["data"]["sources"][0]["path"] = str(prefix)
@@ -278,7 +278,7 @@ def test_truncated_dataset(
 def test_missing_bitmap_of_words(
     tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = moved(tiny.folder / "en", tmp_path)
+    prefix = moved(tiny.directory / "en", tmp_path)
     sidecar = load_sidecar(prefix)
     save_sidecar(replace(sidecar, segmenter="icu"), prefix)
     values["data"]["sources"][0]["path"] = str(prefix)
@@ -293,7 +293,7 @@ def test_tokenizer_that_the_data_was_not_made_with(
 ) -> None:
     # All sidecars agree with each other, only data.tokenizer is another one.
     other = tmp_path / "other"
-    train_tokenizer([str(tiny.folder / "corpus.jsonl")], other, VOCAB_SIZE - 1, "en_clone", show_progress=False)
+    train_tokenizer([str(tiny.directory / "corpus.jsonl")], other, VOCAB_SIZE - 1, "en_clone", show_progress=False)
     values["data"]["tokenizer"] = str(other)
     message = refusal(values, tmp_path, capsys)
     assert f"was made with another tokenizer ({tiny.tokenizer}) than data.tokenizer ({other})" in message

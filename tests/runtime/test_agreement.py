@@ -36,7 +36,7 @@ def work_on_rank_zero(fail: bool) -> tuple[int | None, int]:
             raise UserError("the disk is full")
         return 5
 
-    return on_rank_zero("preparing the folder", work), len(calls)
+    return on_rank_zero("preparing the directory", work), len(calls)
 
 
 def answer_of_rank_zero(fail: bool, halves: bool) -> tuple[dict[str, float], int]:

@@ -74,8 +74,8 @@ def _recipe(family: str) -> Recipe:
         "dictionary": {"table": "t"},
         "alignment": {"train_iters": 1, "words_per_step": 24, "lr": 0.001, "lm_micro_batch_size": 1},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        return recipe_of(recipe_values(family, **sections), Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        return recipe_of(recipe_values(family, **sections), Path(directory))
 
 
 def step_recipe(family: str, **sections: dict[str, Any]) -> Recipe:

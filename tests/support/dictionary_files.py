@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prealign.dictionary.readers import DictionaryInput, FileFacts, ReadErrors, read_entries
+from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, ReadErrors, read_entries
 
 
 def read(path: Path, languages: str = "en-de", **options):
     """All pairs, with the languages where a block has its own; the facts; the errors."""
-    errors, facts = ReadErrors(), FileFacts()
+    errors, facts = ReadErrors(), FileInfo()
     on_error = options.pop("on_error", "stop")
     source = DictionaryInput(path=path, languages=tuple(languages.split("-")), **options)
     pairs = []

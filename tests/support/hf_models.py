@@ -97,7 +97,7 @@ def train(model: Any, steps: int = 3) -> Any:
     return model
 
 
-def save_tokenizer(folder: Path, extra: int = 0) -> None:
+def save_tokenizer(directory: Path, extra: int = 0) -> None:
     """A token for each byte, the end of a document, and `extra` words more; nothing is trained."""
     vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -105,19 +105,19 @@ def save_tokenizer(folder: Path, extra: int = 0) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END, special=True)])
     tokenizer.add_tokens([f"extra{number}" for number in range(extra)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END).save_pretrained(directory)
 
 
-def save_model(model: Any, folder: Path, **options: Any) -> Path:
+def save_model(model: Any, directory: Path, **options: Any) -> Path:
     """The model and its tokenizer."""
-    model.save_pretrained(folder, **options)
-    save_tokenizer(folder)
-    return folder
+    model.save_pretrained(directory, **options)
+    save_tokenizer(directory)
+    return directory
 
 
-def change_config(folder: Path, **values: Any) -> None:
+def change_config(directory: Path, **values: Any) -> None:
     """Sets fields of config.json; None removes one."""
-    file = folder / "config.json"
+    file = directory / "config.json"
     config = {**json.loads(file.read_bytes()), **values}
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
 

@@ -48,8 +48,8 @@ def build(values: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     from megatron_prealign.model.build import build_model
     from megatron_prealign.runtime.distributed import start
 
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(values, Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = recipe_of(values, Path(directory))
     runtime = start(recipe.parallel, seed=recipe.training.seed)
     return recipe, runtime, build_model(recipe, runtime, vocab_size=VOCAB_SIZE)
 

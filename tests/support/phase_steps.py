@@ -9,7 +9,7 @@ from support.model_builds import disturb
 from support.tiny import recipe_of
 
 
-def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any]:
+def opened(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any, Any, Any]:
     """Recipe, runtime, inputs, phases and wrapped chunks, as `pretrain` makes them; random weights everywhere."""
     from megatron_prealign.model.build import build_model
     from megatron_prealign.run.inputs import open_inputs
@@ -17,7 +17,7 @@ def opened(values: dict[str, Any], folder: str) -> tuple[Any, Any, Any, Any, Any
     from megatron_prealign.runtime.distributed import start
     from megatron_prealign.runtime.engine import wrap_data_parallel
 
-    recipe = recipe_of(values, Path(folder))
+    recipe = recipe_of(values, Path(directory))
     runtime = start(recipe.parallel, seed=recipe.training.seed)
     inputs = open_inputs(recipe)
     models = build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)

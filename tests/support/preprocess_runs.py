@@ -34,12 +34,12 @@ def make_inputs(path: Path) -> Path:
     return path
 
 
-def inputs(folder: Path) -> list[Path]:
-    return [folder / "a.jsonl", folder / "b.txt"]
+def inputs(directory: Path) -> list[Path]:
+    return [directory / "a.jsonl", directory / "b.txt"]
 
 
-def run(folder: Path, out: Path, settings: PreprocessSettings) -> None:
-    preprocess(inputs(folder), folder / "tok", out, settings, show_progress=False)
+def run(directory: Path, out: Path, settings: PreprocessSettings) -> None:
+    preprocess(inputs(directory), directory / "tok", out, settings, show_progress=False)
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -33,8 +33,8 @@ def sound_values(changes: dict[str, Any] | None = None) -> dict[str, Any]:
     return values
 
 
-def write_recipe(folder: Path, changes: dict[str, Any] | None = None, name: str = "recipe.yaml") -> str:
+def write_recipe(directory: Path, changes: dict[str, Any] | None = None, name: str = "recipe.yaml") -> str:
     """Writes the changed values as YAML; returns the path."""
-    path = folder / name
+    path = directory / name
     path.write_text(yaml.safe_dump(sound_values(changes), sort_keys=False), encoding="utf-8")
     return str(path)

@@ -23,15 +23,15 @@ VOCAB_SIZE = 512
 class Tiny:
     """Where the tiny files lie."""
 
-    folder: Path
+    directory: Path
 
     @property
     def tokenizer(self) -> str:
-        return str(self.folder / "tokenizer")
+        return str(self.directory / "tokenizer")
 
     @property
     def table(self) -> str:
-        return str(self.folder / "table.safetensors")
+        return str(self.directory / "table.safetensors")
 
     def values(self, run_dir: Path) -> dict[str, Any]:
         """A small recipe with both phases, as plain values for a test to change."""
@@ -47,10 +47,10 @@ class Tiny:
             "data": {
                 "tokenizer": self.tokenizer,
                 "seq_length": 32,
-                "cache": str(self.folder / "cache"),
+                "cache": str(self.directory / "cache"),
                 "sources": [
-                    {"path": str(self.folder / "en"), "language": "en", "weight": 0.8},
-                    {"path": str(self.folder / "en_clone"), "language": "en_clone", "weight": 0.2},
+                    {"path": str(self.directory / "en"), "language": "en", "weight": 0.8},
+                    {"path": str(self.directory / "en_clone"), "language": "en_clone", "weight": 0.2},
                 ],
                 "validation_fraction": 0.1,
             },
@@ -71,26 +71,28 @@ class Tiny:
         }
 
 
-def recipe_of(values: dict[str, Any], folder: Path) -> Recipe:
+def recipe_of(values: dict[str, Any], directory: Path) -> Recipe:
     """Parses plain values through the same door as a user's YAML."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     # Ranks write it at the same time: each its own, or one would read what another has just emptied.
-    path = folder / f"test_recipe_{os.getpid()}.yaml"
+    path = directory / f"test_recipe_{os.getpid()}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     return load_recipe(["--config", str(path)])
 
 
-def make_tiny(folder: Path) -> Tiny:
+def make_tiny(directory: Path) -> Tiny:
     """Writes the corpus, trains the tokenizer, preprocesses both languages and builds the table."""
     texts = [text for _, text in sorted(pydoc_data.topics.topics.items())][:60]
-    corpus = folder / "corpus.jsonl"
+    corpus = directory / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    tiny = Tiny(folder)
+    tiny = Tiny(directory)
     train_tokenizer([str(corpus)], tiny.tokenizer, VOCAB_SIZE, "en_clone", show_progress=False)
     for language in ("en", "en_clone"):
-        preprocess([str(corpus)], tiny.tokenizer, str(folder / language), PreprocessSettings(language=language), False)
+        preprocess(
+            [str(corpus)], tiny.tokenizer, str(directory / language), PreprocessSettings(language=language), False
+        )
     words = Counter(re.findall(r"[a-z]{3,}", " ".join(texts)))
-    word_list = folder / "words.tsv"
+    word_list = directory / "words.tsv"
     word_list.write_text("".join(f"{word}\t{word}\n" for word, _ in words.most_common(300)), encoding="utf-8")
     tokenizer = load_tokenizer(tiny.tokenizer)
     report = BuildReport()

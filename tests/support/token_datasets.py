@@ -53,11 +53,11 @@ LATIN = make_documents(25, 40_000, seed=2)
 LANGUAGES = ["de", "en", "la"]
 
 
-def section(folder: Path, weights: dict[str, float], seq_length: int = 16, **options) -> DataSection:
+def section(directory: Path, weights: dict[str, float], seq_length: int = 16, **options) -> DataSection:
     codes = {"english": "en", "german": "de", "latin": "la"}
     return DataSection(
         tokenizer="tokenizer",
-        sources=[DataSource(path=str(folder / name), language=codes[name], weight=w) for name, w in weights.items()],
+        sources=[DataSource(path=str(directory / name), language=codes[name], weight=w) for name, w in weights.items()],
         seq_length=seq_length,
         **{"validation_fraction": 0.0} | options,
     )

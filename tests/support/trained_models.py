@@ -33,11 +33,11 @@ def recipe_values(tiny: Tiny, run_dir: Path, family: str, **sections: dict[str, 
     return values
 
 
-def train(values: dict[str, Any], folder: str) -> None:
+def train(values: dict[str, Any], directory: str) -> None:
     """Runs in a worker."""
     from megatron_prealign.run.pretrain import pretrain
 
-    pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+    pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
 
 
 def verify(checkpoint: str, model: str, options: dict[str, Any]) -> Any:

@@ -14,11 +14,11 @@ from support.tiny import Tiny, recipe_of
 from support.workers import WorkerError, WorkerPool
 
 
-def train(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def train(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in a worker: trains as the recipe says; returns the final counters."""
     from megatron_prealign.run.pretrain import pretrain
 
-    return pretrain(recipe_of(values, Path(folder)), leave_process_group=True).to_dict()
+    return pretrain(recipe_of(values, Path(directory)), leave_process_group=True).to_dict()
 
 
 def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -37,9 +37,9 @@ def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def run(workers: WorkerPool, world_size: int, values: dict[str, Any], folder: Path) -> None:
+def run(workers: WorkerPool, world_size: int, values: dict[str, Any], directory: Path) -> None:
     """Trains on `world_size` processes; the run's files lie in the recipe's run_dir."""
-    workers.run(world_size, train, values, str(folder))
+    workers.run(world_size, train, values, str(directory))
 
 
 def records(run_dir: Path, kind: str = "train") -> dict[tuple[str, int], dict[str, Any]]:
@@ -71,9 +71,9 @@ def everything_in(checkpoint: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-def language_model_values(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+def language_model_values(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]:
     """Language-model training alone, five steps."""
-    values = copy.deepcopy(tiny.values(folder))
+    values = copy.deepcopy(tiny.values(directory))
     del values["alignment"]
     values["parallel"] = {"device": "cpu"}
     values["training"]["eval_samples"] = 2
@@ -81,8 +81,8 @@ def language_model_values(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[s
     return values
 
 
-def steps_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+def steps_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
 
 
 def mistake(caught: pytest.ExceptionInfo[WorkerError]) -> str:

@@ -66,8 +66,8 @@ class WorkerError(AssertionError):
 class WorkerPool:
     """Starts workers when they are first wanted and keeps them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._context = multiprocessing.get_context("spawn")
         self._results: Any = self._context.Queue()
         self._workers: list[tuple[Any, Any]] = []
@@ -88,7 +88,7 @@ class WorkerPool:
             process.start()
             self._workers.append((process, tasks))
         self._number += 1
-        store = self._folder / f"store_{self._number}"
+        store = self._directory / f"store_{self._number}"
         for _, tasks in self._workers[:world_size]:
             tasks.put((self._number, world_size, str(store), function, arguments))
         return self._collect(world_size, timeout_s)

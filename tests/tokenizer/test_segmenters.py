@@ -159,7 +159,7 @@ def documents(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("segmenters")
     lines = [json.dumps({"text": text}) for text in documents(200, 1)]
     (path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -171,8 +171,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder / "tok")
+def tokenizer(directory: Path) -> Tokenizer:
+    return load_tokenizer(directory / "tok")
 
 
 def expected_bits(tokenizer: Tokenizer, text: str) -> tuple[list[bool], int]:
@@ -192,12 +192,12 @@ def expected_bits(tokenizer: Tokenizer, text: str) -> tuple[list[bool], int]:
     return bits, inside
 
 
-def test_bits_from_text_to_file(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    inputs = [folder / "a.jsonl", folder / "b.txt.gz"]
+def test_bits_from_text_to_file(directory: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    inputs = [directory / "a.jsonl", directory / "b.txt.gz"]
     name = "support.word_cutters:KnownWords"
     for segmenter, out in ((name, "with"), (None, "without")):
         settings = PreprocessSettings(language="zh", segmenter=segmenter)
-        preprocess(inputs, folder / "tok", tmp_path / out, settings, show_progress=False)
+        preprocess(inputs, directory / "tok", tmp_path / out, settings, show_progress=False)
     for ending in ("bin", "idx"):
         assert (tmp_path / f"with.{ending}").read_bytes() == (tmp_path / f"without.{ending}").read_bytes()
     assert load_sidecar(tmp_path / "with").segmenter == name
@@ -217,7 +217,7 @@ def test_bits_from_text_to_file(folder: Path, tokenizer: Tokenizer, tmp_path: Pa
     assert inside > 20
 
 
-def test_workers_do_not_change_the_bits(folder: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_bits(directory: Path, tmp_path: Path) -> None:
     need("jieba")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "我们学习"}\n{"text": ""}\nx\n', encoding="utf-8")
@@ -226,23 +226,23 @@ def test_workers_do_not_change_the_bits(folder: Path, tmp_path: Path) -> None:
         settings = PreprocessSettings(
             language="zh", on_error="skip", workers=workers, segmenter="jieba", limits=Limits(block_bytes=700)
         )
-        inputs = [folder / "a.jsonl", bad, folder / "b.txt.gz"]
-        preprocess(inputs, folder / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
+        inputs = [directory / "a.jsonl", bad, directory / "b.txt.gz"]
+        preprocess(inputs, directory / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     for ending in ("bin", "idx", "words", "json"):
         assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w2.{ending}").read_bytes()
 
 
-def run(folder: Path, out: Path, *arguments: str) -> int:
-    options = ["--tokenizer", str(folder / "tok"), "--language", "zh", "--workers", "1"]
-    return main(["preprocess", *options, "--input", str(folder / "a.jsonl"), "--output", str(out), *arguments])
+def run(directory: Path, out: Path, *arguments: str) -> int:
+    options = ["--tokenizer", str(directory / "tok"), "--language", "zh", "--workers", "1"]
+    return main(["preprocess", *options, "--input", str(directory / "a.jsonl"), "--output", str(out), *arguments])
 
 
-def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, tmp_path / "x", "--segmenter", "support.word_cutters:KnownWords") == 0
+def test_command(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(directory, tmp_path / "x", "--segmenter", "support.word_cutters:KnownWords") == 0
     assert "x.bin, .idx, .words (by support.word_cutters:KnownWords) and .json" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.words"]
     # Made again without: nothing stays behind that belongs to other tokens.
-    assert run(folder, tmp_path / "x", "--overwrite") == 0
+    assert run(directory, tmp_path / "x", "--overwrite") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
 
 
@@ -270,30 +270,30 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_mistakes_leave_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], segmenter: str, message: str
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], segmenter: str, message: str
 ) -> None:
-    assert run(folder, tmp_path / "x", "--segmenter", segmenter) == 2
+    assert run(directory, tmp_path / "x", "--segmenter", segmenter) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.search(message, errors[0])
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_leaves_nothing(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "write_sidecar", interrupt)
-    assert run(folder, tmp_path / "x", "--segmenter", "support.word_cutters:KnownWords") == 130
+    assert run(directory, tmp_path / "x", "--segmenter", "support.word_cutters:KnownWords") == 130
     assert not list(tmp_path.iterdir())
 
 
-def test_a_clone_has_the_same_bits(folder: Path, tmp_path: Path) -> None:
+def test_a_clone_has_the_same_bits(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "tok").mkdir()
-    for path in (folder / "tok").iterdir():
+    for path in (directory / "tok").iterdir():
         (tmp_path / "tok" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tok/clone.json").write_text('{"language": "zh_clone"}')
     for language in ("zh", "zh_clone"):
         settings = PreprocessSettings(language=language, segmenter="support.word_cutters:KnownWords")
-        preprocess([folder / "a.jsonl"], tmp_path / "tok", tmp_path / language, settings, show_progress=False)
+        preprocess([directory / "a.jsonl"], tmp_path / "tok", tmp_path / language, settings, show_progress=False)
     assert (tmp_path / "zh.words").read_bytes() == (tmp_path / "zh_clone.words").read_bytes()
     assert (tmp_path / "zh.bin").read_bytes() != (tmp_path / "zh_clone.bin").read_bytes()

@@ -24,18 +24,18 @@ SENTENCES = [
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def save(tokenizer: RawTokenizer, folder: Path, eos: str | None = "<eod>") -> Path:
-    folder.mkdir(parents=True)
+def save(tokenizer: RawTokenizer, directory: Path, eos: str | None = "<eod>") -> Path:
+    directory.mkdir(parents=True)
     data = json.loads(tokenizer.to_str())
     # The trainer takes byte pieces as special tokens only; real files have them in the vocabulary alone.
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in BYTES]
-    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (directory / "tokenizer.json").write_text(json.dumps(data))
     if eos is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-    return folder
+        (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    return directory
 
 
-def byte_level(folder: Path, add_prefix_space: bool, eos: str | None = "<eod>") -> Path:
+def byte_level(directory: Path, add_prefix_space: bool, eos: str | None = "<eod>") -> Path:
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     raw.decoder = decoders.ByteLevel()
@@ -46,10 +46,10 @@ def byte_level(folder: Path, add_prefix_space: bool, eos: str | None = "<eod>") 
         show_progress=False,
     )
     raw.train_from_iterator(SENTENCES, trainer)
-    return save(raw, folder, eos)
+    return save(raw, directory, eos)
 
 
-def metaspace(folder: Path, scheme: str) -> Path:
+def metaspace(directory: Path, scheme: str) -> Path:
     """`scheme`: a Metaspace prepend scheme, `legacy` (Llama 2: a Prepend normaliser) or `xlm-r` (white space split)."""
     raw = RawTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     if scheme == "legacy":
@@ -65,14 +65,14 @@ def metaspace(folder: Path, scheme: str) -> Path:
         raw.pre_tokenizer = None
         raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return save(raw, folder, "</s>")
+    return save(raw, directory, "</s>")
 
 
-def sentencepiece_model(folder: Path, kind: str, **settings: object) -> Path:
-    folder.mkdir(parents=True)
+def sentencepiece_model(directory: Path, kind: str, **settings: object) -> Path:
+    directory.mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(SENTENCES[:4]).split("\n") * 20),
-        model_prefix=str(folder / "m"),
+        model_prefix=str(directory / "m"),
         model_type=kind,
         vocab_size=420 if kind == "bpe" else 110,
         character_coverage=1.0,
@@ -80,7 +80,7 @@ def sentencepiece_model(folder: Path, kind: str, **settings: object) -> Path:
         num_threads=1,
         **settings,
     )
-    return folder / "m.model"
+    return directory / "m.model"
 
 
 KINDS = ("byte", "byte-prefix", "always", "first", "never", "legacy", "xlm-r", "unigram", "bpe", "bpe-bare")
@@ -88,15 +88,15 @@ KINDS = ("byte", "byte-prefix", "always", "first", "never", "legacy", "xlm-r", "
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    folder = tmp_path_factory.mktemp("tokenizers")
+    directory = tmp_path_factory.mktemp("tokenizers")
     bpe = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     paths = {
-        "byte": byte_level(folder / "byte", add_prefix_space=False),
-        "byte-prefix": byte_level(folder / "byte-prefix", add_prefix_space=True),
-        **{scheme: metaspace(folder / scheme, scheme) for scheme in ("always", "first", "never", "legacy", "xlm-r")},
-        "unigram": sentencepiece_model(folder / "unigram", "unigram"),
-        "bpe": sentencepiece_model(folder / "bpe", "bpe", **bpe),
-        "bpe-bare": sentencepiece_model(folder / "bpe-bare", "bpe", add_dummy_prefix=False, **bpe),
+        "byte": byte_level(directory / "byte", add_prefix_space=False),
+        "byte-prefix": byte_level(directory / "byte-prefix", add_prefix_space=True),
+        **{scheme: metaspace(directory / scheme, scheme) for scheme in ("always", "first", "never", "legacy", "xlm-r")},
+        "unigram": sentencepiece_model(directory / "unigram", "unigram"),
+        "bpe": sentencepiece_model(directory / "bpe", "bpe", **bpe),
+        "bpe-bare": sentencepiece_model(directory / "bpe-bare", "bpe", add_dummy_prefix=False, **bpe),
     }
     return {kind: load_tokenizer(path) for kind, path in paths.items()}
 
@@ -278,10 +278,10 @@ def test_flags_of_byte_fallback_pieces(tokenizers: dict[str, Tokenizer]) -> None
 
 
 def test_clone(tmp_path: Path) -> None:
-    folder = byte_level(tmp_path / "clone", add_prefix_space=False)
-    base = load_tokenizer(folder)
-    (folder / "clone.json").write_text('{"language": "en_clone"}')
-    clone = load_tokenizer(folder)
+    directory = byte_level(tmp_path / "clone", add_prefix_space=False)
+    base = load_tokenizer(directory)
+    (directory / "clone.json").write_text('{"language": "en_clone"}')
+    clone = load_tokenizer(directory)
     assert isinstance(clone, CloneTokenizer)
     size = base.vocab_size
     assert (clone.vocab_size, clone.eod_id) == (2 * size, base.eod_id)
@@ -294,27 +294,27 @@ def test_clone(tmp_path: Path) -> None:
     assert clone.decode([*ids, *(index + size for index in ids)]) == f"the dog{CLONE_OPEN}the dog{CLONE_CLOSE}"
     assert clone._shift([[base.eod_id, ids[0]]], "en_clone") == [[base.eod_id, ids[0] + size]]
     assert numpy.array_equal(clone.word_boundaries(), numpy.tile(base.word_boundaries(), 2))
-    (folder / "clone.json").write_text("{}")
+    (directory / "clone.json").write_text("{}")
     with pytest.raises(UserError, match=r"clone\.json: no language"):
-        load_tokenizer(folder)
+        load_tokenizer(directory)
 
 
 def test_fingerprint_follows_what_decides_ids_only(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
-    folder = byte_level(tmp_path / "moved", add_prefix_space=False)
-    assert load_tokenizer(folder).fingerprint == tokenizers["byte"].fingerprint
+    directory = byte_level(tmp_path / "moved", add_prefix_space=False)
+    assert load_tokenizer(directory).fingerprint == tokenizers["byte"].fingerprint
     assert tokenizers["byte-prefix"].fingerprint != tokenizers["byte"].fingerprint
-    data = json.loads((folder / "tokenizer.json").read_text())
+    data = json.loads((directory / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
     data["model"]["dropout"] = 0.5
-    (folder / "tokenizer.json").write_text(json.dumps(data, indent=3))
-    changed = load_tokenizer(folder)
+    (directory / "tokenizer.json").write_text(json.dumps(data, indent=3))
+    changed = load_tokenizer(directory)
     assert changed.fingerprint == tokenizers["byte"].fingerprint
     # Truncation and dropout of the file are off: a corpus is encoded whole and the same every time.
     assert changed.encode(SENTENCES[0]) == tokenizers["byte"].encode(SENTENCES[0])
     data["model"]["merges"] = data["model"]["merges"][:-1]
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    assert load_tokenizer(folder).fingerprint != tokenizers["byte"].fingerprint
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    assert load_tokenizer(directory).fingerprint != tokenizers["byte"].fingerprint
 
 
 def test_sentencepiece_fingerprint_ignores_names(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
@@ -345,7 +345,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no tokenizer in this folder"):
+    with pytest.raises(UserError, match="no tokenizer in this directory"):
         load_tokenizer(tmp_path / "empty")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):

@@ -45,7 +45,7 @@ WORDS = [
 LLAMA = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def make(folder: Path, kind: str) -> Tokenizer:
+def make(directory: Path, kind: str) -> Tokenizer:
     raw = RawTokenizer(models.BPE(unk_token="<unk>" if kind == "metaspace" else None))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix", use_regex=kind != "llama")
     if kind == "llama":
@@ -59,9 +59,9 @@ def make(folder: Path, kind: str) -> Tokenizer:
         vocab_size=500, special_tokens=["<eod>", "<unk>"], initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(TEXT * 20, trainer)
-    folder.mkdir()
-    raw.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    directory.mkdir()
+    raw.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
 
 
 def rows(tokenizer: Tokenizer, words: list[str], initial: bool, language: str | None = None) -> list[list[int]]:
@@ -165,12 +165,12 @@ def test_a_character_outside_ascii_is_always_in_the_sample(tmp_path, monkeypatch
 def test_added_tokens_are_left_to_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(word_batches, "_RANDOM_WORDS", 0)
     asked = fake_gigatoken(monkeypatch)
-    folder = make(tmp_path / "byte", "byte").path
-    data = json.loads((folder / "tokenizer.json").read_text())
+    directory = make(tmp_path / "byte", "byte").path
+    data = json.loads((directory / "tokenizer.json").read_text())
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     data["added_tokens"].append({"id": 500, "content": "<tool>", **entry})
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    tokenizer = load_tokenizer(folder)
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(directory)
     words = ["fox", "<tool>", "<eod>"]
     assert rows(tokenizer, ["fox"], True) == tokenizer.encode_words(["fox"])
     assert tokenizer.word_encoder == "gigatoken" and asked

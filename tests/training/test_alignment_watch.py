@@ -66,17 +66,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
-def watching(folder: Path, interval: int, *, tensorboard: bool = False) -> AlignmentWatch:
+def watching(directory: Path, interval: int, *, tensorboard: bool = False) -> AlignmentWatch:
     return AlignmentWatch(
         AlignmentWatchSection(interval=interval),
         PAIRS,
-        MetricsFile(folder / "metrics.jsonl", enabled=True),
-        TensorBoard(folder / "tensorboard", enabled=tensorboard),
+        MetricsFile(directory / "metrics.jsonl", enabled=True),
+        TensorBoard(directory / "tensorboard", enabled=tensorboard),
     )
 
 
-def written(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
+def written(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -174,8 +174,8 @@ def test_tensorboard_gets_every_layer_and_the_mean(measured: list[Any], tmp_path
     assert found["alignment_watch_mrr/en-de/mean"] == [(0, 0.375), (2, 0.375)]
 
 
-def values_for(tiny: Tiny, folder: Path, watch: dict[str, Any] | None, **parallel: Any) -> dict[str, Any]:
-    values = copy.deepcopy(tiny.values(folder))
+def values_for(tiny: Tiny, directory: Path, watch: dict[str, Any] | None, **parallel: Any) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(directory))
     values["parallel"] = {"device": "cpu", **parallel}
     if watch is not None:
         values["alignment_watch"] = watch
@@ -188,11 +188,11 @@ WATCH = {"interval": 4, "words": 40, "groups": "trained"}
 @pytest.fixture(scope="module")
 def one(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A watched run of one process, with a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp("watched")
-    values = values_for(tiny, folder, WATCH)
+    directory = tmp_path_factory.mktemp("watched")
+    values = values_for(tiny, directory, WATCH)
     values["checkpoint"] = {"save_interval": 1, "keep": 100}
-    run(workers, 1, values, folder)
-    return folder
+    run(workers, 1, values, directory)
+    return directory
 
 
 def test_a_run_is_watched_through_both_phases(one: Path) -> None:

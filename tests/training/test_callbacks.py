@@ -23,7 +23,7 @@ def trainer_at(step: int) -> Any:
     return SimpleNamespace(state=SimpleNamespace(step=step), runtime=SimpleNamespace(rank=0))
 
 
-NO_SAVES: Any = SimpleNamespace(failed=False, under_way=False, longest_s=0.0)
+NO_SAVES: Any = SimpleNamespace(failed=False, in_progress=False, longest_s=0.0)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ class Watch(Callback):
         self.events.append("close")
 
 
-def watched(values: dict[str, Any], folder: str, fail_at: int | None) -> dict[str, Any]:
+def watched(values: dict[str, Any], directory: str, fail_at: int | None) -> dict[str, Any]:
     """Runs in a worker."""
     from megatron_prealign.run.pretrain import pretrain
 
@@ -141,7 +141,7 @@ def watched(values: dict[str, Any], folder: str, fail_at: int | None) -> dict[st
     handlers = [signal.getsignal(number) for number in SIGNALS]
     watch, error, final = Watch(fail_at), None, None
     try:
-        state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[watch])
+        state = pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[watch])
         final = state.to_dict()
     except ZeroDivisionError as caught:
         error = str(caught)
@@ -155,8 +155,8 @@ def watched(values: dict[str, Any], folder: str, fail_at: int | None) -> dict[st
     }
 
 
-def values_for(tiny: Tiny, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    values = copy.deepcopy(tiny.values(folder))
+def values_for(tiny: Tiny, directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(directory))
     values["parallel"] = {"device": "cpu"}
     for name, changes in sections.items():
         values.setdefault(name, {}).update(changes)
@@ -165,16 +165,16 @@ def values_for(tiny: Tiny, folder: Path, **sections: dict[str, Any]) -> dict[str
 
 @pytest.fixture(scope="module")
 def two_phases(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("two_phases")
+    directory = tmp_path_factory.mktemp("two_phases")
     values = values_for(
         tiny,
-        folder,
+        directory,
         alignment={"lr_warmup_iters": 2, "lr_decay_style": "linear", "min_lr": 1e-4},
         optimizer={"lr_decay_style": "cosine", "lr_warmup_iters": 2},
         training={"eval_interval": 2},
     )
-    answer = workers.run(1, watched, values, str(folder), None)[0]
-    return {**answer, "folder": folder}
+    answer = workers.run(1, watched, values, str(directory), None)[0]
+    return {**answer, "directory": directory}
 
 
 def test_phases_follow_each_other(two_phases: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ def test_samples_and_tokens_are_counted_through(two_phases: dict[str, Any]) -> N
 
 
 def test_evaluations_come_at_the_interval_and_at_each_end(two_phases: dict[str, Any]) -> None:
-    found = [line for line in records(two_phases["folder"], "evaluation")]
+    found = [line for line in records(two_phases["directory"], "evaluation")]
     assert found == [("alignment", step) for step in (2, 4, 5)] + [("language_model", step) for step in (7, 9, 10)]
 
 

@@ -22,8 +22,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def values_for(tiny: Tiny, folder: Path, parallel: dict[str, Any], **alignment: Any) -> dict[str, Any]:
-    values = copy.deepcopy(tiny.values(folder))
+def values_for(tiny: Tiny, directory: Path, parallel: dict[str, Any], **alignment: Any) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(directory))
     values["alignment"].update(alignment)
     values["parallel"] = {"device": "cpu", **parallel}
     values["optimizer"]["weight_decay"] = 0.1
@@ -76,14 +76,14 @@ def test_frozen_run_goes_on_where_it_stopped(
     values = values_for(tiny, tmp_path / "whole", parallel, freeze="lower", projection_size=8, layers=layers)
     run(workers, 2, values, tmp_path / "whole")
     for step in (2, 7):
-        folder = tmp_path / f"from_{step}"
-        (folder / "checkpoints").mkdir(parents=True)
+        directory = tmp_path / f"from_{step}"
+        (directory / "checkpoints").mkdir(parents=True)
         name = f"step_{step:08d}"
-        shutil.copytree(tmp_path / "whole" / "checkpoints" / name, folder / "checkpoints" / name)
-        (folder / "checkpoints" / "latest").write_text(name)
-        values["logging"]["run_dir"] = str(folder)
-        run(workers, 2, values, folder)
-        got, expected = records(folder), records(tmp_path / "whole")
+        shutil.copytree(tmp_path / "whole" / "checkpoints" / name, directory / "checkpoints" / name)
+        (directory / "checkpoints" / "latest").write_text(name)
+        values["logging"]["run_dir"] = str(directory)
+        run(workers, 2, values, directory)
+        got, expected = records(directory), records(tmp_path / "whole")
         assert len(got) == 10 - step
         for key, line in got.items():
             for value in ("loss", "grad_norm", "alignment_loss"):

@@ -33,7 +33,7 @@ def guarded(tiny: Tiny, run_dir: Path, **guard: Any) -> dict[str, Any]:
 
 
 def several_steps(
-    values: dict[str, Any], folder: str, first: int, count: int, reports: dict[int, dict[str, list[float]]]
+    values: dict[str, Any], directory: str, first: int, count: int, reports: dict[int, dict[str, list[float]]]
 ) -> list[dict[str, Any]]:
     """Runs in workers: steps of language-model training without an update, from number `first` of the phase on.
 
@@ -43,7 +43,7 @@ def several_steps(
     from megatron_prealign.alignment.layout import WordLayout
     from megatron_prealign.checkpoint.train_state import TrainState
 
-    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, directory)
     phase = phases[-1]
     assert phase.name == "language_model"
     # Steps of the alignment phase are behind it.
@@ -165,11 +165,11 @@ def test_without_a_floor_what_is_measured_does_not_matter(workers: WorkerPool, t
         assert not any(answer["below_floor"] for answer in answers)
 
 
-def seen_by_the_alignment_phase(values: dict[str, Any], folder: str, by_layer: list[float]) -> bool:
+def seen_by_the_alignment_phase(values: dict[str, Any], directory: str, by_layer: list[float]) -> bool:
     """Runs in a worker: whether a run is below the floor after the watch at the end of the alignment phase."""
     from megatron_prealign.checkpoint.train_state import TrainState
 
-    _, _, _, phases, _ = opened(values, folder)
+    _, _, _, phases, _ = opened(values, directory)
     assert phases[0].name == "alignment"
     state = TrainState()
     phases[0].saw_alignment(state, {"en-de": {"p_at_1": by_layer}})
@@ -185,9 +185,9 @@ def test_what_was_measured_at_the_end_of_alignment_counts(
     assert workers.run(1, seen_by_the_alignment_phase, values, str(tmp_path), by_layer)[0] is below
 
 
-def phase_names(values: dict[str, Any], folder: str) -> list[str]:
+def phase_names(values: dict[str, Any], directory: str) -> list[str]:
     """Runs in a worker: the phases of a run."""
-    return [phase.name for phase in opened(values, folder)[3]]
+    return [phase.name for phase in opened(values, directory)[3]]
 
 
 @pytest.mark.parametrize(("train_iters", "names"), [(0, ["language_model"]), (1, ["alignment", "language_model"])])
@@ -199,11 +199,11 @@ def test_without_steps_there_is_no_alignment_phase(
     assert workers.run(1, phase_names, values, str(tmp_path))[0] == names
 
 
-def metrics_of_several_steps(values: dict[str, Any], folder: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def metrics_of_several_steps(values: dict[str, Any], directory: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Runs in a worker: the metrics of six steps one by one, and of the same six at once."""
     from megatron_prealign.checkpoint.train_state import TrainState
 
-    _, _, _, phases, chunks = opened(values, folder)
+    _, _, _, phases, chunks = opened(values, directory)
     phase, alone = phases[-1], []
     states = [TrainState(phase=1, phase_step=number, step=number, consumed_samples=8 * number) for number in range(6)]
     for state in states:
@@ -228,14 +228,16 @@ def test_metrics_are_means_over_the_steps_that_have_them(workers: WorkerPool, ti
     assert together["switched_words"]["en_clone"] == sum(m["switched_words"]["en_clone"] for m in alone)
 
 
-def three_gradients(values: dict[str, Any], folder: str) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+def three_gradients(
+    values: dict[str, Any], directory: str
+) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Runs in workers: gradients and metrics of a guarded step, of its rows and of its words with a weight of one."""
     from dataclasses import replace
 
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.run.pretrain import build_phases, open_words
 
-    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, directory)
 
     def phases_of(**fields: Any) -> list[Any]:
         changed = replace(recipe, **fields)

@@ -40,8 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def values_for(tiny: Tiny, folder: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
-    values = copy.deepcopy(tiny.values(folder))
+def values_for(tiny: Tiny, directory: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(tiny.values(directory))
     values["model"].update(model)
     values["parallel"] = {"device": "cpu", **parallel}
     return values
@@ -54,15 +54,15 @@ def reference(
     """Each family trained in one process."""
     found = {}
     for family, model in FAMILIES.items():
-        folder = tmp_path_factory.mktemp(f"one_{family}")
-        run(workers, 1, values_for(tiny, folder, model, {}), folder)
-        found[family] = (folder, weights(workers, folder, 2 * VOCAB_SIZE))
+        directory = tmp_path_factory.mktemp(f"one_{family}")
+        run(workers, 1, values_for(tiny, directory, model, {}), directory)
+        found[family] = (directory, weights(workers, directory, 2 * VOCAB_SIZE))
     return found
 
 
-def assert_same_run(folder: Path, reference_folder: Path) -> None:
+def assert_same_run(directory: Path, reference_directory: Path) -> None:
     """Losses of every step, alignment losses of every layer, and the evaluations."""
-    got, expected = records(folder), records(reference_folder)
+    got, expected = records(directory), records(reference_directory)
     assert got.keys() == expected.keys()
     assert len(got) == 10
     for step, line in expected.items():
@@ -71,8 +71,8 @@ def assert_same_run(folder: Path, reference_folder: Path) -> None:
         if line["phase"] == "alignment":
             assert got[step]["alignment_loss"] == pytest.approx(line["alignment_loss"], rel=TOLERANCE), step
         assert got[step].get("switched_words") == line.get("switched_words"), step
-    for step, line in records(reference_folder, "evaluation").items():
-        evaluation = records(folder, "evaluation")[step]
+    for step, line in records(reference_directory, "evaluation").items():
+        evaluation = records(directory, "evaluation")[step]
         assert evaluation["validation_loss"] == pytest.approx(line["validation_loss"], rel=TOLERANCE)
         # A near tie may fall the other way: one word of fifty.
         for pair, values in line["word_retrieval_p_at_1"].items():
@@ -92,8 +92,8 @@ def test_layouts_agree_with_one_process(
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     run(workers, world_size, values_for(tiny, tmp_path, {}, parallel), tmp_path)
-    folder, expected = reference["llama"]
-    assert_same_run(tmp_path, folder)
+    directory, expected = reference["llama"]
+    assert_same_run(tmp_path, directory)
     assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
 
 
@@ -106,8 +106,8 @@ def test_other_families_agree_with_one_process(
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     run(workers, world_size, values_for(tiny, tmp_path, FAMILIES[family], parallel), tmp_path)
-    folder, expected = reference[family]
-    assert_same_run(tmp_path, folder)
+    directory, expected = reference[family]
+    assert_same_run(tmp_path, directory)
     assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
 
 
@@ -118,14 +118,14 @@ def test_recomputation_changes_nothing(
     world_size, parallel = LAYOUTS[layout]
     values = values_for(tiny, tmp_path, {"recompute_granularity": recompute}, parallel)
     run(workers, world_size, values, tmp_path)
-    folder, expected = reference["llama"]
-    assert_same_run(tmp_path, folder)
+    directory, expected = reference["llama"]
+    assert_same_run(tmp_path, directory)
     assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
 
 
 def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     """Every stage makes the mask of its own, and recomputation hands it back; here of lines as documents."""
-    texts = [json.loads(text)["text"] for text in (tiny.folder / "corpus.jsonl").read_text("utf-8").splitlines()]
+    texts = [json.loads(text)["text"] for text in (tiny.directory / "corpus.jsonl").read_text("utf-8").splitlines()]
     lines = [json.dumps({"text": line}) for text in texts for line in text.splitlines() if line]
     corpus = tmp_path / "lines.jsonl"
     corpus.write_text("\n".join(lines), encoding="utf-8")
@@ -135,21 +135,21 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
         )
 
     def trained(name: str, world_size: int, resets: bool, parallel: dict[str, Any], **model: Any) -> Path:
-        folder = tmp_path / name
-        values = values_for(tiny, folder, {**FAMILIES["gpt2_tied"], **model}, parallel)
+        directory = tmp_path / name
+        values = values_for(tiny, directory, {**FAMILIES["gpt2_tied"], **model}, parallel)
         for source in values["data"]["sources"]:
             source["path"] = str(tmp_path / source["language"])
         values["data"].update(reset_position_ids=resets, reset_attention_mask=resets)
-        run(workers, world_size, values, folder)
-        return folder
+        run(workers, world_size, values, directory)
+        return directory
 
     expected = trained("one", 1, True, {})
     world_size, parallel = LAYOUTS["tp2_pp2"]
-    folder = trained("four", world_size, True, parallel, recompute_granularity="full")
+    directory = trained("four", world_size, True, parallel, recompute_granularity="full")
     # Not the weights: one of them has a gradient so near 0 that Adam's step for it is rounding alone (measured: 1.1e-4
     # apart after ten steps, every other one less than 2e-5, the losses less than 1e-6).
-    assert_same_run(folder, expected)
-    got, together = records(folder), records(trained("together", 1, False, {}))
+    assert_same_run(directory, expected)
+    got, together = records(directory), records(trained("together", 1, False, {}))
     last = max(got)
     assert got[last]["grad_norm"] != pytest.approx(together[last]["grad_norm"], rel=10 * TOLERANCE)
 

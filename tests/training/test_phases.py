@@ -40,14 +40,14 @@ def positions_apart(batch: Any) -> int:
     return 0 if batch.document_starts is None else int((batch.document_starts > 0).sum())
 
 
-def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def alignment_step(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in a worker: step 3 of the alignment phase, by the product and by hand with a row for each word."""
     from megatron_prealign.alignment.layout import WordLayout
     from megatron_prealign.alignment.words import WordSampler
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
 
-    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, directory)
     section = recipe.alignment
     state = TrainState(phase_step=3, step=3, consumed_samples=12)
     gradients, metrics = step(phases[0], state, chunks)
@@ -95,12 +95,12 @@ def alignment_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
-def language_model_step(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def language_model_step(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in a worker: a later step of language-model training, by the product and by hand."""
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, plain_batch
 
-    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, directory)
     eod_id, size = inputs.vocabulary.tokenizer.eod_id, recipe.training.global_batch_size
     # Rows in which a document ends.
     start = next(at for at in range(20, 400) if (inputs.train.rows([at]).tokens[:, :-1] == eod_id).any())
@@ -209,11 +209,11 @@ def test_alignment_on_words_alone(workers: WorkerPool, tiny: Tiny, tmp_path: Pat
     assert answer["consumed"] == 0
 
 
-def steps_of_a_schedule(values: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+def steps_of_a_schedule(values: dict[str, Any], directory: str) -> list[dict[str, Any]]:
     """Runs in workers: metrics of one step at ratio 0, of that and two with a ratio above, of these two alone."""
     from megatron_prealign.checkpoint.train_state import TrainState
 
-    _, _, _, phases, chunks = opened(values, folder)
+    _, _, _, phases, chunks = opened(values, directory)
     phase, found = phases[-1], []
     make_batch = phase._reader._make_batch
 
@@ -300,7 +300,7 @@ def test_language_model_step_keeps_documents_apart(
 
 
 def total_iters(
-    training: dict[str, Any], spent: int, values: dict[str, Any], folder: str, steps: int = 0, rows: int = 0
+    training: dict[str, Any], spent: int, values: dict[str, Any], directory: str, steps: int = 0, rows: int = 0
 ) -> int:
     """Runs in a worker: steps of language-model training after the alignment phase took `spent` tokens, `steps` of them
     done with `rows` rows."""
@@ -312,7 +312,7 @@ def total_iters(
     values["training"].update(training)
     runtime: Any = SimpleNamespace(device=torch.device("cpu"))
     reader: Any = None
-    phase = LanguageModelPhase(recipe_of(values, Path(folder)), runtime, reader, target_languages=None)
+    phase = LanguageModelPhase(recipe_of(values, Path(directory)), runtime, reader, target_languages=None)
     state = TrainState(
         phase_step=steps,
         tokens=spent + 99,
@@ -365,12 +365,12 @@ def test_alignment_may_not_eat_the_whole_budget(workers: WorkerPool, tiny: Tiny,
     assert f"training.train_tokens is {20 * STEP_TOKENS}, of which the alignment phase took {spent}" in message
 
 
-def read_rows(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def read_rows(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in workers: this rank's microbatches of 8 rows from row 4 on, and those rows by one process."""
     from megatron_prealign.code_switch.switcher import RowFormat, plain_batch
     from megatron_prealign.training.rows import RowReader
 
-    _, runtime, inputs, _, _ = opened(values, folder)
+    _, runtime, inputs, _, _ = opened(values, directory)
     seen: list[int] = []
 
     def make_batch(rows: Any, consumed_tokens: int) -> Any:

@@ -17,7 +17,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 
 
 def steps_in_microbatches(
-    values: dict[str, Any], folder: str, sizes: list[int | None]
+    values: dict[str, Any], directory: str, sizes: list[int | None]
 ) -> list[tuple[dict[str, torch.Tensor], dict[str, Any], int]]:
     """Runs in workers: gradients of this process, metrics and tokens of the same step with words in passes of each
     size."""
@@ -26,7 +26,7 @@ def steps_in_microbatches(
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.run.pretrain import open_words
 
-    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, directory)
     phase, found = phases[0], []
     for size in sizes:
         assert recipe.alignment is not None
@@ -85,7 +85,7 @@ def test_words_in_several_microbatches_are_one_batch(
             assert losses_of(other_metrics) == pytest.approx(losses_of(metrics), rel=1e-6)
 
 
-def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
+def spoiled_steps(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in workers: two steps without any pair and a good one of the alignment phase, a bad and a good one together,
     and what rows alone give."""
     import logging
@@ -94,7 +94,7 @@ def spoiled_steps(values: dict[str, Any], folder: str) -> dict[str, Any]:
     from megatron_prealign.checkpoint.train_state import TrainState
     from megatron_prealign.training.word_steps import WordSteps
 
-    recipe, runtime, inputs, phases, chunks = opened(values, folder)
+    recipe, runtime, inputs, phases, chunks = opened(values, directory)
     phase = phases[0]
     sampler = phase._words.sampler
     draw_words = sampler._draw_words

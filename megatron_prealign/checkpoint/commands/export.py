@@ -31,7 +31,7 @@ _CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written."""
 
     tensors: int
@@ -48,13 +48,13 @@ def export_weights(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Exported:
+) -> ExportResult:
     """Writes the weights of a checkpoint as one that `pretrain --checkpoint.load` takes. Its files are compared with
     the manifest by their sizes alone. Memory: the largest tensor or layer, twice if its type changes.
 
     Args:
-        checkpoint: Its folder.
-        output: Folder to write.
+        checkpoint: Its directory.
+        output: Directory to write.
         dtype: bf16 or fp32; None leaves the weights as they are.
         overwrite: Replace a checkpoint that is there.
         progress: Told the bytes read so far and in all.
@@ -103,7 +103,7 @@ def _copy(
     keys: list[str],
     dtype: torch.dtype | None,
     progress: Callable[[int, int], None] | None,
-) -> Exported:
+) -> ExportResult:
     sizes = {key: math.prod(reader.tensors[key].shape) for key in keys}
     total = sum(sizes[key] * reader.tensors[key].dtype.itemsize for key in keys)
     done = written = 0
@@ -120,7 +120,7 @@ def _copy(
             kinds.add(str(tensor.dtype).removeprefix("torch."))
             if progress is not None:
                 progress(done, total)
-    return Exported(len(keys), sum(sizes.values()), written, " and ".join(sorted(kinds)))
+    return ExportResult(len(keys), sum(sizes.values()), written, " and ".join(sorted(kinds)))
 
 
 def _source(checkpoint: Path, summary: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.commands.list import folder_bytes, readable_bytes
+from megatron_prealign.checkpoint.commands.list import directory_bytes, readable_bytes
 from megatron_prealign.checkpoint.commit import TOKENIZER
 from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.single_process.weights import is_vocabulary, is_weight
 from megatron_prealign.checkpoint.state import is_run, read_state
 
 
-def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     """The facts, as plain values for JSON. Files are compared by their sizes alone.
 
     Raises:
@@ -19,9 +19,9 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """
     from megatron_prealign.checkpoint.single_process.reader import ShardReader
 
-    summary = read_state(folder)
-    problems = find_problems(folder)
-    with ShardReader(folder) as reader:
+    summary = read_state(directory)
+    problems = find_problems(directory)
+    with ShardReader(directory) as reader:
         tensors = {
             key: {
                 "shape": list(facts.shape),
@@ -32,10 +32,10 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         }
     run = is_run(summary)
     facts: dict[str, Any] = {
-        "checkpoint": str(folder),
+        "checkpoint": str(directory),
         "kind": "run" if run else "weights",
         "problems": problems,
-        "bytes": folder_bytes(folder),
+        "bytes": directory_bytes(directory),
         "saved_at": summary.get("saved_at"),
         "versions": summary.get("versions"),
         "parameters": _count_parameters(tensors, summary["vocab_size"]),
@@ -45,7 +45,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "vocab_size": summary["vocab_size"],
         "padded_vocab_size": summary["padded_vocab_size"],
         "tokenizer_fingerprint": summary["tokenizer_fingerprint"],
-        "tokenizer_files": sorted(file.name for file in (folder / TOKENIZER).glob("*")),
+        "tokenizer_files": sorted(file.name for file in (directory / TOKENIZER).glob("*")),
         "layout": summary["layout"],
     }
     names = ("phase", "train_state", "metrics", "run", "consumed_samples_per_source", "blend") if run else ("source",)

@@ -1,5 +1,5 @@
-"""What lies in a folder of checkpoints, told from their small files. Imports no torch: a thousand of them are a matter
-of a second."""
+"""What lies in a directory of checkpoints, told from their small files. Imports no torch: a thousand of them are a
+matter of a second."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.folder import LATEST, step_of
+from megatron_prealign.checkpoint.directory import LATEST, step_of
 from megatron_prealign.checkpoint.manifest import MANIFEST, find_problems
 from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.errors import UserError
@@ -19,7 +19,7 @@ _COLUMNS = ("checkpoint", "status", "kind", "saved", "size", "phase", "tokens", 
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """One folder, as far as its small files and the sizes of the others tell."""
+    """One directory, as far as its small files and the sizes of the others tell."""
 
     name: str
     latest: bool
@@ -44,9 +44,9 @@ class ListedCheckpoint:
         return ("damaged" if self.complete else "incomplete") if self.problems else "complete"
 
 
-def checkpoint_folders(path: Path) -> list[Path]:
-    """The folders of checkpoints at `path` by step, then by name, complete or not: a run's folder, a folder of
-    checkpoints, or one checkpoint.
+def checkpoint_directories(path: Path) -> list[Path]:
+    """The directories of checkpoints at `path` by step, then by name, complete or not: a run's directory, a directory
+    of checkpoints, or one checkpoint.
 
     Raises:
         UserError: there is none.
@@ -60,38 +60,38 @@ def checkpoint_folders(path: Path) -> list[Path]:
         found = [each for each in directory.iterdir() if each.is_dir() and _is_checkpoint(each)]
     except OSError as error:
         raise UserError(
-            f"{directory}: cannot be read ({error.strerror}); expected a folder of checkpoints or a run's folder"
+            f"{directory}: cannot be read ({error.strerror}); expected a directory of checkpoints or a run's directory"
         ) from error
     if not found:
-        raise UserError(f"{directory} holds no checkpoints; expected step_* folders, as pretrain writes them")
+        raise UserError(f"{directory} holds no checkpoints; expected step_* directories, as pretrain writes them")
     return sorted(found, key=lambda each: (_step_in(each) is None, _step_in(each) or 0, each.name))
 
 
 def list_checkpoints(path: Path) -> list[ListedCheckpoint]:
-    """Every checkpoint at `path`, in the order of `checkpoint_folders`.
+    """Every checkpoint at `path`, in the order of `checkpoint_directories`.
 
     Raises:
         UserError: there is none.
     """
-    folders = checkpoint_folders(path)
-    latest = _latest_name(folders[0].parent)
-    return [_look_at(folder, folder.name == latest) for folder in folders]
+    directories = checkpoint_directories(path)
+    latest = _latest_name(directories[0].parent)
+    return [_look_at(directory, directory.name == latest) for directory in directories]
 
 
 def find_pointer_problem(path: Path) -> str | None:
     """What is wrong with the file `latest` at `path`, in words; None when all is well or there is none."""
-    directory = checkpoint_folders(path)[0].parent
+    directory = checkpoint_directories(path)[0].parent
     name = _latest_name(directory)
     if name is None or (name and (directory / name / STATE).exists()):
         return None
     return f"{directory / LATEST} names {name!r}, which is no checkpoint there"
 
 
-def folder_bytes(folder: Path) -> int:
+def directory_bytes(directory: Path) -> int:
     """Size of all files in it, but for those that a save or a removal takes away meanwhile."""
     total = 0
-    # Unlike rglob it passes over folders that are gone.
-    for parent, _, names in os.walk(folder):
+    # Unlike rglob it passes over directories that are gone.
+    for parent, _, names in os.walk(directory):
         for name in names:
             with suppress(OSError):
                 total += os.stat(os.path.join(parent, name)).st_size
@@ -133,39 +133,40 @@ def _latest_name(directory: Path) -> str | None:
         return None
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    named = step_of(folder) is not None or _step_in(folder) is not None
-    return named or (folder / STATE).exists() or (folder / MANIFEST).exists()
+def _is_checkpoint(directory: Path) -> bool:
+    named = step_of(directory) is not None or _step_in(directory) is not None
+    return named or (directory / STATE).exists() or (directory / MANIFEST).exists()
 
 
-def _step_in(folder: Path) -> int | None:
-    """The step in the name of a folder that a save or a damage gave another one: .step_X.incomplete, step_X.damaged."""
-    return step_of(Path(folder.name.lstrip(".").split(".")[0]))
+def _step_in(directory: Path) -> int | None:
+    """The step in the name of a directory that a save or a damage gave another one: .step_X.incomplete,
+    step_X.damaged."""
+    return step_of(Path(directory.name.lstrip(".").split(".")[0]))
 
 
-def _look_at(folder: Path, latest: bool) -> ListedCheckpoint:
-    problems, complete = find_problems(folder), (folder / MANIFEST).exists()
+def _look_at(directory: Path, latest: bool) -> ListedCheckpoint:
+    problems, complete = find_problems(directory), (directory / MANIFEST).exists()
     summary: dict[str, Any] = {}
     try:
-        summary = read_state(folder)
+        summary = read_state(directory)
     except UserError as error:
         problems = [*problems, *([str(error).split(";")[0]] if complete else [])]
-    if folder.name.startswith("."):
+    if directory.name.startswith("."):
         problems, complete = ["a save that did not come to its end, or is under way"], False
-    elif ".damaged" in folder.name:
+    elif ".damaged" in directory.name:
         problems = problems or ["it was found damaged by a start"]
     state = summary.get("train_state")
     state = state if isinstance(state, dict) else {}
     metrics = summary.get("metrics")
     return ListedCheckpoint(
-        name=folder.name,
+        name=directory.name,
         latest=latest,
         problems=tuple(problems),
         complete=complete,
         kind=None if not summary else "run" if is_run(summary) else "weights",
-        step=state.get("step", _step_in(folder)),
+        step=state.get("step", _step_in(directory)),
         saved_at=summary.get("saved_at"),
-        bytes=folder_bytes(folder),
+        bytes=directory_bytes(directory),
         phase=summary.get("phase"),
         tokens=state.get("tokens"),
         metrics=metrics if isinstance(metrics, dict) else {},

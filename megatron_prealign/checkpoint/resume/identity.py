@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.folder import LATEST
+from megatron_prealign.checkpoint.directory import LATEST
 from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.blend import SavedBlend
@@ -52,12 +52,12 @@ _BUDGET_FIELDS = {
     "alignment.train_iters",
 }
 _SOURCE_FIELDS = {"key", "path", "language", "weight", "segmenter"}
-_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new folder"
+_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
 OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
 """What to do about weights that were only to be loaded."""
 
 
-def facts_of_run(
+def resume_fingerprint(
     recipe: Recipe,
     *,
     num_samples: int,
@@ -71,7 +71,7 @@ def facts_of_run(
         num_samples: Rows of the whole run.
         keys: The number of each source in the run's blend.
         segmenters: Who marked the words of each source, as its sidecar says.
-        switching: `facts_of_switching`; None without code-switching.
+        switching: `code_switch_fingerprint`; None without code-switching.
     """
     return {
         "phases": [phase.name for phase in recipe.phases],
@@ -114,7 +114,7 @@ def _projection(recipe: Recipe) -> dict[str, Any] | None:
     return {"size": section.projection_size, "layers": [layer for layer, weight in enumerate(weights) if weight]}
 
 
-def facts_of_switching(
+def code_switch_fingerprint(
     table: str, section: CodeSwitchSection, *, digest: str, coverage: Mapping[str, float] | None
 ) -> dict[str, Any]:
     """What decides which words are switched, as plain values.
@@ -231,7 +231,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -
 
     Args:
         summary: The checkpoint's `state.json`.
-        mine: `facts_of_run` of the run that wants to go on.
+        mine: `resume_fingerprint` of the run that wants to go on.
 
     Raises:
         UserError: the phase is not in the run, or another sequence length, way to keep documents apart, precision,

@@ -10,16 +10,16 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run
-from megatron_prealign.checkpoint.resume.start import Start
+from megatron_prealign.checkpoint.resume.start import StartPoint
 from megatron_prealign.checkpoint.sharded.load import (
     check_files,
     load_sharded,
-    read_errors_as_mistakes,
+    read_errors_as_user_errors,
     saved_shapes,
     tensor_shapes,
 )
 from megatron_prealign.checkpoint.sharded.model_state import (
-    StateBeside,
+    AuxiliaryState,
     layout_of,
     load_model_state,
     model_state,
@@ -42,21 +42,21 @@ _ADVICE = "start again with checkpoint.verify checksums, which finds the damaged
 
 
 def resume(
-    start: Start,
+    start: StartPoint,
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     runtime: Runtime,
     *,
     identity: dict[str, Any],
     run: dict[str, Any],
-    beside: StateBeside | None = None,
+    beside: AuxiliaryState | None = None,
 ) -> TrainState:
     """Loads all of the checkpoint that a run goes on from. Takes part: all ranks.
 
     Args:
         start: Of the kind resume or continue.
         identity: `state.model_identity`.
-        run: `resume.identity.facts_of_run`; the state's `phase` is a position in its phases.
+        run: `resume.identity.resume_fingerprint`; the state's `phase` is a position in its phases.
         beside: What is resumed beside the model and its optimizer; None for nothing.
 
     Raises:
@@ -106,7 +106,7 @@ def _check_tensors(chunks: Sequence[torch.nn.Module], checkpoint: Path) -> None:
     """
 
     def read() -> tuple[dict[str, tuple[int, ...] | None], dict[str, tuple[int, ...]]]:
-        with read_errors_as_mistakes(checkpoint, _ADVICE):
+        with read_errors_as_user_errors(checkpoint, _ADVICE):
             # The checkpoint may be somebody else's, and Megatron-Core reads its pickles without looking.
             metadata = read_metadata(checkpoint / METADATA)
             check_files(checkpoint, metadata)
@@ -133,7 +133,7 @@ def _load_all(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     runtime: Runtime,
-    beside: StateBeside | None,
+    beside: AuxiliaryState | None,
     checkpoint: Path,
     saved_layout: dict[str, Any],
 ) -> None:
@@ -160,5 +160,5 @@ def _load_all(
 
 
 def _reading(checkpoint: Path, work: Callable[[], None]) -> None:
-    with read_errors_as_mistakes(checkpoint, _ADVICE):
+    with read_errors_as_user_errors(checkpoint, _ADVICE):
         work()

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prealign.checkpoint.folder import is_complete, resolve_checkpoint
+from megatron_prealign.checkpoint.directory import is_complete, resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.resume.choose import (
     RESTORE_OR_NAME_ANOTHER,
-    Choice,
+    CheckpointChoice,
     candidates,
     choose,
-    warn_of_fall_back,
+    warn_of_fallback,
 )
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.train_state import TrainState
@@ -21,12 +21,12 @@ from megatron_prealign.recipe import CheckpointSection, Recipe
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPoint:
     """What a run starts from."""
 
     kind: Literal["resume", "continue", "weights", "fresh"]
     """resume: its own checkpoint; continue: all of another run's; weights: those alone."""
-    choice: Choice | None = None
+    choice: CheckpointChoice | None = None
     """None for a fresh start."""
     summary: dict[str, Any] | None = None
     """`state.json` of a checkpoint to go on from; None if nothing but weights is taken."""
@@ -62,10 +62,10 @@ class Start:
         return f"{what} {self.checkpoint} (phase {self.phase}, step {state['step']:,}, {state['tokens']:,} tokens)"
 
 
-FRESH = Start("fresh")
+FRESH = StartPoint("fresh")
 
 
-def preview_start(recipe: Recipe) -> Start:
+def preview_start(recipe: Recipe) -> StartPoint:
     """What `agree.choose_start` would find, as far as one process sees it without reading large files.
 
     Raises:
@@ -73,13 +73,13 @@ def preview_start(recipe: Recipe) -> Start:
     """
     section = recipe.checkpoint
     problems = find_problems
-    folders = candidates(recipe.checkpoint_dir)
-    if folders:
-        return start_at("resume", choose(folders, problems, section.on_damage))
+    directories = candidates(recipe.checkpoint_dir)
+    if directories:
+        return start_from("resume", choose(directories, problems, section.on_damage))
     if section.load is None:
         return FRESH
-    choice = choose(loadable(section), problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
-    return start_at(kind_of_load(section), choice)
+    choice = choose(checkpoints_to_load(section), problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
+    return start_from(kind_of_load(section), choice)
 
 
 def kind_of_load(section: CheckpointSection) -> Literal["continue", "weights"]:
@@ -87,8 +87,8 @@ def kind_of_load(section: CheckpointSection) -> Literal["continue", "weights"]:
     return "continue" if section.load_parts == "all" else "weights"
 
 
-def loadable(section: CheckpointSection) -> list[Path]:
-    """What checkpoint.load names, and, if that is a folder of checkpoints, the older ones behind it."""
+def checkpoints_to_load(section: CheckpointSection) -> list[Path]:
+    """What checkpoint.load names, and, if that is a directory of checkpoints, the older ones behind it."""
     assert section.load is not None
     path = Path(section.load)
     if is_complete(path):
@@ -97,11 +97,11 @@ def loadable(section: CheckpointSection) -> list[Path]:
     return candidates(newest.parent)
 
 
-def start_at(kind: Literal["resume", "continue", "weights"], choice: Choice) -> Start:
+def start_from(kind: Literal["resume", "continue", "weights"], choice: CheckpointChoice) -> StartPoint:
     """The start at a checkpoint that was chosen.
 
     Raises:
         UserError: its `state.json` is damaged, or it holds weights alone and a run was to go on from it.
     """
-    warn_of_fall_back(choice)
-    return Start(kind, choice, None if kind == "weights" else read_run(choice.checkpoint))
+    warn_of_fallback(choice)
+    return StartPoint(kind, choice, None if kind == "weights" else read_run(choice.checkpoint))

@@ -56,7 +56,7 @@ def saved_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def read_errors_as_mistakes(directory: Path, advice: str) -> Iterator[None]:
+def read_errors_as_user_errors(directory: Path, advice: str) -> Iterator[None]:
     """Turns whatever a damaged checkpoint raises into one line that names it and ends with `advice`."""
     try:
         yield
@@ -74,7 +74,7 @@ def read_errors_as_mistakes(directory: Path, advice: str) -> Iterator[None]:
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Fills `state` (built for this run's layout) from a folder written by `save_sharded` in any layout.
+    """Fills `state` (built for this run's layout) from a directory written by `save_sharded` in any layout.
 
     Takes part: all ranks. Call `check_files` before it.
     """

@@ -61,7 +61,7 @@ def _is_extra(name: str) -> bool:
     return name.endswith("_extra_state")
 
 
-class StateBeside(Protocol):
+class AuxiliaryState(Protocol):
     """State of a run beside its model and optimizer, in the form of `dist_checkpointing`."""
 
     def sharded_state_dict(self) -> dict[str, Any]: ...

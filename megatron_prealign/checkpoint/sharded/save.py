@@ -3,8 +3,8 @@
 Megatron-Core 0.16.1 writes through forked processes and a manager process, and waits without end when one of them dies.
 Here a save has two halves. `stage` plans it and copies what it needs into host memory: all ranks take part, and
 training stands still. `BackgroundSave` writes in threads of this process and talks to no other rank, for collectives of
-two threads would mix: each rank leaves a receipt beside its files, and the first rank completes the folder when it has
-them all. An error is kept until the ranks ask for it together, and a disk that stops answering ends in a timeout.
+two threads would mix: each rank leaves a receipt beside its files, and the first rank completes the directory when it
+has them all. An error is kept until the ranks ask for it together, and a disk that stops answering ends in a timeout.
 """
 
 import io
@@ -82,8 +82,8 @@ class _Writer(FileSystemWriterAsync):
 
     files: list[_File]
 
-    def __init__(self, folder: Path, buffers: HostBuffers, *, copy: bool) -> None:
-        super().__init__(folder, thread_count=_WRITER_THREADS)
+    def __init__(self, directory: Path, buffers: HostBuffers, *, copy: bool) -> None:
+        super().__init__(directory, thread_count=_WRITER_THREADS)
         self._buffers = buffers
         self._copy = copy
 
@@ -134,8 +134,8 @@ class StagedState:
 def stage(
     state: dict[str, Any], target: Target, *, buffers: HostBuffers, timeout_s: float, copy: bool = True
 ) -> StagedState:
-    """Plans how `state` (sharded tensors and plain values) goes into the target's existing, empty folder. Takes part:
-    all ranks.
+    """Plans how `state` (sharded tensors and plain values) goes into the target's existing, empty directory. Takes
+    part: all ranks.
 
     Args:
         buffers: of this rank, not in use by another save.
@@ -144,13 +144,13 @@ def stage(
             complete. What is on a GPU is always copied.
 
     Raises:
-        UserError: the folder cannot be written or is not shared by all ranks; raised on all ranks.
+        UserError: the directory cannot be written or is not shared by all ranks; raised on all ranks.
     """
     sharded, common = save_preprocess(state)
-    what = f"saving {target.name}"
-    token = from_rank_zero(what, lambda: target.answer(lambda: _write_token(target.folder), timeout_s))
+    what = f"saving {target.final}"
+    token = from_rank_zero(what, lambda: target.answer(lambda: _write_token(target.working), timeout_s))
     on_every_rank(what, lambda: target.answer(lambda: _open_receipt(target, token), timeout_s))
-    writer = _Writer(target.folder, buffers, copy=copy)
+    writer = _Writer(target.working, buffers, copy=copy)
     metadata, plain, error = None, b"", None
     try:
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -178,41 +178,41 @@ def _pickled(common: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def _write_token(folder: Path) -> str:
+def _write_token(directory: Path) -> str:
     token = uuid.uuid4().hex
-    (folder / _TOKEN).write_text(token, encoding="utf-8")
+    (directory / _TOKEN).write_text(token, encoding="utf-8")
     return token
 
 
-def _receipt(folder: Path, rank: int) -> Path:
-    return folder / f".receipt_{rank:05d}"
+def _receipt(directory: Path, rank: int) -> Path:
+    return directory / f".receipt_{rank:05d}"
 
 
 def _open_receipt(target: Target, token: str) -> None:
     """Makes sure that this rank sees what the first one wrote, and that its receipt has a name from now on: a client of
     a network disk may remember for long that a name was not there."""
     deadline_s = time.monotonic() + _VISIBLE_WITHIN_S
-    while _read_token(target.folder) != token:
+    while _read_token(target.working) != token:
         if time.monotonic() > deadline_s:
             raise UserError(
-                f"checkpoint {target.name} cannot be written: process {dist.get_rank()} does not see what process 0 "
-                f"wrote into {target.folder}; checkpoint.directory must lie on a disk that all nodes share"
+                f"checkpoint {target.final} cannot be written: process {dist.get_rank()} does not see what process 0 "
+                f"wrote into {target.working}; checkpoint.directory must lie on a disk that all nodes share"
             )
         time.sleep(0.05)
-    _receipt(target.folder, dist.get_rank()).touch()
+    _receipt(target.working, dist.get_rank()).touch()
 
 
-def _read_token(folder: Path) -> str:
+def _read_token(directory: Path) -> str:
     try:
-        return (folder / _TOKEN).read_text(encoding="utf-8")
+        return (directory / _TOKEN).read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
 
 
-def _write_file(folder: Path, file: _File) -> tuple[list[WriteResult], FileRecord]:
+def _write_file(directory: Path, file: _File) -> tuple[list[WriteResult], FileRecord]:
     """Writes and syncs one file; says where in it each item lies."""
     results = []
-    with HashedFile(folder / file.name) as stream:
+    with HashedFile(directory / file.name) as stream:
         for item, data in file.items:
             start = stream.tell()
             if isinstance(data, torch.Tensor):
@@ -239,8 +239,8 @@ class BackgroundSave:
 
         Args:
             timeout_s: the longest that writing and completing may take from now on.
-            complete: called on the first rank, in another thread, when the sharded state is in the folder with all its
-                files; it is given their facts by name, and makes the folder a checkpoint.
+            complete: called on the first rank, in another thread, when the sharded state is in the directory with all
+                its files; it is given their facts by name, and makes the directory a checkpoint.
         """
         self._staged = staged
         self._complete = complete
@@ -270,7 +270,7 @@ class BackgroundSave:
         Raises:
             UserError: the disk failed some rank, or did not answer in time; raised on all ranks.
         """
-        what = f"saving {self._staged.target.name}"
+        what = f"saving {self._staged.target.final}"
         try:
             # Two agreements: a rank that cannot write may not be able to say so in its receipt either, and the first
             # rank would wait for that.
@@ -288,7 +288,7 @@ class BackgroundSave:
         """
         self._wait(self._over)
 
-    def wait_without_others(self) -> None:
+    def wait_after_error(self) -> None:
         """`wait` when another rank may have ended, which leaves no receipt: theirs are waited for about as long as this
         rank's part took.
 
@@ -312,7 +312,7 @@ class BackgroundSave:
     def _run(self) -> None:
         staged = self._staged
         try:
-            with staged.target.disk_errors_as_mistakes():
+            with staged.target.disk_errors_as_user_errors():
                 self._write()
                 self._written.set()
                 if staged.rank == 0:
@@ -331,7 +331,7 @@ class BackgroundSave:
 
         def write(file: _File) -> None:
             try:
-                answers.put((file, _write_file(self._staged.target.folder, file)))
+                answers.put((file, _write_file(self._staged.target.working, file)))
             except Exception as error:
                 answers.put((file, error))
 
@@ -355,7 +355,7 @@ class BackgroundSave:
 
     def _leave_receipt(self, content: dict[str, Any], *, quietly: bool = False) -> None:
         """Writes in place: a new name could hide from the first rank for as long as its directory is cached."""
-        path = _receipt(self._staged.target.folder, self._staged.rank)
+        path = _receipt(self._staged.target.working, self._staged.rank)
         try:
             with path.open("w", encoding="utf-8") as file:
                 json.dump({"token": self._staged.token, **content}, file)
@@ -391,7 +391,7 @@ class BackgroundSave:
 
     def _read_receipt(self, rank: int) -> dict[str, Any] | None:
         try:
-            receipt = json.loads(_receipt(self._staged.target.folder, rank).read_bytes())
+            receipt = json.loads(_receipt(self._staged.target.working, rank).read_bytes())
         except ValueError:
             # Empty until the rank is done, and cut off while it writes.
             return None
@@ -407,14 +407,14 @@ class BackgroundSave:
         staged.writer.finish(staged.metadata, results)
         facts[BACKEND_FILE] = self._write_bytes(BACKEND_FILE, json.dumps(BACKEND).encode())
         for path in (
-            staged.target.folder / _TOKEN,
-            *(_receipt(staged.target.folder, rank) for rank in range(staged.world_size)),
+            staged.target.working / _TOKEN,
+            *(_receipt(staged.target.working, rank) for rank in range(staged.world_size)),
         ):
             path.unlink()
         return facts
 
     def _write_bytes(self, name: str, content: bytes) -> FileRecord:
-        with HashedFile(self._staged.target.folder / name) as file:
+        with HashedFile(self._staged.target.working / name) as file:
             file.write(content)
             return file.sync()
 

@@ -18,15 +18,15 @@ Result = TypeVar("Result")
 class Target:
     """Where a checkpoint is written and what messages say of it."""
 
-    folder: Path
+    working: Path
     """Where it lies until it is complete."""
-    name: Path
+    final: Path
     """Where it will lie then."""
     previous: str | None
     """Name of the newest complete checkpoint, which stays if this one fails."""
 
     @contextmanager
-    def disk_errors_as_mistakes(self) -> Iterator[None]:
+    def disk_errors_as_user_errors(self) -> Iterator[None]:
         """Turns what a full, read-only or broken disk raises while the checkpoint is written into a `UserError`."""
         try:
             yield
@@ -55,7 +55,7 @@ class Target:
             result, error = answers.get(timeout=timeout_s)
         except queue.Empty:
             raise UserError(self.late("the file system did not answer", timeout_s)) from None
-        with self.disk_errors_as_mistakes():
+        with self.disk_errors_as_user_errors():
             if error is not None:
                 raise error
         return result  # type: ignore[return-value]
@@ -68,7 +68,7 @@ class Target:
         """The line about a save that failed."""
         kept = "there is none before it" if self.previous is None else f"{self.previous} is the newest complete one"
         return (
-            f"checkpoint {self.name} cannot be written: {reason}; {kept}; mend the disk or choose another "
+            f"checkpoint {self.final} cannot be written: {reason}; {kept}; mend the disk or choose another "
             "checkpoint.directory and start the same command again"
         )
 

@@ -30,7 +30,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
-class TensorFacts:
+class TensorInfo:
     """What a checkpoint says of a tensor."""
 
     shape: tuple[int, ...]
@@ -77,29 +77,29 @@ class _Slice(io.RawIOBase):
 
 
 class ShardReader:
-    """Reads tensors of a checkpoint folder one by one.
+    """Reads tensors of a checkpoint directory one by one.
 
     Args:
-        folder: The checkpoint.
+        directory: The checkpoint.
 
     Raises:
         UserError: its `.metadata` is missing or damaged, or names parts that do not fit its tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._files: dict[str, int] = {}
         metadata = self._read_metadata()
         self._parts: dict[str, list[_Part]] = {}
-        facts: dict[str, TensorFacts] = {}
+        facts: dict[str, TensorInfo] = {}
         try:
             for key, entry in metadata.state_dict_metadata.items():
                 if isinstance(entry, dcp.TensorStorageMetadata):
-                    facts[key] = TensorFacts(tuple(entry.size), entry.properties.dtype)
+                    facts[key] = TensorInfo(tuple(entry.size), entry.properties.dtype)
                     self._parts[key] = list(self._parts_of(key, entry, metadata.storage_data))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"{METADATA}: {type(error).__name__}: {error}") from error
-        self.tensors: Mapping[str, TensorFacts] = facts
+        self.tensors: Mapping[str, TensorInfo] = facts
         """Name -> shape and type of every tensor."""
 
     def __enter__(self) -> "ShardReader":
@@ -155,9 +155,9 @@ class ShardReader:
 
     def _read_metadata(self) -> dcp.Metadata:
         try:
-            return read_metadata(self._folder / METADATA)
+            return read_metadata(self._directory / METADATA)
         except FileNotFoundError as error:
-            raise UserError(f"{self._folder} holds no {METADATA}; expected the folder of a checkpoint") from error
+            raise UserError(f"{self._directory} holds no {METADATA}; expected the directory of a checkpoint") from error
         except (OSError, ValueError) as error:
             raise self._damaged(f"{METADATA}: {error}") from error
 
@@ -213,13 +213,13 @@ class ShardReader:
     def _open(self, name: str) -> int:
         if name not in self._files:
             try:
-                self._files[name] = os.open(self._folder / name, os.O_RDONLY)
+                self._files[name] = os.open(self._directory / name, os.O_RDONLY)
             except OSError as error:
                 raise self._damaged(f"{name} cannot be opened ({error.strerror})") from error
         return self._files[name]
 
     def _damaged(self, reason: str) -> UserError:
-        return UserError(f"{self._folder} is damaged ({reason}); use another checkpoint or copy this one again")
+        return UserError(f"{self._directory} is damaged ({reason}); use another checkpoint or copy this one again")
 
 
 def _overlap(part: _Part, start: list[int], shape: list[int]) -> list[tuple[int, int]] | None:

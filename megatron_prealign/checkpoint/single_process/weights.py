@@ -43,7 +43,7 @@ def check_numbers(where: Path, name: str, tensor: "torch.Tensor", advice: str) -
     """Refuses weights that compute nothing.
 
     Args:
-        where: File or folder that holds it.
+        where: File or directory that holds it.
         name: Of the tensor.
         advice: What to do, for the user.
 
@@ -61,7 +61,7 @@ def converted(where: Path, name: str, tensor: "torch.Tensor", dtype: "torch.dtyp
     """The tensor in another type; itself if it has that type.
 
     Args:
-        where: File or folder that holds it.
+        where: File or directory that holds it.
 
     Raises:
         UserError: finite numbers of it are too large for that type.

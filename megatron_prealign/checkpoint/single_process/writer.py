@@ -1,4 +1,4 @@
-"""The tensors of a model, written by one process into a folder that `dist_checkpointing` loads in any layout."""
+"""The tensors of a model, written by one process into a directory that `dist_checkpointing` loads in any layout."""
 
 import io
 import json
@@ -20,16 +20,16 @@ _LAST_STAGE = ("decoder.final_layernorm.", "output_layer.")
 
 
 class ShardWriter:
-    """Writes the tensors of a model into a folder that `dist_checkpointing` loads in any layout.
+    """Writes the tensors of a model into a directory that `dist_checkpointing` loads in any layout.
 
     Args:
-        folder: An existing folder without a checkpoint.
+        directory: An existing directory without a checkpoint.
         tensor_parallel: Files for each stage, over which the matrices are shared out.
         pipeline_parallel: Stages over which the layers are shared out.
     """
 
-    def __init__(self, folder: Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+        self._directory = directory
         self._tensor, self._pipeline = tensor_parallel, pipeline_parallel
         self._shards: dict[str, HashedFile] = {}
         self._facts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -95,7 +95,7 @@ class ShardWriter:
     def _write(self, rank: int, key: str, part: torch.Tensor, start: list[int]) -> None:
         name = f"__{rank}_0.distcp"
         if name not in self._shards:
-            self._shards[name] = HashedFile(self._folder / name)
+            self._shards[name] = HashedFile(self._directory / name)
         shard = self._shards[name]
         offset = shard.tell()
         # A view would take its whole storage along.
@@ -131,8 +131,8 @@ class ShardWriter:
             BACKEND_FILE: json.dumps(BACKEND).encode(),
         }
         for name, content in contents.items():
-            with HashedFile(self._folder / name) as file:
+            with HashedFile(self._directory / name) as file:
                 file.write(content)
                 records[name] = file.sync()
-        sync_directory(self._folder)
+        sync_directory(self._directory)
         return records

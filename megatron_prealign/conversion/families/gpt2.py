@@ -1,14 +1,14 @@
 """GPT-2: LayerNorm, biases, learned positions; transformers keeps its matrices as input x output."""
 
-from megatron_prealign.conversion.family import Family, Joined, Same, Weight
+from megatron_prealign.conversion.family import Direct, Family, FusedQKV, Weight
 
 ATTENTION = "decoder.layers.self_attention."
 MLP = "decoder.layers.mlp."
 
 
-def _norm(ours: str, theirs: str, ours_ends: tuple[str, str]) -> tuple[Weight, ...]:
+def _norm(mcore: str, hf: str, ours_ends: tuple[str, str]) -> tuple[Weight, ...]:
     ends = zip(ours_ends, ("weight", "bias"), strict=True)
-    return tuple(Same(f"{ours}{end}", f"{theirs}.{kind}", ("hidden",)) for end, kind in ends)
+    return tuple(Direct(f"{mcore}{end}", f"{hf}.{kind}", ("hidden",)) for end, kind in ends)
 
 
 FUSED = ("layer_norm_weight", "layer_norm_bias")
@@ -61,23 +61,23 @@ FAMILY = Family(
     ),
     rope=False,
     first=(
-        Same("embedding.word_embeddings.weight", "transformer.wte.weight", ("vocabulary", "hidden"), shared=0),
-        Same("embedding.position_embeddings.weight", "transformer.wpe.weight", ("positions", "hidden")),
+        Direct("embedding.word_embeddings.weight", "transformer.wte.weight", ("vocabulary", "hidden"), shared=0),
+        Direct("embedding.position_embeddings.weight", "transformer.wpe.weight", ("positions", "hidden")),
     ),
     layer=(
         *_norm(f"{ATTENTION}linear_qkv.", "ln_1", FUSED),
-        Joined(f"{ATTENTION}linear_qkv.weight", "attn.c_attn.weight"),
-        Joined(f"{ATTENTION}linear_qkv.bias", "attn.c_attn.bias", bias=True),
-        Same(f"{ATTENTION}linear_proj.weight", "attn.c_proj.weight", ("hidden", "query"), shared=1, transposed=True),
-        Same(f"{ATTENTION}linear_proj.bias", "attn.c_proj.bias", ("hidden",)),
+        FusedQKV(f"{ATTENTION}linear_qkv.weight", "attn.c_attn.weight"),
+        FusedQKV(f"{ATTENTION}linear_qkv.bias", "attn.c_attn.bias", bias=True),
+        Direct(f"{ATTENTION}linear_proj.weight", "attn.c_proj.weight", ("hidden", "query"), shared=1, transposed=True),
+        Direct(f"{ATTENTION}linear_proj.bias", "attn.c_proj.bias", ("hidden",)),
         *_norm(f"{MLP}linear_fc1.", "ln_2", FUSED),
-        Same(f"{MLP}linear_fc1.weight", "mlp.c_fc.weight", ("width", "hidden"), shared=0, transposed=True),
-        Same(f"{MLP}linear_fc1.bias", "mlp.c_fc.bias", ("width",), shared=0),
-        Same(f"{MLP}linear_fc2.weight", "mlp.c_proj.weight", ("hidden", "width"), shared=1, transposed=True),
-        Same(f"{MLP}linear_fc2.bias", "mlp.c_proj.bias", ("hidden",)),
+        Direct(f"{MLP}linear_fc1.weight", "mlp.c_fc.weight", ("width", "hidden"), shared=0, transposed=True),
+        Direct(f"{MLP}linear_fc1.bias", "mlp.c_fc.bias", ("width",), shared=0),
+        Direct(f"{MLP}linear_fc2.weight", "mlp.c_proj.weight", ("hidden", "width"), shared=1, transposed=True),
+        Direct(f"{MLP}linear_fc2.bias", "mlp.c_proj.bias", ("hidden",)),
     ),
     last=_norm("decoder.final_layernorm.", "transformer.ln_f", ("weight", "bias")),
-    output=Same("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0),
+    output=Direct("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0),
     layer_name="transformer.h.{}.",
     buffers=(".attn.bias", ".attn.masked_bias"),
 )

@@ -1,6 +1,6 @@
 """Llama 2 and 3: RMSNorm, gated MLP, rotary positions, grouped queries, no biases."""
 
-from megatron_prealign.conversion.family import Family, Gated, Packed, Same, Weight
+from megatron_prealign.conversion.family import QKV, Direct, Family, GatedMLP, Weight
 
 FIELDS = {
     "hidden_size": "hidden_size",
@@ -26,21 +26,21 @@ DEFAULTS = {
 ATTENTION = "decoder.layers.self_attention."
 MLP = "decoder.layers.mlp."
 FIRST: tuple[Weight, ...] = (
-    Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocabulary", "hidden"), shared=0),
+    Direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocabulary", "hidden"), shared=0),
 )
-QUERY_KEY_VALUE = Packed(
+QUERY_KEY_VALUE = QKV(
     f"{ATTENTION}linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"
 )
 LAYER: tuple[Weight, ...] = (
-    Same(f"{ATTENTION}linear_qkv.layer_norm_weight", "input_layernorm.weight", ("hidden",)),
+    Direct(f"{ATTENTION}linear_qkv.layer_norm_weight", "input_layernorm.weight", ("hidden",)),
     QUERY_KEY_VALUE,
-    Same(f"{ATTENTION}linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "query"), shared=1),
-    Same(f"{MLP}linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ("hidden",)),
-    Gated(f"{MLP}linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    Same(f"{MLP}linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "width"), shared=1),
+    Direct(f"{ATTENTION}linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "query"), shared=1),
+    Direct(f"{MLP}linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ("hidden",)),
+    GatedMLP(f"{MLP}linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    Direct(f"{MLP}linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "width"), shared=1),
 )
-LAST: tuple[Weight, ...] = (Same("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),)
-OUTPUT = Same("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0)
+LAST: tuple[Weight, ...] = (Direct("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),)
+OUTPUT = Direct("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0)
 LAYER_NAME = "model.layers.{}."
 BUFFERS = ("rotary_emb.inv_freq",)
 

@@ -1,9 +1,9 @@
 """Qwen2 and Qwen2.5: Llama's tensors, and biases of query, key and value."""
 
 from megatron_prealign.conversion.families import llama
-from megatron_prealign.conversion.family import Family, Packed
+from megatron_prealign.conversion.family import QKV, Family
 
-BIAS = Packed(
+BIAS = QKV(
     f"{llama.ATTENTION}linear_qkv.bias",
     "self_attn.q_proj.bias",
     "self_attn.k_proj.bias",
@@ -16,7 +16,7 @@ FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     base="model.",
-    fields={theirs: ours for theirs, ours in llama.FIELDS.items() if theirs != "head_dim"},
+    fields={hf: mcore for hf, mcore in llama.FIELDS.items() if hf != "head_dim"},
     needed=llama.NEEDED,
     defaults={**llama.DEFAULTS, "max_position_embeddings": 32768, "num_key_value_heads": 32},
     fixed={"hidden_act": "silu", "use_sliding_window": False},

@@ -1,7 +1,7 @@
 """Qwen3: Llama's tensors, and norms of query and key."""
 
 from megatron_prealign.conversion.families import llama
-from megatron_prealign.conversion.family import Family, Same
+from megatron_prealign.conversion.family import Direct, Family
 
 FAMILY = Family(
     name="qwen3",
@@ -18,8 +18,8 @@ FAMILY = Family(
     first=llama.FIRST,
     layer=(
         *llama.LAYER,
-        Same(f"{llama.ATTENTION}q_layernorm.weight", "self_attn.q_norm.weight", ("channels",)),
-        Same(f"{llama.ATTENTION}k_layernorm.weight", "self_attn.k_norm.weight", ("channels",)),
+        Direct(f"{llama.ATTENTION}q_layernorm.weight", "self_attn.q_norm.weight", ("channels",)),
+        Direct(f"{llama.ATTENTION}k_layernorm.weight", "self_attn.k_norm.weight", ("channels",)),
     ),
     last=llama.LAST,
     output=llama.OUTPUT,

@@ -68,7 +68,7 @@ def repair(
     end-of-document id. Nothing is lost: older files are kept beside the new ones. Killed at any moment, it can be run
     again.
 
-    Memory: about 100 MiB; the lengths of the documents go through a temporary file in the dataset's folder.
+    Memory: about 100 MiB; the lengths of the documents go through a temporary file in the dataset's directory.
 
     Args:
         prefix: path without ending.

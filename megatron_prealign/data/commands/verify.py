@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Verification:
+class VerifyResult:
     """What is wrong with one dataset, and what was looked at."""
 
     prefix: str
@@ -37,7 +37,7 @@ class Verification:
     """What was compared, for people."""
 
 
-def verify(prefix: str, *, workers: int = 1, tokenizer: str | None = None, show_progress: bool = True) -> Verification:
+def verify(prefix: str, *, workers: int = 1, tokenizer: str | None = None, show_progress: bool = True) -> VerifyResult:
     """Checks a dataset: header, sizes and sums of the index; every id; the end of every document; the checksums; the
     bitmap of words; the sidecar's counts. It reads every byte once.
 
@@ -51,7 +51,7 @@ def verify(prefix: str, *, workers: int = 1, tokenizer: str | None = None, show_
         UserError: a bad option, or a tokenizer that cannot be opened. What is wrong with the dataset is listed.
     """
     check_workers(workers)
-    result = Verification(prefix)
+    result = VerifyResult(prefix)
     sidecar = _listed(result, lambda: load_sidecar(prefix))
     if sidecar is not None and tokenizer is not None:
         _check_tokenizer(result, sidecar, tokenizer)
@@ -72,7 +72,7 @@ def verify(prefix: str, *, workers: int = 1, tokenizer: str | None = None, show_
     return result
 
 
-def _listed(result: Verification, check: Callable[[], T]) -> T | None:
+def _listed(result: VerifyResult, check: Callable[[], T]) -> T | None:
     """What `check` returns; what it complains of is a problem, and then the answer is None."""
     try:
         return check()
@@ -83,11 +83,11 @@ def _listed(result: Verification, check: Callable[[], T]) -> T | None:
     return None
 
 
-def _passes(result: Verification, check: Callable[[], object]) -> bool:
+def _passes(result: VerifyResult, check: Callable[[], object]) -> bool:
     return _listed(result, lambda: (check(),)) is not None
 
 
-def _check_tokenizer(result: Verification, sidecar: Sidecar, path: str) -> None:
+def _check_tokenizer(result: VerifyResult, sidecar: Sidecar, path: str) -> None:
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(path)
@@ -105,7 +105,7 @@ def _check_tokenizer(result: Verification, sidecar: Sidecar, path: str) -> None:
 
 
 def _check_sum(
-    result: Verification, path: Path, sidecar: Sidecar, name: str, measure: Callable[[Path], str | None]
+    result: VerifyResult, path: Path, sidecar: Sidecar, name: str, measure: Callable[[Path], str | None]
 ) -> None:
     expected = sidecar.checksums.get(name)
     if expected is None or not path.is_file():
@@ -148,7 +148,7 @@ class _Found:
 
 
 def _check_tokens(
-    result: Verification, index: Index | None, sidecar: Sidecar | None, workers: int, show_progress: bool
+    result: VerifyResult, index: Index | None, sidecar: Sidecar | None, workers: int, show_progress: bool
 ) -> None:
     path = bin_path(result.prefix)
     if index is not None:
@@ -256,7 +256,7 @@ def _documents_ending(index: Index, first: int, stop: int) -> tuple[int, np.ndar
     return low - 1, positions[:-1], positions[1:]
 
 
-def _check_bitmap(result: Verification, index: Index, sidecar: Sidecar, workers: int) -> None:
+def _check_bitmap(result: VerifyResult, index: Index, sidecar: Sidecar, workers: int) -> None:
     path = words_path(result.prefix)
     segmenter = sidecar.segmenter or ""
     fits = _passes(result, lambda: check_words(result.prefix, index.tokens, segmenter))

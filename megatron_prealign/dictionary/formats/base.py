@@ -46,7 +46,7 @@ class DictionaryInput:
     """One word list.
 
     Attributes:
-        path: the file, plain or compressed, or one of several that belong together; for PanLex the folder.
+        path: the file, plain or compressed, or one of several that belong together; for PanLex the directory.
         languages: language code of every column; the first is that of the headwords.
         format: `auto` looks at the name and the content; the others force one format.
         licence: name of the list's licence, kept in the table where the file does not tell its own ("" if not told).
@@ -89,7 +89,7 @@ class ReadErrors:
 
 
 @dataclass
-class FileFacts:
+class FileInfo:
     """What reading a file showed beside its entries."""
 
     format: str = ""
@@ -106,7 +106,7 @@ class Reading:
     source: DictionaryInput
     errors: ReadErrors
     on_error: OnError
-    facts: FileFacts
+    facts: FileInfo
 
     def bad(self, place: int | str, why: str, cause: Exception | None = None) -> None:
         """Counts a bad line or entry, or stops at it.

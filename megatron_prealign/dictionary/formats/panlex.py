@@ -1,4 +1,4 @@
-"""PanLex as CSV files: `langvar.csv`, `expr.csv` and `denotation.csv` of its database, in one folder.
+"""PanLex as CSV files: `langvar.csv`, `expr.csv` and `denotation.csv` of its database, in one directory.
 
 Two expressions translate each other where they share a meaning. Every meaning is one entry of one source, so the weight
 of a pair is the number of its meanings: what many dictionaries say counts more.
@@ -33,12 +33,12 @@ def read(reading: Reading) -> Iterator[Entries]:
         UserError: a file or a column is missing, a language is not in the files, or nothing translates; with `stop`
             also a line that cannot be read.
     """
-    folder = reading.source.path if reading.source.path.is_dir() else reading.source.path.parent
-    varieties = _varieties(reading, folder)
+    directory = reading.source.path if reading.source.path.is_dir() else reading.source.path.parent
+    varieties = _varieties(reading, directory)
     texts: list[str] = []
     languages: list[int] = []
     ids: list[int] = []
-    for number, row in _rows(reading, folder, "expr.csv", ("id", "langvar", "txt")):
+    for number, row in _rows(reading, directory, "expr.csv", ("id", "langvar", "txt")):
         language = varieties.get(row[1])
         if language is None:
             continue
@@ -48,7 +48,7 @@ def read(reading: Reading) -> Iterator[Entries]:
         ids.append(int(row[0]))
         languages.append(language)
         texts.append(row[2])
-    meaning, expression = _denotations(reading, folder, np.array(ids, dtype=np.int64))
+    meaning, expression = _denotations(reading, directory, np.array(ids, dtype=np.int64))
     language_of = np.array(languages, dtype=np.int64)[expression] if len(expression) else expression
     names = reading.source.languages
     found = 0
@@ -60,23 +60,23 @@ def read(reading: Reading) -> Iterator[Entries]:
             yield Entries(columns, weight.tolist(), (names[0], names[target]))
     if not found:
         raise UserError(
-            f"{folder}: no meaning joins words of {names[0]} and {' or '.join(names[1:])}; check the languages"
+            f"{directory}: no meaning joins words of {names[0]} and {' or '.join(names[1:])}; check the languages"
         )
     reading.facts.title = "PanLex"
 
 
-def _file(folder: Path, name: str) -> Path:
-    found = next((path for ending in _COMPRESSED if (path := folder / (name + ending)).is_file()), None)
+def _file(directory: Path, name: str) -> Path:
+    found = next((path for ending in _COMPRESSED if (path := directory / (name + ending)).is_file()), None)
     if found is None:
         raise UserError(
-            f"{folder}: {name} is missing, expected langvar.csv, expr.csv and denotation.csv of PanLex there"
+            f"{directory}: {name} is missing, expected langvar.csv, expr.csv and denotation.csv of PanLex there"
         )
     return found
 
 
-def _rows(reading: Reading, folder: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+def _rows(reading: Reading, directory: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     """The named columns of a file with the number of each row's last line."""
-    path = _file(folder, name)
+    path = _file(directory, name)
     source = DictionaryInput(path=path, languages=reading.source.languages)
     own = Reading(source, reading.errors, reading.on_error, reading.facts)
     place = 0
@@ -115,7 +115,7 @@ def _places(path: Path, header: list[str], columns: Sequence[str]) -> list[int]:
     return [header.index(column) for column in columns]
 
 
-def _varieties(reading: Reading, folder: Path) -> dict[str, int]:
+def _varieties(reading: Reading, directory: Path) -> dict[str, int]:
     """Id of a variety -> place of its language among those of the input."""
     wanted: dict[tuple[str, int], int] = {}
     for place, language in enumerate(reading.source.languages):
@@ -127,24 +127,26 @@ def _varieties(reading: Reading, folder: Path) -> dict[str, int]:
             wanted |= {(each, int(code in TRADITIONAL)): place for each in same_language(code)}
     found = {
         identity: wanted[code, int(number)]
-        for _, (identity, code, number) in _rows(reading, folder, "langvar.csv", ("id", "lang_code", "var_code"))
+        for _, (identity, code, number) in _rows(reading, directory, "langvar.csv", ("id", "lang_code", "var_code"))
         if number.isascii() and number.isdigit() and (code, int(number)) in wanted
     }
     missing = [name for place, name in enumerate(reading.source.languages) if place not in found.values()]
     if missing:
         raise UserError(
-            f"{folder}: langvar.csv has no variety of {', '.join(missing)}; write it as its three letters and the "
+            f"{directory}: langvar.csv has no variety of {', '.join(missing)}; write it as its three letters and the "
             "number of the variety, such as deu_000"
         )
     return found
 
 
-def _denotations(reading: Reading, folder: Path, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _denotations(
+    reading: Reading, directory: Path, ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Meaning and place in `ids` of every denotation of one of the wanted expressions."""
     order = np.argsort(ids, kind="stable")
     known = ids[order]
     meanings, expressions = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    path = _file(folder, "denotation.csv")
+    path = _file(directory, "denotation.csv")
     places: list[int] | None = None
     width = 0
     for first, block in read_blocks(path):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.checkpoint_folders import LAYERS, STACKED, make_checkpoint, make_run, make_weights, summary_of
+from support.checkpoint_directories import LAYERS, STACKED, make_checkpoint, make_run, make_weights, summary_of
 
 from megatron_prealign.checkpoint.commands.export import export_weights
-from megatron_prealign.checkpoint.commands.list import folder_bytes, list_checkpoints, readable_bytes
+from megatron_prealign.checkpoint.commands.list import directory_bytes, list_checkpoints, readable_bytes
 from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.state import read_state
@@ -49,8 +49,8 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str
     return status, captured.out + (captured.err if status == 2 else "")
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    with ShardReader(folder) as reader:
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    with ShardReader(directory) as reader:
         return {key: reader.read(key) for key in reader.tensors}
 
 
@@ -104,7 +104,7 @@ def test_a_list_as_json_and_of_one(whole: Path, capsys: pytest.CaptureFixture[st
     )
 
 
-def test_the_folder_one_stands_in(
+def test_the_directory_one_stands_in(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(whole)
@@ -120,7 +120,7 @@ def test_the_folder_one_stands_in(
     assert status == 2 and "cannot name a new directory" in text
 
 
-def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints").mkdir()
     for action in ("list", "inspect", "verify"):
         status, text = printed(capsys, action, tmp_path)
@@ -164,10 +164,10 @@ def test_inspect_as_json(whole: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_inspect_of_a_damaged_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run_dir / "checkpoints" / "step_00000100"
-    (folder / "recipe.yaml").unlink()
+    directory = run_dir / "checkpoints" / "step_00000100"
+    (directory / "recipe.yaml").unlink()
     assert "wrong: recipe.yaml is missing" in printed(capsys, "inspect", run_dir)[1]
-    (folder / ".metadata").write_bytes(b"")
+    (directory / ".metadata").write_bytes(b"")
     status, text = printed(capsys, "inspect", run_dir)
     assert status == 2 and ".metadata" in text
 
@@ -190,9 +190,9 @@ def test_verify_reads_everything(run_dir: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_verify_without_a_manifest_or_a_state(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run_dir / "checkpoints" / "step_00000100"
-    (folder / "state.json").unlink()
-    status, text = printed(capsys, "verify", folder)
+    directory = run_dir / "checkpoints" / "step_00000100"
+    (directory / "state.json").unlink()
+    status, text = printed(capsys, "verify", directory)
     assert status == 1 and "state.json is missing" in text
     (run_dir / "checkpoints" / "step_00000020" / "manifest.json").unlink()
     status, text = printed(capsys, "verify", run_dir / "checkpoints" / "step_00000020")
@@ -203,8 +203,8 @@ def test_verify_looks_at_what_latest_names(run_dir: Path, capsys: pytest.Capture
     """Not at an older one that happens to be whole."""
     directory = run_dir / "checkpoints"
     (directory / "step_00000100" / "manifest.json").unlink()
-    for folder in (run_dir, directory):
-        status, text = printed(capsys, "verify", folder)
+    for path in (run_dir, directory):
+        status, text = printed(capsys, "verify", path)
         assert status == 1 and "damaged:" in text and "step_00000100" in text and "step_00000020" not in text
     shutil.rmtree(directory / "step_00000100")
     for flags in ([], ["--all"]):
@@ -218,9 +218,9 @@ def test_verify_looks_at_what_latest_names(run_dir: Path, capsys: pytest.Capture
 
 
 def test_verify_finds_a_state_that_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The manifest is right: whoever wrote the folder wrote nonsense."""
-    folder = make_checkpoint(tmp_path / "step_00000001", 1, layout=3)
-    status, text = printed(capsys, "verify", folder)
+    """The manifest is right: whoever wrote the directory wrote nonsense."""
+    directory = make_checkpoint(tmp_path / "step_00000001", 1, layout=3)
+    status, text = printed(capsys, "verify", directory)
     assert status == 1 and "state.json is damaged (layout is 3, expected dict)" in text
 
 
@@ -295,14 +295,14 @@ def test_what_is_there_stays(whole: Path, tmp_path: Path, capsys: pytest.Capture
 def test_a_damaged_checkpoint_is_not_exported(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run_dir / "checkpoints" / "step_00000100"
-    shard = folder / "__0_0.distcp"
+    directory = run_dir / "checkpoints" / "step_00000100"
+    shard = directory / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="__0_0.distcp has"):
-        export_weights(folder, tmp_path / "out")
-    folder = run_dir / "checkpoints" / "step_00000020"
-    flip_a_byte(folder / "__0_0.distcp")
-    status, text = printed(capsys, "export-weights", "--checkpoint", folder, "--output", tmp_path / "out")
+        export_weights(directory, tmp_path / "out")
+    directory = run_dir / "checkpoints" / "step_00000020"
+    flip_a_byte(directory / "__0_0.distcp")
+    status, text = printed(capsys, "export-weights", "--checkpoint", directory, "--output", tmp_path / "out")
     assert status == 2 and "__0_0.distcp has another checksum" in text
     assert not (tmp_path / "out").exists()
 
@@ -311,10 +311,10 @@ def test_the_output_is_looked_at_before_the_checkpoint_is_read(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a damaged checkpoint: whoever read it first would say so."""
-    folder = run_dir / "checkpoints" / "step_00000020"
-    flip_a_byte(folder / "__0_0.distcp")
+    directory = run_dir / "checkpoints" / "step_00000020"
+    flip_a_byte(directory / "__0_0.distcp")
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    options = ("export-weights", "--checkpoint", folder, "--output")
+    options = ("export-weights", "--checkpoint", directory, "--output")
     status, text = printed(capsys, *options, tmp_path / "file")
     assert status == 2 and "is not a directory" in text
     status, text = printed(capsys, *options, tmp_path / "file" / "a" / "b")
@@ -323,18 +323,18 @@ def test_the_output_is_looked_at_before_the_checkpoint_is_read(
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 ends a little earlier than float32."""
-    from support import checkpoint_folders
+    from support import checkpoint_directories
 
     large = {**make_weights(1), "decoder.final_layernorm.weight": torch.full((4,), torch.finfo(torch.float32).max)}
-    monkeypatch.setattr(checkpoint_folders, "make_weights", lambda seed: large)
-    folder = make_checkpoint(tmp_path / "step_00000001", 1)
+    monkeypatch.setattr(checkpoint_directories, "make_weights", lambda seed: large)
+    directory = make_checkpoint(tmp_path / "step_00000001", 1)
     with pytest.raises(UserError, match="decoder.final_layernorm.weight has numbers that are too large"):
-        export_weights(folder, tmp_path / "out", dtype="bf16")
+        export_weights(directory, tmp_path / "out", dtype="bf16")
     assert os.listdir(tmp_path) == ["step_00000001"]
 
 
 def test_a_disk_that_refuses_leaves_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every call that changes the disk in turn: the old folder or the new one is there, whole."""
+    """At every call that changes the disk in turn: the old directory or the new one is there, whole."""
     calls = {"count": 0, "fail_at": 0}
 
     def failing(real: Any) -> Any:
@@ -382,9 +382,9 @@ def test_what_a_killed_export_left_is_removed(whole: Path, tmp_path: Path) -> No
 @given(data=st.data())
 def test_any_bytes_in_the_small_files(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Commands say what is wrong or work; they do not fall over."""
-    folder = tmp_path / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
+    directory = tmp_path / "run"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(whole, directory)
     name = data.draw(st.sampled_from(["state.json", "manifest.json", "../latest"]))
     # What `latest` says decides for the others which checkpoint is meant, if any.
     actions = ["list"] if name == "../latest" else ["list", "inspect", "verify"]
@@ -403,9 +403,9 @@ def test_any_bytes_in_the_small_files(whole: Path, tmp_path: Path, data: st.Data
         )
     ).encode()
     content = data.draw(st.one_of(st.binary(max_size=40), st.just(state), st.just(b"{}")))
-    (folder / "checkpoints" / "step_00000100" / name).write_bytes(content)
+    (directory / "checkpoints" / "step_00000100" / name).write_bytes(content)
     for action in actions:
-        assert main(["checkpoint", action, str(folder)]) in (0, 1, 2)
+        assert main(["checkpoint", action, str(directory)]) in (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -432,4 +432,4 @@ def test_files_that_a_save_takes_away_meanwhile_are_no_error(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "stat", go)
     # The first one was seen.
-    assert folder_bytes(tmp_path) == 8
+    assert directory_bytes(tmp_path) == 8

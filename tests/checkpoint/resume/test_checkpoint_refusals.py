@@ -17,9 +17,9 @@ from support.workers import WorkerPool
 STEPS = 2
 
 
-def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+def values_for(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]:
     """Language-model training alone, two steps."""
-    values = language_model_values(tiny, folder, **{"save_interval": 1, "keep": 9, **checkpoint})
+    values = language_model_values(tiny, directory, **{"save_interval": 1, "keep": 9, **checkpoint})
     values["training"]["train_iters"] = STEPS
     return values
 
@@ -27,12 +27,12 @@ def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two processes that has a checkpoint of step 1 as its newest. Tests copy it."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(workers, 2, values_for(tiny, folder), folder)
-    shutil.rmtree(folder / "checkpoints" / "step_00000002")
-    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
-    (folder / "metrics.jsonl").unlink()
-    return folder
+    directory = tmp_path_factory.mktemp("trained")
+    run(workers, 2, values_for(tiny, directory), directory)
+    shutil.rmtree(directory / "checkpoints" / "step_00000002")
+    (directory / "checkpoints" / "latest").write_text("step_00000001\n")
+    (directory / "metrics.jsonl").unlink()
+    return directory
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def clear_metadata(checkpoint: Path) -> str:
 
 
 class Harmful:
-    """Pickled, it asks for a folder to be made where it is read."""
+    """Pickled, it asks for a directory to be made where it is read."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._target = str(checkpoint / "harm")
@@ -195,13 +195,13 @@ def test_steps_of_a_branch_that_was_left_do_not_push_out_the_new_one(
 
 
 def test_only_the_tokenizers_own_files_are_copied(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    folder = tmp_path / "tokenizer_and_model"
-    shutil.copytree(tiny.tokenizer, folder)
-    own = {file.name for file in folder.iterdir()} - {"fertility.json"}
+    directory = tmp_path / "tokenizer_and_model"
+    shutil.copytree(tiny.tokenizer, directory)
+    own = {file.name for file in directory.iterdir()} - {"fertility.json"}
     for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
-        (folder / name).write_bytes(b"weights")
+        (directory / name).write_bytes(b"weights")
     values = values_for(tiny, tmp_path)
-    values["data"]["tokenizer"] = str(folder)
+    values["data"]["tokenizer"] = str(directory)
     run(workers, 1, values, tmp_path)
     copies = {file.name for file in (tmp_path / "checkpoints" / "step_00000002" / "tokenizer").iterdir()}
     assert copies == own
@@ -219,14 +219,14 @@ def test_device_is_part_of_the_layout(workers: WorkerPool, tiny: Tiny, copied: P
     assert (random_states_read, step) == (0, 2)
 
 
-def train_and_watch(values: dict[str, Any], folder: str) -> tuple[int, int]:
+def train_and_watch(values: dict[str, Any], directory: str) -> tuple[int, int]:
     """Runs in workers: how often random states were restored, and the last step."""
     from megatron_prealign.runtime import random_state
 
     real, restored = random_state.restore, []
     random_state.restore = lambda states: restored.append(states)
     try:
-        step = train(values, folder)["step"]
+        step = train(values, directory)["step"]
         return len(restored), step
     finally:
         random_state.restore = real

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prealign.checkpoint.folder import latest_checkpoint, resolve_checkpoint, step_name
+from megatron_prealign.checkpoint.directory import latest_checkpoint, resolve_checkpoint, step_name
 from megatron_prealign.checkpoint.manifest import FileRecord, find_problems, read_manifest, write_manifest
-from megatron_prealign.checkpoint.resume.choose import candidates, choose, set_aside, shares, warn_of_fall_back
+from megatron_prealign.checkpoint.resume.choose import candidates, choose, set_aside, shares, warn_of_fallback
 from megatron_prealign.errors import UserError
 
 BY_CHECKSUM = partial(find_problems, checksums=True)
@@ -18,21 +18,21 @@ BY_CHECKSUM = partial(find_problems, checksums=True)
 def make(directory: Path, *steps: int, latest: int | str | None = None) -> Path:
     """Checkpoints of these steps; `latest` names the last or what is given."""
     for step in steps:
-        folder = directory / step_name(step)
-        folder.mkdir(parents=True)
+        checkpoint = directory / step_name(step)
+        checkpoint.mkdir(parents=True)
         for name in ("state.json", "__0_0.distcp", ".metadata"):
-            (folder / name).write_text(f"{name} of {step}")
-        write_manifest(folder, {})
+            (checkpoint / name).write_text(f"{name} of {step}")
+        write_manifest(checkpoint, {})
     name = latest if isinstance(latest, str) else step_name(steps[-1] if latest is None else latest)
     (directory / "latest").write_text(name + "\n")
     return directory
 
 
-def names(folders: Iterable[Path]) -> list[int]:
-    return [int(folder.name.removeprefix("step_")) for folder in folders]
+def names(directories: Iterable[Path]) -> list[int]:
+    return [int(directory.name.removeprefix("step_")) for directory in directories]
 
 
-def test_found_by_itself_its_folder_or_its_run(tmp_path: Path) -> None:
+def test_found_by_itself_its_directory_or_its_run(tmp_path: Path) -> None:
     directory = make(tmp_path / "checkpoints", 3, 5)
     newest = directory / "step_00000005"
     assert latest_checkpoint(directory) == newest
@@ -54,24 +54,25 @@ def test_why_there_is_none(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{path} holds no complete checkpoint") and "\n" not in str(caught.value)
         return str(caught.value).removeprefix(f"{path} holds no complete checkpoint")
 
-    expected = "; expected a step_* folder, a folder with `latest`, or a run's folder"
+    expected = "; expected a step_* directory, a directory with `latest`, or a run's directory"
     assert said(tmp_path) == expected
-    assert said(tmp_path / "gone") == f": there is no such folder{expected}"
+    assert said(tmp_path / "gone") == f": there is no such directory{expected}"
     (tmp_path / "file").write_text("x")
     assert said(tmp_path / "file") == f": it is a file{expected}"
     unfinished = tmp_path / "one" / "checkpoints" / "step_00000001"
     unfinished.mkdir(parents=True)
     reason = "step_00000001 has no manifest.json, so that its save never came to its end; use another checkpoint"
-    for folder in (unfinished, unfinished.parent, tmp_path / "one"):
-        assert said(folder) == f": {reason}"
+    for directory in (unfinished, unfinished.parent, tmp_path / "one"):
+        assert said(directory) == f": {reason}"
     make(tmp_path / "two" / "checkpoints", 3)
     make(tmp_path / "three", 4)
-    assert said(tmp_path) == " itself, but folders with some: name one of three, two"
+    assert said(tmp_path) == " itself, but directories with some: name one of three, two"
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).write_text("{}")
-    assert "it is a Hugging Face model folder; make a checkpoint of it with `megatron-prealign convert from-hf" in said(
-        tmp_path / "model"
+    assert (
+        "it is a Hugging Face model directory; make a checkpoint of it with `megatron-prealign convert from-hf"
+        in said(tmp_path / "model")
     )
 
 
@@ -129,17 +130,17 @@ def test_damage_is_named_and_an_older_one_taken(tmp_path: Path, caplog: pytest.L
     directory = make(tmp_path, 2, 4, 6)
     damage, file, told = DAMAGE[case]
     damage(directory / "step_00000006" / file)
-    folders = candidates(directory)
+    directories = candidates(directory)
     with pytest.raises(UserError) as caught:
-        choose(folders, BY_CHECKSUM, "fail")
+        choose(directories, BY_CHECKSUM, "fail")
     assert str(caught.value).startswith(f"{directory / 'step_00000006'} is damaged: {told}")
     assert str(caught.value).endswith(
         "; restore it, or go on from an older checkpoint with checkpoint.on_damage fall_back"
     )
-    choice = choose(folders, BY_CHECKSUM, "fall_back")
+    choice = choose(directories, BY_CHECKSUM, "fall_back")
     assert choice.checkpoint == directory / "step_00000004"
     with caplog.at_level(logging.WARNING):
-        warn_of_fall_back(choice)
+        warn_of_fallback(choice)
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{directory / 'step_00000006'} is damaged ({told}")
     assert record.getMessage().endswith("): going on from step_00000004 instead, 2 steps are done again")
@@ -157,10 +158,10 @@ def test_damage_is_named_and_an_older_one_taken(tmp_path: Path, caplog: pytest.L
 
 
 def test_a_swapped_bit_is_no_matter_of_size(tmp_path: Path) -> None:
-    folder = make(tmp_path, 1) / "step_00000001"
-    swap_a_bit(folder / "__0_0.distcp")
-    assert find_problems(folder, checksums=False) == []
-    assert len(find_problems(folder, checksums=True)) == 1
+    directory = make(tmp_path, 1) / "step_00000001"
+    swap_a_bit(directory / "__0_0.distcp")
+    assert find_problems(directory, checksums=False) == []
+    assert len(find_problems(directory, checksums=True)) == 1
 
 
 def test_no_good_one_left_is_refused(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_no_good_one_left_is_refused(tmp_path: Path) -> None:
             choose(candidates(directory)[1:], BY_CHECKSUM, on_damage)  # type: ignore[arg-type]
         assert str(caught.value) == (
             f"{directory / 'step_00000002'} is damaged: state.json has 14 bytes, expected 15; restore a "
-            "checkpoint, or set checkpoint.directory (or logging.run_dir) to a new folder to begin anew"
+            "checkpoint, or set checkpoint.directory (or logging.run_dir) to a new directory to begin anew"
         )
     with pytest.raises(UserError) as caught:
         choose(candidates(directory), BY_CHECKSUM, "fall_back")
@@ -189,7 +190,7 @@ def test_damaged_ones_alone_are_no_reason_to_begin_anew(tmp_path: Path) -> None:
         candidates(directory)
 
 
-def test_a_folder_that_was_set_aside_before_is_kept(tmp_path: Path) -> None:
+def test_a_directory_that_was_set_aside_before_is_kept(tmp_path: Path) -> None:
     directory = make(tmp_path, 2, 4)
     (directory / "step_00000004.damaged").mkdir()
     cut(directory / "step_00000004" / "state.json")

@@ -41,9 +41,9 @@ MOVES = [
 ]
 
 
-def values_for(tiny: Tiny, folder: Path, layout: str) -> dict[str, Any]:
+def values_for(tiny: Tiny, directory: Path, layout: str) -> dict[str, Any]:
     """Language-model training with code-switching."""
-    values = copy.deepcopy(tiny.values(folder))
+    values = copy.deepcopy(tiny.values(directory))
     del values["alignment"]
     values["parallel"] = {"device": "cpu", **LAYOUTS[layout][1]}
     values["training"].update(train_iters=STEPS, eval_samples=2, retrieval_words=2)
@@ -52,27 +52,27 @@ def values_for(tiny: Tiny, folder: Path, layout: str) -> dict[str, Any]:
 
 
 class SaveAtOnce(Callback):
-    """Saves into another folder what was loaded, before the first step."""
+    """Saves into another directory what was loaded, before the first step."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def on_start(self, trainer: Any) -> None:
         from megatron_prealign.checkpoint.store import CheckpointStore
 
-        recipe = replace(trainer.recipe, checkpoint=replace(trainer.recipe.checkpoint, directory=str(self._folder)))
+        recipe = replace(trainer.recipe, checkpoint=replace(trainer.recipe.checkpoint, directory=str(self._directory)))
         facts: dict[str, Any] = {"model": {}}
         store = CheckpointStore(recipe, trainer.runtime, identity=facts, run={}, huggingface={}, versions={})
         store.save(trainer.chunks, trainer.optimizer, trainer.state, phase="", consumed={}, blend={}, metrics={})
         store.finish()
 
 
-def go_on(values: dict[str, Any], folder: str, again: str | None) -> int:
+def go_on(values: dict[str, Any], directory: str, again: str | None) -> int:
     """Runs in workers: trains to the end; saves at once what it began with."""
     from megatron_prealign.run.pretrain import pretrain
 
     callbacks = [] if again is None else [SaveAtOnce(Path(again))]
-    return pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=callbacks).step
+    return pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=callbacks).step
 
 
 def whole_state(checkpoint: str) -> dict[str, Any]:
@@ -98,12 +98,12 @@ def whole_state(checkpoint: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of each layout that is moved from."""
-    folders = {}
+    directories = {}
     for layout in dict.fromkeys(source for source, _ in MOVES):
-        folders[layout] = tmp_path_factory.mktemp(layout)
+        directories[layout] = tmp_path_factory.mktemp(layout)
         world_size = LAYOUTS[layout][0]
-        workers.run(world_size, go_on, values_for(tiny, folders[layout], layout), str(folders[layout]), None)
-    return folders
+        workers.run(world_size, go_on, values_for(tiny, directories[layout], layout), str(directories[layout]), None)
+    return directories
 
 
 @pytest.mark.parametrize(("source", "target"), MOVES, ids=[f"{source}-{target}" for source, target in MOVES])

@@ -36,25 +36,25 @@ def whole(
     request: pytest.FixtureRequest, workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     """A run that never stopped, with a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp(f"whole_{request.param}")
-    run(workers, WORLD_SIZE, values_for(tiny, folder, request.param), folder)
-    return request.param, folder, weights(workers, folder, 2 * VOCAB_SIZE)
+    directory = tmp_path_factory.mktemp(f"whole_{request.param}")
+    run(workers, WORLD_SIZE, values_for(tiny, directory, request.param), directory)
+    return request.param, directory, weights(workers, directory, 2 * VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("step", [2, BORDER, 8])
 def test_resumed_run_is_bit_equal(workers: WorkerPool, tiny: Tiny, tmp_path: Path, whole: Any, step: int) -> None:
-    precision, folder, expected = whole
+    precision, directory, expected = whole
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     name = f"step_{step:08d}"
-    shutil.copytree(folder / "checkpoints" / name, checkpoints / name)
+    shutil.copytree(directory / "checkpoints" / name, checkpoints / name)
     (checkpoints / "latest").write_text(name)
     run(workers, WORLD_SIZE, values_for(tiny, tmp_path, precision), tmp_path)
     got = records(tmp_path)
     assert sorted(number for _, number in got) == list(range(step + 1, STEPS + 1))
     for key, line in got.items():
         for value in ("loss", "lm_loss", "grad_norm", "alignment_loss", "switched_words"):
-            assert line.get(value) == records(folder)[key].get(value), (key, value)
+            assert line.get(value) == records(directory)[key].get(value), (key, value)
     resumed = weights(workers, tmp_path, 2 * VOCAB_SIZE)
     assert resumed.keys() == expected.keys()
     for parameter, tensor in expected.items():
@@ -106,10 +106,10 @@ class SignalAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train_until_signal(values: dict[str, Any], folder: str, step: int) -> dict[str, Any]:
+def train_until_signal(values: dict[str, Any], directory: str, step: int) -> dict[str, Any]:
     from megatron_prealign.run.pretrain import pretrain
 
-    state = pretrain(recipe_of(values, Path(folder)), leave_process_group=True, callbacks=[SignalAt(step)])
+    state = pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[SignalAt(step)])
     return {"stopped": state.stop_requested, "step": state.step}
 
 
@@ -129,18 +129,18 @@ def test_signal_on_one_rank_saves_and_ends_all_ranks(workers: WorkerPool, tiny: 
 
 
 def test_finished_run_does_nothing_more(workers: WorkerPool, tiny: Tiny, tmp_path: Path, whole: Any) -> None:
-    precision, folder, _ = whole
-    before = (folder / "metrics.jsonl").read_text()
-    run(workers, WORLD_SIZE, values_for(tiny, folder, precision), folder)
-    assert (folder / "metrics.jsonl").read_text() == before
+    precision, directory, _ = whole
+    before = (directory / "metrics.jsonl").read_text()
+    run(workers, WORLD_SIZE, values_for(tiny, directory, precision), directory)
+    assert (directory / "metrics.jsonl").read_text() == before
 
 
 def test_checkpoint_of_another_model_is_refused(workers: WorkerPool, tiny: Tiny, whole: Any) -> None:
-    precision, folder, _ = whole
-    values = values_for(tiny, folder, precision)
+    precision, directory, _ = whole
+    values = values_for(tiny, directory, precision)
     values["model"]["hidden_size"] = 64
     with pytest.raises(WorkerError) as caught:
-        run(workers, WORLD_SIZE, values, folder)
+        run(workers, WORLD_SIZE, values, directory)
     for kind, message, _ in caught.value.failures.values():
         assert kind == "UserError"
         assert "hidden_size 32 (recipe: 64)" in message

@@ -11,9 +11,9 @@ from support.tiny import Tiny, recipe_of
 
 from megatron_prealign.checkpoint.resume.identity import (
     check_run,
-    facts_of_run,
-    facts_of_switching,
+    code_switch_fingerprint,
     find_switching_problem,
+    resume_fingerprint,
     saved_coverage,
 )
 from megatron_prealign.checkpoint.train_state import TrainState
@@ -28,8 +28,8 @@ PHASES = ["alignment", "language_model"]
 def facts(tmp_path: Path) -> dict[str, Any]:
     recipe = recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path)
     assert recipe.code_switch is not None
-    switching = facts_of_switching("table", recipe.code_switch, digest="d1", coverage={"en": 0.5})
-    return facts_of_run(recipe, num_samples=60, keys=[0, 1], segmenters=[None, "jieba"], switching=switching)
+    switching = code_switch_fingerprint("table", recipe.code_switch, digest="d1", coverage={"en": 0.5})
+    return resume_fingerprint(recipe, num_samples=60, keys=[0, 1], segmenters=[None, "jieba"], switching=switching)
 
 
 def summary_of(facts: dict[str, Any], phase: str = "language_model", **counters: int) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def test_changed_settings_of_code_switching_are_named(facts: dict[str, Any], cap
 )
 def test_coverage_holds_for_the_same_words(facts: dict[str, Any], change: dict[str, Any], kept: bool) -> None:
     section = CodeSwitchSection(ratio=0.3, language_weights={"de": 1.0})
-    switching = facts_of_switching("table", section, digest="d1", coverage={"en": 0.5})
+    switching = code_switch_fingerprint("table", section, digest="d1", coverage={"en": 0.5})
     summary = summary_of({**facts, "switching": switching})
     assert saved_coverage(summary, replace(section, **change), "d1") == ({"en": 0.5} if kept else None)
     assert saved_coverage(summary, section, "d2") is None

@@ -17,14 +17,14 @@ from megatron_prealign.dictionary.table import load_table
 SHARE = {"en": 0.4375, "en_clone": 0.0}
 
 
-def values_for(tiny: Tiny, folder: Path) -> dict[str, Any]:
+def values_for(tiny: Tiny, directory: Path) -> dict[str, Any]:
     """Language-model training alone, two steps."""
-    values = language_model_values(tiny, folder, save_interval=1, keep=9)
+    values = language_model_values(tiny, directory, save_interval=1, keep=9)
     values["training"]["train_iters"] = 2
     return values
 
 
-def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float]) -> tuple[int, list[Any]]:
+def train_with_share(values: dict[str, Any], directory: str, share: dict[str, float]) -> tuple[int, list[Any]]:
     """Runs in a worker: how often this rank measured, and the thresholds that the run switched with."""
     from megatron_prealign.code_switch.switcher import CodeSwitcher
     from megatron_prealign.run import inputs
@@ -44,23 +44,23 @@ def train_with_share(values: dict[str, Any], folder: str, share: dict[str, float
 
     inputs.blend_coverage, module.CodeSwitcher = counted, kept
     try:
-        module.pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+        module.pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
     finally:
         inputs.blend_coverage, module.CodeSwitcher = measure, switcher
     return len(measured), made[0]._thresholds.tolist()
 
 
-def words_values(tiny: Tiny, folder: Path) -> dict[str, Any]:
-    values = values_for(tiny, folder)
+def words_values(tiny: Tiny, directory: Path) -> dict[str, Any]:
+    values = values_for(tiny, directory)
     values["code_switch"] = {"ratio": 0.1, "ratio_of": "words"}
     return values
 
 
-def go_back(folder: Path) -> dict[str, Any]:
+def go_back(directory: Path) -> dict[str, Any]:
     """Makes step 1 the newest; returns its state."""
-    shutil.rmtree(folder / "checkpoints" / "step_00000002")
-    (folder / "checkpoints" / "latest").write_text("step_00000001\n")
-    return json.loads((folder / "checkpoints" / "step_00000001" / "state.json").read_text())
+    shutil.rmtree(directory / "checkpoints" / "step_00000002")
+    (directory / "checkpoints" / "latest").write_text("step_00000001\n")
+    return json.loads((directory / "checkpoints" / "step_00000001" / "state.json").read_text())
 
 
 def test_share_of_words_is_measured_once_and_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:

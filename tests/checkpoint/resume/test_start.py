@@ -17,9 +17,9 @@ from megatron_prealign.errors import UserError
 STEPS = 5
 
 
-def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
+def values_for(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]:
     """Language-model training with dropout, so that random states matter."""
-    values = copy.deepcopy(tiny.values(folder))
+    values = copy.deepcopy(tiny.values(directory))
     del values["alignment"]
     values["model"].update(hidden_dropout=0.1)
     values["parallel"] = {"device": "cpu"}
@@ -31,9 +31,9 @@ def values_for(tiny: Tiny, folder: Path, **checkpoint: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two processes with a checkpoint of every step. Tests copy it."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(workers, 2, values_for(tiny, folder), folder)
-    return folder
+    directory = tmp_path_factory.mktemp("trained")
+    run(workers, 2, values_for(tiny, directory), directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def expected(workers: WorkerPool, trained: Path) -> dict[str, torch.Tensor]:
     return weights(workers, trained, 2 * VOCAB_SIZE)
 
 
-def copied(trained: Path, folder: Path, newest: int) -> Path:
-    """The checkpoints as they were after step `newest`; returns their folder."""
-    checkpoints = folder / "checkpoints"
+def copied(trained: Path, directory: Path, newest: int) -> Path:
+    """The checkpoints as they were after step `newest`; returns their directory."""
+    checkpoints = directory / "checkpoints"
     for step in range(1, newest + 1):
         shutil.copytree(trained / "checkpoints" / f"step_{step:08d}", checkpoints / f"step_{step:08d}")
     (checkpoints / "latest").write_text(f"step_{newest:08d}\n")
@@ -97,10 +97,10 @@ def test_damaged_newest_is_left_for_the_one_before(
     ]
 
 
-def is_agreed(values: dict[str, Any], folder: str) -> bool:
+def is_agreed(values: dict[str, Any], directory: str) -> bool:
     """Runs in workers: whether the first process tells of a refusal for all."""
     with pytest.raises(UserError) as caught:
-        train(values, folder)
+        train(values, directory)
     return caught.value.agreed
 
 
@@ -121,7 +121,7 @@ def test_no_good_one_left_does_not_begin_anew(workers: WorkerPool, tiny: Tiny, t
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_all_of_another_run_goes_on_in_a_folder_of_its_own(
+def test_all_of_another_run_goes_on_in_a_directory_of_its_own(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
     source = trained / "checkpoints" / "step_00000003"
@@ -148,14 +148,14 @@ def test_weights_move_to_a_vocabulary_with_other_padding(
     for number, (world_size, parallel, divisor) in enumerate(
         [(2, {"tensor_model_parallel_size": 2}, 24), (1, {}, 400)]
     ):
-        folder = tmp_path / str(number)
-        values = values_for(tiny, folder, load=str(trained))
+        directory = tmp_path / str(number)
+        values = values_for(tiny, directory, load=str(trained))
         values["model"].update(make_vocab_size_divisible_by=divisor, hidden_dropout=0.0)
         values["parallel"].update(parallel)
         values["training"].update(train_iters=1)
         values["optimizer"] = {"lr": 1e-12}
-        run(workers, world_size, values, folder)
-        found = weights(workers, folder, 2 * VOCAB_SIZE)
+        run(workers, world_size, values, directory)
+        found = weights(workers, directory, 2 * VOCAB_SIZE)
         for name, tensor in expected.items():
             # The rate moves a weight by 1e-12 at most.
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
@@ -227,7 +227,7 @@ def test_a_kind_of_checkpoint_without_a_run_gives_its_weights_alone(
     assert [step for _, step in records(tmp_path)] == [1, 2]
 
 
-def look_with_another_disk(folder: str, problem: str) -> None:
+def look_with_another_disk(directory: str, problem: str) -> None:
     """Runs in workers: verifies a checkpoint, of whose files rank 1 sees something else than rank 0."""
     import torch.distributed as dist
 
@@ -238,7 +238,7 @@ def look_with_another_disk(folder: str, problem: str) -> None:
     if dist.get_rank() == 1:
         agree.find_damage = lambda *_, **__: [problem]
     try:
-        agree.require_intact(Path(folder), CheckpointSection())
+        agree.require_intact(Path(directory), CheckpointSection())
     finally:
         agree.find_damage = real
 

@@ -14,13 +14,13 @@ from support.workers import WorkerError, WorkerPool
 PROMPT_S = 60.0
 
 
-def train_with_other_values(values: list[dict[str, Any]], folder: str) -> Any:
+def train_with_other_values(values: list[dict[str, Any]], directory: str) -> Any:
     """Each rank reads a recipe of its own, as if a disk of its own lacked a file."""
     rank = int(os.environ["RANK"])
-    return train(values[rank], f"{folder}/{rank}")
+    return train(values[rank], f"{directory}/{rank}")
 
 
-def fail_and_look(values: dict[str, Any], folder: str, leave: bool) -> dict[str, bool]:
+def fail_and_look(values: dict[str, Any], directory: str, leave: bool) -> dict[str, bool]:
     """What is left of the process groups when a run fails."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -29,7 +29,7 @@ def fail_and_look(values: dict[str, Any], folder: str, leave: bool) -> dict[str,
     from megatron_prealign.run.pretrain import pretrain
 
     with pytest.raises(UserError):
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=leave)
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=leave)
     return {"group": dist.is_initialized(), "megatron": parallel_state.model_parallel_is_initialized()}
 
 
@@ -70,7 +70,7 @@ def test_failed_run_leaves_the_process_group(tiny: Tiny, workers: WorkerPool, tm
     assert left == [{"group": True, "megatron": False}]
 
 
-def test_tensorboard_folder_that_is_a_file(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+def test_tensorboard_directory_that_is_a_file(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
     values = tiny.values(tmp_path / "run")
     values["logging"]["tensorboard"] = True
     (tmp_path / "run").mkdir()
@@ -93,10 +93,10 @@ def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tm
     assert not (tmp_path / "runs").exists()
 
 
-def check_folders(values: dict[str, Any], folder: str, other: str | None) -> None:
-    """Runs in a worker: the check of the run's folders, while another run makes one of its own beside them."""
+def check_directories(values: dict[str, Any], directory: str, other: str | None) -> None:
+    """Runs in a worker: the check of the run's directories, while another run makes one of its own beside them."""
     from megatron_prealign.files import directories
-    from megatron_prealign.run.folder import check_run_folder
+    from megatron_prealign.run.directory import check_run_directory
 
     probe = directories.TemporaryFile
 
@@ -107,23 +107,25 @@ def check_folders(values: dict[str, Any], folder: str, other: str | None) -> Non
 
     directories.TemporaryFile = probe_and_make
     try:
-        check_run_folder(recipe_of(values, Path(folder)))
+        check_run_directory(recipe_of(values, Path(directory)))
     finally:
         directories.TemporaryFile = probe
 
 
-def test_checking_the_folders_leaves_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+def test_checking_the_directories_leaves_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
     values = tiny.values(tmp_path / "runs" / "new")
     other = tmp_path / "runs" / "other"
-    workers.run(1, check_folders, values, str(tmp_path / "recipe"), str(other))
+    workers.run(1, check_directories, values, str(tmp_path / "recipe"), str(other))
     assert [each.name for each in (tmp_path / "runs").iterdir()] == ["other"]
 
 
-def test_folders_that_cannot_be_written_leave_nothing_either(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+def test_directories_that_cannot_be_written_leave_nothing_either(
+    tiny: Tiny, workers: WorkerPool, tmp_path: Path
+) -> None:
     values = tiny.values(tmp_path / "runs" / "new")
     (tmp_path / "file").write_text("a file in the way")
     values["checkpoint"] = {"directory": str(tmp_path / "file" / "checkpoints")}
     with pytest.raises(WorkerError) as caught:
-        workers.run(1, check_folders, values, str(tmp_path / "recipe"), None)
+        workers.run(1, check_directories, values, str(tmp_path / "recipe"), None)
     assert failures(caught)[0][0] == "UserError"
     assert not (tmp_path / "runs").exists()

@@ -12,7 +12,7 @@ from support.workers import WorkerPool
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_prealign.checkpoint.commands.export import export_weights
-from megatron_prealign.checkpoint.folder import resolve_checkpoint
+from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.conversion.from_hf import from_huggingface
 
@@ -37,8 +37,8 @@ CONFIG = {
 LR = 1e-9
 
 
-def weights_of(folder: Path, vocab_size: int) -> dict[str, torch.Tensor]:
-    with ShardReader(folder) as reader:
+def weights_of(directory: Path, vocab_size: int) -> dict[str, torch.Tensor]:
+    with ShardReader(directory) as reader:
         keys = [key for key in reader.tensors if key.startswith(("embedding", "decoder", "output"))]
         return {
             key: reader.read(key)[:vocab_size] if key.startswith(("emb", "out")) else reader.read(key) for key in keys

@@ -10,7 +10,7 @@ from support.whole_runs import everything_in, language_model_values, run
 from support.workers import WorkerPool
 
 
-def train_with_gathered_state(values: dict[str, Any], folder: str) -> None:
+def train_with_gathered_state(values: dict[str, Any], directory: str) -> None:
     """Runs in workers: the optimizer's state goes Megatron-Core's own way into the checkpoints."""
     from megatron_prealign.checkpoint import store
     from megatron_prealign.checkpoint.sharded.optimizer_state import OPTIMIZER_METADATA
@@ -19,7 +19,7 @@ def train_with_gathered_state(values: dict[str, Any], folder: str) -> None:
     real = store.optimizer_state
     store.optimizer_state = lambda optimizer, model: optimizer.sharded_state_dict(model, metadata=OPTIMIZER_METADATA)
     try:
-        pretrain(recipe_of(values, Path(folder)), leave_process_group=True)
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
     finally:
         store.optimizer_state = real
 

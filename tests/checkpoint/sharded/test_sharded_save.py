@@ -43,18 +43,18 @@ def started() -> tuple[int, int]:
 
 
 def begin(
-    state: dict[str, Any], folder: str, *, timeout_s: float = 60, copy: bool = True, completed: Any = None
+    state: dict[str, Any], directory: str, *, timeout_s: float = 60, copy: bool = True, completed: Any = None
 ) -> Any:
     """Stages `state` and starts to write it; `completed` is given the facts of the files."""
     from megatron_prealign.checkpoint.sharded.save import BackgroundSave, HostBuffers, stage
     from megatron_prealign.checkpoint.sharded.target import Target
 
-    target = Target(Path(folder), Path(folder).with_name("final"), "step_00000001")
+    target = Target(Path(directory), Path(directory).with_name("final"), "step_00000001")
     staged = stage(state, target, buffers=HostBuffers(), timeout_s=timeout_s, copy=copy)
     return BackgroundSave(staged, timeout_s=timeout_s, complete=completed or (lambda facts: None))
 
 
-def save_and_load(folder: str, copy: bool) -> dict[str, Any]:
+def save_and_load(directory: str, copy: bool) -> dict[str, Any]:
     import psutil
 
     from megatron_prealign.checkpoint.manifest import FileRecord
@@ -73,7 +73,7 @@ def save_and_load(folder: str, copy: bool) -> dict[str, Any]:
 
     state = sharded(rank, world_size, filled=True)
     with replaced_write_file(watch):
-        writing = begin(state, folder, copy=copy, completed=facts.update)
+        writing = begin(state, directory, copy=copy, completed=facts.update)
         if copy:
             # What training does next.
             state["tensor"].data.fill_(-1)
@@ -81,22 +81,23 @@ def save_and_load(folder: str, copy: bool) -> dict[str, Any]:
             state["plain"]["settings"].append(3)
         writing.finish()
     after = {child.pid for child in process.children(recursive=True)}
-    loaded = sharded_load.load_sharded(sharded(rank, world_size, filled=False), Path(folder))
-    files = {path.name for path in Path(folder).iterdir()}
+    loaded = sharded_load.load_sharded(sharded(rank, world_size, filled=False), Path(directory))
+    files = {path.name for path in Path(directory).iterdir()}
     return {
         "tensor": loaded["tensor"].tolist(),
         "view": loaded["view"].tolist(),
         "object": loaded["object"],
         "plain": loaded["plain"],
-        "common": sharded_load.load_common(Path(folder))["plain"],
+        "common": sharded_load.load_common(Path(directory))["plain"],
         "new_children": sorted((after | set().union(*during)) - before),
         "writes": len(during),
         "files": files,
         "facts": facts,
         "true_facts": {
-            name: FileRecord(Path(folder, name).stat().st_size, file_checksum(Path(folder, name))) for name in facts
+            name: FileRecord(Path(directory, name).stat().st_size, file_checksum(Path(directory, name)))
+            for name in facts
         },
-        "largest": max(path.stat().st_size for path in Path(folder).glob("*.distcp")),
+        "largest": max(path.stat().st_size for path in Path(directory).glob("*.distcp")),
     }
 
 
@@ -113,7 +114,7 @@ def replaced_write_file(around: Callable[..., Any]) -> Iterator[None]:
         sharded_save._write_file = real
 
 
-def save_where_one_rank_fails(folder: str, failing: int, receipts: bool) -> None:
+def save_where_one_rank_fails(directory: str, failing: int, receipts: bool) -> None:
     from megatron_prealign.checkpoint.sharded.save import BackgroundSave
 
     rank, world_size = started()
@@ -133,12 +134,12 @@ def save_where_one_rank_fails(folder: str, failing: int, receipts: bool) -> None
         BackgroundSave._leave_receipt = silent  # type: ignore[method-assign]
     try:
         with replaced_write_file(full):
-            begin(sharded(rank, world_size, filled=True), folder).finish()
+            begin(sharded(rank, world_size, filled=True), directory).finish()
     finally:
         BackgroundSave._leave_receipt = real_receipt  # type: ignore[method-assign]
 
 
-def receipt_tells_the_first_rank(folder: str) -> str:
+def receipt_tells_the_first_rank(directory: str) -> str:
     """What rank 0 finds out by itself, without an agreement."""
     import torch.distributed as dist
 
@@ -151,7 +152,7 @@ def receipt_tells_the_first_rank(folder: str) -> str:
 
     answer = ""
     with replaced_write_file(full):
-        writing = begin(sharded(rank, world_size, filled=True), folder)
+        writing = begin(sharded(rank, world_size, filled=True), directory)
         try:
             writing.wait()
         except UserError as error:
@@ -161,27 +162,27 @@ def receipt_tells_the_first_rank(folder: str) -> str:
     return answer
 
 
-def wait_for_one_that_is_gone(folder: str) -> str:
+def wait_for_one_that_is_gone(directory: str) -> str:
     """What the first process says when another one leaves no receipt but that of an earlier save."""
     import torch.distributed as dist
 
     from megatron_prealign.checkpoint.sharded import save as sharded_save
 
     rank, world_size = started()
-    target = sharded_save.Target(Path(folder), Path("final"), None)
+    target = sharded_save.Target(Path(directory), Path("final"), None)
     staged = sharded_save.stage(
         sharded(rank, world_size, filled=True), target, buffers=sharded_save.HostBuffers(), timeout_s=60
     )
     if rank:
         receipt = {"token": "another", "results": [], "files": {}}
-        sharded_save._receipt(Path(folder), rank).write_text(json.dumps(receipt))
+        sharded_save._receipt(Path(directory), rank).write_text(json.dumps(receipt))
         dist.barrier()
         return ""
     dist.barrier()
     real, sharded_save._OTHERS_WITHIN_S = sharded_save._OTHERS_WITHIN_S, 0.1
     try:
         # Without end: the test would run into its own limit.
-        sharded_save.BackgroundSave(staged, timeout_s=1e6, complete=lambda facts: None).wait_without_others()
+        sharded_save.BackgroundSave(staged, timeout_s=1e6, complete=lambda facts: None).wait_after_error()
     except UserError as error:
         return str(error)
     finally:
@@ -189,7 +190,7 @@ def wait_for_one_that_is_gone(folder: str) -> str:
     return "the checkpoint is complete"
 
 
-def save_where_one_rank_is_stuck(folder: str, stuck: int) -> None:
+def save_where_one_rank_is_stuck(directory: str, stuck: int) -> None:
     rank, world_size = started()
     release = threading.Event()
 
@@ -200,18 +201,18 @@ def save_where_one_rank_is_stuck(folder: str, stuck: int) -> None:
 
     try:
         with replaced_write_file(wait):
-            writing = begin(sharded(rank, world_size, filled=True), folder, timeout_s=0.5)
+            writing = begin(sharded(rank, world_size, filled=True), directory, timeout_s=0.5)
             writing.finish()
     finally:
         release.set()
 
 
-def save_where_disks_are_apart(folder: str) -> None:
-    """Each rank has a folder of its own by the same name, as on nodes with disks of their own."""
+def save_where_disks_are_apart(directory: str) -> None:
+    """Each rank has a directory of its own by the same name, as on nodes with disks of their own."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
 
     rank, world_size = started()
-    own = Path(folder) / str(rank)
+    own = Path(directory) / str(rank)
     own.mkdir()
     if rank:
         # Left there by an earlier try.
@@ -223,21 +224,21 @@ def save_where_disks_are_apart(folder: str) -> None:
         sharded_save._VISIBLE_WITHIN_S = real
 
 
-def save_where_the_disk_does_not_answer(folder: str, stuck: int) -> None:
+def save_where_the_disk_does_not_answer(directory: str, stuck: int) -> None:
     """Before anything is planned."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
 
     rank, world_size = started()
     real, release = sharded_save._read_token, threading.Event()
 
-    def wait(folder: Path) -> str:
+    def wait(directory: Path) -> str:
         if rank == stuck:
             release.wait(60)
-        return real(folder)
+        return real(directory)
 
     sharded_save._read_token = wait
     try:
-        begin(sharded(rank, world_size, filled=True), folder, timeout_s=0.5)
+        begin(sharded(rank, world_size, filled=True), directory, timeout_s=0.5)
     finally:
         sharded_save._read_token = real
         release.set()
@@ -299,10 +300,10 @@ def test_failed_write_on_one_rank_is_an_error_on_all(
     workers: WorkerPool, tmp_path: Path, failing: int, receipts: bool
 ) -> None:
     """Also when the full disk takes no receipt: long before the timeout of a minute."""
-    folder = tmp_path / "working"
-    folder.mkdir()
+    directory = tmp_path / "working"
+    directory.mkdir()
     with pytest.raises(WorkerError) as caught:
-        workers.run(2, save_where_one_rank_fails, str(folder), failing, receipts, timeout_s=40)
+        workers.run(2, save_where_one_rank_fails, str(directory), failing, receipts, timeout_s=40)
     errors = {rank: (kind, message) for rank, (kind, message, _) in caught.value.failures.items()}
     assert set(errors) == {0, 1}
     assert errors[0] == errors[1]
@@ -311,8 +312,8 @@ def test_failed_write_on_one_rank_is_an_error_on_all(
         f"checkpoint {tmp_path / 'final'} cannot be written: No space left on device; step_00000001 is the newest "
         "complete one; mend the disk or choose another checkpoint.directory and start the same command again",
     )
-    # Without this file nothing takes the folder for a checkpoint.
-    assert not (folder / "metadata.json").exists()
+    # Without this file nothing takes the directory for a checkpoint.
+    assert not (directory / "metadata.json").exists()
 
 
 def test_first_rank_learns_of_a_failure_from_the_receipt(workers: WorkerPool, tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def make_tensors() -> dict[str, torch.Tensor]:
 SPLITS = {"embedding.word_embeddings.weight": 0, STACKED: 1, "output_layer.weight": 0}
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], tensor: int = 1, pipeline: int = 1) -> None:
-    with ShardWriter(folder, tensor_parallel=tensor, pipeline_parallel=pipeline) as writer:
+def write(directory: Path, tensors: dict[str, torch.Tensor], tensor: int = 1, pipeline: int = 1) -> None:
+    with ShardWriter(directory, tensor_parallel=tensor, pipeline_parallel=pipeline) as writer:
         for key, value in tensors.items():
             if key.startswith("decoder.layers."):
                 for layer in range(LAYERS):
@@ -48,7 +48,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], tensor: int = 1, pipel
             else:
                 writer.add(key, value, split=SPLITS.get(key))
         records = writer.close()
-    assert {name: record_file(folder / name) for name in os.listdir(folder)} == records
+    assert {name: record_file(directory / name) for name in os.listdir(directory)} == records
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2), (1, 4)])
@@ -104,47 +104,47 @@ def test_an_unfit_split_or_layer_is_an_error_of_the_caller(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write(folder, make_tensors())
-    return folder
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write(directory, make_tensors())
+    return directory
 
 
-def copy_of(checkpoint: Path, folder: Path) -> Path:
+def copy_of(checkpoint: Path, directory: Path) -> Path:
     for file in checkpoint.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
 
 
-def read_all(folder: Path) -> None:
-    with ShardReader(folder) as reader:
+def read_all(directory: Path) -> None:
+    with ShardReader(directory) as reader:
         for key in reader.tensors:
             reader.read(key)
 
 
 def test_a_missing_or_short_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    folder = copy_of(checkpoint, tmp_path)
-    shard = folder / "__0_0.distcp"
+    directory = copy_of(checkpoint, tmp_path)
+    shard = directory / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-3000])
     with pytest.raises(UserError, match=r"__0_0\.distcp.*copy this one again"):
-        read_all(folder)
+        read_all(directory)
     shard.unlink()
     with pytest.raises(UserError, match=r"__0_0\.distcp cannot be opened \(No such file"):
-        read_all(folder)
-    (folder / METADATA).unlink()
-    with pytest.raises(UserError, match="expected the folder of a checkpoint"):
-        read_all(folder)
+        read_all(directory)
+    (directory / METADATA).unlink()
+    with pytest.raises(UserError, match="expected the directory of a checkpoint"):
+        read_all(directory)
 
 
-def changed_metadata(folder: Path, change: Callable[[Any], None]) -> None:
-    metadata = FileSystemReader(folder).read_metadata()
+def changed_metadata(directory: Path, change: Callable[[Any], None]) -> None:
+    metadata = FileSystemReader(directory).read_metadata()
     change(metadata)
-    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    (directory / METADATA).write_bytes(pickle.dumps(metadata))
 
 
 def test_parts_that_are_missing_or_made_up_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    folder = copy_of(checkpoint, tmp_path)
-    changed_metadata(folder, lambda metadata: metadata.state_dict_metadata[STACKED].chunks.pop())
-    with ShardReader(folder) as reader:
+    directory = copy_of(checkpoint, tmp_path)
+    changed_metadata(directory, lambda metadata: metadata.state_dict_metadata[STACKED].chunks.pop())
+    with ShardReader(directory) as reader:
         assert reader.read(STACKED, 0).shape == (6, 8)
         with pytest.raises(UserError, match=r"places 144 of its 192 elements"):
             reader.read(STACKED)
@@ -156,16 +156,16 @@ def test_parts_that_are_missing_or_made_up_are_named(checkpoint: Path, tmp_path:
         entry.size = huge
         entry.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), huge)]
 
-    changed_metadata(folder, grow)
+    changed_metadata(directory, grow)
     with pytest.raises(UserError, match="more elements than bytes"):
-        ShardReader(folder)
+        ShardReader(directory)
 
     def lie(metadata: Any) -> None:
         for place in metadata.storage_data.values():
             place.length = 2**50
 
-    changed_metadata(folder, lie)
-    with ShardReader(folder) as reader, pytest.raises(UserError, match=r"the file ends at byte .*, expected 1,125,"):
+    changed_metadata(directory, lie)
+    with ShardReader(directory) as reader, pytest.raises(UserError, match=r"the file ends at byte .*, expected 1,125,"):
         reader.read(key)
 
 
@@ -199,11 +199,11 @@ class ByValue(pickle.Pickler):
 
 @pytest.mark.parametrize("pickler", [ByName, ByValue])
 def test_enumerations_of_every_python_are_read(checkpoint: Path, tmp_path: Path, pickler: type[pickle.Pickler]) -> None:
-    folder = copy_of(checkpoint, tmp_path)
-    metadata = FileSystemReader(folder).read_metadata()
-    with (folder / METADATA).open("wb") as file:
+    directory = copy_of(checkpoint, tmp_path)
+    metadata = FileSystemReader(directory).read_metadata()
+    with (directory / METADATA).open("wb") as file:
         pickler(file).dump(metadata)
-    with ShardReader(folder) as reader:
+    with ShardReader(directory) as reader:
         for key, value in make_tensors().items():
             assert torch.equal(reader.read(key), value), key
 
@@ -241,14 +241,14 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_one_kind_of_error(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
-    folder = copy_of(checkpoint, tmp_path)
-    file = folder / data.draw(st.sampled_from([METADATA, "__0_0.distcp"]))
+    directory = copy_of(checkpoint, tmp_path)
+    file = directory / data.draw(st.sampled_from([METADATA, "__0_0.distcp"]))
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     try:
-        read_all(folder)
+        read_all(directory)
     except UserError as error:
         assert "\n" not in str(error)
 

@@ -24,10 +24,10 @@ TEXTS = ["The first document, about apples.\n", "Second: 苹果 and pears", "x" 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 20))
-    train_tokenizer([str(folder / "text.jsonl")], str(folder / "tok"), 300, show_progress=False)
-    return str(folder / "tok")
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 20))
+    train_tokenizer([str(directory / "text.jsonl")], str(directory / "tok"), 300, show_progress=False)
+    return str(directory / "tok")
 
 
 def make_text(prefix: Path, tokenizer: str, /, **facts: object) -> str:

@@ -25,20 +25,20 @@ from megatron_prealign.files.checksum import file_checksum
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
 
-def reference(folder: Path, prefixes: list[str], dtype: type = np.uint16) -> tuple[bytes, bytes]:
+def reference(directory: Path, prefixes: list[str], dtype: type = np.uint16) -> tuple[bytes, bytes]:
     """The `.bin` and `.idx` that Megatron-Core's builder joins."""
-    builder = import_indexed_dataset().IndexedDatasetBuilder(str(folder / "reference.bin"), dtype=dtype)
+    builder = import_indexed_dataset().IndexedDatasetBuilder(str(directory / "reference.bin"), dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         # After each part it collects garbage, a quarter of a second, which changes nothing.
         patch.setattr(gc, "collect", lambda: 0)
         for prefix in prefixes:
             builder.add_index(prefix)
-    builder.finalize(str(folder / "reference.idx"))
-    return (folder / "reference.bin").read_bytes(), (folder / "reference.idx").read_bytes()
+    builder.finalize(str(directory / "reference.idx"))
+    return (directory / "reference.bin").read_bytes(), (directory / "reference.idx").read_bytes()
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -104,12 +104,12 @@ def test_bits_that_do_not_end_on_bytes(tmp_path_factory, parts, stray):
     assert path.read_bytes() == np.packbits(every, bitorder="little").tobytes()
 
 
-def shards(folder: Path, count: int, **facts: object) -> list[str]:
+def shards(directory: Path, count: int, **facts: object) -> list[str]:
     """A run in shards, the last one without a document."""
     inputs = [InputRecord("a.jsonl", 7), InputRecord("b.jsonl", 8)]
     return [
         make_dataset(
-            folder / f"shard{number}",
+            directory / f"shard{number}",
             random_documents(5, seed=number) if number < count else [],
             shard=f"{number}/{count}",
             inputs=inputs,
@@ -135,7 +135,7 @@ def test_shards_are_put_in_order(tmp_path):
 def test_shards_of_a_real_run(tmp_path, tiny, segmenter):
     """They give what the run without --shard gives, byte for byte, also where a shard is empty."""
     (tmp_path / "more.txt").write_text("苹果和梨 are fruit.\n\nA second document.\n")
-    inputs = [str(tiny.folder / "corpus.jsonl"), str(tmp_path / "more.txt")]
+    inputs = [str(tiny.directory / "corpus.jsonl"), str(tmp_path / "more.txt")]
     settings = PreprocessSettings(language="en", segmenter=segmenter)
     preprocess(inputs, tiny.tokenizer, tmp_path / "whole", settings, show_progress=False)
     count = 70
@@ -249,7 +249,7 @@ def test_inputs_and_outputs_that_cannot_be(tmp_path, capsys):
         (["--input", f"{a}.idx", "--output", "all"], "give the prefix without the ending"),
         (["--input", a, plain, "--output", "all"], "plain.json: no such file"),
         (["--input", "--output", "all"], "--input is empty"),
-        (["--input", a, b, "--output", str(tmp_path)], "is a folder"),
+        (["--input", a, b, "--output", str(tmp_path)], "is a directory"),
         (["--input", a, b, "--output", "all.bin"], "expected a path without ending"),
         (["--input", a, b, "--output", str(tmp_path / "file" / "all")], f"{tmp_path}/file is a file"),
         (["--input", a, b, "--output", "all", "--workers", "0"], "workers is 0"),

@@ -27,8 +27,8 @@ def run(prefix: str, **options: object) -> repair_module.Repair:
 
 
 def content(prefix: str) -> dict[str, bytes]:
-    folder = Path(prefix).parent
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    directory = Path(prefix).parent
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def is_sound(prefix: str, documents: Documents) -> bool:
@@ -60,7 +60,7 @@ def test_a_lost_index_comes_back(prefix, damage, monkeypatch, capsys):
 
 def test_tokens_stored_wider_than_the_vocabulary_needs(tmp_path, tiny):
     """Neither index nor sidecar tells how they are stored."""
-    tokens = np.fromfile(tiny.folder / "en.bin", np.uint16)
+    tokens = np.fromfile(tiny.directory / "en.bin", np.uint16)
     tokens.astype(np.int32).tofile(tmp_path / "a.bin")
     prefix, facts = str(tmp_path / "a"), {"tokenizer": tiny.tokenizer, "language": "en"}
     with pytest.raises(UserError, match="every second token is 0, as if they were stored as int32; say --dtype"):
@@ -123,9 +123,9 @@ def test_tokens_that_have_changed(tmp_path):
 
 def test_files_of_other_tools(tmp_path, tiny, capsys):
     """Adopts token files without a sidecar; their index is not touched."""
-    facts = load_sidecar(tiny.folder / "en")
+    facts = load_sidecar(tiny.directory / "en")
     for ending in ("bin", "idx"):
-        os.symlink(tiny.folder / f"en.{ending}", tmp_path / f"a.{ending}")
+        os.symlink(tiny.directory / f"en.{ending}", tmp_path / f"a.{ending}")
     prefix = str(tmp_path / "a")
     for options in ([], ["--language", "en"], ["--tokenizer", tiny.tokenizer]):
         assert cli.main(["dataset", "repair", "--input", prefix, *options]) == 2
@@ -136,7 +136,7 @@ def test_files_of_other_tools(tmp_path, tiny, capsys):
     assert (done.sidecar.documents, done.sidecar.tokens) == (facts.documents, facts.tokens)
     assert (done.sidecar.tokenizer, done.sidecar.eod_id) == (facts.tokenizer, facts.eod_id)
     assert verify(prefix, tokenizer=tiny.tokenizer, show_progress=False).problems == []
-    assert (tiny.folder / "en.idx").read_bytes() == (tmp_path / "a.idx").read_bytes()
+    assert (tiny.directory / "en.idx").read_bytes() == (tmp_path / "a.idx").read_bytes()
 
 
 def test_a_tokenizer_without_an_end(tmp_path, tiny, capsys):
@@ -195,7 +195,7 @@ def test_without_the_words_if_told(tmp_path):
 
 def test_a_damaged_sidecar_is_kept(tmp_path, tiny):
     for ending in ("bin", "idx", "json"):
-        (tmp_path / f"a.{ending}").write_bytes((tiny.folder / f"en.{ending}").read_bytes())
+        (tmp_path / f"a.{ending}").write_bytes((tiny.directory / f"en.{ending}").read_bytes())
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "a.json.bak").write_text("of an earlier repair")
     with pytest.raises(UserError, match="not a readable JSON file .*: give --tokenizer and --language"):
@@ -238,15 +238,15 @@ def test_killed_between_the_steps_it_can_be_run_again(tmp_path):
 @pytest.mark.parametrize(
     "command", [["repair", "--input", "a", "--force"], ["merge", "--input", "a", "--output", "all"]], ids=lambda c: c[0]
 )
-def test_a_read_only_folder(tmp_path, monkeypatch, capsys, command):
-    folder = tmp_path / "deep"
-    folder.mkdir()
-    prefix = make_dataset(folder / "a", DOCUMENTS)
+def test_a_read_only_directory(tmp_path, monkeypatch, capsys, command):
+    directory = tmp_path / "deep"
+    directory.mkdir()
+    prefix = make_dataset(directory / "a", DOCUMENTS)
     before = content(prefix)
     assert verify(prefix, show_progress=False).problems == []
-    monkeypatch.chdir(folder)
-    os.chmod(folder, 0o555)
-    # The superuser may write anywhere; nobody may not, and reaches the files from the folder it stands in.
+    monkeypatch.chdir(directory)
+    os.chmod(directory, 0o555)
+    # The superuser may write anywhere; nobody may not, and reaches the files from the directory it stands in.
     superuser = os.geteuid() == 0
     if superuser:
         os.seteuid(65534)
@@ -255,7 +255,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch, capsys, command):
     finally:
         if superuser:
             os.seteuid(0)
-        os.chmod(folder, 0o755)
+        os.chmod(directory, 0o755)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "Permission denied" in error
     assert content(prefix) == before

@@ -200,7 +200,7 @@ def test_tokenizer_and_options(tmp_path, tiny, capsys):
         "tokenizer.vocab_size i",
         "eod_id is 3, that of t",
     ]
-    assert problems(str(tiny.folder / "en"), tokenizer=tiny.tokenizer) == []
+    assert problems(str(tiny.directory / "en"), tokenizer=tiny.tokenizer) == []
     with pytest.raises(UserError, match="no such tokenizer"):
         problems(prefix, tokenizer="none")
     for arguments in (["--input"], ["--input", prefix, "--workers", "0"]):

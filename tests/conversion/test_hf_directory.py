@@ -1,4 +1,5 @@
-"""The reader of Hugging Face folders: what is right is read bit by bit, everything else is one line for the user."""
+"""The reader of Hugging Face directories: what is right is read bit by bit, everything else is one line for the
+user."""
 
 import json
 import os
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_prealign.conversion.hf_folder import HuggingFaceFolder
+from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.safetensors_header import HeaderError, read_header
 from megatron_prealign.errors import UserError
 
@@ -42,66 +43,66 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 INDEX = "model.safetensors.index.json"
 
 
-def single(folder: Path, config: Any = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "x"}), encoding="utf-8")
-    save_file(TENSORS, folder / "model.safetensors")
-    return folder
+def single(directory: Path, config: Any = None) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config or {"model_type": "x"}), encoding="utf-8")
+    save_file(TENSORS, directory / "model.safetensors")
+    return directory
 
 
-def sharded(folder: Path) -> Path:
-    single(folder)
-    (folder / "model.safetensors").unlink()
+def sharded(directory: Path) -> Path:
+    single(directory)
+    (directory / "model.safetensors").unlink()
     names = list(TENSORS)
     shards = {FIRST: names[:2], SECOND: names[2:]}
     for file, part in shards.items():
-        save_file({name: TENSORS[name] for name in part}, folder / file)
-    write_index(folder, {name: file for file, part in shards.items() for name in part})
-    return folder
+        save_file({name: TENSORS[name] for name in part}, directory / file)
+    write_index(directory, {name: file for file, part in shards.items() for name in part})
+    return directory
 
 
-def write_index(folder: Path, places: Any, name: str = INDEX) -> None:
-    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+def write_index(directory: Path, places: Any, name: str = INDEX) -> None:
+    (directory / name).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    return json.loads((folder / INDEX).read_bytes())["weight_map"]
+def read_index(directory: Path) -> dict[str, str]:
+    return json.loads((directory / INDEX).read_bytes())["weight_map"]
 
 
-def pickled(folder: Path, content: Any = None, **options: Any) -> Path:
-    single(folder)
-    (folder / "model.safetensors").unlink()
-    torch.save(TENSORS if content is None else content, folder / "pytorch_model.bin", **options)
-    return folder
+def pickled(directory: Path, content: Any = None, **options: Any) -> Path:
+    single(directory)
+    (directory / "model.safetensors").unlink()
+    torch.save(TENSORS if content is None else content, directory / "pytorch_model.bin", **options)
+    return directory
 
 
-def error_of(folder: Path, **options: Any) -> str:
+def error_of(directory: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        HuggingFaceFolder(folder, **options)
+        HuggingFaceDirectory(directory, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def assert_same(folder: HuggingFaceFolder) -> None:
-    assert set(folder.tensors) == set(TENSORS)
+def assert_same(directory: HuggingFaceDirectory) -> None:
+    assert set(directory.tensors) == set(TENSORS)
     for name in SHAPES:
-        read = folder.read(name)
+        read = directory.read(name)
         assert read.dtype == TENSORS[name].dtype and torch.equal(read, TENSORS[name])
 
 
 @pytest.mark.parametrize("make", [single, sharded])
 def test_tensors_are_read_bit_by_bit(tmp_path: Path, make: Any) -> None:
-    folder = HuggingFaceFolder(make(tmp_path))
-    assert_same(folder)
-    assert folder.config == {"model_type": "x"}
-    folder.check(SHAPES, is_buffer)
+    directory = HuggingFaceDirectory(make(tmp_path))
+    assert_same(directory)
+    assert directory.config == {"model_type": "x"}
+    directory.check(SHAPES, is_buffer)
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
 def test_pickles_are_read_if_that_is_asked_for(tmp_path: Path, options: dict[str, Any]) -> None:
-    folder = pickled(tmp_path, **options)
-    assert "--allow-pickle" in error_of(folder)
-    opened = HuggingFaceFolder(folder, allow_pickle=True)
+    directory = pickled(tmp_path, **options)
+    assert "--allow-pickle" in error_of(directory)
+    opened = HuggingFaceDirectory(directory, allow_pickle=True)
     assert_same(opened)
     opened.check(SHAPES, is_buffer)
 
@@ -112,11 +113,11 @@ def test_sharded_pickles_are_mapped_anew_after_a_while(tmp_path: Path, monkeypat
     write_index(
         tmp_path, {name: "pytorch_model-00001-of-00001.bin" for name in TENSORS}, "pytorch_model.bin.index.json"
     )
-    monkeypatch.setattr("megatron_prealign.conversion.hf_folder._MAPPED_BYTES", 0)
+    monkeypatch.setattr("megatron_prealign.conversion.hf_directory._MAPPED_BYTES", 0)
     maps = []
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **options: maps.append(options["mmap"]) or load(*args, **options))
-    assert_same(HuggingFaceFolder(tmp_path, allow_pickle=True))
+    assert_same(HuggingFaceDirectory(tmp_path, allow_pickle=True))
     # Once for the shapes, then as soon as something was read before.
     assert maps == [True] * 4
 
@@ -132,12 +133,12 @@ class Runs:
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
-    folder = pickled(tmp_path / "model", {"a.weight": Runs(tmp_path / "ran")})
-    text = error_of(folder, allow_pickle=True)
+    directory = pickled(tmp_path / "model", {"a.weight": Runs(tmp_path / "ran")})
+    text = error_of(directory, allow_pickle=True)
     # Torch's own line advises to read it without.
     assert "weights_only (it calls posix.mkdir)" in text and "two options" not in text
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
-    assert "weights_only" in error_of(folder, allow_pickle=True)
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    assert "weights_only" in error_of(directory, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -159,24 +160,24 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: Any) -> 
 
 
 def test_every_difference_is_named(tmp_path: Path) -> None:
-    folder = HuggingFaceFolder(single(tmp_path))
+    directory = HuggingFaceDirectory(single(tmp_path))
     expected = {"a.weight": (3, 2), "x.weight": (1,), "b.weight": (4,), "c.weight": ()}
     with pytest.raises(UserError) as caught:
-        folder.check(expected, is_buffer)
+        directory.check(expected, is_buffer)
     text = str(caught.value)
     assert "x.weight is missing" in text
     assert "a.weight has shape [2, 3], expected [3, 2]" in text
     assert "d.weight is not known" in text
     assert "b.weight" not in text and "c.weight" not in text and "e.attn.bias" not in text
     with pytest.raises(UserError, match="and 4 more"):
-        folder.check({**SHAPES, **{f"layer.{number}": (1,) for number in range(24)}}, is_buffer)
+        directory.check({**SHAPES, **{f"layer.{number}": (1,) for number in range(24)}}, is_buffer)
 
 
 def test_weights_are_floating_point_numbers(tmp_path: Path) -> None:
     single(tmp_path)
     save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="a has dtype I8, expected one of F64, F32, F16, BF16"):
-        HuggingFaceFolder(tmp_path).check({"a": (2,)})
+        HuggingFaceDirectory(tmp_path).check({"a": (2,)})
 
 
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
@@ -186,76 +187,76 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
-    folder = sharded(tmp_path)
-    (folder / "model-00003-of-00003.safetensors").write_bytes((folder / FIRST).read_bytes())
-    (folder / "consolidated.safetensors").write_bytes(b"of another format, which is none of ours")
-    text = error_of(folder)
+    directory = sharded(tmp_path)
+    (directory / "model-00003-of-00003.safetensors").write_bytes((directory / FIRST).read_bytes())
+    (directory / "consolidated.safetensors").write_bytes(b"of another format, which is none of ours")
+    text = error_of(directory)
     assert "does not name: model-00003-of-00003.safetensors;" in text
     assert "consolidated" not in text
 
 
 def test_shards_without_an_index(tmp_path: Path) -> None:
-    folder = sharded(tmp_path)
-    (folder / INDEX).unlink()
-    assert "no weights" in error_of(folder)
-    save_file(TENSORS, folder / "model.safetensors")
-    assert f"without an index: {FIRST}, {SECOND}" in error_of(folder)
+    directory = sharded(tmp_path)
+    (directory / INDEX).unlink()
+    assert "no weights" in error_of(directory)
+    save_file(TENSORS, directory / "model.safetensors")
+    assert f"without an index: {FIRST}, {SECOND}" in error_of(directory)
 
 
 def test_index_and_files_differ(tmp_path: Path) -> None:
-    folder = sharded(tmp_path)
-    places = read_index(folder)
+    directory = sharded(tmp_path)
+    places = read_index(directory)
     del places["a.weight"]
     places["x.weight"] = FIRST
     places["c.weight"] = FIRST
-    write_index(folder, places)
-    text = error_of(folder)
+    write_index(directory, places)
+    text = error_of(directory)
     assert f"a.weight of {FIRST} is not in the index" in text
     assert f"x.weight is not in {FIRST}" in text
     assert f"c.weight is not in {FIRST}" in text
-    save_file(TENSORS, folder / FIRST)
-    assert f"c.weight is in {FIRST} and in {SECOND}" in error_of(folder)
+    save_file(TENSORS, directory / FIRST)
+    assert f"c.weight is in {FIRST} and in {SECOND}" in error_of(directory)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "x/../../model.safetensors"])
-def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+def test_no_name_leads_out_of_the_directory(tmp_path: Path, name: str) -> None:
     single(tmp_path)
-    folder = sharded(tmp_path / "model")
-    write_index(folder, {**read_index(folder), "a.weight": name})
-    assert f"outside its folder ({name})" in error_of(folder)
+    directory = sharded(tmp_path / "model")
+    write_index(directory, {**read_index(directory), "a.weight": name})
+    assert f"outside its directory ({name})" in error_of(directory)
 
 
-def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
+def test_no_link_leads_out_of_the_directory(tmp_path: Path) -> None:
     elsewhere = single(tmp_path / "elsewhere")
-    folder = sharded(tmp_path / "model")
-    (folder / FIRST).unlink()
-    (folder / FIRST).symlink_to(elsewhere / "model.safetensors")
-    assert "leads out of its folder" in error_of(folder)
-    (folder / FIRST).unlink()
-    (folder / FIRST).symlink_to(folder / FIRST)
-    assert "cannot be read" in error_of(folder)
-    (folder / FIRST).unlink()
-    (folder / FIRST).mkdir()
-    assert "is no file" in error_of(folder)
+    directory = sharded(tmp_path / "model")
+    (directory / FIRST).unlink()
+    (directory / FIRST).symlink_to(elsewhere / "model.safetensors")
+    assert "leads out of its directory" in error_of(directory)
+    (directory / FIRST).unlink()
+    (directory / FIRST).symlink_to(directory / FIRST)
+    assert "cannot be read" in error_of(directory)
+    (directory / FIRST).unlink()
+    (directory / FIRST).mkdir()
+    assert "is no file" in error_of(directory)
 
 
-def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path) -> None:
+def test_a_directory_of_the_hubs_cache_is_read(tmp_path: Path) -> None:
     single(tmp_path / "blobs")
     snapshot = tmp_path / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).symlink_to(Path("../../blobs") / name)
-    assert_same(HuggingFaceFolder(snapshot))
+    assert_same(HuggingFaceDirectory(snapshot))
 
 
-def test_a_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_a_directory_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(sharded(tmp_path / "model"))
-    assert_same(HuggingFaceFolder(tmp_path / "link"))
+    assert_same(HuggingFaceDirectory(tmp_path / "link"))
 
 
 def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
     file = single(tmp_path) / "model.safetensors"
-    opened = HuggingFaceFolder(tmp_path)
+    opened = HuggingFaceDirectory(tmp_path)
     content = file.read_bytes()
     for length in (0, 5, 8, 30, len(content) - 1):
         file.write_bytes(content[:length])
@@ -330,12 +331,12 @@ JSON = st.recursive(
 BYTES = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()))
 
 
-def opens_or_is_refused(folder: Path, **options: Any) -> None:
+def opens_or_is_refused(directory: Path, **options: Any) -> None:
     try:
-        opened = HuggingFaceFolder(folder, **options)
+        opened = HuggingFaceDirectory(directory, **options)
         opened.check(SHAPES, is_buffer)
     except UserError as error:
-        assert "\n" not in str(error) and str(folder) in str(error) and len(str(error)) < 5000
+        assert "\n" not in str(error) and str(directory) in str(error) and len(str(error)) < 5000
     else:
         for name in SHAPES:
             assert opened.read(name).shape == SHAPES[name]
@@ -390,11 +391,11 @@ def test_headers_that_are_taken_are_those_that_safetensors_takes(
         return
     # Of metadata we read nothing.
     if "__metadata__" not in header:
-        with safe_open(file, framework="pt") as theirs:
-            assert set(theirs.keys()) == set(tensors)
+        with safe_open(file, framework="pt") as hf:
+            assert set(hf.keys()) == set(tensors)
             for name, tensor in tensors.items():
-                assert tuple(theirs.get_slice(name).get_shape()) == tensor.shape
-                assert theirs.get_slice(name).get_dtype() == tensor.dtype
+                assert tuple(hf.get_slice(name).get_shape()) == tensor.shape
+                assert hf.get_slice(name).get_dtype() == tensor.dtype
 
 
 @FUZZ

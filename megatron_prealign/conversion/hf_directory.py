@@ -1,5 +1,5 @@
-"""A Hugging Face model folder, read as what it is: somebody else's files. Nothing in it runs, no name in it leads out
-of it, and nothing is allocated by what it says about itself before that fits the files."""
+"""A Hugging Face model directory, read as what it is: somebody else's files. Nothing in it runs, no name in it leads
+out of it, and nothing is allocated by what it says about itself before that fits the files."""
 
 import os
 import re
@@ -32,8 +32,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _MAPPED_BYTES = 1 << 30
 
 
-class HuggingFaceFolder:
-    """config.json and the tensors of a folder as `save_pretrained` writes it."""
+class HuggingFaceDirectory:
+    """config.json and the tensors of a directory as `save_pretrained` writes it."""
 
     config: dict[str, Any]
     """config.json."""
@@ -44,12 +44,12 @@ class HuggingFaceFolder:
         """Reads config.json, the index and the headers of all files.
 
         Args:
-            path: the folder.
+            path: the directory.
             allow_pickle: read pytorch_model*.bin where there are no safetensors, with torch's `weights_only`.
 
         Raises:
-            UserError: no folder, no or two models in it, damaged files, an index that does not fit the files, files
-                outside the folder.
+            UserError: no directory, no or two models in it, damaged files, an index that does not fit the files, files
+                outside the directory.
         """
         self.path = Path(path)
         self._pickles: dict[Path, dict[str, torch.Tensor]] = {}
@@ -65,7 +65,7 @@ class HuggingFaceFolder:
         self.tensors = self._joined(places, index)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], may_have: Callable[[str], bool] = lambda _: False) -> None:
-        """Checks that the folder has these tensors and no others.
+        """Checks that the directory has these tensors and no others.
 
         Args:
             expected: name -> shape.
@@ -121,7 +121,7 @@ class HuggingFaceFolder:
             return set(os.listdir(self.path))
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}); expected a folder with config.json and "
+                f"{self.path}: cannot be read ({error.strerror}); expected a directory with config.json and "
                 f"{_SAFETENSORS}, as save_pretrained writes it"
             ) from error
 
@@ -146,7 +146,7 @@ class HuggingFaceFolder:
     def _read_object(self, name: str) -> dict[str, Any]:
         """A file with a JSON object."""
         if name not in self._names:
-            raise UserError(f"{self.path}: {name} is missing; expected a folder as save_pretrained writes it")
+            raise UserError(f"{self.path}: {name} is missing; expected a directory as save_pretrained writes it")
         file = self.path_of(name)
         try:
             size = file.stat().st_size
@@ -167,12 +167,13 @@ class HuggingFaceFolder:
         places = self._read_object(name).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
             raise UserError(f"{self.path / name}: has no weight_map of tensors and files; copy it again")
-        # A name that is in the list of the folder's names leads nowhere else.
+        # A name that is in the list of the directory's names leads nowhere else.
         missing = sorted(set(places.values()) - self._names)
         leaving = [file for file in missing if os.path.isabs(file) or ".." in file.split("/")]
         if leaving:
             raise UserError(
-                f"{self.path / name}: names files outside its folder ({shortened(map(shown, leaving))}); get the model "
+                f"{self.path / name}: names files outside its directory ({shortened(map(shown, leaving))}); get the "
+                "model "
                 "from somebody else"
             )
         if missing:
@@ -186,31 +187,31 @@ class HuggingFaceFolder:
         if unnamed:
             what = f"{first}{_INDEX} does not name" if has_index else f"stand beside {first} without an index"
             raise UserError(
-                f"{self.path}: files that {what}: {shortened(map(shown, unnamed))}; copy the folder again, or move "
+                f"{self.path}: files that {what}: {shortened(map(shown, unnamed))}; copy the directory again, or move "
                 "away what is no part of the model"
             )
 
     def path_of(self, name: str) -> Path:
-        """The path of a file of the folder, which does not lead out of it.
+        """The path of a file of the directory, which does not lead out of it.
 
         Raises:
             UserError: it does, by a symbolic link, or is no file.
         """
         file = self.path / name
         try:
-            real, folder = file.resolve(strict=True), self.path.resolve()
+            real, directory = file.resolve(strict=True), self.path.resolve()
         except (OSError, RuntimeError) as error:
             raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
-        roots = [folder]
-        if folder.parent.name == "snapshots":
-            # A folder of the hub's cache: its files are links to its neighbour.
-            roots.append(folder.parent.parent / "blobs")
+        roots = [directory]
+        if directory.parent.name == "snapshots":
+            # A directory of the hub's cache: its files are links to its neighbour.
+            roots.append(directory.parent.parent / "blobs")
         if not any(root in real.parents for root in roots):
             raise UserError(
-                f"{file}: leads out of its folder, to {real}; copy what it leads to here, if it is part of the model"
+                f"{file}: leads out of its directory, to {real}; copy what it leads to here, if it is part of the model"
             )
         if not real.is_file():
-            raise UserError(f"{file}: is no file; copy the folder again")
+            raise UserError(f"{file}: is no file; copy the directory again")
         return file
 
     def _header(self, name: str) -> dict[str, StoredTensor]:
@@ -242,7 +243,7 @@ class HuggingFaceFolder:
                 problems.append(f"{shown(name)} is not in {shown(file)}, where the index has it")
         if problems:
             raise UserError(
-                f"{self.path}: index and files differ: {shortened(problems, separator='; ')}; copy the folder again"
+                f"{self.path}: index and files differ: {shortened(problems, separator='; ')}; copy the directory again"
             )
         return tensors
 

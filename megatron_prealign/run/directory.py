@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, and what is written there before training."""
+"""The directory of a run: whether it can be written, and what is written there before training."""
 
 import json
 import platform
@@ -20,25 +20,25 @@ from megatron_prealign.recipe import Recipe, save_recipe
 from megatron_prealign.training.word_steps import WordSteps
 
 
-def check_run_folder(recipe: Recipe) -> None:
-    """Finds out now and not after the data and the model are there whether the run's folders can be written; leaves
+def check_run_directory(recipe: Recipe) -> None:
+    """Finds out now and not after the data and the model are there whether the run's directories can be written; leaves
     none behind, for the run may yet be refused.
 
     Raises:
         UserError: they cannot.
     """
-    for folder in _folders(recipe):
-        check_writable(folder, f"logging.run_dir {recipe.logging.run_dir}")
+    for directory in _directories(recipe):
+        check_writable(directory, f"logging.run_dir {recipe.logging.run_dir}")
 
 
-def _folders(recipe: Recipe) -> list[Path]:
+def _directories(recipe: Recipe) -> list[Path]:
     run_dir = Path(recipe.logging.run_dir)
     return [run_dir, recipe.checkpoint_dir, *([run_dir / "tensorboard"] if recipe.logging.tensorboard else [])]
 
 
-def take_run_folder(recipe: Recipe, held: ExitStack) -> None:
-    """Keeps other runs out of this run's folders for as long as `held` is open, removes what an interrupted save left,
-    which may be what fills the disk, and finds out whether the folders can be written.
+def take_run_directory(recipe: Recipe, held: ExitStack) -> None:
+    """Keeps other runs out of this run's directories for as long as `held` is open, removes what an interrupted save
+    left, which may be what fills the disk, and finds out whether the directories can be written.
 
     Raises:
         UserError: another run is there, or they cannot be written.
@@ -46,19 +46,19 @@ def take_run_folder(recipe: Recipe, held: ExitStack) -> None:
     with _writing_to(Path(recipe.logging.run_dir)):
         held.enter_context(locked_directories([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
         remove_unfinished(recipe.checkpoint_dir)
-    check_run_folder(recipe)
+    check_run_directory(recipe)
 
 
 def record_run(recipe: Recipe, words: WordSteps | None) -> None:
-    """Makes the run's folders and writes down what runs there.
+    """Makes the run's directories and writes down what runs there.
 
     Raises:
         UserError: they cannot be written.
     """
     run_dir = Path(recipe.logging.run_dir)
     with _writing_to(run_dir):
-        for folder in _folders(recipe):
-            folder.mkdir(parents=True, exist_ok=True)
+        for directory in _directories(recipe):
+            directory.mkdir(parents=True, exist_ok=True)
         with write_atomically(run_dir / "recipe.yaml") as path:
             save_recipe(recipe, path)
         with write_atomically(run_dir / "versions.json") as path:

@@ -1,4 +1,4 @@
-"""Checkpoint folders as a run leaves them, made without training."""
+"""Checkpoint directories as a run leaves them, made without training."""
 
 import json
 from pathlib import Path
@@ -50,11 +50,11 @@ def summary_of(step: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def make_checkpoint(folder: Path, step: int = 10, *, optimizer: bool = True, **changes: Any) -> Path:
+def make_checkpoint(directory: Path, step: int = 10, *, optimizer: bool = True, **changes: Any) -> Path:
     """A complete checkpoint with the weights of `make_weights(step)`."""
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     weights = make_weights(step)
-    with ShardWriter(folder, tensor_parallel=2) as writer:
+    with ShardWriter(directory, tensor_parallel=2) as writer:
         for key, tensor in weights.items():
             for prefix in ("", "optimizer.state.exp_avg.") if optimizer else ("",):
                 if key == STACKED:
@@ -65,19 +65,19 @@ def make_checkpoint(folder: Path, step: int = 10, *, optimizer: bool = True, **c
         if optimizer:
             writer.add("projection_heads.layer_0.weight_1.weight", torch.ones(3))
         records = writer.close()
-    (folder / "state.json").write_text(json.dumps(summary_of(step, **changes)), encoding="utf-8")
-    (folder / "recipe.yaml").write_text("model: {}\n", encoding="utf-8")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
-    (folder / "huggingface").mkdir()
+    (directory / "state.json").write_text(json.dumps(summary_of(step, **changes)), encoding="utf-8")
+    (directory / "recipe.yaml").write_text("model: {}\n", encoding="utf-8")
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (directory / "huggingface").mkdir()
     config = {"model_type": "llama", "dtype": "float32"}
-    (folder / "huggingface" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_manifest(folder, records)
-    return folder
+    (directory / "huggingface" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_manifest(directory, records)
+    return directory
 
 
 def make_run(run_dir: Path, steps: list[int], **changes: Any) -> Path:
-    """A run's folder with checkpoints, the last of them the latest; returns the folder of checkpoints."""
+    """A run's directory with checkpoints, the last of them the latest; returns the directory of checkpoints."""
     directory = run_dir / "checkpoints"
     for step in steps:
         make_checkpoint(directory / f"step_{step:08d}", step, **changes)
