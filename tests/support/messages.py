@@ -1,4 +1,4 @@
-"""Messages for users, compared by their facts (paths, values, options, numbers): their wording may improve at any time."""
+"""Messages for users, compared by their facts (paths, values, options, numbers): the wording may improve any time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
