@@ -1,27 +1,28 @@
-# `make demo`, `make test` and `make checks` install what they need into .venv by themselves.
+# Targets install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test checks lint types format clean
+.PHONY: help install demo test checks lint types docs format clean
 
 help:
-	@echo "make install  set .venv up (PYTHON=python3.12 chooses another Python)"
-	@echo "make demo     English and English-Clone, joint training against PreAlign, to runs/demo/report.html"
+	@echo "make install  create .venv (PYTHON=python3.12 chooses another Python)"
+	@echo "make demo     English and English-Clone, joint training and PreAlign, to runs/demo/report.html"
 	@echo "make test     all tests"
-	@echo "make checks   format, lint, types, tests: what CI runs"
-	@echo "make format   put the code into format"
+	@echo "make checks   format, lint, types, documentation, tests: what CI runs"
+	@echo "make docs     documentation with command, recipe and API reference, to site/index.html"
+	@echo "make format   format the code"
 	@echo "make clean    remove .venv, caches and build output (runs/ stays)"
 
 install: $(STAMP)
 
-# Whatever the installation depends on makes it stale; torch comes first so that nothing else pulls another build of it.
+# torch is installed first so that no other requirement selects another build of it.
 $(STAMP): setup.py constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
 demo: $(STAMP)
@@ -40,11 +41,15 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-checks: lint types test
+# Every warning of Sphinx is an error; links between pages are checked.
+docs: $(STAMP)
+	$(BIN)/python docs/build.py site
+
+checks: lint types docs test
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

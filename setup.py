@@ -1,7 +1,7 @@
-"""Packaging. `kernels/` and `tools/` lie at the top level but install inside the package.
+"""Packaging. `kernels/` and `tools/` are top-level directories that are installed inside the package.
 
 `kernels` is also the name of a Hugging Face distribution, so the top-level names must never be installed: hence
-`find_packages` of our own package alone, and the two mapped directories by name.
+`find_packages` for this package only, and the two mapped directories by name.
 """
 
 import re
@@ -39,7 +39,7 @@ setup(
         "docstring-parser>=0.15",
         "pyyaml",
         "sentencepiece>=0.2",
-        # sentencepiece's own model files are read through sentencepiece_model_pb2, which needs it undeclared.
+        # sentencepiece_model_pb2, which reads sentencepiece models, needs it without declaring it.
         "protobuf>=3.20",
         "tokenizers>=0.20",
         "transformers>=4.46",
@@ -53,7 +53,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        # Who finds the words of Chinese, Japanese, Thai and other scripts without spaces (preprocess --segmenter).
+        # Word segmenters for Chinese, Japanese, Thai and other scripts without spaces (preprocess --segmenter).
         "segmenters": [
             "jieba>=0.42.1",
             "sudachipy>=0.7",
@@ -61,12 +61,12 @@ setup(
             "pythainlp>=5",
             "icu4py>=1.2",
         ],
-        # A much faster tokenizer engine for byte-level BPE; its ids are compared with the plain one's before use.
+        # A much faster engine for byte-level BPE; its ids are compared with those of the tokenizer's own library.
         "fast": ["gigatoken>=0.10"],
         # Inputs named hf:NAME.
         "hub": ["datasets>=2.19"],
-        # Dictionaries in formats other than our own readers know; GPL. From 5.3 on it needs the syntax of Python 3.12,
-        # though its metadata says 3.10.
+        # Dictionary formats without a reader of our own; GPL. From 5.3 it uses syntax of Python 3.12, although its
+        # metadata says 3.10.
         "dictionaries": PYGLOSSARY,
         "dev": [
             "pytest>=8",
@@ -74,7 +74,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "jsonschema>=4.18",
-            # The one real segmenter that every test run has; the tests of the others skip where they are not installed.
+            # The segmenter of the tests; tests of the others are skipped if these are not installed.
             "jieba>=0.42.1",
             "gigatoken>=0.10",
             "datasets>=2.19",
@@ -84,7 +84,10 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "types-psutil",
+            "pre-commit>=3.5",
         ],
+        # `make docs`. Sphinx and not MkDocs: Material for MkDocs ends in May 2027.
+        "docs": ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8", "sphinx-copybutton>=0.5.2"],
     },
     entry_points={"console_scripts": ["megatron-prealign = megatron_prealign.cli:main"]},
     classifiers=[
