@@ -32,7 +32,16 @@ OUTSIDE = {
 }
 """Path in the repository -> path on the site, of pages that are not in docs/."""
 CONTENTS = {
-    "Guides": ["getting_started", "data", "datasets", "dictionaries", "alignment", "code_switching", "checkpoints", "conversion"],
+    "Guides": [
+        "getting_started",
+        "data",
+        "datasets",
+        "dictionaries",
+        "alignment",
+        "code_switching",
+        "checkpoints",
+        "conversion",
+    ],
     "Examples": ["examples/english_clone", "examples/english_german"],
     "Reference": ["reference/commands", "reference/recipe", "reference/api"],
     "Project": ["benchmarks/README", "architecture", "contributing", "changelog"],
@@ -89,14 +98,18 @@ def _write(page: str, lines: list[str] | Iterator[str]) -> None:
 
 
 def _api(package: Path) -> Iterator[str]:
-    """One section for each module; what has no docstring is left out."""
+    """One section for each module; members without a docstring are left out.
+
+    A package's own section has no members: they are documented in the modules that define them.
+    """
     name = f"megatron_prealign.{package.name}"
-    yield f"# {name}"
+    yield f"# {package.name}"
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         module = ".".join([name, *(part for part in parts if part != "__init__")])
         title = f"\n## {module.removeprefix(name + '.')}\n" if parts != ("__init__",) else ""
-        yield f"{title}\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```"
+        members = "" if path.name == "__init__.py" else "\n   :members:"
+        yield f"{title}\n```{{eval-rst}}\n.. automodule:: {module}{members}\n```"
 
 
 def _commands() -> Iterator[str]:
@@ -117,7 +130,7 @@ def _help(module: str, *arguments: str) -> str:
 
 
 def _recipe() -> Iterator[str]:
-    from megatron_prealign.recipe.describe import describe, one_line, section_of
+    from megatron_prealign.recipe.describe import one_line, section_of
     from megatron_prealign.recipe.recipe import Recipe
 
     yield "# Recipe\n\nSections and fields. The option of `section.some_field` is `--section.some-field`."
@@ -125,20 +138,26 @@ def _recipe() -> Iterator[str]:
         section = section_of(hint)
         if section is None:
             continue
-        yield f"\n## {name}\n\n{one_line(section.__doc__ or '')}\n\n| field | value | default | |\n|---|---|---|---|"
-        for field in describe(section).values():
-            default = "required" if field.required else f"`{_yaml(field.default)}`"
-            yield f"| `{field.name}` | `{_cell(field.metavar)}` | {_cell(default)} | {_cell(field.help)} |"
+        yield f"\n## {name}\n\n{one_line(section.__doc__ or '')}\n"
+        yield from _fields(section)
+
+
+def _fields(section: type, prefix: str = "") -> Iterator[str]:
+    from megatron_prealign.recipe.describe import section_of, walk
+
+    for path, field in walk(section, prefix):
+        default = "required" if field.required else f"default `{_yaml(field.default)}`"
+        kind = ("list of " if field.is_list else "") + field.metavar.replace(",", ", ")
+        yield f"`{path}` {kind}, {default}\n: {field.help}\n"
+        item = section_of(field.type)
+        if field.is_list and item is not None:
+            yield from _fields(item, f"{path}[].")
 
 
 def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) or '""'
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 if __name__ == "__main__":
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "86"  # the width of a page of the theme
     sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "site"))

@@ -9,6 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = f"{project} {release}"
 myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
 # Docstrings write `code` with single backticks.
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -17,3 +18,6 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 100
 napoleon_use_rtype = False
+napoleon_use_ivar = True
+# Fields such as `Fertility.bytes` make the annotation `bytes` of every other module an ambiguous reference.
+suppress_warnings = ["ref.python"]
