@@ -1,4 +1,4 @@
-"""Device kernels, each beside a plain-torch reference: equal integers from integers, equal sums within rounding."""
+"""Device kernels, each with a plain-torch reference: integer results are equal, floating-point sums within rounding."""
 
 from megatron_prealign.kernels.build_ngram_table import build_ngram_table
 from megatron_prealign.kernels.code_switch import code_switch

@@ -1,4 +1,4 @@
-"""The one gate to Triton: the kernels import without it, and everything else asks here whether it can be used."""
+"""Availability of Triton: the package imports without it, and all other code checks here whether it can be used."""
 
 import importlib.util
 import os
@@ -21,9 +21,9 @@ class KernelLaunch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
-    """Tensors and numbers, in the kernel's order."""
+    """Tensors and scalars, in the order of the kernel's parameters."""
     options: dict[str, Any]
-    """Constants by name, and how the compiler is to go about it, such as the number of warps."""
+    """Constexpr values by name, and compiler options such as num_warps."""
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -35,7 +35,7 @@ def triton_version() -> tuple[int, int]:
     """Major and minor version of Triton.
 
     Raises:
-        PackageNotFoundError: it is not installed.
+        PackageNotFoundError: Triton is not installed.
     """
     major, minor = version("triton").split(".")[:2]
     return int(major), int(minor)

@@ -1,7 +1,7 @@
 """Code-switching of a batch on its device: the Triton kernel where it can run, else the plain-torch reference.
 
 It is the custom op `megatron_prealign::code_switch`: torch.compile and CUDA graphs see one operation whose output
-shapes depend on input shapes alone. With the kernel the host never waits for the device; the reference on a GPU does.
+shapes depend on input shapes only. The kernel never makes the host wait for the device; the reference on a GPU does.
 """
 
 from dataclasses import dataclass
@@ -25,37 +25,37 @@ from megatron_prealign.kernels.ngram_table import WORD, NgramTable
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """How the kernels are cut into programs."""
+    """Launch configuration of the kernels."""
 
     block: int
-    """Source tokens a program works on at a time, a power of two."""
+    """Source tokens per block, a power of two."""
     warps: int
-    """Warps of a program."""
+    """Warps per program."""
 
 
-# One token a thread: compiled for sm_80, sm_90 and sm_100 that takes 31 to 56 registers and spills none, where two
-# tokens a thread, or 32 warps, spill in some settings (tests/kernels/test_code_switch_compile.py). Which shape is
-# fastest on a GPU is not measured yet.
+# One token per thread: compiled for sm_80, sm_90 and sm_100 this takes 31 to 56 registers without spills, whereas two
+# tokens per thread, or 32 warps, spill in some settings (tests/kernels/test_code_switch_compile.py). Which shape is
+# fastest on a GPU has not been measured yet.
 LAUNCH = LaunchShape(block=512, warps=16)
 
-# A program that does a whole row walks through it block by block, and each block is a chain of about ten reads that
-# wait for one another. Few rows or long ones leave most of the device with nothing to do meanwhile, so there each block
-# is a program of its own, at the price of a second launch. Where the border lies is an estimate, not measured yet.
-FEWEST_ROWS = 64
-LONGEST_ROW = 8192
+# A program that processes a complete sequence goes block by block, and each block is a chain of about ten dependent
+# reads. With few or long sequences most of the device would be idle, so then each block gets its own program, at the
+# cost of a second launch. The thresholds are estimates, not measured yet.
+ROW_FORM_MIN_ROWS = 64
+ROW_FORM_MAX_WIDTH = 8192
 
 
 def launch_form(rows: int, width: int) -> str:
-    """`row`: one launch, a program a row; `blocks`: two launches, a program a block of a row."""
-    return "row" if rows >= FEWEST_ROWS and width <= LONGEST_ROW else "blocks"
+    """`row`: one launch, one program per sequence; `blocks`: two launches, one program per block of a sequence."""
+    return "row" if rows >= ROW_FORM_MIN_ROWS and width <= ROW_FORM_MAX_WIDTH else "blocks"
 
 
 def code_switch(
     batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings
 ) -> CodeSwitchOutput:
-    """Switches known words of a batch into other languages; arguments and result as `code_switch_reference`.
+    """Switches known words of a batch into other languages; arguments and result as in `code_switch_reference`.
 
-    On a GPU one launch does it, or two (`launch_form`). There is no wait for the device and no allocation whose size
+    On a GPU it takes one or two launches (`launch_form`). It does not wait for the device, and no allocation size
     depends on the data, so the call can be captured in a CUDA graph.
 
     Raises:
@@ -69,11 +69,11 @@ def code_switch(
 
 
 def _signed(value: int, bits: int) -> int:
-    """An unsigned integer as the signed one of the same bits."""
+    """Reinterprets an unsigned integer as a signed one."""
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-# An op takes tensors and integers: what a call has besides its tensors travels as two lists.
+# A custom op takes tensors and integers, so everything else is passed as two lists of integers.
 
 
 def _pack_table(table: NgramTable) -> list[int]:
@@ -89,7 +89,7 @@ def _unpack_table(tensors: list[Tensor], numbers: list[int], languages: int, eod
         num_keys=len(tensors[2]) - 1,
         num_languages=languages,
         counts_letters=bool(counts_letters),
-        # Those of the build were checked before the call; the end of the document is what the launch asks for.
+        # Checked before the call; the reference checks eod_id against these again.
         forbidden_tokens=frozenset() if eod_id is None else frozenset([eod_id]),
     )
 
@@ -120,7 +120,7 @@ def _unpack_settings(numbers: list[int]) -> CodeSwitchSettings:
 
 
 def _tensors_of(output: CodeSwitchOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """An op returns tensors, so what was not asked for is an empty one."""
+    """Outputs of the op, which must be tensors: an empty one if there are no document starts."""
     documents = output.document_starts
     if documents is None:
         documents = output.tokens.new_empty((0, 0), dtype=torch.int32)
@@ -138,11 +138,11 @@ def _code_switch_op(
     table_numbers: list[int],
     settings: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chosen = _unpack_settings(settings)
+    unpacked = _unpack_settings(settings)
     run = launch_code_switch if runs_triton(tokens.device) else code_switch_reference
     batch = CodeSwitchBatch(tokens, language, sample_id, word_starts)
-    rebuilt = _unpack_table(table, table_numbers, len(thresholds), chosen.eod_id)
-    return _tensors_of(run(batch, rebuilt, thresholds, chosen))
+    rebuilt = _unpack_table(table, table_numbers, len(thresholds), unpacked.eod_id)
+    return _tensors_of(run(batch, rebuilt, thresholds, unpacked))
 
 
 @_code_switch_op.register_fake
@@ -180,53 +180,53 @@ def launch_code_switch(
     form: str | None = None,
     shape: LaunchShape | None = None,
 ) -> CodeSwitchOutput:
-    """Launches the Triton kernels on checked inputs; what `code_switch` does on a GPU and under TRITON_INTERPRET=1.
+    """Launches the Triton kernels on checked inputs, as `code_switch` does on a GPU and under TRITON_INTERPRET=1.
 
     Args:
-        form: "row" or "blocks"; None chooses by `launch_form`.
-        shape: None is LAUNCH.
+        form: "row" or "blocks"; None for `launch_form`.
+        shape: None for LAUNCH.
     """
     form = form or launch_form(*batch.tokens.shape)
     output = _empty_output(batch.tokens, table.num_languages, settings)
-    rows = _Rows(batch, thresholds)
+    inputs = _Inputs(batch, thresholds)
     if batch.tokens.shape[0]:
         if form == "row":
-            launches = _plan_row(rows, table, settings, output, shape or LAUNCH)
+            launches = _plan_row(inputs, table, settings, output, shape or LAUNCH)
         else:
-            launches = _plan_blocks(rows, table, settings, output, shape or LAUNCH)
-        # Triton launches on the current device, which need not be the tensors'
+            launches = _plan_blocks(inputs, table, settings, output, shape or LAUNCH)
+        # Triton launches on the current device, which may differ from that of the tensors
         with torch.cuda.device_of(batch.tokens):
             for kernel, grid, arguments, options in launches:
                 kernel[grid](*arguments, **options)
     return output
 
 
-class _Rows(NamedTuple):
+class _Inputs(NamedTuple):
     batch: CodeSwitchBatch
     thresholds: Tensor
 
 
 def _plan_row(
-    rows: _Rows, table: NgramTable, settings: CodeSwitchSettings, output: CodeSwitchOutput, shape: LaunchShape
+    inputs: _Inputs, table: NgramTable, settings: CodeSwitchSettings, output: CodeSwitchOutput, shape: LaunchShape
 ) -> list[KernelLaunch]:
-    """One launch, one program a row."""
+    """One launch, one program per sequence."""
     from megatron_prealign.kernels.code_switch_kernel import code_switch_row_kernel
 
-    count, width = rows.batch.tokens.shape
+    count, width = inputs.batch.tokens.shape
     eod_id, pad_id = _eod_and_pad(settings)
     arguments = (
-        *_row_arguments(rows),
+        *_input_arguments(inputs),
         *_result_arguments(output),
         *table.tensors,
         width,
         settings.sequence_length,
         table.num_languages,
-        *_lookup_numbers(table, settings),
+        *_lookup_scalars(table, settings),
         pad_id,
         eod_id,
     )
     options = {
-        **_decide_constants(rows, table),
+        **_decide_constants(inputs, table),
         **_write_constants(settings),
         "BLOCK": min(shape.block, 1 << (width - 1).bit_length()),
         "num_warps": shape.warps,
@@ -235,26 +235,26 @@ def _plan_row(
 
 
 def _plan_blocks(
-    rows: _Rows, table: NgramTable, settings: CodeSwitchSettings, output: CodeSwitchOutput, shape: LaunchShape
+    inputs: _Inputs, table: NgramTable, settings: CodeSwitchSettings, output: CodeSwitchOutput, shape: LaunchShape
 ) -> list[KernelLaunch]:
-    """Two launches, one program a block of a row."""
+    """Two launches, one program per block of a sequence."""
     from megatron_prealign.kernels.code_switch_kernel import decide_blocks_kernel, write_blocks_kernel
 
-    tokens = rows.batch.tokens
+    tokens = inputs.batch.tokens
     count, width = tokens.shape
     blocks = -(-width // shape.block)
     decisions = tokens.new_empty((count, width), dtype=torch.int32)
     sums = tokens.new_empty((count, blocks, 2), dtype=torch.int32)
     eod_id, pad_id = _eod_and_pad(settings)
     decide_arguments = (
-        *_row_arguments(rows),
+        *_input_arguments(inputs),
         decisions,
         sums,
         output.counts,
         *table.tensors[:-1],
         width,
         table.num_languages,
-        *_lookup_numbers(table, settings),
+        *_lookup_scalars(table, settings),
         eod_id,
     )
     write_arguments = (
@@ -271,7 +271,7 @@ def _plan_blocks(
         eod_id,
     )
     common = {"BLOCK": shape.block, "num_warps": shape.warps}
-    decide = {**_decide_constants(rows, table), "RESET": settings.reset_at_eod, **common}
+    decide = {**_decide_constants(inputs, table), "RESET": settings.reset_at_eod, **common}
     write = {
         **_write_constants(settings),
         "LANGUAGES": _padded_languages(table),
@@ -284,20 +284,20 @@ def _plan_blocks(
     ]
 
 
-def _row_arguments(rows: _Rows) -> tuple[Tensor, ...]:
-    tokens, language, sample_id, word_starts = rows.batch
+def _input_arguments(inputs: _Inputs) -> tuple[Tensor, ...]:
+    tokens, language, sample_id, word_starts = inputs.batch
     starts = tokens if word_starts is None else word_starts.view(torch.uint8)
-    return tokens, starts, language, sample_id, rows.thresholds
+    return tokens, starts, language, sample_id, inputs.thresholds
 
 
 def _result_arguments(output: CodeSwitchOutput) -> tuple[Tensor, ...]:
-    # without documents the place is never read or written
+    # a placeholder that is neither read nor written if there are no document starts
     documents = output.counts if output.document_starts is None else output.document_starts
     return (*output[:4], documents, output.counts)
 
 
-def _lookup_numbers(table: NgramTable, settings: CodeSwitchSettings) -> tuple[int, ...]:
-    """Number of slots, four factors, and the two halves of the seed as signed integers."""
+def _lookup_scalars(table: NgramTable, settings: CodeSwitchSettings) -> tuple[int, ...]:
+    """Number of slots, four hash factors, and the two halves of the seed as signed integers."""
     factors = (*table.multipliers, 0, 0, 0)[:4]
     return len(table.slots), *factors, _signed(settings.seed & WORD, 32), _signed(settings.seed >> 32, 32)
 
@@ -306,18 +306,18 @@ def _eod_and_pad(settings: CodeSwitchSettings) -> tuple[int, int]:
     return -1 if settings.eod_id is None else settings.eod_id, settings.pad_id
 
 
-def _decide_constants(rows: _Rows, table: NgramTable) -> dict[str, Any]:
+def _decide_constants(inputs: _Inputs, table: NgramTable) -> dict[str, Any]:
     return {
         "COLUMNS": table.columns,
         "DRAW_STEPS": table.draw_steps,
         "LANGUAGES": _padded_languages(table),
         "COUNTS_LETTERS": table.counts_letters,
-        "HAS_STARTS": rows.batch.word_starts is not None,
+        "HAS_STARTS": inputs.batch.word_starts is not None,
     }
 
 
 def _padded_languages(table: NgramTable) -> int:
-    """The number of languages as a power of two, 8 at least."""
+    """Number of languages rounded up to a power of two, at least 8."""
     return max(8, 1 << (table.num_languages - 1).bit_length())
 
 
@@ -332,10 +332,10 @@ def _write_constants(settings: CodeSwitchSettings) -> dict[str, Any]:
 def plan_launches(
     batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings
 ) -> list[KernelLaunch]:
-    """Every launch of both forms for these arguments, launching none: for compiling them ahead of time."""
+    """All launches of both forms for these arguments, without launching: for ahead-of-time compilation."""
     output = _empty_output(batch.tokens, table.num_languages, settings)
-    rows = _Rows(batch, thresholds)
+    inputs = _Inputs(batch, thresholds)
     return [
-        *_plan_row(rows, table, settings, output, LAUNCH),
-        *_plan_blocks(rows, table, settings, output, LAUNCH),
+        *_plan_row(inputs, table, settings, output, LAUNCH),
+        *_plan_blocks(inputs, table, settings, output, LAUNCH),
     ]

@@ -1,4 +1,4 @@
-"""Device functions of the code-switching kernels: which words of a block of source positions are switched, and how.
+"""Device functions of the code-switching kernels that decide which words of a block are switched, and to what.
 
 Names: `p_` pointer, `b_` value of a block, `o_` offsets, `m_` mask.
 """
@@ -8,10 +8,10 @@ import triton.language as tl
 
 from megatron_prealign.kernels import ngram_table as layout
 
-# Long argument lists stand in groups: which pointers, which numbers, which constants.
+# Long argument lists are grouped: pointers, scalars, constants.
 # fmt: off
 
-# A decision, int32: the candidate plus one (0: not switched), the word's length less one, and three flags.
+# A decision (int32): the candidate plus one (0 if not switched), the word's length minus one, and three flags.
 CANDIDATE = tl.constexpr((1 << 25) - 1)
 LENGTH_SHIFT = tl.constexpr(25)
 KNOWN = tl.constexpr(1 << 28)
@@ -42,8 +42,8 @@ def _word(
     p_row, p_row_starts, p_word_boundary, o_position, m_inside, width, COLUMNS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """The word that starts at each position: whether one does, its flags, whether it ends inside the row and within
-    the table's columns, its length, and its columns (the first without language)."""
+    """The word that starts at each position: whether one does, its flags, whether it ends within the sequence and the
+    table's columns, its length, and its columns (the first without language)."""
     b_token = tl.load(p_row + o_position, mask=m_inside, other=0)
     b_flags = tl.load(p_word_boundary + b_token, mask=m_inside, other=0)
     m_before = m_inside & (o_position > 0)
@@ -60,22 +60,22 @@ def _word(
     b_fourth = tl.zeros_like(b_first)
     b_length = tl.full(o_position.shape, 1, tl.int32)
     b_last = b_flags
-    # looks flags up only where the word still goes on: most words are one or two tokens long
+    # reads flags only where the word continues: most words are one or two tokens long
     m_open = m_start
-    m_whole = o_position < 0
+    m_complete = o_position < 0
     for ahead in tl.static_range(1, 2 * COLUMNS + 1):
         m_row = o_position + ahead < width
-        # not masked by m_open: these reads wait for nothing, and the next positions are in the cache anyway
+        # not masked by m_open: these reads have no dependencies, and the next positions are in the cache anyway
         b_next = tl.load(p_row + o_position + ahead, mask=m_row, other=0)
         m_open = m_open & m_row
         b_next_flags = tl.load(p_word_boundary + b_next, mask=m_open, other=0)
         b_opens = (b_next_flags & _BEFORE) | (b_last & _AFTER)
         if HAS_STARTS:
             b_opens |= tl.load(p_row_starts + o_position + ahead, mask=m_open, other=0)
-        m_whole = m_whole | (m_open & (b_opens != 0))
+        m_complete = m_complete | (m_open & (b_opens != 0))
         m_open = m_open & (b_opens == 0)
         b_last = b_next_flags
-        # the token behind the longest key is only asked whether the word ends before it
+        # of the token after the longest key it only matters whether the word ends before it
         if ahead < 2 * COLUMNS:
             b_length += m_open.to(tl.int32)
             b_stored = tl.where(m_open, b_next.to(tl.int64) + 1, 0) << (_TOKEN_BITS * (ahead % 2))
@@ -87,7 +87,7 @@ def _word(
                 b_third += b_stored
             else:
                 b_fourth += b_stored
-    return m_start, b_flags, m_whole, b_length, b_first, b_second, b_third, b_fourth
+    return m_start, b_flags, m_complete, b_length, b_first, b_second, b_third, b_fourth
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _key(
     b_first, b_second, b_third, b_fourth, m_wanted, p_slots, p_key_first, p_key_more, p_pairs, num_slots,
     factor0, factor1, factor2, factor3, COLUMNS: tl.constexpr,
 ):
-    """The key of each word and whether the table has it: compared token by token."""
+    """The key of each word and whether the table contains it (compared token by token)."""
     b_hash = b_first * factor0
     if COLUMNS > 1:
         b_hash += b_second * factor1
@@ -103,12 +103,12 @@ def _key(
         b_hash += b_third * factor2
     if COLUMNS > 3:
         b_hash += b_fourth * factor3
-    b_print = _upper_half(b_hash)
-    b_mixed = (b_hash ^ b_print) * _SPREAD
-    # both places at once: waiting for the first before asking for the second costs a trip to memory
+    b_fingerprint = _upper_half(b_hash)
+    b_mixed = (b_hash ^ b_fingerprint) * _SPREAD
+    # loads both slots at once: waiting for the first before reading the second would cost another memory latency
     b_slot = tl.load(p_slots + ((_upper_half(b_mixed) * num_slots) >> 32), mask=m_wanted, other=0)
     b_other = tl.load(p_slots + (((b_mixed & WORD) * num_slots) >> 32), mask=m_wanted, other=0)
-    b_key = tl.where(_upper_half(b_slot) == b_print, b_slot, b_other) & WORD
+    b_key = tl.where(_upper_half(b_slot) == b_fingerprint, b_slot, b_other) & WORD
     m_known = m_wanted & (tl.load(p_key_first + b_key, mask=m_wanted, other=-1) == b_first)
     if COLUMNS > 1:
         m_longer = m_known & (b_second != 0)
@@ -128,7 +128,7 @@ def _translation(
     b_key, m_known, o_position, sample_id, seed_low, seed_high, p_thresholds, highest, p_key_candidates,
     p_candidate_last, p_candidates, DRAW_STEPS: tl.constexpr,
 ):
-    """The candidate that takes each known word's place, where one does, and whether mode "mix" predicts it."""
+    """The candidate that replaces each known word, whether it does, and whether mode "mix" predicts it."""
     b_zero = tl.zeros_like(o_position)
     b_low_id = (b_zero + (sample_id & WORD)).to(tl.uint32)
     b_high_id = (b_zero + _upper_half(sample_id)).to(tl.uint32)
@@ -136,7 +136,7 @@ def _translation(
         o_position.to(tl.uint32), b_low_id, b_high_id, b_zero.to(tl.uint32), seed_low, seed_high
     )
     b_decision = b_decision.to(tl.int64)
-    # no threshold is above the highest: only few words go on from here
+    # no threshold is above the highest: only few words remain from here on
     m_wanted = m_known & (b_decision < highest)
     b_low = tl.load(p_key_candidates + b_key, mask=m_wanted, other=0)
     if DRAW_STEPS > 0:
@@ -160,7 +160,7 @@ def decide(
     DRAW_STEPS: tl.constexpr, COUNTS_LETTERS: tl.constexpr, HAS_STARTS: tl.constexpr,
 ):
     """The decisions (int32) of a block of source positions."""
-    m_start, b_flags, m_whole, b_length, b_first, b_second, b_third, b_fourth = _word(
+    m_start, b_flags, m_complete, b_length, b_first, b_second, b_third, b_fourth = _word(
         p_row, p_row_starts, p_word_boundary, o_position, o_position < width, width, COLUMNS, HAS_STARTS
     )
     if COLUMNS > 1:
@@ -170,8 +170,8 @@ def decide(
     if COLUMNS > 3:
         b_first += (b_fourth != 0).to(tl.int64) << _COLUMNS_SHIFT
     b_first += language << _LANGUAGE_SHIFT
-    # a row of no language of the table's has no words to look up
-    m_wanted = m_whole & (o_position < tl.where(language >= 0, width, 0))
+    # no lookups in a sequence whose language is not in the table
+    m_wanted = m_complete & (o_position < tl.where(language >= 0, width, 0))
     b_key, m_known = _key(
         b_first, b_second, b_third, b_fourth, m_wanted, p_slots, p_key_first, p_key_more, p_pairs, num_slots,
         factor0, factor1, factor2, factor3, COLUMNS,
@@ -190,7 +190,7 @@ def decide(
 
 @triton.jit
 def highest_threshold(p_thresholds, language, num_languages, LANGUAGES: tl.constexpr):
-    """The highest threshold of a source language; 0 for a row that is never switched."""
+    """The highest threshold of a source language; 0 for a sequence that is never switched."""
     o_language = tl.arange(0, LANGUAGES)
     m_language = o_language < tl.where(language >= 0, num_languages, 0)
     return tl.max(tl.load(p_thresholds + o_language, mask=m_language, other=0), 0)

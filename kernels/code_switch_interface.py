@@ -1,4 +1,4 @@
-"""What every form of the code-switching kernel takes and gives."""
+"""Inputs, outputs and settings of all implementations of code-switching."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,48 +12,48 @@ LABEL_MODES = ("input_only", "codeswitch", "no_predict", "mix")
 RUNNING, KNOWN, SWITCHED, PADDED, TRUNCATED, LANGUAGES_FROM = range(6)
 """Columns of `CodeSwitchOutput.counts`."""
 MAX_SEQUENCE = 1 << 22
-"""Longest row, in tokens."""
+"""Maximum sequence length, in tokens."""
 
 
 class CodeSwitchBatch(NamedTuple):
-    """The rows to switch, on one device (B rows, W source tokens)."""
+    """The sequences to switch, on one device (B sequences of W source tokens)."""
 
     tokens: Tensor
-    """int32 or int64 [B, W], W above the positions of the result."""
+    """int32 or int64 [B, W], W greater than the sequence length of the result."""
     language: Tensor
-    """int64 [B], index into the table's languages; -1 for a row that is never switched."""
+    """int64 [B], index into the table's languages; -1 for a sequence that is never switched."""
     sample_id: Tensor
-    """int64 [B], must not repeat within a run, or words repeat their draws."""
+    """int64 [B], must be unique within a run, or draws repeat."""
     word_starts: Tensor | None = None
-    """bool [B, W], further places where words start (scripts without spaces)."""
+    """bool [B, W], additional word starts (scripts without spaces)."""
 
 
 class CodeSwitchOutput(NamedTuple):
-    """A batch ready for the model (B rows, S positions, L languages)."""
+    """Model inputs and labels of a batch (B sequences of S positions, L languages)."""
 
     tokens: Tensor
     """int64 [B, S], model input."""
     labels: Tensor
-    """int64 [B, S], 0 where nothing is to be predicted (vocabulary-parallel cross entropy takes no negative label)."""
+    """int64 [B, S], 0 where the loss is masked (vocabulary-parallel cross entropy accepts no negative labels)."""
     loss_mask: Tensor
-    """float32 [B, S], 1 where the label counts, else 0."""
+    """float32 [B, S], 1 where the label is scored, else 0."""
     position_ids: Tensor
-    """int64 [B, S], 0..S-1, or counted from 0 in every document."""
+    """int64 [B, S], 0..S-1, or restarting at 0 in every document."""
     document_starts: Tensor | None
-    """int32 [B, S], where the document of each position begins; None unless asked for. Padding belongs to none: each
-    padded position begins at itself."""
+    """int32 [B, S], start of the document of each position; None unless requested. Padding belongs to no document: the
+    start of a padded position is the position itself."""
     counts: Tensor
     """int64 [B, 5 + L]: running, known and switched words, padded positions, truncated source tokens, and the words
     switched into each language.
 
-    A running word starts at a position that reaches the output and, where the table knows letters, its first token
-    contains one. Known and switched words are counted where they reach the output too. A source token is truncated if
-    it stands in the first S and did not reach the output; a switched word counts as one token here."""
+    A running word starts at a position that reaches the output and, if the table has letter flags, its first token
+    contains a letter. Known and switched words are also counted only if they reach the output. A source token is
+    truncated if it is among the first S and does not reach the output; a switched word counts as one token here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSwitchSettings:
-    """What stays the same from batch to batch.
+    """Settings that are the same for all batches.
 
     Raises:
         ValueError: a value is out of range.
@@ -62,19 +62,19 @@ class CodeSwitchSettings:
     seed: int
     """0 to 2^64-1."""
     sequence_length: int
-    """S: positions of the result. The input has at least one token more."""
+    """S, the sequence length of the result. The input has at least one token more."""
     label_mode: str
     """One of LABEL_MODES."""
     pad_id: int
-    """Token that fills up rows which became shorter."""
+    """Token that pads sequences that became shorter."""
     eod_id: int | None = None
-    """End-of-document token; needed by the two switches below."""
+    """End-of-document token; required by the two options below."""
     mask_eod: bool = False
-    """Give positions whose input is `eod_id` loss mask 0."""
+    """Mask the loss at positions whose input is `eod_id`."""
     reset_at_eod: bool = False
-    """Count positions from 0 after every `eod_id` and give `document_starts`."""
+    """Restart position ids at 0 after every `eod_id` and return `document_starts`."""
     vocab_size: int | None = None
-    """Ids of the tokenizer, if the table is to be checked against it."""
+    """Vocabulary size of the tokenizer, to check the table against; None for no check."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
@@ -90,7 +90,7 @@ class CodeSwitchSettings:
 
 
 def ratio_threshold(ratio: float) -> int:
-    """Threshold of 32 random bits below which a word is switched: never for ratio 0, always for ratio 1.
+    """Threshold below which 32 random bits switch a word: never for ratio 0, always for ratio 1.
 
     Raises:
         ValueError: the ratio is outside [0, 1].
@@ -101,10 +101,10 @@ def ratio_threshold(ratio: float) -> int:
 
 
 def check_inputs(batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, settings: CodeSwitchSettings) -> None:
-    """Checks what costs no look at the data.
+    """Checks the arguments without reading tensor data.
 
     Raises:
-        ValueError: a dtype, shape, layout or device is wrong; the argument, what it is and what was expected.
+        ValueError: a dtype, shape, layout, device or token id is wrong.
     """
     tokens, language, sample_id, word_starts = batch
     least = settings.sequence_length + 1
@@ -114,7 +114,7 @@ def check_inputs(batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, 
         )
     rows = tokens.shape[0]
     if tokens.shape[1] > MAX_SEQUENCE:
-        raise ValueError(f"tokens has rows of {tokens.shape[1]}, expected at most {MAX_SEQUENCE}")
+        raise ValueError(f"tokens has sequences of {tokens.shape[1]} tokens, expected at most {MAX_SEQUENCE}")
     if language.shape != (rows,) or language.dtype != torch.int64:
         raise ValueError(f"language is {language.dtype} {list(language.shape)}, expected int64 [{rows}]")
     if sample_id.shape != (rows,) or sample_id.dtype != torch.int64:
@@ -128,22 +128,22 @@ def check_inputs(batch: CodeSwitchBatch, table: NgramTable, thresholds: Tensor, 
         raise ValueError(
             f"word_starts is {word_starts.dtype} {list(word_starts.shape)}, expected bool {list(tokens.shape)}"
         )
-    given = {"tokens": tokens, "language": language, "sample_id": sample_id, "thresholds": thresholds}
+    tensors = {"tokens": tokens, "language": language, "sample_id": sample_id, "thresholds": thresholds}
     if word_starts is not None:
-        given["word_starts"] = word_starts
-    for name, each in given.items():
+        tensors["word_starts"] = word_starts
+    for name, each in tensors.items():
         if not each.is_contiguous():
             raise ValueError(f"{name} has strides {list(each.stride())}, expected a contiguous tensor")
         if each.device != table.device:
-            raise ValueError(f"{name} lies on {each.device}, expected {table.device}, where the table is")
+            raise ValueError(f"{name} is on {each.device}, expected {table.device}, the device of the table")
     if settings.eod_id is not None and settings.eod_id not in table.forbidden_tokens:
         raise ValueError(
             f"eod_id is {settings.eod_id}, expected one of the table's forbidden tokens "
-            f"{sorted(table.forbidden_tokens)}: a document must not end inside a word"
+            f"{sorted(table.forbidden_tokens)}, since a document must not end inside a word"
         )
     if settings.vocab_size not in (None, len(table.word_boundary)):
         raise ValueError(
-            f"table is for a vocabulary of {len(table.word_boundary)}, expected vocab_size = {settings.vocab_size}"
+            f"table has a vocabulary of {len(table.word_boundary)} tokens, expected vocab_size = {settings.vocab_size}"
         )
     if settings.pad_id >= len(table.word_boundary):
         raise ValueError(f"pad_id is {settings.pad_id}, expected an id below {len(table.word_boundary)}")

@@ -1,13 +1,13 @@
-"""Code-switching of a batch in plain torch: the definition that every faster kernel must repeat bit by bit.
+"""Code-switching of a batch in plain torch: the definition that every faster kernel must match bit by bit.
 
-Known words of the input are replaced by translations, the labels stay in the original language. Everything that
-decides is integer arithmetic on (seed, sample id, position, tokens of the word), so a row comes out the same on any
+Known words of the input are replaced by translations, the labels stay in the original language. All decisions are
+integer arithmetic on (seed, sample id, position, tokens of the word), so the result for a sequence is the same on any
 device, in any batch and after any resume.
 
-This is also what runs on a CPU, so it is written for one: the few words that are switched are taken out of the batch
-and worked on as lists. On a GPU that waits for the device several times a call; the Triton kernel does not.
+This is also the CPU implementation and optimised for that: the few switched words are gathered from the batch and
+processed as lists. On a GPU this waits for the device several times per call; the Triton kernel does not.
 
-Shapes: B rows of W source tokens, S positions of the result, N words.
+Shapes: B sequences of W source tokens, S positions of the result, N words.
 """
 
 from typing import NamedTuple
@@ -40,28 +40,28 @@ from megatron_prealign.kernels.philox import philox_4x32_10
 
 
 class _Words(NamedTuple):
-    """Words taken out of the batch, in the order of the batch (all int64 [N])."""
+    """Words gathered from the batch, in the order of the batch (all int64 [N])."""
 
     row: Tensor
     position: Tensor
-    """Of the first token."""
+    """Position of the first token."""
     length: Tensor
-    """Tokens of the word."""
+    """Number of tokens of the word."""
 
     def take(self, index: Tensor) -> "_Words":
         return _Words(*(each.index_select(0, index) for each in self))
 
 
 class _Switched(NamedTuple):
-    """The words that are replaced."""
+    """The replaced words and their translations."""
 
     words: _Words
-    begin: Tensor
-    """int64 [N], first token of the translation in candidate_tokens."""
+    start: Tensor
+    """int64 [N], index of the translation's first token in candidate_tokens."""
     size: Tensor
-    """int64 [N], tokens of the translation."""
+    """int64 [N], number of tokens of the translation."""
     target: Tensor
-    """int64 [N], its language."""
+    """int64 [N], language of the translation."""
     follows: Tensor
     """bool [N], whether mode "mix" predicts the translation."""
 
@@ -71,27 +71,27 @@ def code_switch_reference(
 ) -> CodeSwitchOutput:
     """Switches known words of a batch into other languages.
 
-    A word starts where the token before allows it, the token itself demands it (`NgramTable.word_boundary`) or
-    `word_starts` says so, and ends where the next one starts. Words cut by either edge of the source are never touched.
-    Each known word draws four 32-bit words r0..r3 from Philox with key = seed and counter = (position of the word's
-    first token, sample id low, sample id high, 0): r1 chooses the translation and with it the target language, r0
-    whether to switch (r0 < thresholds[source, target]), r3 the labels in mode "mix"; r2 is spare. Labels of the k-th
-    token of a translation:
+    A word starts where the flags of the token before or of the token itself set a boundary (`NgramTable.word_boundary`)
+    or where `word_starts` is set, and ends where the next one starts. Words truncated by either edge of the source are
+    never switched. Each known word draws four 32-bit words r0..r3 from Philox with key = seed and counter = (position
+    of the word's first token, sample id low, sample id high, 0): r1 selects the translation and thereby the target
+    language, r0 decides whether to switch (r0 < thresholds[source, target]), r3 selects the labels in mode "mix"; r2 is
+    unused. Labels of the k-th token of a translation:
 
-    - input_only: the first one predicts the word's own first token, the others nothing;
+    - input_only: the word's own first token for k = 0, masked otherwise;
     - codeswitch: the translation's own tokens;
-    - no_predict: nothing;
+    - no_predict: masked;
     - mix: as codeswitch if r3 < 2^31, else as input_only, per word.
 
-    "Predicts" is seen from the position before, as always. The result has S positions: what grows past the end is cut,
-    source tokens beyond the first S+1 (the lookahead) fill a row that became shorter, and what is still missing is
-    filled with `pad_id` and loss mask 0.
+    A label is stored at the position before its token, as usual. The result has S positions: output past the end is
+    truncated, source tokens beyond the first S+1 (the lookahead) fill a sequence that became shorter, and the remaining
+    positions are filled with `pad_id` and loss mask 0.
 
     Args:
-        batch: the rows.
+        batch: the sequences.
         table: on the same device.
         thresholds: int64 [L, L], `ratio_threshold` of each source and target language.
-        settings: what stays the same from batch to batch.
+        settings: settings that are the same for all batches.
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong.
@@ -102,9 +102,9 @@ def code_switch_reference(
     starts = _find_starts(flags, word_starts)
     known, key = _find_known(tokens, starts, language, table)
     switched = _decide(known, key, language, sample_id, table, thresholds, settings.seed)
-    place, end = _places(switched, tokens.shape)
+    place, end = _output_positions(switched, tokens.shape)
     new = _expand(switched, place, settings.sequence_length)
-    source = _sources(switched, new, tokens, settings.sequence_length)
+    source = _source_indices(switched, new, tokens, settings.sequence_length)
     result = _write(tokens, switched, new, end, source, table, settings)
     counts = _count(flags, starts, known, switched, place, end, source, table, settings.sequence_length)
     return CodeSwitchOutput(*result, counts=counts)
@@ -112,13 +112,13 @@ def code_switch_reference(
 
 def _find_starts(flags: Tensor, word_starts: Tensor | None) -> Tensor:
     starts = (flags & BOUNDARY_BEFORE) != 0
-    # the token before the source is unknown: only the first token's own flag counts there
+    # the token before the source is unknown, so the first token only has its own flag
     starts[:, 1:] |= (flags[:, :-1] & BOUNDARY_AFTER) != 0
     return starts if word_starts is None else starts | word_starts
 
 
 def _find_known(tokens: Tensor, starts: Tensor, language: Tensor, table: NgramTable) -> tuple[_Words, Tensor]:
-    """The words that the table knows, with their keys (int64 [N])."""
+    """The words that the table contains, with their keys (int64 [N])."""
     width = tokens.shape[1]
     flat = starts.view(-1).nonzero().view(-1)
     row = flat.div(width, rounding_mode="floor")
@@ -133,19 +133,19 @@ def _find_known(tokens: Tensor, starts: Tensor, language: Tensor, table: NgramTa
     return words, key.index_select(0, index)
 
 
-def _pack_words(tokens: Tensor, begin: Tensor, length: Tensor, language: Tensor, columns: int) -> list[Tensor]:
-    """Words as the columns of a key, int64 [N] each."""
+def _pack_words(tokens: Tensor, start: Tensor, length: Tensor, language: Tensor, columns: int) -> list[Tensor]:
+    """Packs words into the columns of a key, int64 [N] each."""
 
-    def pair(begin: Tensor, both: Tensor) -> Tensor:
-        first = tokens.index_select(0, begin).to(torch.int64) + 1
-        # a word ends before the row does, so there is a token behind each of its tokens
-        second = tokens.index_select(0, begin + 1).to(torch.int64) + 1
+    def pair(start: Tensor, both: Tensor) -> Tensor:
+        first = tokens.index_select(0, start).to(torch.int64) + 1
+        # a word ends before its sequence does, so each of its tokens has a next token
+        second = tokens.index_select(0, start + 1).to(torch.int64) + 1
         return first + (second << TOKEN_BITS) * both
 
-    packed = [pack_first(pair(begin, length > 1), language, (length - 1) >> 1)]
-    for behind in range(1, columns):
-        longer = (length > 2 * behind).nonzero().view(-1)
-        values = pair(begin.index_select(0, longer) + 2 * behind, length.index_select(0, longer) > 2 * behind + 1)
+    packed = [pack_first(pair(start, length > 1), language, (length - 1) >> 1)]
+    for column in range(1, columns):
+        longer = (length > 2 * column).nonzero().view(-1)
+        values = pair(start.index_select(0, longer) + 2 * column, length.index_select(0, longer) > 2 * column + 1)
         packed.append(torch.zeros_like(packed[0]).index_copy_(0, longer, values))
     return packed
 
@@ -162,7 +162,7 @@ def _decide(
     sample = sample_id.index_select(0, known.row)
     counter = (known.position, sample & WORD, (sample >> 32) & WORD, torch.zeros_like(sample))
     decision, which, _, label = philox_4x32_10(counter, (seed & WORD, seed >> 32))
-    # no threshold is above the highest: all but a few words are done here
+    # no threshold is above the highest: all but a few words are dropped here
     index = (decision < thresholds.max()).nonzero().view(-1)
     candidate = table.candidates.index_select(0, draw(table, key.index_select(0, index), which.index_select(0, index)))
     target = candidate >> TARGET_SHIFT
@@ -172,40 +172,40 @@ def _decide(
     index, candidate = index.index_select(0, chosen), candidate.index_select(0, chosen)
     return _Switched(
         words=known.take(index),
-        begin=candidate & WORD,
+        start=candidate & WORD,
         size=(candidate >> LENGTH_SHIFT) & MAX_CANDIDATE_TOKENS,
         target=target.index_select(0, chosen),
         follows=label.index_select(0, index) < 1 << 31,
     )
 
 
-def _places(switched: _Switched, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Where each translation begins in its row of the result (int64 [N]), and where each row ends (int64 [B])."""
+def _output_positions(switched: _Switched, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Start of each translation in its output sequence (int64 [N]), and end of each output sequence (int64 [B])."""
     rows, width = shape
     row, position, length = switched.words
-    grown = switched.size - length
-    total = torch.zeros(rows, dtype=torch.int64, device=row.device).index_add_(0, row, grown)
-    before = grown.cumsum(0) - grown - (total.cumsum(0) - total).index_select(0, row)
+    growth = switched.size - length
+    total = torch.zeros(rows, dtype=torch.int64, device=row.device).index_add_(0, row, growth)
+    before = growth.cumsum(0) - growth - (total.cumsum(0) - total).index_select(0, row)
     return position + before, total + width
 
 
 class _NewTokens(NamedTuple):
-    """The tokens of all translations that reach the first S+1 positions, and the position behind each (int64 [M])."""
+    """The tokens of all translations within the first S+1 positions, and the position after each (int64 [M])."""
 
     item: Tensor
-    """The switched word."""
+    """Index of the switched word."""
     within: Tensor
-    """Place in the translation; its length for the position behind it."""
-    behind: Tensor
-    """bool [M], whether this is the position behind the translation."""
+    """Index within the translation; its length for the position after it."""
+    after: Tensor
+    """bool [M], whether this is the position after the translation."""
     where: Tensor
-    """Position in the result [B, S+1], rows one after the other."""
+    """Index into the flattened result [B, S+1]."""
 
 
 def _expand(switched: _Switched, place: Tensor, sequence: int) -> _NewTokens:
     count = switched.size + 1
     item = torch.repeat_interleave(count)
-    # one number for both: from its place in the list to its place in the result
+    # from the index in the list to the position in the result
     shift = place - (count.cumsum(0) - count)
     position = torch.arange(len(item), device=count.device) + shift.index_select(0, item)
     index = (position <= sequence).nonzero().view(-1)
@@ -215,14 +215,14 @@ def _expand(switched: _Switched, place: Tensor, sequence: int) -> _NewTokens:
     return _NewTokens(item, within, within == switched.size.index_select(0, item), where)
 
 
-def _sources(switched: _Switched, new: _NewTokens, tokens: Tensor, sequence: int) -> Tensor:
-    """The source token that each of S+1 positions comes from (int64 [B, S+1]); a translation, from its word's first."""
+def _source_indices(switched: _Switched, new: _NewTokens, tokens: Tensor, sequence: int) -> Tensor:
+    """Source position of each of S+1 positions (int64 [B, S+1]); for a translation, that of its word's first token."""
     rows, width = tokens.shape
-    # from one position to the next the source moves on by one; inside a translation by none, behind it by the word
+    # the source advances by 1 per position, by 0 within a translation and by the word's length after it
     step = torch.ones((rows, sequence + 1), dtype=torch.int64, device=tokens.device)
     index = (new.within > 0).nonzero().view(-1)
-    moves = switched.words.length.index_select(0, new.item) * new.behind
-    step.view(-1).index_copy_(0, new.where.index_select(0, index), moves.index_select(0, index))
+    advance = switched.words.length.index_select(0, new.item) * new.after
+    step.view(-1).index_copy_(0, new.where.index_select(0, index), advance.index_select(0, index))
     return step.cumsum(1).sub_(1).clamp_(max=width - 1)
 
 
@@ -235,12 +235,12 @@ def _write(
     table: NgramTable,
     settings: CodeSwitchSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Everything but the counts, in the order of `CodeSwitchOutput`."""
+    """All outputs except the counts, in the order of `CodeSwitchOutput`."""
     rows, positions = source.shape
     original = tokens.gather(1, source).to(torch.int64)
-    index = (~new.behind).nonzero().view(-1)
+    index = (~new.after).nonzero().view(-1)
     item, within, where = (each.index_select(0, index) for each in (new.item, new.within, new.where))
-    written = table.candidate_tokens.index_select(0, switched.begin.index_select(0, item) + within).to(torch.int64)
+    written = table.candidate_tokens.index_select(0, switched.start.index_select(0, item) + within).to(torch.int64)
     stream = original.clone()
     stream.view(-1).index_copy_(0, where, written)
 
@@ -251,7 +251,7 @@ def _write(
     elif settings.label_mode == "no_predict":
         scored.view(-1).index_fill_(0, where, False)
     else:
-        # the word's first token stands at the head of its translation
+        # the word's first token is the label of the first token of its translation
         heads = within == 0
         if settings.label_mode == "mix":
             follows = switched.follows.index_select(0, item)
@@ -277,21 +277,21 @@ def _write(
 
 
 def document_starts_of(tokens: Tensor, eod_id: int | None, filled: Tensor | None = None) -> Tensor:
-    """Where the document of every position begins.
+    """Start of the document of every position.
 
     Args:
         tokens: int64 [B, S].
         eod_id: the token that ends a document.
-        filled: bool [B, S], false for padding, which begins at itself; None if there is none.
+        filled: bool [B, S], False for padding, whose start is the position itself; None if there is no padding.
 
     Returns:
         int32 [B, S].
     """
     order = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
-    begins = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
-    begins[:, 1:] = order[1:] * (tokens[:, :-1] == eod_id)
-    begins = begins.cummax(dim=1).values
-    return begins if filled is None else torch.where(filled, begins, order)
+    starts = torch.zeros(tokens.shape, dtype=torch.int32, device=tokens.device)
+    starts[:, 1:] = order[1:] * (tokens[:, :-1] == eod_id)
+    starts = starts.cummax(dim=1).values
+    return starts if filled is None else torch.where(filled, starts, order)
 
 
 def _count(
@@ -317,10 +317,10 @@ def _count(
     row, target = switched.words.row.index_select(0, written), switched.target.index_select(0, written)
     known_row = known.row.index_select(0, (known.position <= last.index_select(0, known.row)).nonzero().view(-1))
 
-    # behind the last source token that reached the output, without those whose place a translation has taken
-    word, begin, length = switched.words
-    taken = (begin + length).clamp(max=sequence) - torch.maximum(begin, last.index_select(0, word)) - 1
-    truncated = (sequence - 1 - last).clamp(min=0).index_add_(0, word, taken.clamp(min=0), alpha=-1)
+    # tokens after the last source token that reached the output, except those replaced by a translation
+    word, start, length = switched.words
+    replaced = (start + length).clamp(max=sequence) - torch.maximum(start, last.index_select(0, word)) - 1
+    truncated = (sequence - 1 - last).clamp(min=0).index_add_(0, word, replaced.clamp(min=0), alpha=-1)
     columns = (
         running.sum(1),
         torch.bincount(known_row, minlength=rows),

@@ -1,4 +1,4 @@
-"""Device functions of the code-switching kernels: what a block of decided source positions becomes in the output.
+"""Device functions of the code-switching kernels that write the output of a block from its decisions.
 
 Names: `p_` pointer, `b_` value of a block, `o_` offsets, `m_` mask.
 """
@@ -18,12 +18,12 @@ from megatron_prealign.kernels.code_switch_decide import (
 )
 from megatron_prealign.kernels.code_switch_interface import LANGUAGES_FROM
 
-# Long argument lists stand in groups: which pointers, which numbers, which constants.
+# Long argument lists are grouped: pointers, scalars, constants.
 # fmt: off
 
 _SIZE_SHIFT = tl.constexpr(layout.LENGTH_SHIFT)
 _MAX_SIZE = tl.constexpr(layout.MAX_CANDIDATE_TOKENS)
-# Columns of the counts, and label modes in the order of LABEL_MODES.
+# Number of columns before the languages in the counts; label modes in the order of LABEL_MODES.
 COUNTS = tl.constexpr(LANGUAGES_FROM)
 _INPUT_ONLY = tl.constexpr(0)
 _CODESWITCH = tl.constexpr(1)
@@ -32,13 +32,13 @@ _MIX = tl.constexpr(3)
 
 
 @triton.jit
-def _larger(a, b):
+def _maximum(a, b):
     return tl.maximum(a, b)
 
 
 @triton.jit
 def growth(b_decision, p_candidates):
-    """Of the words switched in a block: the mask, their length, and the translation's first token and length."""
+    """Words switched in a block: mask, length, entry of the translation in the table, and its length."""
     b_candidate = (b_decision & CANDIDATE) - 1
     m_switched = b_candidate >= 0
     b_length = ((b_decision >> LENGTH_SHIFT) & 7) + 1
@@ -51,7 +51,7 @@ def _write_translated(
     k, b_new, m_token, b_token, b_place, b_follows, m_scored, b_document, p_tokens, p_labels, p_mask, p_positions,
     p_documents, sequence, LABEL_MODE: tl.constexpr, RESET: tl.constexpr,
 ):
-    """Writes the k-th token of every translation that has so many."""
+    """Writes the k-th token of every translation that is long enough."""
     o_out = b_place + k
     m_out = m_token & (o_out < sequence)
     tl.store(p_tokens + o_out, b_new, mask=m_out)
@@ -59,7 +59,7 @@ def _write_translated(
         tl.store(p_documents + o_out, b_document, mask=m_out)
         tl.store(p_positions + o_out, (o_out - b_document).to(tl.int64), mask=m_out)
     m_label = m_token & (o_out > 0) & (o_out <= sequence)
-    # before the later tokens of a translation stands a token of it, so only the first asks what was there
+    # the token before a later token of a translation is part of it, so m_scored matters for the first token only
     m_head = o_out == b_place
     b_scored = m_scored | (o_out > b_place)
     b_label = b_new
@@ -80,10 +80,10 @@ def _write_translations(
     m_switched, b_token, b_place, b_entry, b_size, b_follows, m_scored, b_document, p_tokens, p_labels, p_mask,
     p_positions, p_documents, p_candidate_tokens, sequence, LABEL_MODE: tl.constexpr, RESET: tl.constexpr,
 ):
-    """Writes the tokens of the translations, the k-th of all of them at a time."""
+    """Writes the tokens of the translations, the k-th of each at a time."""
     p_translation = p_candidate_tokens + (b_entry & WORD)
     longest = tl.max(tl.where(m_switched & (b_place <= sequence), tl.minimum(b_size, sequence + 1 - b_place), 0), 0)
-    # two reads are under way before the first write waits for one of them
+    # two loads are in flight before the first store waits for one of them
     for k in range(0, longest, 2):
         m_first = m_switched & (k < b_size)
         m_second = m_switched & (k + 1 < b_size)
@@ -101,12 +101,12 @@ def _write_translations(
 
 @triton.jit
 def _count_targets(p_counts, b_target, m_counted, LANGUAGES: tl.constexpr):
-    """Adds the words switched into each language to the row's counts."""
+    """Adds the words switched into each language to the counts of the sequence."""
     if LANGUAGES == 8:
-        # few languages: one addition a block and language, where thousands of words would queue for the same address
+        # few languages: one addition per block and language, instead of thousands of words on the same address
         for language in tl.static_range(LANGUAGES):
             count = tl.sum((m_counted & (b_target == language)).to(tl.int64), 0)
-            # 0 for the numbers that only fill up to 8, whose counts do not exist
+            # the count is 0 for the indices that pad to 8, which have no address
             tl.atomic_add(p_counts + language, count, mask=count > 0, sem="relaxed")
     else:
         tl.atomic_add(p_counts + b_target, tl.full(b_target.shape, 1, tl.int64), mask=m_counted, sem="relaxed")
@@ -114,21 +114,21 @@ def _count_targets(p_counts, b_target, m_counted, LANGUAGES: tl.constexpr):
 
 @triton.jit
 def write(
-    b_decision, o_position, moved, reach, document, p_row, width, p_tokens, p_labels, p_mask, p_positions,
+    b_decision, o_position, shift, reach, document, p_row, width, p_tokens, p_labels, p_mask, p_positions,
     p_documents, p_counts, p_candidates, p_candidate_tokens, sequence, eod_id,
     LANGUAGES: tl.constexpr, LABEL_MODE: tl.constexpr, MASK_EOD: tl.constexpr, RESET: tl.constexpr,
 ):
-    """Writes what a block of source positions becomes.
+    """Writes the output of a block of source positions.
 
-    `moved`, `reach` and `document` are the state before the block: how far the output is ahead of the source, where the
-    last switched word ends in the source, and where the current document begins in the output. Returns the three behind
-    the block and the five counts of it."""
+    `shift`, `reach` and `document` are the state before the block: the shift of the output against the source, the end
+    of the last switched word in the source, and the start of the current document in the output. Returns the state
+    after the block and the four counts of the block."""
     m_inside = o_position < width
     b_token = tl.load(p_row + o_position, mask=m_inside, other=0).to(tl.int64)
     m_switched, b_length, b_entry, b_size = growth(b_decision, p_candidates)
-    b_grown = tl.where(m_switched, b_size - b_length, 0)
-    b_place = o_position + moved + tl.cumsum(b_grown, 0) - b_grown
-    b_reach = tl.associative_scan(tl.where(m_switched, o_position + b_length, 0), 0, _larger)
+    b_growth = tl.where(m_switched, b_size - b_length, 0)
+    b_place = o_position + shift + tl.cumsum(b_growth, 0) - b_growth
+    b_reach = tl.associative_scan(tl.where(m_switched, o_position + b_length, 0), 0, _maximum)
     b_reach = tl.maximum(b_reach, reach)
     m_plain = m_inside & ((b_decision & CANDIDATE) == 0) & (o_position >= b_reach)
 
@@ -139,7 +139,7 @@ def write(
         if MASK_EOD:
             m_scored = m_inside & (b_previous != eod_id)
         if RESET:
-            b_document = tl.associative_scan(tl.where(b_previous == eod_id, b_place, 0), 0, _larger)
+            b_document = tl.associative_scan(tl.where(b_previous == eod_id, b_place, 0), 0, _maximum)
             b_document = tl.maximum(b_document, document)
             document = tl.max(b_document, 0)
 
@@ -165,7 +165,7 @@ def write(
     switched = tl.sum((m_reached & m_switched).to(tl.int32), 0)
     m_cut = (m_plain | m_switched) & (b_place >= sequence) & (o_position < sequence)
     truncated = tl.sum(m_cut.to(tl.int32), 0)
-    return moved + tl.sum(b_grown, 0), tl.max(b_reach, 0), document, running, known, switched, truncated
+    return shift + tl.sum(b_growth, 0), tl.max(b_reach, 0), document, running, known, switched, truncated
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def fill(
     end, pad_id, p_tokens, p_labels, p_mask, p_positions, p_documents, sequence, RESET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fills a row whose stream ends at position `end` up to `sequence`; the last token has no label either."""
+    """Pads a sequence that ends at position `end` up to `sequence`; its last token has no label either."""
     for first in range(tl.maximum(tl.minimum(end, sequence + 1) - 1, 0), sequence, BLOCK):
         o_out = first + tl.arange(0, BLOCK)
         m_label = o_out < sequence

@@ -1,9 +1,9 @@
-"""The multi-positive contrastive loss over the words of all ranks, in memory of the words alone.
+"""Multi-positive contrastive loss over the words of all ranks, in memory proportional to the words.
 
-The similarities of N words are never stored: forward and backward compute them anew, in tiles by the Triton kernels
-where they can run, else by strips in plain torch. Each rank computes the rows of its own words; forward sends its words
-and their log-sum-exps once, backward sends nothing, because the similarities are symmetric: a rank that knows the
-log-sum-exp of every other word computes what its words get as candidates of others by itself.
+The similarities of N words are never stored: forward and backward recompute them, in tiles by the Triton kernels where
+they can run, else in chunks in plain torch. Each rank computes the rows of its own words. Forward gathers the words and
+their log-sum-exps once; backward needs no communication, because the similarities are symmetric: with the log-sum-exp
+of every other word, a rank can compute the gradients that its words get as candidates of others.
 """
 
 from types import ModuleType
@@ -30,19 +30,20 @@ def contrastive_loss(
     """This rank's part of the loss; the parts of all ranks sum to the loss of `contrastive_loss_reference`.
 
     Args:
-        words: [n, H] or [L, n, H] of float32, bfloat16 or float64: the words of this rank, of which there are n on
-            every rank. An empty slot may hold any finite numbers.
-        groups: of the N words of all ranks; rank r of `process_group` holds r*n to r*n + n-1.
+        words: [n, H] or [L, n, H] of float32, bfloat16 or float64: the words of this rank; n is the same on all ranks.
+            Empty slots may contain any finite values.
+        groups: groups of the N words of all ranks; rank r of `process_group` has words r*n to r*n + n-1.
         temperature: above 0.
-        process_group: the ranks that share the words; None for this rank alone.
-        use_kernels: whether the Triton kernels compute; None for wherever they can. They do not know float64.
+        process_group: the ranks that the words are sharded over; None for this rank only.
+        use_kernels: whether to use the Triton kernels; None to use them where they can run. They do not support
+            float64.
 
     Returns:
         A scalar or [L], float32 (float64 for float64): minus the sum of log p_ij over the pairs (i, j) of a group with
-        i on this rank, divided by the pairs of all ranks; 0 without any pair.
+        i on this rank, divided by the number of pairs of all ranks; 0 if there are no pairs.
 
-        Its gradient is complete: what the words of this rank get in the loss of all ranks. That is right only if every
-        rank gives its part the same upstream gradient, layer by layer.
+        The gradient is that of the loss of all ranks with respect to the words of this rank. This requires that every
+        rank passes the same upstream gradient to its part, layer by layer.
 
     Raises:
         ValueError: a shape, dtype, device or the temperature is wrong.
@@ -50,10 +51,10 @@ def contrastive_loss(
     check_call(words, groups, temperature, 1 if process_group is None else process_group.size())
     if use_kernels is None:
         use_kernels = runs_triton(words.device)
-    path = contrastive_launch if use_kernels and words.dtype != torch.float64 else contrastive_chunked
+    backend = contrastive_launch if use_kernels and words.dtype != torch.float64 else contrastive_chunked
     layers = words if words.dim() == 3 else words[None]
     loss: Tensor = _ContrastiveLoss.apply(
-        layers.contiguous(), groups.group, groups.positives, groups.pairs, temperature, process_group, path
+        layers.contiguous(), groups.group, groups.positives, groups.pairs, temperature, process_group, backend
     )
     return loss if words.dim() == 3 else loss[0]
 
@@ -68,40 +69,40 @@ class _ContrastiveLoss(torch.autograd.Function):
         pairs: Tensor,
         temperature: float,
         process_group: dist.ProcessGroup | None,
-        path: ModuleType,
+        backend: ModuleType,
     ) -> Tensor:
         columns = _gather(words, process_group)
         first = 0 if process_group is None else process_group.rank() * words.shape[1]
         groups = WordGroups(group, positives, pairs)
         norms = inverse_norms(columns, group)
         similarities = Similarities(columns, norms, groups, first, words.shape[1], temperature)
-        log_sums, positive_sums = path.row_sums(similarities)
+        log_sums, positive_sums = backend.row_sums(similarities)
         own = positives[similarities.own].to(log_sums.dtype)
-        # two to the power of (logit - offset) is positives x p; inf makes that 0 for a word that is no anchor
+        # 2^(logit - offset) is positives x p; an offset of inf makes it 0 for words without positives
         offsets = torch.where(own > 0, log_sums - own.log2(), float("inf"))
         offsets = _gather(offsets, process_group)
         ctx.save_for_backward(columns, norms, offsets, group, positives, pairs)
-        ctx.first, ctx.anchors, ctx.temperature, ctx.path = first, words.shape[1], temperature, path
+        ctx.first, ctx.anchors, ctx.temperature, ctx.backend = first, words.shape[1], temperature, backend
         return torch.where(own > 0, own * log_sums - positive_sums, 0).sum(-1) / LOG2_E / pairs.clamp(min=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        columns, inverse, offsets, *groups = ctx.saved_tensors
+        columns, norms, offsets, *groups = ctx.saved_tensors
         groups = WordGroups(*groups)
-        similarities = Similarities(columns, inverse, groups, ctx.first, ctx.anchors, ctx.temperature)
+        similarities = Similarities(columns, norms, groups, ctx.first, ctx.anchors, ctx.temperature)
         scale = upstream / ctx.temperature / groups.pairs.clamp(min=1)
-        return ctx.path.gradients(similarities, offsets, scale), None, None, None, None, None, None
+        return ctx.backend.gradients(similarities, offsets, scale), None, None, None, None, None, None
 
 
-def _gather(mine: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """[L, N, ...] of all ranks for [L, n, ...] of each, bit by bit."""
+def _gather(local: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """All-gathers [L, n, ...] of each rank to [L, N, ...], exactly."""
     if process_group is None or process_group.size() == 1:
-        return mine
+        return local
     ranks = process_group.size()
-    # as bytes, because not every gloo knows bfloat16
-    sent = mine.contiguous().view(torch.uint8)
+    # as bytes, because some versions of gloo do not support bfloat16
+    sent = local.contiguous().view(torch.uint8)
     received = sent.new_empty((ranks * sent.shape[0], *sent.shape[1:]))
     dist.all_gather_into_tensor(received, sent, group=process_group)
-    by_rank = received.view(mine.dtype).unflatten(0, (ranks, len(mine)))
+    by_rank = received.view(local.dtype).unflatten(0, (ranks, len(local)))
     return by_rank.transpose(0, 1).flatten(1, 2).contiguous()

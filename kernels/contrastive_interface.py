@@ -1,5 +1,5 @@
-"""What every form of the contrastive loss takes: the groups of the words, the checks of a call, and the similarities
-that forward and backward walk through."""
+"""Inputs of all implementations of the contrastive loss: the groups of the words, argument checks, and the similarities
+that forward and backward iterate over."""
 
 import math
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""Of the words. What is computed from bfloat16 is float32."""
+"""Supported dtypes of the words. bfloat16 is computed in float32."""
 LOG2_E = math.log2(math.e)
-_MOST_WORDS = 1 << 21
-"""float32 counts up to them, and a CUDA grid holds that many blocks of 64."""
+_MAX_WORDS = 1 << 21
+"""float32 can count up to this, and a CUDA grid can have that many blocks of 64."""
 
 
 @dataclass(frozen=True)
 class WordGroups:
-    """Which words of all ranks mean the same."""
+    """Groups of words with the same meaning, over all ranks."""
 
     group: Tensor
-    """int64 [N], the words of all ranks in rank order: the number of a word's group in [0, N), -1 for an empty slot."""
+    """int64 [N], group of each word of all ranks in rank order, in [0, N); -1 for an empty slot."""
     positives: Tensor
-    """float32 [N], how many other words are of the same group; 0 for an empty slot."""
+    """float32 [N], number of other words in the same group; 0 for an empty slot."""
     pairs: Tensor
-    """float32 scalar, ordered pairs of different words of one group: the sum of `positives`."""
+    """float32 scalar, number of ordered pairs of different words of a group: the sum of `positives`."""
 
 
 def word_groups(group: Tensor) -> WordGroups:
-    """Counts the members of every group on the device of `group`, which the host does not wait for.
+    """Counts the members of every group on the device of `group`, without waiting for the device.
 
     Args:
         group: int64 [N] as in `WordGroups`.
@@ -37,29 +37,29 @@ def word_groups(group: Tensor) -> WordGroups:
     """
     if group.dim() != 1 or group.dtype != torch.int64:
         raise ValueError(f"group is {group.dtype} {list(group.shape)}, expected int64 [words]")
-    taken = (group >= 0).to(torch.int64)
-    place = group.clamp(min=0)
-    members = torch.zeros_like(group).scatter_add_(0, place, taken)
-    positives = (members[place] - 1) * taken
+    valid = (group >= 0).to(torch.int64)
+    index = group.clamp(min=0)
+    members = torch.zeros_like(group).scatter_add_(0, index, valid)
+    positives = (members[index] - 1) * valid
     return WordGroups(group, positives.to(torch.float32), positives.sum().to(torch.float32))
 
 
 @dataclass(frozen=True)
 class Similarities:
-    """The cosines between the words of this rank (anchors) and those of all ranks (columns), which nobody stores.
+    """Cosines between the words of this rank (anchors) and those of all ranks (columns), which are never materialised.
 
-    L layers, n words of this rank, N of all ranks, H numbers a word.
+    L layers, n words of this rank, N of all ranks, H elements per word.
     """
 
     columns: Tensor
-    """[L, N, H], contiguous. The anchors are n of them."""
+    """[L, N, H], contiguous; includes the n anchors."""
     inverse_norms: Tensor
-    """float32 or float64 [L, N], 0 for words of norm 0 and for empty slots: no product with them is left over."""
+    """float32 or float64 [L, N]; 0 for words of norm 0 and for empty slots, which makes products with them 0."""
     groups: WordGroups
     first: int
     """Column of the first anchor."""
     anchors: int
-    """n."""
+    """n, the number of anchors."""
     temperature: float
 
     @property
@@ -69,7 +69,7 @@ class Similarities:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which type words of `dtype` are computed with."""
+    """Dtype in which words of `dtype` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -92,17 +92,17 @@ def check_call(words: Tensor, groups: WordGroups, temperature: float, ranks: int
             f"expected [words, hidden] or [layers, words, hidden] of {names}"
         )
     total = words.shape[-2] * ranks
-    if total > _MOST_WORDS:
-        raise ValueError(f"words of all ranks are {total}, expected at most {_MOST_WORDS}")
-    for name, kind, shape in (("group", torch.int64, [total]), ("positives", torch.float32, [total])):
+    if total > _MAX_WORDS:
+        raise ValueError(f"words has {total} words over all ranks, expected at most {_MAX_WORDS}")
+    for name, dtype, shape in (("group", torch.int64, [total]), ("positives", torch.float32, [total])):
         tensor = getattr(groups, name)
-        if tensor.dtype != kind or list(tensor.shape) != shape:
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
             raise ValueError(
-                f"groups.{name} is {tensor.dtype} {list(tensor.shape)}, expected {kind} {shape}: "
+                f"groups.{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {shape}: "
                 f"{words.shape[-2]} words on each of {ranks} ranks"
             )
     for name in ("group", "positives", "pairs"):
         if getattr(groups, name).device != words.device:
-            raise ValueError(f"groups.{name} lies on {getattr(groups, name).device}, expected {words.device}")
+            raise ValueError(f"groups.{name} is on {getattr(groups, name).device}, expected {words.device}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}, expected a number above 0")

@@ -1,12 +1,12 @@
 """The Triton kernels of the contrastive loss; `contrastive_launch.py` launches them, `contrastive_reference.py` defines
 what they compute.
 
-Every product of words is tiled: a program holds the dot products of BLOCK_M words with BLOCK_N others in registers and
-adds BLOCK_K numbers of each word to them at a time. Norms are applied to the products, so the tensor cores see the
-words as they are. A logit is (cosine - 1) / temperature in powers of two, for exp2 and log2 are what the hardware has.
+Every product of words is tiled: a program keeps the dot products of BLOCK_M words with BLOCK_N others in registers and
+accumulates BLOCK_K elements of each word at a time. Norms are applied to the products, so the tensor cores process the
+raw words. A logit is (cosine - 1) / temperature in base 2, since the hardware computes exp2 and log2.
 
 Names: `p_` pointer, `b_` value of a block, `o_` offsets, `m_` mask, `i_` index. L = layers, N = words of all ranks,
-H = numbers a word. No sum depends on the order in which programs run.
+H = elements per word. No sum depends on the order in which programs run.
 """
 
 import triton
@@ -15,9 +15,9 @@ import triton.language as tl
 from megatron_prealign.kernels._triton import INTERPRETED
 
 WIDEN = tl.constexpr(INTERPRETED)
-"""The interpreter multiplies no bfloat16 and float16 slowly. As float32 the products are the same, they are exact."""
+"""The interpreter does not support products of bfloat16 and is slow for float16. In float32 the products are exact."""
 
-# Long argument lists stand in groups: which pointers, which numbers, which constants.
+# Long argument lists are grouped: pointers, scalars, constants.
 # fmt: off
 
 
@@ -51,8 +51,9 @@ def row_sums_kernel(
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Forward, grid (splits, row blocks, L): each program goes through `tiles` tiles of columns and leaves of its rows
-    the base-2 log-sum-exp of the logits over these columns, and their sum over the group; both [L, splits, anchors]."""
+    """Forward, grid (splits, row blocks, L): each program iterates over `tiles` tiles of columns and stores for its
+    rows the base-2 log-sum-exp of the logits over these columns, and their sum over the group; both
+    [L, splits, anchors]."""
     i_split, i_block, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_columns += i_layer * total * hidden
     p_inverse_norms += i_layer * total
@@ -61,7 +62,7 @@ def row_sums_kernel(
     o_row = first + tl.minimum(o_anchor, anchors - 1)
     b_row_norm = tl.load(p_inverse_norms + o_row)
     b_row_group = tl.load(p_group + o_row)
-    # finite, so that rows without candidates give log(0) and not NaN
+    # finite, so that rows without candidates give log(0) instead of NaN
     b_highest = tl.full([BLOCK_M], -1e30, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_positive = tl.zeros([BLOCK_M], tl.float32)
@@ -91,8 +92,8 @@ def weights_kernel(
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Backward of a strip of rows, grid (row blocks, column blocks, L): how much of every column goes into the gradient
-    of every row, times the column's factor; [L, anchors, stride], 0 from column N on."""
+    """Backward of a chunk of rows, grid (row blocks, column blocks, L): weight of every column in the gradient of every
+    row, times the column's factor; [L, anchors, stride], 0 from column N on."""
     i_block, i_tile, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_columns += i_layer * total * hidden
     p_inverse_norms += i_layer * total
@@ -113,7 +114,7 @@ def weights_kernel(
     b_weight = tl.exp2(b_logit - tl.load(p_offsets + o_row)[:, None]) + tl.exp2(b_logit - b_offset[None, :])
     b_row_group = tl.load(p_group + o_row)
     b_weight = tl.where(b_row_group[:, None] == b_group[None, :], b_weight - 2, b_weight)
-    # no word counts an empty slot among its candidates: there the powers may be larger than any probability
+    # empty slots are not candidates of any word: their powers may exceed any probability
     m_candidate = (b_row_group[:, None] >= 0) & (b_group[None, :] >= 0) & (o_row[:, None] != o_column[None, :])
     b_weight = tl.where(m_candidate, b_weight * b_factor[None, :], 0.0)
     p_weight = p_weights + (i_layer * anchors + o_anchor)[:, None] * stride + o_column[None, :]
@@ -126,7 +127,7 @@ def weighted_sums_kernel(
     p_values, p_weights, p_sums, total, hidden, anchors, stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """weights [L, anchors, stride] times values [L, N, H], grid (hidden blocks, row blocks, L): float32
+    """Weights [L, anchors, stride] times values [L, N, H], grid (hidden blocks, row blocks, L): float32
     [L, anchors, H]. `stride` is a multiple of BLOCK_K, and the weights from N on are 0."""
     i_hidden, i_block, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_anchor = i_block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,5 +1,5 @@
-"""How the Triton kernels of the contrastive loss are launched: block sizes, scratch memory, and what torch does around
-them. The same two functions as `contrastive_chunked.py` has."""
+"""Launches the Triton kernels of the contrastive loss: block sizes, scratch memory, surrounding torch operations.
+Implements the same two functions as `contrastive_chunked.py`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from megatron_prealign.kernels.contrastive_interface import LOG2_E, Similarities
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut into programs."""
+    """Block sizes and launch options of a matrix product."""
 
     rows: int
     columns: int
     depth: int
-    """Summed over at a time."""
+    """Elements of the inner dimension per iteration."""
     warps: int
     stages: int
-    """Loads in flight, each with shared memory of its own."""
+    """Pipeline stages: loads in flight, each with its own shared memory."""
 
     def options(self) -> dict[str, Any]:
-        """Constants of a kernel."""
+        """Constexpr arguments and compiler options of a kernel."""
         return {
             "BLOCK_M": self.rows,
             "BLOCK_N": self.columns,
@@ -36,33 +36,33 @@ class Tile:
         }
 
 
-# What the compiler keeps in registers for sm_80, sm_90 and sm_100; twice as many columns, or half as many warps, spill
-# (tests/kernels/test_contrastive_compile.py). Large tiles read each word less often, small ones give every
-# multiprocessor something to do where words are few. Which is fastest on a GPU is not measured yet.
+# These fit into registers on sm_80, sm_90 and sm_100; twice as many columns, or half as many warps, spill
+# (tests/kernels/test_contrastive_compile.py). Large tiles read each word less often, small ones occupy every
+# multiprocessor when there are few words. Which is fastest on a GPU has not been measured yet.
 _TILES = {
     (2, True): Tile(128, 128, 64, warps=8, stages=3),
     (2, False): Tile(64, 64, 64, warps=4, stages=4),
     (4, True): Tile(128, 64, 32, warps=8, stages=3),
     (4, False): Tile(64, 64, 32, warps=4, stages=4),
 }
-"""By bytes of a number, and whether the large one is meant."""
+"""Tile by itemsize in bytes and whether it is the large one."""
 # The next three are estimates for an H100 or H200, not measured on a GPU yet.
 _MULTIPROCESSORS = 132
 _WAVES = 8
-"""Programs for each multiprocessor that forward aims at: the last ones then leave little of the device idle."""
+"""Target number of programs per multiprocessor in forward, so that the last ones leave little of the device idle."""
 _SPLITS = 8
-"""Column splits of forward where there are columns enough: programs that run at a time then share rows and columns, so
-few different words are in use at a time and stay in the L2."""
-_LEAST_SCRATCH = 64 << 20
-"""Bytes that the weights of a strip may take even where the words take less."""
-_WHOLE_COLUMNS = 64
-"""Weights are stored for a multiple of so many columns, so that no program asks whether it is past the end."""
-_FLOAT16_ROOM = 2.0**13
-"""Four times this is well inside the range of float16."""
+"""Column splits of forward if there are enough columns: concurrent programs then share rows and columns, so that few
+different words are in use at a time and stay in the L2 cache."""
+_MIN_SCRATCH_BYTES = 64 << 20
+"""Bytes that the weights of a chunk may take even if the words take less."""
+_COLUMN_MULTIPLE = 64
+"""The number of columns of the weights is padded to a multiple of this, so that programs need no bounds checks."""
+_FLOAT16_SCALE = 2.0**13
+"""Four times this is well within the range of float16."""
 
 
 def choose_tile(itemsize: int, rows: int, columns: int, layers: int) -> Tile:
-    """The tile for a product of `rows` x `columns` results a layer, summed over numbers of `itemsize` bytes."""
+    """Tile for a product with `rows` x `columns` results per layer and inputs of `itemsize` bytes per element."""
     large = _TILES[itemsize, True]
     programs = layers * _blocks(rows, large.rows) * _blocks(columns, large.columns)
     return large if programs >= _MULTIPROCESSORS else _TILES[itemsize, False]
@@ -73,7 +73,7 @@ def _blocks(length: int, block: int) -> int:
 
 
 def row_sums(similarities: Similarities) -> tuple[Tensor, Tensor]:
-    """As `contrastive_chunked.row_sums`."""
+    """See `contrastive_chunked.row_sums`."""
     launch, log_sums, positive_sums = plan_row_sums(similarities)
     _launch(launch, similarities.columns)
     highest = log_sums.amax(1, keepdim=True)
@@ -81,7 +81,7 @@ def row_sums(similarities: Similarities) -> tuple[Tensor, Tensor]:
 
 
 def gradients(similarities: Similarities, offsets: Tensor, scale: Tensor) -> Tensor:
-    """As `contrastive_chunked.gradients`."""
+    """See `contrastive_chunked.gradients`."""
     columns = similarities.columns
     result = torch.empty_like(columns[:, similarities.own])
     products = _prepare(similarities, offsets)
@@ -96,28 +96,28 @@ def gradients(similarities: Similarities, offsets: Tensor, scale: Tensor) -> Ten
 
 
 def _launch(launch: KernelLaunch, on: Tensor) -> None:
-    # Triton launches on the current device, which need not be the tensor's
+    # Triton launches on the current device, which may differ from that of the tensor
     with torch.cuda.device_of(on):
         launch.kernel[launch.grid](*launch.arguments, **launch.options)
 
 
 def plan_launches(similarities: Similarities) -> list[KernelLaunch]:
-    """Every kernel once, as forward and the first strip of backward launch it, launching none: for compiling them ahead
-    of time."""
+    """Each kernel once, as in forward and the first chunk of backward, without launching: for ahead-of-time
+    compilation."""
     forward, *_ = plan_row_sums(similarities)
     _, backward, _ = next(plan_chunks(similarities, _prepare(similarities, similarities.inverse_norms)))
     return [forward, *backward]
 
 
 def plan_row_sums(similarities: Similarities) -> tuple[KernelLaunch, Tensor, Tensor]:
-    """The launch of forward, and its two results for every split of the columns: [L, splits, n]."""
+    """Launch of forward, and its two results for every split of the columns: [L, splits, n]."""
     from megatron_prealign.kernels.contrastive_kernel import row_sums_kernel
 
     layers, total, hidden = similarities.columns.shape
     tile = choose_tile(similarities.columns.itemsize, similarities.anchors, total, layers)
     blocks, column_tiles = _blocks(similarities.anchors, tile.rows), _blocks(total, tile.columns)
-    wanted = max(_SPLITS, _blocks(_WAVES * _MULTIPROCESSORS, blocks * layers))
-    tiles = _blocks(column_tiles, min(wanted, column_tiles))
+    max_splits = max(_SPLITS, _blocks(_WAVES * _MULTIPROCESSORS, blocks * layers))
+    tiles = _blocks(column_tiles, min(max_splits, column_tiles))
     splits = _blocks(column_tiles, tiles)
     log_sums, positive_sums = similarities.inverse_norms.new_empty((2, layers, splits, similarities.anchors))
     arguments = (
@@ -129,58 +129,59 @@ def plan_row_sums(similarities: Similarities) -> tuple[KernelLaunch, Tensor, Ten
 
 
 class _Products(NamedTuple):
-    """What the weights of a strip are multiplied with, and the numbers of every column that the weights need."""
+    """Values that the weights are multiplied with, and the per-column inputs of the weights."""
 
     values: Tensor
     """[L, N, H]."""
     factors: Tensor
-    """float32 [L, N], what the weights of a column are multiplied with before they are stored."""
+    """float32 [L, N], factor of the weights of each column before they are stored."""
     unscale: Tensor | float
-    """Makes up for the factors."""
+    """Inverse of the scale in the factors and values."""
     offsets: Tensor
-    """float32 [L, N], as `gradients` is given them."""
+    """float32 [L, N], see `gradients`."""
 
 
 def _prepare(similarities: Similarities, offsets: Tensor) -> _Products:
     columns, inverse = similarities.columns, similarities.inverse_norms
     if columns.dtype == torch.float32:
         return _Products(columns, inverse, 1.0, offsets)
-    # Weights rounded to bfloat16 would be as far off as the whole gradient may be. float16 has three bits more and is
-    # as fast; weights made to fit suit its range: none is above twice the most positives, times a factor below 2. Words
-    # are scaled by a power of two alone, which keeps their bits: what many words share nearly cancels in the sums, and
-    # rounding it would not (measured: errors of 2.0e-3 to 4.4e-3 for aligned or nearly parallel words, 1.7e-3 so).
+    # Weights rounded to bfloat16 would use up the error budget of the gradient. float16 has three more bits and is as
+    # fast; scaled weights fit its range: none is above twice the maximum of positives, times a factor below 2. Words
+    # are scaled only by powers of two, which is exact: what many words have in common nearly cancels in the sums, but
+    # its rounding errors would not (measured for aligned or nearly parallel words: errors of 2.0e-3 to 4.4e-3 with
+    # rounding, 1.7e-3 without).
     most = similarities.groups.positives.max().clamp(min=1)
     power = torch.exp2(torch.log2(inverse).floor())
     rest = torch.where(inverse > 0, inverse / power, 0)
     scaled = (columns * power.to(columns.dtype)[..., None]).to(torch.float16)
-    return _Products(scaled, rest * (_FLOAT16_ROOM / most), most / _FLOAT16_ROOM, offsets)
+    return _Products(scaled, rest * (_FLOAT16_SCALE / most), most / _FLOAT16_SCALE, offsets)
 
 
 def plan_chunks(
     similarities: Similarities, products: _Products
 ) -> Iterator[tuple[slice, tuple[KernelLaunch, KernelLaunch], Tensor]]:
-    """For every strip its rows among the anchors, two launches, and the sums [L, rows, H] that these leave. The memory
-    of the sums serves the next strip too."""
+    """Yields for every chunk its range of anchors, two launches, and the sums [L, rows, H] that they compute. The next
+    chunk reuses the memory of the sums."""
     columns, values = similarities.columns, products.values
     layers, total, hidden = columns.shape
-    stride = _WHOLE_COLUMNS * _blocks(total, _WHOLE_COLUMNS)
+    stride = _COLUMN_MULTIPLE * _blocks(total, _COLUMN_MULTIPLE)
     height = chunk_rows(similarities, layers * stride * values.itemsize)
     weights = values.new_empty(layers * height * stride)
     sums = similarities.inverse_norms.new_empty(layers * height * hidden)
     for start in range(0, similarities.anchors, height):
         rows = slice(start, min(start + height, similarities.anchors))
         count = rows.stop - rows.start
-        weigh = _plan_weights(similarities, products, weights, similarities.first + start, count, stride)
-        strip_sums = sums[: layers * count * hidden].view(layers, count, hidden)
-        yield rows, (weigh, _plan_sums(values, weights, strip_sums, stride)), strip_sums
+        weights_launch = _plan_weights(similarities, products, weights, similarities.first + start, count, stride)
+        chunk_sums = sums[: layers * count * hidden].view(layers, count, hidden)
+        yield rows, (weights_launch, _plan_sums(values, weights, chunk_sums, stride)), chunk_sums
 
 
 def chunk_rows(similarities: Similarities, row_bytes: int) -> int:
-    """Rows of a strip whose weights take `row_bytes` each: as much memory as the words at most."""
+    """Rows of a chunk whose weights take `row_bytes` each: at most as much memory as the words."""
     columns = similarities.columns
-    room = max(columns.numel() * columns.itemsize, _LEAST_SCRATCH)
-    whole = _TILES[columns.itemsize, True].rows
-    return min(similarities.anchors, whole * max(1, room // (row_bytes * whole)))
+    limit = max(columns.numel() * columns.itemsize, _MIN_SCRATCH_BYTES)
+    tile_rows = _TILES[columns.itemsize, True].rows
+    return min(similarities.anchors, tile_rows * max(1, limit // (row_bytes * tile_rows)))
 
 
 def _plan_weights(
@@ -195,7 +196,7 @@ def _plan_weights(
         *(products.offsets, products.factors, weights),
         *(total, hidden, first, rows, stride, LOG2_E / similarities.temperature),
     )
-    # row blocks come first: programs that run at a time share all rows of the strip and few columns
+    # row blocks first: concurrent programs share all rows of the chunk and few columns
     grid = (_blocks(rows, tile.rows), _blocks(stride, tile.columns), layers)
     return KernelLaunch(weights_kernel, grid, arguments, _dot_options(similarities.columns, tile))
 
@@ -215,5 +216,5 @@ def _dot_options(columns: Tensor, tile: Tile) -> dict[str, Any]:
 
 
 def _precision(factors: Tensor) -> str:
-    # three products of ten-bit parts on the tensor cores come close to float32; 16-bit numbers are exact by themselves
+    # tf32x3: three products of ten-bit parts on the tensor cores come close to float32; 16-bit products are exact
     return "tf32x3" if factors.dtype == torch.float32 else "ieee"

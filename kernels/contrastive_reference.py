@@ -1,4 +1,4 @@
-"""The definition of the contrastive loss in eager torch: all similarities at once, gradients by autograd."""
+"""Definition of the contrastive loss in eager torch: all similarities at once, gradients by autograd."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from megatron_prealign.kernels.contrastive_interface import WordGroups, check_ca
 
 def contrastive_loss_reference(words: Tensor, groups: WordGroups, *, temperature: float) -> Tensor:
     """The loss over the words of all ranks on one rank: minus the mean of log p_ij over all pairs (i, j) of a group,
-    where p_ij is the softmax of cosine / temperature over every other word. Makes tensors of N x N.
+    where p_ij is the softmax of cosine / temperature over all other words. Materialises N x N tensors.
 
     Args:
         words: [N, H] or [L, N, H] of float32, bfloat16 (computed in float32) or float64.
-        groups: of these N words.
+        groups: groups of these N words.
         temperature: above 0.
 
     Returns:
@@ -25,12 +25,12 @@ def contrastive_loss_reference(words: Tensor, groups: WordGroups, *, temperature
     words = words.to(compute_dtype(words.dtype))
     group = groups.group
     square = (words * words).sum(-1, keepdim=True)
-    # a word of norm 0 has cosine 0 to all and gradient 0; the inner choice keeps NaN out of its gradient
+    # a word of norm 0 has cosine 0 to all words and gradient 0; the inner where keeps its gradient from being NaN
     unit = torch.where(square > 0, words / torch.where(square > 0, square, 1).sqrt(), 0)
     other = ~torch.eye(len(group), dtype=torch.bool, device=group.device)
     candidate = other & (group >= 0)
     positive = candidate & (group[:, None] == group)
     logits = (unit @ unit.mT / temperature).masked_fill(~candidate, float("-inf"))
-    # a row without any candidate is NaN, but has no positive either
+    # a row without candidates is NaN, but it has no positives either
     log_p = torch.log_softmax(logits, dim=-1)
     return -torch.where(positive, log_p, 0).sum((-2, -1)) / groups.pairs.clamp(min=1)

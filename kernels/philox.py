@@ -1,9 +1,9 @@
-"""Philox 4x32-10 in plain torch: random integers that depend on a counter and a key only, never on state or layout.
+"""Philox 4x32-10 in plain torch: random integers as a function of a counter and a key, without state.
 
-Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). torch has no unsigned 32-bit arithmetic worth
-the name, so a 32-bit word is held in an int64 whose upper half is zero. A product of two words wraps into the sign bit,
-which leaves all 64 bits right: the low word is the lower half, the high word the upper half, after masking off what
-the arithmetic shift copied from the sign.
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). torch has hardly any unsigned 32-bit arithmetic,
+so a 32-bit word is stored in an int64 whose upper half is zero. A product of two words wraps into the sign bit, which
+keeps all 64 bits correct: the low word is the lower half, the high word the upper half after masking off the sign bits
+that the arithmetic shift inserts.
 """
 
 from torch import Tensor
@@ -21,8 +21,8 @@ def philox_4x32_10(
     """Four random 32-bit words for every counter.
 
     Args:
-        counter: four int64 tensors holding values from 0 to 2^32-1, of shapes that broadcast together. What does not
-            vary along a dimension should have size 1 there: the first rounds then cost next to nothing.
+        counter: four int64 tensors of values from 0 to 2^32-1, of shapes that broadcast together. Use size 1 for
+            dimensions along which a word does not vary: the first rounds then cost next to nothing.
         key: two integers from 0 to 2^32-1.
 
     Returns:
@@ -32,12 +32,12 @@ def philox_4x32_10(
         ValueError: a key word is out of range.
     """
     if not all(0 <= word <= WORD for word in key):
-        raise ValueError(f"Philox key words must lie in 0..2^32-1, got {key}")
+        raise ValueError(f"Philox key words must be in [0, 2^32-1], got {key}")
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        # c1 and c3 carry their product's upper half along: it only ever meets an xor, and the mask after that drops it
+        # c1 and c3 keep their product's upper half: it only enters an xor, and the mask after that drops it
         c0 = (((product1 >> 32) ^ c1) ^ k0) & WORD
         c2 = (((product0 >> 32) ^ c3) ^ k1) & WORD
         c1, c3 = product1, product0

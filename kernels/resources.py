@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU: registers, stack and shared memory, found by compiling them ahead of time. Needs no
+"""GPU resources used by the kernels (registers, spills, shared memory), from ahead-of-time compilation without a
 GPU."""
 
 import os
@@ -18,7 +18,7 @@ CAPABILITIES = (80, 90, 100)
 """A100, H100 and H200, B200."""
 _BLOCKS = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K")
 _ALIGNMENT = 16
-"""Bytes of an address, or the factor of a number, that Triton compiles a faster kernel for."""
+"""Divisibility of addresses (in bytes) and integers for which Triton specialises a kernel."""
 _COMPILER_OPTIONS = ("num_warps", "num_stages")
 _TYPES = {
     "torch.int64": "*i64",
@@ -31,19 +31,19 @@ _TYPES = {
 
 
 class KernelResources(NamedTuple):
-    """One compiled kernel."""
+    """Resources of one compiled kernel."""
 
     kernel: str
     capability: int
     block: str
-    """What a program works on at a time: positions of a row, or rows x columns x depth of a product."""
+    """Block size of a program: positions of a sequence, or rows x columns x depth of a product."""
     warps: int
     registers: int
-    """Of a thread."""
+    """Registers per thread."""
     spills: int
-    """Instructions that store a register in local memory or load it from there."""
+    """Number of instructions that store registers to local memory or load them back."""
     shared_bytes: int
-    """Of a program."""
+    """Shared memory per program."""
 
 
 def kernel_resources(
@@ -52,7 +52,7 @@ def kernel_resources(
     """Compiles every launch for every compute capability.
 
     Raises:
-        RuntimeError: the tool that reads compiled kernels, part of Triton, fails.
+        RuntimeError: cuobjdump, which is part of Triton, fails.
     """
     for launch in launches:
         for capability in capabilities:
@@ -66,20 +66,20 @@ def _compile(launch: KernelLaunch, capability: int) -> KernelResources:
 
     options = {name: value for name, value in launch.options.items() if name in _COMPILER_OPTIONS}
     constants = {name: value for name, value in launch.options.items() if name not in options}
-    given = iter(launch.arguments)
+    arguments = iter(launch.arguments)
     signature, attributes = {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
+    for index, parameter in enumerate(launch.kernel.params):
         signature[parameter.name] = "constexpr"
         if parameter.name not in constants:
-            argument = next(given)
+            argument = next(arguments)
             signature[parameter.name] = _type_of(argument)
             if not parameter.do_not_specialize and _is_aligned(argument):
-                attributes[(place,)] = [["tt.divisibility", _ALIGNMENT]]
+                attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]
     with warnings.catch_warnings():
-        # about a default that integer arithmetic knows nothing of
+        # about a floating-point default that does not affect integer arithmetic
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         compiled = triton.compile(
-            # the form of the attributes is that of Triton 3.3
+            # attributes in the format of Triton 3.3
             ASTSource(launch.kernel, signature, constants, attributes if triton_version() >= (3, 3) else None),
             target=GPUTarget("cuda", capability, 32),
             options=options,
@@ -117,7 +117,7 @@ def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
         usage, code = _cuobjdump("-res-usage", file), _cuobjdump("-sass", file)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None or "EXIT" not in code:
-        raise RuntimeError(f"cuobjdump told neither registers nor instructions: {usage.strip()[:500]}")
+        raise RuntimeError(f"cuobjdump: no registers or instructions in its output: {usage.strip()[:500]}")
     return int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
 
 
@@ -125,7 +125,7 @@ def _cuobjdump(option: str, file: Path) -> str:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    # it starts nvdisasm, which lies beside it
+    # cuobjdump runs nvdisasm, which is in the same directory
     path = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
-    told = subprocess.run([tools / "cuobjdump", option, file], capture_output=True, text=True, check=False, env=path)
-    return told.stdout + told.stderr
+    done = subprocess.run([tools / "cuobjdump", option, file], capture_output=True, text=True, check=False, env=path)
+    return done.stdout + done.stderr

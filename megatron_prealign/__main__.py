@@ -2,7 +2,6 @@
 
 from megatron_prealign.cli import main
 
-# Megatron-Core's checkpoint writers start helper processes, which import this file again: without the guard they would
-# train.
+# Megatron-Core's checkpoint writers spawn processes that import this file again; without the guard they would train.
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,10 +1,10 @@
-"""One HTML page that fetches nothing and runs no script: the frame, colours, tables and figures of every report."""
+"""Self-contained HTML pages without scripts: the layout, colours, tables and figures of all reports."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
 INK, MUTED, GRID = ("#1f2328", "#e6e9ed"), ("#5b6470", "#9aa5b1"), ("#d8dee4", "#2d343d")
-"""Colours of text, of text beside it and of lines, in light and in dark mode."""
+"""Colours of text, secondary text and lines, each as (light mode, dark mode)."""
 
 _COLOURS = {
     "--ground": ("#ffffff", "#0f1318"),
@@ -38,13 +38,13 @@ dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
 
 
 def render(title: str, body: str, *, style: str = "", colours: Mapping[str, tuple[str, str]] | None = None) -> str:
-    """The whole page.
+    """Renders a complete HTML page.
 
     Args:
-        title: Plain text, for the window.
+        title: Window title, plain text.
         body: HTML.
-        style: CSS that this page needs besides the common one.
-        colours: CSS variable -> its value in light and in dark mode, besides the common ones.
+        style: CSS in addition to the common style.
+        colours: CSS variable -> (light mode, dark mode), in addition to the common colours.
     """
     variables = {**_COLOURS, **(colours or {})}
     light, dark = ("; ".join(f"{name}: {pair[mode]}" for name, pair in variables.items()) for mode in (0, 1))
@@ -60,12 +60,12 @@ def render(title: str, body: str, *, style: str = "", colours: Mapping[str, tupl
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
-    """A table that scrolls by itself on a narrow screen.
+    """Renders a table that scrolls horizontally on narrow screens.
 
     Args:
-        header: Plain text; empty for none.
-        rows: HTML.
-        text: Whether the cells are text, to be broken into lines, and not numbers.
+        header: Column titles, plain text; empty for no header.
+        rows: Cells, HTML.
+        text: Whether the cells contain text, which is wrapped, instead of numbers.
     """
     kind = ' class="text"' if text else ""
     cells = "".join(f"<th{kind}>{escape(name)}</th>" for name in header)
@@ -75,14 +75,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = 
 
 
 def figure(title: str, svg: str, caption: str, *, level: int, narrow: bool = False) -> str:
-    """A plot under its title.
+    """Renders a plot with title and caption.
 
     Args:
-        title: HTML, which is plain text too.
+        title: Text without HTML markup.
         svg: One `<svg>` element.
         caption: HTML.
-        level: Of the title: 2 for h2.
-        narrow: Whether it stays as wide as text on a wide screen.
+        level: Heading level of the title: 2 for h2.
+        narrow: Whether to limit the plot to the width of text.
     """
     kind = ' class="narrow"' if narrow else ""
     labelled = svg.replace("<svg ", f'<svg aria-label="{title}" ', 1)
@@ -90,10 +90,10 @@ def figure(title: str, svg: str, caption: str, *, level: int, narrow: bool = Fal
 
 
 def definitions(items: Mapping[str, str]) -> str:
-    """Terms and what they mean, plain text."""
+    """Renders terms and their definitions, both plain text."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in items.items()) + "</dl>"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash where there is none."""
+    """Formats a number; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"

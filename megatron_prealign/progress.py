@@ -1,4 +1,4 @@
-"""Progress of long work: a tqdm bar with ETA on a terminal, a plain line every few seconds in a log."""
+"""Progress reporting: a tqdm bar on a terminal, a plain line every few seconds otherwise."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts work done against a total (or an unknown total) and shows it on standard error.
+    """Shows progress towards a total, which may be unknown, on standard error.
 
-    On a terminal it is a tqdm bar. Elsewhere it writes one plain line at most every `log_interval_s` seconds, so a log
-    file stays readable. `enabled=False` (ranks other than 0) shows nothing.
+    On a terminal it is a tqdm bar with ETA. Otherwise it writes at most one plain line every `log_interval_s` seconds,
+    so that log files stay readable. `enabled=False` (ranks other than 0) shows nothing.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Progress:
         self._start_s = time.monotonic()
 
     def update(self, amount: int = 1) -> None:
-        """Adds `amount` units of finished work."""
+        """Adds `amount` finished units."""
         self._count += amount
         self._bar.update(amount)
         if self._enabled and not self._terminal and time.monotonic() - self._last_line_s >= self._log_interval_s:

@@ -1,17 +1,20 @@
-"""Fixtures that all tests share."""
+"""Fixtures shared by all tests."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell without job control starts background commands with SIGINT ignored; processes started by tests inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator["WorkerPool"]:  # noqa: F821
-    """Worker processes for multi-process tests, started once."""
+    """Worker processes for multi-process tests, started once per session."""
     from support.workers import WorkerPool
 
     pool = WorkerPool(tmp_path_factory.mktemp("stores"))

@@ -1,1 +1,1 @@
-"""One module per command of the command line: parse, call the library, print."""
+"""One module per sub-command: parses options, calls the library, prints results."""

@@ -1,6 +1,6 @@
-"""`megatron-prealign benchmark`: measures kernels and phases on this machine."""
+"""`megatron-prealign benchmark`: measures kernels, phases, preprocessing and conversion on this machine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -44,20 +44,38 @@ def _measure(
     table: Callable[[Any], list[str]],
     options: CodeSwitchOptions | ContrastiveOptions,
 ) -> int:
-    """Prints the table of each case as it comes, and writes all of them at the end."""
-    from megatron_prealign.benchmark.report import write_csv
-
+    """Prints a table for each case as soon as it is measured, then writes the CSV file."""
     if not benchmark.on_gpu and options.device == "auto":
-        print("torch finds no GPU: the CPU is measured, and no kernel", flush=True)
+        print("torch found no GPU: measuring on the CPU, without kernels", flush=True)
     print("\n".join(benchmark.header()), flush=True)
     rows: list[dict[str, Any]] = []
     for measured in benchmark.cases():
         print("\n".join(["", *table(measured)]), flush=True)
         rows += [{**asdict(each), **asdict(benchmark.machine)} for each in measured]
-    if options.output is not None:
-        write_csv(options.output, rows)
-        print(f"\nwrote {options.output}")
+    _write(options.output, rows)
     return 0
+
+
+def _print_lines(
+    measurements: Iterable[Any],
+    line: Callable[[Any], str],
+    row: Callable[[Any], dict[str, Any]],
+    output: str | None,
+) -> None:
+    """Prints a line for each measurement as soon as it is available, then writes the CSV file."""
+    rows: list[dict[str, Any]] = []
+    for measurement in measurements:
+        print(line(measurement), flush=True)
+        rows.append(row(measurement))
+    _write(output, rows)
+
+
+def _write(output: str | None, rows: Sequence[dict[str, Any]]) -> None:
+    from megatron_prealign.benchmark.report import write_csv
+
+    if output is not None:
+        write_csv(output, rows)
+        print(f"\nwrote {output}")
 
 
 def preprocess(argv: Sequence[str]) -> int:
@@ -68,8 +86,8 @@ def preprocess(argv: Sequence[str]) -> int:
     import torch
 
     from megatron_prealign.benchmark.machine import describe_machine
-    from megatron_prealign.benchmark.preprocess import PreprocessBenchmark
-    from megatron_prealign.benchmark.report import preprocess_header, preprocess_line, write_csv
+    from megatron_prealign.benchmark.preprocess import PreprocessBenchmark, PreprocessMeasurement
+    from megatron_prealign.benchmark.report import preprocess_header, preprocess_line
 
     machine = describe_machine(torch.device("cpu"))
     sizes = " to ".join(f"{size:,}" for size in options.document_bytes)
@@ -79,39 +97,35 @@ def preprocess(argv: Sequence[str]) -> int:
         "\n".join([*machine.lines(), f"corpus    {corpus}", f"tokenizer {tokenizer}", "", preprocess_header()]),
         flush=True,
     )
-    rows: list[dict[str, Any]] = []
-    for found in PreprocessBenchmark(options).measure():
-        print(preprocess_line(found), flush=True)
-        rates = {"mb_per_second": found.mb_per_second, "tokens_per_second": found.tokens_per_second}
-        rows.append({"corpus": corpus, "tokenizer": tokenizer} | asdict(found) | rates | asdict(machine))
-    if options.output is not None:
-        write_csv(options.output, rows)
-        print(f"\nwrote {options.output}")
+
+    def row(measurement: PreprocessMeasurement) -> dict[str, Any]:
+        rates = {"mb_per_second": measurement.mb_per_second, "tokens_per_second": measurement.tokens_per_second}
+        return {"corpus": corpus, "tokenizer": tokenizer} | asdict(measurement) | rates | asdict(machine)
+
+    _print_lines(PreprocessBenchmark(options).measure(), preprocess_line, row, options.output)
     return 0
 
 
 def convert(argv: Sequence[str]) -> int:
     options = parse_options(ConvertOptions, "benchmark convert", argv)
-    # As `convert` itself does.
+    # Same setting as in the `convert` command.
     use_huge_pages()
 
     import torch
 
-    from megatron_prealign.benchmark.convert import ConvertBenchmark, header, line
+    from megatron_prealign.benchmark.convert import ConvertBenchmark, ConvertMeasurement
     from megatron_prealign.benchmark.machine import describe_machine
-    from megatron_prealign.benchmark.report import write_csv
+    from megatron_prealign.benchmark.report import convert_header, convert_line
 
     machine = describe_machine(torch.device("cpu"))
     benchmark = ConvertBenchmark(options)
-    model = f"Llama of {benchmark.parameters:,} numbers in bf16, {benchmark.model.num_layers} layers"
-    print("\n".join([*machine.lines(), f"model     {model}", "", header()]), flush=True)
-    rows: list[dict[str, Any]] = []
-    for found in benchmark.measure():
-        print(line(found), flush=True)
-        rows.append(asdict(found) | {"gb_per_second": found.gb_per_second} | asdict(machine))
-    if options.output is not None:
-        write_csv(options.output, rows)
-        print(f"\nwrote {options.output}")
+    model = f"Llama, {benchmark.parameters:,} parameters in bf16, {benchmark.model.num_layers} layers"
+    print("\n".join([*machine.lines(), f"model     {model}", "", convert_header()]), flush=True)
+
+    def row(measurement: ConvertMeasurement) -> dict[str, Any]:
+        return asdict(measurement) | {"gb_per_second": measurement.gb_per_second} | asdict(machine)
+
+    _print_lines(benchmark.measure(), convert_line, row, options.output)
     return 0
 
 
@@ -122,27 +136,25 @@ def resources(argv: Sequence[str]) -> int:
 
     from megatron_prealign.benchmark.kernel_resources import measure_resources
     from megatron_prealign.benchmark.machine import describe_machine
-    from megatron_prealign.benchmark.report import align, write_csv
+    from megatron_prealign.benchmark.report import align
 
     rows = list(measure_resources(options.capability))
-    # what the compiler makes of a kernel depends on these alone
+    # The compiled kernels depend only on these.
     machine = describe_machine(torch.device("cpu"))
-    facts = {name: getattr(machine, name) for name in ("triton", "version", "commit", "date")}
+    versions = {name: getattr(machine, name) for name in ("triton", "version", "commit", "date")}
     print("\n".join(align([list(rows[0]), *[[str(value) for value in row.values()] for row in rows]])))
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    if options.output is not None:
-        write_csv(options.output, [row | facts for row in rows])
-        print(f"\nwrote {options.output}")
+    print(", ".join(f"{name} {value}" for name, value in versions.items()))
+    _write(options.output, [row | versions for row in rows])
     return 0
 
 
 ACTIONS: Actions = {
-    "code-switch": (code_switch, "code-switching of a batch: kernels, plain torch, a loop in Python"),
-    "contrastive": (contrastive, "the contrastive loss of alignment: eager torch, torch.compile, strips, kernels"),
-    "phases": (phases, "the alignment phase of a recipe against its language-model training"),
-    "preprocess": (preprocess, "preprocessing of text: gigatoken, the tokenizer's library, Megatron-LM's way"),
-    "convert": (convert, "checkpoints to and from Hugging Face against cp of the same bytes, and memory"),
-    "resources": (resources, "registers, spills and shared memory of the kernels, without a GPU"),
+    "code-switch": (code_switch, "code-switching of a batch: kernels, plain PyTorch, Python loop"),
+    "contrastive": (contrastive, "contrastive loss: eager PyTorch, torch.compile, chunked PyTorch, kernels"),
+    "phases": (phases, "alignment phase of a recipe compared with its language-model training"),
+    "preprocess": (preprocess, "preprocessing: gigatoken, the tokenizer's own library, Megatron-LM's tool"),
+    "convert": (convert, "conversion to and from Hugging Face: speed compared with cp, memory"),
+    "resources": (resources, "registers, spills and shared memory of the kernels; no GPU required"),
 }
 
 

@@ -1,6 +1,6 @@
-"""`megatron-prealign benchmark phases`: the speed of the alignment phase against language-model training.
+"""`megatron-prealign benchmark phases`: speed of the alignment phase compared with language-model training.
 
-Under torchrun it measures the layout of the recipe, alone one process.
+Run it under torchrun to measure the parallel layout of a recipe, or in a single process.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,28 @@ from megatron_prealign.recipe.describe import PathText
 
 @dataclass(frozen=True, kw_only=True)
 class PhasesOptions:
-    """Measures the speed of the alignment phase of a recipe against its language-model training."""
+    """Measures the speed of the alignment phase of a recipe compared with its language-model training."""
 
     steps: int = 20
-    """Number of steps of each phase to measure."""
+    """Number of steps to measure per phase."""
     warmup: int = 5
-    """Number of steps of each phase to run before that."""
+    """Number of steps to run per phase before measuring."""
     output: PathText | None = None
-    """Write a CSV file, one row per phase."""
+    """CSV file to write, one row per phase."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs some steps of both phases of a recipe and prints the speed of each."""
+    """Runs steps of both phases of a recipe and prints their speed."""
     recipe, values = parse_recipe("benchmark phases", PhasesOptions, argv)
     if values.steps < 1 or values.warmup < 0:
-        raise UserError(f"--steps is {values.steps} and --warmup {values.warmup}, expected at least 1 and at least 0")
+        raise UserError(
+            f"--steps is {values.steps} and --warmup is {values.warmup}, expected at least 1 and at least 0"
+        )
     check_output(values.output)
 
     from megatron_prealign.runtime import log
 
-    # Before Megatron-Core is imported, which warns of what is not installed.
+    # Before Megatron-Core is imported, because it warns about optional packages that are not installed.
     log.configure()
     from dataclasses import asdict
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
     machine = describe_machine(choose_device(recipe.parallel.device))
     with running(recipe.parallel, seed=recipe.training.seed) as runtime:
-        found = measure_phases(recipe, runtime, steps=values.steps, warmup=values.warmup)
+        speeds = measure_phases(recipe, runtime, steps=values.steps, warmup=values.warmup)
     if runtime.rank:
         return 0
     rows = [
@@ -55,12 +57,12 @@ def main(argv: Sequence[str]) -> int:
             f"{each.tokens_per_second:,.0f}",
             f"{each.share_of_language_model:.1%}",
         )
-        for each in found
+        for each in speeds
     ]
     print("\n".join(machine.lines()))
-    print(f"processes {found[0].processes}, medians of {values.steps} steps of each phase, alternating")
-    print("\n".join(align([("phase", "ms/step", "tokens/step", "tokens/s", "of language model"), *rows])))
+    print(f"processes {speeds[0].processes}, medians of {values.steps} steps per phase, alternating")
+    print("\n".join(align([("phase", "ms/step", "tokens/step", "tokens/s", "vs. language model"), *rows])))
     if values.output is not None:
-        write_csv(values.output, [asdict(each) | asdict(machine) for each in found])
+        write_csv(values.output, [asdict(each) | asdict(machine) for each in speeds])
         print(f"wrote {values.output}")
     return 0

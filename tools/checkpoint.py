@@ -1,5 +1,4 @@
-"""`megatron-prealign checkpoint`: what lies in directories of checkpoints, whether it is whole, and its weights
-alone."""
+"""`megatron-prealign checkpoint`: lists, inspects and verifies checkpoints, and exports their weights."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,66 +14,67 @@ from megatron_prealign.resources import available_cores, use_huge_pages
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """Lists checkpoints: steps, sizes, measures, and whether they are complete by the sizes of their files.
+    """Lists checkpoints with step, size, metrics and status; the status is based on the sizes of their files.
 
-    The one that `latest` names has a star.
+    A star marks the checkpoint that `latest` names.
     """
 
     path: PathText
-    """A run's directory, its directory of checkpoints, or one checkpoint."""
+    """Run directory, directory of checkpoints, or one checkpoint."""
     json: bool = False
-    """Print JSON instead."""
+    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Shows what a checkpoint says about itself: model, layout, run."""
+    """Shows the metadata of a checkpoint: model, layout, run."""
 
     path: PathText
-    """A checkpoint, or a directory of checkpoints or a run's directory, for its newest one."""
+    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
     tensors: bool = False
-    """List every tensor with its type and shape."""
+    """List every tensor with its dtype and shape."""
     json: bool = False
-    """Print JSON instead, tensors included."""
+    """Print JSON with all tensors instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Reads a checkpoint whole, compares all its files with their checksums and names every damaged one.
+    """Reads all files of a checkpoint, compares them with their checksums and lists the corrupt ones.
 
-    Exit status 1 if one is damaged, or missing where
-    `latest` names it.
+    Exit status 1 if a checkpoint is corrupt, or if the one that `latest` names is missing.
     """
 
     path: PathText
-    """A checkpoint, or a directory of checkpoints or a run's directory, for its newest one."""
+    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
     all: bool = False
-    """Every checkpoint in the directory."""
+    """Verify all checkpoints in the directory."""
     workers: int | None = None
-    """Files read at the same time; by default one for each CPU core this process may use."""
+    """Number of files read in parallel; by default, the number of CPU cores available to the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Takes the weights of a checkpoint into one of their own, without the optimizer: for `pretrain --checkpoint.load`
-    and `convert to-hf`. Needs no GPU and little memory."""
+    """Exports the weights of a checkpoint, without the optimizer, for `pretrain --checkpoint.load` and `convert to-hf`.
+
+    Needs no GPU and little memory.
+    """
 
     checkpoint: PathText
-    """A checkpoint, or a directory of checkpoints or a run's directory, for its newest one."""
+    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
     output: PathText
-    """Directory to write."""
+    """Output directory."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Type of the weights; by default they stay as they are."""
+    """Output dtype; by default, the dtype of the weights."""
     verify: Literal["checksums", "sizes"] = "checksums"
-    """How the checkpoint's files are checked first: read whole and compared with their checksums, or by their sizes."""
+    """How to verify the files before the export: checksums reads all of them, sizes compares only their sizes."""
     overwrite: bool = False
-    """Replace a checkpoint that is there."""
+    """Replace an existing checkpoint of weights."""
 
 
 def list_(argv: Sequence[str]) -> int:
     options = parse_options(ListOptions, "checkpoint list", argv, positional="path")
 
-    from megatron_prealign.checkpoint.commands.list import find_pointer_problem, list_checkpoints, render
+    from megatron_prealign.checkpoint.commands.list import find_latest_problem, list_checkpoints, render
 
     directory = Path(options.path)
     listed = list_checkpoints(directory)
@@ -84,7 +84,7 @@ def list_(argv: Sequence[str]) -> int:
         print(json.dumps([{**asdict(each), "status": each.status} for each in listed], ensure_ascii=False, indent=2))
         return 0
     print("\n".join(render(listed)))
-    problem = find_pointer_problem(directory)
+    problem = find_latest_problem(directory)
     if problem:
         print(f"warning: {problem}")
     return 0
@@ -96,13 +96,13 @@ def inspect(argv: Sequence[str]) -> int:
     from megatron_prealign.checkpoint.commands.inspect import inspect_checkpoint, render
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
 
-    facts = inspect_checkpoint(resolve_checkpoint(options.path))
+    report = inspect_checkpoint(resolve_checkpoint(options.path))
     if options.json:
         import json
 
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
-        print("\n".join(render(facts, options.tensors)))
+        print("\n".join(render(report, options.tensors)))
     return 0
 
 
@@ -110,35 +110,35 @@ def verify(argv: Sequence[str]) -> int:
     options = parse_options(VerifyOptions, "checkpoint verify", argv, positional="path")
     workers = available_cores() if options.workers is None else options.workers
     if workers < 1:
-        raise UserError(f"--workers is {workers}, expected a number above 0")
+        raise UserError(f"--workers: got {workers}, expected a number above 0")
 
     from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.commands.verify import (
         bytes_to_read,
         checkpoints_to_verify,
-        find_lost,
+        find_missing_latest,
         verify_checkpoint,
     )
     from megatron_prealign.progress import Progress
 
-    lost = find_lost(Path(options.path))
-    if lost:
-        print(f"damaged: {lost}")
+    missing = find_missing_latest(Path(options.path))
+    if missing:
+        print(f"corrupt: {missing}")
     directories = checkpoints_to_verify(Path(options.path), options.all)
-    damaged = 0
+    corrupt = 0
     with Progress("verifying", bytes_to_read(directories), unit="B", unit_scale=True) as bar:
         for directory in directories:
             result = verify_checkpoint(directory, workers=workers, progress=bar.update)
             for problem in result.problems:
-                print(f"damaged: {directory}: {problem}")
+                print(f"corrupt: {directory}: {problem}")
             for name in result.unknown:
                 print(f"unknown: {directory}: {name} is not in the manifest")
             if not result.problems:
-                print(f"{directory}: {result.files} files, {readable_bytes(result.bytes)}, all as they were written")
-            damaged += bool(result.problems)
+                print(f"{directory}: {result.files} files, {readable_bytes(result.bytes)}, all intact")
+            corrupt += bool(result.problems)
     if len(directories) > 1:
-        print(f"{damaged} of {len(directories)} checkpoints {'is' if damaged == 1 else 'are'} damaged")
-    return 1 if damaged or lost else 0
+        print(f"{corrupt} of {len(directories)} checkpoints {'is' if corrupt == 1 else 'are'} corrupt")
+    return 1 if corrupt or missing else 0
 
 
 def export_weights(argv: Sequence[str]) -> int:
@@ -152,10 +152,10 @@ def export_weights(argv: Sequence[str]) -> int:
     from megatron_prealign.progress import Progress
 
     checkpoint = resolve_checkpoint(options.checkpoint)
-    # Before hours of reading.
+    # Before the checkpoint is read, which may take hours.
     check_output(checkpoint, Path(options.output), overwrite=options.overwrite)
     if options.verify == "checksums":
-        _refuse_damage(checkpoint)
+        _check_checksums(checkpoint)
     bar: Progress | None = None
     done = 0
 
@@ -166,34 +166,34 @@ def export_weights(argv: Sequence[str]) -> int:
         done = now
 
     try:
-        written = export(
+        result = export(
             checkpoint, Path(options.output), dtype=options.dtype, overwrite=options.overwrite, progress=show
         )
     finally:
         if bar is not None:
             bar.close()
     print(
-        f"wrote {options.output}: {written.tensors} tensors, {written.parameters:,} numbers, {written.dtype}, "
-        f"{readable_bytes(written.bytes)}, from {checkpoint}"
+        f"wrote {options.output}: {result.tensors} tensors, {result.parameters:,} parameters, {result.dtype}, "
+        f"{readable_bytes(result.bytes)}, from {checkpoint}"
     )
     return 0
 
 
-def _refuse_damage(checkpoint: Path) -> None:
+def _check_checksums(checkpoint: Path) -> None:
     from megatron_prealign.checkpoint.commands.verify import bytes_to_read, verify_checkpoint
     from megatron_prealign.progress import Progress
 
     with Progress("verifying", bytes_to_read([checkpoint]), unit="B", unit_scale=True) as bar:
         problems = verify_checkpoint(checkpoint, workers=available_cores(), progress=bar.update).problems
     if problems:
-        raise UserError(f"{checkpoint} is damaged ({shortened(problems, separator='; ')}); use another checkpoint")
+        raise UserError(f"{checkpoint} is corrupt ({shortened(problems, separator='; ')}); use another checkpoint")
 
 
 ACTIONS: Actions = {
-    "list": (list_, "steps, sizes and measures of the checkpoints in a directory"),
-    "inspect": (inspect, "model, layout and run of a checkpoint"),
-    "verify": (verify, "read checkpoints whole and name every damaged file"),
-    "export-weights": (export_weights, "a checkpoint of the weights alone"),
+    "list": (list_, "list the checkpoints in a directory with steps, sizes and metrics"),
+    "inspect": (inspect, "show the model, layout and run of a checkpoint"),
+    "verify": (verify, "verify all files of checkpoints and list the corrupt ones"),
+    "export-weights": (export_weights, "export the weights of a checkpoint without the optimizer"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`megatron-prealign convert`: checkpoints to and from Hugging Face, and the proof that they agree."""
+"""`megatron-prealign convert`: converts checkpoints to and from Hugging Face, and verifies the result."""
 
 import math
 import re
@@ -19,71 +19,70 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|KB|MB|GB|TB|B)?")
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# Of a file of its own for every tensor; less would only be a slip of the pen.
-_LEAST_SHARD = 1_000_000
+# Smallest accepted --shard-size; smaller values are typing errors.
+_MIN_SHARD_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToHfOptions:
-    """Writes a checkpoint as a directory that transformers opens: weights, config, tokenizer and model card.
+    """Converts a checkpoint to a Hugging Face model directory: weights, config, tokenizer and model card.
 
-    One process on a CPU, whatever layout wrote the checkpoint; the files are the same for all layouts.
+    Runs in one process on a CPU. The parallel layout of the checkpoint does not affect the written files.
     """
 
     checkpoint: PathText
-    """A step_* directory, a directory of checkpoints (its newest) or a run's directory."""
+    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
     output: PathText
-    """Directory to write; it gets its name when it is complete."""
+    """Output directory; it appears under this name only when complete."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Type of the weights; by default as they were trained, bf16 for a bf16 run.
+    """Output dtype; by default, the dtype of the weights in the checkpoint, bf16 for a bf16 run.
 
-    fp32 of a bf16 run takes the optimizer's own weights in full precision, where they are in the checkpoint.
+    fp32 for a bf16 run uses the optimizer's fp32 master weights if the checkpoint has them.
     """
     shard_size: str = "5GB"
-    """Most bytes of a file with weights, such as 500MB or 5GB (10^9 bytes)."""
+    """Maximum size of a weight file, such as 500MB or 5GB (GB = 10^9 bytes)."""
     tokenizer: Literal["convert", "copy"] | None = None
-    """convert writes a tokenizer.json with the same ids and compares them; copy takes the files as they are and tells
-    where ids differ.
+    """convert writes a tokenizer.json and checks that it gives the same ids; copy keeps the files unchanged and reports
+    differing ids.
 
-    By default convert, and copy for weights that came from Hugging Face with their own tokenizer and were not trained
-    here.
+    By default, convert; copy for weights imported from Hugging Face with their own tokenizer and not trained since.
     """
     verify: Literal["sizes", "checksums"] = "sizes"
-    """How to compare the checkpoint's files with its manifest before; checksums reads them all."""
+    """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     overwrite: bool = False
-    """Replace a model that is there."""
+    """Replace an existing model directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FromHfOptions:
-    """Writes a Hugging Face model directory as a checkpoint of weights; pretrain --checkpoint.load takes it in any
-    layout.
+    """Converts a Hugging Face model directory to a checkpoint of weights, which pretrain --checkpoint.load loads in any
+    parallel layout.
 
-    One process on a CPU. model.yaml in the checkpoint has the section `model` of a recipe for it.
+    Runs in one process on a CPU. model.yaml in the checkpoint is the section `model` of a recipe for it.
     """
 
     model: PathText
-    """Directory as transformers' save_pretrained writes it: config.json, safetensors, tokenizer."""
+    """Hugging Face model directory as written by save_pretrained: config.json, safetensors, tokenizer."""
     output: PathText
-    """Directory to write; it gets its name when it is complete."""
+    """Output directory; it appears under this name only when complete."""
     tensor: int = 1
-    """Parts in which matrices are written."""
+    """Tensor-parallel size of the written checkpoint; loading supports any other."""
     pipeline: int = 1
-    """Parts in which the layers are written."""
+    """Pipeline-parallel size of the written checkpoint; loading supports any other."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Type of the weights; by default as in the directory, fp32 for fp16."""
+    """Output dtype; by default, bf16 if all weights are bf16, otherwise (fp16 included) fp32."""
     tokenizer: PathText | None = None
-    """Tokenizer of the model, if it lies elsewhere."""
+    """Tokenizer of the model, if it is not in the model directory."""
     vocab_size: int | None = None
-    """Number of ids; by default the rows of the embedding, or the tokenizer's ids if it has more."""
+    """Vocabulary size; by default, the rows of the embedding, or the ids of the tokenizer if it has more."""
     make_vocab_size_divisible_by: int = 128
-    """The written vocabulary is padded to a multiple of this times --tensor."""
+    """Pad the vocabulary size to a multiple of this value times --tensor."""
     ignore_config_field: list[str] = field(default_factory=list)
-    """Fields of config.json that are not known here and do not change the maths; you vouch for it."""
+    """Unknown fields of config.json to ignore; use only for fields that do not affect the computation."""
     allow_pickle: bool = False
-    """Read pytorch_model*.bin, where there are no safetensors."""
+    """Read pytorch_model*.bin if there are no safetensors files."""
     overwrite: bool = False
-    """Replace a checkpoint of weights that is there."""
+    """Replace an existing checkpoint of weights."""
 
 
 def from_hf(argv: Sequence[str]) -> int:
@@ -92,8 +91,8 @@ def from_hf(argv: Sequence[str]) -> int:
     from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.conversion.from_hf import from_huggingface
 
-    with _ProgressOf("read weights") as progress:
-        found = from_huggingface(
+    with _ReadProgress("read weights") as progress:
+        result = from_huggingface(
             Path(options.model),
             Path(options.output),
             tensor_parallel=options.tensor,
@@ -107,32 +106,32 @@ def from_hf(argv: Sequence[str]) -> int:
             overwrite=options.overwrite,
             progress=progress,
         )
-    print(f"family      {found.family}")
-    print(f"weights     {found.parameters:,} numbers of {found.tensors:,} tensors, {found.dtype}")
-    print(f"files       {readable_bytes(found.bytes)}")
+    print(f"family      {result.family}")
+    print(f"weights     {result.parameters:,} parameters in {result.tensors:,} tensors, {result.dtype}")
+    print(f"files       {readable_bytes(result.bytes)}")
     print(
-        f"vocabulary  {found.vocab_size:,} ids, padded to {found.padded_vocab_size:,}; the tokenizer has "
-        f"{found.tokenizer_size:,}"
+        f"vocabulary  {result.vocab_size:,} ids, padded to {result.padded_vocab_size:,}; the tokenizer has "
+        f"{result.tokenizer_size:,}"
     )
-    if found.added_rows:
-        print(f"note: {found.added_rows:,} new rows of the embedding are the mean of the others")
-    if found.dropped_rows:
-        print(f"note: {found.dropped_rows:,} rows of the embedding without a token were left out")
-    for note in found.notes:
+    if result.added_rows:
+        print(f"note: added {result.added_rows:,} rows to the embedding, set to the mean of the others")
+    if result.dropped_rows:
+        print(f"note: dropped {result.dropped_rows:,} rows of the embedding that have no token")
+    for note in result.notes:
         print(f"note: {note}")
     print(f"wrote {options.output}")
     return 0
 
 
-class _ProgressOf:
-    """A progress bar that is told how much is done so far and how much there is in all."""
+class _ReadProgress:
+    """A progress bar updated with the bytes done so far and the total, which is known only at the first update."""
 
     def __init__(self, description: str) -> None:
         self._description = description
         self._bar: Progress | None = None
         self._done = 0
 
-    def __enter__(self) -> "_ProgressOf":
+    def __enter__(self) -> "_ReadProgress":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,9 +151,9 @@ def to_hf(argv: Sequence[str]) -> int:
 
     from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
-    from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
+    from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
 
-    settings = ToHuggingFace(
+    settings = ConvertSettings(
         dtype=options.dtype,
         shard_bytes=shard_bytes,
         tokenizer=options.tokenizer,
@@ -163,12 +162,12 @@ def to_hf(argv: Sequence[str]) -> int:
     )
     output = Path(options.output)
     checkpoint = resolve_checkpoint(options.checkpoint)
-    found = to_huggingface(checkpoint, output, settings, history=_history(checkpoint))
-    origin = " (the optimizer's, in full precision)" if found.from_masters else ""
-    print(f"checkpoint  {found.checkpoint}")
-    print(f"weights     {found.parameters:,} numbers in {found.tensors:,} tensors, {found.dtype}{origin}")
-    print(f"files       {found.files:,} with {readable_bytes(found.bytes)}")
-    for note in found.notes:
+    result = to_huggingface(checkpoint, output, settings, history=_history(checkpoint))
+    origin = " (the optimizer's fp32 master weights)" if result.from_master_weights else ""
+    print(f"checkpoint  {result.checkpoint}")
+    print(f"weights     {result.parameters:,} parameters in {result.tensors:,} tensors, {result.dtype}{origin}")
+    print(f"files       {result.files:,}, {readable_bytes(result.bytes)}")
+    for note in result.notes:
         print(f"note: {note}")
     print(f"wrote {output}")
     return 0
@@ -176,34 +175,35 @@ def to_hf(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Tells whether a checkpoint and a Hugging Face model directory are the same model: every tensor, the tokenizer,
-    and the states of every layer and the logits on a text. Exit status 0 if they are, 1 if not.
+    """Verifies that a checkpoint and a Hugging Face model directory are the same model: compares every tensor, the
+    tokenizer, and the hidden states of every layer and the logits on a text. Exit status 0 if they match, 1 if not.
 
-    Both models are run on the CPU in fp32, one after the other.
+    Both models run on the CPU in fp32, one after the other.
     """
 
     checkpoint: PathText
-    """A step_* directory, a directory of checkpoints (its newest) or a run's directory."""
+    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
     model: PathText
     """Hugging Face model directory."""
     text: PathText | None = None
-    """Text file to run through both models; by default some lines that are built in."""
+    """UTF-8 text file to run through both models; by default, a short built-in text."""
     tolerance: float = 1e-4
-    """Largest difference of states and logits, against the largest number there."""
+    """Tolerance of hidden states and logits, relative to their largest value."""
     logits: bool = True
-    """Run the models; false compares tensors and tokenizers alone, in little memory."""
+    """Run both models to compare hidden states and logits; --no-logits compares only tensors and tokenizers, in little
+    memory."""
     ignore_config_field: list[str] = field(default_factory=list)
-    """Fields of config.json that are not known here and do not change the maths; you vouch for it."""
+    """Unknown fields of config.json to ignore; use only for fields that do not affect the computation."""
     output: PathText | None = None
-    """JSON file to write the whole report to."""
+    """JSON file to write the full report to."""
     overwrite: bool = False
-    """Replace a report that is there."""
+    """Replace an existing report."""
 
 
 def verify(argv: Sequence[str]) -> int:
     options = parse_options(VerifyOptions, "convert verify", argv)
     if not options.tolerance >= 0:
-        raise UserError(f"--tolerance is {options.tolerance}, expected a number of at least 0")
+        raise UserError(f"--tolerance is {options.tolerance}, expected a non-negative number")
 
     import json
 
@@ -217,9 +217,7 @@ def verify(argv: Sequence[str]) -> int:
 
     check_output(options.output)
     if options.output is not None and not options.overwrite and Path(options.output).exists():
-        raise UserError(
-            f"--output {options.output} is there already; choose another path, or replace it with --overwrite"
-        )
+        raise UserError(f"--output {options.output} already exists; choose another path or use --overwrite")
     report = compare(
         options.checkpoint,
         Path(options.model),
@@ -240,27 +238,27 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path}: not a readable UTF-8 file ({error}); name another file") from error
+        raise UserError(f"cannot read --text {path} as UTF-8: {error}; use another file") from error
     if not text:
-        raise UserError(f"--text {path} is empty; name a file with words")
+        raise UserError(f"--text {path} is empty; use a file with words")
     return text
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of a size such as 5GB.
+    """Parses a size such as 5GB into bytes.
 
     Raises:
-        UserError: it is none, or less than 1 MB.
+        UserError: not a size, or less than 1 MB.
     """
     match = _SIZE.fullmatch(text.strip())
     size = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
-    if size < _LEAST_SHARD:
+    if size < _MIN_SHARD_BYTES:
         raise UserError(f"{option} is {text!r}, expected a size of at least 1MB such as 500MB or 5GB")
     return size
 
 
 def _history(checkpoint: Path) -> "History | None":
-    """What the metrics of the checkpoint's run say up to it; None if they are not beside it any more."""
+    """Metrics of the checkpoint's run up to its step; None if they are no longer in its run directory."""
     from megatron_prealign.checkpoint.directory import step_of
     from megatron_prealign.conversion.card import Evaluation, History
     from megatron_prealign.evaluation.run_record import load_run
@@ -271,7 +269,7 @@ def _history(checkpoint: Path) -> "History | None":
     try:
         record = load_run(run_dir)
     except UserError as error:
-        print(f"note: the model card has no history: {error}")
+        print(f"note: no training history in the model card: {error}")
         return None
     losses: dict[str, tuple[float, float]] = {}
     for point in record.train:
@@ -292,9 +290,9 @@ def _history(checkpoint: Path) -> "History | None":
 
 
 ACTIONS: Actions = {
-    "to-hf": (to_hf, "write a checkpoint as a directory that transformers opens"),
-    "from-hf": (from_hf, "write a Hugging Face model directory as a checkpoint to train from"),
-    "verify": (verify, "tell whether a checkpoint and a Hugging Face model directory are the same model"),
+    "to-hf": (to_hf, "convert a checkpoint to a Hugging Face model directory"),
+    "from-hf": (from_hf, "convert a Hugging Face model directory to a checkpoint to train from"),
+    "verify": (verify, "verify that a checkpoint and a Hugging Face model directory are the same model"),
 }
 
 

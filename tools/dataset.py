@@ -1,4 +1,4 @@
-"""`megatron-prealign dataset`: joins, shows, checks and mends preprocessed datasets, and prepares training's caches."""
+"""`megatron-prealign dataset`: merges, inspects, verifies and repairs datasets, and builds sample index caches."""
 
 import os
 from collections.abc import Sequence
@@ -14,89 +14,89 @@ from megatron_prealign.resources import available_cores
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Joins datasets of one tokenizer into one: the shards of a preprocess run, or datasets made one by one.
+    """Merges datasets of the same tokenizer: the shards of a preprocess run, or separately made datasets.
 
-    The bytes are those of Megatron-LM's own merge, and for shards those of the run without --shard.
+    The output is byte-identical to Megatron-LM's own merge and, for shards, to the run without --shard.
     """
 
     input: list[PrefixText]
-    """Prefixes of the datasets, or their .bin files, in the order of their documents; shards in any order."""
+    """Prefixes or .bin files of the datasets, in document order; shards in any order."""
     output: PrefixText
-    """PREFIX: path of the files to write, without the ending."""
+    """PREFIX: path of the output files, without extension."""
     workers: int | None = None
-    """Threads that copy; by default one for each CPU core this process may use."""
+    """Number of copy threads; default: available CPU cores."""
     language: LanguageText | None = None
-    """Language code of the result, for datasets of different languages."""
+    """Language code of the merged dataset, for datasets with different languages."""
     drop_words: bool = False
-    """Leave PREFIX.words out, for datasets of which only some were made with a segmenter."""
+    """Omit PREFIX.words, for datasets of which only some were made with a segmenter."""
     allow_missing: bool = False
-    """Take missing shards for empty ones: with --language-key, preprocess writes no files for a language that a shard
-    has no document of."""
+    """Treat missing shards as empty: with --language-key, preprocess writes no files for a language without documents
+    in a shard."""
     without_sidecar: bool = False
-    """Join .bin and .idx alone, for files of Megatron-LM's own tools; no .json is read or written."""
+    """Merge only .bin and .idx, for files of Megatron-LM's own tools; no .json is read or written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Shows what is in a dataset: counts, lengths of the documents, frequent tokens, samples of the text.
+    """Summarises a dataset: counts, document lengths, frequent tokens and sample documents.
 
-    Lengths are those of all documents, tokens are sampled; memory does not depend on the size.
+    Lengths cover all documents, tokens are sampled; memory does not depend on the size.
     """
 
     input: PrefixText
-    """Prefix of the dataset, or its .bin file."""
+    """Prefix or .bin file of the dataset."""
     tokenizer: PathText | None = None
-    """Tokenizer that decodes; by default the one that PREFIX.json names, if it is still there."""
+    """Tokenizer for decoding; default: the one named in PREFIX.json, if it still exists."""
     samples: int = 3
-    """Documents to show, spread evenly from the first on."""
+    """Number of documents to show, evenly spaced from the first on."""
     json: bool = False
-    """Print one JSON object instead."""
+    """Print a JSON object instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Reads datasets whole and lists everything that cannot be right; exit status 2 if anything is wrong.
+    """Reads datasets completely and lists all problems; exit status 2 if there are any.
 
-    Looked at are header, sizes and sums, ids, ends of documents, checksums, marks of words, the counts of PREFIX.json.
+    Checks headers, sizes, ids, document ends, checksums, word bitmaps and the counts in PREFIX.json.
     """
 
     input: list[PrefixText]
-    """Prefixes of the datasets, or their .bin files."""
+    """Prefixes or .bin files of the datasets."""
     tokenizer: PathText | None = None
-    """Also compare with this tokenizer."""
+    """Tokenizer to compare with."""
     workers: int | None = None
-    """Threads that read; by default one for each CPU core this process may use."""
+    """Number of reader threads; default: available CPU cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions:
-    """Makes PREFIX.idx and the counts and checksums in PREFIX.json again from PREFIX.bin.
+    """Rebuilds PREFIX.idx and the counts and checksums in PREFIX.json from PREFIX.bin.
 
-    Every document must end with the end-of-document id. Also gives token files of other tools a PREFIX.json. Older
-    files are kept as .bak.
+    Every document must end with the end-of-document id. Also creates PREFIX.json for token files of other tools.
+    Replaced files are kept as .bak.
     """
 
     input: PrefixText
-    """Prefix of the dataset, or its .bin file."""
+    """Prefix or .bin file of the dataset."""
     tokenizer: PathText | None = None
-    """Tokenizer that made the ids, if there is no PREFIX.json."""
+    """Tokenizer that produced the ids, if PREFIX.json does not exist."""
     language: LanguageText | None = None
-    """Language code of the documents, if there is no PREFIX.json."""
+    """Language code of the documents, if PREFIX.json does not exist."""
     dtype: Literal["auto", "uint16", "int32"] = "auto"
-    """How the tokens are stored; auto: as the old index says, or else as the vocabulary needs it."""
+    """Token dtype; auto: that of the old index, else the one that fits the file size or the vocabulary."""
     cut_tail: bool = False
-    """Move what lies behind the last whole document into PREFIX.bin.tail."""
+    """Move bytes after the last complete document to PREFIX.bin.tail."""
     drop_words: bool = False
-    """Go on without the marks of words (PREFIX.words)."""
+    """Drop the word bitmap (PREFIX.words)."""
     force: bool = False
-    """Write also if all is well, or if the tokens have changed since their checksum was taken."""
+    """Rewrite even if there is nothing to repair, or if the tokens do not match their checksum."""
     workers: int | None = None
-    """Threads that check; by default one for each CPU core this process may use."""
+    """Number of verification threads; default: available CPU cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareCacheOptions:
-    """Builds the sample index that training with the recipe will look for, without a GPU."""
+    """Builds the sample index that training with the recipe uses, without a GPU."""
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -113,11 +113,11 @@ def merge(argv: Sequence[str]) -> int:
         allow_missing=options.allow_missing,
         without_sidecar=options.without_sidecar,
     )
-    facts = result.sidecar
-    endings = [".bin", ".idx"]
-    if facts is not None:
-        endings += [".json"] if facts.segmenter is None else [f".words (by {facts.segmenter})", ".json"]
-    print(f"wrote {options.output}{', '.join(endings[:-1])} and {endings[-1]}")
+    sidecar = result.sidecar
+    extensions = [".bin", ".idx"]
+    if sidecar is not None:
+        extensions += [".json"] if sidecar.segmenter is None else [f".words (by {sidecar.segmenter})", ".json"]
+    print(f"wrote {options.output}{', '.join(extensions[:-1])} and {extensions[-1]}")
     print(f"parts      {len(result.parts):,}: {', '.join(result.parts[:8])}{', ...' if len(result.parts) > 8 else ''}")
     print(f"documents  {result.documents:,}")
     print(f"tokens     {result.tokens:,}")
@@ -128,37 +128,38 @@ def merge(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     options = parse_options(InspectOptions, "dataset inspect", argv, positional="input")
     if options.samples < 0:
-        raise UserError(f"--samples is {options.samples}, expected a number from 0")
+        raise UserError(f"--samples is {options.samples}, expected at least 0")
 
     from megatron_prealign.data.commands.inspect import inspect_dataset, render
 
-    found = inspect_dataset(_prefixes([options.input])[0], tokenizer=options.tokenizer, samples=options.samples)
+    inspection = inspect_dataset(_prefixes([options.input])[0], tokenizer=options.tokenizer, samples=options.samples)
     if options.json:
         import json
 
-        print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
+        print(json.dumps(asdict(inspection), ensure_ascii=False, indent=2))
     else:
-        print("\n".join(render(found)))
+        print("\n".join(render(inspection)))
     return 0
 
 
 def verify(argv: Sequence[str]) -> int:
     options = parse_options(VerifyOptions, "dataset verify", argv, positional="input")
     if not options.input:
-        raise UserError("--input is empty; expected the prefixes of datasets")
+        raise UserError("--input is empty, expected the prefixes of datasets")
 
     from megatron_prealign.data.commands.verify import verify as verify_dataset
 
-    wrong = 0
+    failed = 0
     for prefix in _prefixes(options.input):
         result = verify_dataset(prefix, workers=_workers(options.workers), tokenizer=options.tokenizer)
         for problem in result.problems:
-            print(f"wrong: {problem}")
-        print(f"{prefix}: {len(result.problems) or 'nothing'} wrong; checked {', '.join(result.checked) or 'nothing'}")
-        wrong += bool(result.problems)
-    if wrong:
+            print(f"problem: {problem}")
+        count, checked = len(result.problems), ", ".join(result.checked) or "nothing"
+        print(f"{prefix}: {count or 'no'} problem{'' if count == 1 else 's'}; checked {checked}")
+        failed += bool(result.problems)
+    if failed:
         raise UserError(
-            f"{wrong} of {len(options.input)} datasets {'is' if wrong == 1 else 'are'} wrong, as listed above"
+            f"{failed} of {len(options.input)} datasets {'has' if failed == 1 else 'have'} problems, as listed above"
         )
     return 0
 
@@ -169,7 +170,7 @@ def repair(argv: Sequence[str]) -> int:
     from megatron_prealign.data.commands.repair import repair as repair_dataset
 
     (prefix,) = _prefixes([options.input])
-    done = repair_dataset(
+    result = repair_dataset(
         prefix,
         tokenizer=options.tokenizer,
         language=options.language,
@@ -179,13 +180,13 @@ def repair(argv: Sequence[str]) -> int:
         force=options.force,
         workers=_workers(options.workers),
     )
-    if not done.changed:
-        print(f"{prefix}: nothing to repair; --force writes the index all the same")
+    if not result.changed:
+        print(f"{prefix}: nothing to repair; use --force to rewrite the index anyway")
         return 0
-    facts = done.sidecar
-    print(f"wrote {prefix}.idx and .json: {facts.documents:,} documents, {facts.tokens:,} tokens")
-    for path in done.kept:
-        print(f"kept {path}")
+    sidecar = result.sidecar
+    print(f"wrote {prefix}.idx and .json: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
+    for path in result.backups:
+        print(f"backup {path}")
     return 0
 
 
@@ -200,29 +201,29 @@ def prepare_cache(argv: Sequence[str]) -> int:
     from megatron_prealign.run.prepare_cache import prepare_cache as prepare
 
     done = prepare(recipe)
-    print(f"{'wrote' if done.built else 'already there:'} {done.directory}")
+    print(f"{'wrote' if done.built else 'already exists:'} {done.directory}")
     print(f"samples  {done.samples:,} of {recipe.data.seq_length:,} tokens")
     print(f"index    {done.bytes:,} bytes")
     if recipe.data.cache is None:
-        print("data.cache is not set: only runs with this logging.run_dir look there")
+        print("data.cache is not set: only runs with this logging.run_dir will use it")
     return 0
 
 
-def _prefixes(given: Sequence[str]) -> list[str]:
-    """Takes the .bin files of datasets for the datasets, so that a pattern of the shell can name them."""
-    return [name.removesuffix(".bin") if os.path.isfile(name) else name for name in given]
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Converts paths of .bin files to prefixes, so that shell patterns can select datasets."""
+    return [name.removesuffix(".bin") if os.path.isfile(name) else name for name in names]
 
 
-def _workers(given: int | None) -> int:
-    return available_cores() if given is None else given
+def _workers(requested: int | None) -> int:
+    return available_cores() if requested is None else requested
 
 
 ACTIONS: Actions = {
-    "merge": (merge, "join shards or datasets into one"),
-    "inspect": (inspect, "counts, lengths of documents, frequent tokens, decoded samples"),
-    "verify": (verify, "read everything and list what is wrong"),
-    "repair": (repair, "make the index and the counts again from the tokens"),
-    "prepare-cache": (prepare_cache, "make the sample index of a recipe before training does"),
+    "merge": (merge, "merge shards or datasets into one"),
+    "inspect": (inspect, "show counts, document lengths, frequent tokens and decoded samples"),
+    "verify": (verify, "read everything and list all problems"),
+    "repair": (repair, "rebuild the index and the counts from the tokens"),
+    "prepare-cache": (prepare_cache, "build the sample index of a recipe before training"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary`: builds and merges word-translation tables, measures them and shows them at work."""
+"""`megatron-prealign dictionary`: builds, merges, evaluates and previews word-translation tables."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.tools.dictionary_preview import preview
-from megatron_prealign.tools.dictionary_report import replaces_nothing, report
+from megatron_prealign.tools.dictionary_report import no_keys_message, report
 
 if TYPE_CHECKING:
     from megatron_prealign.dictionary.build import BuildReport, BuildSettings
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Builds the word-translation table (table.safetensors) from word lists."""
+    """Builds a word-translation table (table.safetensors) from word lists."""
 
     input: list[PathText]
-    """Word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de), one or more; translations of a word join.
+    """One or more word lists as FILE:SOURCE-TARGET (list.tsv.gz:en-de); translations of the same word are merged.
 
-    SOURCE is the language of the headwords. Of files that belong together (dictd, StarDict, PanLex) name any one. Text
-    files may be compressed with gzip, zstd or bzip2.
+    SOURCE is the language of the headwords. For multi-file dictionaries (dictd, StarDict, PanLex), give any one file.
+    Text files may be compressed with gzip, zstd or bzip2.
     """
     tokenizer: PathText
-    """Hugging Face tokenizer directory or sentencepiece model file, the one the corpora were preprocessed with."""
+    """Hugging Face tokenizer directory or sentencepiece model file that the corpora were preprocessed with."""
     output: PathText
-    """Table file to write; an older table there is replaced, any other file is not."""
+    """Table file to write. An existing table is overwritten, other files are not."""
     languages: str | None = None
-    """Languages of the columns (en-de, or en-de-fr for lists of three), for inputs that do not name their own."""
+    """Languages of the columns (en-de, or en-de-fr for three columns) for inputs without a language suffix."""
     format: Literal[
         "auto",
         "pairs",
@@ -53,88 +53,88 @@ class BuildOptions:
         "panlex",
         "pyglossary",
     ] = "auto"
-    """Format of the inputs; auto looks at each file.
+    """Format of the inputs; auto detects the format of each file.
 
-    pairs is JSON {"src_text", "tgt_text"} a line, words JSON {"words": "a $ b $ c"}; tsv, csv and space (MUSE) have a
-    column for each language and with --weights one more; cedict is CC-CEDICT, wiktextract the translations of a
-    Wiktionary and wiktextract-glosses its definitions, pyglossary all that this package reads.
+    pairs is one JSON {"src_text", "tgt_text"} per line, words one JSON {"words": "a $ b $ c"} per line. tsv, csv and
+    space (MUSE) have one column per language, plus one with --weights. cedict is CC-CEDICT, wiktextract the
+    translations of a Wiktionary, wiktextract-glosses its definitions, and pyglossary any format that pyglossary reads.
     """
     source: LanguageText | None = None
-    """Language whose words are to be replaced: lists that have it in another column are turned around."""
+    """Language whose words are replaced. Lists that have it in another column are reversed."""
     pivot: LanguageText | None = None
-    """Join lists over this language: de-en and en-ru become de-ru. The lists themselves serve as a bridge alone."""
+    """Join lists over this pivot language: de-en and en-ru become de-ru. The pairs of the pivot itself are dropped."""
     pivot_ambiguous: Literal["drop", "keep"] = "drop"
-    """Joined pairs that only one pivot word of several meanings supports."""
+    """Whether to drop or keep joined pairs that are supported by only one ambiguous pivot word."""
     pivot_bridge: bool = False
-    """Keep also the pairs of the pivot language."""
+    """Also keep the pairs of the pivot language."""
     corpus: list[PrefixText] = field(default_factory=list)
-    """Prefixes of preprocessed datasets: coverage is measured and words are counted in them."""
+    """Prefixes of preprocessed datasets for measuring coverage and counting words."""
     notes: Literal["drop", "keep"] = "drop"
-    """Notes in brackets and markup inside words."""
+    """Whether to drop or keep notes in brackets and markup in words."""
     scripts: Literal["check", "any"] = "check"
-    """Leave out pairs with a word that has no letter of any script of its language, and refuse lists whose columns are
-    the other way round."""
+    """With check, drop pairs with a word that has no letter of its language's scripts, and reject lists with swapped
+    columns."""
     min_characters: int = 1
-    """Shortest word, in characters."""
+    """Minimum length of a word in characters."""
     max_characters: int = 100
-    """Longest word or phrase, in characters."""
+    """Maximum length of a word or phrase in characters."""
     max_words: int | None = None
-    """Longest translation, in words."""
+    """Maximum length of a translation in words."""
     min_count: int = 0
-    """Least occurrences of a source word in the corpora of its language."""
+    """Minimum number of occurrences of a source word in the corpora of its language."""
     min_target_count: int = 0
-    """Least occurrences of a translation in the corpora of its language."""
+    """Minimum number of occurrences of a translation in the corpora of its language."""
     max_translations: int = 4
-    """Most translations of a word in one language; the first by --order are kept."""
+    """Maximum number of translations of a word per language; the first ones by --order are kept."""
     order: Literal["file", "weight", "frequency"] = "file"
-    """Which translations come first: the lists' own order, the heaviest, or the most frequent in the corpora."""
+    """Order of translations: order of the lists, descending weight, or descending frequency in the corpora."""
     max_target_tokens: int = 8
-    """Longest translation, in tokens; it may be several words."""
+    """Maximum length of a translation in tokens; it may have several words."""
     drop_identical: bool = True
-    """Leave out pairs whose two words are the same tokens."""
+    """Drop pairs whose two words have identical tokens."""
     licence: str = ""
-    """Licence of the lists that do not tell their own, noted in the table."""
+    """Licence to store in the table for lists that do not state one."""
     weights: bool = False
-    """Every line of a list in columns has one more: the weight of the translation in the draw, a number above 0.
+    """Lists in columns have an extra last column with the sampling weight of the translation, a number above 0.
 
-    JSON has it as "weight" without this option, 1 where there is none; of a pair given several times the largest.
+    JSON lists may have "weight" without this option (default 1). A repeated pair gets its largest weight.
     """
     max_tokens: int = 5_000_000
-    """Tokens of each corpus to look at."""
+    """Maximum number of tokens to sample from each corpus."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At a line that cannot be read: stop, or skip it and list the first 100."""
+    """What to do at a malformed line: stop, or skip it and list the first 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Puts tables of one tokenizer together, as if their lists had been built into one."""
+    """Merges tables of the same tokenizer, as if one table had been built from all their lists."""
 
     table: list[PathText]
-    """Table files, two or more; of the translations of a word those of the first table come first."""
+    """Two or more table files; translations of earlier tables come first."""
     tokenizer: PathText
-    """The tokenizer that they were built with."""
+    """Tokenizer that the tables were built with."""
     output: PathText
-    """Table file to write; an older table there is replaced, any other file is not."""
+    """Table file to write. An existing table is overwritten, other files are not."""
     max_translations: int = 4
-    """Most translations of a word in one language; the first ones are kept."""
+    """Maximum number of translations of a word per language; the first ones are kept."""
     order: Literal["file", "weight"] = "file"
-    """Which translations come first: those of the first table, or the heaviest."""
+    """Order of translations: order of the tables, or descending weight."""
     max_target_tokens: int = 8
-    """Longest translation, in tokens."""
+    """Maximum length of a translation in tokens."""
     drop_identical: bool = True
-    """Leave out pairs whose two words are the same tokens."""
+    """Drop pairs whose two words have identical tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageOptions:
-    """Measures which share of the running words of corpora a table knows."""
+    """Measures the percentage of running words in corpora that a table covers."""
 
     table: PathText
     """Table file."""
     corpus: list[PrefixText]
-    """Prefixes of preprocessed datasets, one or more."""
+    """One or more prefixes of preprocessed datasets."""
     max_tokens: int = 5_000_000
-    """Tokens of each corpus to look at."""
+    """Maximum number of tokens to sample from each corpus."""
 
 
 def build(argv: Sequence[str]) -> int:
@@ -175,7 +175,7 @@ def build(argv: Sequence[str]) -> int:
 
 
 def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[DictionaryInput]]":
-    """Everything that can be wrong with the options alone, before anything is read."""
+    """Checks the options and converts them, before any file is read."""
     from megatron_prealign.dictionary.build import BuildSettings
     from megatron_prealign.dictionary.groups import Cleaning
     from megatron_prealign.dictionary.readers import parse_input
@@ -200,9 +200,9 @@ def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[Dic
     ]
     if not inputs:
         raise UserError("--input is empty, expected one or more word lists as FILE:SOURCE-TARGET")
-    # Unlike Path.resolve it does not mind a link that leads to itself, which reading the list will name.
+    # Unlike Path.resolve, realpath does not raise on a symlink loop, which is reported when the list is read.
     if os.path.realpath(options.output) in [os.path.realpath(each.path) for each in inputs]:
-        raise UserError(f"--output is {options.output}, one of the lists, which it would overwrite; name another file")
+        raise UserError(f"--output {options.output} would overwrite an input list; choose another path")
     languages = {language for each in inputs for language in each.languages}
     for name in ("source", "pivot"):
         language = getattr(options, name)
@@ -210,8 +210,8 @@ def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[Dic
             raise UserError(f"--{name} is {language}, expected a language of the lists: {', '.join(sorted(languages))}")
     if settings.needs_counts and not options.corpus:
         raise UserError(
-            "--min-count, --min-target-count and --order frequency count words in corpora; name preprocessed datasets "
-            "with --corpus"
+            "--min-count, --min-target-count and --order frequency need word counts of corpora; add preprocessed "
+            "datasets with --corpus"
         )
     return settings, cleaning, inputs
 
@@ -239,7 +239,7 @@ def merge(argv: Sequence[str]) -> int:
         drop_identical=options.drop_identical,
     )
     if len(options.table) < 2:
-        raise UserError("--table names one table, expected two or more to put together")
+        raise UserError(f"--table: got {len(options.table)} table, expected two or more to merge")
     check_table_output(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     tables = []
@@ -280,7 +280,7 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
     for name, count in report.rules.items():
         if count:
             print(f"{count:>12,}  {name}")
-    print(f"words encoded with {report.encoder}")
+    print(f"tokenised words with {report.encoder}")
     print(f"{table.num_groups:>12,}  groups")
     print(f"{table.num_words:>12,}  words in groups")
     print(f"{table.num_keys:>12,}  keys")
@@ -291,7 +291,7 @@ def _print_coverage(table: "DictionaryTable", corpora: "Sequence[Coverage]") -> 
     replaced = table.replaced_languages()
     for corpus in corpora:
         if corpus.language not in replaced:
-            print(replaces_nothing(corpus.prefix, corpus.language, replaced))
+            print(no_keys_message(corpus.prefix, corpus.language, replaced))
             continue
         print(
             f"coverage of {corpus.prefix} ({corpus.language}): {corpus.share:.1%} "
@@ -301,10 +301,10 @@ def _print_coverage(table: "DictionaryTable", corpora: "Sequence[Coverage]") -> 
 
 ACTIONS: Actions = {
     "build": (build, "build a table from word lists"),
-    "merge": (merge, "put tables of one tokenizer together"),
-    "report": (report, "what a table is worth on corpora, as JSON and HTML"),
-    "coverage": (coverage, "share of the running words of corpora that a table knows"),
-    "preview": (preview, "what code-switching will do to a dataset, row by row"),
+    "merge": (merge, "merge tables of the same tokenizer"),
+    "report": (report, "evaluate a table on corpora, as JSON and HTML"),
+    "coverage": (coverage, "measure the percentage of running words in corpora that a table covers"),
+    "preview": (preview, "show the effect of code-switching on samples of a dataset"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary preview`: rows of a dataset as code-switching would make them."""
+"""`megatron-prealign dictionary preview`: shows samples of a dataset before and after code-switching."""
 
 import os
 import shutil
@@ -25,56 +25,55 @@ DEFAULT_SEED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewOptions:
-    """Shows what code-switching will do to a dataset: rows drawn from all over it, the original beside the result.
+    """Shows the effect of code-switching on samples drawn evenly from a dataset, original next to result.
 
-    Every option that is not given has the recipe's value if there is a recipe, and else that of a recipe with `ratio`
-    alone.
+    Omitted options default to the recipe's values, or without a recipe to those of a recipe with only `ratio` set.
     """
 
     config: PathText | None = None
     """Recipe to take the table, the data, the seed and the code_switch section from."""
     table: PathText | None = None
-    """Table file; the recipe's by default. Without a recipe nothing of it is held out."""
+    """Table file; default: the recipe's. Without a recipe, no groups are held out."""
     data: PrefixText | None = None
-    """Prefix of a preprocessed dataset; the recipe's blend by default."""
+    """Prefix of a preprocessed dataset; default: the recipe's blend."""
     tokenizer: PathText | None = None
-    """Tokenizer of the dataset; by default the recipe's, or the one that the dataset's .json names."""
+    """Tokenizer of the dataset; default: the recipe's, or the one recorded in the dataset's .json."""
     rows: int = 20
-    """Rows to show."""
+    """Number of samples to show."""
     seq_length: int | None = None
-    """Tokens a row; without a recipe 256."""
+    """Sequence length in tokens; 256 without a recipe."""
     seed: int | None = None
-    """Decides the rows and every draw; without a recipe 1."""
+    """Seed of the samples and of all draws; 1 without a recipe."""
     consumed_tokens: int = 0
-    """Tokens of the phase already trained on, for a ratio with a schedule."""
+    """Number of tokens already trained on in the phase, for a ratio with a schedule."""
     ratio: float | None = None
-    """Share of the words to replace, from 0 to 1; without a recipe 0.05. Given here it stays the same throughout."""
+    """Fraction of words to replace, from 0 to 1; 0.05 without a recipe. Disables the schedule of the recipe."""
     ratio_of: Literal["occurrences", "words"] | None = None
-    """Of which words ratio is the share: of those that the table knows, or of all running words."""
+    """Base of the ratio: words that the table knows (occurrences), or all running words (words)."""
     label_mode: Literal["input_only", "codeswitch", "no_predict", "mix"] | None = None
-    """What replaced words do to the labels."""
+    """Effect of replaced words on the labels."""
     language_weights: dict[str, float] | None = None
-    """Weight of each target language in the draw, as --language_weights.de 2 or '{"de": 2}'."""
+    """Sampling weight of each target language, as --language_weights.de 2 or '{"de": 2}'."""
     language_ratios: dict[str, float] | None = None
-    """Ratio of single target languages."""
+    """Ratio of individual target languages."""
     source_languages: list[str] | None = None
-    """Only rows of these languages are switched."""
+    """Languages whose sequences are switched."""
     candidate_weights: Literal["table", "uniform"] | None = None
-    """How a translation is drawn among those of one language."""
+    """Weights for drawing a translation among those of one language."""
     min_word_length: int | None = None
-    """Shortest source word that is replaced, in characters."""
+    """Minimum length of a replaced source word in characters."""
     max_word_length: int | None = None
-    """Longest source word that is replaced, in characters."""
+    """Maximum length of a replaced source word in characters."""
     case: Literal["follow", "keep", "exact"] | None = None
-    """In which case words are found and translations written."""
+    """How the case of words is matched and applied to translations."""
     lookahead: int | None = None
-    """Tokens read beyond a row's end to fill a row that became shorter."""
+    """Number of tokens read beyond the end of a sequence to refill it when switching shortens it."""
     labels: bool = False
-    """Also show what every input token is to predict; best with a small --seq-length."""
+    """Also show the label of every input token; best with a small --seq-length."""
     html: PathText | None = None
-    """Also write the rows as one HTML page."""
+    """HTML page to write the samples to, in addition to the text output."""
     color: Literal["auto", "always", "never"] = "auto"
-    """Colours; auto means on a terminal, unless NO_COLOR is set."""
+    """When to use colours; auto uses them on a terminal unless NO_COLOR is set."""
 
 
 def preview(argv: Sequence[str]) -> int:
@@ -94,17 +93,17 @@ def preview(argv: Sequence[str]) -> int:
     if options.data is not None:
         _check_length(options.data, data.seq_length)
     seed = options.seed if options.seed is not None else (recipe.training.seed if recipe else DEFAULT_SEED)
-    made = make_preview(
-        table, section, data, tokenizer, rows=options.rows, seed=seed, consumed_tokens=options.consumed_tokens
+    result = make_preview(
+        table, section, data, tokenizer, num_samples=options.rows, seed=seed, consumed_tokens=options.consumed_tokens
     )
     if options.html is not None:
-        _write_page(made, Path(options.html))
-    look = TextStyle(color=_wants_color(options.color), width=_terminal_width())
-    for line in render_preview(made, look, labels=options.labels):
+        _write_page(result, Path(options.html))
+    style = TextStyle(color=_wants_color(options.color), width=_terminal_width())
+    for line in render_preview(result, style, labels=options.labels):
         print(line)
-    if len(made.rows) < options.rows:
+    if len(result.samples) < options.rows:
         print(
-            f"the data has {len(made.rows)} rows of {made.seq_length} tokens, fewer than the {options.rows} asked for"
+            f"the data has only {len(result.samples)} samples of {result.seq_length} tokens, --rows is {options.rows}"
         )
     if options.html is not None:
         print(f"wrote {options.html}")
@@ -114,12 +113,12 @@ def preview(argv: Sequence[str]) -> int:
 def _check(options: PreviewOptions) -> None:
     if options.config is None and (options.table is None or options.data is None):
         missing = " and ".join(f"--{name}" for name in ("table", "data") if getattr(options, name) is None)
-        raise UserError(f"dictionary preview: {missing} not given; name the table and the dataset, or give --config")
+        raise UserError(f"dictionary preview: missing {missing}; set --table and --data, or use --config")
     limits = {"rows": (1, 2**31), "seq_length": (1, 2**20), "seed": (0, 2**64 - 1), "consumed_tokens": (0, 2**63)}
-    for name, (least, most) in limits.items():
+    for name, (minimum, maximum) in limits.items():
         value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number from {least} to {most}")
+        if value is not None and not minimum <= value <= maximum:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number from {minimum} to {maximum}")
     if options.ratio is not None and not 0.0 <= options.ratio <= 1.0:
         raise UserError(f"--ratio is {options.ratio}, expected a number from 0 to 1")
 
@@ -148,7 +147,7 @@ def _section(options: PreviewOptions, recipe: Recipe | None) -> CodeSwitchSectio
 
 
 def _data(options: PreviewOptions, recipe: Recipe | None) -> DataSection:
-    """The recipe's blend, or the one dataset that is named."""
+    """Returns the recipe's blend, or the dataset of --data."""
     length = options.seq_length
     if recipe is not None:
         data = recipe.data if length is None else replace(recipe.data, seq_length=length)
@@ -164,8 +163,8 @@ def _data(options: PreviewOptions, recipe: Recipe | None) -> DataSection:
     tokenizer = options.tokenizer or sidecar.tokenizer.path
     if options.tokenizer is None and not Path(tokenizer).exists():
         raise UserError(
-            f"{sidecar_path(options.data)}: names tokenizer {tokenizer}, which is not there; give --tokenizer with the "
-            "one that the dataset was preprocessed with"
+            f"{sidecar_path(options.data)}: tokenizer {tokenizer} does not exist; use --tokenizer to set the tokenizer "
+            "that the dataset was preprocessed with"
         )
     source = DataSource(path=options.data, language=sidecar.language)
     return DataSection(
@@ -188,7 +187,7 @@ def _open(options: PreviewOptions, recipe: Recipe | None, data: DataSection) -> 
             table=options.table, held_out_fraction=section.held_out_fraction if section is not None else 0.0
         )
     if section is None:
-        raise UserError(f"{options.config}: has no dictionary section; add one or give --table")
+        raise UserError(f"{options.config}: section dictionary is missing; add it or use --table")
     table = load_table(section.table)
     for source in data.sources:
         table.check_tokenizer(load_sidecar(source.path).tokenizer.fingerprint, f"dataset {source.path}")
@@ -203,7 +202,7 @@ def _check_length(prefix: str, seq_length: int) -> None:
     tokens = load_sidecar(prefix).tokens
     if tokens <= seq_length:
         raise UserError(
-            f"{prefix}: {tokens} tokens, one row needs --seq-length + 1 = {seq_length + 1}; lower --seq-length"
+            f"{prefix}: got {tokens} tokens, expected at least --seq-length + 1 = {seq_length + 1}; lower --seq-length"
         )
 
 
@@ -211,17 +210,17 @@ def _check_page(path: Path) -> None:
     from megatron_prealign.files.directories import check_writable
 
     if path.is_dir():
-        raise UserError(f"--html is {path}, a directory; expected a file to write")
+        raise UserError(f"--html {path} is a directory, expected a file path")
     check_writable(path.parent, f"--html {path}")
 
 
-def _write_page(made: "Preview", path: Path) -> None:
+def _write_page(preview: "Preview", path: Path) -> None:
     from megatron_prealign.code_switch.preview_page import render_page
     from megatron_prealign.files.atomic import write_atomically
     from megatron_prealign.files.directories import writing
 
     with writing(path, "page"), write_atomically(path) as temporary:
-        temporary.write_text(render_page(made), encoding="utf-8")
+        temporary.write_text(render_page(preview), encoding="utf-8")
 
 
 def _wants_color(choice: str) -> bool:

@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary report`: what a table is worth on corpora, as JSON and as an HTML page."""
+"""`megatron-prealign dictionary report`: evaluates a table on corpora, as JSON and as an HTML page."""
 
 import json
 from collections.abc import Sequence
@@ -12,26 +12,26 @@ from megatron_prealign.recipe.describe import PathText, PrefixText
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Measures a table on corpora: coverage, switch rate, lengths, ambiguity, unknown words; with switched samples."""
+    """Evaluates a table on corpora: coverage, switch rate, lengths, ambiguity, unknown words and switched samples."""
 
     table: PathText
     """Table file."""
     corpus: list[PrefixText]
-    """Prefixes of preprocessed datasets, one or more."""
+    """One or more prefixes of preprocessed datasets."""
     output: PathText
-    """Directory to write report.json and report.html into."""
+    """Directory to write report.json and report.html to."""
     tokenizer: PathText | None = None
-    """Tokenizer of the datasets; by default the one that their .json name."""
+    """Tokenizer of the datasets; default: the one recorded in their .json files."""
     ratio: float = 0.05
-    """Ratio of code-switching that the rates are for, from 0 to 1."""
+    """Code-switching ratio assumed for the switch rates, from 0 to 1."""
     samples: int = 20
-    """Switched words to show of each corpus."""
+    """Number of switched words to show for each corpus."""
     unknown_words: int = 50
-    """Most frequent unknown words to list."""
+    """Number of most frequent unknown words to list."""
     max_tokens: int = 5_000_000
-    """Tokens of each corpus to look at."""
+    """Maximum number of tokens to sample from each corpus."""
     seed: int = 1
-    """Decides the samples."""
+    """Seed of the samples."""
 
 
 def report(argv: Sequence[str]) -> int:
@@ -63,29 +63,28 @@ def report(argv: Sequence[str]) -> int:
     for path in paths:
         if path not in loaded:
             loaded[path] = load_tokenizer(path)
-    made = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
+    result = make_report(table, options.corpus, [loaded[path] for path in paths], settings)
     files = [directory / "report.html", directory / "report.json"]
     with writing(directory / "report.html", "report"), write_all_atomically(files) as (page, values):
-        page.write_text(render_page(made), encoding="utf-8")
-        values.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        page.write_text(render_page(result), encoding="utf-8")
+        values.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     replaced = table.replaced_languages()
-    for corpus in made["corpora"]:
+    for corpus in result["corpora"]:
         if corpus["language"] not in replaced:
-            print(replaces_nothing(corpus["prefix"], corpus["language"], replaced))
+            print(no_keys_message(corpus["prefix"], corpus["language"], replaced))
             continue
         print(
             f"{corpus['prefix']} ({corpus['language']}): {corpus['coverage']:.1%} of {corpus['running_words']:,} "
-            f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} different ones, "
+            f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} distinct words, "
             f"{corpus['switch_rate']:.2%} switched at a ratio of {options.ratio:g}"
         )
     print(f"wrote {directory / 'report.json'} and {directory / 'report.html'}")
     return 0
 
 
-def replaces_nothing(prefix: str, language: str, replaced: Sequence[str]) -> str:
-    """What stands in place of shares for a corpus whose language the table has no keys for."""
-    only = f"words of {language}, only of {', '.join(replaced)}" if replaced else "words at all"
-    return f"{prefix} ({language}): the table replaces no {only}"
+def no_keys_message(prefix: str, language: str, replaced: Sequence[str]) -> str:
+    """Line printed instead of the coverage for a corpus in a language without keys in the table."""
+    return f"{prefix} ({language}): the table has no keys for {language}, only for {', '.join(replaced) or 'none'}"
 
 
 def _tokenizer_of(prefix: str) -> str:
@@ -94,7 +93,7 @@ def _tokenizer_of(prefix: str) -> str:
     tokenizer = load_sidecar(prefix).tokenizer.path
     if not Path(tokenizer).exists():
         raise UserError(
-            f"{sidecar_path(prefix)}: names tokenizer {tokenizer}, which is not there; give --tokenizer with the one "
-            "that the dataset was preprocessed with"
+            f"{sidecar_path(prefix)}: tokenizer {tokenizer} does not exist; use --tokenizer to set the tokenizer that "
+            "the dataset was preprocessed with"
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""`megatron-prealign doctor`: one line a part of the installation, and the fix where one is needed."""
+"""`megatron-prealign doctor`: checks the installation and suggests fixes."""
 
 import dataclasses
 import json
@@ -10,14 +10,15 @@ from megatron_prealign.cli.options import parse_options
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Checks the installation: one line a part, with the fix. Exit status 1 if something that is needed is broken."""
+    """Checks the installation and prints one line per part, with a fix where needed. Exit status 1 if a required part
+    is broken."""
 
     json: bool = False
-    """Print the findings as a JSON list instead."""
+    """Print the findings as a JSON list."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs all checks; returns 1 if one failed, else 0."""
+    """Runs all checks; returns 1 if any failed, else 0."""
     options = parse_options(DoctorOptions, "doctor", argv)
     from megatron_prealign.doctor.checks import CHECKS, run_checks
 

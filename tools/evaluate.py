@@ -1,4 +1,4 @@
-"""`megatron-prealign evaluate`: measures trained runs and writes the report."""
+"""`megatron-prealign evaluate`: evaluates trained runs and writes the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from megatron_prealign.recipe.describe import PathText
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Measures the newest checkpoint of each run and writes report.json, report.html and report.png."""
+    """Evaluates the newest checkpoint of each run and writes report.json, report.html and report.png."""
 
     run: list[str]
-    """Runs as NAME=DIRECTORY, one or more; the first is what the others are compared with."""
+    """Runs to evaluate, as NAME=DIRECTORY; all are compared with the first."""
     output: PathText
-    """Directory of the report."""
+    """Output directory of the report."""
     tensor_model_parallel_size: int = 1
-    """Processes that share each layer's matrices; need not be as in training."""
+    """Number of ranks that each layer's weight matrices are partitioned over; may differ from training."""
     pipeline_model_parallel_size: int = 1
-    """Stages that share the stack of layers."""
+    """Number of pipeline stages that the layers are partitioned over; may differ from training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run."""
+    """Device to run on; auto uses CUDA if a GPU is available."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command with the arguments behind its name."""
+    """Runs `megatron-prealign evaluate` with the arguments `argv`."""
     options = parse_options(EvaluateOptions, "evaluate", argv)
     runs = dict(_named_run(text) for text in options.run)
     if len(runs) != len(options.run):
-        raise UserError(f"--run names are {', '.join(options.run)}, expected every name once")
+        raise UserError(f"--run is {', '.join(options.run)}, expected every name only once")
 
     from megatron_prealign.runtime import log
 

@@ -1,4 +1,4 @@
-"""`megatron-prealign preprocess`: text files to .bin/.idx token files."""
+"""`megatron-prealign preprocess`: converts text files to .bin/.idx token files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,52 +17,53 @@ _MOST_MEBIBYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """Turns text files into PREFIX.bin, PREFIX.idx (Megatron-Core's format) and PREFIX.json (what they hold). With a
-    segmenter also PREFIX.words, one bit a token: does a word start here?"""
+    """Converts text files to PREFIX.bin and PREFIX.idx (Megatron-Core's format) and PREFIX.json (metadata). With a
+    segmenter, also writes PREFIX.words, one bit per token that marks word starts."""
 
     input: list[PathText]
-    """What to read, one or more: files, directories, patterns ('data/*.jsonl.gz') or hf:NAME[,CONFIG][:SPLIT].
+    """One or more inputs: files, directories, patterns ('data/*.jsonl.gz') or hf:NAME[,CONFIG][:SPLIT].
 
-    .jsonl (one object a line) and .txt (documents separated by blank lines), also with .gz, .zst or .bz2, and .parquet.
+    Supports .jsonl (one object per line) and .txt (documents separated by blank lines), optionally with .gz, .zst or
+    .bz2, and .parquet.
     """
     tokenizer: PathText
     """Hugging Face tokenizer directory or sentencepiece .model file."""
     output: PrefixText
-    """PREFIX: path of the files to write, without the ending.
+    """Output path without extension (PREFIX).
 
     Several text keys write PREFIX_KEY, a language key PREFIX_LANGUAGE, a shard PREFIX_00003-of-00008."""
     language: LanguageText | None = None
-    """Language code of the documents, as in the dictionary (en, de, ...)."""
+    """Language code of all documents, as in the dictionary (en, de, ...)."""
     language_key: str | None = None
-    """Instead of --language: key of the language code in each document; a dataset for each language is written."""
+    """Key of the language code in each document, instead of --language. Writes one dataset per language."""
     text_key: list[str] = field(default_factory=lambda: ["text"])
-    """Key of the text in each object or row, nested with dots (data.text); of several, each makes a dataset."""
+    """Key of the text in each object or row, nested with dots (data.text). Several keys write one dataset each."""
     join: str | None = None
-    """Makes one document of several text keys, with this between them; \\n is a line break."""
+    """Join several text keys into one document with this separator; \\n is a line break."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do at a bad document or a damaged file; skipped ones are listed in PREFIX.json."""
+    """Action for bad documents and corrupt files; skipped ones are listed in PREFIX.json."""
     segmenter: str | None = None
-    """Who finds the words of a script without spaces: jieba (Chinese), sudachi (Japanese), newmm (Thai), icu (any), all
-    from the extra megatron-prealign[segmenters], auto by language, or module:Class for your own; by default nobody."""
+    """Segmenter for scripts without spaces: jieba (Chinese), sudachi (Japanese), newmm (Thai) or icu (any), all in the
+    extra megatron-prealign[segmenters], auto (by language), or module:Class for a custom one; default: none."""
     workers: int | None = None
-    """Processes that tokenise; by default one for each CPU core this process may use."""
+    """Number of tokenising processes; default: one per available CPU core."""
     shard: str | None = None
-    """Reads one of N equal parts only, as I/N from 1/N to N/N; `megatron-prealign dataset merge` joins them."""
+    """Read only part I of N equal parts, as I/N; `megatron-prealign dataset merge` joins the outputs."""
     resume: bool = False
-    """Goes on from an unfinished run with the same options; leaves a finished one as it is."""
+    """Continue an unfinished run with the same options; keep a finished one."""
     overwrite: bool = False
-    """Replaces a dataset that lies there already."""
+    """Overwrite an existing dataset."""
     engine: Literal["auto", "plain"] = "auto"
-    """Auto encodes with gigatoken where it takes the tokenizer and gives the same ids on samples, else and with plain
-    the tokenizer's own library does."""
+    """Encoder: auto uses gigatoken if it supports the tokenizer and produces the same ids on samples, otherwise the
+    tokenizer's own library; plain always uses the latter."""
     max_document_mb: float = 16
-    """Longest document in MiB of the file; a longer one is an error."""
+    """Maximum document length in MiB of the file; a longer document is an error."""
     save_every_mb: float = 256
-    """MiB of text after which the work is saved, for --resume."""
+    """MiB of text between two saves for --resume."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command with the arguments behind its name."""
+    """Runs the command with the arguments after its name."""
     options = parse_options(PreprocessOptions, "preprocess", argv)
 
     import signal
@@ -86,16 +87,16 @@ def main(argv: Sequence[str]) -> int:
         save_every_bytes=_bytes("save-every-mb", options.save_every_mb),
     )
     for name in ("SIGTERM", "SIGHUP"):
-        # As Ctrl-C: a job that is cancelled says what is kept.
+        # Handle like Ctrl-C: a cancelled job reports what is saved.
         signal.signal(getattr(signal, name), signal.default_int_handler)
     _print(preprocess(options.input, options.tokenizer, options.output, settings))
     return 0
 
 
 def _bytes(option: str, mebibytes: float) -> int:
-    # Not a number is no number above 0, either.
+    # The comparison also rejects NaN.
     if not 0 < mebibytes < _MOST_MEBIBYTES:
-        raise UserError(f"--{option} is {mebibytes:g}; expected a number of MiB above 0")
+        raise UserError(f"--{option} is {mebibytes:g}, expected a number of MiB above 0")
     return max(int(mebibytes * (1 << 20)), 1)
 
 
@@ -104,34 +105,34 @@ def _shard(text: str | None) -> tuple[int, int] | None:
         return None
     number, _, count = text.partition("/")
     if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
-        raise UserError(f"--shard is {text!r}; expected I/N such as 1/8")
+        raise UserError(f"--shard is {text!r}, expected I/N such as 1/8")
     return int(number), int(count)
 
 
 def _print(result: "PreprocessResult") -> None:
-    for prefix, facts in result.outputs.items():
+    for prefix, sidecar in result.outputs.items():
         if not result.seconds:
-            print(f"{prefix}: already there, complete, of the same inputs and options")
+            print(f"{prefix}: already complete for these inputs and options")
             continue
-        bitmap = "" if facts.segmenter is None else f", .words (by {facts.segmenter})"
+        bitmap = "" if sidecar.segmenter is None else f", .words (by {sidecar.segmenter})"
         print(f"wrote {prefix}.bin, .idx{bitmap} and .json")
-        print(f"language         {facts.language}")
-        print(f"documents        {facts.documents:,}")
-        print(f"tokens           {facts.tokens:,} (with one end-of-document token each)")
-        print(f"text             {facts.bytes:,} bytes")
-        print(f"encoded by       {facts.engine}")
+        print(f"language         {sidecar.language}")
+        print(f"documents        {sidecar.documents:,}")
+        print(f"tokens           {sidecar.tokens:,} (including one end-of-document token per document)")
+        print(f"text             {sidecar.bytes:,} bytes")
+        print(f"encoded by       {sidecar.engine}")
     if result.text_bytes:
-        print(f"speed            {result.text_bytes / result.seconds / 1e6:.2f} MB of text a second")
-    # Where a segmenter marks the words, white space does not tell them.
-    if result.seconds and all(facts.segmenter is None for facts in result.outputs.values()):
-        print(f"tokens per word  {result.tokens_per_word:.2f} (words between white space, in a sample)")
+        print(f"speed            {result.text_bytes / result.seconds / 1e6:.2f} MB of text per second")
+    # With a segmenter, white space does not separate words.
+    if result.seconds and all(sidecar.segmenter is None for sidecar in result.outputs.values()):
+        print(f"tokens per word  {result.tokens_per_word:.2f} (words split at white space, in a sample)")
     if not result.outputs:
-        print("no document in this shard, and no language to write an empty dataset for")
+        print("no documents in this shard; no dataset written because their language is unknown")
         return
-    prefix, facts = next(iter(result.outputs.items()))
-    print(f"skipped          {facts.skipped_count:,}")
-    for problem in facts.skipped[:5]:
-        # File names that are not UTF-8 cannot be printed as they are.
+    prefix, sidecar = next(iter(result.outputs.items()))
+    print(f"skipped          {sidecar.skipped_count:,}")
+    for problem in sidecar.skipped[:5]:
+        # File names that are not UTF-8 cannot be printed unchanged.
         print(f"  {problem.where}: {problem.why}".encode(errors="backslashreplace").decode())
-    if facts.skipped_count > 5:
-        print(f"  ... the first {len(facts.skipped)} are listed in {prefix}.json")
+    if sidecar.skipped_count > 5:
+        print(f"  ... the first {len(sidecar.skipped)} are listed in {prefix}.json")

@@ -1,4 +1,4 @@
-"""`megatron-prealign pretrain`: trains as a recipe says; run it again to resume."""
+"""`megatron-prealign pretrain`: trains a model from a recipe; rerun it to resume."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from megatron_prealign.recipe.load import as_user_error, load_recipe, recipe_nam
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """Trains a model as a recipe says, in one process or under torchrun. Running the same command again resumes it."""
+    """Trains a model from a recipe, in one process or under torchrun. Rerun the same command to resume."""
 
     validate: bool = False
-    """Check the recipe and its files, print a summary and exit; needs no torch and no GPU."""
+    """Check the recipe and its files, print a summary and exit. Needs no torch and no GPU."""
     world_size: int | None = None
-    """With --validate: number of processes the run will have."""
+    """Number of processes of the run to check the recipe for, with --validate."""
     schema: bool = False
-    """Print the JSON schema of a recipe, for completion and checks in editors, and exit."""
+    """Print the JSON schema of a recipe, for completion and validation in editors, and exit."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses the recipe, then validates it or trains."""
+    """Parses the recipe and validates it or trains."""
     options, arguments = parse_recipe_arguments("pretrain", PretrainOptions, argv)
     if options.schema:
         from megatron_prealign.recipe.schema import recipe_schema
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     recipe = load_recipe(arguments)
     if options.world_size is not None and not options.validate:
-        raise UserError("--world-size is for --validate; a run takes the number of processes from torchrun")
+        raise UserError("--world-size requires --validate; training takes the number of processes from torchrun")
     if options.validate:
         from megatron_prealign.run.validate import validate
 
@@ -44,5 +44,5 @@ def main(argv: Sequence[str]) -> int:
 
     state = pretrain(recipe)
     if state.stop_requested:
-        log.logger.info("stopped at step %d, as asked; the same command goes on from there", state.step)
+        log.logger.info("stopped at step %d as requested; rerun the same command to resume", state.step)
     return 0

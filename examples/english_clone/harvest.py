@@ -1,8 +1,8 @@
-"""Harvests English text from the documentation inside installed Python packages: a corpus that every machine has.
+"""Extracts English text from the docstrings of installed Python packages: a corpus that every machine has.
 
-Writes train.jsonl and validation.jsonl (one {"text": ...} a line) and words.tsv, the dictionary of the English-Clone
-study: the most frequent words of the training text, each translated to itself (the clone has the same spelling under
-other token ids).
+Writes train.jsonl and validation.jsonl (one {"text": ...} per line) and words.tsv, the dictionary from English to
+English-Clone: the most frequent words of the training text, each translated to itself (the clone has the same spelling
+with other token ids).
 """
 
 import argparse
@@ -25,10 +25,10 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.files.directories import writing
 from megatron_prealign.progress import Progress
-from megatron_prealign.resources import without_cycle_collector
+from megatron_prealign.resources import gc_disabled
 
 STANDARD_LIBRARY = "stdlib"
-# Large and well documented; those that are not installed are passed over. Torch and transformers give the most.
+# Large, well-documented packages; missing ones are skipped. Torch and transformers have the most text.
 PACKAGES = (
     STANDARD_LIBRARY,
     *(
@@ -45,13 +45,13 @@ PACKAGES = (
     *("hypothesis", "pydantic", "setuptools", "jsonargparse", "tokenizers", "safetensors", "fsspec", "rich", "jinja2"),
     *("scipy", "pandas", "sklearn", "datasets", "deepspeed", "awkward", "triton"),
 )
-# Tests hold odd strings, vendored copies hold what another package holds already.
+# Tests contain odd strings, vendored directories contain copies of other packages.
 SKIPPED_DIRECTORIES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "_vendor", "_vendored", "__pycache__"}
 )
 MIN_CHARACTERS = 80
 MAX_SOURCE_BYTES = 2_000_000
-VALIDATION_SHARE = 0.02
+VALIDATION_FRACTION = 0.02
 
 WORD = re.compile(r"[^\W\d_]+")
 FUNCTION_WORDS = frozenset(
@@ -77,12 +77,12 @@ MARKUP = re.compile(r"[`*|]+|(?<=\w)_(?=\W|$)")
 
 @dataclass
 class Harvest:
-    """What was gathered, before it is split."""
+    """Extracted text, before the split."""
 
     documents: dict[bytes, str] = field(default_factory=dict)
-    """Digest of the normalised text -> text."""
+    """Hash of the normalised text -> text."""
     paragraphs: set[bytes] = field(default_factory=set)
-    """Digests of the paragraphs kept so far."""
+    """Hashes of the paragraphs kept so far."""
     text_bytes: int = 0
     files: int = 0
     unreadable: int = 0
@@ -94,7 +94,7 @@ def digest(text: str, seed: int | None = None) -> bytes:
 
 
 def normalised(text: str) -> str:
-    """Lower-case words with single spaces: texts that differ in numbers, markup or line breaks only are one."""
+    """Lower-case words with single spaces; ignores numbers, markup and line breaks, so that copies are recognised."""
     return " ".join(WORD.findall(text.lower()))
 
 
@@ -110,7 +110,7 @@ def is_english_prose(paragraph: str) -> bool:
 
 
 def without_code(text: str) -> str:
-    """Drops doctests with their output, fenced and `::` blocks, tables, underlines and directives."""
+    """Removes doctests with their output, fenced and `::` blocks, tables, underlines and directives."""
     kept: list[str] = []
     fenced = in_doctest = False
     block_indent: int | None = None
@@ -132,7 +132,7 @@ def without_code(text: str) -> str:
         if in_doctest or TABLE.match(line):
             continue
         if DIRECTIVE.match(line):
-            # what is indented below a code directive is code, below a note it is prose
+            # the indented block below a code directive is code, below a note it is prose
             block_indent = indent if CODE_DIRECTIVE.match(line) else None
             continue
         if line.rstrip().endswith("::"):
@@ -144,14 +144,14 @@ def without_code(text: str) -> str:
 
 
 def plain(paragraph: str) -> str:
-    """One line without bullets and inline markup, as a reader of the rendered page sees it."""
+    """One line without bullets and inline markup, as on the rendered page."""
     text = " ".join(BULLET.sub("", line).strip() for line in paragraph.splitlines())
     text = MARKUP.sub("", LINK.sub(r"\1", ROLE.sub(r"\1", text)))
     return " ".join(text.split())
 
 
 def clean(docstring: str, seen: set[bytes]) -> str:
-    """The English paragraphs of a docstring that are not among `seen` yet (they are added); may be empty."""
+    """Returns the English paragraphs of a docstring that are not in `seen`, and adds them to it; may be empty."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", without_code(inspect.cleandoc(docstring))):
         if not is_english_prose(paragraph):
@@ -159,7 +159,7 @@ def clean(docstring: str, seen: set[bytes]) -> str:
         paragraph = plain(paragraph)
         if len(CODE_CHARACTER.findall(paragraph)) > 0.02 * len(paragraph):
             continue
-        # copied paragraphs are common in documentation; one on both sides of the split would be trained on
+        # documentation often repeats paragraphs; a repeated one could be in both splits
         mark = digest(normalised(paragraph))
         if mark not in seen:
             seen.add(mark)
@@ -168,15 +168,15 @@ def clean(docstring: str, seen: set[bytes]) -> str:
 
 
 def docstrings(source: bytes, name: str) -> Iterator[str]:
-    """Docstrings of a module, its classes and functions, in order.
+    """Yields the docstrings of a module, its classes and functions, in order.
 
     Raises:
-        SyntaxError, ValueError, RecursionError: the source is not Python of this version.
+        SyntaxError, ValueError, RecursionError: the source is not valid for this Python.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(source, filename=name)
-    # only statements can hold definitions, so expressions are never walked: most of the tree
+    # only statements contain definitions; expressions, most of the tree, are not visited
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -191,7 +191,7 @@ def docstrings(source: bytes, name: str) -> Iterator[str]:
 
 
 def python_files(packages: Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, path) of the packages' sources, sorted by name; names are the same on every machine."""
+    """Returns (name, path) of the packages' sources, sorted by name; names do not depend on the machine."""
     found: dict[str, Path] = {}
     for package in packages:
         for root in package_directories(package):
@@ -203,7 +203,7 @@ def python_files(packages: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def package_directories(package: str) -> list[Path]:
-    """Directories of a package, without importing it; empty when it is not installed."""
+    """Returns the directories of a package without importing it; empty if it is not installed."""
     if package == STANDARD_LIBRARY:
         return [Path(sysconfig.get_paths()["stdlib"])]
     specification = importlib.util.find_spec(package)
@@ -211,7 +211,10 @@ def package_directories(package: str) -> list[Path]:
 
 
 def sources(packages: Sequence[str], seed: int) -> list[tuple[str, Path | None]]:
-    """All sources in a seeded order that a new package does not change among the others; None stands for topics."""
+    """Returns all sources in a seeded order; another package does not change the order of the rest.
+
+    The path of pydoc's topics is None.
+    """
     names: list[tuple[str, Path | None]] = [*python_files(packages)]
     if STANDARD_LIBRARY in packages:
         names.append(("pydoc_data.topics", None))
@@ -226,16 +229,16 @@ def texts_of(name: str, path: Path | None) -> list[str]:
     if path.stat().st_size > MAX_SOURCE_BYTES:
         return []
     source = path.read_bytes()
-    # parsing is the cost: most files of some packages hold no long string at all
+    # parsing dominates the time; most files of some packages have no long string
     if b'"""' not in source and b"'''" not in source:
         return []
     return list(docstrings(source, name))
 
 
 def gather(packages: Sequence[str], max_bytes: int, seed: int) -> Harvest:
-    """Reads sources until `max_bytes` of text are there or the sources end."""
+    """Reads sources until they yield `max_bytes` of text or end."""
     harvest = Harvest()
-    with without_cycle_collector(), Progress("harvest", total=max_bytes, unit="B", unit_scale=True) as progress:
+    with gc_disabled(), Progress("harvest", total=max_bytes, unit="B", unit_scale=True) as progress:
         for name, path in sources(packages, seed):
             try:
                 texts = texts_of(name, path)
@@ -260,21 +263,21 @@ def gather(packages: Sequence[str], max_bytes: int, seed: int) -> Harvest:
 def split(documents: dict[bytes, str], seed: int) -> tuple[list[str], list[str]]:
     """Training and validation texts in seeded order.
 
-    A document's side depends on its own normalised text alone, so it stays where it is when the corpus grows.
+    The split of a document depends only on its own normalised text, so it stays the same when the corpus grows.
     """
     train: list[str] = []
     validation: list[str] = []
     order = sorted(documents, key=lambda mark: digest(mark.hex(), seed))
     for mark in order:
-        side = validation if int.from_bytes(mark[:8], "little") < VALIDATION_SHARE * 2**64 else train
+        side = validation if int.from_bytes(mark[:8], "little") < VALIDATION_FRACTION * 2**64 else train
         side.append(documents[mark])
     return train, validation
 
 
 def frequent_words(texts: Sequence[str], count: int) -> list[str]:
-    """The `count` most frequent words as they stand between spaces, in their case and with their punctuation.
+    """Returns the `count` most frequent words, split at spaces, with case and punctuation.
 
-    The clone has every token of English but one, so its dictionary may be as broad as the text.
+    The clone translates every English token except one, so any word of the text can be in its dictionary.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -295,23 +298,27 @@ def write(output: Path, train: Sequence[str], validation: Sequence[str], words: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the three files, made when absent")
     parser.add_argument(
-        "--max-bytes", type=int, default=12_000_000, help="stop at this much text (default: %(default)s)"
+        "--output", type=Path, required=True, help="directory of the three files; created if it does not exist"
     )
-    parser.add_argument("--words", type=int, default=8_000, help="length of words.tsv (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="order of files and documents (default: %(default)s)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=12_000_000, help="size of the text to extract (default: %(default)s)"
+    )
+    parser.add_argument("--words", type=int, default=8_000, help="number of words in words.tsv (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the order of files and documents (default: %(default)s)"
+    )
     parser.add_argument(
         "--packages",
         nargs="+",
         default=list(PACKAGES),
         metavar="NAME",
-        help="packages to read, or stdlib (default: a list)",
+        help="packages to read; stdlib is the standard library (default: large packages)",
     )
     options = parser.parse_args(argv)
-    for name in ("max_bytes", "words", "seed"):
-        if getattr(options, name) < (0 if name == "seed" else 1):
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected a larger number")
+    for name, minimum in (("max_bytes", 1), ("words", 1), ("seed", 0)):
+        if getattr(options, name) < minimum:
+            parser.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(options, name)}")
     try:
         report(options, time.monotonic())
     except UserError as error:
@@ -321,13 +328,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(options: argparse.Namespace, start_s: float) -> None:
-    """Gathers, splits and writes, then prints what was written."""
+    """Extracts, splits and writes the text; prints a summary."""
     harvest = gather(options.packages, options.max_bytes, options.seed)
     train, validation = split(harvest.documents, options.seed)
     if not train or not validation:
         raise UserError(
-            f"{len(harvest.documents)} documents found in {', '.join(options.packages)}: too few to split; "
-            "name larger installed packages with --packages or raise --max-bytes"
+            f"{', '.join(options.packages)}: found {len(harvest.documents)} documents, too few for two splits; "
+            "list larger installed packages with --packages or increase --max-bytes"
         )
     words = frequent_words(train, options.words)
     write(options.output, train, validation, words)

@@ -1,7 +1,7 @@
-"""The demo: English against English-Clone, joint training against PreAlign, from raw text to the report.
+"""The demo: joint training and PreAlign on English and English-Clone, from raw text to the report.
 
-Every step is a command a user would type, and it is printed before it runs. A step whose output is there is passed
-over, so an interrupted demo goes on where it was.
+Every step is a command a user would type; it is printed before it runs. Steps whose output exists are skipped, so an
+interrupted demo can be restarted.
 """
 
 import argparse
@@ -19,10 +19,10 @@ DATA = DEMO / "data"
 PROCESSES = 2
 
 
-def run(command: Sequence[str], made: Path | None = None) -> None:
-    """Runs one command; passes it over when `made`, its last output, is there already."""
-    if made is not None and made.exists():
-        print(f"# {made} is there", flush=True)
+def run(command: Sequence[str], output: Path | None = None) -> None:
+    """Runs one command, unless its last output `output` exists."""
+    if output is not None and output.exists():
+        print(f"# {output} exists", flush=True)
         return
     print(f"$ {shlex.join(command)}", flush=True)
     threads = max(1, (os.cpu_count() or 1) // PROCESSES)
@@ -49,7 +49,7 @@ def prepare() -> None:
     run(
         megatron_prealign(
             *("train-tokenizer", "--input", train_text, "--output", str(tokenizer)),
-            # There is little text: it learns from all of it.
+            # The corpus is small: train on all of it.
             *("--vocab-size", "4096", "--clone-language", "en_clone", "--held-out", "0"),
         ),
         tokenizer,
@@ -60,7 +60,7 @@ def prepare() -> None:
             run(
                 megatron_prealign(
                     *("preprocess", "--input", str(DATA / f"{split}.jsonl"), "--tokenizer", str(tokenizer)),
-                    # The files are so small that starting more workers takes longer than the work.
+                    # Starting more workers takes longer than files of this size.
                     *("--output", str(prefix), "--language", language, "--workers", "1"),
                 ),
                 prefix.with_suffix(".json"),
@@ -70,7 +70,7 @@ def prepare() -> None:
         megatron_prealign(
             *("dictionary", "build", "--input", f"{DATA / 'words.tsv'}:en-en_clone"),
             *("--tokenizer", str(tokenizer), "--output", str(table), "--corpus", str(DATA / "train_en")),
-            # The words stand in the list as they do in the text, brackets included.
+            # The list has the words as they are in the text, brackets included.
             *("--notes", "keep"),
         ),
         table,
@@ -84,9 +84,9 @@ def main() -> int:
     start_s = time.monotonic()
     prepare()
     base = ["--config", str(HERE / "base.yaml")]
-    # Training resumes by itself; a finished run only finds that it is finished.
+    # Training resumes automatically; a finished run exits at once.
     for recipe in (base, [*base, "--config", str(HERE / "prealign.yaml")]):
-        run(megatron_prealign("pretrain", *recipe, "--validate", "--world_size", str(PROCESSES)))
+        run(megatron_prealign("pretrain", *recipe, "--validate", "--world-size", str(PROCESSES)))
         run(torchrun("pretrain", *recipe))
     run(
         megatron_prealign(

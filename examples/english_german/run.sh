@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text in two languages and a word list -> tokenizer, token files, table, two runs, report.
+# From text in two languages and a word list to a tokenizer, datasets, a table, two training runs and a report.
 # Usage: run.sh EN.jsonl.gz DE.jsonl.gz EN-DE.tsv.gz [PROCESSES]
 set -euo pipefail
 if [ $# -lt 3 ]; then
@@ -19,8 +19,8 @@ mkdir -p "$data"
   --output "$data/table.safetensors" --corpus "$data/en"
 
 train() {
-  # Says what is wrong with a recipe in one line, before any process starts.
-  megatron-prealign pretrain "$@" --validate --world_size "$processes"
+  # Reports errors of the recipe before processes start.
+  megatron-prealign pretrain "$@" --validate --world-size "$processes"
   torchrun --standalone --nproc-per-node "$processes" -m megatron_prealign pretrain "$@"
 }
 train --config "$here/base.yaml"

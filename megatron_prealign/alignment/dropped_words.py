@@ -1,4 +1,4 @@
-"""Tells which words of the dictionary are too long for the alignment phase."""
+"""Reports the dictionary words that are too long for the alignment phase."""
 
 import logging
 from pathlib import Path
@@ -9,14 +9,14 @@ from megatron_prealign.files.atomic import write_atomically
 logger = logging.getLogger(__name__)
 
 FILE = "alignment_dropped_words.tsv"
-_NAMED = 5
+_MAX_EXAMPLES = 5
 
 
 def report_dropped_words(sampler: WordSampler, max_word_tokens: int, directory: Path) -> None:
-    """Logs how many words were left out and lists all of them in `directory`: language, word, tokens."""
+    """Logs how many words are skipped and lists all of them in a file in `directory`: language, word, tokens."""
     table, words = sampler.table, sampler.usable.too_long
     if not len(words):
-        # A run that went on with a higher limit.
+        # A list from before the limit was raised.
         (directory / FILE).unlink(missing_ok=True)
         return
     text = table.word_text.tobytes()
@@ -26,12 +26,12 @@ def report_dropped_words(sampler: WordSampler, max_word_tokens: int, directory: 
         for word, spelling in zip(words, spelled, strict=True):
             tokens = table.word_offsets[word + 1] - table.word_offsets[word]
             file.write(f"{table.languages[table.word_language[word]]}\t{spelling}\t{tokens}\n")
-    different = [*dict.fromkeys(spelled)]
-    named = ", ".join(different[:_NAMED]) + (", ..." if len(different) > _NAMED else "")
+    distinct = [*dict.fromkeys(spelled)]
+    examples = ", ".join(distinct[:_MAX_EXAMPLES]) + (", ..." if len(distinct) > _MAX_EXAMPLES else "")
     logger.warning(
-        "alignment leaves out %s words of more than alignment.max_word_tokens (%d) tokens (%s); all are listed in %s",
+        "alignment skips %s words longer than alignment.max_word_tokens = %d tokens (%s); full list in %s",
         f"{len(words):,}",
         max_word_tokens,
-        named,
+        examples,
         directory / FILE,
     )

@@ -1,4 +1,4 @@
-"""Which blocks the alignment phase leaves as they are (AlignFreeze)."""
+"""Blocks that the alignment phase freezes (AlignFreeze)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from megatron_prealign.recipe import Recipe
 
 
 def frozen_parameters(recipe: Recipe, models: Sequence[GPTModel]) -> Iterator[torch.nn.Parameter]:
-    """Parameters of the lower or upper half of the blocks, as far as this rank holds them; of an odd number of blocks
+    """Parameters of the frozen half of the blocks, lower or upper, that are on this rank. With an odd number of blocks
     the middle one belongs to the upper half. Embeddings and the final norm are always trained."""
     freeze = "none" if recipe.alignment is None else recipe.alignment.freeze
     if freeze == "none":

@@ -1,4 +1,4 @@
-"""How words are spread over ranks and microbatches, and their states at every layer brought back."""
+"""Distribution of words over ranks and microbatches, and collection of their states at every layer."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from numpy.typing import NDArray
 
 from megatron_prealign.alignment.packing import WordBatch, lay_out_words
 from megatron_prealign.alignment.taps import LayerTaps, no_loss
-from megatron_prealign.model.attention import keeps_documents_apart
+from megatron_prealign.model.attention import supports_document_mask
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule, unwrap
 
 
 @dataclass(frozen=True)
 class WordLayout:
-    """Data-parallel rank d has the d-th part of the words, cut into microbatches; of each microbatch, tensor-parallel
+    """Data-parallel rank d has the d-th part of the words, split into microbatches; of each microbatch, tensor-parallel
     rank t gets the t-th part back from the taps.
 
     Attributes:
-        data_size, tensor_size: ranks.
-        data_rank: this rank's.
-        packed: several words share a row.
-        multiple: rows have a multiple of so many tokens.
-        dtype: of the activations.
-        device: where the batches go.
+        data_size, tensor_size: data- and tensor-parallel size.
+        data_rank: data-parallel rank of this process.
+        packed: whether several words share a row.
+        multiple: row lengths are padded to a multiple of this.
+        dtype: dtype of the activations.
+        device: device of the batches.
     """
 
     data_size: int
@@ -38,38 +38,38 @@ class WordLayout:
 
     @classmethod
     def of(cls, runtime: Runtime, chunks: Sequence[torch.nn.Module]) -> "WordLayout":
-        """The layout of a run. Words share rows where the model's attention can keep them apart."""
+        """Layout of a run. Words share rows if the model's attention can mask them from each other."""
         tensor_size = runtime.parallel.tensor_model_parallel_size
         models = [unwrap(chunk) for chunk in chunks]
         return cls(
             data_size=runtime.data_size,
             tensor_size=tensor_size,
             data_rank=runtime.data_rank,
-            packed=all(keeps_documents_apart(model) for model in models),
+            packed=all(supports_document_mask(model) for model in models),
             multiple=tensor_size if runtime.parallel.sequence_parallel else 1,
             dtype=models[0].config.params_dtype,
             device=runtime.device,
         )
 
     def by_rank(self, values: NDArray[np.int64], microbatches: int) -> NDArray[np.int64]:
-        """Values of all words, put in the order in which ranks and their microbatches are gathered."""
+        """Reorders the values of all words into the order in which ranks and their microbatches are gathered."""
         parts = values.reshape(self.data_size, microbatches, self.tensor_size, -1)
         return parts.transpose(0, 2, 1, 3).reshape(-1)
 
     def batches(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], microbatches: int) -> list[WordBatch]:
-        """This rank's words, a batch a microbatch.
+        """This rank's words, one batch per microbatch.
 
         Args:
-            tokens: `[words, longest]`, all words of all ranks; a multiple of ranks x microbatches.
-            lengths: tokens of each, 0 for an empty slot.
+            tokens: `[words, longest]`, the words of all ranks; `words` is a multiple of ranks x microbatches.
+            lengths: tokens of each word, 0 for an empty slot.
         """
         own = np.split(np.arange(len(lengths)), self.data_size)[self.data_rank]
         return [self._batch(tokens[part], lengths[part]) for part in np.split(own, microbatches)]
 
     def idle_batch(self) -> WordBatch:
-        """The smallest batch, without any word; fills up an interleaved schedule."""
-        nothing = np.zeros((0, 1), dtype=np.int64)
-        return self._batch(nothing, nothing[:, 0])
+        """The smallest batch, without any words; pads an interleaved schedule."""
+        empty = np.zeros((0, 1), dtype=np.int64)
+        return self._batch(empty, empty[:, 0])
 
     def _batch(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> WordBatch:
         return lay_out_words(
@@ -86,11 +86,11 @@ def collect_states(
     num_layers: int,
     layers: Collection[int] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """This rank's words at those of its stage's layers that are in `layers` (None for all), from one forward pass
-    without gradients. Takes part: all ranks.
+    """States of this rank's words at the layers of its stage that are in `layers` (None for all), from one forward pass
+    without gradients. Collective: call on all ranks.
 
     Returns:
-        layer -> float32 `[words, hidden]`, microbatch after microbatch.
+        layer -> float32 `[words, hidden]`, in the order of the microbatches.
     """
     collected: dict[int, list[torch.Tensor]] = {}
     taps = LayerTaps([unwrap(chunk) for chunk in chunks], runtime, num_layers)

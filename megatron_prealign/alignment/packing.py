@@ -1,8 +1,8 @@
-"""Lays words out in rows: several in one, kept apart by the attention mask, or each in a row of its own.
+"""Lays out words in rows: several words per row, separated by the attention mask, or one word per row.
 
-A word is fed alone, without context. One word a row would leave most rows nearly empty, all being as long as the
-longest word; so words share rows of `PACKED_ROW_TOKENS`. No token attends to another word and positions start anew with
-each.
+Each word is fed without context. With one word per row most rows would be nearly empty, since all are as long as the
+longest word; so words share rows of `PACKED_ROW_TOKENS`. No token attends to another word, and positions restart at
+each word.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_prealign.model.attention import document_mask
 from megatron_prealign.runtime.transfer import to_device
 
-# Long enough that what is left at a row's end is little, short enough that the mask's square is little too.
+# Long enough that little is left unused at the end of a row, short enough that the square mask stays small.
 PACKED_ROW_TOKENS = 64
 
 
@@ -23,13 +23,13 @@ class WordBatch:
     """Words of one data-parallel rank in one forward pass, laid out in rows.
 
     Attributes:
-        tokens: int64 `[rows, tokens]`, 0 where no word lies.
+        tokens: int64 `[rows, tokens]`, 0 for padding.
         position_ids: int64 `[rows, tokens]`, from 0 in every word.
-        attention_mask: goes into the model as its mask and tells batches apart by its memory: `document_mask` of packed
+        attention_mask: the model's attention mask; its address also identifies the batch. `document_mask` of packed
             rows, or a tensor of two dimensions, which leaves attention causal.
         word_tokens: int64 `[words, longest]`, the tokens of each word, 0 after its end.
-        places: int64 `[words, longest]`, where they lie when tokens come first as in the model, `token * rows + row`;
-            after a word's end its own first place.
+        token_indices: int64 `[words, longest]`, index of each token when tokens come first as in the model,
+            `token * rows + row`; after a word's end, the index of its first token.
         weights: float32 `[words, longest]`, 1/length on a word's tokens, 0 after its end: a weighted sum is the mean.
     """
 
@@ -37,7 +37,7 @@ class WordBatch:
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
     word_tokens: torch.Tensor
-    places: torch.Tensor
+    token_indices: torch.Tensor
     weights: torch.Tensor
 
 
@@ -50,14 +50,15 @@ def lay_out_words(
     dtype: torch.dtype,
     device: torch.device,
 ) -> WordBatch:
-    """Makes a batch of words.
+    """Builds a batch of words.
 
     Args:
         word_tokens: `[words, longest]`, 0 after a word's end.
         lengths: tokens of each word, 0 for an empty slot.
-        packed: several words a row; needs an attention that takes `document_mask`.
-        multiple: rows have a multiple of so many tokens.
-        dtype: of the activations.
+        packed: whether several words share a row; requires attention that supports `document_mask`.
+        multiple: row lengths are padded to a multiple of this.
+        dtype: dtype of the activations.
+        device: device of the batch.
     """
     longest = max(word_tokens.shape[1], 1)
     width = -(-max(longest, PACKED_ROW_TOKENS if packed else 1) // multiple) * multiple
@@ -73,24 +74,24 @@ def lay_out_words(
     positions[at] = np.broadcast_to(np.arange(longest), column.shape)[inside]
     starts[at] = np.broadcast_to(start[:, None], column.shape)[inside]
     weights = torch.from_numpy((inside / np.maximum(lengths, 1)[:, None]).astype(np.float32))
-    # An empty slot at the end of a full row has no place of its own.
-    places = np.minimum(column, width - 1) * rows + row[:, None]
+    # The column of an empty slot after a full row is out of range.
+    token_indices = np.minimum(column, width - 1) * rows + row[:, None]
     sent = [
         to_device(torch.from_numpy(each), device)
-        for each in (tokens, positions, np.where(inside, word_tokens, 0), places, starts)
+        for each in (tokens, positions, np.where(inside, word_tokens, 0), token_indices, starts)
     ]
     return WordBatch(
         tokens=sent[0],
         position_ids=sent[1],
         attention_mask=document_mask(sent[4], dtype) if packed else torch.ones_like(weights, device=device),
         word_tokens=sent[2],
-        places=sent[3],
+        token_indices=sent[3],
         weights=to_device(weights, device),
     )
 
 
 def _pack(lengths: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and first column of each word, in order, each in the row of the one before it while it fits."""
+    """Row and first column of each word. Words stay in order and fill a row until the next one does not fit."""
     ends = np.cumsum(lengths)
     row = np.zeros(len(lengths), dtype=np.int64)
     start = ends - lengths

@@ -1,8 +1,8 @@
-"""Projection heads: what the contrastive loss looks at instead of the states themselves, one head an aligned layer.
+"""Projection heads, one per aligned layer: the contrastive loss is computed on their outputs instead of the states.
 
 A head is two linear layers with a ReLU between them, as in Gaschi et al. (Findings of ACL 2023, arXiv 2306.02790).
-Heads are no part of the model: the phase trains them beside it and nothing uses them later. Each rank has the heads of
-its pipeline stage's layers whole, since their work is on its own words, a small part of a step.
+Heads are not part of the model: the phase trains them alongside it and nothing uses them later. Each rank has full
+replicas of the heads of its pipeline stage, since they process only its own words, a small part of a step.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from megatron_prealign.runtime.distributed import Runtime
 
 
 class ProjectionHeads:
-    """The heads of this pipeline stage, and Adam for them; float32."""
+    """The float32 heads of this pipeline stage and their Adam optimizer."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class ProjectionHeads:
     ) -> None:
         """
         Args:
-            layer_weights: one a layer as the taps count them; those of 0 have no head.
-            size: width of what comes out.
+            layer_weights: one per layer, numbered as in the taps; layers with weight 0 have no head.
+            size: output dimension.
         """
         self._runtime = runtime
         self._clip_grad = clip_grad
@@ -57,11 +57,11 @@ class ProjectionHeads:
         return {f"layer_{layer}.{name}": tensor for layer, head in self._heads.items() for name, tensor in head.items()}
 
     def step(self) -> None:
-        """Moves the heads along the gradients of this step. Takes part: the ranks of the stage."""
+        """Updates the heads with the gradients of this step. Collective: call on all ranks of the stage."""
         if self._optimizer is None:
             return
         parameters = [*self._parameters().values()]
-        # A step whose words were skipped leaves no gradient, on any rank.
+        # A step whose words were skipped leaves no gradient on any rank.
         if parameters[0].grad is None:
             return
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ class ProjectionHeads:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
         if self._clip_grad:
-            # Each by itself: a norm over all would depend on which of them share a pipeline stage.
+            # Clipped separately: a joint norm would depend on which heads share a pipeline stage.
             for head in self._heads.values():
                 torch.nn.utils.clip_grad_norm_(head.values(), self._clip_grad)
         self._optimizer.step()
@@ -90,14 +90,14 @@ class ProjectionHeads:
                 content[key] = ShardedTensor.from_rank_offsets(key, tensor, replica_id=rank)
         for layer in self._heads:
             assert self._optimizer is not None
-            # Of every layer, although they are the same: a stage may have none.
+            # Saved per layer, although all are equal: a stage may have no head.
             key = f"projection_heads.layer_{layer}.step"
             step = torch.tensor([self._optimizer.param_groups[0].get("step", 0)])
             content[key] = ShardedTensor.from_rank_offsets(key, step, replica_id=rank)
         return content
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Takes what was saved under `sharded_state_dict`."""
+        """Loads heads and optimizer state saved from `sharded_state_dict`."""
         if self._optimizer is None:
             return
         for name, parameter in self._parameters().items():
@@ -111,11 +111,11 @@ class ProjectionHeads:
 
 
 def _draw_head(hidden: int, size: int, device: torch.device, seed: int, layer: int) -> dict[str, torch.Tensor]:
-    """A head that depends on (seed, layer) alone, so that all ranks of a stage, and all layouts, begin alike."""
+    """Initial head, depends on (seed, layer) only: all ranks of a stage, and all layouts, start with the same one."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
 
     def draw(*shape: int) -> torch.Tensor:
-        # torch.nn.Linear's own range.
+        # The range torch.nn.Linear uses.
         tensor = (2 * torch.rand(shape, generator=generator) - 1) * hidden**-0.5
         return tensor.to(device).requires_grad_()
 

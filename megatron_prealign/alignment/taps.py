@@ -1,14 +1,14 @@
-"""Looks at every layer's word representations while the model runs, and lets losses on them join the backward pass.
+"""Taps: observe every layer's word representations while the model runs, and attach losses on them.
 
 A forward hook on the embedding, on every transformer layer and on the final norm pools each word's subword states and
-hands this rank's words to an observer: tensor-parallel ranks, which all have the states of a microbatch, take a part of
-its words each and gather the gradients of all of them in the backward pass. What the observer returns becomes a loss of
-that layer: an autograd function passes the layer's output on unchanged and gives the loss a gradient of one in the
-backward pass (the way Megatron-Core attaches its auxiliary losses). So every pipeline stage contributes its own layers
-and nothing extra travels along the pipe.
+passes this rank's words to an observer. Tensor-parallel ranks, which all have the states of a microbatch, process a
+part of its words each and gather the gradients of all of them in the backward pass. What the observer returns is
+attached as a loss of that layer: an autograd function returns the layer's output unchanged and gives the loss a
+gradient of one in the backward pass (as Megatron-Core attaches its auxiliary losses). So every pipeline stage
+contributes its own layers, and nothing extra is sent between stages.
 
-Layers are numbered as Hugging Face numbers hidden states: 0 is the embedding output, i the output of block i, the last
-one taken after the final norm; the output embedding is number `num_layers + 1`.
+Layers are numbered like Hugging Face's hidden states: 0 is the embedding output, i the output of block i, the last one
+taken after the final norm; the output embedding is layer `num_layers + 1`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,12 +28,12 @@ from megatron.core.utils import make_viewless_tensor
 from megatron_prealign.alignment.packing import WordBatch
 from megatron_prealign.runtime.distributed import Runtime
 
-# (layer, this rank's part of the words [words / tensor-parallel size, hidden], the batch) -> a loss to attach, or None.
+# (layer, this rank's words [words / tensor-parallel size, hidden], batch) -> loss to attach, or None.
 Observer = Callable[[int, torch.Tensor, WordBatch], torch.Tensor | None]
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on the first argument; the second one, a scalar loss, gets a gradient of one."""
+    """Identity on the first argument; the second, a scalar loss, gets a gradient of one."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -47,8 +47,7 @@ class _AttachLoss(torch.autograd.Function):
 
 
 class _NoLoss(torch.autograd.Function):
-    """A zero that depends on its argument: ends the graph of the last stage where the attached losses are all there
-    is."""
+    """A zero that depends on its argument: ends the graph of the last stage when it has attached losses only."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
@@ -61,19 +60,19 @@ class _NoLoss(torch.autograd.Function):
 
 
 def no_loss(output: torch.Tensor) -> torch.Tensor:
-    """A differentiable zero at the end of `output`'s graph."""
+    """Differentiable zero at the end of `output`'s graph."""
     return _NoLoss.apply(output)
 
 
 def layer_modules(chunk: GPTModel, num_layers: int) -> dict[int, torch.nn.Module | None]:
-    """The layers of a model chunk and the modules whose outputs they are; the output embedding is looked at without
-    running."""
+    """Layer number -> module whose output it is, for a model chunk; None for the output embedding, which is read
+    without being run."""
     modules: dict[int, torch.nn.Module | None] = {}
     if chunk.pre_process:
         modules[0] = chunk.embedding
     modules.update({layer.layer_number: layer for layer in chunk.decoder.layers})
     if chunk.post_process:
-        # In place of the last block: its states are taken after the final norm.
+        # Replaces the last block, whose states are taken after the final norm.
         modules[num_layers] = chunk.decoder.final_layernorm
         modules[num_layers + 1] = None
     return modules
@@ -89,26 +88,24 @@ class LayerTaps:
         self._observer: Observer | None = None
         self._layers: Collection[int] = ()
         self._needs_graph = False
-        # The batch travels with its microbatch: blocks get its attention mask, which recomputation hands back to them
-        # during the backward pass, when another microbatch may already be in its forward pass. Same storage, same
-        # batch.
+        # Blocks find the batch by the attention mask they receive: recomputation passes them the same mask during the
+        # backward pass, when another microbatch may already be in its forward pass. Same storage, same batch.
         self._batches: dict[int, WordBatch] = {}
-        # The embedding and the final norm are never recomputed, so for them the microbatch in its forward pass is the
-        # one.
+        # The embedding and the final norm are never recomputed, so they use the microbatch in its forward pass.
         self._current: WordBatch | None = None
-        # What the observer returned for the output embedding of the last `run_words` on the last stage.
+        # The loss returned by the observer for the output embedding in the last `run_words` on the last stage.
         self.output_embedding_loss: torch.Tensor | None = None
 
     @contextmanager
     def observing(
         self, observer: Observer, *, layers: Collection[int] | None = None, needs_graph: bool = False
     ) -> Iterator[None]:
-        """Registers the hooks for the time of the `with` block; outside it the model runs as if there were none.
+        """Registers the hooks within the `with` block; outside it the model runs unmodified.
 
         Args:
-            layers: those to look at; None for all.
-            needs_graph: leave out forward passes that keep no graph: with full recomputation a loss belongs to the
-                second one.
+            layers: layers to observe; None for all.
+            needs_graph: skip forward passes without a graph: with full recomputation a loss belongs to the second
+                pass.
         """
         handles = []
         self._observer, self._needs_graph = observer, needs_graph
@@ -130,11 +127,11 @@ class LayerTaps:
             self._batches.clear()
 
     def run_words(self, chunk: torch.nn.Module, model: GPTModel, batch: WordBatch) -> torch.Tensor:
-        """Forward pass of a word batch through one chunk (`model` is `chunk` without its wrapper); returns its hidden
-        states.
+        """Runs the forward pass of a word batch through one chunk (`model` is `chunk` without its wrapper) and returns
+        its hidden states.
 
-        On the last stage the logits, `[rows, tokens, vocabulary]`, are not computed: no loss needs them. Nobody is
-        shown a batch without words.
+        On the last stage the logits, `[rows, tokens, vocabulary]`, are not computed, since no loss needs them. A batch
+        without words is not passed to the observer.
         """
         has_words = len(batch.weights) > 0
         if has_words:
@@ -149,7 +146,7 @@ class LayerTaps:
             self._current = None
         last = self._num_layers + 1
         if post_process and has_words and self._observer is not None and last in self._layers:
-            self.output_embedding_loss = self._observer(last, self._output_rows(model, batch), batch)
+            self.output_embedding_loss = self._observer(last, self._output_embeddings(model, batch), batch)
         return output
 
     def _block_hook(self, module: TransformerLayer, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -173,40 +170,39 @@ class LayerTaps:
         loss = self._observer(layer, self._pool(hidden, batch), batch)
         if loss is None or not loss.requires_grad:
             return hidden
-        # The pipeline frees what it has sent, which a view would not survive.
+        # The pipeline frees outputs once they are sent, which would break a view.
         return make_viewless_tensor(_AttachLoss.apply(hidden, loss), requires_grad=True, keep_graph=True)
 
     def _pool(self, hidden: torch.Tensor, batch: WordBatch) -> torch.Tensor:
-        """Mean subword state of this rank's words, float32."""
+        """Mean subword states of this rank's words, float32."""
         tokens = hidden.flatten(0, 1).float()
         if not self._runtime.parallel.sequence_parallel:
-            pooled = _weighted_sum(tokens, batch.places, batch.weights)
+            pooled = _weighted_sum(tokens, batch.token_indices, batch.weights)
             return scatter_to_sequence_parallel_region(pooled, group=self._runtime.groups.tp)
-        return self._sum_of_parts(tokens, batch.places, batch.weights)
+        return self._sharded_weighted_sum(tokens, batch.token_indices, batch.weights)
 
-    def _output_rows(self, model: GPTModel, batch: WordBatch) -> torch.Tensor:
-        """Mean rows of the output embedding of this rank's words, float32; the vocabulary is split over tensor-parallel
-        ranks."""
+    def _output_embeddings(self, model: GPTModel, batch: WordBatch) -> torch.Tensor:
+        """Mean output embeddings (float32) of this rank's words; the vocabulary is tensor-parallel."""
         weight = (
             model.shared_embedding_or_output_weight()
             if model.share_embeddings_and_output_weights
             else model.output_layer.weight
         )
-        return self._sum_of_parts(weight, batch.word_tokens, batch.weights)
+        return self._sharded_weighted_sum(weight, batch.word_tokens, batch.weights)
 
-    def _sum_of_parts(self, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of rows of which each tensor-parallel rank holds an equal part, in order; this rank's words."""
-        local = places - self._runtime.tensor_rank * rows.shape[0]
-        here = (local >= 0) & (local < rows.shape[0])
-        # A row of another rank counts nothing. Any row can stand for it: the one it has here is as good as another, and
-        # not the same for all, whose gradients would then be added up one after the other.
-        part = _weighted_sum(rows, local.remainder(rows.shape[0]), weights * here)
+    def _sharded_weighted_sum(self, rows: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sums for this rank's words of rows that are sharded over tensor-parallel ranks in equal parts."""
+        local = indices - self._runtime.tensor_rank * rows.shape[0]
+        is_local = (local >= 0) & (local < rows.shape[0])
+        # Rows of other ranks get weight 0 and any local index. `remainder` spreads these indices: gradients of a single
+        # row for all of them would be accumulated one after the other.
+        part = _weighted_sum(rows, local.remainder(rows.shape[0]), weights * is_local)
         return reduce_scatter_to_sequence_parallel_region(part, group=self._runtime.groups.tp)
 
 
-def _weighted_sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`sum_k weights[w, k] * rows[places[w, k]]`, float32 `[words, hidden]`."""
-    # Does not write the chosen rows down: forward and backward 63 ms here, against 289 with a product and 538 with an
-    # index and a sum (8,192 words of up to 8 of 20,480 tokens, 1,024 wide, torch 2.13 on a loaded CPU). Of its modes
+def _weighted_sum(rows: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`sum_k weights[w, k] * rows[indices[w, k]]`, float32 `[words, hidden]`."""
+    # Does not materialise the selected rows: forward and backward take 63 ms, against 289 with a product and 538 with
+    # an index and a sum (8,192 words of up to 8 of 20,480 tokens, 1,024 wide, torch 2.13 on a loaded CPU). Of its modes
     # torch lists only `max` as non-deterministic on a GPU.
-    return F.embedding_bag(places, rows, per_sample_weights=weights.to(rows.dtype), mode="sum").float()
+    return F.embedding_bag(indices, rows, per_sample_weights=weights.to(rows.dtype), mode="sum").float()

@@ -1,7 +1,7 @@
 """Draws the words of each alignment step from the dictionary.
 
-The draw depends on (seed, step) alone. Every rank draws the whole global batch and keeps its part, so all ranks know
-which words belong together without a message, and the batch is the same under any layout.
+The draw depends on (seed, step) only. Every rank draws the full global batch and keeps its part, so all ranks know
+which words belong to the same group without communication, and the batch is the same in any layout.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class StepWords:
     """The words of one step.
 
     Attributes:
-        batches: those of this data-parallel rank, one batch a microbatch.
-        groups: which words mean the same, in the order in which the ranks' words are gathered.
-        pairs: ordered pairs of words that mean the same.
-        tokens: tokens of all words of all ranks.
+        batches: batches of this data-parallel rank, one per microbatch.
+        groups: which words are translations of each other, in the order in which the ranks' words are gathered.
+        pairs: number of ordered pairs of words of the same group.
+        tokens: number of tokens of all words, over all ranks.
     """
 
     batches: list[WordBatch]
@@ -38,13 +38,15 @@ class StepWords:
 
 
 class WordSampler:
-    """Draws groups until their words fill a step; of each group one word of each language, or of some."""
+    """Draws groups until their words fill a step: one word per language of each group, or of some of its languages."""
 
     def __init__(self, table: DictionaryTable, usable: AlignmentGroups, section: AlignmentSection, seed: int) -> None:
         """
         Args:
             table: the dictionary.
-            usable: what `alignment_groups` selected of it for `section`.
+            usable: the groups and words that `alignment_groups` selected for `section`.
+            section: the recipe's alignment section.
+            seed: seed of all draws.
         """
         self.table = table
         self.usable = usable
@@ -58,7 +60,7 @@ class WordSampler:
         self._language_weight = np.array([weights.get(language, 1.0) for language in table.languages])
 
     def draw(self, step: int, layout: WordLayout, *, microbatches: int = 1) -> StepWords:
-        """The words of `step`, of which this rank gets its part."""
+        """Draws the words of `step` and returns this rank's part."""
         words, group = self._draw_words(step)
         offsets = self.table.word_offsets
         lengths = np.where(words >= 0, offsets[words + 1] - offsets[words], 0)
@@ -74,8 +76,8 @@ class WordSampler:
         )
 
     def _draw_words(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Words of the table and the number of each one's group in this step, int64 `[words_per_step]`; -1 in an empty
-        slot."""
+        """Table indices of the words, and for each word the index of its group in this step; int64 `[words_per_step]`,
+        -1 in an empty slot."""
         random = np.random.Generator(np.random.Philox(key=np.array([self._seed, step], dtype=np.uint64)))
         wanted = self._section.words_per_step
         groups = self._draw_groups(random, min(-(-wanted // 2), len(self.usable.frequency)))
@@ -87,7 +89,7 @@ class WordSampler:
             place, group = place[chosen], group[chosen]
         place, group = place[:wanted], group[:wanted]
         if len(group) > 1 and group[-1] != group[-2]:
-            # The last group was cut down to a word without a partner.
+            # The last group was truncated to a single word.
             place, group = place[:-1], group[:-1]
         pick = (random.random(len(place)) * self.usable.counts[place]).astype(np.int64)
         empty = (0, wanted - len(place))
@@ -97,21 +99,21 @@ class WordSampler:
         )
 
     def _draw_groups(self, random: np.random.Generator, size: int) -> NDArray[np.int64]:
-        """`size` different groups, one after the other with probability by weight."""
+        """Draws `size` distinct groups by weight, without replacement."""
         count = len(self.usable.frequency)
         if self._log_weight is None:
             return random.choice(count, size=size, replace=False)
-        # Draws with replacement, repeats left out, are draws without it, and cost nothing for every group there is.
+        # Drawing with replacement and dropping repeats is drawing without replacement, at no cost per existing group.
         drawn = np.searchsorted(self._cumulative, random.random(2 * size) * self._cumulative[-1], side="right")
-        # A product may round up to the sum itself.
-        found = _without_repeats(np.minimum(drawn, count - 1))[:size]
-        if len(found) == size:
-            return found
+        # The product may round up to the sum itself.
+        drawn = _without_repeats(np.minimum(drawn, count - 1))[:size]
+        if len(drawn) == size:
+            return drawn
         # A few groups have most of the weight. The order of exponential variables divided by weights continues the
-        # draw (Efraimidis and Spirakis 2006); in logarithms, which no weight is too small for.
+        # draw (Efraimidis and Spirakis 2006); in logarithms, so that no weight underflows.
         waiting = np.log(random.exponential(size=count)) - self._log_weight
-        waiting[found] = np.inf
-        return np.concatenate([found, np.argsort(waiting, kind="stable")[: size - len(found)]])
+        waiting[drawn] = np.inf
+        return np.concatenate([drawn, np.argsort(waiting, kind="stable")[: size - len(drawn)]])
 
     def _draw_languages(
         self,
@@ -121,7 +123,7 @@ class WordSampler:
         group: NDArray[np.int64],
         offsets: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Which of the drawn groups' places to take: at most `limit` of each group, by the languages' weights."""
+        """Indices into `place` of the languages to use: at most `limit` per group, drawn by the languages' weights."""
         waiting = random.exponential(size=len(place)) / self._language_weight[self.usable.language[place]]
         order = np.lexsort((waiting, group))
         rank = np.arange(len(place)) - offsets[group]
@@ -129,6 +131,6 @@ class WordSampler:
 
 
 def _without_repeats(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Each value once, where it comes first."""
+    """Drops repeated values, keeping the first occurrence."""
     _, first = np.unique(values, return_index=True)
     return values[np.sort(first)]

@@ -1,1 +1,1 @@
-"""Measures kernels, phases, preprocessing and conversion: `megatron-prealign benchmark`."""
+"""Benchmarks of kernels, phases, preprocessing and conversion: `megatron-prealign benchmark`."""

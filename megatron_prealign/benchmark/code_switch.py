@@ -1,6 +1,6 @@
-"""The benchmark of code-switching: the forms of the kernel, the plain-torch reference and a loop in Python.
+"""Benchmark of code-switching: the variants of the kernel, the plain PyTorch reference and a Python loop.
 
-Nothing is timed before its output was found equal to the reference's.
+An implementation is timed only after its output has been compared with that of the reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,9 +49,9 @@ CPU_CASES = ((16, 4096),)
 GPU_KEYS, CPU_KEYS = 1_000_000, 100_000
 GPU_REPEATS, CPU_REPEATS = 200, 30
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
-"""Bytes of the buffer that is copied to learn the memory bandwidth."""
+"""Size in bytes of the buffer that is copied to measure memory bandwidth."""
 CHECKED_ROWS, CHECKED_SEQUENCE = 2, 2048
-"""The part of a batch on which the loop in Python is compared."""
+"""Part of a batch on which the Python loop is compared with the reference."""
 REFERENCE, PYTHON_LOOP = "reference", "python_loop"
 
 
@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One implementation on one case; None where something was not measured."""
+    """One implementation on one case; None for what was not measured."""
 
     implementation: str
     """kernel_row, kernel_blocks, kernel_auto (`code_switch` as training calls it), reference, python_loop."""
@@ -80,52 +80,52 @@ class Measurement:
     keys: int
     table_bytes: int
     known_share: float
-    """Of the running words of this batch."""
+    """Fraction of the batch's running words that are in the table."""
     switched_share: float
-    """Of the running words of this batch."""
+    """Fraction of the batch's running words that are switched."""
     timed_as: str
-    """graph: replays of a CUDA graph; call: from the call to its end by the host's clock."""
+    """graph: replays of a CUDA graph; call: synchronous calls, with the host clock."""
     l2: str
-    """cold, warm, or empty where that was not controlled."""
+    """State of the L2 cache: cold, warm, or empty if not controlled."""
     repeats: int
     median_us: float
     p10_us: float
     p90_us: float
     tokens_per_second: float
-    """Positions of the result."""
+    """Output positions per second."""
     bytes_moved: int
     gb_per_second: float
     copy_gb_per_second: float
-    """Of `Tensor.copy_` on the same device in the same run."""
+    """Bandwidth of `Tensor.copy_` on the same device in the same run."""
     share_of_copy: float
     times_reference: float | None = None
-    """How many times faster than the reference."""
+    """Speed-up over the reference."""
     times_python_loop: float | None = None
     host_us: float | None = None
-    """GPU: what an eager call takes of the host."""
+    """GPU: host time of an eager call."""
     floor_us: float | None = None
-    """GPU: a graph of one kernel of one element, timed in the same way."""
+    """GPU: time of a graph with one kernel on one element, measured in the same way."""
 
 
 def bytes_moved(rows: int, width: int, sequence: int, token_bytes: int, languages: int, word_starts: bool) -> int:
-    """Bytes that any implementation has to move: its arguments read once, its result written once.
+    """Minimum number of bytes that an implementation must move: read all arguments once, write the result once.
 
     rows x (width x (token_bytes + 1 with word starts) + 16 for language and sample id
     + sequence x (8 tokens + 8 labels + 4 loss mask + 8 position ids) + 8 x (5 + languages) for the counts).
-    Reads of the table are left out: how many there are depends on the data, and caches hold part of it.
+    Reads of the table are not counted: their number depends on the data, and the table is partly cached.
     """
     read = width * (token_bytes + int(word_starts)) + 16
     return rows * (read + sequence * (8 + 8 + 4 + 8) + 8 * (LANGUAGES_FROM + languages))
 
 
 class CodeSwitchBenchmark:
-    """Everything that the cases of a run share."""
+    """Measures all cases of a run with one table."""
 
     def __init__(self, options: CodeSwitchOptions) -> None:
         """Builds the table and measures the memory bandwidth.
 
         Raises:
-            UserError: the device, a file or the number of keys does not do, or the text is too short for a case.
+            UserError: the device, a file or the number of keys is not usable, or the text is too short for a case.
         """
         self._options = options
         self.device = choose_device(options.device)
@@ -145,15 +145,18 @@ class CodeSwitchBenchmark:
                 self._floor_us = time_replays(capture(lambda: one.add_(1), 1), self._repeats, self._flush).median_us
 
     def _open_workload(self) -> Workload:
-        options, longest = self._options, max(self._options.ratio)
+        options, max_ratio = self._options, max(self._options.ratio)
         for rows, sequence in self._cases:
-            if sequence + 1 + round(longest * sequence) > MAX_SEQUENCE:
-                raise UserError(f"--cases has {rows}x{sequence}: longer than {MAX_SEQUENCE} with its lookahead")
+            length = sequence + 1 + round(max_ratio * sequence)
+            if length > MAX_SEQUENCE:
+                raise UserError(
+                    f"--cases has {rows}x{sequence}: {length} tokens with lookahead, expected at most {MAX_SEQUENCE}"
+                )
         if options.table is None or options.data is None:
             return synthetic_workload(options.keys or (GPU_KEYS if self.on_gpu else CPU_KEYS), options.seed)
         workload = dataset_workload(options.table, options.data)
         for rows, sequence in self._cases:
-            workload.check_length(rows, sequence, round(longest * sequence))
+            workload.check_length(rows, sequence, round(max_ratio * sequence))
         return workload
 
     @cached_property
@@ -162,22 +165,22 @@ class CodeSwitchBenchmark:
         return PythonLoop(workload.arrays, self._host_table, workload.language, workload.eod_id)
 
     def header(self) -> list[str]:
-        """What a reader must know besides the figures."""
+        """Describes the machine and the workload."""
         table = f"{self._table.num_keys:,} keys, {self._table.nbytes / 2**20:.1f} MiB"
         lines = [*self.machine.lines(), f"workload  {self.workload.name} text, table of {table}"]
-        lines.append(f"copy      {self.copy_bytes_per_second / 1e9:,.1f} GB/s by Tensor.copy_, read and write counted")
+        lines.append(f"copy      {self.copy_bytes_per_second / 1e9:,.1f} GB/s with Tensor.copy_ (reads + writes)")
         if self.on_gpu:
-            lines.append(f"floor     {self._floor_us:.1f} us for a graph of one tiny kernel, timed as the kernels are")
+            lines.append(f"floor     {self._floor_us:.1f} us for a graph with one tiny kernel, timed like the kernels")
             lines.append(f"L2        {self._options.l2} (cold: a large buffer is written before every repeat)")
         else:
             lines.append("threads   1")
         return lines
 
     def cases(self) -> Iterator[list[Measurement]]:
-        """Measures case after case.
+        """Measures the cases one by one.
 
         Raises:
-            RuntimeError: an implementation gives another result than the reference.
+            RuntimeError: the result of an implementation differs from the reference.
         """
         dtypes = ["int64", "int32"] if self._options.token_dtype == "both" else [self._options.token_dtype]
         for rows, sequence in self._cases:
@@ -296,39 +299,39 @@ class CodeSwitchBenchmark:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names.
+    """Returns the device for the value of `--device`.
 
     Raises:
-        UserError: torch has no GPU, or Triton is missing.
+        UserError: torch found no GPU, or Triton is not installed.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch finds no GPU; run megatron-prealign doctor, or take --device cpu")
+        raise UserError("--device is cuda, but torch found no GPU; run megatron-prealign doctor or use --device cpu")
     if not HAS_TRITON:
-        raise UserError("triton is not installed, which the kernels need; pip install triton, or take --device cpu")
+        raise UserError("the kernels require triton, which is not installed; pip install triton or use --device cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def check_equal(name: str, output: CodeSwitchOutput, expected: CodeSwitchOutput) -> None:
-    """Compares every tensor bit by bit.
+    """Checks that every tensor is bit-identical to the expected one.
 
     Raises:
-        RuntimeError: one differs.
+        RuntimeError: a tensor differs.
     """
-    for field, ours, wanted in zip(CodeSwitchOutput._fields, output, expected, strict=True):
-        if (ours is None) != (wanted is None) or (ours is not None and not torch.equal(ours, wanted)):
-            raise RuntimeError(f"{name}: {field} is not what the reference gives")
+    for field, actual, wanted in zip(CodeSwitchOutput._fields, output, expected, strict=True):
+        if (actual is None) != (wanted is None) or (actual is not None and not torch.equal(actual, wanted)):
+            raise RuntimeError(f"{name}: {field} differs from the reference")
 
 
 def check_python_loop(loop: PythonLoop, threshold: int, inputs: Inputs, table: NgramTable) -> None:
-    """Compares the loop in Python with the reference, given the same draws, on a part of the batch.
+    """Compares the Python loop with the reference on a part of the batch, with the same random draws.
 
     Args:
-        loop: the collate function.
+        loop: The collate function.
         threshold: `ratio_threshold` of the case.
-        inputs: of the case.
-        table: the table on the CPU.
+        inputs: Inputs of the case.
+        table: The table on the CPU.
 
     Raises:
         RuntimeError: tokens, labels, loss mask or position ids differ.
@@ -337,7 +340,7 @@ def check_python_loop(loop: PythonLoop, threshold: int, inputs: Inputs, table: N
     tokens = batch.tokens[:CHECKED_ROWS].cpu()
     rows, width = tokens.shape
     sequence = min(inputs.settings.sequence_length, CHECKED_SEQUENCE)
-    # keeps the lookahead's part of a row
+    # Keep the ratio of lookahead to sequence.
     width = min(width, sequence * width // inputs.settings.sequence_length + 1)
     tokens = tokens[:, :width].contiguous()
     starts = None if batch.word_starts is None else batch.word_starts[:CHECKED_ROWS, :width].cpu().contiguous()
@@ -346,14 +349,14 @@ def check_python_loop(loop: PythonLoop, threshold: int, inputs: Inputs, table: N
     checked = CodeSwitchBatch(tokens, batch.language[:rows].cpu(), sample_id, starts)
     expected = code_switch_reference(checked, table, inputs.thresholds.cpu(), settings)
     whether, which = _draws(sample_id, width, settings.seed)
-    given = loop(tokens, sequence, threshold, starts, lambda row, at: whether[row][at], lambda row, at: which[row][at])
-    for name, ours, wanted in zip(CodeSwitchOutput._fields, given, expected, strict=False):
-        if not torch.equal(ours, wanted):
-            raise RuntimeError(f"{PYTHON_LOOP}: {name} is not what the reference gives")
+    output = loop(tokens, sequence, threshold, starts, lambda row, at: whether[row][at], lambda row, at: which[row][at])
+    for name, actual, wanted in zip(CodeSwitchOutput._fields, output, expected, strict=False):
+        if not torch.equal(actual, wanted):
+            raise RuntimeError(f"{PYTHON_LOOP}: {name} differs from the reference")
 
 
 def _draws(sample_id: Tensor, width: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """The reference's first two random words for every row and position."""
+    """Returns the first two random words of the reference for every row and position."""
     position, sample = torch.arange(width)[None, :], sample_id[:, None]
     counter = (position, sample & WORD, (sample >> 32) & WORD, torch.zeros_like(sample))
     whether, which, *_ = philox_4x32_10(counter, (seed & WORD, seed >> 32))
@@ -361,7 +364,7 @@ def _draws(sample_id: Tensor, width: int, seed: int) -> tuple[list[Any], list[An
 
 
 def compare(measured: list[Measurement]) -> list[Measurement]:
-    """The measurements of one case with their ratios to the reference and to the loop in Python."""
+    """Adds the speed-ups over the reference and over the Python loop to the measurements of one case."""
     medians = {each.implementation: each.median_us for each in measured}
     reference, loop = medians.get(REFERENCE), medians.get(PYTHON_LOOP)
     return [

@@ -1,4 +1,4 @@
-"""Conversion: bytes a second to and from Hugging Face against `cp` of the same bytes on the same disk, and memory."""
+"""Benchmark of conversion: speed to and from Hugging Face compared with `cp` of the same bytes, and memory."""
 
 import math
 import multiprocessing
@@ -24,7 +24,7 @@ from megatron_prealign.checkpoint.state import layout, model_identity, weights_s
 from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.tensors import TensorPlan
-from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
+from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.sync import sync_directory, sync_file
 from megatron_prealign.preprocess.tokenizer_trainers import train_byte_bpe
@@ -34,9 +34,9 @@ from megatron_prealign.tokenizer.load import load_tokenizer
 
 COPY, TO_HF, FROM_HF = "cp", "to-hf", "from-hf"
 _ITEM_BYTES = 2
-# Of the model that is converted first, to load what is loaded once.
-_LEAST = 1_000_000
-# Least parameters -> hidden size, width of the MLP, heads, key/value heads, ids: the shapes of published Llamas.
+# Parameters of the small model that is converted first, to load all libraries.
+_WARM_UP_PARAMETERS = 1_000_000
+# Minimum parameters -> hidden size, MLP width, heads, key/value heads, vocabulary: shapes of published Llama models.
 _SHAPES = (
     (4_000_000_000, (4096, 14336, 32, 8, 128_256)),
     (1_000_000_000, (2048, 8192, 32, 8, 128_256)),
@@ -48,75 +48,44 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class ConvertMeasurement:
-    """One way to write one set of bytes."""
+    """One operation on one source."""
 
     operation: str
     """`cp`, `to-hf` or `from-hf`."""
     source: str
-    """`checkpoint` or `model`, what is read."""
+    """What is read: `checkpoint` or `model`."""
     parameters: int
     bytes: int
-    """Of the weights that are read."""
+    """Size of the weights that are read."""
     seconds: float
-    """The median of the repeats, until all is synced to the disk."""
+    """Median of the repeats, until everything is synced to disk."""
     share_of_cp: float
-    """Speed against `cp` of the same source."""
+    """Speed relative to `cp` of the same source."""
     memory_bytes: int | None
-    """Most main memory on top of what was in use before; None for `cp`."""
+    """Peak main memory minus the memory in use before; None for `cp`."""
     bound_bytes: int | None
-    """The largest tensor twice, and one output file."""
+    """Twice the largest tensor, plus one output file for to-hf."""
 
     @property
     def gb_per_second(self) -> float:
-        """10^9 bytes a second."""
+        """10^9 bytes per second."""
         return self.bytes / self.seconds / 1e9
 
 
-_HEADINGS = {"operation": 10, "reads": 10, "GB": 8, "s": 8, "GB/s": 7, "of cp": 7, "memory MiB": 11, "bound MiB": 10}
-
-
-def header() -> str:
-    """The headings above `line`."""
-    return _aligned(list(_HEADINGS))
-
-
-def line(found: ConvertMeasurement) -> str:
-    """One measurement, of fixed width."""
-    memory = [found.memory_bytes, found.bound_bytes]
-    return _aligned(
-        [
-            found.operation,
-            found.source,
-            f"{found.bytes / 1e9:,.2f}",
-            f"{found.seconds:,.2f}",
-            f"{found.gb_per_second:,.2f}",
-            f"{found.share_of_cp:.0%}",
-            *("-" if value is None else f"{value / (1 << 20):,.0f}" for value in memory),
-        ]
-    )
-
-
-def _aligned(cells: list[str]) -> str:
-    return "  ".join(
-        cell.ljust(width) if place < 2 else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(cells, _HEADINGS.values(), strict=True))
-    )
-
-
 class ConvertBenchmark:
-    """Measures a synthetic Llama, each conversion in a process of its own."""
+    """Converts a synthetic Llama, each conversion in its own process."""
 
     def __init__(self, options: ConvertOptions) -> None:
         self._options = options
         self.model, self.plan = _plan(options.parameters)
-        self.parameters = sum(math.prod(shape) for shape in self.plan.names.values())
+        self.parameters = sum(math.prod(shape) for shape in self.plan.hf_shapes.values())
         self._largest = max(math.prod(entry.shape) for entry in self.plan.entries) * _ITEM_BYTES
 
     def measure(self) -> Iterator[ConvertMeasurement]:
-        """The measurements, as they come.
+        """Yields the measurements as soon as they are available.
 
         Raises:
-            UserError: there is no room on the disk.
+            UserError: there is not enough disk space.
         """
         size = self.parameters * _ITEM_BYTES
         with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=self._options.directory) as name:
@@ -124,23 +93,22 @@ class ConvertBenchmark:
             free = shutil.disk_usage(directory).free
             if free < 2.1 * size:
                 raise UserError(
-                    f"{directory.parent}: {free:,} bytes free, {int(2.1 * size):,} are needed; choose another "
-                    "--directory or "
-                    "fewer --parameters"
+                    f"{directory.parent}: {free:,} bytes free, expected at least {int(2.1 * size):,}; choose another "
+                    "--directory or fewer --parameters"
                 )
             checkpoint, model = directory / "checkpoint", directory / "model"
             small = {"checkpoint": directory / "small_checkpoint", "model": directory / "small_model"}
-            _write_checkpoint(small["checkpoint"], *_plan(_LEAST), self._options.seed)
-            to_huggingface(small["checkpoint"], small["model"], ToHuggingFace(), show_progress=False)
+            _write_checkpoint(small["checkpoint"], *_plan(_WARM_UP_PARAMETERS), self._options.seed)
+            to_huggingface(small["checkpoint"], small["model"], ConvertSettings(), show_progress=False)
             _write_checkpoint(checkpoint, self.model, self.plan, self._options.seed)
-            yield from self._against_copy(TO_HF, "checkpoint", checkpoint, model, small)
+            yield from self._compare_with_copy(TO_HF, "checkpoint", checkpoint, model, small)
             shutil.rmtree(checkpoint)
-            yield from self._against_copy(FROM_HF, "model", model, checkpoint, small)
+            yield from self._compare_with_copy(FROM_HF, "model", model, checkpoint, small)
 
-    def _against_copy(
+    def _compare_with_copy(
         self, operation: str, kind: str, source: Path, output: Path, small: dict[str, Path]
     ) -> Iterator[ConvertMeasurement]:
-        """Measures `cp` and the conversion by turns, so that both meet the same disk."""
+        """Alternates between `cp` and the conversion, so that both see the same state of the disk."""
         copies, conversions, memory = [], [], 0
         for _ in range(self._options.repeats):
             copy = source.with_name("copy")
@@ -148,10 +116,10 @@ class ConvertBenchmark:
             shutil.rmtree(copy)
             if output.exists():
                 shutil.rmtree(output)
-            _forget(source)
-            found = _run_apart(operation, source, output, small[kind], self._options.shard_bytes)
-            conversions.append(found["seconds"])
-            memory = max(memory, found["memory"] or 0)
+            _drop_page_cache(source)
+            result = _run_in_subprocess(operation, source, output, small[kind], self._options.shard_bytes)
+            conversions.append(result["seconds"])
+            memory = max(memory, result["memory"] or 0)
         size = self.parameters * _ITEM_BYTES
         seconds, baseline = statistics.median(conversions), statistics.median(copies)
         bound = 2 * self._largest + (min(self._options.shard_bytes, size) if operation == TO_HF else 0)
@@ -162,10 +130,10 @@ class ConvertBenchmark:
 
 
 def _plan(parameters: int) -> tuple[ModelSection, TensorPlan]:
-    """A Llama of about so many parameters."""
-    hidden, width, heads, groups, ids = next(shape for least, shape in _SHAPES if parameters >= least)
-    channels = hidden // heads
-    layer = 2 * hidden * hidden + 2 * hidden * groups * channels + 3 * hidden * width + 2 * hidden
+    """Returns a Llama model with approximately the given number of parameters."""
+    hidden, width, heads, groups, ids = next(shape for minimum, shape in _SHAPES if parameters >= minimum)
+    head_dim = hidden // heads
+    layer = 2 * hidden * hidden + 2 * hidden * groups * head_dim + 3 * hidden * width + 2 * hidden
     layers = max(1, round((parameters - 2 * ids * hidden - hidden) / layer))
     model = ModelSection(
         num_layers=layers,
@@ -179,21 +147,21 @@ def _plan(parameters: int) -> tuple[ModelSection, TensorPlan]:
 
 
 def _write_checkpoint(directory: Path, model: ModelSection, plan: TensorPlan, seed: int) -> None:
-    """A checkpoint of weights with random numbers; tensors of one shape have the same ones."""
+    """Writes a weights-only checkpoint with random values, identical for tensors of the same shape."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    known: dict[tuple[int, ...], torch.Tensor] = {}
+    tensors: dict[tuple[int, ...], torch.Tensor] = {}
     ids = plan.entries[0].shape[0]
     total = sum(math.prod(entry.shape) for entry in plan.entries) * _ITEM_BYTES
     with ShardWriter(directory) as writer, Progress("write checkpoint", total, unit="B", unit_scale=True) as progress:
         for entry in plan.entries:
-            if entry.shape not in known:
-                # The largest ones come once: kept, they would be most of the memory.
-                known = {shape: tensor for shape, tensor in known.items() if shape[0] != ids}
-                known[entry.shape] = torch.randn(entry.shape, generator=generator).bfloat16()
+            if entry.shape not in tensors:
+                # Do not keep the embeddings: they are the largest tensors and occur only once.
+                tensors = {shape: tensor for shape, tensor in tensors.items() if shape[0] != ids}
+                tensors[entry.shape] = torch.randn(entry.shape, generator=generator).bfloat16()
             layers = model.num_layers if entry.layer is not None else None
-            writer.add(entry.key, known[entry.shape], layer=entry.layer, num_layers=layers)
-            progress.update(known[entry.shape].nbytes)
+            writer.add(entry.key, tensors[entry.shape], layer=entry.layer, num_layers=layers)
+            progress.update(tensors[entry.shape].nbytes)
         records = writer.close()
     (directory / TOKENIZER).mkdir()
     tokenizer = train_byte_bpe(iter(["the benchmark reads no text " * 20]), 270)
@@ -216,27 +184,27 @@ def _write_checkpoint(directory: Path, model: ModelSection, plan: TensorPlan, se
 
 
 def _copy(source: Path, target: Path) -> None:
-    # A copy that shares the blocks with its source would write nothing.
+    # Without a reflink, which would share blocks with the source and write nothing.
     command = ["cp", "-r", "--reflink=never", str(source), str(target)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", b"") or str(error).encode()
-        raise UserError(f"cp did not copy {source}: {reason.decode(errors='replace').strip()}") from error
+        raise UserError(f"cannot copy {source} with cp: {reason.decode(errors='replace').strip()}") from error
     for path in sorted(target.rglob("*")):
         (sync_directory if path.is_dir() else sync_file)(path)
     sync_directory(target)
 
 
 def _timed_copy(source: Path, target: Path) -> float:
-    _forget(source)
+    _drop_page_cache(source)
     start = time.perf_counter()
     _copy(source, target)
     return time.perf_counter() - start
 
 
-def _forget(directory: Path) -> None:
-    """Asks the system to drop its copy of the files in memory: both have to read the disk."""
+def _drop_page_cache(directory: Path) -> None:
+    """Drops the files from the page cache, so that both operations read from disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in directory.rglob("*"):
@@ -249,21 +217,21 @@ def _forget(directory: Path) -> None:
                 os.close(descriptor)
 
 
-def _run_apart(operation: str, source: Path, output: Path, small: Path, shard_bytes: int) -> dict[str, Any]:
+def _run_in_subprocess(operation: str, source: Path, output: Path, small: Path, shard_bytes: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(operation, source, output, small, shard_bytes, sender))
     process.start()
     sender.close()
     try:
-        found = receiver.recv()
+        result = receiver.recv()
     except EOFError as error:
-        raise UserError(f"{operation}: the measuring process died (out of memory?); give fewer --parameters") from error
+        raise UserError(f"{operation}: the measuring process died (out of memory?); use fewer --parameters") from error
     finally:
         process.join()
-    if isinstance(found, UserError):
-        raise found
-    return dict(found)
+    if isinstance(result, UserError):
+        raise result
+    return dict(result)
 
 
 def _run(operation: str, source: Path, output: Path, small: Path, shard_bytes: int, sender: Connection) -> None:
@@ -276,7 +244,7 @@ def _run(operation: str, source: Path, output: Path, small: Path, shard_bytes: i
         seconds = time.perf_counter() - start
 
     try:
-        # Loading the libraries takes seconds and memory, whatever the size of the model.
+        # Loading the libraries takes seconds and memory regardless of the size of the model.
         _convert(operation, small, output, shard_bytes)
         shutil.rmtree(output)
         memory = peak_bytes(work, torch.device("cpu"))
@@ -287,6 +255,6 @@ def _run(operation: str, source: Path, output: Path, small: Path, shard_bytes: i
 
 def _convert(operation: str, source: Path, output: Path, shard_bytes: int) -> None:
     if operation == TO_HF:
-        to_huggingface(source, output, ToHuggingFace(shard_bytes=shard_bytes), show_progress=False)
+        to_huggingface(source, output, ConvertSettings(shard_bytes=shard_bytes), show_progress=False)
     else:
         from_huggingface(source, output)

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of the kernels in the shape that training launches; needs no GPU."""
+"""Registers, spills and shared memory of the kernels, with the shapes used in training. Does not require a GPU."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,38 +21,38 @@ from megatron_prealign.kernels.resources import CAPABILITIES, kernel_resources
 
 EOD = 0
 SETTINGS = ("usual", "everything")
-"""Of code-switching. usual: label mode input_only. everything: mode mix, document resets, masked document ends and a
-word bitmap."""
+"""Settings of code-switching. usual: label mode input_only. everything: label mode mix, document resets, masked
+document ends and a word bitmap."""
 CONTRASTIVE_SETTINGS = {
     "bfloat16 few": ("bfloat16", 256, 256),
     "bfloat16 many": ("bfloat16", 16_384, 2048),
     "float32 few": ("float32", 256, 256),
     "float32 many": ("float32", 16_384, 2048),
 }
-"""Of the contrastive loss: type, words and numbers a word. Few words are launched in smaller tiles."""
+"""Settings of the contrastive loss: dtype, number of words and hidden size. Few words use smaller tiles."""
 
 
 def measure_resources(capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """One row a kernel, setting and capability.
+    """Yields one row per kernel, setting and capability.
 
     Args:
-        capabilities: for example 90 for an H200; none for the GPU's own, or for the usual ones without a GPU.
+        capabilities: Compute capabilities such as 90 for an H200; empty for `usual_capabilities`.
 
     Raises:
-        UserError: Triton is missing or runs as an interpreter.
+        UserError: Triton is not installed or runs in interpreter mode.
     """
     if not HAS_TRITON:
-        raise UserError("triton is not installed, which compiles the kernels; pip install triton")
+        raise UserError("compiling the kernels requires triton, which is not installed; pip install triton")
     if INTERPRETED:
-        raise UserError("TRITON_INTERPRET is 1, which leaves nothing to compile; unset it")
+        raise UserError("TRITON_INTERPRET is 1, so kernels are interpreted and not compiled; unset it")
     for setting in (*SETTINGS, *CONTRASTIVE_SETTINGS):
         plan = _plan_contrastive if setting in CONTRASTIVE_SETTINGS else _plan_code_switch
-        for found in kernel_resources(plan(setting), capabilities or usual_capabilities()):
-            yield {"setting": setting, **found._asdict()}
+        for resources in kernel_resources(plan(setting), capabilities or usual_capabilities()):
+            yield {"setting": setting, **resources._asdict()}
 
 
 def usual_capabilities() -> tuple[int, ...]:
-    """The capability of the GPU in use, without one those of the A100, H200 and B200."""
+    """Compute capability of the GPU in use; without a GPU those of A100, H200 and B200."""
     if not torch.cuda.is_available():
         return CAPABILITIES
     major, minor = torch.cuda.get_device_capability()
@@ -60,7 +60,7 @@ def usual_capabilities() -> tuple[int, ...]:
 
 
 def _plan_contrastive(setting: str) -> list[KernelLaunch]:
-    """Words of no content: only their shape and type count."""
+    """Plans launches for words on the meta device: only shape and dtype matter."""
     dtype, count, hidden = CONTRASTIVE_SETTINGS[setting]
     with torch.device("meta"):
         columns = torch.empty((1, count, hidden), dtype=getattr(torch, dtype))
@@ -69,10 +69,10 @@ def _plan_contrastive(setting: str) -> list[KernelLaunch]:
 
 
 def _plan_code_switch(setting: str) -> list[KernelLaunch]:
-    """Rows of 4,096 tokens, keys of up to eight tokens, up to four candidates a key."""
+    """Plans launches for rows of 4,096 tokens, keys of up to eight tokens and up to four candidates per key."""
     everything = setting == "everything"
     table = build_ngram_table(
-        # the end of the document, a token that starts a word, one that goes on with it
+        # End of document, a token that starts a word, a token that continues it.
         word_boundary=np.array([3, 5, 4], dtype=np.uint8),
         key_tokens=np.array([1, *[2] * 7], dtype=np.int32),
         key_offsets=np.array([0, 8]),

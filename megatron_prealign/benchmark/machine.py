@@ -1,4 +1,4 @@
-"""Facts about the machine and the versions, to stand beside every figure."""
+"""Machine and version info that is reported with every measurement."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ _TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where and with what something was measured; empty text for what there is not."""
+    """Machine and software of a measurement; empty strings for what is not available."""
 
     gpu: str
     """Name of the GPU."""
@@ -32,19 +32,19 @@ class Machine:
     cores: int
     """CPU cores that this process may use."""
     load: str
-    """Load average of the last minute when the measurement began; well above 0, others use the machine too."""
+    """Load average of the minute before the measurement; well above 0 means that others use the machine, too."""
     python: str
     torch: str
     triton: str
     version: str
-    """Of this package."""
+    """Version of this package."""
     commit: str
-    """Of its checkout; `-dirty` if tracked files differ from it."""
+    """Commit of its checkout, with `-dirty` if tracked files differ from it."""
     date: str
-    """Universal time."""
+    """Date and time in UTC."""
 
     def lines(self) -> list[str]:
-        """The facts for a reader."""
+        """Returns a human-readable description."""
         if self.gpu:
             gpu = f"{self.gpu}, compute capability {self.capability}, driver {self.driver or 'unknown'}"
         else:
@@ -60,10 +60,10 @@ class Machine:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The facts as they are now.
+    """Collects the current machine info.
 
     Args:
-        device: where the measurement will run; the GPU is named only if it runs there.
+        device: Device of the measurement; the GPU is only described if the measurement runs on it.
     """
     gpu = capability = driver = ""
     if device.type == "cuda":
@@ -88,7 +88,7 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def _first_line(command: list[str]) -> str:
-    """What a command says; nothing if it cannot."""
+    """Returns the first line that a command prints; empty if it fails."""
     try:
         lines = run_command(command, _TIMEOUT_S).splitlines()
     except ProbeError:
@@ -122,7 +122,7 @@ def _installed(name: str) -> str:
 def _commit() -> str:
     package = Path(megatron_prealign.__file__).resolve().parent
     git = ["git", "-C", str(package)]
-    # installed into an environment inside some other checkout, its commit would say nothing about us
+    # If the package is installed in an environment inside another checkout, the commit of that checkout is unrelated.
     if _first_line([*git, "rev-parse", "--show-toplevel"]) != str(package.parent):
         return ""
     commit = _first_line([*git, "rev-parse", "--short=12", "HEAD"])

@@ -1,4 +1,4 @@
-"""How much memory a call takes on top of what was there before."""
+"""Peak memory of a call."""
 
 import gc
 from collections.abc import Callable
@@ -13,10 +13,10 @@ _PROCESS = Path("/proc/self")
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that was in use during `call`, less what was in use before it.
+    """Peak memory in use during `call`, minus the memory in use before it.
 
-    On a GPU it is what torch's allocator handed out; on a CPU what the process had in main memory, None where the
-    system does not tell (other than Linux).
+    On a GPU this is memory allocated by torch; on a CPU the resident memory of the process, or None if the system does
+    not report it (only Linux does).
     """
     gc.collect()
     if device.type == "cuda":
@@ -26,10 +26,10 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # A call that uses again what was freed before would take no memory.
+    # Return freed memory to the system first: a call that reuses it would seem to need none.
     release_memory()
     try:
-        # sets the high-water mark back to what is in use now
+        # Resets the high-water mark to the memory in use now.
         (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
         before = _high_water()
         call()
@@ -42,4 +42,4 @@ def _high_water() -> int:
     for line in (_PROCESS / "status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
-    raise OSError("no VmHWM in /proc/self/status")
+    raise OSError("/proc/self/status has no VmHWM")

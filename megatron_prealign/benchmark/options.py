@@ -1,4 +1,4 @@
-"""What `megatron-prealign benchmark` can be asked for. Imports no torch."""
+"""Options of `megatron-prealign benchmark`. Does not import torch."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,107 +10,109 @@ from megatron_prealign.recipe.describe import PathText, PrefixText
 
 
 def check_output(output: str | None) -> None:
-    """Checks that a file can be written there, before minutes of measuring.
+    """Checks that the output file can be created, before minutes of measuring.
 
     Raises:
-        UserError: its directory does not exist, or it is a directory itself.
+        UserError: its directory does not exist, or it is a directory.
     """
     if output is None:
         return
     path = Path(output)
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a directory" if path.is_dir() else f"lies in {path.parent}, which is no directory"
-        raise UserError(f"--output {output} {what}, expected a file in a directory that exists; choose another path")
+    if path.is_dir():
+        raise UserError(f"--output {output} is a directory, expected a file; choose another path")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: {path.parent} is not an existing directory; choose another path")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSwitchOptions:
-    """Measures code-switching of a batch: the Triton kernels (on a GPU), plain torch and a loop in Python."""
+    """Benchmarks code-switching of a batch: the Triton kernels (on a GPU), plain PyTorch and a Python loop."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto is the GPU where torch has one, else the CPU, in one thread."""
+    """Device to run on; auto uses a GPU if one is available, otherwise one CPU thread."""
     cases: list[str] = field(default_factory=list)
-    """Batches as ROWSxSEQUENCE, one or more; by default 8x4096 256x4096 2x131072 on a GPU, 16x4096 on a CPU."""
+    """Batch shapes as ROWSxSEQUENCE, one or more. Default: 8x4096 256x4096 2x131072 on a GPU, 16x4096 on a CPU."""
     ratio: list[float] = field(default_factory=lambda: [0.05, 0.5])
-    """Probabilities that a known word is switched, one or more; the lookahead is the ratio times the sequence."""
+    """Probabilities of switching a word in the table, one or more; the lookahead is ratio x sequence length."""
     token_dtype: Literal["int64", "int32", "both"] = "int64"
-    """Type of the source tokens."""
+    """Dtype of the source tokens."""
     keys: int | None = None
-    """Keys of the synthetic table; by default 1,000,000 on a GPU, 100,000 on a CPU."""
+    """Number of keys in the synthetic table. Default: 1,000,000 on a GPU, 100,000 on a CPU."""
     table: PathText | None = None
-    """Table file to use instead of the synthetic table; needs --data."""
+    """Table file to use instead of the synthetic table; requires --data."""
     data: PrefixText | None = None
-    """Prefix of a preprocessed dataset in a source language of --table, to use instead of the synthetic text."""
+    """Prefix of a preprocessed dataset to use instead of the synthetic text, in a source language of --table."""
     seed: int = 1234
-    """Of the synthetic table and text, and of the draws."""
+    """Seed of the synthetic table, the synthetic text and the random draws."""
     repeats: int | None = None
-    """Repeats of every measurement; by default 200 on a GPU, 30 on a CPU. Slow calls are repeated less often."""
+    """Repeats per measurement. Default: 200 on a GPU, 30 on a CPU. Slow calls are repeated less often."""
     l2: Literal["cold", "warm", "both"] = "cold"
-    """GPU: whether a large buffer is written before every repeat, so that nothing is left in the L2 (cold)."""
+    """GPU: state of the L2 cache. cold writes a large buffer before every repeat to evict everything else."""
     python_loop: bool = True
-    """Measure the loop in Python as well. For a million keys its dictionary takes 1 GB and about 20 seconds."""
+    """Also measure the Python loop; --no-python-loop skips it. With a million keys its dictionary takes 1 GB and about
+    20 seconds to build."""
     output: PathText | None = None
-    """CSV file to write, one row a measurement."""
+    """CSV file to write, one row per measurement."""
 
     def __post_init__(self) -> None:
         self.shapes()
         for ratio in self.ratio:
-            _require(0.0 <= ratio <= 1.0, "--ratio", ratio, "numbers from 0 to 1")
-        _require(bool(self.ratio), "--ratio", "empty", "one or more numbers from 0 to 1")
+            _require(0.0 <= ratio <= 1.0, "--ratio", ratio, "numbers in [0, 1]")
+        _require(bool(self.ratio), "--ratio", "empty", "one or more numbers in [0, 1]")
         _require(self.keys is None or self.keys >= 1, "--keys", self.keys, "at least 1")
         _require(0 <= self.seed < 1 << 64, "--seed", self.seed, "0 to 2^64-1")
         _require(self.repeats is None or self.repeats >= 1, "--repeats", self.repeats, "at least 1")
         if (self.table is None) != (self.data is None):
-            given, missing = ("--table", "--data") if self.data is None else ("--data", "--table")
-            raise UserError(f"{given} is given without {missing}, expected both or none; add {missing}")
+            option, missing = ("--table", "--data") if self.data is None else ("--data", "--table")
+            raise UserError(f"{option} requires {missing}; add {missing}")
         if self.table is not None and self.keys is not None:
-            raise UserError("--keys is given with --table, expected one of them; leave --keys out")
+            raise UserError("--keys cannot be combined with --table; remove --keys")
         check_output(self.output)
 
     def shapes(self) -> list[tuple[int, int]]:
-        """The cases as (rows, sequence); empty for the default."""
-        found = []
+        """Returns the cases as (rows, sequence); empty for the default cases."""
+        shapes = []
         for case in self.cases:
             parts = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", case)
             if parts is None:
-                raise UserError(f"--cases is {case!r}, expected ROWSxSEQUENCE as in 8x4096, both from 1 to 9999999")
-            found.append((int(parts[1]), int(parts[2])))
-        return found
+                raise UserError(f"--cases is {case!r}, expected ROWSxSEQUENCE such as 8x4096, both from 1 to 9999999")
+            shapes.append((int(parts[1]), int(parts[2])))
+        return shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveOptions:
-    """Measures the contrastive loss, forward and backward: eager torch, torch.compile, strips in plain torch and the
-    Triton kernels (on a GPU)."""
+    """Benchmarks the contrastive loss, forward and backward: eager PyTorch, torch.compile, chunked plain PyTorch and
+    the Triton kernels (on a GPU)."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto is the GPU where torch has one, else the CPU."""
+    """Device to run on; auto uses a GPU if one is available."""
     words: list[int] = field(default_factory=list)
-    """Words of a batch, one or more numbers; by default 4096 16384 65536 on a GPU, 1024 4096 on a CPU."""
+    """Numbers of words per batch, one or more. Default: 4096 16384 65536 on a GPU, 1024 4096 on a CPU."""
     hidden: list[int] = field(default_factory=list)
-    """Numbers a word, one or more; by default 2048 on a GPU, 256 on a CPU."""
+    """Hidden sizes, one or more. Default: 2048 on a GPU, 256 on a CPU."""
     layers: int = 1
-    """Layers that one call computes."""
+    """Number of layers per call."""
     dtype: Literal["float32", "bfloat16", "both"] = "float32"
-    """Type of the words."""
+    """Dtype of the words."""
     threads: int = 1
-    """CPU: threads of torch."""
+    """CPU: number of PyTorch threads."""
     compiled: bool = True
-    """Measure torch.compile of the eager code as well. It needs a C++ compiler on a CPU."""
+    """Also measure torch.compile of the eager code, which requires a C++ compiler on a CPU; --no-compiled skips it."""
     largest: bool = False
-    """GPU: also double the words until each implementation is out of memory."""
+    """GPU: also double the number of words until each implementation runs out of memory."""
     seed: int = 1234
-    """Of the words."""
+    """Seed of the words."""
     repeats: int | None = None
-    """Repeats of every measurement; by default 30 on a GPU, 10 on a CPU. Slow calls are repeated less often."""
+    """Repeats per measurement. Default: 30 on a GPU, 10 on a CPU. Slow calls are repeated less often."""
     output: PathText | None = None
-    """CSV file to write, one row a measurement."""
+    """CSV file to write, one row per measurement."""
 
     def __post_init__(self) -> None:
         for total in self.words:
-            _require(2 <= total <= 1 << 21, "--words", total, "numbers from 2 to 2097152")
+            _require(2 <= total <= 1 << 21, "--words", total, "2 to 2097152")
         for hidden in self.hidden:
-            _require(1 <= hidden <= 1 << 16, "--hidden", hidden, "numbers from 1 to 65536")
+            _require(1 <= hidden <= 1 << 16, "--hidden", hidden, "1 to 65536")
         _require(self.layers >= 1, "--layers", self.layers, "at least 1")
         _require(self.threads >= 1, "--threads", self.threads, "at least 1")
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
@@ -118,105 +120,100 @@ class ContrastiveOptions:
         check_output(self.output)
 
     def check_device(self, kind: str) -> None:
-        """Checks what depends on the device that was found, `cuda` or `cpu`.
+        """Checks the options that depend on the device type, `cuda` or `cpu`.
 
         Raises:
-            UserError: something is asked for that this device does not do.
+            UserError: an option is not supported on this device.
         """
         if self.largest and kind != "cuda":
-            raise UserError(
-                "--largest is given without a GPU, where it would use up the machine's memory, expected with one; "
-                "leave it out"
-            )
+            raise UserError("--largest requires a GPU: on a CPU it would exhaust the machine's memory; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """Measures preprocessing: with gigatoken, with the tokenizer's own library, and one document after the other as
-    Megatron-LM's tool does it. All must write the same tokens."""
+    """Benchmarks preprocessing with gigatoken, with the tokenizer's own library (plain), and document by document as in
+    Megatron-LM's tool (megatron). All of them must write the same tokens."""
 
     input: list[PathText] = field(default_factory=list)
-    """Files, directories or patterns to preprocess; by default synthetic text."""
+    """Files, directories or patterns to preprocess. Default: synthetic text."""
     text_key: str = "text"
-    """Key of the text in each object."""
+    """Key of the text in each JSON object."""
     tokenizer: PathText | None = None
-    """Tokenizer directory or sentencepiece model; by default a byte-level BPE of 4,096 ids is trained on the text."""
+    """Tokenizer directory or sentencepiece model. Default: train a byte-level BPE with 4,096 ids on the text."""
     implementation: list[str] = field(default_factory=lambda: ["gigatoken", "plain", "megatron"])
-    """What to measure, one or more of gigatoken, plain and megatron."""
+    """Implementations to measure, one or more of gigatoken, plain and megatron."""
     workers: int = 2
-    """Worker processes of each."""
+    """Worker processes per implementation."""
     mb: float = 200
-    """Synthetic text in 10^6 bytes."""
+    """Size of the synthetic text in MB (10^6 bytes)."""
     document_bytes: list[int] = field(default_factory=lambda: [200, 2000])
-    """Shortest and longest synthetic document; the lengths spread evenly over the orders of magnitude between."""
+    """Minimum and maximum size of synthetic documents in bytes; sizes are log-uniform between them."""
     megatron_mb: float = 20
-    """How much of the text megatron gets, in 10^6 characters; it is slow, and keeps nothing from one document to the
-    next."""
+    """Amount of text for megatron, in 10^6 characters; it is slow, and has no cache that a longer text would warm
+    up."""
     directory: PathText | None = None
-    """Where text and results lie while it runs; by default the system's directory for temporary files."""
+    """Directory for text and output during the run. Default: the system's temporary directory."""
     seed: int = 1234
-    """Of the synthetic text."""
+    """Seed of the synthetic text."""
     output: PathText | None = None
-    """CSV file to write, one row a measurement."""
+    """CSV file to write, one row per measurement."""
 
     def __post_init__(self) -> None:
         known = ("gigatoken", "plain", "megatron")
-        given = self.implementation
-        good = bool(given) and len(set(given)) == len(given) and set(given) <= set(known)
-        _require(good, "--implementation", " ".join(given) or "empty", f"one or more of {', '.join(known)}")
+        names = self.implementation
+        valid = bool(names) and len(set(names)) == len(names) and set(names) <= set(known)
+        _require(valid, "--implementation", " ".join(names) or "empty", f"one or more of {', '.join(known)}")
         _require(self.workers >= 1, "--workers", self.workers, "at least 1")
         _require(0 < self.mb <= 1e7, "--mb", self.mb, "more than 0, at most 10000000")
         _require(0 < self.megatron_mb <= 1e7, "--megatron-mb", self.megatron_mb, "more than 0, at most 10000000")
         sizes = self.document_bytes
-        good = len(sizes) == 2 and 1 <= sizes[0] <= sizes[-1] <= 1 << 28
+        valid = len(sizes) == 2 and 1 <= sizes[0] <= sizes[-1] <= 1 << 28
         _require(
-            good, "--document-bytes", " ".join(map(str, sizes)) or "empty", "two numbers from 1 to 2^28, ascending"
+            valid, "--document-bytes", " ".join(map(str, sizes)) or "empty", "two numbers from 1 to 2^28, ascending"
         )
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
         directory = self.directory
-        _require(directory is None or Path(directory).is_dir(), "--directory", directory, "a directory that exists")
+        _require(directory is None or Path(directory).is_dir(), "--directory", directory, "an existing directory")
         check_output(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Measures convert to-hf and from-hf on a synthetic Llama in bf16 against cp of the same bytes, and their memory.
-
-    The files are read from the disk, not from memory, and written until they are synced.
-    """
+    """Benchmarks speed and memory of convert to-hf and from-hf with a synthetic bf16 Llama, compared with cp of the
+    same bytes. Files are read from disk, not from the page cache, and written until they are synced."""
 
     parameters: int = 1_000_000_000
-    """About how many numbers the model has; it takes two bytes each, twice, on the disk."""
+    """Approximate number of parameters of the model; needs 2 x 2 bytes of disk space per parameter."""
     shard_bytes: int = 5_000_000_000
-    """Most bytes of a file with weights."""
+    """Maximum size of a weight file in bytes."""
     repeats: int = 3
-    """Repeats of every measurement, of which the median is told."""
+    """Repeats per measurement; the median is reported."""
     directory: PathText | None = None
-    """Where the files lie while it runs; by default the system's directory for temporary files."""
+    """Directory for the files during the run. Default: the system's temporary directory."""
     seed: int = 1234
-    """Of the weights."""
+    """Seed of the weights."""
     output: PathText | None = None
-    """CSV file to write, one row a measurement."""
+    """CSV file to write, one row per measurement."""
 
     def __post_init__(self) -> None:
-        given = self.parameters
-        _require(1_000_000 <= given <= 10**12, "--parameters", given, "1000000 to 1000000000000")
+        count = self.parameters
+        _require(1_000_000 <= count <= 10**12, "--parameters", count, "1000000 to 1000000000000")
         _require(self.shard_bytes >= 1_000_000, "--shard-bytes", self.shard_bytes, "at least 1000000")
         _require(self.repeats >= 1, "--repeats", self.repeats, "at least 1")
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
         directory = self.directory
-        _require(directory is None or Path(directory).is_dir(), "--directory", directory, "a directory that exists")
+        _require(directory is None or Path(directory).is_dir(), "--directory", directory, "an existing directory")
         check_output(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourcesOptions:
-    """Compiles the kernels and lists the registers, spills and shared memory that they take. Needs no GPU."""
+    """Compiles the kernels and lists their registers, spills and shared memory. Does not require a GPU."""
 
     capability: list[int] = field(default_factory=list)
-    """Compute capabilities (90 for an H200), one or more; by default the GPU's own, without one 80 90 100."""
+    """Compute capabilities (90 for an H200), one or more. Default: that of the GPU, or 80 90 100 without a GPU."""
     output: PathText | None = None
-    """CSV file to write."""
+    """CSV file to write, one row per kernel, setting and capability."""
 
     def __post_init__(self) -> None:
         for capability in self.capability:
@@ -224,6 +221,6 @@ class ResourcesOptions:
         check_output(self.output)
 
 
-def _require(holds: bool, option: str, found: object, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{option} is {found}, expected {expected}")
+def _require(condition: bool, option: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{option} is {value}, expected {expected}")

@@ -1,6 +1,6 @@
-"""Speed of the two phases of a recipe: what a step of the alignment phase costs against one of language-model training.
+"""Benchmark of the two phases of a recipe: the alignment phase compared with language-model training.
 
-Steps of both alternate, so that whatever else the machine does slows both down.
+Steps of both phases alternate, so that other load on the machine affects both.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.run.inputs import open_inputs
-from megatron_prealign.run.pretrain import build_phases, check_world_size, open_words
+from megatron_prealign.run.pretrain import build_phases, build_word_steps, check_world_size
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -38,36 +38,38 @@ class PhaseSpeed:
     tokens_per_step: float
     tokens_per_second: float
     share_of_language_model: float
-    """Of the tokens a second of language-model training."""
+    """Tokens per second relative to language-model training."""
 
 
 def measure_phases(recipe: Recipe, runtime: Runtime, *, steps: int, warmup: int) -> list[PhaseSpeed]:
-    """Runs `warmup + steps` steps of each phase, without saving or evaluating; language-model training is the last one.
-    Takes part: all processes.
+    """Runs `warmup + steps` steps of each phase, without saving or evaluating. Collective: call on all ranks.
+
+    Returns:
+        The speed of each phase; language-model training is last.
 
     Raises:
-        UserError: the recipe has no alignment section, or does not fit its files.
+        UserError: the recipe has no alignment section, or does not match its files.
     """
     if recipe.alignment is None:
-        raise UserError("the recipe has no section alignment, expected one to compare with language-model training")
-    with _directory() as directory:
-        trainer = _trainer(_short(recipe, directory, steps + warmup), runtime)
+        raise UserError("alignment is null, expected a section alignment to compare with language-model training")
+    with _shared_directory() as directory:
+        trainer = _build_trainer(_shorten(recipe, directory, steps + warmup), runtime)
         schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
         seconds: list[list[float]] = [[] for _ in trainer.phases]
         tokens: list[list[int]] = [[] for _ in trainer.phases]
         for _ in range(warmup + steps):
             for number, phase in enumerate(trainer.phases):
                 before = trainer.state.tokens
-                start_s = _now_s(runtime)
+                start_s = _synchronised_time_s(runtime)
                 trainer.step(phase, schedules[number])
-                seconds[number].append(_now_s(runtime) - start_s)
+                seconds[number].append(_synchronised_time_s(runtime) - start_s)
                 tokens[number].append(trainer.state.tokens - before)
-    found = [
+    speeds = [
         _speed(phase, runtime, times[warmup:], counts[warmup:])
         for phase, times, counts in zip(trainer.phases, seconds, tokens, strict=True)
     ]
-    last = found[-1].tokens_per_second
-    return [replace(each, share_of_language_model=each.tokens_per_second / last) for each in found]
+    last = speeds[-1].tokens_per_second
+    return [replace(each, share_of_language_model=each.tokens_per_second / last) for each in speeds]
 
 
 def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[int]) -> PhaseSpeed:
@@ -84,23 +86,23 @@ def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[in
 
 
 @contextmanager
-def _directory() -> Iterator[Path]:
-    """A directory for the sample index, the same on all ranks of a machine, gone afterwards."""
-    made: list[tempfile.TemporaryDirectory[str]] = []
+def _shared_directory() -> Iterator[Path]:
+    """Temporary directory for the sample index, the same on all ranks of a machine."""
+    created: list[tempfile.TemporaryDirectory[str]] = []
 
-    def make() -> str:
-        made.append(tempfile.TemporaryDirectory(prefix="megatron_prealign_"))
-        return made[0].name
+    def create() -> str:
+        created.append(tempfile.TemporaryDirectory(prefix="megatron_prealign_"))
+        return created[0].name
 
     try:
-        yield Path(from_rank_zero("making a directory", make))
+        yield Path(from_rank_zero("creating a directory", create))
     finally:
-        for directory in made:
+        for directory in created:
             directory.cleanup()
 
 
-def _short(recipe: Recipe, directory: Path, steps: int) -> Recipe:
-    """The recipe with so many steps of each phase, and nothing but them."""
+def _shorten(recipe: Recipe, directory: Path, steps: int) -> Recipe:
+    """Reduces the recipe to `steps` steps of each phase, without guard and watch."""
     assert recipe.alignment is not None
     return replace(
         recipe,
@@ -113,10 +115,10 @@ def _short(recipe: Recipe, directory: Path, steps: int) -> Recipe:
     )
 
 
-def _trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
+def _build_trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
     on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
     inputs = open_inputs(recipe)
-    words = on_every_rank("preparing the words", lambda: open_words(recipe, runtime, inputs.dictionary))
+    words = on_every_rank("preparing the words", lambda: build_word_steps(recipe, runtime, inputs.dictionary))
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, inputs, words))
     models = build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)
     chunks = wrap_data_parallel(models, recipe.parallel)
@@ -125,8 +127,8 @@ def _trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
     return Trainer(recipe, runtime, chunks, build_optimizer(recipe, chunks), phases, [], TrainState())
 
 
-def _now_s(runtime: Runtime) -> float:
-    """The host's clock once the device is done."""
+def _synchronised_time_s(runtime: Runtime) -> float:
+    """Host time in seconds after synchronising with the device."""
     if runtime.device.type == "cuda":
         torch.cuda.synchronize(runtime.device)
     return time.perf_counter()

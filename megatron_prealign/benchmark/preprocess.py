@@ -1,5 +1,5 @@
-"""Preprocessing: text a second, tokens a second and memory, of gigatoken, of the tokenizer's own library, and of one
-document after the other through a pool, as Megatron-LM's tool does it."""
+"""Benchmark of preprocessing: speed and memory of gigatoken, of the tokenizer's own library, and of a pool that encodes
+document by document, as in Megatron-LM's tool."""
 
 import json
 import multiprocessing
@@ -28,11 +28,11 @@ from megatron_prealign.progress import Progress
 
 MEGATRON = "megatron"
 _POLL_S = 0.05
-# Documents that Megatron-LM's tool gives a worker at a time.
+# Documents per task in Megatron-LM's tool.
 _CHUNK_DOCUMENTS = 32
 _BASE_WORDS = 1 << 20
 _VOCABULARY = 50_000
-# A word that was never there before, every so many bytes: what engines keep of words must not grow with the text.
+# A new word every _NEW_WORD_BYTES, so that the benefit of an engine's word cache does not grow with the text.
 _NEW_WORD_BYTES, _NEW_WORD_LETTERS = 200, 8
 
 
@@ -43,20 +43,20 @@ class PreprocessMeasurement:
     implementation: str
     """`gigatoken`, `plain` or `megatron`."""
     encoded_by: str
-    """Which library encoded."""
+    """Library that encoded the text."""
     workers: int
     documents: int
     text_bytes: int
-    """UTF-8 bytes of the documents, without the JSON around them."""
+    """UTF-8 bytes of the documents, without the surrounding JSON."""
     tokens: int
     seconds: float
-    """From the call to the finished files, the start of the workers included; not that of the measuring process."""
+    """Time from the call to the finished files, with the start of the workers but not of the measuring process."""
     peak_bytes: int
-    """Most main memory of all processes together, pages that several share counted once for each; every 50 ms."""
+    """Peak main memory summed over all processes (shared pages count for each), sampled every 50 ms."""
 
     @property
     def mb_per_second(self) -> float:
-        """10^6 bytes of text a second."""
+        """10^6 bytes of text per second."""
         return self.text_bytes / self.seconds / 1e6
 
     @property
@@ -66,7 +66,7 @@ class PreprocessMeasurement:
 
 @dataclass(frozen=True)
 class _Case:
-    """What the measuring process is told."""
+    """Arguments of the measuring process."""
 
     implementation: str
     inputs: list[str]
@@ -74,39 +74,45 @@ class _Case:
     tokenizer: str
     prefix: str
     workers: int
-    longest_document: int
+    max_document_bytes: int
 
 
 class PreprocessBenchmark:
-    """Measures one implementation after the other, each in a process of its own."""
+    """Measures one implementation after the other, each in its own process."""
 
     def __init__(self, options: PreprocessOptions) -> None:
         self._options = options
 
     def measure(self) -> Iterator[PreprocessMeasurement]:
-        """The measurements, as they come.
+        """Yields the measurements as soon as they are available.
 
         Raises:
-            UserError: an unusable input or tokenizer; two implementations wrote different tokens.
+            UserError: an input or the tokenizer is not usable, or two implementations wrote different tokens.
         """
         options = self._options
         with tempfile.TemporaryDirectory(prefix="prealign-benchmark-", dir=options.directory) as directory:
             inputs = [str(path) for path in options.input] or [str(_write_corpus(Path(directory), options))]
-            tokenizer = options.tokenizer or str(_train(Path(directory), inputs, options.text_key))
+            tokenizer = options.tokenizer or str(_train_tokenizer(Path(directory), inputs, options.text_key))
             sources = resolve_inputs(inputs)
             checksum = None
             for name in options.implementation:
-                # The slow one gets the beginning of the corpus.
-                used = [str(_part(Path(directory), sources, options))] if name == MEGATRON else inputs
+                # Megatron is slow and only gets the first part of the corpus.
+                case_inputs = (
+                    [str(_write_first_part(Path(directory), sources, options))] if name == MEGATRON else inputs
+                )
                 prefix = str(Path(directory) / name)
-                longest = 4 * max(options.document_bytes[1], 1 << 20)
-                case = _Case(name, used, options.text_key, tokenizer, prefix, options.workers, longest)
+                max_document_bytes = 4 * max(options.document_bytes[1], 1 << 20)
+                case = _Case(
+                    name, case_inputs, options.text_key, tokenizer, prefix, options.workers, max_document_bytes
+                )
                 yield self._measure(case)
-                found = file_checksum(Path(f"{prefix}.bin"))
-                expected = _checksum_of_part(case) if name == MEGATRON else checksum
-                if expected is not None and found != expected:
-                    raise UserError(f"{name} wrote other tokens than the others; its figures above mean nothing")
-                checksum = checksum if name == MEGATRON else found
+                actual = file_checksum(Path(f"{prefix}.bin"))
+                expected = _expected_checksum(case) if name == MEGATRON else checksum
+                if expected is not None and actual != expected:
+                    raise UserError(
+                        f"{name} wrote different tokens than the other implementations; ignore its measurement above"
+                    )
+                checksum = checksum if name == MEGATRON else actual
                 for path in Path(directory).glob(f"{name}.*"):
                     path.unlink()
 
@@ -115,21 +121,21 @@ class PreprocessBenchmark:
         free = shutil.disk_usage(Path(case.prefix).parent).free
         if free < needed:
             raise UserError(
-                f"{Path(case.prefix).parent}: {free:,} bytes free, up to {needed:,} are needed; choose another "
+                f"{Path(case.prefix).parent}: {free:,} bytes free, expected at least {needed:,}; choose another "
                 "--directory"
             )
-        return _run_apart(case)
+        return _run_in_subprocess(case)
 
 
-def _checksum_of_part(case: _Case) -> str:
-    """What Megatron-LM's tool should have written."""
-    again = replace(case, implementation="plain", prefix=f"{case.prefix}.expected", workers=1)
-    _measure_ours(again)
-    return file_checksum(Path(f"{again.prefix}.bin"))
+def _expected_checksum(case: _Case) -> str:
+    """Checksum of the file that Megatron-LM's tool should have written."""
+    plain = replace(case, implementation="plain", prefix=f"{case.prefix}.expected", workers=1)
+    _measure_preprocess(plain)
+    return file_checksum(Path(f"{plain.prefix}.bin"))
 
 
 def _write_corpus(directory: Path, options: PreprocessOptions) -> Path:
-    """Documents of words by Zipf's law, their lengths spread evenly over orders of magnitude."""
+    """Writes documents of Zipf-distributed words with log-uniform lengths."""
     path = directory / "corpus.jsonl"
     generator = np.random.default_rng(options.seed)
     base = _base_text(generator)
@@ -164,11 +170,11 @@ def _document(base: bytes, size: int, generator: np.random.Generator) -> bytes:
     parts: list[bytes] = []
     for number, at in enumerate(generator.integers(0, len(base) - length, pieces).tolist()):
         parts += [base[at : at + length], new[number * _NEW_WORD_LETTERS :][:_NEW_WORD_LETTERS]]
-    # At least one letter, wherever it was cut.
+    # At least one letter, wherever the document was cut.
     return b" ".join(parts)[: max(size, 1)].replace(b"  ", b" ").strip() or b"a"
 
 
-def _train(directory: Path, inputs: Sequence[str], text_key: str) -> Path:
+def _train_tokenizer(directory: Path, inputs: Sequence[str], text_key: str) -> Path:
     from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, train_tokenizer
 
     train_tokenizer(
@@ -182,21 +188,21 @@ def _train(directory: Path, inputs: Sequence[str], text_key: str) -> Path:
     return directory / "tokenizer"
 
 
-def _part(directory: Path, sources: Sequence[Input], options: PreprocessOptions) -> Path:
-    """The beginning of the corpus as plain lines, which is all that Megatron-LM's tool reads."""
+def _write_first_part(directory: Path, sources: Sequence[Input], options: PreprocessOptions) -> Path:
+    """Writes the start of the corpus as JSON lines, the only format that Megatron-LM's tool reads."""
     path = directory / "part.jsonl"
-    left = int(options.megatron_mb * 1e6)
+    remaining = int(options.megatron_mb * 1e6)
     limits = Limits(document_bytes=4 * max(options.document_bytes[1], 1 << 20))
     with path.open("w", encoding="utf-8") as stream:
         for text, _ in read_documents(sources, (options.text_key,), "skip", limits=limits):
             stream.write(json.dumps({options.text_key: text}, ensure_ascii=False) + "\n")
-            left -= len(text)
-            if left <= 0:
+            remaining -= len(text)
+            if remaining <= 0:
                 break
     return path
 
 
-def _run_apart(case: _Case) -> PreprocessMeasurement:
+def _run_in_subprocess(case: _Case) -> PreprocessMeasurement:
     import psutil
 
     context = multiprocessing.get_context("spawn")
@@ -210,16 +216,16 @@ def _run_apart(case: _Case) -> PreprocessMeasurement:
             parent = psutil.Process(process.pid)
             peak = max(peak, sum(_resident(each) for each in [parent, *parent.children(recursive=True)]))
     try:
-        found = receiver.recv()
+        result = receiver.recv()
     except EOFError as error:
         raise UserError(
-            f"{case.implementation}: the measuring process died (out of memory?); give less text or fewer --workers"
+            f"{case.implementation}: the measuring process died (out of memory?); use less text or fewer --workers"
         ) from error
     finally:
         process.join()
-    if isinstance(found, UserError):
-        raise found
-    return PreprocessMeasurement(case.implementation, peak_bytes=peak, workers=case.workers, **found)
+    if isinstance(result, UserError):
+        raise result
+    return PreprocessMeasurement(case.implementation, peak_bytes=peak, workers=case.workers, **result)
 
 
 def _resident(process: Any) -> int:
@@ -232,34 +238,34 @@ def _resident(process: Any) -> int:
 
 def _run(case: _Case, sender: Connection) -> None:
     try:
-        sender.send(_measure_megatron(case) if case.implementation == MEGATRON else _measure_ours(case))
+        sender.send(_measure_megatron(case) if case.implementation == MEGATRON else _measure_preprocess(case))
     except UserError as error:
         sender.send(error)
 
 
-def _measure_ours(case: _Case) -> dict[str, Any]:
+def _measure_preprocess(case: _Case) -> dict[str, Any]:
     settings = PreprocessSettings(
         language="en",
         fields=Fields((case.text_key,)),
         workers=case.workers,
         use_fast_engine=case.implementation == "gigatoken",
-        limits=Limits(document_bytes=case.longest_document),
+        limits=Limits(document_bytes=case.max_document_bytes),
     )
     start = time.perf_counter()
     preprocess(case.inputs, case.tokenizer, case.prefix, settings, show_progress=False)
     seconds = time.perf_counter() - start
-    facts = load_sidecar(case.prefix)
+    sidecar = load_sidecar(case.prefix)
     return {
-        "encoded_by": facts.engine,
-        "documents": facts.documents,
-        "text_bytes": facts.bytes,
-        "tokens": facts.tokens,
+        "encoded_by": sidecar.engine,
+        "documents": sidecar.documents,
+        "text_bytes": sidecar.bytes,
+        "tokens": sidecar.tokens,
         "seconds": seconds,
     }
 
 
 class _Encoder:
-    """Of one worker: a tokenizer as Megatron-Core loads it."""
+    """Encodes lines in a worker process, with a tokenizer loaded by Megatron-Core."""
 
     tokenizer: Any = None
 
@@ -276,7 +282,7 @@ class _Encoder:
 
 
 def _megatron_tokenizer(path: str) -> Any:
-    # Without the warnings that Megatron-Core gives on a CPU.
+    # Suppresses warnings of Megatron-Core on a CPU.
     import_indexed_dataset()
     from megatron.core.tokenizers import MegatronTokenizer
 
@@ -285,13 +291,13 @@ def _megatron_tokenizer(path: str) -> Any:
 
 
 def _measure_megatron(case: _Case) -> dict[str, Any]:
-    """Megatron-LM's tool in its own parts: `Pool.imap` over lines, Megatron-Core's tokenizer and its builder."""
+    """Does what Megatron-LM's tool does: `Pool.imap` over lines, Megatron-Core's tokenizer and its builder."""
     indexed = import_indexed_dataset()
     encoder = _Encoder(case.tokenizer, case.text_key)
     vocabulary = _megatron_tokenizer(case.tokenizer).vocab_size
     documents = text_bytes = tokens = 0
     (path,) = case.inputs
-    # It starts its workers before it reads its clock.
+    # Megatron-LM's tool starts its workers before its clock, so the same is done here.
     with multiprocessing.get_context("spawn").Pool(case.workers, initializer=encoder.start) as pool:
         pool.map(len, [""] * case.workers)
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Code-switching as it is commonly written by hand: a collate function that walks over the tokens in Python.
+"""Code-switching as it is commonly written: a collate function that loops over the tokens in Python.
 
-It is what the kernel is compared with, so it is written as one would write it who cares for speed: a dictionary of
-tuples, lists, tensors only at the end. With the same draws it gives the same batch as the kernel.
+It is the baseline for the kernel and therefore written for speed: a dictionary keyed by tuples, lists, and tensors only
+at the end. With the same random draws it returns the same batch as the kernel.
 """
 
 from bisect import bisect_left
@@ -30,7 +30,7 @@ NOT_SCORED = -1
 
 class _Translations(NamedTuple):
     last: list[int]
-    """The largest draw that takes each."""
+    """Largest draw that selects each translation."""
     tokens: list[list[int]]
 
 
@@ -42,16 +42,16 @@ class PythonLoop:
     """The collate function (label mode input_only)."""
 
     def __init__(self, arrays: dict[str, Any], table: NgramTable, language: int, pad_id: int) -> None:
-        """Makes the dictionary.
+        """Builds the dictionary.
 
         Args:
-            arrays: what the table was built from.
-            table: on the CPU; its key k is key k of `arrays`.
-            language: of the rows; other keys are left out.
-            pad_id: fills up rows that became shorter.
+            arrays: Arrays that the table was built from.
+            table: The table on the CPU; its key k is key k of `arrays`.
+            language: Language of the rows; keys of other languages are skipped.
+            pad_id: Token that pads rows that became shorter.
 
         Raises:
-            ValueError: the table has left keys out.
+            ValueError: the table does not have all keys of `arrays`.
         """
         if table.num_keys != len(arrays["key_language"]):
             raise ValueError(f"the table has {table.num_keys} keys, expected {len(arrays['key_language'])}")
@@ -66,13 +66,13 @@ class PythonLoop:
         for key, key_language in enumerate(arrays["key_language"].tolist()):
             if key_language != language:
                 continue
-            first, behind = bounds[key], bounds[key + 1]
-            spelled = []
-            for candidate in candidates[first:behind]:
-                begin, length = candidate & WORD, (candidate >> LENGTH_SHIFT) & MAX_CANDIDATE_TOKENS
-                spelled.append(candidate_tokens[begin : begin + length])
+            first, end = bounds[key], bounds[key + 1]
+            translations = []
+            for candidate in candidates[first:end]:
+                start, length = candidate & WORD, (candidate >> LENGTH_SHIFT) & MAX_CANDIDATE_TOKENS
+                translations.append(candidate_tokens[start : start + length])
             word = tuple(key_tokens[key_offsets[key] : key_offsets[key + 1]])
-            self._entries[word] = _Translations(last[first:behind], spelled)
+            self._entries[word] = _Translations(last[first:end], translations)
 
     def __call__(
         self,
@@ -86,12 +86,12 @@ class PythonLoop:
         """Collates a batch.
 
         Args:
-            tokens: integers [B, W], W > sequence, on the CPU.
-            sequence: positions of the result.
+            tokens: Integers [B, W], W > sequence, on the CPU.
+            sequence: Length of the output sequences.
             threshold: `ratio_threshold` of the ratio.
-            word_starts: bool [B, W] or None.
-            whether: draws whether a word is switched.
-            which: draws the translation.
+            word_starts: Bool [B, W] or None.
+            whether: Draws whether a word is switched.
+            which: Draws the translation.
 
         Returns:
             tokens (int64), labels (int64), loss mask (float32) and position ids (int64), [B, sequence] each.
@@ -115,33 +115,33 @@ class PythonLoop:
         self,
         number: int,
         row: list[int],
-        wanted: int,
+        min_tokens: int,
         threshold: int,
         marks: list[bool] | None,
         whether: Draw,
         which: Draw,
     ) -> tuple[list[int], list[int]]:
-        """The switched tokens of a row, at least `wanted` if there are so many, and what is to be predicted there."""
+        """Returns the switched tokens of a row (at least `min_tokens`, if the row suffices) and their targets."""
         before, after, entries = self._before, self._after, self._entries
         stream: list[int] = []
         target: list[int] = []
-        begin = 0
-        starts = bool(before[row[0]] or (marks and marks[0]))
+        start = 0
+        starts_word = bool(before[row[0]] or (marks and marks[0]))
         for position in range(1, len(row)):
             if not (before[row[position]] or after[row[position - 1]] or (marks and marks[position])):
                 continue
-            word = row[begin:position]
-            found = entries.get(tuple(word)) if starts and len(word) <= MAX_NGRAM else None
-            if found is not None and whether(number, begin) < threshold:
-                translation = found.tokens[bisect_left(found.last, which(number, begin))]
+            word = row[start:position]
+            entry = entries.get(tuple(word)) if starts_word and len(word) <= MAX_NGRAM else None
+            if entry is not None and whether(number, start) < threshold:
+                translation = entry.tokens[bisect_left(entry.last, which(number, start))]
                 stream += translation
                 target.append(word[0])
                 target += [NOT_SCORED] * (len(translation) - 1)
             else:
                 stream += word
                 target += word
-            begin, starts = position, True
-            if len(stream) >= wanted:
+            start, starts_word = position, True
+            if len(stream) >= min_tokens:
                 return stream, target
-        # the last word is cut by the row's end
-        return stream + row[begin:], target + row[begin:]
+        # The last word may be cut off by the end of the row, so it is not switched.
+        return stream + row[start:], target + row[start:]

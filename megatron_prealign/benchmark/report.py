@@ -1,4 +1,4 @@
-"""Tables for the terminal and CSV files."""
+"""Formats measurements as tables for the terminal and as CSV files."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_prealign.benchmark.code_switch import Measurement
 from megatron_prealign.benchmark.contrastive import ContrastiveMeasurement
+from megatron_prealign.benchmark.convert import ConvertMeasurement
 from megatron_prealign.benchmark.preprocess import PreprocessMeasurement
 from megatron_prealign.files.atomic import write_atomically
 
@@ -40,12 +41,12 @@ _CONTRASTIVE_HEADINGS = (
 
 
 def case_table(measured: Sequence[Measurement]) -> list[str]:
-    """The measurements of one case."""
+    """Formats the measurements of one case."""
     case = measured[0]
     lines = [
         f"{case.rows} x {case.sequence}, ratio {case.ratio:g}, lookahead {case.lookahead}, {case.token_dtype} tokens: "
-        f"{case.known_share:.1%} of the running words known, {case.switched_share:.1%} switched, "
-        f"{case.bytes_moved / (case.rows * case.sequence):.1f} bytes a token"
+        f"{case.known_share:.1%} of running words in the table, {case.switched_share:.1%} switched, "
+        f"{case.bytes_moved / (case.rows * case.sequence):.1f} bytes per token"
     ]
     cells = [
         (
@@ -67,7 +68,7 @@ def case_table(measured: Sequence[Measurement]) -> list[str]:
 
 
 def contrastive_table(measured: Sequence[ContrastiveMeasurement]) -> list[str]:
-    """The measurements of one case of the contrastive loss."""
+    """Formats the measurements of one case of the contrastive loss."""
     case = measured[0]
     layers = "1 layer" if case.layers == 1 else f"{case.layers} layers"
     cells = [
@@ -85,7 +86,8 @@ def contrastive_table(measured: Sequence[ContrastiveMeasurement]) -> list[str]:
     return [f"{case.words} words x {case.hidden}, {layers}, {case.dtype}:", *align([_CONTRASTIVE_HEADINGS, *cells])]
 
 
-_PREPROCESS_WIDTHS = {
+# Column -> width. Fixed, because each row is printed as soon as it is measured, which may take minutes.
+_PREPROCESS_COLUMNS = {
     "implementation": 14,
     "encoded by": 14,
     "workers": 7,
@@ -98,30 +100,64 @@ _PREPROCESS_WIDTHS = {
 }
 
 
+_CONVERT_COLUMNS = {
+    "operation": 10,
+    "reads": 10,
+    "GB": 8,
+    "s": 8,
+    "GB/s": 7,
+    "of cp": 7,
+    "memory MiB": 11,
+    "bound MiB": 10,
+}
+
+
 def preprocess_header() -> str:
-    """The headings above `preprocess_line`."""
-    return "  ".join(
-        name.ljust(width) if place < 2 else name.rjust(width)
-        for place, (name, width) in enumerate(_PREPROCESS_WIDTHS.items())
-    )
+    """Column titles for `preprocess_line`."""
+    return _fixed_width(list(_PREPROCESS_COLUMNS), _PREPROCESS_COLUMNS.values())
 
 
-def preprocess_line(found: PreprocessMeasurement) -> str:
-    """One measurement of preprocessing, of fixed width: it may be minutes until the next one comes."""
-    cells = (
-        found.implementation,
-        found.encoded_by,
-        str(found.workers),
-        f"{found.text_bytes / 1e6:,.1f}",
-        f"{found.documents:,}",
-        f"{found.seconds:,.2f}",
-        f"{found.mb_per_second:,.2f}",
-        f"{found.tokens_per_second / 1e6:,.2f}",
-        f"{found.peak_bytes / (1 << 20):,.0f}",
-    )
+def preprocess_line(measurement: PreprocessMeasurement) -> str:
+    """Formats one measurement of preprocessing."""
+    cells = [
+        measurement.implementation,
+        measurement.encoded_by,
+        str(measurement.workers),
+        f"{measurement.text_bytes / 1e6:,.1f}",
+        f"{measurement.documents:,}",
+        f"{measurement.seconds:,.2f}",
+        f"{measurement.mb_per_second:,.2f}",
+        f"{measurement.tokens_per_second / 1e6:,.2f}",
+        f"{measurement.peak_bytes / (1 << 20):,.0f}",
+    ]
+    return _fixed_width(cells, _PREPROCESS_COLUMNS.values())
+
+
+def convert_header() -> str:
+    """Column titles for `convert_line`."""
+    return _fixed_width(list(_CONVERT_COLUMNS), _CONVERT_COLUMNS.values())
+
+
+def convert_line(measurement: ConvertMeasurement) -> str:
+    """Formats one measurement of conversion."""
+    memory = [measurement.memory_bytes, measurement.bound_bytes]
+    cells = [
+        measurement.operation,
+        measurement.source,
+        f"{measurement.bytes / 1e9:,.2f}",
+        f"{measurement.seconds:,.2f}",
+        f"{measurement.gb_per_second:,.2f}",
+        f"{measurement.share_of_cp:.0%}",
+        *("-" if value is None else f"{value / (1 << 20):,.0f}" for value in memory),
+    ]
+    return _fixed_width(cells, _CONVERT_COLUMNS.values())
+
+
+def _fixed_width(cells: Sequence[str], widths: Iterable[int]) -> str:
+    """Joins the cells, the first two aligned left and the others right."""
     return "  ".join(
-        cell.ljust(width) if place < 2 else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(cells, _PREPROCESS_WIDTHS.values(), strict=True))
+        cell.ljust(width) if column < 2 else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
 
 
@@ -134,19 +170,19 @@ def _number(value: float | None) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first one to the left."""
+    """Formats rows as lines with aligned columns, the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows that have the same columns; floats with six digits, None as an empty cell."""
+    """Writes rows with identical columns; floats with six significant digits, None as an empty cell."""
     rows = list(rows)
     with write_atomically(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")

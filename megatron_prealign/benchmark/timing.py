@@ -1,7 +1,7 @@
-"""How long calls take, on a GPU and on a CPU.
+"""Timing of calls on a GPU and on a CPU.
 
-On a GPU a call is captured in a CUDA graph, so that the time of the host is left out, and its replays are timed by
-events. Enough work is queued ahead of them that the GPU never waits for the host.
+On a GPU a call is captured in a CUDA graph, which excludes host time, and its replays are timed with CUDA events. All
+replays are queued without synchronising, so the GPU never waits for the host.
 """
 
 import gc
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3
-"""Calls before the first that is measured."""
-LEAST_REPEATS = 3
-"""Repeats even of a call so slow that they take longer than `LIMIT_S`."""
+"""Calls before the first measured call."""
+MIN_REPEATS = 3
+"""Minimum number of repeats, even if they take longer than `LIMIT_S`."""
 LIMIT_S = 20.0
-"""No further repeat of a measurement by the host's clock is begun after this many seconds."""
+"""Seconds after which a measurement with the host clock starts no further repeat."""
 WARM_CALLS = 20
-"""Calls in a graph that is measured with a warm L2: so many that what a graph's start takes is spread thin."""
+"""Calls per graph for measurements with a warm L2 cache, to amortise the launch of the graph."""
 _FLUSH_BYTES = 256 << 20
 _MICRO = 1e6
 
 
 class Timing(NamedTuple):
-    """Microseconds a call, over all repeats."""
+    """Microseconds per call, over all repeats."""
 
     median_us: float
     p10_us: float
@@ -37,19 +37,19 @@ class Timing(NamedTuple):
 
 
 def summarise(seconds: Sequence[float]) -> Timing:
-    """Median, 10th and 90th percentile and the least of the seconds that the repeats took."""
+    """Computes median, 10th and 90th percentile and minimum of the durations of the repeats."""
     low, middle, high = np.percentile(np.asarray(seconds) * _MICRO, [10, 50, 90])
     return Timing(float(middle), float(low), float(high), len(seconds), min(seconds) * _MICRO)
 
 
 def one_thread() -> AbstractContextManager[None]:
-    """torch works in one thread inside the block."""
+    """Context in which torch uses one thread."""
     return threads(1)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch works in `count` threads inside the block."""
+    """Context in which torch uses `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -59,35 +59,35 @@ def threads(count: int) -> Iterator[None]:
 
 
 def time_call(call: Callable[[], Any], repeats: int, device: torch.device) -> Timing:
-    """By the host's clock from the begin of a call until the device is done, waits for it included.
+    """Times calls with the host clock, including synchronisation with the device.
 
     Args:
-        call: what is measured; on a CPU inside `one_thread`.
-        repeats: how often, if that takes no longer than LIMIT_S.
-        device: where the call runs.
+        call: The call to measure; on a CPU inside `one_thread`.
+        repeats: Number of repeats, unless they take longer than `LIMIT_S`.
+        device: Device of the call.
     """
-    return _by_clock(call, repeats, device, waits=True)
+    return _time_with_host_clock(call, repeats, device, synchronise=True)
 
 
 def time_host(call: Callable[[], Any], repeats: int, device: torch.device) -> Timing:
-    """By the host's clock until the call comes back, on a GPU with nothing to do: what handing the work over takes."""
-    return _by_clock(call, repeats, device, waits=False)
+    """Times calls with the host clock until they return, with an idle GPU: the launch overhead."""
+    return _time_with_host_clock(call, repeats, device, synchronise=False)
 
 
-def _by_clock(call: Callable[[], Any], repeats: int, device: torch.device, *, waits: bool) -> Timing:
+def _time_with_host_clock(call: Callable[[], Any], repeats: int, device: torch.device, *, synchronise: bool) -> Timing:
     wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    begun = time.perf_counter()
+    measurement_start = time.perf_counter()
     for _ in range(WARM_UP):
         call()
     seconds: list[float] = []
     with _no_garbage_collection():
         while len(seconds) < repeats:
-            if len(seconds) >= LEAST_REPEATS and time.perf_counter() - begun > LIMIT_S:
+            if len(seconds) >= MIN_REPEATS and time.perf_counter() - measurement_start > LIMIT_S:
                 break
             wait()
             start = time.perf_counter()
             call()
-            if waits:
+            if synchronise:
                 wait()
             seconds.append(time.perf_counter() - start)
     return summarise(seconds)
@@ -95,7 +95,7 @@ def _by_clock(call: Callable[[], Any], repeats: int, device: torch.device, *, wa
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """As `timeit` does: a collection hits any call, and its length is that of everything else in memory."""
+    """Disables garbage collection, as `timeit` does: it could hit any call and depends on everything else in memory."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -115,12 +115,12 @@ class CapturedCall(NamedTuple):
     graph: torch.cuda.CUDAGraph
     calls: int
     output: Any
-    """What the last call returned; every replay writes it anew."""
+    """Return value of the last call; every replay overwrites it."""
 
 
 def capture(call: Callable[[], Any], calls: int) -> CapturedCall:
-    """Captures `calls` calls one after the other, after `WARM_UP` calls that compile what is to be compiled."""
-    # work before a capture belongs on a side stream: notes on CUDA graphs in torch's documentation
+    """Captures `calls` consecutive calls, after `WARM_UP` calls that trigger compilation."""
+    # Warm-up before a capture must run on a side stream (see the notes on CUDA graphs in torch's documentation).
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -131,25 +131,25 @@ def capture(call: Callable[[], Any], calls: int) -> CapturedCall:
     output = None
     with torch.cuda.graph(graph):
         for _ in range(calls):
-            # frees the memory of the call before for the next one, as from step to step in training
+            # Free the memory of the previous call for the next one, as between training steps.
             output = None
             output = call()
     return CapturedCall(graph, calls, output)
 
 
 def flush_buffer(device: torch.device) -> Tensor:
-    """A buffer several times the size of the L2: writing it leaves nothing else there."""
+    """Returns a buffer several times the size of the L2 cache; writing it evicts everything else."""
     size = max(_FLUSH_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def time_replays(captured: CapturedCall, repeats: int, flush: Tensor | None) -> Timing:
-    """Times replays by CUDA events.
+    """Times replays with CUDA events.
 
     Args:
-        captured: what is replayed.
-        repeats: replays that are measured.
-        flush: a `flush_buffer` that is written before every replay, which makes the L2 cold; None leaves it warm.
+        captured: The graph to replay.
+        repeats: Number of measured replays.
+        flush: A `flush_buffer` to write before every replay, for a cold L2 cache; None for a warm one.
     """
     events = []
     for _ in range(WARM_UP + repeats):
@@ -165,12 +165,12 @@ def time_replays(captured: CapturedCall, repeats: int, flush: Tensor | None) -> 
 
 
 def copy_bandwidth(device: torch.device, size: int, repeats: int = 10) -> float:
-    """Bytes a second of `Tensor.copy_`, read and written bytes counted both.
+    """Bandwidth of `Tensor.copy_` in bytes per second, counting both reads and writes.
 
     Args:
-        device: a GPU, or the CPU inside `one_thread`.
-        size: bytes of the buffer; far more than the caches hold.
-        repeats: copies that are measured.
+        device: A GPU, or the CPU inside `one_thread`.
+        size: Size of the buffer in bytes; much larger than the caches.
+        repeats: Number of measured copies.
     """
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)

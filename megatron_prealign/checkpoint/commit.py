@@ -1,4 +1,4 @@
-"""Turns a directory that contains sharded tensors into a checkpoint: the files next to them, the manifest, the name."""
+"""Turns a directory of sharded tensors into a checkpoint: writes the other files and the manifest, then renames it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.yaml"
 TOKENIZER = "tokenizer"
 CONFIG = "huggingface/config.json"
-# Weights of a model may lie in the same directory: they are no part of the tokenizer.
+# The directory of a tokenizer may also contain model weights, which are not copied.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,20 +37,20 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run's checkpoint contains next to its sharded state."""
+    """Content of a run's checkpoint besides its sharded state."""
 
     recipe: Recipe
     state: Mapping[str, Any]
     """`state.run_state`."""
     huggingface: Mapping[str, Any]
-    """config.json of the model, as Hugging Face has it."""
+    """Hugging Face config.json of the model."""
 
 
 def write_run_files(directory: Path, files: RunFiles) -> None:
-    """Writes and syncs everything of a run's checkpoint but its sharded state and the manifest.
+    """Writes and syncs all files of a run's checkpoint except its sharded state and the manifest.
 
     Raises:
-        OSError: the disk refuses, or the tokenizer is gone.
+        OSError: a file cannot be written, or the tokenizer does not exist.
     """
     save_recipe(files.recipe, directory / RECIPE_FILE)
     copy_tokenizer(Path(files.recipe.data.tokenizer), directory / TOKENIZER)
@@ -66,24 +66,23 @@ def complete_weights(
     config: Mapping[str, Any] | None,
     records: Mapping[str, FileRecord],
 ) -> None:
-    """Writes what a checkpoint of weights alone contains next to its tensors and its tokenizer, the manifest last.
+    """Completes a checkpoint of only weights: writes the files besides its tensors and tokenizer, the manifest last.
 
     Args:
-        directory: With the tensors and the directory `tokenizer`.
+        directory: Directory with the tensors and the directory `tokenizer`.
         state: `state.weights_state`.
-        config: config.json of the same model for Hugging Face; None where that cannot be said.
-        records: Of the files with the tensors.
+        config: Hugging Face config.json of the model; None if there is none.
+        records: Records of the files with the tensors.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: a file cannot be written.
     """
     _describe(directory, state, config)
     write_manifest(directory, records)
 
 
 def _describe(directory: Path, state: Mapping[str, Any], config: Mapping[str, Any] | None) -> list[Path]:
-    """Writes `model.yaml`, which a recipe can be completed with, config.json and, last, `state.json`; returns what was
-    written."""
+    """Writes `model.yaml` (the recipe's section `model`), config.json and, last, `state.json`; returns their paths."""
     model = directory / MODEL_FILE
     model.write_text(yaml.safe_dump({"model": state["model"]}, sort_keys=False, allow_unicode=True), encoding="utf-8")
     written = [model]
@@ -96,14 +95,15 @@ def _describe(directory: Path, state: Mapping[str, Any], config: Mapping[str, An
 
 
 def commit(working: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
-    """Writes the manifest of `working`, gives it its final name and points `latest` at it. A kill between any two
-    steps leaves the checkpoint that `latest` names.
+    """Writes the manifest of `working`, renames it to `final` and points `latest` at it.
+
+    If the process is killed between any two steps, the checkpoint that `latest` names is intact.
 
     Args:
-        records: of files that need not be read again.
+        records: Records of files that need not be read again.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: a file cannot be written.
         UserError: a file cannot be read.
     """
     write_manifest(working, records)
@@ -117,14 +117,14 @@ def commit(working: Path, final: Path, records: Mapping[str, FileRecord]) -> Non
     point_latest(directory, final.name)
 
 
-def tidy(final: Path, recipe: Recipe) -> None:
-    """Removes what a checkpoint that was just completed makes superfluous. What cannot be removed is a warning."""
+def remove_obsolete(final: Path, recipe: Recipe) -> None:
+    """Removes unfinished saves and old checkpoints after a save; logs a warning for what cannot be removed."""
     remove_unfinished(final.parent)
     prune(final.parent, final, recipe.checkpoint)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
-    """Copies the tokenizer's own files into the new directory `target`; returns the copies."""
+    """Copies the tokenizer's files into the new directory `target`; returns the copies."""
     if source.is_dir():
         files = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
     else:

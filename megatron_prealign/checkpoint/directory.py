@@ -1,5 +1,4 @@
-"""Where the checkpoints of a run lie and what they say about themselves. Imports no torch, so that a recipe is checked
-without it."""
+"""Names and states of checkpoint directories. Imports no torch, so that recipes are validated without it."""
 
 import logging
 import os
@@ -16,31 +15,32 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 
 _STEP = re.compile(r"step_(\d+)")
-_MOST_NAMED = 10
+_MAX_LISTED = 10
 
 
 def step_name(step: int) -> str:
+    """Name of the directory of a checkpoint."""
     return f"step_{step:08d}"
 
 
 def working_name(step: int) -> str:
-    """The directory's name until it is complete."""
+    """Name of the directory until the checkpoint is complete."""
     return f".{step_name(step)}.incomplete"
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step by which a directory is named; None for directories that no run of ours wrote."""
+    """Step in the name of a directory; None if the directory is not named `step_NUMBER`."""
     match = _STEP.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a directory is a checkpoint that was written to its end; its files may be damaged since."""
+    """Whether a directory is a checkpoint whose save completed; its files may have been corrupted since."""
     return not checkpoint.name.startswith(".") and (checkpoint / MANIFEST).is_file()
 
 
 def step_directories(directory: Path) -> list[Path]:
-    """The directories in `directory` that are named as checkpoints are, complete or not, by rising step."""
+    """Directories in `directory` named `step_NUMBER`, complete or not, in ascending order of step."""
     if not directory.is_dir():
         return []
     steps = [(step, path) for path in directory.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
@@ -48,7 +48,7 @@ def step_directories(directory: Path) -> list[Path]:
 
 
 def named_latest(directory: Path) -> Path | None:
-    """The directory that `latest` names, which need not be there; None without such a file, or if it names no step."""
+    """Directory that `latest` names, which may not exist; None if the file is missing or does not name a step."""
     try:
         name = (directory / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -57,10 +57,10 @@ def named_latest(directory: Path) -> Path | None:
 
 
 def point_latest(directory: Path, name: str) -> None:
-    """Makes `latest` name a directory; a kill leaves what it named before, or the new name.
+    """Makes `latest` name a directory; if the process is killed, it has either the old name or the new one.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     pointer = directory / f".{LATEST}.incomplete"
     pointer.write_text(name + "\n", encoding="utf-8")
@@ -70,57 +70,59 @@ def point_latest(directory: Path, name: str) -> None:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The complete checkpoint that `latest` names in `directory`, else, with a warning, the one of the highest step;
-    None when there is none."""
+    """Returns the complete checkpoint that `latest` names in `directory`.
+
+    Falls back, with a warning, to the complete checkpoint of the highest step; None if there is none.
+    """
     named = named_latest(directory)
     if named is not None and is_complete(named):
         return named
     complete = [path for path in step_directories(directory) if is_complete(path)]
     if not complete:
         return None
-    told = "there is none" if named is None else f"it names {named.name}, which is not complete"
-    warn_once(logger, "%s should name the newest checkpoint, but %s: taking %s", directory / LATEST, told, complete[-1])
+    reason = "is missing or does not name a step" if named is None else f"names {named.name}, which is not complete"
+    warn_once(logger, "%s %s; using the newest complete checkpoint %s", directory / LATEST, reason, complete[-1])
     return complete[-1]
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint directory given as itself, as the directory of checkpoints, or as the run's directory.
+    """Returns the checkpoint at a path: a checkpoint, a directory of checkpoints or a run directory.
 
     Raises:
-        UserError: there is no complete checkpoint at any of these.
+        UserError: no complete checkpoint was found.
     """
     path = Path(path)
     if is_complete(path):
         return path
     for directory in (path, path / "checkpoints"):
-        found = latest_checkpoint(directory)
-        if found is not None:
-            return found
-    raise UserError(f"{path} holds no complete checkpoint{_reason_for_none(path)}")
+        newest = latest_checkpoint(directory)
+        if newest is not None:
+            return newest
+    raise UserError(f"{path}: no complete checkpoint found{_explain_not_found(path)}")
 
 
-def _reason_for_none(path: Path) -> str:
-    """What is at a path where a checkpoint was looked for, and what to do."""
-    expected = f"; expected a step_* directory, a directory with `{LATEST}`, or a run's directory"
+def _explain_not_found(path: Path) -> str:
+    """What a path without a complete checkpoint is, and what to do."""
+    expected = f"; expected a step_* directory, a directory with `{LATEST}`, or a run directory"
     if not path.exists():
-        return f": there is no such directory{expected}"
+        return f", the path does not exist{expected}"
     if not path.is_dir():
-        return f": it is a file{expected}"
+        return f", it is a file{expected}"
     if (path / "config.json").is_file() and any(path.glob("*.safetensors*")):
         return (
-            ": it is a Hugging Face model directory; make a checkpoint of it with `megatron-prealign convert from-hf "
+            ", it is a Hugging Face model directory; convert it with `megatron-prealign convert from-hf "
             f"--model {path} --output ...`"
         )
     steps = [path] if step_of(path) is not None else [*step_directories(path), *step_directories(path / "checkpoints")]
     if steps:
-        names = shortened([each.name for each in steps], _MOST_NAMED)
-        return f": {names} has no {MANIFEST}, so that its save never came to its end; use another checkpoint"
-    holders = [each.name for each in sorted(path.iterdir()) if each.is_dir() and _holds_one(each)]
-    if holders:
-        return f" itself, but directories with some: name one of {shortened(holders, _MOST_NAMED)}"
+        names = shortened([each.name for each in steps], _MAX_LISTED)
+        return f", {MANIFEST} is missing in {names}: the save was interrupted; use another checkpoint"
+    inner = [each.name for each in sorted(path.iterdir()) if each.is_dir() and _contains_checkpoint(each)]
+    if inner:
+        return f", only in its subdirectories; use one of {shortened(inner, _MAX_LISTED)}"
     return expected
 
 
-def _holds_one(path: Path) -> bool:
+def _contains_checkpoint(path: Path) -> bool:
     steps = [*step_directories(path), *step_directories(path / "checkpoints")]
     return is_complete(path) or any(is_complete(each) for each in steps)

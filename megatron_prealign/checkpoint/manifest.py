@@ -1,5 +1,8 @@
-"""The manifest of a checkpoint: size and checksum of every file in it. Written last, so that a directory with a
-manifest was complete once, and read first, so that damage is found before anything is loaded."""
+"""The manifest of a checkpoint: size and checksum of every file.
+
+It is written last, so a directory with a manifest was complete at that time, and read first, so corruption is found
+before anything is loaded.
+"""
 
 import io
 import json
@@ -19,17 +22,16 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file was when it was written."""
+    """Size and checksum of a file when it was written."""
 
     bytes: int
-    """Its size."""
+    """Size of the file."""
     checksum: str
-    """`checksum.file_checksum` of it."""
+    """`checksum.file_checksum` of the file."""
 
 
 class HashedFile(io.RawIOBase):
-    """A file that is written from its beginning to its end and hashed on the way: reading it again for its record would
-    cost as much as writing it."""
+    """File that is hashed while it is written sequentially; reading it again would cost as much as writing it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class HashedFile(io.RawIOBase):
         return size
 
     def sync(self) -> FileRecord:
-        """Waits until the content is on the disk; returns the record of what was written so far."""
+        """Flushes the content to disk; returns the record of what was written so far."""
         os.fsync(self._file.fileno())
         return FileRecord(self._bytes, self._checksum.hexdigest())
 
@@ -63,37 +65,37 @@ class HashedFile(io.RawIOBase):
 
 
 class ManifestError(ValueError):
-    """A manifest is missing or damaged; the text says how."""
+    """The manifest is missing or corrupt; the message says why."""
 
 
 def record_file(path: Path) -> FileRecord:
     """Reads a file and returns its record.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     checksum = file_checksum(path)
     return FileRecord(path.stat().st_size, checksum)
 
 
 def list_files(directory: Path) -> list[str]:
-    """Every file below `directory` but the manifest, as paths relative to it with `/`, sorted."""
-    found = []
+    """Every file below `directory` except the manifest, as sorted relative paths with `/`."""
+    paths = []
     for parent, _, names in os.walk(directory):
         base = Path(parent).relative_to(directory)
-        found += [(base / name).as_posix() for name in names]
-    return sorted(name for name in found if name != MANIFEST)
+        paths += [(base / name).as_posix() for name in names]
+    return sorted(path for path in paths if path != MANIFEST)
 
 
 def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
     """Writes and syncs the manifest of `directory`.
 
     Args:
-        records: Path relative to the directory -> record; files of the directory that are not there are read for
-            theirs. All of them go into the manifest: a network disk may list a file later than its writer knew of it.
+        records: Path relative to the directory -> record. Other files of the directory are read for their records.
+            All records go into the manifest, listed or not: a network file system may list a file late.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the manifest cannot be written.
         UserError: a file cannot be read.
     """
     complete = {
@@ -112,7 +114,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     """Path relative to `directory` -> record of each file.
 
     Raises:
-        ManifestError: there is none, or it is damaged.
+        ManifestError: the manifest is missing or corrupt.
     """
     file = directory / MANIFEST
     try:
@@ -121,26 +123,26 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
             raise ManifestError(
                 f"{MANIFEST} has format_version {content['format_version']}, expected {_FORMAT_VERSION}"
             )
-        records = {name: FileRecord(**facts) for name, facts in content["files"].items()}
+        records = {name: FileRecord(**values) for name, values in content["files"].items()}
         for name, record in records.items():
             path = PurePosixPath(name)
             inside = not path.is_absolute() and ".." not in path.parts
             if not (inside and type(record.bytes) is int and record.bytes >= 0 and isinstance(record.checksum, str)):
-                raise ManifestError(f"{MANIFEST} is damaged (entry {name!r})")
+                raise ManifestError(f"{MANIFEST} is corrupt (entry {name!r})")
     except FileNotFoundError as error:
-        raise ManifestError(f"{MANIFEST} is missing: the checkpoint was never completed") from error
+        raise ManifestError(f"{MANIFEST} is missing: the save was interrupted") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, ManifestError):
             raise
-        raise ManifestError(f"{MANIFEST} is damaged ({error})") from error
+        raise ManifestError(f"{MANIFEST} is corrupt ({error})") from error
     return records
 
 
 def find_problems(directory: Path, *, checksums: bool = False) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; empty when all is well.
+    """Problems of the files of a checkpoint, one line each; empty if it is intact.
 
     Args:
-        checksums: Read the files; otherwise only their sizes are compared.
+        checksums: Read the files and compare checksums; otherwise compare only sizes.
     """
     try:
         return find_damage(directory, read_manifest(directory), checksums=checksums)
@@ -156,13 +158,13 @@ def find_damage(
     names: Iterable[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; empty when all is well.
+    """Problems of the files of a checkpoint, one line each; empty if it is intact.
 
     Args:
-        records: What `read_manifest` gave.
-        checksums: Read the files too; otherwise only their sizes are compared.
-        names: Files to look at; None for all. Ranks share them out.
-        progress: Told the bytes as they are read.
+        records: Result of `read_manifest`.
+        checksums: Read the files and compare checksums; otherwise compare only sizes.
+        names: Files to check; None for all.
+        progress: Called with the number of bytes of each read.
     """
     problems = []
     for name in sorted(records) if names is None else names:
@@ -172,11 +174,11 @@ def find_damage(
             if size != record.bytes:
                 problems.append(f"{name} has {size:,} bytes, expected {record.bytes:,}")
             elif checksums and file_checksum(path, progress=progress) != record.checksum:
-                problems.append(f"{name} has another checksum than when it was written")
+                problems.append(f"{name} does not match its checksum")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
+            problems.append(f"cannot read {name}: {error.strerror}")
         except UserError as error:
-            problems.append(str(error).removeprefix(f"{directory}/"))
+            problems.append(str(error).replace(f"{directory}/", ""))
     return problems

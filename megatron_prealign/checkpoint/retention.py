@@ -1,4 +1,4 @@
-"""Which directories of checkpoints stay and which are removed."""
+"""Retention: which checkpoints are kept and which are removed."""
 
 import logging
 import math
@@ -14,52 +14,52 @@ from megatron_prealign.recipe import CheckpointSection
 
 logger = logging.getLogger(__name__)
 
-# Damaged checkpoints that the log has named: they are met again after every save.
-_told: set[Path] = set()
+# Corrupt checkpoints already logged: every save checks them again.
+_warned: set[Path] = set()
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what interrupted saves and removals left. A directory that cannot be removed is a warning."""
+    """Removes what interrupted saves and removals left. Logs a warning for a directory that cannot be removed."""
     for path in directory.glob(".step_*.incomplete"):
         _delete(path)
 
 
 def prune(directory: Path, newest: Path, section: CheckpointSection) -> None:
-    """Removes complete checkpoints until `section.keep` are left, `newest` (just written) among them, and those that
-    `keep_every` and `keep_best` hold.
+    """Removes old checkpoints, keeping `section.keep` including `newest` (just written), and those that `keep_every`
+    and `keep_best` protect.
 
     Steps after `newest` belong to a branch that was abandoned when the run was rolled back to an older checkpoint: they
-    go first. Then the oldest go. A directory that is damaged, has another name or is none of ours does not count and is
-    left alone. A directory that cannot be removed is a warning.
+    are removed first, then the oldest. A directory that is corrupt or not named `step_NUMBER` is neither counted nor
+    removed. Logs a warning for a directory that cannot be removed.
     """
-    written = step_of(newest)
-    assert written is not None
+    newest_step = step_of(newest)
+    assert newest_step is not None
     good = {path: step for path in directory.glob("step_*") if (step := step_of(path)) is not None and _is_good(path)}
-    held = {path for path, step in good.items() if section.keep_every and step % section.keep_every == 0}
-    held |= {newest, *_best(list(good), section)}
+    protected = {path for path, step in good.items() if section.keep_every and step % section.keep_every == 0}
+    protected |= {newest, *_best(list(good), section)}
     named = named_latest(directory)
     if named is not None:
-        held.add(named)
+        protected.add(named)
     others = [path for path in good if path != newest]
-    in_order = sorted(others, key=lambda path: (good[path] < written, good[path]))
+    in_order = sorted(others, key=lambda path: (good[path] < newest_step, good[path]))
     for path in in_order[: max(0, len(others) + 1 - section.keep)]:
-        if path not in held:
+        if path not in protected:
             _remove(path)
 
 
 def _is_good(checkpoint: Path) -> bool:
-    """Whether all its files are there in their size. Without a manifest it was never complete."""
+    """Whether the checkpoint has a manifest and all its files have the recorded sizes."""
     problems = find_problems(checkpoint)
-    if problems and checkpoint not in _told:
-        _told.add(checkpoint)
+    if problems and checkpoint not in _warned:
+        _warned.add(checkpoint)
         logger.warning(
-            "%s is damaged (%s); it does not count as a checkpoint kept and is left alone", checkpoint, problems[0]
+            "%s is corrupt (%s); it does not count towards checkpoint.keep and is not removed", checkpoint, problems[0]
         )
     return not problems
 
 
 def _best(checkpoints: list[Path], section: CheckpointSection) -> list[Path]:
-    """The checkpoint with the best measure, in a list; of equal ones the newest; none where there are no measures."""
+    """The checkpoint with the best value of `keep_best`, the newest of equal ones; empty if none has the metric."""
     if section.keep_best is None:
         return []
     sign = 1 if section.keep_best_mode == "max" else -1
@@ -75,18 +75,18 @@ def _best(checkpoints: list[Path], section: CheckpointSection) -> list[Path]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renames first: a removal that is cut short leaves nothing with the name of a checkpoint."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed.incomplete")
+    """Removes a checkpoint; it is renamed first, so an interrupted removal leaves nothing named like a checkpoint."""
+    renamed = checkpoint.with_name(f".{checkpoint.name}.removed.incomplete")
     try:
-        os.replace(checkpoint, doomed)
+        os.replace(checkpoint, renamed)
     except OSError as error:
-        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", checkpoint, error)
+        logger.warning("cannot remove %s: %s; training continues, remove it manually", checkpoint, error)
     else:
-        _delete(doomed)
+        _delete(renamed)
 
 
 def _delete(directory: Path) -> None:
     try:
         shutil.rmtree(directory)
     except OSError as error:
-        logger.warning("%s cannot be removed (%s); the run goes on, remove it by hand", directory, error)
+        logger.warning("cannot remove %s: %s; training continues, remove it manually", directory, error)

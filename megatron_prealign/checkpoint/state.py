@@ -1,8 +1,8 @@
-"""`state.json`: what a checkpoint says about itself, for readers that load no tensors. Imports no torch.
+"""`state.json`: metadata of a checkpoint, for readers that load no tensors. Imports no torch.
 
-A checkpoint is of a run, which can resume from it, or contains weights alone. Both say what model the weights are of;
-the checkpoint of a run also says how the run was set up (`run`, built by `resume.identity.resume_fingerprint`), where
-it stood (`train_state`, `blend`) and what was measured.
+A checkpoint belongs to a run, which can resume from it, or contains only weights. Both kinds describe the model; the
+checkpoint of a run also has the run's setup (`run`, built by `resume.identity.resume_fingerprint`), its progress
+(`train_state`, `blend`) and its metrics.
 """
 
 import json
@@ -34,13 +34,13 @@ _RUN_FIELDS = {
 def model_identity(
     model: Mapping[str, Any], *, vocab_size: int, padded_vocab_size: int, tokenizer_fingerprint: str
 ) -> dict[str, Any]:
-    """What weights are of.
+    """Identity of the model that weights belong to.
 
     Args:
         model: The recipe's section `model`, as plain values.
-        vocab_size: True number of token ids.
+        vocab_size: Number of token ids, without padding.
         padded_vocab_size: Rows of the embedding.
-        tokenizer_fingerprint: Of the tokenizer that made the ids.
+        tokenizer_fingerprint: Fingerprint of the tokenizer that produced the ids.
     """
     return {
         "vocab_size": vocab_size,
@@ -51,12 +51,12 @@ def model_identity(
 
 
 def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`model_identity` out of a checkpoint's state."""
+    """`model_identity` from a checkpoint's state."""
     return {name: state[name] for name in _MODEL_FIELDS}
 
 
 def layout(tensor: int, pipeline: int, *, virtual: int = 1, data: int = 1, device: str = "cpu") -> dict[str, Any]:
-    """The parallel layout that a checkpoint was written in: sizes of each kind of parallelism, and the device."""
+    """Parallel layout that a checkpoint was written in: the size of each kind of parallelism, and the device."""
     return {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
@@ -78,7 +78,7 @@ def run_state(
     metrics: Mapping[str, float],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The state of a run that is saved now.
+    """State of a run, saved now.
 
     Args:
         identity: `model_identity`.
@@ -86,10 +86,10 @@ def run_state(
         run: `resume.identity.resume_fingerprint`.
         train_state: `TrainState.to_dict`.
         phase: Name of the current phase.
-        consumed: Samples taken from each source so far.
+        consumed: Samples consumed from each source so far.
         blend: `TrainSamples.blend_state`.
-        metrics: What was measured after this very step.
-        versions: Of the packages the run uses.
+        metrics: Metrics measured after this step.
+        versions: Versions of the packages the run uses.
     """
     return {
         "kind": "run",
@@ -109,27 +109,27 @@ def run_state(
 def weights_state(
     identity: Mapping[str, Any], *, layout: Mapping[str, Any], source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state of a checkpoint that contains weights alone.
+    """State of a checkpoint that contains only weights.
 
     Args:
         identity: `model_identity`.
         layout: `layout`.
-        source: Where the weights come from, any facts.
+        source: Where the weights come from, as plain values.
     """
     return {"kind": "weights", **identity, "layout": dict(layout), "source": dict(source)}
 
 
 def is_run(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of a run, which can resume from it; otherwise it contains weights alone.
+    """Whether a checkpoint belongs to a run, which can resume from it; otherwise it contains only weights.
 
     Args:
-        state: What `read_state` returned.
+        state: Result of `read_state`.
     """
     return bool(state["kind"] == "run")
 
 
 def is_weights_checkpoint(directory: Path) -> bool:
-    """Whether there is a checkpoint of weights alone, which can be made again. A run's is never taken for one."""
+    """Whether a directory is a checkpoint of only weights, which may be overwritten; False for a run's checkpoint."""
     try:
         state = json.loads((directory / STATE).read_bytes())
     except (OSError, ValueError):
@@ -141,7 +141,7 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> Path:
     """Writes `state.json`, not synced; returns its path.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     path = directory / STATE
     path.write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -149,23 +149,23 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's `state.json`. What it says of a run is checked by `resume.identity.check_run`.
+    """Reads `state.json` of a checkpoint; the values of its run are checked by `resume.identity.check_run`.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is corrupt.
     """
     file = checkpoint / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         _check(state)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
+        raise UserError(f"{file} is corrupt ({error}); use another checkpoint") from error
     return dict(state)
 
 
 def _check(state: Any) -> None:
     if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}, expected an object")
+        raise ValueError(f"it contains a {type(state).__name__}, expected an object")
     if state.get("kind") not in ("run", "weights"):
         raise ValueError(f"kind is {state.get('kind', 'missing')!r}, expected run or weights")
     for name, kind in (_RUN_FIELDS if is_run(state) else _WEIGHTS_FIELDS).items():

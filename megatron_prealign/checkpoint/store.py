@@ -1,8 +1,8 @@
-"""Saving a run's checkpoints: written beside, renamed when complete, found again by a `latest` file.
+"""Saves a run's checkpoints: written to a hidden directory, renamed when complete, named by a `latest` file.
 
 A checkpoint is a directory `step_00000400` with the sharded state (Megatron-Core's `dist_checkpointing`), `state.json`
-(what a reader wants to know without loading tensors), the recipe, the tokenizer and a manifest with the checksum of
-every file. It loads in any parallel layout.
+(metadata for readers that load no tensors), the recipe, the tokenizer and a manifest with the checksum of every file.
+It loads in any parallel layout.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_prealign.checkpoint.commands.list import directory_bytes
-from megatron_prealign.checkpoint.commit import RunFiles, commit, tidy, write_run_files
+from megatron_prealign.checkpoint.commit import RunFiles, commit, remove_obsolete, write_run_files
 from megatron_prealign.checkpoint.directory import is_complete, named_latest, step_name, working_name
 from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SaveReport:
-    """How long a save took and how much it wrote."""
+    """Duration and size of a save."""
 
     phase: str
     step: int
     paused_s: float
-    """Training stood still for so long: for the copy into host memory, or for all of a save it waits for."""
+    """Seconds that training was paused: for the copy into host memory, or for the complete save without async_save."""
     waited_s: float
-    """And before that, for the save before this one."""
+    """Seconds that training waited for the previous save before that."""
     seconds: float = 0.0
-    """From the request until the checkpoint was complete."""
+    """Seconds from the request until the checkpoint was complete."""
     bytes: int = 0
-    """Size of the whole checkpoint."""
+    """Size of the complete checkpoint."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -64,15 +64,15 @@ class CheckpointStore:
         run: Mapping[str, Any],
         huggingface: Mapping[str, Any],
         versions: Mapping[str, str],
-        beside: AuxiliaryState | None = None,
+        auxiliary: AuxiliaryState | None = None,
     ) -> None:
         """
         Args:
             identity: `state.model_identity`.
             run: `resume.identity.resume_fingerprint`.
-            huggingface: config.json of the model, as Hugging Face has it.
-            versions: of the packages the run uses.
-            beside: what is saved beside the model and its optimizer; None for nothing.
+            huggingface: Hugging Face config.json of the model.
+            versions: Versions of the packages the run uses.
+            auxiliary: State to save besides the model and its optimizer; None for none.
         """
         self._recipe = recipe
         self._runtime = runtime
@@ -80,24 +80,24 @@ class CheckpointStore:
         self._run = run
         self._huggingface = huggingface
         self._versions = versions
-        self._beside = beside
+        self._auxiliary = auxiliary
         self._buffers = HostBuffers()
-        self._writing: BackgroundSave | None = None
+        self._current: BackgroundSave | None = None
         self.directory = recipe.checkpoint_dir
         self.reports: list[SaveReport] = []
-        """On rank 0, of the saves that were completed since somebody took them from here."""
+        """On rank 0, reports of completed saves; the caller removes the ones it has read."""
         self.longest_s = 0.0
-        """The longest save so far, from its request until it was complete."""
+        """Duration of the longest save so far in seconds, from its request until it was complete."""
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save under way cannot succeed."""
-        return self._writing is not None and self._writing.failed
+        """Whether this rank knows that the save in progress cannot succeed."""
+        return self._current is not None and self._current.failed
 
     @property
     def in_progress(self) -> bool:
-        """Whether this rank has not done its part of the last save yet."""
-        return self._writing is not None and not self._writing.is_over
+        """Whether this rank has not finished its part of the last save."""
+        return self._current is not None and not self._current.is_done
 
     def save(
         self,
@@ -110,41 +110,41 @@ class CheckpointStore:
         blend: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> None:
-        """Saves everything needed to resume. Takes part: all ranks.
+        """Saves everything needed to resume. Collective: call on all ranks.
 
-        With `checkpoint.async_save` it returns when the state is copied; the checkpoint is complete when `finish` has
-        returned. Waits for the save before this one.
+        Waits for the previous save. With `checkpoint.async_save` it returns when the state is copied; the checkpoint is
+        complete when `finish` has returned.
 
         Args:
             phase: Name of the current phase.
-            consumed: Samples taken from each source so far.
+            consumed: Samples consumed from each source so far.
             blend: `TrainSamples.blend_state`.
-            metrics: What was measured after this very step.
+            metrics: Metrics measured after this step.
 
         Raises:
-            UserError: the disk is full, read-only, or did not answer in time, for this save or the one before it;
-                raised on all ranks, and the newest complete checkpoint stays.
+            UserError: the disk is full, read-only, or did not respond in time, for this save or the previous one;
+                raised on all ranks, and the newest complete checkpoint is kept.
         """
-        asked_s = time.perf_counter()
+        requested_s = time.perf_counter()
         self.finish()
         start_s = time.perf_counter()
         final = self.directory / step_name(state.step)
         working = self.directory / working_name(state.step)
         timeout_s = self._recipe.checkpoint.timeout_minutes * 60
-        previous = from_rank_zero(f"preparing {final}", lambda: self._fresh_directory(Target(working, final, None)))
+        previous = from_rank_zero(f"preparing {final}", lambda: self._make_directory(Target(working, final, None)))
         target = Target(working, final, previous)
         model = model_state(chunks)
         content = {
             **model,
             "optimizer": optimizer_state(optimizer, model),
             "random_state": random_state_of(self._runtime),
-            **({} if self._beside is None else {"beside": self._beside.sharded_state_dict()}),
+            **({} if self._auxiliary is None else {"auxiliary": self._auxiliary.sharded_state_dict()}),
         }
-        # On a GPU's host lies nothing that training changes.
+        # With a GPU, training changes nothing that is in host memory.
         copy = self._recipe.checkpoint.async_save and self._runtime.device.type == "cpu"
         staged = stage(content, target, buffers=self._buffers, copy=copy, timeout_s=timeout_s)
         paused_s = time.perf_counter() - start_s
-        report = SaveReport(phase, state.step, paused_s=paused_s, waited_s=start_s - asked_s)
+        report = SaveReport(phase, state.step, paused_s=paused_s, waited_s=start_s - requested_s)
         files = RunFiles(
             recipe=self._recipe,
             state=run_state(
@@ -161,43 +161,43 @@ class CheckpointStore:
             huggingface=self._huggingface,
         )
         complete = self._completion(target, files, report, start_s)
-        self._writing = BackgroundSave(staged, timeout_s=timeout_s, complete=complete)
+        self._current = BackgroundSave(staged, timeout_s=timeout_s, complete=complete)
         if self._recipe.checkpoint.async_save:
             logger.info(
                 "checkpoint of step %d requested: training paused %.2f s to copy %.2f GB%s",
                 state.step,
                 report.paused_s,
                 staged.bytes / 1e9,
-                f", after {report.waited_s:.1f} s for the one before it" if report.waited_s > 1 else "",
+                f" after waiting {report.waited_s:.1f} s for the previous save" if report.waited_s > 1 else "",
             )
         else:
             self.finish()
 
     def finish(self) -> None:
-        """Waits until the save under way, if there is one, is complete. Takes part: all ranks.
+        """Waits until the save in progress, if any, is complete. Collective: call on all ranks.
 
         Raises:
-            UserError: it failed; raised on all ranks.
+            UserError: the save failed; raised on all ranks.
         """
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.finish()
+        current, self._current = self._current, None
+        if current is not None:
+            current.finish()
 
-    def settle(self) -> None:
-        """Waits for this rank's part of the save under way, when the ranks no longer agree about anything: after an
-        error. What becomes of it is logged."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+    def finish_after_error(self) -> None:
+        """Waits for this rank's part of the save in progress after an error, when collectives are no longer possible;
+        logs an error of the save."""
+        current, self._current = self._current, None
+        if current is None:
             return
         try:
-            writing.wait_after_error()
+            current.wait_after_error()
         except Exception as error:
             logger.error("%s", error)
 
     def _completion(
         self, target: Target, files: RunFiles, report: SaveReport, start_s: float
     ) -> Callable[[Mapping[str, FileRecord]], None]:
-        """What rank 0 does in the background when the sharded state of all ranks is written."""
+        """Function that rank 0 runs in the background when the sharded state of all ranks is written."""
 
         def complete(records: Mapping[str, FileRecord]) -> None:
             write_run_files(target.working, files)
@@ -209,20 +209,20 @@ class CheckpointStore:
             self.longest_s = max(self.longest_s, report.seconds)
             self.reports.append(report)
             logger.info(
-                "checkpoint %s committed: %.2f GB in %.1f s (%.2f GB/s)",
+                "saved checkpoint %s (%.2f GB in %.1f s, %.2f GB/s)",
                 target.final,
                 report.bytes / 1e9,
                 report.seconds,
                 report.bytes_per_second / 1e9,
             )
-            tidy(target.final, self._recipe)
+            remove_obsolete(target.final, self._recipe)
 
         return complete
 
-    def _fresh_directory(self, target: Target) -> str | None:
-        """Makes the directory to write into; returns the name of the newest complete checkpoint."""
+    def _make_directory(self, target: Target) -> str | None:
+        """Makes the directory to write to; returns the name of the newest complete checkpoint, None without one."""
 
-        def look() -> str | None:
+        def find_previous() -> str | None:
             named = named_latest(self.directory)
             return named.name if named is not None and is_complete(named) else None
 
@@ -231,6 +231,6 @@ class CheckpointStore:
             target.working.mkdir(parents=True)
 
         timeout_s = self._recipe.checkpoint.timeout_minutes * 60
-        previous = target.answer(look, timeout_s)
-        Target(target.working, target.final, previous).answer(make, timeout_s)
+        previous = target.run_with_timeout(find_previous, timeout_s)
+        Target(target.working, target.final, previous).run_with_timeout(make, timeout_s)
         return previous

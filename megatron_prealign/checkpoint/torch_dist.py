@@ -1,5 +1,5 @@
-"""The format `torch_dist` of Megatron-Core's `dist_checkpointing`: its files next to the tensors, and `.metadata`, the
-pickle in which torch's distributed format says where the tensors of a checkpoint lie."""
+"""Format `torch_dist` of Megatron-Core's `dist_checkpointing`: its files besides the tensors, and `.metadata`, the
+pickle of torch's distributed checkpoint format with the location of each tensor."""
 
 import pickle
 from enum import Enum
@@ -11,9 +11,9 @@ from torch.distributed.checkpoint import metadata as dcp
 
 METADATA = ".metadata"
 COMMON_FILE = "common.pt"
-"""Plain values, saved by `torch.save`."""
+"""File with the plain values, saved by `torch.save`."""
 BACKEND_FILE = "metadata.json"
-"""Written last: Megatron-Core takes no directory without it for a checkpoint."""
+"""File written last: Megatron-Core accepts no directory without it as a checkpoint."""
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -24,31 +24,31 @@ BACKEND = {
 
 
 def read_metadata(file: Path) -> dcp.Metadata:
-    """The metadata of a checkpoint. Nothing in the file is called but what a checkpoint's metadata is made of.
+    """Reads `.metadata`, unpickling only the classes that checkpoint metadata is built from.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, or names something else.
+        OSError: the file cannot be read.
+        ValueError: the file is corrupt, or names another class or function.
     """
     with file.open("rb") as stream:
         try:
             metadata = _MetadataUnpickler(stream).load()
         except Exception as error:
-            # A damaged pickle raises whatever its bytes happen to ask for, a MemoryError for a length that is none.
+            # A corrupt pickle raises any exception, such as a MemoryError for a random length.
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{type(error).__name__}: {reason}") from error
     if not isinstance(metadata, dcp.Metadata):
-        raise ValueError(f"it holds a {type(metadata).__name__}")
+        raise ValueError(f"it contains a {type(metadata).__name__}, expected Metadata")
     return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles nothing but what a checkpoint's `.metadata` is made of: a pickle can name any function to be called."""
+    """Unpickles only the classes of checkpoint metadata: a pickle can call any function that it names."""
 
     _MODULES = (
         "torch.distributed.checkpoint.metadata",
         "torch.distributed.checkpoint.planner",
-        # Older checkpoints of Megatron-Core name its own, empty, classes.
+        # Older checkpoints of Megatron-Core name its own empty classes.
         "megatron.core.dist_checkpointing.strategies.torch",
     )
     _NAMES = frozenset(
@@ -67,24 +67,24 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
-        # Of the planner's module, which imports much else, the classes alone.
+        # The planner's module imports much else: only its classes are allowed.
         allowed = (module, name) in self._NAMES or (module in self._MODULES and "." not in name)
-        found = super().find_class(module, name) if allowed else None
+        result = super().find_class(module, name) if allowed else None
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        if not allowed or (module in self._MODULES and not _is_own_class(found, module, name)):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint holds")
-        return found
+        if not allowed or (module in self._MODULES and not _is_own_class(result, module, name)):
+            raise pickle.UnpicklingError(f"unsupported global {module}.{name}, expected classes of checkpoint metadata")
+        return result
 
 
-def _is_own_class(found: Any, module: str, name: str) -> bool:
+def _is_own_class(value: Any, module: str, name: str) -> bool:
+    """Whether `value` is a class defined in `module`, or one of the private classes of torch's metadata module."""
     nested = module == "torch.distributed.checkpoint.metadata" and name.startswith("_")
-    return isinstance(found, type) and (found.__module__ == module or nested)
+    return isinstance(value, type) and (value.__module__ == module or nested)
 
 
 def _enum_member(owner: Any, name: str) -> Any:
-    """Stands in for `getattr`, by which some versions of Python (3.11.2) pickle a member of an enumeration; others
-    (3.11.7) call the enumeration."""
+    """Replaces `getattr`, with which Python 3.11.2 pickles a member of an enumeration; 3.11.7 calls the enumeration."""
     if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
         return owner[name]
-    raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which no checkpoint does")
+    raise pickle.UnpicklingError(f"unsupported attribute {name} of {owner}, expected a member of an enumeration")

@@ -1,4 +1,4 @@
-"""Commands that have actions of their own: `megatron-prealign dataset merge`."""
+"""Commands with actions, such as `megatron-prealign dataset merge`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,11 +7,11 @@ from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
 
 Actions = Mapping[str, tuple[Callable[[Sequence[str]], int], str]]
-"""Name -> (function, one line of help)."""
+"""Name -> (function, one-line help)."""
 
 
 def run_action(command: str, actions: Actions, argv: Sequence[str]) -> int:
-    """Runs `COMMAND ACTION` and returns the exit status; without an action or with `--help` it lists them.
+    """Runs `COMMAND ACTION` and returns the exit status; lists the actions with `--help` or without an action.
 
     Raises:
         UserError: the action is unknown.
@@ -20,11 +20,11 @@ def run_action(command: str, actions: Actions, argv: Sequence[str]) -> int:
         parts = [
             help.usage(command, ["ACTION", "[options]"]),
             help.rows("actions", ((name, text) for name, (_, text) in actions.items())),
-            f"megatron-prealign {command} ACTION --help lists the options of an action.",
+            f"Run megatron-prealign {command} ACTION --help for the options of an action.",
         ]
         print("\n\n".join(parts))
         return 0 if argv else 2
     if argv[0] not in actions:
-        near, expected = suggestion(argv[0], actions), f"; expected one of {', '.join(actions)}"
-        raise UserError(f"{command}: unknown action {argv[0]}{near or expected}")
+        hint = suggestion(argv[0], actions) or f"; expected one of {', '.join(actions)}"
+        raise UserError(f"{command}: unknown action {argv[0]}{hint}")
     return actions[argv[0]][0](argv[1:])

@@ -1,4 +1,4 @@
-"""Help texts: a short usage, a sentence, and a line or two for each option."""
+"""Formats help texts: usage, a summary, and a line or two per option."""
 
 import shutil
 import textwrap
@@ -8,24 +8,24 @@ from typing import Any
 
 from megatron_prealign.recipe.describe import FieldDescription
 
-_LEFT = 28
-_MOST_COLUMNS = 110
+_NAME_WIDTH = 28
+_MAX_WIDTH = 110
 
 Row = tuple[str, str]
-"""What stands on the left, and the text beside it."""
+"""Name (left column) and description (right column)."""
 
 
 def paragraph(text: str) -> str:
-    """Text in lines as wide as the terminal."""
-    return "\n".join(textwrap.wrap(" ".join(text.split()), _columns(), break_on_hyphens=False))
+    """Wraps text at the width of the terminal."""
+    return "\n".join(textwrap.wrap(" ".join(text.split()), _width(), break_on_hyphens=False))
 
 
 def usage(command: str, arguments: Sequence[str]) -> str:
-    """`usage: megatron-prealign COMMAND ARGUMENTS`, the arguments never cut in two."""
+    """Returns `usage: megatron-prealign COMMAND ARGUMENTS`, wrapped only between arguments."""
     start = f"usage: megatron-prealign {command}"
     lines, line = [], start
     for argument in arguments:
-        if len(line) + 1 + len(argument) > _columns():
+        if len(line) + 1 + len(argument) > _width():
             lines.append(line)
             line = " " * 7
         line += f" {argument}"
@@ -33,25 +33,25 @@ def usage(command: str, arguments: Sequence[str]) -> str:
 
 
 def rows(title: str, entries: Iterable[Row]) -> str:
-    """A title and its entries; empty without entries."""
+    """Formats a title and its entries; empty without entries."""
     lines = []
-    for left, text in entries:
-        wrapped = textwrap.wrap(text, _columns() - _LEFT, break_on_hyphens=False) or [""]
-        first = f"  {left:<{_LEFT - 4}}  {wrapped[0]}" if len(left) <= _LEFT - 4 else f"  {left}"
-        rest = wrapped[1:] if len(left) <= _LEFT - 4 else wrapped
-        lines += [first.rstrip(), *(" " * _LEFT + each for each in rest)]
+    for name, text in entries:
+        wrapped = textwrap.wrap(text, _width() - _NAME_WIDTH, break_on_hyphens=False) or [""]
+        fits = len(name) <= _NAME_WIDTH - 4
+        first = f"  {name:<{_NAME_WIDTH - 4}}  {wrapped[0]}" if fits else f"  {name}"
+        lines += [first.rstrip(), *(" " * _NAME_WIDTH + each for each in (wrapped[1:] if fits else wrapped))]
     return "\n".join([f"{title}:", *lines]) if lines else ""
 
 
 def with_default(field: FieldDescription) -> str:
-    """The help of a field with its default, where there is one to tell."""
+    """Help of a field, followed by its default unless that is empty, null or false."""
     default = field.default
     if field.required or default is None or default is MISSING or default in ("", [], {}) or default is False:
         return field.help
-    return f"{field.help} (default: {_shown(default)})"
+    return f"{field.help} (default: {_format_value(default)})"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is True:
         return "true"
     if isinstance(value, list):
@@ -59,5 +59,5 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _columns() -> int:
-    return min(shutil.get_terminal_size().columns, _MOST_COLUMNS)
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, _MAX_WIDTH)

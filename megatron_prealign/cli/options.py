@@ -1,4 +1,4 @@
-"""The options of a command out of a dataclass: its fields are the options, its docstrings are the help."""
+"""Command-line options from a dataclass: its fields are the options, its docstrings are the help."""
 
 import argparse
 import math
@@ -13,8 +13,8 @@ from megatron_prealign.recipe.describe import FieldDescription, describe
 
 Options = TypeVar("Options")
 
-_UNNAMED = "unnamed"
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_POSITIONAL = "positional"
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a string"}
 
 
 def parse_options(
@@ -22,14 +22,14 @@ def parse_options(
 ) -> Options:
     """Parses `argv` into the dataclass `options`, or prints the help and exits with status 0.
 
-    Options are written with dashes (`--text-key`) or underscores; one that takes several values takes them one after
-    another (`--input A B`); a field that is true or false is a bare option (`--resume`, `--no-python-loop`).
+    Options are written with dashes (`--text-key`) or underscores. List options take several values (`--input A B`).
+    Boolean fields are flags (`--resume`, `--no-python-loop`).
 
     Args:
-        positional: The field that may be given without its name.
+        positional: Field whose values may also be positional arguments.
 
     Raises:
-        UserError: an unknown option, a missing one or a value of the wrong type.
+        UserError: an option is unknown or missing, or a value has the wrong type.
     """
     values, extras = read_options(options, command, argv, positional=positional)
     if extras:
@@ -40,22 +40,22 @@ def parse_options(
 def read_options(
     options: type, command: str, argv: Sequence[str], *, positional: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Field -> value of what is given, and the arguments that the command does not know; or prints the help and exits
-    with status 0.
+    """Returns field -> value of the options in `argv`, and the unknown arguments; or prints the help and exits with
+    status 0.
 
     Raises:
-        UserError: a value is missing or of the wrong type.
+        UserError: a value is missing or has the wrong type.
     """
     described = describe(options)
     if any(each in ("-h", "--help") for each in argv):
         print(_help(options, command, positional))
         raise SystemExit(0)
     parser = _Parser(command, described, positional)
-    given, extras = parser.parse_known_args(with_underscores(argv))
-    values = {name: value for name, value in vars(given).items() if value is not None}
-    unnamed = values.pop(_UNNAMED, None)
-    if positional is not None and unnamed:
-        values.setdefault(positional, unnamed)
+    parsed, extras = parser.parse_known_args(with_underscores(argv))
+    values = {name: value for name, value in vars(parsed).items() if value is not None}
+    positional_values = values.pop(_POSITIONAL, None)
+    if positional is not None and positional_values:
+        values.setdefault(positional, positional_values)
     for name in values:
         if _is_mapping(described[name]):
             values[name] = dict(values[name])
@@ -65,10 +65,10 @@ def read_options(
 def build_options(
     options: type[Options], command: str, values: dict[str, Any], *, positional: str | None = None
 ) -> Options:
-    """The dataclass out of what `read_options` found.
+    """Builds the dataclass from the values of `read_options`.
 
     Raises:
-        UserError: a required option is missing, or the values do not fit together.
+        UserError: a required option is missing, or the values are inconsistent.
     """
     described = describe(options)
     missing = [
@@ -78,75 +78,74 @@ def build_options(
     ]
     if missing:
         names = missing[0] if len(missing) == 1 else f"{', '.join(missing[:-1])} and {missing[-1]}"
-        raise UserError(f"{names} {'is' if len(missing) == 1 else 'are'} required; see {_see(command)}")
+        raise UserError(f"{names} {'is' if len(missing) == 1 else 'are'} required; see {_help_command(command)}")
     return options(**values)
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
-    """Turns `--text-key x` into `--text_key x`, as the fields are called. Values stay as they are."""
-    changed = []
+    """Turns option names into field names: `--text-key x` into `--text_key x`. Values are unchanged."""
+    converted = []
     for argument in argv:
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
-        changed.append(name + equals + value)
-    return changed
+        converted.append(name + equals + value)
+    return converted
 
 
 def option_name(field: str) -> str:
-    """`--text-key` of the field `text_key`."""
+    """Option of a field: `--text-key` for `text_key`."""
     return "--" + field.replace("_", "-")
 
 
 def unknown_argument(command: str, argument: str, known: Sequence[str]) -> UserError:
-    """The error about an argument that a command does not take."""
+    """Returns the error for an argument that a command does not take."""
     if not argument.startswith("-"):
-        return UserError(f"unexpected argument {argument!r}; see {_see(command)}")
+        return UserError(f"unexpected argument {argument!r}; see {_help_command(command)}")
     name = argument.partition("=")[0].replace("_", "-")
-    near = suggestion(name, known)
-    return UserError(f"unknown option {name}{near or f'; see {_see(command)}'}")
+    hint = suggestion(name, known) or f"; see {_help_command(command)}"
+    return UserError(f"unknown option {name}{hint}")
 
 
-def _see(command: str) -> str:
+def _help_command(command: str) -> str:
     return f"megatron-prealign {command} --help"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what is wrong instead of ending the process, and takes only whole names."""
+    """Raises errors instead of exiting, and does not accept abbreviated options."""
 
     def __init__(self, command: str, described: dict[str, FieldDescription], positional: str | None) -> None:
         super().__init__(prog=f"megatron-prealign {command}", add_help=False, allow_abbrev=False)
         self._command = command
         for name, field in described.items():
-            reader, several = _reader(field), field.is_list or _is_mapping(field)
+            convert, is_repeated = _converter(field), field.is_list or _is_mapping(field)
             if name == positional:
-                self.add_argument(_UNNAMED, nargs="*" if several else "?", type=reader)
+                self.add_argument(_POSITIONAL, nargs="*" if is_repeated else "?", type=convert)
             if field.type is bool:
                 self.add_argument(f"--{name}", action="store_true", default=None)
                 if field.default:
                     self.add_argument(f"--no_{name}", dest=name, action="store_false", default=None)
-            elif several:
-                self.add_argument(f"--{name}", nargs="*", action="extend", type=reader)
+            elif is_repeated:
+                self.add_argument(f"--{name}", nargs="*", action="extend", type=convert)
             else:
-                self.add_argument(f"--{name}", type=reader)
+                self.add_argument(f"--{name}", type=convert)
 
     def error(self, message: str) -> NoReturn:
         # "argument --output: expected one argument"
         name, _, problem = message.removeprefix("argument ").partition(": ")
-        what = "needs a value" if problem.startswith("expected") else f": {problem}"
-        raise UserError(f"{name.replace('_', '-')} {what}; see {_see(self._command)}")
+        text = " needs a value" if problem.startswith("expected") else f": {problem}"
+        raise UserError(f"{name.replace('_', '-')}{text}; see {_help_command(self._command)}")
 
 
-def _reader(field: FieldDescription) -> Any:
-    """What turns the text of a value into the field's type."""
+def _converter(field: FieldDescription) -> Any:
+    """Returns a function that converts the text of a value to the field's type."""
     name, kind = option_name(field.name), field.type
 
-    def read(text: str) -> Any:
+    def convert(text: str) -> Any:
         if typing.get_origin(kind) is typing.Literal:
             choices = typing.get_args(kind)
             if text not in choices:
-                near = suggestion(text, choices)
-                raise UserError(f"{name} is {text}, expected one of {', '.join(choices)}{near}")
+                raise UserError(f"{name} is {text}, expected one of {', '.join(choices)}{suggestion(text, choices)}")
             return text
         if typing.get_origin(kind) is dict:
             key, equals, value = text.partition("=")
@@ -155,14 +154,14 @@ def _reader(field: FieldDescription) -> Any:
             return key, _convert(name, value, typing.get_args(kind)[1])
         return _convert(name, text, kind)
 
-    return read
+    return convert
 
 
 def _convert(name: str, text: str, kind: type) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise UserError(f"{name} is {text}, expected {_KINDS[kind]}") from None
+        raise UserError(f"{name} is {text}, expected {_TYPE_NAMES[kind]}") from None
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} is {text}, expected a finite number")
     return value
@@ -170,16 +169,16 @@ def _convert(name: str, text: str, kind: type) -> Any:
 
 def _help(options: type, command: str, positional: str | None) -> str:
     described = describe(options)
-    needed = {name: field for name, field in described.items() if field.required}
-    arguments = [_left(field, name == positional) for name, field in needed.items()]
-    rest = [field for name, field in described.items() if name not in needed]
+    required = {name: field for name, field in described.items() if field.required}
+    arguments = [_syntax(field, name == positional) for name, field in required.items()]
+    optional = [field for name, field in described.items() if name not in required]
     parts = [
-        help.usage(command, [*arguments, *(["[options]"] if rest else [])]),
+        help.usage(command, [*arguments, *(["[options]"] if optional else [])]),
         help.paragraph(options.__doc__ or ""),
-        help.rows("required", ((_left(each, each.name == positional), each.help) for each in needed.values())),
+        help.rows("required", ((_syntax(each, each.name == positional), each.help) for each in required.values())),
         help.rows(
             "options",
-            ((_left(each, False), each.help if each.type is bool else help.with_default(each)) for each in rest),
+            ((_syntax(each, False), each.help if each.type is bool else help.with_default(each)) for each in optional),
         ),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -189,7 +188,7 @@ def _is_mapping(field: FieldDescription) -> bool:
     return typing.get_origin(field.type) is dict
 
 
-def _left(field: FieldDescription, positional: bool) -> str:
+def _syntax(field: FieldDescription, positional: bool) -> str:
     value = field.metavar + ("..." if field.is_list or _is_mapping(field) else "")
     if positional:
         return value

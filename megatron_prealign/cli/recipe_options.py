@@ -1,4 +1,4 @@
-"""Commands that take a recipe: `--config FILE`, any field of it as an option, and options of their own."""
+"""Options of commands that take a recipe: `--config FILE`, any field of the recipe, and the command's own options."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar, get_type_hints
@@ -13,28 +13,31 @@ from megatron_prealign.recipe.recipe import Recipe
 Options = TypeVar("Options")
 
 _CONFIG_ROWS = (
-    ("--config FILE", "Read fields from a YAML file; of several files and options the later one wins."),
-    ("--SECTION.FIELD VALUE", "Set a field of the recipe: --optimizer.lr 3e-4."),
-    ("--print-config", "Print the recipe with all its fields and exit."),
-    ("--help SECTION", "List the fields of a section (--help all: of every section)."),
+    (
+        "--config FILE",
+        "Read recipe fields from a YAML file. Repeatable; later files and options override earlier ones.",
+    ),
+    ("--SECTION.FIELD VALUE", "Set a field of the recipe, such as --optimizer.lr 3e-4."),
+    ("--print-config", "Print the complete recipe and exit."),
+    ("--help SECTION", "Show the fields of a section; --help all shows all sections."),
 )
 
 
 def parse_recipe(command: str, options: type[Options], argv: Sequence[str]) -> tuple[Recipe, Options]:
-    """The recipe and the command's own options, or prints the help and exits with status 0.
+    """Returns the recipe and the command's own options, or prints the help and exits with status 0.
 
     Raises:
-        UserError: a missing file, an unknown key or option, a wrong type or values that do not fit together.
+        UserError: a file is missing, a key or option is unknown, a type is wrong or values are inconsistent.
     """
     parsed, rest = parse_recipe_arguments(command, options, argv)
     return load_recipe(rest, command), parsed
 
 
 def parse_recipe_arguments(command: str, options: type[Options], argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """The command's own options, and the arguments that `load_recipe` takes.
+    """Returns the command's own options, and the arguments for `load_recipe`.
 
     Raises:
-        UserError: an unknown option, or one of the command's own has a wrong value.
+        UserError: an option is unknown, or one of the command's own options has an invalid value.
     """
     for number, argument in enumerate(argv):
         if argument in ("-h", "--help"):
@@ -42,12 +45,13 @@ def parse_recipe_arguments(command: str, options: type[Options], argv: Sequence[
             print(_help(command, options, topic))
             raise SystemExit(0)
     values, extras = read_options(options, command, argv)
-    rest = list(_checked(command, with_underscores(extras), [option_name(name) for name in describe(options)]))
-    return build_options(options, command, values), rest
+    names = [option_name(name) for name in describe(options)]
+    recipe_arguments = list(_check_arguments(command, with_underscores(extras), names))
+    return build_options(options, command, values), recipe_arguments
 
 
-def _checked(command: str, arguments: Sequence[str], own: Sequence[str]) -> Iterator[str]:
-    """The arguments, each option known and a bare one of a field that is true or false given its value."""
+def _check_arguments(command: str, arguments: Sequence[str], own: Sequence[str]) -> Iterator[str]:
+    """Yields the arguments after checking each option; a boolean field without a value gets `=true`."""
     known = dict(walk(Recipe))
     takes_value = False
     for number, argument in enumerate(arguments):
@@ -55,8 +59,8 @@ def _checked(command: str, arguments: Sequence[str], own: Sequence[str]) -> Iter
         if not argument.startswith("--"):
             if not takes_value:
                 raise UserError(
-                    f"unexpected argument {argument!r}; did you mean --config {argument}? See megatron-prealign "
-                    f"{command} --help"
+                    f"unexpected argument {argument!r}; did you mean --config {argument}? "
+                    f"See megatron-prealign {command} --help"
                 )
             takes_value = False
             yield argument
@@ -74,7 +78,7 @@ def _checked(command: str, arguments: Sequence[str], own: Sequence[str]) -> Iter
 
 
 def _is_inside(name: str, known: dict[str, FieldDescription]) -> bool:
-    """Whether the name is an entry of a mapping (`code_switch.language_weights.de`) or adds to a list (`sources+`)."""
+    """Whether the name is an entry of a mapping (`code_switch.language_weights.de`) or extends a list (`sources+`)."""
     base = name.removesuffix("+")
     while base:
         if base in known and base != name:
@@ -97,7 +101,7 @@ def _help(command: str, options: type, topic: str) -> str:
         help.usage(command, ["--config FILE", "[--SECTION.FIELD VALUE ...]", "[options]"]),
         help.paragraph(options.__doc__ or ""),
         help.rows("options", [*rows, *_CONFIG_ROWS]),
-        help.rows("sections of the recipe", ((name, field.help) for name, field in describe(Recipe).items())),
+        help.rows("recipe sections", ((name, field.help) for name, field in describe(Recipe).items())),
     ]
     if topic == "all":
         parts += [_section(name, kind) for name, kind in sections.items()]
@@ -105,15 +109,15 @@ def _help(command: str, options: type, topic: str) -> str:
 
 
 def _section(name: str, kind: type) -> str:
-    """The fields of a section."""
-    needed: list[help.Row] = []
-    rest: list[help.Row] = []
+    """Formats the fields of a section."""
+    required: list[help.Row] = []
+    optional: list[help.Row] = []
     for path, field in walk(kind, f"{name}."):
         row = (f"{option_name(path)} {field.metavar}{'...' if field.is_list else ''}", help.with_default(field))
-        (needed if field.required else rest).append(row)
+        (required if field.required else optional).append(row)
     parts = [
         f"{name}: {help.paragraph(kind.__doc__ or '')}",
-        help.rows("required", needed),
-        help.rows("optional", rest),
+        help.rows("required", required),
+        help.rows("optional", optional),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -1,10 +1,10 @@
 """Code-switching during language-model training: the dictionary table applied to a batch on its device.
 
-Each decision is integer arithmetic on Philox 4x32-10 keyed by (seed, sample id, position): the result does not depend
-on batch, rank, device, layout or resumption.
+Every decision is integer arithmetic on Philox 4x32-10 keyed by (seed, sample id, position), so the result does not
+depend on batch, rank, device, layout or resumption.
 """
 
 from megatron_prealign.code_switch.schedule import RatioSchedule
-from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
+from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat, SwitchedBatch, plain_batch
 
-__all__ = ["CodeSwitcher", "RatioSchedule", "RowFormat", "SwitchedBatch", "plain_batch"]
+__all__ = ["CodeSwitcher", "RatioSchedule", "SequenceFormat", "SwitchedBatch", "plain_batch"]

@@ -1,8 +1,8 @@
-"""What code-switching makes of rows of a dataset, word by word, for a look before training.
+"""Preview of code-switching on samples of a dataset, word by word, before training.
 
-The rows come from the blend and go through `CodeSwitcher`, as in training. Which word each translation stands for is
-read off a second run over the same rows, with every token of every translation replaced by a mark: the decisions do
-not depend on what is written, so the marks stand exactly where the translations do.
+The samples come from the blend and go through `CodeSwitcher`, as in training. The word that each translation replaces
+is found by a second pass over the same samples with every token of every translation replaced by a mark: the decisions
+do not depend on the tokens written, so the marks are exactly where the translations are.
 """
 
 import logging
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_prealign.code_switch.schedule import RatioSchedule
-from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat
+from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat
 from megatron_prealign.code_switch.token_text import TokenText
-from megatron_prealign.data.samples import SampleRows, TrainPlan
+from megatron_prealign.data.samples import SampleBatch, TrainPlan
 from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable
@@ -37,110 +37,110 @@ from megatron_prealign.tokenizer.base import Tokenizer
 
 
 class Part(NamedTuple):
-    """A stretch of a row that stays as it is, or one word with its translation."""
+    """Unchanged text, or one word with its translation."""
 
     source: str
-    """Text of the original, with the space in front."""
+    """Original text, with the leading space."""
     output: str
-    """Text of the result; `source` where nothing is switched."""
+    """Text of the result; equal to `source` if nothing is switched."""
     language: str | None
-    """The translation's language; None for what stays."""
+    """Language of the translation; None for unchanged text."""
     source_tokens: int
-    """Tokens of the original."""
+    """Number of tokens of the original."""
     output_tokens: int
-    """Tokens of the result, as far as the row holds them."""
+    """Number of tokens of the result that fit into the sequence."""
 
 
 @dataclass(frozen=True)
-class PreviewRow:
-    """One row of the blend and what the model gets for it."""
+class PreviewSample:
+    """One sample of the blend and the model input built from it."""
 
     language: str
     """Language of the original."""
     parts: tuple[Part, ...]
-    """The row from left to right, without padding."""
+    """The sequence from left to right, without padding."""
     tokens: tuple[int, ...]
     """Model input."""
     labels: tuple[int | None, ...]
-    """For each input token what it is to predict; None where nothing is scored."""
+    """Label of each input token; None where the loss is masked."""
     targets: tuple[str | None, ...]
-    """For each input token the language of the translation it belongs to; None elsewhere."""
+    """Language of the translation that each input token belongs to; None elsewhere."""
     counts: tuple[int, ...]
-    """Of this row, in the order of `CodeSwitchOutput.counts`."""
+    """Counts of this sample, in the order of `CodeSwitchOutput.counts`."""
 
     @property
     def switched(self) -> tuple[Part, ...]:
-        """The words that were replaced."""
+        """The replaced words."""
         return tuple(part for part in self.parts if part.language is not None)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Rows with what is asked for; the totals are those of the rows."""
+    """Samples, the settings they were drawn with, and totals over the samples."""
 
-    rows: tuple[PreviewRow, ...]
+    samples: tuple[PreviewSample, ...]
     section: CodeSwitchSection
     ratios: Mapping[str, float]
-    """The ratio asked for, of every target language that can be drawn."""
+    """Requested ratio of every target language that can be drawn."""
     seq_length: int
     seed: int
     text: TokenText
-    """The text of single tokens."""
+    """Decoder for single tokens."""
 
     def _total(self, column: int) -> int:
-        return sum(row.counts[column] for row in self.rows)
+        return sum(sample.counts[column] for sample in self.samples)
 
     @property
     def running(self) -> int:
-        """Running words."""
+        """Number of running words."""
         return self._total(RUNNING)
 
     @property
     def known(self) -> int:
-        """Words that the table knows."""
+        """Number of words that the table contains."""
         return self._total(KNOWN)
 
     @property
     def switched(self) -> int:
-        """Words that were replaced."""
+        """Number of replaced words."""
         return self._total(SWITCHED)
 
     @property
     def padded(self) -> int:
-        """Padded positions."""
+        """Number of padded positions."""
         return self._total(PADDED)
 
     @property
     def truncated(self) -> int:
-        """Source tokens that no longer fit."""
+        """Number of source tokens that no longer fit."""
         return self._total(TRUNCATED)
 
     @property
     def positions(self) -> int:
-        """Positions of all rows."""
-        return len(self.rows) * self.seq_length
+        """Number of positions of all samples."""
+        return len(self.samples) * self.seq_length
 
     @property
     def by_language(self) -> dict[str, int]:
-        """Words switched into every target language that can be drawn, most first."""
-        found = Counter({language: 0 for language in self.ratios})
-        found.update(str(part.language) for row in self.rows for part in row.switched)
-        return dict(found.most_common())
+        """Number of words switched into every target language that can be drawn, most frequent first."""
+        counts = Counter({language: 0 for language in self.ratios})
+        counts.update(str(part.language) for sample in self.samples for part in sample.switched)
+        return dict(counts.most_common())
 
     @property
     def token_lengths(self) -> tuple[float, float] | None:
-        """Mean tokens of the replaced words and of their translations; None without any. Translations that reach the
-        end of their row may be cut there and do not count."""
-        whole = [part for row in self.rows for part in _whole(row) if part.language is not None]
-        if not whole:
+        """Mean number of tokens of the replaced words and of their translations; None if there are none. Excludes
+        translations that reach the end of their sample, which may be truncated."""
+        parts = [part for sample in self.samples for part in _complete_parts(sample) if part.language is not None]
+        if not parts:
             return None
-        count = len(whole)
-        return sum(part.source_tokens for part in whole) / count, sum(part.output_tokens for part in whole) / count
+        count = len(parts)
+        return sum(part.source_tokens for part in parts) / count, sum(part.output_tokens for part in parts) / count
 
 
-def _whole(row: PreviewRow) -> tuple[Part, ...]:
-    filled = sum(part.output_tokens for part in row.parts)
-    return row.parts[:-1] if filled == len(row.tokens) else row.parts
+def _complete_parts(sample: PreviewSample) -> tuple[Part, ...]:
+    filled = sum(part.output_tokens for part in sample.parts)
+    return sample.parts[:-1] if filled == len(sample.tokens) else sample.parts
 
 
 def make_preview(
@@ -149,26 +149,26 @@ def make_preview(
     data: DataSection,
     tokenizer: Tokenizer,
     *,
-    rows: int,
+    num_samples: int,
     seed: int,
     consumed_tokens: int = 0,
 ) -> Preview:
-    """Draws rows from all over the data and switches them as training would.
+    """Draws samples from all of the data and code-switches them as in training.
 
     Args:
-        table: the dictionary, already without held-out groups.
-        section: what to do with it.
+        table: the dictionary without held-out groups.
+        section: the recipe's code_switch section.
         data: the blend.
-        tokenizer: that of the data and of the table.
-        rows: rows to show, from 1; fewer come back where the data has fewer.
-        seed: from 0; decides the rows and every draw.
+        tokenizer: tokenizer of the data and of the table.
+        num_samples: number of samples, at least 1; fewer are returned if the data has fewer.
+        seed: at least 0; determines the samples and every draw.
         consumed_tokens: tokens of the phase already trained on, for a ratio with a schedule.
 
     Raises:
-        UserError: a dataset is missing, damaged or shorter than a row, or data, table and section do not fit together.
+        UserError: a dataset is missing, corrupt or shorter than a sample, or data, table and section do not match.
     """
-    if rows < 1:
-        raise ValueError(f"rows is {rows}, expected a number from 1")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     try:
         section.check_lookahead(data.seq_length)
     except RecipeValueError as error:
@@ -177,7 +177,7 @@ def make_preview(
     with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as directory:
         plan = TrainPlan.read(
             data,
-            num_samples=rows,
+            num_samples=num_samples,
             seed=seed,
             languages=data.languages,
             cache_dir=Path(directory),
@@ -185,17 +185,17 @@ def make_preview(
             tokenizer_fingerprint=tokenizer.fingerprint,
             lookahead=section.lookahead_tokens(data.seq_length),
         )
-        # more would be the same rows again
-        different = sum((source.tokens - 1) // data.seq_length for source in plan.sources)
-        plan = replace(plan, num_samples=min(rows, different))
+        # more would repeat samples
+        available = sum((source.tokens - 1) // data.seq_length for source in plan.sources)
+        plan = replace(plan, num_samples=min(num_samples, available))
         plan.write_index()
-        samples = plan.open()
+        train = plan.open()
         previewer = _Previewer(selected, section, data, tokenizer, seed)
-        shown = tuple(previewer.row(samples.rows([index]), consumed_tokens) for index in range(len(samples)))
+        samples = tuple(previewer.sample(train.batch([index]), consumed_tokens) for index in range(len(train)))
     ratios = dict(zip(table.languages, RatioSchedule(section, table.languages).ratios(consumed_tokens), strict=True))
     drawn = section.language_weights or {table.languages[index]: 1.0 for index in np.unique(table.candidate_language)}
     return Preview(
-        rows=shown,
+        samples=samples,
         section=section,
         ratios={language: ratio for language, ratio in ratios.items() if language in drawn},
         seq_length=data.seq_length,
@@ -205,34 +205,36 @@ def make_preview(
 
 
 class _Previewer:
-    """Switches rows twice, once with the table and once with marks for its translations."""
+    """Switches samples twice, once with the table and once with marks for its translations."""
 
     def __init__(
         self, table: DictionaryTable, section: CodeSwitchSection, data: DataSection, tokenizer: Tokenizer, seed: int
     ) -> None:
         coverage = blend_coverage(table, data.sources) if section.ratio_of == "words" else None
-        row_format = RowFormat(seq_length=data.seq_length, eod_id=tokenizer.eod_id, mask_eod=data.eod_mask_loss)
+        sequence_format = SequenceFormat(
+            seq_length=data.seq_length, eod_id=tokenizer.eod_id, mask_eod=data.eod_mask_loss
+        )
 
         def build(table: DictionaryTable) -> CodeSwitcher:
             return CodeSwitcher(
-                table, section, row_format, seed=seed, languages=data.languages, device="cpu", coverage=coverage
+                table, section, sequence_format, seed=seed, languages=data.languages, device="cpu", coverage=coverage
             )
 
         self._switch = build(table)
-        with _said_once():
+        with _without_warnings():
             self._mark = build(_with_marks(table))
         self._table = table
         self._languages = data.languages
         self.text = TokenText(tokenizer)
 
-    def row(self, rows: SampleRows, consumed_tokens: int) -> PreviewRow:
-        """The one row of `rows`."""
-        given = (rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
-        batch, marked = self._switch(*given), self._mark(*given)
+    def sample(self, source: SampleBatch, consumed_tokens: int) -> PreviewSample:
+        """Preview of a batch of one sample."""
+        inputs = (source.tokens, source.language, source.sample_id, consumed_tokens, source.word_starts)
+        batch, marked = self._switch(*inputs), self._mark(*inputs)
         tokens, marks = batch.tokens[0].tolist(), marked.tokens[0].tolist()
         unmarked = [(token, mark) for token, mark in zip(tokens, marks, strict=True) if mark < self._table.vocab_size]
-        assert all(token == mark for token, mark in unmarked), "the marks do not stand where the translations do"
-        spans = find_spans(rows.tokens[0].tolist(), marks, self._word_ends(rows), self._table.vocab_size)
+        assert all(token == mark for token, mark in unmarked), "the marks are not where the translations are"
+        spans = find_spans(source.tokens[0].tolist(), marks, self._word_ends(source), self._table.vocab_size)
         counts = [0] * (LANGUAGES_FROM + len(self._table.languages)) if batch.counts is None else batch.counts.tolist()
         labels = zip(batch.labels[0].tolist(), batch.loss_mask[0].tolist(), strict=True)
         targets: list[str | None] = [None] * len(tokens)
@@ -240,19 +242,19 @@ class _Previewer:
             if span.language is not None:
                 size = span.output.stop - span.output.start
                 targets[span.output] = [self._table.languages[span.language]] * size
-        return PreviewRow(
-            language=self._languages[int(rows.language[0])],
-            parts=self._parts(rows.tokens[0].tolist(), tokens, spans),
+        return PreviewSample(
+            language=self._languages[int(source.language[0])],
+            parts=self._parts(source.tokens[0].tolist(), tokens, spans),
             tokens=tuple(tokens),
             labels=tuple(label if scored else None for label, scored in labels),
             targets=tuple(targets),
             counts=tuple(counts),
         )
 
-    def _word_ends(self, rows: SampleRows) -> dict[int, int]:
-        extra = rows.word_starts
+    def _word_ends(self, source: SampleBatch) -> dict[int, int]:
+        extra = source.word_starts
         words = split_words(
-            rows.tokens[0].numpy(),
+            source.tokens[0].numpy(),
             np.zeros(1, dtype=np.int64),
             self._table.word_boundary,
             None if extra is None else extra[0].numpy(),
@@ -275,25 +277,25 @@ class _Previewer:
 
 
 class Span(NamedTuple):
-    """Tokens of the original and the tokens of the result that stand for them."""
+    """Tokens of the original and the tokens of the result that replace them."""
 
     source: slice
     output: slice
     language: int | None
-    """Index of the translation's language in the table; None for tokens that stay."""
+    """Index of the translation's language in the table; None for unchanged tokens."""
 
 
 def find_spans(
     source: Sequence[int], marks: Sequence[int], word_ends: Mapping[int, int], vocab_size: int
 ) -> list[Span]:
-    """Walks the original and the marked result side by side.
+    """Aligns the original with the marked result.
 
     Args:
         source: [sequence + 1 + lookahead], the original.
         marks: [sequence], the result with marks: `vocab_size` + 1 + language for the first token of a translation,
             `vocab_size` for its others.
-        word_ends: where each word that starts at a token of `source` ends.
-        vocab_size: ids below it are tokens.
+        word_ends: start -> end of each word of `source`.
+        vocab_size: ids below this are tokens.
 
     Returns:
         Spans that cover the result up to its padding, in order.
@@ -318,7 +320,7 @@ def find_spans(
 
 
 def _with_marks(table: DictionaryTable) -> DictionaryTable:
-    """The table with marks as `find_spans` wants them in place of the tokens of its candidates."""
+    """The table with the tokens of its candidates replaced by marks as in `find_spans`."""
     marks = np.full(len(table.candidate_tokens), table.vocab_size, dtype=np.int32)
     marks[table.candidate_offsets[:-1]] = table.vocab_size + 1 + table.candidate_language
     added = 1 + len(table.languages)
@@ -331,8 +333,8 @@ def _with_marks(table: DictionaryTable) -> DictionaryTable:
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
-    """Keeps a second switcher of the same settings from giving the warnings of the first again."""
+def _without_warnings() -> Iterator[None]:
+    """Suppresses the warnings of `CodeSwitcher`, which a second one with the same settings would repeat."""
     logger = logging.getLogger(CodeSwitcher.__module__)
     disabled, logger.disabled = logger.disabled, True
     try:

@@ -1,13 +1,13 @@
-"""A preview as one HTML page that fetches nothing and runs no script."""
+"""Renders a preview as one HTML page without external resources or scripts."""
 
 from collections.abc import Mapping
 from html import escape
 
 from megatron_prealign import page
-from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
+from megatron_prealign.code_switch.preview import Part, Preview, PreviewSample
 from megatron_prealign.code_switch.preview_text import caption, split_space, totals_table, visible
 
-# a hue for each target language, in the order of the table
+# hues of the target languages, in the order of the table
 _HUES = (150, 265, 25, 205, 325, 85, 60, 235)
 
 _STYLE = """
@@ -26,24 +26,24 @@ _LIGHTNESS = {"--mark": ("90%", "22%"), "--text": ("24%", "82%")}
 
 
 def render_page(preview: Preview) -> str:
-    """The whole page."""
-    hues = {language: _HUES[number % len(_HUES)] for number, language in enumerate(preview.ratios)}
+    """HTML text of the page."""
+    hues = {language: _HUES[index % len(_HUES)] for index, language in enumerate(preview.ratios)}
     totals = [[escape(cell) for cell in line] for line in totals_table(preview)]
-    rows = "\n".join(_row(row, number, hues) for number, row in enumerate(preview.rows, start=1))
+    samples = "\n".join(_sample(sample, number, hues) for number, sample in enumerate(preview.samples, start=1))
     body = (
         "<h1>Code-switching preview</h1>\n"
-        "<p>Left the text of the dataset, right what the model reads. Point at a coloured word to see the other one. "
-        "What the model is to predict depends on the label mode; with input_only it is always the left side.</p>\n"
-        f"<h2>Totals</h2>\n{page.table([], totals, text=True)}\n<h2>Rows</h2>\n{rows}"
+        "<p>Left: text of the dataset. Right: model input. Hover over a coloured word to see its counterpart. "
+        "The labels depend on the label mode; with input_only they are always the left side.</p>\n"
+        f"<h2>Totals</h2>\n{page.table([], totals, text=True)}\n<h2>Samples</h2>\n{samples}"
     )
     return page.render("Code-switching preview", body, style=_STYLE, colours=_LIGHTNESS)
 
 
-def _row(row: PreviewRow, number: int, hues: Mapping[str, int]) -> str:
-    original = "".join(_text(part, part.source, hues, with_language=False) for part in row.parts)
-    result = "".join(_text(part, part.output, hues, with_language=True) for part in row.parts)
+def _sample(sample: PreviewSample, number: int, hues: Mapping[str, int]) -> str:
+    original = "".join(_text(part, part.source, hues, with_language=False) for part in sample.parts)
+    result = "".join(_text(part, part.output, hues, with_language=True) for part in sample.parts)
     return (
-        f"<figure><figcaption>{escape(caption(row, number))}</figcaption>\n"
+        f"<figure><figcaption>{escape(caption(sample, number))}</figcaption>\n"
         f'<div class="sides"><div dir="auto">{original}</div><div dir="auto">{result}</div></div></figure>'
     )
 
@@ -54,7 +54,7 @@ def _text(part: Part, text: str, hues: Mapping[str, int], *, with_language: bool
     space, word = split_space(text)
     tip = f"{split_space(part.source)[1]} → {split_space(part.output)[1]} ({part.language})"
     note = f"<sub>{escape(part.language)}</sub>" if with_language else ""
-    # isolated, or a right-to-left word would pull the punctuation beside it over to its other side
+    # <bdi>, or a right-to-left word would reorder the punctuation next to it
     return (
         f'{_plain(space)}<mark style="--hue: {hues[part.language]}" title="{escape(visible(tip))}">'
         f"<bdi>{_plain(word)}</bdi></mark>{note}"
@@ -62,5 +62,5 @@ def _text(part: Part, text: str, hues: Mapping[str, int], *, with_language: bool
 
 
 def _plain(text: str) -> str:
-    """Text for the page; its line breaks stay, other control characters become visible."""
+    """Escapes text for the page; keeps line breaks and makes other control characters visible."""
     return escape("\n".join(visible(line) for line in text.split("\n")))

@@ -1,4 +1,4 @@
-"""From the samples of a batch to what the model is trained on, with or without code-switching."""
+"""Turns a batch of samples into model inputs and labels, with or without code-switching."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,80 +26,80 @@ logger = logging.getLogger(__name__)
 
 
 class SwitchedBatch(NamedTuple):
-    """A batch ready for the model."""
+    """Model inputs and labels of a batch."""
 
     tokens: Tensor
     """int64 [batch, sequence]."""
     labels: Tensor
-    """int64 [batch, sequence]; 0 where nothing is to be predicted."""
+    """int64 [batch, sequence]; 0 where the loss is masked."""
     loss_mask: Tensor
     """float32 [batch, sequence]."""
     position_ids: Tensor
     """int64 [batch, sequence]."""
     document_starts: Tensor | None
-    """int32 [batch, sequence], the first position that a position may attend to; None where documents are not kept
-    apart."""
+    """int32 [batch, sequence], the first position that each position may attend to; None if attention may cross
+    documents."""
     counts: Tensor | None
     """int64 [5 + languages of the table], on the device: running, known and switched words of this batch, padded
     positions, truncated source tokens, then words switched into each language (`CodeSwitcher.languages`); None if
-    nothing was to be switched. Add up over batches."""
+    code-switching is off. Sum over batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowFormat:
-    """What a row of the model looks like."""
+class SequenceFormat:
+    """Format of the sequences that the model is trained on."""
 
     seq_length: int
-    """Positions."""
+    """Sequence length in tokens."""
     eod_id: int
-    """End-of-document token, never part of a word; also fills rows that became shorter."""
+    """End-of-document token, never part of a word; also pads sequences that became shorter."""
     mask_eod: bool = False
-    """Give positions whose input is `eod_id` loss mask 0."""
+    """Mask the loss at positions whose input is `eod_id`."""
     reset_position_ids: bool = False
-    """Count positions from 0 again behind every `eod_id`."""
+    """Restart position ids at 0 after every `eod_id`."""
     reset_attention_mask: bool = False
-    """Give `document_starts`."""
+    """Return `document_starts`."""
 
 
-def plain_batch(tokens: Tensor, row_format: RowFormat) -> SwitchedBatch:
-    """The batch as it is, for runs without code-switching and for validation.
+def plain_batch(tokens: Tensor, sequence_format: SequenceFormat) -> SwitchedBatch:
+    """The batch without code-switching, for runs that do not use it and for validation.
 
     Args:
-        tokens: int32 or int64 [batch, sequence + 1 or more]; what is beyond is left out.
-        row_format: what comes out.
+        tokens: int32 or int64 [batch, sequence + 1 or more]; tokens beyond sequence + 1 are ignored.
+        sequence_format: format of the result.
     """
-    positions = row_format.seq_length
+    positions = sequence_format.seq_length
     inputs = tokens[:, :positions].to(torch.int64).contiguous()
     shape = inputs.shape
     position_ids = torch.arange(positions, device=tokens.device).expand(shape).contiguous()
     document_starts = None
-    if row_format.reset_position_ids or row_format.reset_attention_mask:
-        document_starts = document_starts_of(inputs, row_format.eod_id)
-        if row_format.reset_position_ids:
+    if sequence_format.reset_position_ids or sequence_format.reset_attention_mask:
+        document_starts = document_starts_of(inputs, sequence_format.eod_id)
+        if sequence_format.reset_position_ids:
             position_ids -= document_starts
     return SwitchedBatch(
         tokens=inputs,
         labels=tokens[:, 1 : positions + 1].to(torch.int64).contiguous(),
-        loss_mask=(inputs != row_format.eod_id).to(torch.float32)
-        if row_format.mask_eod
+        loss_mask=(inputs != sequence_format.eod_id).to(torch.float32)
+        if sequence_format.mask_eod
         else torch.ones(shape, dtype=torch.float32, device=tokens.device),
         position_ids=position_ids,
-        document_starts=document_starts if row_format.reset_attention_mask else None,
+        document_starts=document_starts if sequence_format.reset_attention_mask else None,
         counts=None,
     )
 
 
 class CodeSwitcher:
-    """Applies the dictionary to batches as the recipe says. A resume needs none of its state."""
+    """Code-switches batches as the recipe says. Has no state that a resume would need."""
 
     languages: tuple[str, ...]
-    """The table's languages, in the order of `SwitchedBatch.counts[5:]`."""
+    """The table's languages, in the order of their counts in `SwitchedBatch.counts`."""
 
     def __init__(
         self,
         table: DictionaryTable,
         section: CodeSwitchSection,
-        row_format: RowFormat,
+        sequence_format: SequenceFormat,
         *,
         seed: int,
         languages: Sequence[str],
@@ -109,36 +109,37 @@ class CodeSwitcher:
         """Builds the device table.
 
         Args:
-            table: the dictionary without held-out groups, with the keys that `section` asks for
+            table: the dictionary without held-out groups, with the keys that `section` selects
                 (`switchable.switchable_table`).
-            section: the recipe's section.
-            row_format: what comes out.
-            seed: 0 to 2^64-1; with the sample id and the position it decides every draw.
-            languages: the data's languages; a batch names a row's language by its index here.
-            device: where the batches are.
-            coverage: share of running words the table knows, per language of the data; needed by `ratio_of: words`.
+            section: the recipe's code_switch section.
+            sequence_format: format of the result.
+            seed: 0 to 2^64-1; every draw is a function of seed, sample id and position.
+            languages: the data's languages; a batch gives a sequence's language as an index into these.
+            device: device of the batches.
+            coverage: fraction of running words that the table covers, per language of the data; required by
+                `ratio_of: words`.
 
         Raises:
-            UserError: the table is damaged.
+            UserError: the table is corrupt.
         """
         self.languages = tuple(table.languages)
-        self._format = row_format
-        self._table = _device_table(table, section, row_format.eod_id, device)
+        self._format = sequence_format
+        self._table = _device_table(table, section, sequence_format.eod_id, device)
         self._settings = CodeSwitchSettings(
             seed=seed,
-            sequence_length=row_format.seq_length,
+            sequence_length=sequence_format.seq_length,
             label_mode=section.label_mode,
-            pad_id=row_format.eod_id,
-            eod_id=row_format.eod_id,
-            mask_eod=row_format.mask_eod,
-            reset_at_eod=row_format.reset_position_ids or row_format.reset_attention_mask,
+            pad_id=sequence_format.eod_id,
+            eod_id=sequence_format.eod_id,
+            mask_eod=sequence_format.mask_eod,
+            reset_at_eod=sequence_format.reset_position_ids or sequence_format.reset_attention_mask,
             vocab_size=table.vocab_size,
         )
-        # entry 0 is for rows of unknown language (-1)
+        # entry 0 is for sequences of unknown language (-1)
         ids = [-1, *(self.languages.index(each) if each in self.languages else -1 for each in languages)]
         self._table_language = torch.tensor(ids, device=device)
         self._schedule = RatioSchedule(section, self.languages)
-        self._known_share = _known_shares(self.languages, section, coverage)
+        self._divisors = _ratio_divisors(self.languages, section, coverage)
         self._ratios: list[float] = []
         self._switches = False
         self._thresholds = torch.zeros((len(self.languages),) * 2, dtype=torch.int64, device=device)
@@ -151,15 +152,15 @@ class CodeSwitcher:
         consumed_tokens: int,
         word_starts: Tensor | None = None,
     ) -> SwitchedBatch:
-        """Switches one batch; waits for nothing on the device.
+        """Code-switches one batch without waiting for the device.
 
         Args:
             tokens: int32 or int64 [batch, sequence + 1 + lookahead].
             language: integers [batch], index into the data's languages, -1 if unknown.
-            sample_id: int64 [batch], distinct within a run.
+            sample_id: int64 [batch], unique within a run.
             consumed_tokens: tokens of the phase before this batch, for the ratio's schedule.
-            word_starts: bool [batch, sequence + 1 + lookahead], places where words start besides those that the tokens
-                tell.
+            word_starts: bool [batch, sequence + 1 + lookahead], word starts in addition to those derived from the
+                tokens.
         """
         self._set_thresholds(consumed_tokens)
         if not self._switches:
@@ -184,35 +185,37 @@ class CodeSwitcher:
         if ratios == self._ratios:
             return
         self._ratios = ratios
-        wanted = torch.tensor(
+        thresholds = torch.tensor(
             [
-                [ratio_threshold(min(ratio / known, 1.0)) if known else 0 for ratio in ratios]
-                for known in self._known_share
+                [ratio_threshold(min(ratio / divisor, 1.0)) if divisor else 0 for ratio in ratios]
+                for divisor in self._divisors
             ]
         )
-        self._switches = bool(wanted.any())
+        self._switches = bool(thresholds.any())
         if self._thresholds.is_cuda:
-            # from pinned memory the copy is handed over like a launch; from other memory it would wait for the device
-            wanted = wanted.pin_memory()
-        self._thresholds.copy_(wanted, non_blocking=True)
+            # a copy from pageable memory would wait for the device
+            thresholds = thresholds.pin_memory()
+        self._thresholds.copy_(thresholds, non_blocking=True)
 
 
-def _known_shares(
+def _ratio_divisors(
     languages: Sequence[str], section: CodeSwitchSection, coverage: Mapping[str, float] | None
 ) -> list[float]:
-    """What the ratio is divided by for rows of each language."""
+    """Divisor of the ratio for sequences of each language."""
     if section.ratio_of == "occurrences":
         return [1.0] * len(languages)
     if coverage is None:
-        raise ValueError("coverage is None, expected the share of known words per language because of ratio_of: words")
-    for language, share in coverage.items():
-        # 0: a language that is no source, of which nothing would be switched anyway
-        if language in languages and 0 < share < section.highest_ratio:
+        raise ValueError(
+            "coverage is None, expected the fraction of known words per language because of ratio_of: words"
+        )
+    for language, covered in coverage.items():
+        # 0: not a source language, so none of its words would be switched anyway
+        if language in languages and 0 < covered < section.highest_ratio:
             logger.warning(
-                "code_switch.ratio reaches %g of the running words, but the table knows only %.1f%% of those in %s: "
-                "all known ones will be switched",
+                "code_switch.ratio reaches %g of the running words, but the table covers only %.1f%% of them in %s; "
+                "all known words will be switched",
                 section.highest_ratio,
-                100 * share,
+                100 * covered,
                 language,
             )
     return [coverage.get(language, 0.0) for language in languages]
@@ -239,6 +242,6 @@ def _device_table(
         )
     except ValueError as error:
         raise UserError(
-            f"{table.path or 'the dictionary table'} cannot be used for code-switching: {error}; "
-            "build it again with megatron-prealign dictionary build"
+            f"{table.path or 'dictionary table'}: cannot be used for code-switching: {error}; "
+            "rebuild it with megatron-prealign dictionary build"
         ) from error

@@ -1,4 +1,4 @@
-"""The model card: what the checkpoint and its run say about the model, for whoever finds the directory later."""
+"""Model card: what the checkpoint and its run say about the model, for later users of the directory."""
 
 import json
 import math
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT-2"}
-_MOST_ROWS = 12
+_MAX_EVALUATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Evaluation:
     validation_loss: Mapping[str, float]
     """Nats per token, by language."""
     retrieval: Mapping[str, float]
-    """Pair of languages -> share of words that find their translation first, the mean over the layers."""
+    """Pair of languages -> word retrieval P@1, mean over the layers."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the run's metrics say, up to the step of the checkpoint."""
+    """Metrics of the run, up to the step of the checkpoint."""
 
     evaluations: Sequence[Evaluation] = field(default_factory=list)
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Phase -> the first and the last loss that was logged."""
+    """Phase -> first and last logged training loss."""
 
 
 def model_card(
@@ -52,32 +52,32 @@ def model_card(
     summary: Mapping[str, Any],
     model: ModelSection,
     seq_length: int,
-    converted: "ConvertResult",
+    result: "ConvertResult",
     tokenizer: "TokenizerExport",
     history: History | None,
 ) -> str:
-    """The content of README.md. The same checkpoint gives the same text."""
-    facts = {**summary, **({"source": {}} if is_run(summary) else summary["source"])}
+    """Content of README.md. The same checkpoint gives the same text."""
+    info = {**summary, **({"source": {}} if is_run(summary) else summary["source"])}
     parts = [
-        _front_matter(facts),
-        f"# {_plain(name)}\n",
-        _introduction(facts, converted),
+        _front_matter(info),
+        f"# {_one_line(name)}\n",
+        _introduction(info, result),
         _usage(tokenizer),
-        _architecture(summary, model, seq_length, converted),
-        _training(checkpoint, facts),
-        _data(facts, seq_length),
-        _measures(facts, history),
-        _tokenizer(tokenizer, converted),
-        _versions(facts),
-        "## Licence\n\nNot said by those who made this directory: it depends on the licence of the data and on who "
-        "trained the model. Add it here, and as `license` at the top of this file.\n",
+        _architecture(summary, model, seq_length, result),
+        _training(checkpoint, info),
+        _data(info, seq_length),
+        _metrics(info, history),
+        _tokenizer(tokenizer, result),
+        _versions(info),
+        "## Licence\n\nNot specified: it depends on the licence of the data and on who trained the model. Add it here, "
+        "and as `license` at the top of this file.\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(facts: Mapping[str, Any]) -> str:
+def _front_matter(info: Mapping[str, Any]) -> str:
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    languages = sorted({source["language"] for source in _sources(facts)})
+    languages = sorted({source["language"] for source in _sources(info)})
     known = [language for language in languages if _LANGUAGE.fullmatch(language)]
     if known:
         content["language"] = known
@@ -85,29 +85,30 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
 
 
-def _introduction(facts: Mapping[str, Any], converted: "ConvertResult") -> str:
-    phases = (facts.get("run") or {}).get("phases") or []
+def _introduction(info: Mapping[str, Any], result: "ConvertResult") -> str:
+    phases = (info.get("run") or {}).get("phases") or []
     text = "A causal language model"
     if ALIGNMENT in phases and len(phases) > 1:
         text += (
             " whose word representations were aligned across languages by a bilingual dictionary before pretraining "
             "(the PreAlign method, arXiv:2407.16222)"
         )
-    if (facts.get("run") or {}).get("code_switch"):
-        text += ", pretrained on text in which known words are replaced by their translations"
-    precision = f"The weights are {converted.dtype}"
-    if converted.from_masters:
-        precision += ", the optimizer's own numbers in full precision"
+    if (info.get("run") or {}).get("code_switch"):
+        text += ", pretrained on code-switched text, in which known words are replaced by their translations"
+    precision = f"The weights are {result.dtype}"
+    if result.from_master_weights:
+        precision += ", from the optimizer's fp32 master weights"
     return f"{text}. Exported by megatron-prealign {__version__}. {precision}.\n"
 
 
 def _usage(tokenizer: "TokenizerExport") -> str:
     policy = (
         f"Documents in training ended with\n`{tokenizer.eod_token}` (id {tokenizer.eod_id}), which is the `eos_token` "
-        "and, since it is what the next document begins\nafter, the `bos_token`. Nothing is added to a text by itself."
+        "and, because it precedes the next document,\nalso the `bos_token`. No special tokens are added to a text "
+        "automatically."
         if tokenizer.converted
-        else f"A document ends with\n`{tokenizer.eod_token}` (id {tokenizer.eod_id}). What begins a text is as those "
-        "who made the tokenizer meant it."
+        else f"A document ends with\n`{tokenizer.eod_token}` (id {tokenizer.eod_id}). Special tokens at the start of a "
+        "text follow the tokenizer's own policy."
     )
     return f"""## Use
 
@@ -124,37 +125,37 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
 
 
-def _architecture(summary: Mapping[str, Any], model: ModelSection, seq_length: int, converted: "ConvertResult") -> str:
+def _architecture(summary: Mapping[str, Any], model: ModelSection, seq_length: int, result: "ConvertResult") -> str:
     rows = [
         ("architecture", _FAMILIES.get(model.family, model.family)),
-        ("parameters", f"{converted.parameters:,}"),
+        ("parameters", f"{result.parameters:,}"),
         ("layers", f"{model.num_layers:,}"),
         ("hidden size", f"{model.hidden_size:,}"),
-        ("MLP width", f"{model.mlp_width:,}"),
-        ("attention heads", f"{model.num_attention_heads} ({model.query_groups} of keys and values)"),
-        ("context", f"{seq_length:,} tokens"),
+        ("MLP hidden size", f"{model.mlp_width:,}"),
+        ("attention heads", f"{model.num_attention_heads} ({model.query_groups} key/value heads)"),
+        ("context length", f"{seq_length:,} tokens"),
         ("vocabulary", f"{summary['vocab_size']:,} ids"),
         ("tied embeddings", "yes" if model.share_embeddings_and_output_weights else "no"),
     ]
     if model.rope_scaling is not None:
-        rows.append(("rotary positions", f"stretched ({model.rope_scaling.rope_type})"))
+        rows.append(("rotary scaling", model.rope_scaling.rope_type))
     return "## Model\n\n" + _table(("", ""), rows)
 
 
-def _training(checkpoint: Path, facts: Mapping[str, Any]) -> str:
-    state = facts.get("train_state") or facts
-    run = facts.get("run") or {}
+def _training(checkpoint: Path, info: Mapping[str, Any]) -> str:
+    state = info.get("train_state") or info
+    run = info.get("run") or {}
     rows = [
         ("checkpoint", checkpoint.name),
         ("step", _count(state.get("step"))),
         ("tokens seen", _count(state.get("tokens"))),
-        ("phase", facts.get("phase")),
+        ("phase", info.get("phase")),
         ("phases of the run", ", ".join(run.get("phases") or [])),
         ("precision", run.get("precision")),
         ("sequence length", _count(run.get("seq_length"))),
         ("seed", run.get("seed")),
-        ("saved", facts.get("saved_at")),
-        ("brought from", _origin(facts)),
+        ("saved", info.get("saved_at")),
+        ("imported from", _origin(info)),
     ]
     text = "## Training\n\n" + _table(("", ""), [(name, value) for name, value in rows if value not in (None, "")])
     switching = (run.get("switching") or {}).get("settings") or {}
@@ -165,14 +166,14 @@ def _training(checkpoint: Path, facts: Mapping[str, Any]) -> str:
     return text + _recipe(checkpoint)
 
 
-def _origin(facts: Mapping[str, Any]) -> str | None:
-    """Name of the directory that the weights were read from, when they were not trained here."""
-    source = facts["source"]
-    return _plain(Path(str(source.get("model"))).name) if source.get("format") == "huggingface" else None
+def _origin(info: Mapping[str, Any]) -> str | None:
+    """Name of the directory that the weights were imported from, if they were not trained here."""
+    source = info["source"]
+    return _one_line(Path(str(source.get("model"))).name) if source.get("format") == "huggingface" else None
 
 
 def _recipe(checkpoint: Path) -> str:
-    """The sections of the recipe that say how the model was trained, without places on the machine."""
+    """The sections of the recipe that describe the training, without paths of the machine."""
     try:
         recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -188,17 +189,17 @@ def _recipe(checkpoint: Path) -> str:
     return f"\n<details><summary>Recipe</summary>\n\n```yaml\n{text}```\n\n</details>\n"
 
 
-def _sources(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    sources = (facts.get("run") or {}).get("sources") or facts.get("sources") or []
+def _sources(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    sources = (info.get("run") or {}).get("sources") or info.get("sources") or []
     return [source for source in sources if isinstance(source, dict) and isinstance(source.get("language"), str)]
 
 
-def _data(facts: Mapping[str, Any], seq_length: int) -> str:
-    sources = _sources(facts)
+def _data(info: Mapping[str, Any], seq_length: int) -> str:
+    sources = _sources(info)
     if not sources:
         return ""
-    consumed = facts.get("consumed_samples_per_source") or {}
-    length = (facts.get("run") or {}).get("seq_length") or seq_length
+    consumed = info.get("consumed_samples_per_source") or {}
+    length = (info.get("run") or {}).get("seq_length") or seq_length
     total = sum(float(source.get("weight") or 0) for source in sources) or 1.0
     rows = []
     for source in sources:
@@ -206,21 +207,21 @@ def _data(facts: Mapping[str, Any], seq_length: int) -> str:
         samples = consumed.get(path)
         seen = f"{samples * length:,}" if isinstance(samples, int) else ""
         share = f"{float(source.get('weight') or 0) / total:.1%}"
-        rows.append((_plain(Path(path).name), source["language"], share, seen))
+        rows.append((_one_line(Path(path).name), source["language"], share, seen))
     more = len(rows) - 200
     table = _table(("source", "language", "share", "tokens seen"), rows[:200])
     return f"## Data\n\n{table}" + (f"\nand {more} more sources\n" if more > 0 else "")
 
 
-def _measures(facts: Mapping[str, Any], history: History | None) -> str:
-    metrics = {name: value for name, value in (facts.get("metrics") or {}).items() if isinstance(value, int | float)}
+def _metrics(info: Mapping[str, Any], history: History | None) -> str:
+    metrics = {name: value for name, value in (info.get("metrics") or {}).items() if isinstance(value, int | float)}
     parts = []
     if metrics:
         rows = []
         for name, value in sorted(metrics.items()):
             loss = name.startswith("validation_loss") and 0 <= value < 50
             rows.append((f"`{name}`", f"{value:.4f}" + (f" (perplexity {math.exp(value):,.1f})" if loss else "")))
-        parts.append("At this checkpoint:\n\n" + _table(("measure", ""), rows))
+        parts.append("At this checkpoint:\n\n" + _table(("metric", ""), rows))
     if history is not None and history.evaluations:
         parts.append(_evaluations(history.evaluations))
     if history is not None and history.losses:
@@ -229,16 +230,16 @@ def _measures(facts: Mapping[str, Any], history: History | None) -> str:
     if not parts:
         return ""
     return (
-        "## Measures\n\nLosses are nats per token of this tokenizer. Word retrieval is the share of words whose "
-        "nearest neighbour is their translation, the mean over the layers.\n\n" + "\n".join(parts)
+        "## Metrics\n\nLosses are in nats per token of this tokenizer. Word retrieval (P@1) is the fraction of words "
+        "whose nearest neighbour is their translation, averaged over the layers.\n\n" + "\n".join(parts)
     )
 
 
 def _evaluations(evaluations: Sequence[Evaluation]) -> str:
     losses = sorted({language for each in evaluations for language in each.validation_loss})
     pairs = sorted({pair for each in evaluations for pair in each.retrieval})
-    step = max(1, math.ceil(len(evaluations) / _MOST_ROWS))
-    # Always with the last one.
+    step = max(1, math.ceil(len(evaluations) / _MAX_EVALUATIONS))
+    # The last evaluation is always included.
     chosen = list(reversed(list(reversed(evaluations))[::step]))
     rows = [
         (
@@ -257,15 +258,15 @@ def _evaluations(evaluations: Sequence[Evaluation]) -> str:
     return _table(header, rows)
 
 
-def _tokenizer(tokenizer: "TokenizerExport", converted: "ConvertResult") -> str:
-    notes = "".join(f"- {note}\n" for note in converted.notes)
-    return f"## Tokenizer\n\nMade from: {tokenizer.kind}.\n" + (f"\n{notes}" if notes else "")
+def _tokenizer(tokenizer: "TokenizerExport", result: "ConvertResult") -> str:
+    notes = "".join(f"- {note}\n" for note in result.notes)
+    return f"## Tokenizer\n\nSource: {tokenizer.kind}.\n" + (f"\n{notes}" if notes else "")
 
 
-def _versions(facts: Mapping[str, Any]) -> str:
-    versions = facts.get("versions") or {}
+def _versions(info: Mapping[str, Any]) -> str:
+    versions = info.get("versions") or {}
     rows = [(name, value) for name, value in versions.items() if name != "machine"]
-    return "## Versions\n\nOf the training.\n\n" + _table(("", ""), rows) if rows else ""
+    return "## Versions\n\nSoftware used for training.\n\n" + _table(("", ""), rows) if rows else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -278,6 +279,6 @@ def _count(value: Any) -> str | None:
     return f"{value:,}" if isinstance(value, int) else None
 
 
-def _plain(text: str) -> str:
-    """Without line breaks, which would end a table or a title."""
+def _one_line(text: str) -> str:
+    """The text without line breaks, which would break a table or a title."""
     return " ".join(text.split())

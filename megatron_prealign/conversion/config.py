@@ -1,7 +1,7 @@
-"""config.json of transformers from the recipe's section `model`, and back. Imports no torch.
+"""Converts between the recipe's section `model` and transformers' config.json. Imports no torch.
 
-Reading is strict: a field that no table knows may change the maths, and then the model would be another one without
-anybody noticing. So what is not known is refused by name.
+Reading is strict: an unknown field may change the computation, and the result would silently be a different model. So
+unknown fields are refused by name.
 """
 
 import math
@@ -15,7 +15,7 @@ from megatron_prealign.conversion.family import Family
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ModelSection, RecipeValueError, RopeScaling
 
-# Fields of any model that say nothing about its maths.
+# Fields of any model that do not affect its computation.
 _IGNORED = frozenset(
     {
         "_name_or_path",
@@ -54,7 +54,7 @@ _IGNORED = frozenset(
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
-        # How older versions kept the settings of generation.
+        # Generation settings, which older versions stored here.
         "bad_words_ids",
         "begin_suppress_tokens",
         "diversity_penalty",
@@ -82,22 +82,22 @@ _IGNORED = frozenset(
         "typical_p",
     }
 )
-# Fields beside a family's own that are read.
+# Fields that are read in addition to a family's own.
 _READ = frozenset(
     {"architectures", "layer_types", "model_type", "rope_parameters", "rope_scaling", "rope_theta", "vocab_size"}
 )
-# What every family but one with an encoder or adapters has.
+# Fixed for every family, since none has an encoder or adapters.
 _FIXED = {"is_encoder_decoder": False, "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
-# Where their null means what ours does: derived from other fields, or none.
+# Fields where null means the same in config.json and in the recipe: derived from other fields, or none.
 _NULLABLE = {"num_key_value_heads", "head_dim", "n_inner", "sliding_window", "pretraining_tp"}
-# Of a field that counts something, and of ids. Larger ones come from damaged files, and would take hours to find out.
-_MOST = 2**31
-_MOST_LAYERS = 10_000
-_KINDS: dict[str, type] = {
+# Limits of counts and ids. Larger values come from corrupt files, and would only be noticed after hours.
+_MAX_INT = 2**31
+_MAX_LAYERS = 10_000
+_FIELD_TYPES: dict[str, type] = {
     name: next((kind for kind in (bool, int) if kind.__name__ in str(hint)), float)
     for name, hint in get_type_hints(ModelSection).items()
 }
-_KIND_NAMES = {bool: "true or false", int: "a whole number above 0", float: "a number"}
+_TYPE_NAMES = {bool: "true or false", int: "a positive integer", float: "a number"}
 _ROPE_FIELDS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
@@ -114,14 +114,14 @@ def huggingface_config(
     eod_id: int | None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
-    """The content of config.json for a model.
+    """Content of config.json for a model.
 
     Args:
-        vocab_size: True number of ids.
-        seq_length: Tokens of a training sample: the context, unless the model names another.
-        dtype: Of the weights, `float32`, `bfloat16` or `float16`.
-        eod_id: The end-of-document id; None if nobody knows it.
-        bos_id: What a text starts with; None for `eod_id`, which is what documents begin after.
+        vocab_size: Number of ids, without padding.
+        seq_length: Sequence length of training; the context length, unless the model sets another.
+        dtype: Dtype of the weights: `float32`, `bfloat16` or `float16`.
+        eod_id: The end-of-document id; None if unknown.
+        bos_id: Id that a text starts with; None for `eod_id`, which precedes every document in training.
     """
     family = FAMILIES[model.family]
     values = asdict(model) | {
@@ -134,7 +134,7 @@ def huggingface_config(
     config |= {hf: values[mcore] for hf, mcore in family.fields.items()}
     config |= family.fixed
     if family.rope:
-        # The form of older versions, which newer ones read too.
+        # The format of older versions, which newer versions also read.
         config["rope_theta"] = float(model.rotary_base)
         config["rope_scaling"] = _hf_rope_scaling(model.rope_scaling)
     config |= {
@@ -158,46 +158,46 @@ def family_of(config: Mapping[str, Any], name: str) -> Family:
     """The table for a config.json.
 
     Args:
-        name: What messages call the file.
+        name: Name of the file in messages.
 
     Raises:
-        UserError: no table is for this architecture.
+        UserError: unsupported architecture.
     """
-    kind, named = config.get("model_type"), config.get("architectures")
-    family = next((each for each in FAMILIES.values() if each.model_type == kind), None)
-    known = ", ".join(each.architecture for each in FAMILIES.values())
-    classes = named if isinstance(named, list) else [] if named is None else [named]
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    family = next((each for each in FAMILIES.values() if each.model_type == model_type), None)
+    classes = architectures if isinstance(architectures, list) else [] if architectures is None else [architectures]
     by_class = next((each for each in FAMILIES.values() if classes and classes[0] == each.architecture), None)
     if by_class is not None and by_class is not family:
-        got = f"is {kind!r}" if "model_type" in config else "is missing"
+        got = f"is {model_type!r}" if "model_type" in config else "is missing"
         raise UserError(
-            f"{name}: model_type {got}, expected {by_class.model_type!r}, as the architecture is "
-            f"{by_class.architecture}; copy the file again, or mend it"
+            f"{name}: model_type {got}, expected {by_class.model_type!r} for architecture {by_class.architecture}; fix "
+            "the file or copy it again"
         )
-    # Files of the bare model, without an output layer, name that class or none.
-    fits = family is not None and (not classes or classes[0] in (family.architecture, _bare(family)))
+    # Files saved from the base model, without an output layer, name that class or none.
+    fits = family is not None and (not classes or classes[0] in (family.architecture, _base_class(family)))
     if family is None or not fits:
-        got = classes[0] if classes else "not named"
-        got = got if family is not None else f"{got} and the model_type {kind!r}"
-        raise UserError(f"{name}: the architecture is {got}, which cannot be converted; expected one of {known}")
+        got = classes[0] if classes else "(none)"
+        got = got if family is not None else f"{got} with model_type {model_type!r}"
+        supported = ", ".join(each.architecture for each in FAMILIES.values())
+        raise UserError(f"{name}: unsupported architecture {got}, expected one of {supported}")
     return family
 
 
-def _bare(family: Family) -> str:
+def _base_class(family: Family) -> str:
     return family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model"
 
 
 def model_values(config: Mapping[str, Any], name: str, *, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """The values of the recipe's section `model` for a config.json; fields at their defaults are left out.
+    """Values of the recipe's section `model` for a config.json; fields at their defaults are left out.
 
     Args:
-        config: The file's content.
-        name: What messages call it.
-        ignore: Fields that the user vouches for.
+        config: Content of the file.
+        name: Name of the file in messages.
+        ignore: Fields that the user declares harmless.
 
     Raises:
-        UserError: an unknown architecture, a field that is missing, of the wrong kind, or changes the maths in a way
-            that is not built in; all of them are named.
+        UserError: unsupported architecture, or fields that are missing, of the wrong type, or change the computation in
+            an unsupported way; all of them are listed.
     """
     family = family_of(config, name)
     _check_ignored(config, family, ignore, name)
@@ -208,23 +208,25 @@ def model_values(config: Mapping[str, Any], name: str, *, ignore: Collection[str
     for hf, mcore in family.fields.items():
         value = config.get(hf, family.defaults.get(hf))
         if values.setdefault(mcore, value) != value:
-            raise UserError(f"{name}: {hf} is {value}, another field says {values[mcore]}; only one value can be had")
+            raise UserError(
+                f"{name}: {hf} is {value}, another field for model.{mcore} is {values[mcore]}; set both to one value"
+            )
     values["vocab_size"] = config["vocab_size"]
     if family.rope:
         base, scaling = _mcore_rope(config, family, name)
         values |= {"rotary_base": base, "rope_scaling": None if scaling is None else asdict(scaling)}
     values = {key: value for key, value in values.items() if value is not None}
-    if values["num_layers"] > _MOST_LAYERS:
-        raise UserError(f"{name}: it has {values['num_layers']:,} layers, expected at most {_MOST_LAYERS:,}")
+    if values["num_layers"] > _MAX_LAYERS:
+        raise UserError(f"{name}: got {values['num_layers']:,} layers, expected at most {_MAX_LAYERS:,}")
     _check_values(values, name)
     return values
 
 
 def section_of(values: Mapping[str, Any]) -> ModelSection:
-    """The section of a recipe from its plain values, as in state.json.
+    """Builds the section `model` of a recipe from plain values, as in state.json.
 
     Raises:
-        RecipeValueError: a value cannot work.
+        RecipeValueError: a value is invalid.
         TypeError: a field is unknown or missing.
     """
     scaling = values.get("rope_scaling")
@@ -234,104 +236,104 @@ def section_of(values: Mapping[str, Any]) -> ModelSection:
 def _check_ignored(config: Mapping[str, Any], family: Family, ignore: Collection[str], name: str) -> None:
     absent = sorted(set(ignore) - config.keys())
     if absent:
-        raise UserError(f"{name}: --ignore-config-field names {', '.join(absent)}, which is not in it; leave it out")
+        raise UserError(f"{name}: --ignore-config-field {', '.join(absent)} not found in this file; remove it")
     read = sorted(set(ignore) & (_READ | family.fields.keys()))
     if read:
         raise UserError(
-            f"{name}: --ignore-config-field names {', '.join(read)}, which the model is made by; only fields that "
-            "change no maths can be ignored"
+            f"{name}: --ignore-config-field {', '.join(read)} defines the model; only fields that do not affect the "
+            "computation can be ignored"
         )
 
 
 def _find_problems(config: Mapping[str, Any], family: Family, ignore: set[str]) -> list[str]:
     problems = []
-    missing = sorted(name for name in family.needed if config.get(name) is None)
+    missing = sorted(name for name in family.required if config.get(name) is None)
     if missing:
-        problems.append(f"{', '.join(missing)} missing")
+        problems.append(f"missing {', '.join(missing)}")
     fixed = {**_FIXED, **family.fixed}
     known = _IGNORED | family.ignored | family.fields.keys() | fixed.keys() | {"layer_types"} | ignore
     unknown = sorted(key for key in config if key not in known)
     if unknown:
         problems.append(
-            f"{', '.join(unknown)} not known for {family.architecture}: it may change the maths and is not built in "
-            "(if it does not, name it with --ignore-config-field)"
+            f"unknown fields for {family.architecture}: {', '.join(unknown)} (may change the computation; if not, use "
+            "--ignore-config-field)"
         )
     problems += [
-        f"{key} is {config[key]!r}, only {value!r} is built in"
+        f"{key} is {config[key]!r}, only {value!r} is supported"
         for key, value in fixed.items()
         if key in config and key not in ignore and not _is_fixed(config[key], value, nullable=key in _NULLABLE)
     ]
-    given = config.get("layer_types") or ["full_attention"]
-    kinds = {str(kind) for kind in (given if isinstance(given, list) else [given])}
+    layer_types = config.get("layer_types") or ["full_attention"]
+    used = {str(each) for each in (layer_types if isinstance(layer_types, list) else [layer_types])}
     allowed = {"full_attention", "sliding_attention"} if "sliding_window" in family.fields else {"full_attention"}
-    if not kinds <= allowed:
-        others = ", ".join(sorted(kinds - allowed))
-        problems.append(f"layer_types has {others}, only full_attention is built in")
-    kinds_of_fields = {hf: _KINDS[mcore] for hf, mcore in family.fields.items()} | {"vocab_size": int}
+    if not used <= allowed:
+        others = ", ".join(sorted(used - allowed))
+        problems.append(f"layer_types has {others}, only full_attention is supported")
+    types = {hf: _FIELD_TYPES[mcore] for hf, mcore in family.fields.items()} | {"vocab_size": int}
     problems += [
-        f"{key} is {config[key]!r}, expected {_KIND_NAMES[kind]}"
-        for key, kind in kinds_of_fields.items()
-        if key in config and key not in missing and not _is_kind(config[key], kind, nullable=key in _NULLABLE)
+        f"{key} is {config[key]!r}, expected {_TYPE_NAMES[expected]}"
+        for key, expected in types.items()
+        if key in config and key not in missing and not _has_type(config[key], expected, nullable=key in _NULLABLE)
     ]
     return problems
 
 
 def _is_fixed(value: Any, expected: Any, *, nullable: bool) -> bool:
-    # Null is as good as false: for a switch that has to be on it says the opposite.
+    # transformers takes null for false, so it is wrong for a flag that must be true.
     return nullable or not expected if value is None else bool(value == expected)
 
 
-def _is_kind(value: Any, kind: type, *, nullable: bool) -> bool:
+def _has_type(value: Any, expected: type, *, nullable: bool) -> bool:
     if value is None:
         return nullable
-    if kind is float:
+    if expected is float:
         return _is_number(value)
-    if kind is bool:
+    if expected is bool:
         return isinstance(value, bool)
-    return type(value) is int and 0 < value <= _MOST
+    return type(value) is int and 0 < value <= _MAX_INT
 
 
 def _is_number(value: Any) -> bool:
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
-        # A whole number of hundreds of digits.
+        # An integer of hundreds of digits.
         return False
 
 
 def _mcore_rope(config: Mapping[str, Any], family: Family, name: str) -> tuple[float, RopeScaling | None]:
-    """Base and stretching; newer files keep both in `rope_parameters`."""
+    """Rotary base and scaling; newer files have both in `rope_parameters`."""
     base = config.get("rope_theta", family.defaults["rope_theta"])
-    given = {key: config.get(key) for key in ("rope_parameters", "rope_scaling")}
-    found = [_rope_form(form, base, key, name) for key, form in given.items() if form not in (None, {})]
-    bases = {form.get("rope_theta", base) for form in given.values() if form}
-    if len(set(found)) > 1 or ("rope_theta" in config and bases - {base}):
+    objects = {key: config.get(key) for key in ("rope_parameters", "rope_scaling")}
+    parsed = [_parse_rope(value, base, key, name) for key, value in objects.items() if value not in (None, {})]
+    bases = {value.get("rope_theta", base) for value in objects.values() if value}
+    if len(set(parsed)) > 1 or ("rope_theta" in config and bases - {base}):
         raise UserError(
             f"{name}: rope_parameters, rope_scaling and rope_theta contradict each other, and versions of transformers "
-            "differ in which they take; remove those that are not meant"
+            "differ in which one they use; remove the unintended ones"
         )
-    return found[0] if found else _rope_form({}, base, "rope_scaling", name)
+    return parsed[0] if parsed else _parse_rope({}, base, "rope_scaling", name)
 
 
-def _rope_form(form: Any, base: Any, key: str, name: str) -> tuple[float, RopeScaling | None]:
-    if not isinstance(form, Mapping):
-        raise UserError(f"{name}: {key} is {form!r}, expected an object or null")
-    fields = dict(form)
+def _parse_rope(value: Any, base: Any, key: str, name: str) -> tuple[float, RopeScaling | None]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name}: {key} is {value!r}, expected an object or null")
+    fields = dict(value)
     base = fields.pop("rope_theta", base)
-    # `type` is the older name, and some files have both.
+    # `type` is the older name of rope_type; some files have both.
     old, kind = fields.pop("type", None), fields.pop("rope_type", None)
     kind = kind or old or "default"
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise UserError(f"{name}: rope scaling of type {kind!r} is not built in; expected {', '.join(_ROPE_FIELDS)}")
+        raise UserError(f"{name}: unsupported rope scaling type {kind!r}, expected {', '.join(_ROPE_FIELDS)}")
     unknown = sorted(fields.keys() - _ROPE_FIELDS[kind])
     if unknown == ["original_max_position_embeddings"] and kind == "linear":
         unknown = []
-    lacking = sorted(_ROPE_FIELDS[kind] - fields.keys())
+    missing = sorted(_ROPE_FIELDS[kind] - fields.keys())
     if unknown:
-        raise UserError(f"{name}: {key} has {', '.join(unknown)}, which is not built in for rope scaling {kind!r}")
-    if lacking or not _is_number(base) or not all(_is_number(value) for value in fields.values()):
+        raise UserError(f"{name}: {key} has {', '.join(unknown)}, which rope scaling {kind!r} does not support")
+    if missing or not _is_number(base) or not all(_is_number(value) for value in fields.values()):
         raise UserError(
-            f"{name}: rope scaling {kind!r} with base {base!r} has {fields or 'no fields'}, expected numbers for "
+            f"{name}: rope scaling {kind!r} has rope_theta {base!r} and {fields or 'no fields'}, expected numbers for "
             f"{', '.join(['rope_theta', *sorted(_ROPE_FIELDS[kind])])}"
         )
     if kind == "default":
@@ -347,8 +349,8 @@ def _check_values(values: Mapping[str, Any], name: str) -> None:
     try:
         section_of(values)
     except (RecipeValueError, TypeError) as error:
-        # Recipes have other names for the same things.
-        hf = {mcore: field for field, mcore in FAMILIES[values["family"]].fields.items() if field != mcore}
-        named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in hf]
-        called = ", ".join(f"model.{field} is {hf[field]} in config.json" for field in dict.fromkeys(named))
-        raise UserError(f"{name}: as a recipe, {error}{f' ({called})' if called else ''}") from error
+        # The error has the recipe's field names.
+        hf_names = {mcore: hf for hf, mcore in FAMILIES[values["family"]].fields.items() if hf != mcore}
+        named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in hf_names]
+        renamed = ", ".join(f"model.{field} is {hf_names[field]} in config.json" for field in dict.fromkeys(named))
+        raise UserError(f"{name}: invalid as a recipe: {error}{f' ({renamed})' if renamed else ''}") from error

@@ -1,7 +1,7 @@
-"""Writes safetensors files tensor after tensor, in files of a limited size, with the index that transformers reads.
+"""Writes safetensors files one tensor at a time, sharded by size, with the index that transformers reads.
 
-The library `safetensors` wants all tensors of a file in memory. The format is a header that says where each tensor
-lies, and the tensors one behind the other; with all shapes known beforehand the header is written first.
+The library `safetensors` needs all tensors of a file in memory. The format is a header with each tensor's offsets,
+followed by the tensors; since all shapes are known in advance, the header is written first.
 """
 
 import json
@@ -26,22 +26,22 @@ _WRITE_BYTES = 0x7FFF_F000
 
 @dataclass
 class _File:
-    """One file to write: its tensors in their order, and where they lie behind the header."""
+    """One file to write: its tensors in order, and their offsets after the header."""
 
     name: str = ""
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    offsets: dict[str, tuple[int, int]] = field(default_factory=dict)
     bytes: int = 0
 
 
 class SafetensorsWriter:
-    """Writes the tensors of a model, given in the order of `shapes`. A thread of its own writes one tensor while the
-    next one is read.
+    """Writes the tensors of a model, added in the order of `shapes`. A background thread writes one tensor while the
+    caller reads the next.
 
     Args:
         directory: An existing directory.
         shapes: Name -> shape of every tensor.
-        dtype: Of all tensors: float32, bfloat16 or float16.
-        shard_bytes: Most bytes of tensors in a file; a larger tensor has a file of its own.
+        dtype: Dtype of all tensors: float32, bfloat16 or float16.
+        shard_bytes: Maximum bytes of tensors per file; a larger tensor gets its own file.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SafetensorsWriter:
     ) -> None:
         self._directory, self._shapes, self._dtype = directory, dict(shapes), dtype
         self.files = _plan(shapes, dtype.itemsize, shard_bytes)
-        self._order = [(file, name) for file in self.files for name in file.places]
+        self._order = [(file, name) for file in self.files for name in file.offsets]
         self._next = 0
         self._descriptor: int | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="safetensors")
@@ -57,7 +57,7 @@ class SafetensorsWriter:
 
     @property
     def total_bytes(self) -> int:
-        """Of all tensors together."""
+        """Total size of all tensors."""
         return sum(file.bytes for file in self.files)
 
     def __enter__(self) -> "SafetensorsWriter":
@@ -73,35 +73,37 @@ class SafetensorsWriter:
             self._descriptor = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes the next tensor, which must not change any more.
+        """Writes the next tensor in the background; it must not be modified afterwards.
 
         Raises:
-            ValueError: it is not the next one, or of another shape or type than was said.
-            OSError: the disk did not take this or the one before.
+            ValueError: not the next tensor, or not of the expected shape or dtype.
+            OSError: writing this tensor or the previous one failed.
         """
         file, expected = self._order[self._next] if self._next < len(self._order) else (None, "no more tensors")
         if file is None or name != expected:
-            raise ValueError(f"{name} is given, expected {expected}")
+            raise ValueError(f"got {name}, expected {expected}")
         if tuple(tensor.shape) != self._shapes[name] or tensor.dtype != self._dtype:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {self._shapes[name]}")
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {self._shapes[name]} {self._dtype}"
+            )
         self._wait()
         self._pending = self._thread.submit(self._write, file, name, tensor.contiguous())
         self._next += 1
 
     def close(self) -> None:
-        """Waits for the last tensor and writes the index, if there are several files.
+        """Waits for the last tensor and, if there are several files, writes the index.
 
         Raises:
             ValueError: tensors are missing.
-            OSError: the disk did not take them.
+            OSError: writing failed.
         """
         self._wait()
         if self._next < len(self._order):
-            raise ValueError(f"{self._order[self._next][1]} and those behind it were not given")
+            raise ValueError(f"{self._order[self._next][1]} and all tensors after it are missing")
         if len(self.files) > 1:
             index = {
                 "metadata": {"total_size": self.total_bytes},
-                "weight_map": {name: file.name for file in self.files for name in sorted(file.places)},
+                "weight_map": {name: file.name for file in self.files for name in sorted(file.offsets)},
             }
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -111,37 +113,37 @@ class SafetensorsWriter:
             pending.result()
 
     def _write(self, file: _File, name: str, tensor: torch.Tensor) -> None:
-        if next(iter(file.places)) == name:
+        if next(iter(file.offsets)) == name:
             self._descriptor = os.open(self._directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             _write_all(self._descriptor, memoryview(self._header(file)))
         assert self._descriptor is not None, "opened by the first tensor of the file"
         if tensor.numel():
             _write_all(self._descriptor, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        if next(reversed(file.places)) == name:
+        if next(reversed(file.offsets)) == name:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
 
     def _header(self, file: _File) -> bytes:
         content: dict[str, object] = {"__metadata__": {"format": "pt"}}
         content |= {
-            name: {"dtype": _NAMES[self._dtype], "shape": list(self._shapes[name]), "data_offsets": list(place)}
-            for name, place in file.places.items()
+            name: {"dtype": _NAMES[self._dtype], "shape": list(self._shapes[name]), "data_offsets": list(offsets)}
+            for name, offsets in file.offsets.items()
         }
         text = json.dumps(content, separators=(",", ":")).encode()
-        # The tensors start at a multiple of eight, so that they can be mapped into memory as they are.
+        # Aligns the tensors to eight bytes, so that they can be memory-mapped.
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], item_bytes: int, shard_bytes: int) -> list[_File]:
-    """The files, filled one after the other in the order of the tensors."""
+    """Assigns the tensors to files, in order."""
     files = [_File()]
     for name, shape in shapes.items():
         size = math.prod(shape) * item_bytes
-        if files[-1].places and files[-1].bytes + size > shard_bytes:
+        if files[-1].offsets and files[-1].bytes + size > shard_bytes:
             files.append(_File())
         last = files[-1]
-        last.places[name] = (last.bytes, last.bytes + size)
+        last.offsets[name] = (last.bytes, last.bytes + size)
         last.bytes += size
     for number, file in enumerate(files, start=1):
         file.name = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"

@@ -1,8 +1,9 @@
-"""A sentencepiece model as a `tokenizer.json`: the same ids from the library `tokenizers`, which transformers uses.
+"""Converts a sentencepiece model to a `tokenizer.json` that gives the same ids with the library `tokenizers`, which
+transformers uses.
 
-Where the two libraries differ by design this file takes care of it: sentencepiece looks at a whole text as one word,
-never finds control and byte pieces in a text by their names, and puts its space in front of every text, also of one
-that starts with a space. What cannot be carried over is refused.
+It compensates for differences between the two libraries: sentencepiece treats a whole text as one word, never matches
+the names of control and byte pieces in a text, and adds its space before every text, even one that starts with a space.
+Models that cannot be converted are refused.
 """
 
 import base64
@@ -20,27 +21,27 @@ _UNIGRAM, _BPE = 1, 2
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 Definition = dict[str, Any]
-"""The content of a `tokenizer.json`."""
+"""Content of a `tokenizer.json`."""
 
 
 def sentencepiece_definition(path: Path) -> Definition:
     """The `tokenizer.json` of a sentencepiece model file. Ids are the positions of its pieces.
 
     Raises:
-        UserError: it has something that `tokenizers` has no counterpart for.
+        UserError: the model uses a feature that `tokenizers` does not support.
     """
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(path.read_bytes())
-    _refuse_what_is_unknown(model, path)
+    _check_supported(model, path)
     unigram = model.trainer_spec.model_type == _UNIGRAM
     special = [
         _added_token(number, piece.piece, special=True)
         for number, piece in enumerate(model.pieces)
         if piece.type in (_CONTROL, _UNKNOWN)
     ]
-    frozen = [
+    user_defined = [
         _added_token(number, piece.piece, special=False)
         for number, piece in enumerate(model.pieces)
         if piece.type == _USER_DEFINED and not unigram
@@ -49,35 +50,35 @@ def sentencepiece_definition(path: Path) -> Definition:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": sorted([*special, *frozen], key=lambda token: token["id"]),
+        "added_tokens": sorted([*special, *user_defined], key=lambda token: token["id"]),
         "normalizer": _normalizer(model.normalizer_spec),
-        "pre_tokenizer": _cuts(model) if unigram else None,
+        "pre_tokenizer": _name_splitter(model) if unigram else None,
         "post_processor": None,
         "decoder": _decoder(model.normalizer_spec.add_dummy_prefix),
         "model": _unigram(model) if unigram else _bpe(model),
     }
 
 
-def _refuse_what_is_unknown(model: Any, path: Path) -> None:
+def _check_supported(model: Any, path: Path) -> None:
     kind, types = model.trainer_spec.model_type, [piece.type for piece in model.pieces]
     problem = ""
     if kind not in (_UNIGRAM, _BPE):
-        problem = "it is of type word or char, expected unigram or bpe"
+        problem = "model type word or char, expected unigram or bpe"
     elif kind == _BPE and _UNUSED in types:
-        problem = f"{types.count(_UNUSED)} of its pieces are marked as unused, which BPE in transformers does not know"
+        problem = f"{types.count(_UNUSED)} unused pieces, which BPE in transformers does not support"
     elif kind == _BPE and _USER_DEFINED in types:
         spec = model.normalizer_spec
         if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
             problem = (
-                "it has user-defined symbols and changes the white space of a text, which transformers would then do "
-                "around each symbol"
+                "user-defined symbols together with white space normalisation, which transformers would apply around "
+                "each symbol"
             )
     elif len({piece.piece for piece in model.pieces}) < len(types):
-        problem = "two of its pieces have the same text"
+        problem = "two pieces have the same text"
     if problem:
         raise UserError(
-            f"{path}: this sentencepiece model cannot be given to transformers with the same ids ({problem}); use "
-            "--tokenizer copy, which puts the file beside the model as it is"
+            f"cannot convert {path} to a tokenizer.json with the same ids: {problem}; use --tokenizer copy, which "
+            "copies the file unchanged"
         )
 
 
@@ -92,11 +93,11 @@ def _normalizer(spec: Any) -> dict[str, Any]:
         encoded = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if spec.remove_extra_whitespaces:
-        # sentencepiece removes its own sign for a space at the end of a text, too.
+        # sentencepiece also removes its own space symbol at the end of a text.
         steps.append(_replace_matches(rf"\A +|[ {METASPACE}]+\z", ""))
         steps.append(_replace_matches(" {2,}", " "))
     if spec.add_dummy_prefix:
-        # Unlike the pre-tokenizer "Metaspace" it does so in front of a space, too.
+        # Unlike the pre-tokenizer "Metaspace", this also prepends before a space.
         steps.append({"type": "Prepend", "prepend": METASPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": METASPACE})
     return {"type": "Sequence", "normalizers": steps}
@@ -123,11 +124,11 @@ def _unigram(model: Any) -> dict[str, Any]:
     vocabulary: list[tuple[str, float]] = []
     for number, piece in enumerate(model.pieces):
         if piece.type == _USER_DEFINED:
-            # sentencepiece's own rule. Below the lowest score it would move the score of unknown characters.
+            # sentencepiece's rule. A score below the lowest one would change the score of unknown characters.
             score = max(len(piece.piece.encode()) * highest - 0.1, lowest)
             vocabulary.append((piece.piece, score))
         elif piece.type == _UNUSED:
-            # No text has a space when the model sees it, so that this is never found.
+            # The normaliser leaves no spaces, so this name never matches.
             vocabulary.append((f"unused {number} {piece.piece}", lowest))
         else:
             vocabulary.append((piece.piece, piece.score))
@@ -140,20 +141,20 @@ def _unigram(model: Any) -> dict[str, Any]:
     }
 
 
-def _cuts(model: Any) -> dict[str, Any] | None:
-    """Keeps the names of control and byte pieces from being found in a text as pieces: the text is cut inside them, at
-    a place that no piece goes across."""
+def _name_splitter(model: Any) -> dict[str, Any] | None:
+    """Pre-tokenizer that keeps the names of control and byte pieces from matching in a text: it splits the text inside
+    them, between two characters that are adjacent in no piece."""
     normal = [piece.piece for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
     pairs = {piece[at : at + 2] for piece in normal for at in range(len(piece) - 1)}
     names = [piece.piece for piece in model.pieces if piece.type in (_CONTROL, _UNKNOWN, _BYTE)]
-    behind: dict[str, list[str]] = {}
+    tails: dict[str, list[str]] = {}
     for name in names:
         cut = next((at for at in range(1, len(name)) if name[at - 1 : at + 1] not in pairs), None)
         if cut is not None:
-            behind.setdefault(name[:cut], []).append(name[cut:])
-    if not behind:
+            tails.setdefault(name[:cut], []).append(name[cut:])
+    if not tails:
         return None
-    parts = [f"(?<={_quoted(head)})(?:{_alternatives(tails)})" for head, tails in sorted(behind.items())]
+    parts = [f"(?<={_escaped(head)})(?:{_alternatives(rest)})" for head, rest in sorted(tails.items())]
     pattern = {"Regex": "|".join(parts)}
     return {"type": "Split", "pattern": pattern, "behavior": "MergedWithNext", "invert": False}
 
@@ -161,15 +162,15 @@ def _cuts(model: Any) -> dict[str, Any] | None:
 def _alternatives(texts: Sequence[str]) -> str:
     if len(texts) == 256 and all(_BYTE_NAME.fullmatch(f"<{text}") for text in texts):
         return "0x[0-9A-F]{2}>"
-    return "|".join(_quoted(text) for text in texts)
+    return "|".join(_escaped(text) for text in texts)
 
 
-def _quoted(text: str) -> str:
+def _escaped(text: str) -> str:
     return "".join(rf"\x{{{ord(character):x}}}" for character in text)
 
 
 def _bpe(model: Any) -> dict[str, Any]:
-    """BPE by scores as BPE by merges: every way to put a piece together, pieces of higher score first."""
+    """Converts BPE scores to BPE merges: every pair that forms a piece, pieces with higher scores first."""
     vocabulary = {piece.piece: number for number, piece in enumerate(model.pieces)}
     usable = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
     ordered = sorted(
@@ -178,7 +179,7 @@ def _bpe(model: Any) -> dict[str, Any]:
     merges = [
         (piece.piece[:cut], piece.piece[cut:])
         for piece in ordered
-        # The longest left part first: what sentencepiece takes of two ways that overlap.
+        # The longest left part first: sentencepiece's choice among overlapping pairs.
         for cut in range(len(piece.piece) - 1, 0, -1)
         if piece.piece[:cut] in usable and piece.piece[cut:] in usable
     ]

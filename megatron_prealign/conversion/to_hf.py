@@ -1,7 +1,7 @@
-"""From a checkpoint to a directory that transformers opens as it is: weights, config, tokenizer, model card.
+"""Converts a checkpoint to a directory that transformers loads directly: weights, config, tokenizer, model card.
 
-One process on a CPU reads the checkpoint tensor by tensor, whatever layout wrote it, and writes safetensors files as it
-goes. The directory gets its name when it is complete.
+One process on a CPU streams the checkpoint tensor by tensor, in any parallel layout, into safetensors files. The
+directory gets its final name when it is complete.
 """
 
 import json
@@ -16,7 +16,7 @@ from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
-from megatron_prealign.checkpoint.single_process.weights import check_numbers, is_finite
+from megatron_prealign.checkpoint.single_process.weights import check_finite, is_finite
 from megatron_prealign.checkpoint.state import is_run, read_state
 from megatron_prealign.conversion.card import History, model_card
 from megatron_prealign.conversion.config import huggingface_config, section_of
@@ -38,47 +38,47 @@ from megatron_prealign.recipe import ModelSection, RecipeValueError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POSITIONS = "embedding.position_embeddings.weight"
-# What the optimizers, the plain and the distributed one, call the weights in full precision.
-_MASTERS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+# Prefixes of the fp32 master weights in the plain and in the distributed optimizer.
+_MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
 @dataclass(frozen=True)
-class ToHuggingFace:
-    """What is to be written."""
+class ConvertSettings:
+    """How a checkpoint is converted."""
 
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """None is the type of the weights in the checkpoint."""
+    """Dtype of the written weights; None for that of the checkpoint."""
     shard_bytes: int = 5_000_000_000
-    """Most bytes of a file with weights."""
+    """Maximum size of a weight file."""
     tokenizer: Literal["convert", "copy"] | None = None
-    """None converts that of a run, and copies that of a model that was only brought from Hugging Face."""
+    """None converts the tokenizer of a run, and copies that of an imported model that was not trained since."""
     overwrite: bool = False
-    """Replace a model that is there."""
+    """Replace an existing model."""
     checksums: bool = False
-    """Read the checkpoint's files once more before, and compare them with its manifest."""
+    """Verify the checksums of the checkpoint's files first, not only their sizes."""
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What was written."""
+    """Summary of a written model directory."""
 
     checkpoint: Path
     dtype: str
-    from_masters: bool
-    """Whether the numbers are the optimizer's in full precision and not the model's own."""
+    from_master_weights: bool
+    """Whether the weights are the optimizer's fp32 master weights and not the model's own."""
     tensors: int
     parameters: int
     bytes: int
-    """Of the weights."""
+    """Size of the weights."""
     files: int
-    """With weights."""
+    """Number of weight files."""
     notes: list[str]
-    """What a user should know about the tokenizer."""
+    """Warnings about the tokenizer for the user."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint that was looked at."""
+class SourceCheckpoint:
+    """A checkpoint whose small files were read and checked."""
 
     directory: Path
     summary: dict[str, Any]
@@ -87,38 +87,40 @@ class Source:
     seq_length: int
 
 
-def open_source(directory: Path) -> Source:
-    """Looks at the small files of a checkpoint.
+def open_checkpoint(directory: Path) -> SourceCheckpoint:
+    """Reads and checks the small files of a checkpoint.
 
     Raises:
-        UserError: it is damaged, or its tensors are not those of its model.
+        UserError: it is corrupt, or its tensors do not match its model.
     """
     summary = read_state(directory)
     try:
         model = section_of(summary["model"])
     except (RecipeValueError, TypeError) as error:
-        raise UserError(f"{directory}/state.json: its model is none of this version ({error})") from error
+        raise UserError(f"{directory}/state.json: model not supported by this version: {error}") from error
     if summary["vocab_size"] < 1:
         raise UserError(
-            f"{directory}/state.json is damaged (vocab_size {summary['vocab_size']}); use another checkpoint"
+            f"{directory}/state.json is corrupt: vocab_size is {summary['vocab_size']}; use another checkpoint"
         )
     with ShardReader(directory) as reader:
-        stored = {key: facts.shape for key, facts in reader.tensors.items()}
+        stored = {key: tensor.shape for key, tensor in reader.tensors.items()}
     positions = stored[_POSITIONS][0] if len(stored.get(_POSITIONS, ())) == 2 else None
     plan = TensorPlan(model, summary["vocab_size"], positions)
     _check_tensors(directory, plan, stored, summary)
     length = (summary["run"] if is_run(summary) else summary["source"]).get("seq_length")
     length = positions or model.max_position_embeddings or length
     if not isinstance(length, int):
-        raise UserError(f"{directory}/state.json names no sequence length; set max_position_embeddings in its model")
-    return Source(directory, summary, model, plan, length)
+        raise UserError(
+            f"{directory}/state.json: sequence length is missing; set max_position_embeddings in its model section"
+        )
+    return SourceCheckpoint(directory, summary, model, plan, length)
 
 
 def check_manifest(directory: Path, *, checksums: bool) -> None:
-    """Compares a checkpoint with its manifest.
+    """Checks a checkpoint against its manifest.
 
     Raises:
-        UserError: it is damaged; all files are named.
+        UserError: it is corrupt; all corrupt files are listed.
     """
     try:
         records = read_manifest(directory)
@@ -132,110 +134,110 @@ def check_manifest(directory: Path, *, checksums: bool) -> None:
         problems = [str(error)]
     if problems:
         raise UserError(
-            f"{directory} is damaged ({shortened(problems, separator='; ')}); use another checkpoint or copy it again"
+            f"{directory} is corrupt: {shortened(problems, separator='; ')}; use another checkpoint or copy it again"
         )
 
 
 def _check_tensors(directory: Path, plan: TensorPlan, stored: dict[str, Any], summary: dict[str, Any]) -> None:
-    vocabulary = {entry.key for entry in plan.entries if entry.vocabulary}
+    vocabulary = {entry.key for entry in plan.entries if entry.is_vocabulary}
     problems = []
-    for key, shape in plan.stacks.items():
-        found = stored.get(key)
-        if found is None:
+    for key, shape in plan.checkpoint_shapes.items():
+        got = stored.get(key)
+        if got is None:
             problems.append(f"{key} is missing")
-        # Rows behind the vocabulary only pad it.
-        elif found != shape and not (key in vocabulary and found[1:] == shape[1:] and found[0] >= shape[0]):
-            problems.append(f"{key} is {list(found)}, expected {list(shape)}")
+        # Rows after the vocabulary are padding.
+        elif got != shape and not (key in vocabulary and got[1:] == shape[1:] and got[0] >= shape[0]):
+            problems.append(f"{key} is {list(got)}, expected {list(shape)}")
     if problems:
         raise UserError(
-            f"{directory}: the weights are not those of the model in its state.json "
-            f"({summary['model'].get('family')}): "
+            f"{directory}: weights do not match the model in state.json ({summary['model'].get('family')}): "
             f"{shortened(problems, separator='; ')}; use another checkpoint"
         )
 
 
-def read_weights(source: Source, dtype: torch.dtype | None = None) -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
-    """Every tensor of a checkpoint as transformers has it, in the order of the model.
+def read_weights(
+    source: SourceCheckpoint, dtype: torch.dtype | None = None
+) -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
+    """Yields every tensor of a checkpoint as Hugging Face tensors, in the order of the model.
 
-    Memory: one tensor of the checkpoint and what is made of it.
+    Memory: one tensor of the checkpoint and the tensors converted from it.
 
     Args:
-        dtype: Of the results; None leaves them as they are. float32 takes the optimizer's own numbers where they are
-            in the checkpoint.
+        dtype: Dtype of the results; None keeps that of the checkpoint. float32 reads the optimizer's fp32 master
+            weights if the checkpoint has them.
 
     Yields:
-        The entry, and name -> tensor.
+        The entry, and name -> Hugging Face tensor.
 
     Raises:
-        UserError: the checkpoint is damaged, or a number is NaN, infinite or too large for `dtype`.
+        UserError: the checkpoint is corrupt, or a value is NaN, infinite or too large for `dtype`.
     """
     with ShardReader(source.directory) as reader:
-        prefix = masters_of(reader, dtype) or ""
-        broke = is_run(source.summary)
-        advice = ": the training had broken down; use an older checkpoint" if broke else "; use other weights"
+        prefix = master_weights_prefix(reader, dtype) or ""
+        trained = is_run(source.summary)
+        advice = "; training diverged, use an older checkpoint" if trained else "; use other weights"
         for entry in source.plan.entries:
             mcore = reader.read(prefix + entry.key, entry.layer)
-            if entry.vocabulary:
+            if entry.is_vocabulary:
                 mcore = mcore[: entry.shape[0]]
             name = entry.key if entry.layer is None else f"{entry.key}, layer {entry.layer}"
-            check_numbers(source.directory, name, mcore, advice)
+            check_finite(source.directory, name, mcore, advice)
             if dtype is not None and mcore.dtype is not dtype:
                 converted = mcore.to(dtype)
                 if not is_finite(converted):
                     raise UserError(
-                        f"{source.directory}: {name} has numbers up to {float(mcore.abs().max()):.3g}, too large for "
-                        f"{dtype}; choose bf16 or fp32"
+                        f"{source.directory}: {name} has values up to {float(mcore.abs().max()):.3g}, too large for "
+                        f"{dtype}; use bf16 or fp32"
                     )
                 mcore = converted
             yield entry, entry.to_huggingface(mcore)
 
 
-def masters_of(reader: ShardReader, dtype: torch.dtype | None) -> str | None:
-    """What stands before the names of the optimizer's weights in full precision; None where they are not there or where
-    `dtype` has no use for them."""
+def master_weights_prefix(reader: ShardReader, dtype: torch.dtype | None) -> str | None:
+    """Prefix of the optimizer's fp32 master weights; None if the checkpoint has none or `dtype` does not need them."""
     if dtype is not torch.float32:
         return None
     embedding = "embedding.word_embeddings.weight"
     if reader.tensors[embedding].dtype is torch.float32:
         return None
-    return next((prefix for prefix in _MASTERS if prefix + embedding in reader.tensors), None)
+    return next((prefix for prefix in _MASTER_PREFIXES if prefix + embedding in reader.tensors), None)
 
 
 def to_huggingface(
     path: str | Path,
     output: Path,
-    options: ToHuggingFace,
+    settings: ConvertSettings,
     *,
     history: History | None = None,
     show_progress: bool = True,
 ) -> ConvertResult:
-    """Writes a checkpoint as a directory for transformers.
+    """Writes a checkpoint as a model directory for transformers.
 
-    Memory: the largest tensor twice, and what transformers needs to open the tokenizer.
+    Memory: the largest tensor twice, and what transformers needs to load the tokenizer.
 
     Args:
-        path: The checkpoint, a directory of checkpoints or a run's directory.
+        path: The checkpoint, a directory of checkpoints or a run directory.
         output: Directory to write.
-        history: What the run's metrics say, for the model card.
+        history: Metrics of the run, for the model card.
 
     Raises:
-        UserError: the checkpoint is damaged, its numbers or its tokenizer cannot be carried over, or the output cannot
-            be written; nothing is left of it then.
+        UserError: the checkpoint is corrupt, its values or its tokenizer cannot be converted, or the output cannot be
+            written; the incomplete output is removed.
     """
     directory = resolve_checkpoint(path)
     if output.resolve() == directory.resolve():
-        raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
-    check_new_directory(output, overwrite=options.overwrite, replaceable=is_model_directory)
-    check_manifest(directory, checksums=options.checksums)
-    source = open_source(directory)
+        raise UserError(f"--output {output} is the checkpoint itself; choose another path")
+    check_new_directory(output, overwrite=settings.overwrite, replaceable=is_model_directory)
+    check_manifest(directory, checksums=settings.checksums)
+    source = open_checkpoint(directory)
     with ShardReader(source.directory) as reader:
         stored = reader.tensors[source.plan.entries[0].key].dtype
-        dtype = DTYPES[options.dtype] if options.dtype is not None else stored
-        masters = masters_of(reader, dtype) is not None
-    with new_directory(output, overwrite=options.overwrite, replaceable=is_model_directory) as working:
-        # First what can be refused in seconds.
-        exported, notes = _write_tokenizer(source, working, options, _dtype_name(dtype))
-        with SafetensorsWriter(working, source.plan.names, dtype, options.shard_bytes) as writer:
+        dtype = DTYPES[settings.dtype] if settings.dtype is not None else stored
+        from_master_weights = master_weights_prefix(reader, dtype) is not None
+    with new_directory(output, overwrite=settings.overwrite, replaceable=is_model_directory) as working:
+        # First the part that can fail within seconds.
+        exported, notes = _write_tokenizer(source, working, settings, _dtype_name(dtype))
+        with SafetensorsWriter(working, source.plan.hf_shapes, dtype, settings.shard_bytes) as writer:
             with Progress(
                 "write weights", writer.total_bytes, unit="B", unit_scale=True, enabled=show_progress
             ) as progress:
@@ -246,25 +248,25 @@ def to_huggingface(
                 writer.close()
             written, files = writer.total_bytes, len(writer.files)
         parameters = written // dtype.itemsize
-        converted = ConvertResult(
+        result = ConvertResult(
             source.directory,
             _dtype_name(dtype),
-            masters,
-            len(source.plan.names),
+            from_master_weights,
+            len(source.plan.hf_shapes),
             parameters,
             written,
             files,
             notes,
         )
         card = model_card(
-            output.name, source.directory, source.summary, source.model, source.seq_length, converted, exported, history
+            output.name, source.directory, source.summary, source.model, source.seq_length, result, exported, history
         )
         (working / "README.md").write_text(card, encoding="utf-8")
-    return converted
+    return result
 
 
 def is_model_directory(directory: Path) -> bool:
-    """Whether there is a model of transformers, which may be replaced by another."""
+    """Whether the directory contains a transformers model, which may be overwritten."""
     return (directory / "config.json").is_file() and any(directory.glob("*.safetensors*"))
 
 
@@ -273,11 +275,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _write_tokenizer(
-    source: Source, working: Path, options: ToHuggingFace, dtype: str
+    source: SourceCheckpoint, working: Path, settings: ConvertSettings, dtype: str
 ) -> tuple[TokenizerExport, list[str]]:
-    """Writes tokenizer, config.json and generation_config.json, and opens the tokenizer with transformers."""
+    """Writes tokenizer, config.json and generation_config.json, and checks that transformers can load them."""
     directory, vocab_size = source.directory / TOKENIZER, source.summary["vocab_size"]
-    mode = options.tokenizer or ("copy" if came_from_huggingface(source.summary) else "convert")
+    mode = settings.tokenizer or ("copy" if came_from_huggingface(source.summary) else "convert")
     if mode == "copy":
         exported = export_unchanged(directory, working)
     else:
@@ -287,45 +289,43 @@ def _write_tokenizer(
     )
     generation: dict[str, Any] = {"bos_token_id": exported.eod_id, "eos_token_id": exported.eod_id}
     if came_from_huggingface(source.summary):
-        own = _hf_added_tokens(source.directory)
+        own = _hf_token_roles(source.directory)
         config |= own
         generation |= own
     write_json(working / "config.json", config)
     write_json(working / "generation_config.json", generation)
     _check_config(source, working)
-    found = (
+    notes = (
         _copy_notes(directory, working, vocab_size)
         if mode == "copy"
         else check_tokenizer(directory, working, vocab_size)
     )
-    return exported, [*exported.notes, *_policy_notes(source.summary), *found]
+    return exported, [*exported.notes, *_policy_notes(source.summary), *notes]
 
 
 def _copy_notes(directory: Path, working: Path, vocab_size: int) -> list[str]:
-    """What a user should know of files that are as their makers left them; what these put around a text is no
-    difference."""
+    """Warnings about tokenizer files that are copied unchanged; special tokens they add around a text do not count."""
     problem, notes = compare_tokenizer(directory, working, vocab_size, add_special_tokens=False)
     if not problem:
         return notes
-    return [f"The tokenizer was copied as its makers left it, but {problem}; --tokenizer convert keeps the ids."]
+    return [f"The tokenizer was copied unchanged, but {problem}; use --tokenizer convert to keep the ids."]
 
 
-def _check_config(source: Source, working: Path) -> None:
-    """Opens config.json: versions of transformers refuse shapes that others take, and that train."""
+def _check_config(source: SourceCheckpoint, working: Path) -> None:
+    """Loads config.json: some versions of transformers refuse shapes that other versions, and training, accept."""
     import transformers
 
     try:
         transformers.AutoConfig.from_pretrained(str(working), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds.
+    except Exception as error:  # transformers raises many types.
         raise UserError(
-            f"{source.directory}: transformers {transformers.__version__} does not open a {source.model.family} of "
-            "this "
-            f"shape ({' '.join(str(error).split())}); another version of it may"
+            f"{source.directory}: transformers {transformers.__version__} does not support a {source.model.family} of "
+            f"this shape: {' '.join(str(error).split())}; try another version of transformers"
         ) from error
 
 
 def _policy_notes(summary: dict[str, Any]) -> list[str]:
-    """What the sidecars of the training data say that the tokenizer's config cannot, where they are still there."""
+    """Notes on the training data that the tokenizer's config cannot express, from the sidecars that still exist."""
     run = summary.get("run") or {}
     notes = []
     for item in run.get("sources") or []:
@@ -334,20 +334,20 @@ def _policy_notes(summary: dict[str, Any]) -> list[str]:
         except (UserError, KeyError, TypeError):
             continue
         if sidecar.bos:
-            notes.append(f"Documents of `{Path(item['path']).name}` began with a BOS token.")
+            notes.append(f"Documents of `{Path(item['path']).name}` started with a BOS token.")
         if not sidecar.append_eod:
             notes.append(f"Documents of `{Path(item['path']).name}` had no end-of-document token.")
     return notes
 
 
 def came_from_huggingface(summary: dict[str, Any]) -> bool:
-    """Whether the weights and their tokenizer were only brought here: it keeps the policy of those who trained them."""
+    """Whether the weights were imported with their own tokenizer and not trained since; its policy is then kept."""
     source = {} if is_run(summary) else summary["source"]
     return source.get("format") == "huggingface" and bool(source["own_tokenizer"])
 
 
-def _hf_added_tokens(directory: Path) -> dict[str, Any]:
-    """Ids with a role, as the model that was brought here had them."""
+def _hf_token_roles(directory: Path) -> dict[str, Any]:
+    """Special token ids of the imported model."""
     try:
         content = json.loads((directory / CONFIG).read_bytes())
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
-"""A checkpoint's tokenizer for transformers, with the policy of the data it was trained on, and the proof that both
-give the same ids."""
+"""Exports a checkpoint's tokenizer to transformers, with the special-token policy of its training data, and checks that
+both give the same ids."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from megatron_prealign.tokenizer.clone import CloneTokenizer
 from megatron_prealign.tokenizer.huggingface import HuggingFaceTokenizer, read_config, read_definition
 from megatron_prealign.tokenizer.load import load_tokenizer
 
-# Roles of tokens beside begin and end of a document.
+# Roles of special tokens other than bos_token and eos_token.
 _ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What a tokenizer's author said that decides no ids.
-_KEPT = ("additional_special_tokens", "extra_special_tokens", "chat_template", "padding_side")
+# Fields of tokenizer_config.json that are kept: they do not affect ids.
+_KEPT_FIELDS = ("additional_special_tokens", "extra_special_tokens", "chat_template", "padding_side")
 _CHAT_TEMPLATE = "chat_template.jinja"
-# transformers 5 takes its own class for these families, reads the vocabulary alone of a tokenizer.json and cuts texts
-# as Qwen's tokenizer does, whatever the file and the tokenizer's config say.
+# For these families transformers 5 uses its own class, which reads only the vocabulary of tokenizer.json and splits
+# texts like Qwen's tokenizer, regardless of the rest of the file and of tokenizer_config.json.
 _OWN_CLASS = {"qwen2": ("Qwen2Tokenizer", "Qwen2TokenizerFast")}
 _PLAIN_MODULE, _PLAIN_CLASS = "plain_tokenizer", "PlainTokenizer"
 _PLAIN_SOURCE = f'''\
@@ -65,50 +65,51 @@ _CHECK_TEXTS = (
     "x" * 300,
     "<0x0A> [UNK] <mask> ▁ Ġ ##",
 )
-_PIECES_A_TEXT, _PIECE_TEXTS = 12, 300
-# Unigram vocabularies: paths of equal score, which the two libraries may decide in two ways. Above it is no accident.
+_PIECES_PER_TEXT, _NUM_PIECE_TEXTS = 12, 300
+# Fraction of texts that may differ for unigram vocabularies, where the two libraries break ties differently. More than
+# that is an error.
 _UNIGRAM_TOLERANCE = 0.01
 
 
 @dataclass
 class TokenizerExport:
-    """What was written, for config.json, generation_config.json and the model card."""
+    """Summary of an exported tokenizer, for config.json, generation_config.json and the model card."""
 
     eod_id: int
     eod_token: str
     kind: str
-    """What it was made from, for people."""
+    """Human-readable description of its source."""
     converted: bool = True
-    """False for files as they were, whose policy is that of those who made them."""
+    """False for files copied unchanged, which keep their own special-token policy."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know."""
+    """Warnings for the user."""
 
 
 def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int) -> TokenizerExport:
     """Writes `tokenizer.json` and `tokenizer_config.json` into `output`.
 
-    Beginning and end of a document are the end-of-document token, as the training data had it: no token stands in front
-    of a document, and encoding adds none.
+    Both bos_token and eos_token are the end-of-document token, as in the training data, where documents have no token
+    before them; encoding adds no tokens.
 
     Args:
-        source: A checkpoint's directory `tokenizer`, or what `load_tokenizer` takes.
+        source: The directory `tokenizer` of a checkpoint, or any path that `load_tokenizer` accepts.
         family: `model.family`.
-        max_length: Positions that the model can take, in tokens.
+        max_length: Context length in tokens.
 
     Raises:
-        UserError: the tokenizer is damaged, or transformers has no way to give the same ids.
+        UserError: the tokenizer is corrupt, or transformers cannot reproduce its ids.
     """
     tokenizer = load_tokenizer(source)
     base = tokenizer.base if isinstance(tokenizer, CloneTokenizer) else tokenizer
     config: dict[str, Any] = {}
     notes = [
-        "The name of a special token inside a text is read as that token. The training data never had it so; "
-        "`split_special_tokens=True` reads it as plain text."
+        "The name of a special token inside a text is encoded as that token, unlike in the training data; "
+        "`split_special_tokens=True` encodes it as plain text."
     ]
     if isinstance(base, HuggingFaceTokenizer):
         directory = base.path
         definition, config, kind = _cleaned(read_definition(directory)), read_config(directory), "tokenizers"
-        # How newer versions of transformers keep it; they read the one in the config, too.
+        # Newer versions of transformers store it here; they also read the one in the config.
         if (directory / _CHAT_TEMPLATE).is_file():
             shutil.copyfile(directory / _CHAT_TEMPLATE, output / _CHAT_TEMPLATE)
     else:
@@ -120,8 +121,8 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
         kind += f", cloned as {tokenizer.language}"
         notes.append(
             f"Ids from {base.vocab_size:,} on are the language `{tokenizer.language}`: id + {base.vocab_size:,} is the "
-            "clone of an ordinary id. The tokenizer encodes every text with ordinary ids; add the number to the ids of "
-            "a text to have it in the cloned language. Runs of cloned ids decode to their text between ⟦ and ⟧."
+            "clone of an ordinary id. The tokenizer encodes every text with ordinary ids; add this offset to get the "
+            "cloned language. Runs of cloned ids decode to their text between ⟦ and ⟧."
         )
     eod = tokens[base.eod_id]
     content = {
@@ -129,10 +130,10 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
         "bos_token": eod,
         "eos_token": eod,
         **_roles(config, set(tokens.values())),
-        **{name: config[name] for name in _KEPT if name in config},
-        # Older versions of transformers would add token types, which none of the models takes.
+        **{name: config[name] for name in _KEPT_FIELDS if name in config},
+        # Older versions of transformers would add token_type_ids, which none of the models accepts.
         "model_input_names": ["input_ids", "attention_mask"],
-        # Both would change what decodes.
+        # Otherwise decoding would change the text.
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
@@ -144,11 +145,11 @@ def export_tokenizer(source: Path, output: Path, *, family: str, max_length: int
 
 
 def export_unchanged(source: Path, output: Path) -> TokenizerExport:
-    """Copies the tokenizer's files as they are, for what `export_tokenizer` cannot carry over and for models that were
-    never trained here.
+    """Copies the tokenizer's files unchanged, for tokenizers that `export_tokenizer` cannot convert and for imported
+    models that were not trained since.
 
     Raises:
-        UserError: the tokenizer is damaged.
+        UserError: the tokenizer is corrupt.
     """
     tokenizer = load_tokenizer(source)
     for file in sorted(source.iterdir()):
@@ -157,40 +158,40 @@ def export_unchanged(source: Path, output: Path) -> TokenizerExport:
     return TokenizerExport(
         tokenizer.eod_id,
         tokenizer.decode([tokenizer.eod_id]),
-        f"{tokenizer.library}, files as they were",
+        f"{tokenizer.library}, files copied unchanged",
         converted=False,
     )
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As transformers writes its configs."""
+    """Writes JSON in the format of transformers' configs."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _cleaned(definition: Definition) -> Definition:
-    """Without what makes ids depend on length, batch or chance, and without tokens that the data did not have; written
-    by the library, which gives some added tokens other ids than older files say."""
+    """The definition without truncation, padding, dropout and special tokens around a text, which the training data did
+    not have. Serialised again by the library, which assigns some added tokens other ids than older files have."""
     import tokenizers
 
     model = {**definition["model"], **({"dropout": None} if "dropout" in definition["model"] else {})}
     changed = {
         "truncation": None,
         "padding": None,
-        "post_processor": _only_offsets(definition.get("post_processor")),
+        "post_processor": _without_added_tokens(definition.get("post_processor")),
         "model": model,
     }
     content: Definition = json.loads(tokenizers.Tokenizer.from_str(json.dumps({**definition, **changed})).to_str())
     return content
 
 
-def _only_offsets(part: Any) -> Any:
+def _without_added_tokens(part: Any) -> Any:
     """The parts of a post-processor that add no tokens."""
     if not isinstance(part, dict):
         return None
     if part.get("type") == "ByteLevel":
         return part
     if part.get("type") == "Sequence":
-        kept = [_only_offsets(item) for item in part.get("processors") or []]
+        kept = [_without_added_tokens(item) for item in part.get("processors") or []]
         kept = [item for item in kept if item is not None]
         return {**part, "processors": kept} if kept else None
     return None
@@ -204,8 +205,8 @@ def _all_tokens(definition: Definition) -> dict[str, int]:
 
 
 def _roles(config: dict[str, Any], known: set[str]) -> dict[str, str]:
-    """The other roles. A name that the vocabulary lacks is left out: transformers would add it, with an id that the
-    model has no row for."""
+    """Special tokens with other roles. A token missing from the vocabulary is left out: transformers would add it, with
+    an id beyond the model's embedding."""
     roles = {}
     for role in _ROLES:
         value = config.get(role)
@@ -216,13 +217,13 @@ def _roles(config: dict[str, Any], known: set[str]) -> dict[str, str]:
 
 
 def own_class_notes(path: Path, family: str) -> list[str]:
-    """What is said of a tokenizer whose ids transformers 5 would not give in a directory of this family."""
+    """Warning about a tokenizer whose ids transformers 5 does not reproduce in a model directory of this family."""
     if family not in _OWN_CLASS or (path.is_dir() and read_config(path).get("tokenizer_class") in _OWN_CLASS[family]):
         return []
     return [
-        f"transformers 5 opens every {family} directory with a class of its own ({_OWN_CLASS[family][0]}), which takes "
-        "the vocabulary alone of this tokenizer and may give other ids than training here, where the whole of it is "
-        "used; convert to-hf --tokenizer convert writes a directory that keeps the ids"
+        f"transformers 5 loads every {family} directory with its own class ({_OWN_CLASS[family][0]}), which uses only "
+        "the vocabulary of this tokenizer and may give other ids than training here, which uses all of it; use convert "
+        "to-hf --tokenizer convert to write a directory that keeps the ids"
     ]
 
 
@@ -231,7 +232,7 @@ def _own_class(config: dict[str, Any], output: Path, family: str) -> dict[str, A
     if name in _OWN_CLASS[family]:
         return {"tokenizer_class": name}
     (output / f"{_PLAIN_MODULE}.py").write_text(_PLAIN_SOURCE, encoding="utf-8")
-    # Naming a class keeps transformers from choosing its own; without trust_remote_code it takes the plain one.
+    # Naming a class keeps transformers from using its own; without trust_remote_code it falls back to the generic one.
     return {"auto_map": {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.{_PLAIN_CLASS}"]}}
 
 
@@ -239,23 +240,23 @@ def _sentencepiece_notes(definition: Definition) -> list[str]:
     notes = []
     if definition["model"]["type"] == "Unigram":
         notes.append(
-            "A unigram model: sentencepiece, which encoded the training data, adds up scores in 32 bits over a whole "
-            "text, transformers in 64. Where two ways to cut a word are nearly as good they may differ: measured on "
-            "eight languages, at most 8 tokens in 100,000 of whole documents, next to none in single lines."
+            "Unigram model: sentencepiece, which encoded the training data, sums scores over a whole text in 32 bits, "
+            "transformers in 64. They may differ where two segmentations have nearly equal scores: measured on eight "
+            "languages, at most 8 in 100,000 tokens of whole documents, almost none in single lines."
         )
     if any(step["type"] == "Precompiled" for step in definition["normalizer"]["normalizers"]):
         notes.append(
-            "The model normalises characters (NFKC). Where a character that is replaced has a further combining mark "
-            "or joiner behind it, transformers drops that mark and sentencepiece keeps it."
+            "The model normalises characters (NFKC). If a replaced character is followed by another combining mark or "
+            "joiner, transformers drops that mark and sentencepiece keeps it."
         )
     return notes
 
 
 def check_tokenizer(source: Path, output: Path, vocab_size: int) -> list[str]:
-    """As `compare_tokenizer`, for ids that must be equal.
+    """Like `compare_tokenizer`, for ids that must be equal.
 
     Raises:
-        UserError: ids differ, or there are more of them than the model has rows.
+        UserError: ids differ, or there are more ids than embedding rows.
     """
     problem, notes = compare_tokenizer(source, output, vocab_size)
     if problem:
@@ -266,54 +267,53 @@ def check_tokenizer(source: Path, output: Path, vocab_size: int) -> list[str]:
 def compare_tokenizer(
     source: Path, output: Path, vocab_size: int, *, add_special_tokens: bool = True
 ) -> tuple[str, list[str]]:
-    """Opens the written tokenizer with transformers and compares ids with those of the training's.
+    """Loads the exported tokenizer with transformers and compares its ids with those of the source.
 
     Args:
-        source: What `export_tokenizer` was given.
-        output: The directory, with config.json.
-        vocab_size: Rows of the embedding.
-        add_special_tokens: Let transformers put tokens around a text, which training does not.
+        source: `source` of `export_tokenizer`.
+        output: The model directory, with config.json.
+        vocab_size: Number of embedding rows.
+        add_special_tokens: Let transformers add special tokens around a text, which training does not.
 
     Returns:
-        What is wrong, in words, empty if nothing is; lines for the user about differences that were found and are
-        known to occur.
+        The problem, empty if there is none; notes for the user about known differences that occurred.
     """
     from transformers import AutoTokenizer
 
     mcore = load_tokenizer(source)
     try:
         hf = AutoTokenizer.from_pretrained(str(output), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds.
+    except Exception as error:  # transformers raises many types.
         reason = (str(error).strip().splitlines() or ["no message"])[0]
-        return f"transformers does not open this tokenizer once it is written ({reason})", []
+        return f"transformers cannot load the exported tokenizer ({reason})", []
     if len(hf) > vocab_size:
-        return f"transformers finds {len(hf):,} tokens, the model has {vocab_size:,}", []
+        return f"transformers has {len(hf):,} tokens, the model only {vocab_size:,}", []
     # Only a warning about long texts depends on it.
     hf.model_max_length = 1 << 40
-    # Added tokens that are not special are found in a text by both.
+    # Both match added tokens that are not special in a text.
     names = [str(token) for token in hf.added_tokens_decoder.values() if token.special]
     texts = [text for text in (*_CHECK_TEXTS, *_piece_texts(mcore)) if not any(name in text for name in names)]
     expected = mcore.encode_batch(texts)
-    found = [hf(text, add_special_tokens=add_special_tokens).input_ids for text in texts]
-    different = [number for number in range(len(texts)) if list(found[number]) != expected[number]]
+    got = [hf(text, add_special_tokens=add_special_tokens).input_ids for text in texts]
+    different = [number for number in range(len(texts)) if list(got[number]) != expected[number]]
     if not different:
         return "", []
     first = texts[different[0]][:60]
-    # Those without a backend are sentencepiece's own, as Python code.
+    # Tokenizers without a backend are Python wrappers of sentencepiece.
     unigram = type(getattr(getattr(hf, "backend_tokenizer", None), "model", None)).__name__ == "Unigram"
     if not unigram or len(different) > _UNIGRAM_TOLERANCE * len(texts):
         return (
-            f"transformers gives other ids than training here in {len(different)} of {len(texts)} test texts, first "
-            f"in {first!r}"
+            f"transformers gives other ids than training here for {len(different)} of {len(texts)} test texts, first "
+            f"for {first!r}"
         ), []
-    return "", [f"ids of {len(different)} of {len(texts)} test texts differ from sentencepiece's, first in {first!r}"]
+    return "", [f"ids of {len(different)} of {len(texts)} test texts differ from sentencepiece's, first for {first!r}"]
 
 
 def _piece_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts out of pieces from all over the vocabulary."""
+    """Texts of pieces sampled evenly from the vocabulary."""
     base = tokenizer.base if isinstance(tokenizer, CloneTokenizer) else tokenizer
     ids = [number for number in range(base.vocab_size) if number not in base.special_ids]
-    step = max(1, len(ids) // (_PIECES_A_TEXT * _PIECE_TEXTS))
+    step = max(1, len(ids) // (_PIECES_PER_TEXT * _NUM_PIECE_TEXTS))
     chosen: Sequence[int] = ids[::step]
-    starts = range(0, len(chosen), _PIECES_A_TEXT)
-    return [base.decode(chosen[start : start + _PIECES_A_TEXT]) for start in starts]
+    starts = range(0, len(chosen), _PIECES_PER_TEXT)
+    return [base.decode(chosen[start : start + _PIECES_PER_TEXT]) for start in starts]

@@ -1,8 +1,7 @@
-"""Cuts inputs into blocks of whole documents, so that any process can parse them, in any order, from any place on.
+"""Splits inputs into blocks of complete documents that any process can parse, in any order.
 
-A block of an uncompressed `.jsonl` file is a span of bytes that its worker reads by itself; everything else is one
-stream and is read here. Where the cuts are depends on the input alone, not on the number of workers, nor on where a
-resumed run starts.
+A block of an uncompressed `.jsonl` file is a byte span that the worker reads; all other inputs are streams and are
+read here. Block boundaries depend only on the input, not on the number of workers or on where a resumed run starts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +14,11 @@ if TYPE_CHECKING:
     from megatron_prealign.corpus.inputs import Input
 
 BLOCK_BYTES = 2 << 20
-"""Text of a block: some hundred documents, so that handing it over costs nothing beside the work on it."""
+"""Bytes of text in a block: a few hundred documents, so that sending it to a worker costs little."""
 MAX_DOCUMENT_BYTES = 16 << 20
-"""Longest document by default, in bytes of the file; it is in memory several times over while it is encoded."""
+"""Default maximum document length in bytes of the file; several copies are in memory during encoding."""
 _UTF8_BOM = b"\xef\xbb\xbf"
-# What follows a skipped document's line needs to know no more of it than that it was not blank.
+# Of a skipped document's last line, only whether it was blank matters.
 _LONGEST_KEPT_TAIL = 1 << 16
 
 Kind = Literal["lines", "paragraphs", "rows"]
@@ -27,7 +26,7 @@ Kind = Literal["lines", "paragraphs", "rows"]
 
 @dataclass(frozen=True)
 class Span:
-    """The lines of an uncompressed file that start in these bytes; the last one may end behind them."""
+    """The lines of an uncompressed file that start in this byte range; the last one may end after it."""
 
     path: str
     start: int
@@ -36,44 +35,44 @@ class Span:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the memory of a block."""
+    """Limits that bound the memory of a block."""
 
     block_bytes: int = BLOCK_BYTES
-    """Text of a block, as long as no document is longer."""
+    """Bytes of text in a block, unless a single document is longer."""
     document_bytes: int = MAX_DOCUMENT_BYTES
-    """A longer document is refused or skipped."""
+    """Maximum document length; a longer document is an error or skipped."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of an input that holds whole documents, or the news that something there cannot be read."""
+    """A part of an input that contains complete documents, or a problem in place of content that cannot be read."""
 
     kind: Kind
-    """JSON lines, paragraphs between blank lines, or rows as `parquet.rows_of` reads them."""
+    """JSON lines, paragraphs separated by blank lines, or rows as `parquet.rows_of` reads them."""
     content: bytes | Span
     next_position: int
-    """`read_blocks` goes on from here: a byte of an uncompressed `.jsonl` file, a row of a table, else the number of
-    the block."""
+    """Where `read_blocks` continues: a byte offset in an uncompressed `.jsonl` file, a row of a table, otherwise the
+    block number."""
     disk_bytes: int
-    """Bytes of the file on disk that were read for this block, for progress."""
+    """Bytes read from disk for this block, for the progress display."""
     problem: str | None = None
-    """Why what lies here cannot be read; then there is no content."""
+    """Why this part cannot be read; the content is empty then."""
     lines: int = 0
-    """Lines that the problem takes up."""
+    """Number of lines the problem covers."""
     source: int = 0
-    """Number of its input, for those who read several."""
-    place: str | None = None
-    """Where the problem is, if it is not that of a line."""
+    """Index of the input, for callers that read several."""
+    location: str | None = None
+    """Location of the problem if it is not a line."""
 
     @property
     def size(self) -> int:
-        """Bytes of text, before a document that reaches over the end of a span is read."""
+        """Bytes of text, not counting a document that continues past the end of a span."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stop - self.content.start
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The part of an input that one run reads: bytes of an uncompressed `.jsonl` file, rows of a table, else all."""
+    """Part of an input that a run reads: bytes of an uncompressed `.jsonl` file, rows of a table, else all of it."""
 
     start: int = 0
     stop: int | None = None
@@ -82,17 +81,17 @@ class Extent:
 def read_blocks(
     source: "Input", columns: Sequence[str], limits: Limits, extent: Extent, position: int = 0
 ) -> Iterator[Block]:
-    """The blocks of an input, in order.
+    """Yields the blocks of an input, in order.
 
     Args:
         source: the input.
-        columns: the columns of a table that are read.
-        limits: of a block.
-        extent: which part of it to read.
-        position: blocks that end here or before are left out; 0 for all.
+        columns: columns to read from a table.
+        limits: block limits.
+        extent: the part of the input to read.
+        position: skip blocks that end at or before this position; 0 for all.
 
     Raises:
-        UserError: the file cannot be opened. What is wrong inside it comes as a block with a `problem`.
+        UserError: the file cannot be opened. Errors in its contents are yielded as a block with a `problem`.
     """
     if source.kind == "jsonl" and not source.compression:
         yield from _spans(source, limits, extent, position)
@@ -107,32 +106,32 @@ def read_blocks(
 def _spans(source: "Input", limits: Limits, extent: Extent, position: int) -> Iterator[Block]:
     stop = source.bytes if extent.stop is None else extent.stop
     if source.bytes == 0 and position == 0:
-        yield _nothing(source.name)
+        yield _empty_file(source.name)
     start = max(extent.start, position)
     while start < stop:
-        # Cuts lie at multiples from the file's beginning.
+        # Boundaries are multiples of the block size from the start of the file.
         end = min((start // limits.block_bytes + 1) * limits.block_bytes, stop)
         yield Block("lines", Span(source.name, start, end), end, end - start)
         start = end
 
 
-def _nothing(name: str) -> Block:
-    return Block("lines", b"", 1, 0, "empty file; expected at least one document", place=name)
+def _empty_file(name: str) -> Block:
+    return Block("lines", b"", 1, 0, "empty file, expected at least one document", location=name)
 
 
 def read_span(span: Span, limits: Limits) -> tuple[bytes, int, bool]:
-    """The lines of a span.
+    """Reads the lines of a span.
 
     Returns:
-        Their bytes, where in the file they begin, and whether a last line was left out because it is longer than a
-        document may be.
+        Their bytes, their start offset in the file, and whether the last line was omitted because it exceeds the
+        maximum document length.
 
     Raises:
         ReadError: the file cannot be read.
     """
     try:
         with open(span.path, "rb") as stream:
-            # The byte before tells whether a line starts with the first one.
+            # The preceding byte shows whether a line starts at the first byte of the span.
             begin = max(span.start - 1, 0)
             stream.seek(begin)
             data = stream.read(span.stop - begin)
@@ -152,7 +151,7 @@ def read_span(span: Span, limits: Limits) -> tuple[bytes, int, bool]:
                 parts.append(line_end)
                 size += len(line_end)
     except OSError as error:
-        raise ReadError(span.path, f"cannot be read ({error.strerror}); check the disk") from error
+        raise ReadError(span.path, f"cannot read file: {error.strerror}; check the disk") from error
     data = b"".join(parts)
     if begin == 0 and data.startswith(_UTF8_BOM):
         return data[len(_UTF8_BOM) :], len(_UTF8_BOM), is_too_long
@@ -160,64 +159,64 @@ def read_span(span: Span, limits: Limits) -> tuple[bytes, int, bool]:
 
 
 def _streamed(source: "Input", limits: Limits) -> Iterator[Block]:
-    """Blocks of a file that has to be read from its beginning."""
+    """Yields the blocks of a file that must be read from the start."""
     from megatron_prealign.corpus.streams import read_chunks
 
-    cutter = _Cutter("lines" if source.kind == "jsonl" else "paragraphs", limits)
+    splitter = _Splitter("lines" if source.kind == "jsonl" else "paragraphs", limits)
     disk = 0
     try:
         for chunk, disk_position in read_chunks(source.name, source.compression, limits.block_bytes):
-            yield from cutter.add(chunk, disk_position - disk)
+            yield from splitter.add(chunk, disk_position - disk)
             disk = disk_position
     except ReadError as error:
-        # What is behind the last whole document is a piece of one.
-        yield cutter.damage(error.why, source.bytes - disk)
+        # Data after the last complete document is a partial document: drop it.
+        yield splitter.failure(error.why, source.bytes - disk)
         return
-    if cutter.is_empty:
-        yield _nothing(source.name)
+    if splitter.is_empty:
+        yield _empty_file(source.name)
     else:
-        yield from cutter.end(source.bytes - disk)
+        yield from splitter.end(source.bytes - disk)
 
 
-class _Cutter:
-    """Cuts a stream behind its last document so far; keeps the begun one, up to the longest that may be."""
+class _Splitter:
+    """Splits a stream after its last complete document; buffers the partial one, up to the maximum document length."""
 
     def __init__(self, kind: Literal["lines", "paragraphs"], limits: Limits) -> None:
         self._kind, self._limits = kind, limits
         self.is_empty = True
         self._blocks = 0
         self._lines: list[bytes] = []
-        """Whole lines of a begun document."""
+        """Complete lines of a partial document."""
         self._tail = b""
-        """The begun line."""
+        """Partial line."""
         self._disk_bytes = 0
         self._skipping = False
-        """Within a document that is too long."""
+        """Whether the stream is inside a document that is too long."""
         self._skipped_lines = 0
 
     def add(self, chunk: bytes, disk_bytes: int) -> Iterator[Block]:
-        """The blocks that are whole now."""
+        """Yields the blocks that this chunk completes."""
         if self.is_empty and chunk.startswith(_UTF8_BOM):
             chunk = chunk[len(_UTF8_BOM) :]
         self.is_empty = False
         self._disk_bytes += disk_bytes
         data = self._tail + chunk
         end = data.rfind(b"\n") + 1
-        whole, self._tail = data[:end], data[end:]
+        lines, self._tail = data[:end], data[end:]
         if self._skipping:
-            cut = self._first_cut(whole)
-            self._skipped_lines += whole.count(b"\n", 0, cut or len(whole))
+            cut = self._first_cut(lines)
+            self._skipped_lines += lines.count(b"\n", 0, cut or len(lines))
             if not cut:
                 self._tail = self._tail if len(self._tail) <= _LONGEST_KEPT_TAIL else b"x"
                 return
-            whole = whole[cut:]
+            lines = lines[cut:]
             yield self._too_long()
-        cut = self._last_cut(whole)
+        cut = self._last_cut(lines)
         if cut:
-            yield self._block(b"".join([*self._lines, whole[:cut]]))
+            yield self._block(b"".join([*self._lines, lines[:cut]]))
             self._lines = []
-        if whole[cut:]:
-            self._lines.append(whole[cut:])
+        if lines[cut:]:
+            self._lines.append(lines[cut:])
         if sum(map(len, self._lines)) + len(self._tail) > self._limits.document_bytes:
             self._skipping = True
             self._skipped_lines = sum(line.count(b"\n") for line in self._lines)
@@ -225,22 +224,22 @@ class _Cutter:
             self._tail = self._tail if len(self._tail) <= _LONGEST_KEPT_TAIL else b"x"
 
     def end(self, disk_bytes: int) -> Iterator[Block]:
-        """The last document, when the stream is over."""
-        # A compressed file's footer, too, belongs to the last block.
+        """Yields the last document at the end of the stream."""
+        # The footer of a compressed file counts towards the last block.
         self._disk_bytes += disk_bytes
         if self._skipping:
             yield self._too_long()
         else:
             yield self._block(b"".join([*self._lines, self._tail]))
 
-    def damage(self, why: str, disk_bytes: int) -> Block:
-        """What to say when the stream breaks off."""
+    def failure(self, why: str, disk_bytes: int) -> Block:
+        """Returns the block that reports why the stream cannot be read further."""
         self._disk_bytes += disk_bytes
         return self._block(b"", why)
 
     def _too_long(self) -> Block:
         self._skipping = False
-        return self._block(b"", too_long(self._limits), self._skipped_lines)
+        return self._block(b"", too_long_message(self._limits), self._skipped_lines)
 
     def _block(self, content: bytes, problem: str | None = None, lines: int = 0) -> Block:
         disk_bytes, self._disk_bytes = self._disk_bytes, 0
@@ -248,7 +247,7 @@ class _Cutter:
         return Block(self._kind, content, self._blocks, disk_bytes, problem, lines)
 
     def _last_cut(self, lines: bytes) -> int:
-        """Where the last document among whole lines ends; 0 if none does."""
+        """End offset of the last complete document; 0 if there is none."""
         if self._kind == "lines":
             return len(lines)
         end = len(lines)
@@ -260,7 +259,7 @@ class _Cutter:
         return 0
 
     def _first_cut(self, lines: bytes) -> int:
-        """Where the first one ends."""
+        """End offset of the first complete document; 0 if there is none."""
         begin = 0
         while begin < len(lines):
             end = lines.find(b"\n", begin) + 1
@@ -270,16 +269,16 @@ class _Cutter:
         return 0
 
 
-def too_long(limits: Limits) -> str:
-    """Why a document is refused for its length."""
+def too_long_message(limits: Limits) -> str:
+    """Returns the error message for a document that exceeds the maximum length."""
     return (
-        f"a document of more than {limits.document_bytes / (1 << 20):g} MiB; split it, or allow more with "
-        "--max-document-mb (it is in memory several times over)"
+        f"document is longer than {limits.document_bytes / (1 << 20):g} MiB; split it or raise --max-document-mb "
+        "(several copies are kept in memory)"
     )
 
 
 def _rows(source: "Input", columns: Sequence[str], limits: Limits, extent: Extent, position: int) -> Iterator[Block]:
-    """Blocks of a table. The worker gets the columns as they are and makes Python's texts of them."""
+    """Yields the blocks of a table as raw columns, which the worker converts to Python strings."""
     from megatron_prealign.corpus.hub import read_hub_batches
     from megatron_prealign.corpus.parquet import read_batches, row_groups
 
@@ -293,31 +292,31 @@ def _rows(source: "Input", columns: Sequence[str], limits: Limits, extent: Exten
             stop = rows if stop is None else stop
             batches = read_batches(source.name, columns, first, stop, limits.block_bytes)
         for payload, next_row in batches:
-            # What part of the file a row takes up, nobody knows before it is read.
-            share = 0 if stop is None or stop == extent.start else (next_row - row) / (stop - extent.start)
-            yield Block("rows", payload, next_row, int(source.bytes * share))
+            # The size of a row on disk is unknown until it is read.
+            fraction = 0 if stop is None or stop == extent.start else (next_row - row) / (stop - extent.start)
+            yield Block("rows", payload, next_row, int(source.bytes * fraction))
             row = next_row
     except ReadError as error:
-        yield Block("rows", b"", row + 1, 0, error.why, place=error.where)
+        yield Block("rows", b"", row + 1, 0, error.why, location=error.where)
         return
     if row == first == 0:
-        yield Block("rows", b"", 1, source.bytes, "no rows; expected at least one document", place=source.name)
+        yield Block("rows", b"", 1, source.bytes, "no rows, expected at least one document", location=source.name)
 
 
-def extents(sources: list["Input"], shard: tuple[int, int] | None) -> list[Extent | None]:
-    """Which part of each input a shard reads; None for an input of which it reads nothing.
+def shard_extents(sources: list["Input"], shard: tuple[int, int] | None) -> list[Extent | None]:
+    """Returns the part of each input that a shard reads; None for an input it does not read.
 
-    All inputs behind each other, in bytes on disk, are cut into equal shares. A line of an uncompressed `.jsonl` file
-    and a row group of a table belong to the share in which their first byte lies; of every other file the first byte
-    decides for all of it. So each document belongs to exactly one shard, and the shards in their order hold the
-    documents in theirs.
+    The concatenated inputs are divided into shards of equal size in bytes on disk. A line of an uncompressed `.jsonl`
+    file and a row group of a table belong to the shard that contains their first byte; any other file belongs entirely
+    to the shard that contains its first byte. Each document therefore belongs to exactly one shard, and concatenating
+    the shards in order preserves the document order.
 
     Args:
         sources: the inputs.
         shard: (number, count), the number from 1; None for everything.
 
     Raises:
-        ReadError: a damaged table.
+        ReadError: a table is corrupt.
     """
     if shard is None:
         return [Extent() for _ in sources]
@@ -338,13 +337,13 @@ def extents(sources: list["Input"], shard: tuple[int, int] | None) -> list[Exten
 
 
 def _row_extent(source: "Input", start: int, stop: int) -> Extent | None:
-    """The rows of the row groups that begin in these bytes, counting only bytes of row groups."""
+    """Rows of the row groups that start in this byte range, counting only bytes of row groups."""
     from megatron_prealign.corpus.parquet import row_groups
 
     first_row = last_row = None
     offset = 0
     for group in row_groups(source.name):
-        # Whatever sizes the footer tells, each group begins inside the file and so belongs to a share.
+        # Clamp the start to the file, so that each group belongs to a shard whatever sizes the footer states.
         if start <= min(max(offset, 0), source.bytes - 1) < stop:
             first_row = group.first_row if first_row is None else first_row
             last_row = group.first_row + group.rows

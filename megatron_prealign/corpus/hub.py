@@ -1,4 +1,4 @@
-"""Reads datasets of the Hugging Face hub, and local directories in its forms, row by row through `datasets`."""
+"""Streams rows of Hugging Face Hub datasets, and of local directories in its formats, with `datasets`."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _FORM = "hf:NAME[,CONFIG][:SPLIT], for example hf:allenai/c4,de:train"
 
 @dataclass(frozen=True)
 class HubName:
-    """What `hf:NAME[,CONFIG][:SPLIT]` says."""
+    """Parsed `hf:NAME[,CONFIG][:SPLIT]`."""
 
     dataset: str
     """`owner/name` on the hub, or a local directory."""
@@ -28,36 +28,36 @@ class HubName:
 
 
 def parse_hub_name(text: str) -> HubName:
-    """Takes `hf:NAME[,CONFIG][:SPLIT]` apart; the split is `train` where none is named.
+    """Parses `hf:NAME[,CONFIG][:SPLIT]`; the default split is `train`.
 
     Raises:
-        UserError: another form.
+        UserError: the text does not have this form.
     """
     match = re.fullmatch(rf"{HUB_PREFIX}([^:,]+)(?:,([^:,]+))?(?::([^:,/]+))?", text)
     if match is None:
-        raise UserError(f"{text}: not understood; expected {_FORM}")
+        raise UserError(f"{text}: invalid dataset name, expected {_FORM}")
     return HubName(match[1], match[2], match[3] or DEFAULT_SPLIT)
 
 
 def read_hub_batches(
     name: str, columns: Sequence[str], first_row: int, batch_bytes: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Streams the rows of a dataset, as `parquet.read_batches` does those of a file.
+    """Streams the rows of a dataset in batches, like `parquet.read_batches`.
 
-    Nothing is stored on disk but what `datasets` itself keeps.
+    Stores nothing on disk except the cache of `datasets`.
 
     Args:
         name: `hf:NAME[,CONFIG][:SPLIT]`.
-        columns: the columns to read, nested ones with dots.
-        first_row: rows to pass over; without an index they are read all the same.
-        batch_bytes: about how many bytes of values make a batch.
+        columns: columns to read, nested ones with dots.
+        first_row: number of rows to skip; formats without an index read them anyway.
+        batch_bytes: approximate size of a batch in bytes of values.
 
     Yields:
         The payload (see `parquet.rows_of`) and the number of the next row.
 
     Raises:
-        UserError: `datasets` is not installed, or there is no such dataset, config or split.
-        ReadError: a column is missing, or reading broke off.
+        UserError: `datasets` is not installed, or the dataset, config or split does not exist.
+        ReadError: a column is missing, or reading failed midway.
     """
     rows = _open(name)
     try:
@@ -69,10 +69,8 @@ def read_hub_batches(
     except (ReadError, MemoryError):
         raise
     except Exception as error:
-        # Behind `datasets` lie the network and many readers of files, each with errors of its own.
-        raise ReadError(
-            name, f"reading broke off ({_told(error)}); try again, or download the dataset first"
-        ) from error
+        # `datasets` raises many exception types, from the network and from its file readers.
+        raise ReadError(name, f"reading failed: {_one_line(error)}; retry, or download the dataset first") from error
 
 
 def _open(text: str) -> Any:
@@ -91,14 +89,13 @@ def _open(text: str) -> Any:
             return saved[name.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(name.dataset, name.config, split=name.split, streaming=True)
     except Exception as error:
-        where = "directory" if os.path.isdir(name.dataset) else "dataset"
+        kind = "directory" if os.path.isdir(name.dataset) else "dataset"
         raise UserError(
-            f"{text}: the {where} cannot be opened ({_told(error)}); check the name, its config and split ({_FORM}), "
-            "and the network"
+            f"{text}: cannot open {kind}: {_one_line(error)}; check name, config and split ({_FORM}) and the network"
         ) from error
 
 
-def _told(error: Exception) -> str:
-    """An error of someone else's code in one line of moderate length."""
+def _one_line(error: Exception) -> str:
+    """Returns an error as one line of at most 300 characters."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return text if len(text) <= 300 else text[:297] + "..."

@@ -1,4 +1,4 @@
-"""Which files to read: files, directories, glob patterns and Hugging Face datasets become one list in a fixed order."""
+"""Resolves files, directories, glob patterns and Hugging Face datasets to one list of inputs in a fixed order."""
 
 import bz2
 import errno
@@ -20,12 +20,12 @@ Compression = Literal["", "gz", "zst", "bz2"]
 
 _COMPRESSIONS: tuple[Compression, ...] = ("", "gz", "zst", "bz2")
 _TEXT_KINDS: tuple[Kind, ...] = ("jsonl", "txt")
-ENDINGS: dict[str, tuple[Kind, Compression]] = {
+EXTENSIONS: dict[str, tuple[Kind, Compression]] = {
     **{f".{kind}" + (packed and f".{packed}"): (kind, packed) for kind in _TEXT_KINDS for packed in _COMPRESSIONS},
     ".parquet": ("parquet", ""),
 }
-"""Ending of a file name -> how to read the file. Capital letters count as small ones."""
-EXPECTED = ".jsonl, .txt (also with .gz, .zst or .bz2 behind it), .parquet"
+"""File extension -> how to read the file. Case-insensitive."""
+EXPECTED = ".jsonl, .txt (optionally with .gz, .zst or .bz2), .parquet"
 
 _ANY_DIRECTORIES = "**"
 _SHOWN_NAMES = 3
@@ -34,62 +34,62 @@ _BZ2_START = bz2.compress(b" ")[4:10]
 
 @dataclass(frozen=True)
 class Input:
-    """One thing to read documents from."""
+    """A file or dataset to read documents from."""
 
     name: str
-    """The path as found, or the `hf:` text; for messages and the sidecar."""
+    """Path or Hub name, for messages and the sidecar."""
     kind: Kind
     compression: Compression
-    """Of jsonl and txt; parquet and hub have none around them."""
+    """Compression of jsonl and txt; empty for parquet and hub."""
     bytes: int
-    """Size on disk; 0 for hub."""
+    """Size on disk in bytes; 0 for hub."""
 
 
 def resolve_inputs(texts: Sequence[str | Path]) -> list[Input]:
-    """Finds everything to read, before any work starts.
+    """Resolves all inputs before any work starts.
 
     Each text is one of
 
-    - a file of a known ending (`ENDINGS`),
-    - a directory: all such files in it and below, sorted by path,
-    - a pattern with `*`, `?`, `[...]` or `**` (any directories): what fits, sorted by path; directories that fit are
-      searched,
-    - `hf:NAME[,CONFIG][:SPLIT]`: a dataset of the Hugging Face hub or a local directory, read through `datasets`.
+    - a file with a supported extension (`EXTENSIONS`),
+    - a directory: all such files in it, recursively, sorted by path,
+    - a pattern with `*`, `?`, `[...]` or `**` (any directories): all matches, sorted by path; matching directories are
+      searched recursively,
+    - `hf:NAME[,CONFIG][:SPLIT]`: a Hugging Face Hub dataset or a local directory, read with `datasets`.
 
-    The order is that of `texts`. In directories and patterns, hidden files and files of other kinds are left out, and a
-    directory is read once, however many links lead to it. A missing file is most often a typing error that would
-    quietly shrink the corpus, so it always stops.
+    The order follows `texts`. In directories and patterns, hidden files and files of other types are skipped, and a
+    directory is read once even if several links point to it. A missing file is always an error: it is usually a typo
+    that would silently shrink the corpus.
 
     Raises:
-        UserError: nothing given; something missing, unreadable, of an unknown ending or compressed otherwise than its
-            name says; the same file twice, also through links; a directory or pattern without any file.
+        UserError: no input; an input is missing, unreadable, unsupported or compressed differently from what its name
+            says; a file is given twice, including through links; a directory or pattern yields no file.
     """
-    return [one for found in resolve_each(texts) for one in found]
+    return [one for inputs in resolve_each(texts) for one in inputs]
 
 
 def resolve_each(texts: Sequence[str | Path]) -> list[list[Input]]:
-    """`resolve_inputs`, apart for each of `texts`."""
+    """Resolves each text separately; see `resolve_inputs`."""
     if not texts:
-        raise UserError(f"no input given; expected one or more files of {EXPECTED}, directories, patterns or hf:NAME")
-    found: list[list[Input]] = []
+        raise UserError(f"no input given, expected files ({EXPECTED}), directories, patterns or hf:NAME")
+    resolved: list[list[Input]] = []
     seen: dict[str, str] = {}
     for text in map(str, texts):
-        found.append([])
+        resolved.append([])
         for name in [text] if text.startswith(HUB_PREFIX) else _paths(text):
             real = name if text.startswith(HUB_PREFIX) else os.path.realpath(name)
             if real in seen:
                 raise UserError(
-                    f"{name}: given twice (also as {seen[real]}); its documents would count double, leave one out"
+                    f"{name}: given twice (also as {seen[real]}); remove one, or its documents are counted twice"
                 )
             seen[real] = name
-            found[-1].append(_input(name))
-    return found
+            resolved[-1].append(_input(name))
+    return resolved
 
 
 def split_language(text: str) -> tuple[str, str | None]:
-    """Takes `FILE:de` apart into what `resolve_inputs` knows and the language; None where none is named.
+    """Splits `FILE:de` into an input for `resolve_inputs` and the language, None if there is none.
 
-    A colon in the name of an existing file is left alone. `hf:NAME:SPLIT` needs its split before a language.
+    A colon in the name of an existing file is part of the name. A language after `hf:NAME` requires a split before it.
     """
     head, colon, tail = text.rpartition(":")
     named = bool(colon) and bool(re.fullmatch(r"[\w-]+", tail)) and not os.path.lexists(text)
@@ -98,60 +98,57 @@ def split_language(text: str) -> tuple[str, str | None]:
     return (head, tail) if named else (text, None)
 
 
-def ending_of(name: str) -> str | None:
-    """The one of `ENDINGS` that a file name has; None if it has none of them."""
+def _extension(name: str) -> str | None:
+    """Returns the extension of a file name that is in `EXTENSIONS`, or None."""
     lower = name.lower()
-    return next((ending for ending in ENDINGS if lower.endswith(ending)), None)
+    return next((extension for extension in EXTENSIONS if lower.endswith(extension)), None)
 
 
 def _input(name: str) -> Input:
     if name.startswith(HUB_PREFIX):
         parse_hub_name(name)
         return Input(name, "hub", "", 0)
-    ending = ending_of(name)
-    if ending is None:
-        hint = "; if it holds one object a line, name it .jsonl" if ".json" in name else ""
-        raise UserError(f"{name}: unknown kind of file; expected one of {EXPECTED}{hint}")
-    kind, compression = ENDINGS[ending]
+    extension = _extension(name)
+    if extension is None:
+        hint = "; rename it to .jsonl if it has one object per line" if ".json" in name else ""
+        raise UserError(f"{name}: unsupported file type, expected one of {EXPECTED}{hint}")
+    kind, compression = EXTENSIONS[extension]
     try:
         status = os.stat(name)
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{name}: is no ordinary file; expected one of {EXPECTED} on a disk")
+            raise UserError(f"{name}: not a regular file, expected one of {EXPECTED}")
         with open(name, "rb") as file:
             start = file.read(16)
             file.seek(-min(4, status.st_size), os.SEEK_END)
             end = file.read(4)
     except OSError as error:
         raise _unreadable(name, error) from error
-    written = _magic(start, end)
-    if written is None and compression and status.st_size:
+    detected = _file_type(start, end)
+    if detected is None and compression and status.st_size:
         raise UserError(
-            f"{name}: holds no {compression} data by its first bytes, its name says {ending}; rename the file after "
-            "what it holds, or fetch it again"
+            f"{name}: content is not {compression} data, but its extension is {extension}; "
+            "rename the file or download it again"
         )
-    if written is not None and written != (compression or kind):
-        raise UserError(
-            f"{name}: holds {written} data by its first bytes, its name says {ending}; "
-            "rename the file after what it holds"
-        )
+    if detected is not None and detected != (compression or kind):
+        raise UserError(f"{name}: content is {detected} data, but its extension is {extension}; rename the file")
     return Input(name, kind, compression, status.st_size)
 
 
 def _unreadable(name: str, error: OSError) -> UserError:
     if error.errno == errno.ENOENT and os.path.islink(name):
-        return UserError(f"{name}: a link to {os.readlink(name)}, which is missing; mend or remove the link")
+        return UserError(f"{name}: broken link to {os.readlink(name)}; fix or remove the link")
     if error.errno == errno.ENOENT:
-        return UserError(f"{name}: no such file; check the path")
+        return UserError(f"{name}: file not found; check the path")
     if error.errno == errno.ELOOP:
-        return UserError(f"{name}: a link that leads back to itself; mend or remove the link")
-    return UserError(f"{name}: may not be read ({error.strerror}); check its permissions")
+        return UserError(f"{name}: link points to itself; fix or remove the link")
+    return UserError(f"{name}: cannot be read: {error.strerror}; check its permissions")
 
 
-def _magic(start: bytes, end: bytes) -> str | None:
-    """What the first and last bytes of a file say it is; None for text and for what nobody here reads."""
+def _file_type(start: bytes, end: bytes) -> str | None:
+    """File type detected from magic bytes; None for text or an unsupported type."""
     if start.startswith(b"\x1f\x8b"):
         return "gz"
-    # A frame of data, or one of those that decoders pass over (parallel and seekable files begin with them).
+    # A data frame, or a skippable frame, with which parallel and seekable files start.
     if start.startswith(b"\x28\xb5\x2f\xfd") or (start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
         return "zst"
     if start.startswith(b"BZh") and start[4:10] == _BZ2_START:
@@ -160,23 +157,23 @@ def _magic(start: bytes, end: bytes) -> str | None:
 
 
 def _paths(text: str) -> list[str]:
-    """The files that a path or pattern stands for, sorted; a plain path stands for itself, whatever lies there."""
+    """Returns the files of a directory or pattern, sorted; any other path unchanged, even if it does not exist."""
     if os.path.isdir(text):
-        what, found = "a directory without any of", list(_expand(text, (_ANY_DIRECTORIES,), set()))
+        what, candidates = "directory contains no file with", list(_expand(text, (_ANY_DIRECTORIES,), set()))
     elif glob.has_magic(text) and not os.path.lexists(text):
-        what, found = "a pattern that fits none of", list(_match(text))
+        what, candidates = "pattern matches no file with", list(_match(text))
     else:
         return [text]
-    # Links count as files here: one that leads nowhere must not go unnoticed.
+    # Links count as files here, so that a broken link is an error.
     by_entry: dict[tuple[str, str], str] = {}
-    for path in sorted(found, key=_depth_and_parts):
-        if ending_of(path) is not None:
+    for path in sorted(candidates, key=_depth_and_parts):
+        if _extension(path) is not None:
             directory, name = os.path.split(path)
-            # Links between directories lead to the same entry of a directory on many ways; the shortest one names it.
+            # Directory links give one entry several paths; keep the shortest.
             by_entry.setdefault((os.path.realpath(directory), name), path)
     paths = sorted(by_entry.values(), key=lambda path: path.split(os.sep))
     if not paths:
-        others = sorted({os.path.basename(path) for path in found})[:_SHOWN_NAMES]
+        others = sorted({os.path.basename(path) for path in candidates})[:_SHOWN_NAMES]
         raise UserError(f"{text}: {what} {EXPECTED}; found {', '.join(others) or 'nothing'}; check the path")
     return paths
 
@@ -187,7 +184,7 @@ def _depth_and_parts(path: str) -> tuple[int, list[str]]:
 
 
 def _match(pattern: str) -> Iterator[str]:
-    """What fits a pattern; of directories that fit, the files in them and below."""
+    """Yields the matches of a pattern; for a directory, the files in it, recursively."""
     base = os.sep if pattern.startswith(os.sep) else ""
     visited: set[tuple[int, int, int]] = set()
     for path in _expand(base, tuple(part for part in pattern.split(os.sep) if part), visited):
@@ -198,9 +195,9 @@ def _match(pattern: str) -> Iterator[str]:
 
 
 def _expand(base: str, parts: tuple[str, ...], visited: set[tuple[int, int, int]]) -> Iterator[str]:
-    """What lies under the directory `base` and fits `parts`, the parts of a pattern between slashes.
+    """Yields the paths in the directory `base` that match `parts`, the components of a pattern.
 
-    `visited` keeps `**` from searching a directory twice, which also ends the circles that links can make.
+    `visited` keeps `**` from searching a directory twice, which also breaks cycles of links.
     """
     if not parts:
         yield base
@@ -224,18 +221,18 @@ def _expand(base: str, parts: tuple[str, ...], visited: set[tuple[int, int, int]
 
 
 def _names(directory: str, part: str) -> list[str]:
-    """The names in a directory that fit one part of a pattern; what is no link first, so that it is found by its own
+    """Names in a directory that match one component of a pattern; links last, so that a file is found by its own
     path."""
     if part != _ANY_DIRECTORIES and not glob.has_magic(part):
         return [part] if os.path.lexists(os.path.join(directory, part)) else []
     try:
         with os.scandir(directory or os.curdir) as entries:
-            found = sorted((entry.is_symlink(), entry.name) for entry in entries)
+            names = sorted((entry.is_symlink(), entry.name) for entry in entries)
     except OSError as error:
         raise _unreadable(directory, error) from error
     hidden = part.startswith(".")
     return [
         name
-        for _, name in found
+        for _, name in names
         if (hidden or not name.startswith(".")) and (part == _ANY_DIRECTORIES or fnmatch.fnmatchcase(name, part))
     ]

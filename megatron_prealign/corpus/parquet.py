@@ -1,4 +1,4 @@
-"""Reads columns of parquet files in batches that fit into memory and travel to other processes."""
+"""Reads columns of Parquet files in batches of bounded size that can be sent to other processes."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from megatron_prealign.errors import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-# Bytes decoded at a time if all rows were alike. Small, since rows are not: a thousand long ones may stand together.
+# Bytes decoded at a time for rows of average size. Small because sizes vary: a thousand long rows may be adjacent.
 _STEP_BYTES = 1 << 16
 _MIN_STEP_ROWS, _MAX_STEP_ROWS = 16, 4096
 _MAX_STEP_BYTES = 1 << 26
@@ -22,30 +22,30 @@ _SHOWN_COLUMNS = 8
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A part of a parquet file that can be read without the others."""
+    """A row group of a Parquet file."""
 
     first_row: int
     rows: int
     disk_bytes: int
-    """About how many bytes of the file it takes up."""
+    """Approximate size in the file."""
 
 
 def row_groups(path: str) -> list[RowGroup]:
-    """The row groups of a file, from its footer alone.
+    """Reads the row groups of a file from its footer.
 
     Raises:
-        ReadError: no parquet file, or a damaged or cut-off one.
-        UserError: it cannot be opened.
+        ReadError: the file is not Parquet, corrupt or truncated.
+        UserError: the file cannot be opened.
     """
     with _open(path) as file:
-        # Sizes of the single columns would be exact, but asking for them ends the process on some damaged footers
-        # (pyarrow 26): an exception of the C++ code that nobody catches.
+        # Column sizes would be exact, but reading them aborts the process on some corrupt footers (pyarrow 26): an
+        # uncaught C++ exception.
         sizes = [(group.num_rows, group.total_byte_size) for group in _groups(file)]
-        share = os.path.getsize(path) / max(1, sum(size for _, size in sizes))
+        ratio = os.path.getsize(path) / max(1, sum(size for _, size in sizes))
         groups: list[RowGroup] = []
         row = 0
         for rows, size in sizes:
-            groups.append(RowGroup(row, rows, int(size * share)))
+            groups.append(RowGroup(row, rows, int(size * ratio)))
             row += rows
         return groups
 
@@ -53,28 +53,28 @@ def row_groups(path: str) -> list[RowGroup]:
 def read_batches(
     path: str, columns: Sequence[str], first_row: int, stop_row: int, batch_bytes: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Reads the rows from `first_row` up to but not with `stop_row`.
+    """Reads the rows from `first_row` up to, but not including, `stop_row`.
 
-    Row groups are read page by page, so their size does not matter; memory is a few times the largest page, the
-    smallest piece that the format can unpack (about 1 MB, or what its writer puts together as 1,024 rows). The rows in
-    front of `first_row` in its row group are decoded and dropped.
+    Row groups are read page by page, so their size does not matter. Memory is a few times the largest page, the
+    smallest unit the format can decompress (about 1 MB, or 1,024 rows with some writers). Rows before `first_row` in
+    its row group are decoded and dropped.
 
     Args:
         path: the file.
-        columns: the columns to read; a field inside a struct is named with dots, `data.text`.
-        first_row: counted from 0.
-        stop_row: may lie behind the last row.
-        batch_bytes: about how many bytes of values make a batch; a batch has at least one row.
+        columns: columns to read; a field inside a struct is named with dots, `data.text`.
+        first_row: first row, counted from 0.
+        stop_row: row to stop at; may exceed the number of rows.
+        batch_bytes: approximate size of a batch in bytes of values; a batch has at least one row.
 
     Yields:
         The payload, which `rows_of` unpacks, and the number of the next row.
 
     Raises:
-        ReadError: a missing column or damaged data; its place is the file, or `file:row` with rows counted from 1.
+        ReadError: a column is missing or data is corrupt; located by file, or by `file:row` with rows counted from 1.
         UserError: the file cannot be opened.
     """
     with _open(path) as file:
-        with _damage(path):
+        with _as_read_error(path):
             schema = file.schema_arrow
         check_columns(schema, columns, path)
         parts = _rows_between(file, path, columns, first_row, stop_row)
@@ -82,28 +82,28 @@ def read_batches(
 
 
 def check_columns(schema: "pyarrow.Schema", columns: Sequence[str], where: str) -> None:
-    """Checks that all columns are there.
+    """Checks that all columns exist.
 
     Raises:
-        ReadError: one is not; the message names those that are.
+        ReadError: a column is missing; the message lists the existing ones.
     """
     for column in columns:
         name = column if column in schema.names else column.partition(".")[0]
         if schema.names.count(name) > 1:
-            raise ReadError(where, f"{schema.names.count(name)} columns are called {name!r}; expected one, rename them")
+            raise ReadError(
+                where, f"{schema.names.count(name)} columns are named {name!r}, expected one; rename the others"
+            )
         if _find_field(schema, column) is None:
             present = list(_leaves(schema))
             names = ", ".join(present[:_SHOWN_COLUMNS]) + (", ..." if len(present) > _SHOWN_COLUMNS else "")
-            raise ReadError(
-                where, f"no column {column!r}; the columns are: {names or 'none'}; name the right one with --text-key"
-            )
+            raise ReadError(where, f"no column {column!r}; columns: {names or 'none'}; select one with --text-key")
 
 
 def select_columns(table: "pyarrow.Table", columns: Sequence[str], where: str) -> "pyarrow.Table":
-    """A table of exactly the wanted columns, nested ones by their dotted names.
+    """Returns a table of the requested columns, nested ones under their dotted names.
 
     Raises:
-        ReadError: one is missing.
+        ReadError: a column is missing.
     """
     import pyarrow
     import pyarrow.compute
@@ -120,8 +120,8 @@ def select_columns(table: "pyarrow.Table", columns: Sequence[str], where: str) -
 def pack_batches(
     parts: Iterator["pyarrow.RecordBatch"], first_row: int, batch_bytes: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Joins small batches, and cuts large ones, to payloads of about `batch_bytes`, each with the number of the row
-    behind it. What came before an error is given before it goes on."""
+    """Merges small batches and splits large ones into payloads of about `batch_bytes`, each with the number of the next
+    row. Rows before an error are yielded before it is raised."""
     waiting: list[pyarrow.RecordBatch] = []
     size, row = 0, first_row
     failure: Exception | None = None
@@ -153,10 +153,10 @@ def _cut(batch: "pyarrow.RecordBatch", batch_bytes: int) -> Iterator["pyarrow.Re
 
 
 def rows_of(payload: bytes) -> dict[str, list[Any]]:
-    """The values of a payload: column -> Python values, None where a row has none.
+    """Unpacks a payload: column -> Python values, None for null.
 
-    Text that is not UTF-8 stays `bytes`, so that the reader can say so of its row; binary columns with UTF-8 in them,
-    as some writers leave text, become `str`.
+    Text that is not UTF-8 stays `bytes`, so that the reader can report the row; binary columns that contain UTF-8, as
+    some writers store text, become `str`.
     """
     import pyarrow
 
@@ -198,16 +198,16 @@ def _decoded(value: bytes) -> str | bytes:
 
 @contextmanager
 def _open(path: str) -> Iterator[Any]:
-    """The file as `pyarrow.parquet.ParquetFile`, reading column by column through small buffers."""
+    """Opens a file as `pyarrow.parquet.ParquetFile` that reads column by column through small buffers."""
     import pyarrow.parquet
 
     try:
         raw = open(path, "rb")  # noqa: SIM115 - closed below, apart from the errors of opening
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path and its permissions") from error
+        raise UserError(f"{path}: cannot open file: {error.strerror}; check the path and its permissions") from error
     with raw:
-        with _damage(path):
-            # Otherwise all of a row group's columns are fetched before the first row comes out.
+        with _as_read_error(path):
+            # With pre-buffering, all columns of a row group are fetched before the first row.
             file = pyarrow.parquet.ParquetFile(
                 raw, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES, page_checksum_verification=True
             )
@@ -216,15 +216,17 @@ def _open(path: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _damage(where: str) -> Iterator[None]:
-    """Turns pyarrow's errors about a file into ours."""
+def _as_read_error(where: str) -> Iterator[None]:
+    """Converts pyarrow's errors about a file to `ReadError`."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
-        raise ReadError(where, f"damaged or cut-off parquet data ({told[:200]}); fetch the file again") from error
+        reason = " ".join(str(error).split())
+        raise ReadError(
+            where, f"corrupt or truncated parquet data ({reason[:200]}); download the file again"
+        ) from error
 
 
 def _rows_between(
@@ -240,10 +242,12 @@ def _rows_between(
         at = begin
         steps = file.iter_batches(_step_rows(group), row_groups=[index], columns=list(columns), use_threads=False)
         while at < min(row, stop_row):
-            with _damage(f"{path}:{at + 1}"):
+            with _as_read_error(f"{path}:{at + 1}"):
                 batch = next(steps, None)
             if batch is None:
-                raise ReadError(f"{path}:{at + 1}", "damaged parquet data (fewer rows than promised); fetch it again")
+                raise ReadError(
+                    f"{path}:{at + 1}", "corrupt parquet data (fewer rows than the footer says); download it again"
+                )
             low, high = max(first_row - at, 0), min(stop_row - at, batch.num_rows)
             at += batch.num_rows
             if low < high:
@@ -256,14 +260,14 @@ def _groups(file: Any) -> list[Any]:
 
 
 def _step_rows(group: Any) -> int:
-    """Rows to decode at a time, by the average row with all its columns, wanted or not."""
+    """Number of rows to decode at a time, from the average row size over all columns, requested or not."""
     row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
     fewest = max(1, min(_MIN_STEP_ROWS, _MAX_STEP_BYTES // row_bytes))
     return max(fewest, min(_MAX_STEP_ROWS, _STEP_BYTES // row_bytes))
 
 
 def _find_field(schema: "pyarrow.Schema", column: str) -> Any:
-    """The field of a column by its own name, or of a field inside structs by its dotted name; None if missing."""
+    """Finds a column by its name, or a field inside structs by its dotted name; None if missing."""
     import pyarrow
 
     if column in schema.names:

@@ -1,4 +1,4 @@
-"""Reads files piece by piece, plain or compressed, and tells damage from a proper end."""
+"""Reads plain and compressed files in chunks, and distinguishes corrupt or truncated data from a regular end."""
 
 import bz2
 import zlib
@@ -10,39 +10,39 @@ from megatron_prealign.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 MAX_ZSTD_WINDOW = 128 << 20
-"""The largest window that the zstd command itself takes without being told."""
-# Compressed bytes at a time. Of these, what decompresses in front of a damaged place is lost with it.
+"""Largest window that the zstd command accepts by default."""
+# Compressed bytes read at a time. If they contain corrupt data, the valid data before it is lost, too.
 _READ_BYTES = 1 << 14
-_CUT_OFF = "the {} data ends too early (a cut-off download or copy?); fetch the file again"
-_DAMAGED = "damaged {} data ({}); fetch the file again"
+_TRUNCATED = "truncated {} data (incomplete download or copy?); download the file again"
+_CORRUPT = "corrupt {} data ({}); download the file again"
 
 _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
 _RLE_BLOCK = 1
 
 
 def read_chunks(path: str, compression: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[bytes, int]]:
-    """Decompresses a file in pieces, in memory that neither the file's size nor its compression ratio changes.
+    """Decompresses a file in chunks. Memory use is independent of the file size and the compression ratio.
 
-    Files of several gzip members, zstd frames or bz2 streams are read to their end. Zeros behind gzip and bz2 data,
-    which some tools pad with, are passed over.
+    Files with several gzip members, zstd frames or bz2 streams are read completely. Zero padding after gzip and bz2
+    data, which some tools write, is skipped.
 
     Args:
         path: the file.
         compression: `""`, `"gz"`, `"zst"` or `"bz2"`.
-        chunk_bytes: most bytes of a piece.
+        chunk_bytes: maximum chunk size.
 
     Yields:
-        A piece, never empty, and how many bytes of the file on disk have been read by then. Nothing for an empty file.
+        A non-empty chunk and the number of bytes read from disk so far. Nothing for an empty file.
 
     Raises:
-        ReadError: damaged data, or a file that ends too early. Everything readable in front of it comes first; of
-            damaged gzip and bz2 data, up to 16 KiB of the file before the damage may be lost.
-        UserError: the file cannot be opened, or the package for zstd is missing.
+        ReadError: the data is corrupt or truncated. All readable data before that is yielded first; for corrupt gzip
+            and bz2 data, up to 16 KiB of the file before the error may be lost.
+        UserError: the file cannot be opened, or zstandard is not installed.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, apart from the errors of reading
+        file = open(path, "rb")  # noqa: SIM115 - closed below; read errors are handled separately
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path and its permissions") from error
+        raise UserError(f"{path}: cannot open file: {error.strerror}; check the path and its permissions") from error
     with file:
         if compression == "":
             pieces = _read_plain(file, chunk_bytes)
@@ -50,21 +50,21 @@ def read_chunks(path: str, compression: str, chunk_bytes: int = CHUNK_BYTES) -> 
             pieces = _read_zstd(file)
         else:
             pieces = _read_members(file, compression, chunk_bytes)
-        yield from _gather(path, file, pieces, chunk_bytes)
+        yield from _rechunk(path, file, pieces, chunk_bytes)
 
 
-def _gather(path: str, file: BinaryIO, pieces: Iterator[bytes], chunk_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Joins small pieces and cuts large ones; gives what is at hand before an error goes on."""
+def _rechunk(path: str, file: BinaryIO, pieces: Iterator[bytes], chunk_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Merges small pieces and splits large ones; yields pending data before raising an error."""
     waiting: list[bytes] = []
     size = 0
-    damage: ReadError | None = None
+    failure: ReadError | None = None
     while True:
         try:
             piece = next(pieces, None)
-        except _Damaged as error:
-            damage, piece = ReadError(path, str(error)), None
+        except _CorruptDataError as error:
+            failure, piece = ReadError(path, str(error)), None
         except OSError as error:
-            damage, piece = ReadError(path, f"cannot be read ({error.strerror or error}); check the disk"), None
+            failure, piece = ReadError(path, f"cannot read file: {error.strerror or error}; check the disk"), None
         if waiting and (piece is None or size + len(piece) > chunk_bytes):
             yield b"".join(waiting), file.tell()
             waiting, size = [], 0
@@ -76,12 +76,12 @@ def _gather(path: str, file: BinaryIO, pieces: Iterator[bytes], chunk_bytes: int
         if piece:
             waiting.append(piece)
             size += len(piece)
-    if damage is not None:
-        raise damage
+    if failure is not None:
+        raise failure
 
 
-class _Damaged(Exception):
-    """What is wrong with compressed data; the path is added where it is known."""
+class _CorruptDataError(Exception):
+    """Compressed data is corrupt; the caller adds the path."""
 
 
 def _read_plain(file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
@@ -90,7 +90,7 @@ def _read_plain(file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
 
 
 def _read_members(file: BinaryIO, compression: str, chunk_bytes: int) -> Iterator[bytes]:
-    """gzip and bz2: streams one behind the other, each with its own end and checksum."""
+    """Reads gzip and bz2: concatenated streams, each with its own end and checksum."""
     data = file.read(_READ_BYTES)
     while data:
         member = _GzipMember() if compression == "gz" else _Bz2Member()
@@ -98,18 +98,18 @@ def _read_members(file: BinaryIO, compression: str, chunk_bytes: int) -> Iterato
             try:
                 piece = member.decompress(data, chunk_bytes)
             except (zlib.error, OSError, ValueError) as error:
-                raise _Damaged(_DAMAGED.format(member.name, error)) from error
+                raise _CorruptDataError(_CORRUPT.format(member.name, error)) from error
             if piece:
                 yield piece
             data = member.rest
             if not data and not member.ended and member.hungry:
                 data = file.read(_READ_BYTES)
                 if not data:
-                    raise _Damaged(_CUT_OFF.format(member.name))
-        data = _behind_padding(file, data)
+                    raise _CorruptDataError(_TRUNCATED.format(member.name))
+        data = _skip_padding(file, data)
 
 
-def _behind_padding(file: BinaryIO, data: bytes) -> bytes:
+def _skip_padding(file: BinaryIO, data: bytes) -> bytes:
     data = data.lstrip(b"\0")
     while not data:
         piece = file.read(_READ_BYTES)
@@ -128,7 +128,7 @@ class _GzipMember:
 
     def decompress(self, data: bytes, limit: int) -> bytes:
         piece = self._decompressor.decompress(data, limit)
-        # A piece of full size may not be all that the data holds, even if it was taken in completely.
+        # After a piece of full size, output may be pending even if all input was consumed.
         self.hungry = len(piece) < limit
         return piece
 
@@ -160,62 +160,64 @@ class _Bz2Member:
 
     @property
     def rest(self) -> bytes:
-        # What it has not used yet it keeps itself, until the end of the stream.
+        # The decompressor buffers unused input until the end of the stream.
         return self._decompressor.unused_data if self._decompressor.eof else b""
 
 
 def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
-    """zstd frames, block by block: a block holds at most 128 KiB, however much smaller it is on disk."""
+    """Reads zstd frames block by block: a block decompresses to at most 128 KiB."""
     try:
         import zstandard
     except ImportError as error:
         raise UserError(
-            f"{file.name}: the package zstandard is needed to read .zst files; install it with pip install zstandard"
+            f"{file.name}: reading .zst files requires zstandard; install it with pip install zstandard"
         ) from error
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     while start := file.read(4):
         if start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5:
-            # A frame without data; parallel and seekable files keep notes in such.
-            size = int.from_bytes(_exactly(file, 4), "little")
+            # A skippable frame; parallel and seekable files store metadata in them.
+            size = int.from_bytes(_read_exactly(file, 4), "little")
             while size:
-                size -= len(_exactly(file, min(size, _READ_BYTES)))
+                size -= len(_read_exactly(file, min(size, _READ_BYTES)))
         elif start == _ZSTD_FRAME:
             try:
                 yield from _read_frame(file, decompressor, zstandard.get_frame_parameters)
             except zstandard.ZstdError as error:
-                raise _Damaged(_DAMAGED.format("zstd", error)) from error
+                raise _CorruptDataError(_CORRUPT.format("zstd", error)) from error
         elif len(start) < 4:
-            raise _Damaged(_CUT_OFF.format("zstd"))
+            raise _CorruptDataError(_TRUNCATED.format("zstd"))
         else:
-            raise _Damaged(_DAMAGED.format("zstd", f"bytes {start.hex(' ')} where a frame should start"))
+            raise _CorruptDataError(
+                _CORRUPT.format("zstd", f"got bytes {start.hex(' ')}, expected the start of a frame")
+            )
 
 
 def _read_frame(file: BinaryIO, decompressor: Any, parameters_of: Callable[[bytes], Any]) -> Iterator[bytes]:
-    """The blocks of a frame whose first four bytes have been read."""
-    header = _ZSTD_FRAME + _exactly(file, 1)
+    """Reads the blocks of a frame whose first four bytes have been read."""
+    header = _ZSTD_FRAME + _read_exactly(file, 1)
     flags = header[4]
     one_segment = bool(flags & 0x20)
-    header += _exactly(file, (not one_segment) + (0, 1, 2, 4)[flags & 3] + (int(one_segment), 2, 4, 8)[flags >> 6])
+    header += _read_exactly(file, (not one_segment) + (0, 1, 2, 4)[flags & 3] + (int(one_segment), 2, 4, 8)[flags >> 6])
     window = parameters_of(header).window_size
     if window > MAX_ZSTD_WINDOW:
-        raise _Damaged(
-            f"the zstd data needs a window of {window >> 20:,} MiB of memory, at most {MAX_ZSTD_WINDOW >> 20} are "
-            "given; compress it again without --long or --ultra"
+        raise _CorruptDataError(
+            f"zstd window is {window >> 20:,} MiB, at most {MAX_ZSTD_WINDOW >> 20} MiB are supported; recompress "
+            "without --long or --ultra"
         )
     frame = decompressor.decompressobj()
     frame.decompress(header)
     last = False
     while not last:
-        block = _exactly(file, 3)
+        block = _read_exactly(file, 3)
         value = int.from_bytes(block, "little")
         last, kind, size = bool(value & 1), value >> 1 & 3, value >> 3
-        yield frame.decompress(block + _exactly(file, 1 if kind == _RLE_BLOCK else size))
+        yield frame.decompress(block + _read_exactly(file, 1 if kind == _RLE_BLOCK else size))
     if flags & 4:
-        yield frame.decompress(_exactly(file, 4))
+        yield frame.decompress(_read_exactly(file, 4))
 
 
-def _exactly(file: BinaryIO, size: int) -> bytes:
+def _read_exactly(file: BinaryIO, size: int) -> bytes:
     data = file.read(size)
     if len(data) < size:
-        raise _Damaged(_CUT_OFF.format("zstd"))
+        raise _CorruptDataError(_TRUNCATED.format("zstd"))
     return data

@@ -1,6 +1,6 @@
-"""Token files and the samples of a run: `.bin/.idx`, the sidecar, word bitmaps, the blend, the sample index.
+"""Token files and training samples: `.bin/.idx`, the sidecar, word bitmaps, the blend and the sample index.
 
-Each source is read in epochs, each epoch a shuffle of its own: sample k of a source is the same whatever the blend and
-the length of the run. A blend that changes on resume starts at the position that was reached, and every source
-continues where it stopped.
+Every source is read in epochs, each shuffled separately: sample k of a source does not depend on the blend or the
+length of the run. A blend that changes on resume starts at the current position, and every source continues where it
+stopped.
 """

@@ -1,8 +1,8 @@
-"""Which samples of which source a run has had: what lets a run go on with other weights or sources, and no sample come
-again before its source is through.
+"""Tracks the samples consumed from each source, so that a run can resume with other weights or sources.
 
-A blend begins at a position of the run. From there on its weights decide which source gives the next sample, and each
-source gives them in its own order, going on where it stood. A run that never changes has one blend, from position 0.
+No sample repeats within an epoch of its source. A blend starts at a position of the run. From there its weights
+determine which source provides the next sample, and each source continues in its own order. A run that never changes
+its sources or weights has one blend, starting at position 0.
 """
 
 import logging
@@ -24,89 +24,91 @@ _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """One source of a blend: what tells it from others, and how far it was read."""
+    """A source of a blend: its identity and its position."""
 
     key: int
-    """Number of the source in its run, which decides its order; never given to another one."""
+    """Number of the source in the run; determines its sample order and is never reused."""
     path: str
-    """Prefix of its files when it was last opened; they may move."""
+    """Prefix of its files when last opened; they may move."""
     language: str
     """Language code."""
     weight: float
-    """Its weight in the recipe."""
+    """Weight in the recipe."""
     documents: int
-    """Documents of the whole dataset."""
+    """Number of documents of the complete dataset."""
     tokens: int
-    """Tokens of the whole dataset."""
+    """Number of tokens of the complete dataset."""
     training_documents: int
-    """Documents that validation leaves to training."""
+    """Number of documents not held out for validation."""
     training_tokens: int
-    """Their tokens."""
+    """Number of tokens of the training documents."""
     digest: str
-    """Hash of the lengths of their sequences."""
+    """Hash of the sequence lengths of the training documents."""
     checksum: str
-    """Of the tokens' file, as the sidecar has it; empty if it has none."""
+    """Checksum of the .bin file from the sidecar; empty if it has none."""
     samples_per_epoch: int
-    """Samples before the first comes again."""
+    """Number of samples in an epoch."""
     consumed_at_start: int
-    """Samples it had given when the blend began."""
+    """Number of samples consumed before the blend started."""
 
     def same_content(self, other: "SourceInfo") -> bool:
-        """Whether both are one dataset, wherever it lies."""
-        alike = (self.language, self.documents, self.tokens) == (other.language, other.documents, other.tokens)
+        """Whether both are the same dataset, regardless of its path."""
+        same_size = (self.language, self.documents, self.tokens) == (other.language, other.documents, other.tokens)
         if self.checksum and other.checksum:
-            return alike and self.checksum == other.checksum
-        return alike and (self.digest == other.digest or self.path == other.path)
+            return same_size and self.checksum == other.checksum
+        return same_size and (self.digest == other.digest or self.path == other.path)
 
 
 @dataclass(frozen=True)
 class Blend:
-    """The sources of a run from one position on."""
+    """The sources of a run from a start position on."""
 
     start: int
-    """First position of the run that it decides."""
+    """First position of the run that uses this blend."""
     sources: tuple[SourceInfo, ...]
-    """In the recipe's order."""
+    """Sources in the recipe's order."""
     dropped: tuple[SourceInfo, ...] = ()
-    """Sources of earlier blends, which may come back: they go on where they stood."""
+    """Sources of earlier blends; if added again, they continue where they stopped."""
 
     def to_dict(self, consumed: Sequence[int]) -> dict[str, Any]:
-        """Plain values for `state.json`.
+        """Returns plain values for `state.json`.
 
         Args:
-            consumed: Samples that each of `sources` has given so far.
+            consumed: Number of samples consumed so far from each of `sources`.
         """
         return {
             "start": self.start,
             "consumed_at_start": {str(source.key): source.consumed_at_start for source in self.sources},
             "consumed": {str(source.key): int(count) for source, count in zip(self.sources, consumed, strict=True)},
-            "sources": [_facts(source) for source in self.sources],
-            "dropped": [{**_facts(source), "consumed_at_start": source.consumed_at_start} for source in self.dropped],
+            "sources": [_source_dict(source) for source in self.sources],
+            "dropped": [
+                {**_source_dict(source), "consumed_at_start": source.consumed_at_start} for source in self.dropped
+            ],
         }
 
 
 @dataclass(frozen=True)
 class SavedBlend:
-    """The blend of a checkpoint, and how far its run was."""
+    """The blend of a checkpoint and its position in the run."""
 
     checkpoint: Path
-    """For messages."""
+    """Directory of the checkpoint, for messages."""
     blend: Blend
     position: int
-    """Rows of the run consumed so far."""
+    """Number of samples of the run consumed so far."""
     consumed: tuple[int, ...]
-    """Of them from each source of the blend, those of earlier blends included."""
+    """Number of samples consumed from each source of the blend, including those in earlier blends."""
 
     @classmethod
     def from_state(cls, checkpoint: Path, summary: Mapping[str, Any]) -> "SavedBlend":
-        """What a checkpoint of a run says.
+        """Reads the blend from the state of a checkpoint.
 
         Args:
-            checkpoint: Its directory.
-            summary: Its `state.json`.
+            checkpoint: Directory of the checkpoint.
+            summary: Content of its `state.json`.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: The state is corrupt.
         """
         values = summary.get("blend")
         if not isinstance(values, dict):
@@ -114,27 +116,28 @@ class SavedBlend:
         try:
             start, at_start, consumed = values["start"], values["consumed_at_start"], values["consumed"]
             sources = tuple(
-                _source({**facts, "consumed_at_start": at_start[str(facts["key"])]}) for facts in values["sources"]
+                _parse_source({**source, "consumed_at_start": at_start[str(source["key"])]})
+                for source in values["sources"]
             )
-            dropped = tuple(_source(facts) for facts in values["dropped"])
+            dropped = tuple(_parse_source(source) for source in values["dropped"])
             counts = tuple(consumed[str(source.key)] for source in sources)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"blend is damaged ({type(error).__name__}: {error})") from error
+            raise ValueError(f"blend is corrupt ({type(error).__name__}: {error})") from error
         position = summary["train_state"]["consumed_samples"]
         _check_counts(start, position, sources, dropped, counts)
         return cls(checkpoint, Blend(start, sources, dropped), position, counts)
 
 
-def first_blend(
+def initial_blend(
     opened: Sequence[OpenSource], weights: Sequence[float], seq_length: int, digests: Sequence[str]
 ) -> Blend:
-    """The blend of a run that begins.
+    """Returns the blend of a new run.
 
     Args:
         opened: The sources in the recipe's order.
         weights: Their weights.
-        seq_length: Tokens of a sample.
-        digests: Hash of each source's sequence lengths.
+        seq_length: Number of tokens of a sample.
+        digests: Hash of the sequence lengths of each source.
     """
     return Blend(
         0,
@@ -146,7 +149,7 @@ def first_blend(
 
 
 def source_info(source: OpenSource, weight: float, seq_length: int, digest: str, *, key: int) -> SourceInfo:
-    """What a blend keeps of an opened source, of which nothing has been read."""
+    """Returns the info of an opened source with no consumed samples."""
     tokens = source.tokens
     return SourceInfo(
         key=key,
@@ -164,18 +167,18 @@ def source_info(source: OpenSource, weight: float, seq_length: int, digest: str,
     )
 
 
-def continue_blend(saved: SavedBlend, fresh: Blend) -> Blend:
-    """The blend of a run that goes on: the saved one, or one that begins here and leaves nothing out.
+def resume_blend(saved: SavedBlend, fresh: Blend) -> Blend:
+    """Returns the blend of a resumed run: the saved one or, if sources or weights changed, one that starts here.
 
     Args:
-        saved: What the checkpoint says.
-        fresh: `first_blend` of the recipe's sources.
+        saved: Blend of the checkpoint.
+        fresh: `initial_blend` of the recipe's sources.
 
     Raises:
-        UserError: a source is not what it was.
+        UserError: The content of a source has changed.
     """
     before, checkpoint = saved.blend, saved.checkpoint
-    # The sources as they stand now, those of earlier blends behind those of the last one.
+    # Sources with their current counts: those of the last blend, then those of earlier ones.
     known = [
         *(
             replace(source, consumed_at_start=count)
@@ -183,90 +186,90 @@ def continue_blend(saved: SavedBlend, fresh: Blend) -> Blend:
         ),
         *before.dropped,
     ]
-    partners = _match(known, fresh.sources)
-    _refuse_changed(known, fresh.sources, partners, checkpoint)
-    _warn_of_moves(known, fresh.sources, partners, checkpoint)
-    unchanged = list(partners) == list(range(len(before.sources))) and all(
+    matches = _match(known, fresh.sources)
+    _check_unchanged(known, fresh.sources, matches, checkpoint)
+    _warn_moved(known, fresh.sources, matches, checkpoint)
+    unchanged = list(matches) == list(range(len(before.sources))) and all(
         source.weight == now.weight for source, now in zip(before.sources, fresh.sources, strict=True)
     )
     if unchanged:
-        moved = zip(before.sources, fresh.sources, strict=True)
-        return replace(before, sources=tuple(replace(source, path=now.path) for source, now in moved))
+        pairs = zip(before.sources, fresh.sources, strict=True)
+        return replace(before, sources=tuple(replace(source, path=now.path) for source, now in pairs))
     next_key = max((source.key for source in known), default=-1) + 1
     sources: list[SourceInfo] = []
-    for now, partner in zip(fresh.sources, partners, strict=True):
-        if partner is None:
+    for now, match in zip(fresh.sources, matches, strict=True):
+        if match is None:
             sources.append(replace(now, key=next_key))
             next_key += 1
         else:
-            sources.append(replace(known[partner], path=now.path, weight=now.weight))
-    dropped = [source for number, source in enumerate(known) if number not in partners]
+            sources.append(replace(known[match], path=now.path, weight=now.weight))
+    dropped = [source for number, source in enumerate(known) if number not in matches]
     blend = Blend(saved.position, tuple(sources), tuple(dropped))
-    _tell(before, blend, checkpoint)
+    _log_changes(before, blend, checkpoint)
     return blend
 
 
 def _match(known: Sequence[SourceInfo], fresh: Sequence[SourceInfo]) -> list[int | None]:
-    """For each source of the recipe the known one that it is."""
-    partners: list[int | None] = [None] * len(fresh)
-    free = set(range(len(known)))
+    """Index of the known source with the content of each source of the recipe, or None. Equal paths match first."""
+    matches: list[int | None] = [None] * len(fresh)
+    unmatched = set(range(len(known)))
     for same_path in (True, False):
         for number, now in enumerate(fresh):
-            if partners[number] is not None:
+            if matches[number] is not None:
                 continue
-            for candidate in sorted(free):
+            for candidate in sorted(unmatched):
                 if known[candidate].same_content(now) and (not same_path or known[candidate].path == now.path):
-                    partners[number] = candidate
-                    free.remove(candidate)
+                    matches[number] = candidate
+                    unmatched.remove(candidate)
                     break
-    return partners
+    return matches
 
 
-def _refuse_changed(
-    known: Sequence[SourceInfo], fresh: Sequence[SourceInfo], partners: Sequence[int | None], checkpoint: Path
+def _check_unchanged(
+    known: Sequence[SourceInfo], fresh: Sequence[SourceInfo], matches: Sequence[int | None], checkpoint: Path
 ) -> None:
-    """A source that is not what it was would repeat some samples and skip others."""
-    by_path = {source.path: source for number, source in enumerate(known) if number not in partners}
-    for now, partner in zip(fresh, partners, strict=True):
-        before = by_path.get(now.path) if partner is None else known[partner]
-        if before is None or (partner is not None and before.digest == now.digest):
+    """Rejects sources whose content has changed: they would repeat some samples and skip others."""
+    by_path = {source.path: source for number, source in enumerate(known) if number not in matches}
+    for now, match in zip(fresh, matches, strict=True):
+        before = by_path.get(now.path) if match is None else known[match]
+        if before is None or (match is not None and before.digest == now.digest):
             continue
         held_out = (before.training_documents, before.training_tokens) != (now.training_documents, now.training_tokens)
-        if partner is not None and held_out:
-            was = f"{before.training_documents:,} documents and {before.training_tokens:,} tokens"
-            got = f"leaves to training {now.training_documents:,} and {now.training_tokens:,}"
-            advice = "set data.validation_fraction and data.validation as they were"
+        if match is not None and held_out:
+            got = f"{now.training_documents:,} training documents and {now.training_tokens:,} tokens"
+            expected = f"{before.training_documents:,} and {before.training_tokens:,}"
+            advice = "restore the previous data.validation_fraction and data.validation"
         else:
-            was = f"{before.documents:,} documents and {before.tokens:,} tokens in {before.language}"
-            got = f"holds {now.documents:,} and {now.tokens:,} in {now.language}"
+            got = f"{now.documents:,} documents and {now.tokens:,} tokens in {now.language}"
+            expected = f"{before.documents:,} and {before.tokens:,} in {before.language}"
             if (before.documents, before.tokens, before.language) == (now.documents, now.tokens, now.language):
-                got += " of other text"
-            advice = "restore the dataset, or put the new one at another path, where it counts as a source of its own"
+                expected += " with other content"
+            advice = "restore the dataset, or move the new one to another path, where it counts as a new source"
         raise UserError(
-            f"{checkpoint} cannot go on with {now.path}, of which {before.consumed_at_start:,} samples were read: it "
-            f"{got}, expected {was}, and samples would be repeated or skipped; {advice}, or {_NEW_RUN}"
+            f"cannot resume from {checkpoint}: {now.path} changed after {before.consumed_at_start:,} of its samples "
+            f"were read (got {got}, expected {expected}): samples would be repeated or skipped; {advice}, or {_NEW_RUN}"
         )
 
 
-def _warn_of_moves(
-    known: Sequence[SourceInfo], fresh: Sequence[SourceInfo], partners: Sequence[int | None], checkpoint: Path
+def _warn_moved(
+    known: Sequence[SourceInfo], fresh: Sequence[SourceInfo], matches: Sequence[int | None], checkpoint: Path
 ) -> None:
     moved = [
-        f"{known[partner].path} to {now.path}"
-        for now, partner in zip(fresh, partners, strict=True)
-        if partner is not None and known[partner].path != now.path
+        f"{known[match].path} to {now.path}"
+        for now, match in zip(fresh, matches, strict=True)
+        if match is not None and known[match].path != now.path
     ]
     if moved:
         warn_once(
             logger,
-            "data.sources moved since %s was saved, known again by what they hold: %s",
+            "data.sources moved since %s was saved, identified by their content: %s",
             checkpoint,
             ", ".join(moved),
         )
 
 
-def _tell(before: Blend, now: Blend, checkpoint: Path) -> None:
-    """One line of what each source has given; one more for each that is dropped."""
+def _log_changes(before: Blend, now: Blend, checkpoint: Path) -> None:
+    """Logs the weight and consumed samples of each source, and one more line for each dropped source."""
     earlier = {source.key: source for source in before.sources}
     parts = []
     for source in now.sources:
@@ -276,30 +279,30 @@ def _tell(before: Blend, now: Blend, checkpoint: Path) -> None:
         parts.append(f"{source.path} ({change}, {source.consumed_at_start:,} samples consumed{new})")
     warn_once(
         logger,
-        "the blend changed since %s was saved, from sample %s on each source goes on where it stood: %s",
+        "the blend changed since %s was saved; from sample %s on, each source continues where it stopped: %s",
         checkpoint,
         f"{now.start:,}",
         ", ".join(parts),
     )
     for source in now.dropped:
         if source.key in earlier:
-            rest = -source.consumed_at_start % source.samples_per_epoch
+            remaining = -source.consumed_at_start % source.samples_per_epoch
             warn_once(
                 logger,
-                "%s is no longer in data.sources: %s of its %s samples were not read in the epoch that it was in",
+                "%s is no longer in data.sources: %s of its %s samples in the current epoch were not consumed",
                 source.path,
-                f"{rest:,}",
+                f"{remaining:,}",
                 f"{source.samples_per_epoch:,}",
             )
 
 
-def _facts(source: SourceInfo) -> dict[str, Any]:
+def _source_dict(source: SourceInfo) -> dict[str, Any]:
     values = asdict(source)
     del values["consumed_at_start"]
     return values
 
 
-def _source(values: Mapping[str, Any]) -> SourceInfo:
+def _parse_source(values: Mapping[str, Any]) -> SourceInfo:
     source = SourceInfo(**values)
     for item in fields(SourceInfo):
         value = getattr(source, item.name)
@@ -316,19 +319,19 @@ def _source(values: Mapping[str, Any]) -> SourceInfo:
 def _check_counts(
     start: Any, position: Any, sources: Sequence[SourceInfo], dropped: Sequence[SourceInfo], consumed: Sequence[Any]
 ) -> None:
-    """The counts of a checkpoint must add up: each row came from one source."""
+    """Checks that the counts of a checkpoint add up: every sample came from exactly one source."""
     if not all(type(count) is int and count >= 0 for count in (start, position, *consumed)):
-        raise ValueError(f"blend holds counts that are no numbers from 0: start {start!r}, consumed {list(consumed)!r}")
+        raise ValueError(f"blend counts must be integers >= 0, got start {start!r}, consumed {list(consumed)!r}")
     before = sum(source.consumed_at_start for source in dropped)
     at_start = sum(source.consumed_at_start for source in sources) + before
     now = sum(consumed) + before
     if (at_start, now) != (start, position) or start > position:
         raise ValueError(
-            f"blend does not add up: its sources gave {at_start} of the {start} samples before it and {now} of "
-            f"{position} so far"
+            f"blend counts do not add up: its sources provided {at_start} of the {start} samples before its start and "
+            f"{now} of {position} so far"
         )
     keys = [source.key for source in (*sources, *dropped)]
     if len(set(keys)) != len(keys) or any(
         count < source.consumed_at_start for source, count in zip(sources, consumed, strict=True)
     ):
-        raise ValueError("blend names a source twice, or one that gave fewer samples than before it began")
+        raise ValueError("blend lists a source twice, or one with fewer samples consumed than at its start")

@@ -1,4 +1,4 @@
-"""A preprocessed dataset as the tools see it: its index and its sidecar, opened without torch and checked together."""
+"""Opens the index and sidecar of a preprocessed dataset without torch and checks that they match."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from megatron_prealign.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One dataset on disk."""
+    """A dataset on disk."""
 
     prefix: str
-    """Path without ending."""
+    """Path without extension."""
     index: Index
     sidecar: Sidecar | None
-    """None for token files without one, as Megatron's own tools make them."""
+    """None for token files without a sidecar, such as those of Megatron-LM's own tools."""
 
     @property
     def bin(self) -> Path:
@@ -31,62 +31,62 @@ class Dataset:
 
 
 def open_dataset(prefix: str, *, sidecar: bool = True) -> Dataset:
-    """Opens a dataset, an empty one too; all that can be told without reading tokens is checked.
+    """Opens a dataset, which may be empty, and checks everything that does not require reading tokens.
 
     Args:
-        prefix: path without ending.
-        sidecar: whether to read `PREFIX.json`.
+        prefix: Path without extension.
+        sidecar: Whether to read `PREFIX.json`.
 
     Raises:
-        UserError: a file is missing or damaged, or the files are not of one dataset.
+        UserError: A file is missing or corrupt, or the files do not belong to the same dataset.
     """
     index = load_index(idx_path(prefix), prefix)
     check_token_bytes(bin_path(prefix), index)
     if not sidecar:
         return Dataset(prefix, index, None)
-    facts = load_sidecar(prefix)
-    for problem in contradictions(prefix, index, facts):
+    loaded = load_sidecar(prefix)
+    for problem in sidecar_mismatches(prefix, index, loaded):
         raise UserError(problem)
-    if facts.segmenter is not None:
-        check_words(prefix, index.tokens, facts.segmenter)
-    return Dataset(prefix, index, facts)
+    if loaded.segmenter is not None:
+        check_words(prefix, index.tokens, loaded.segmenter)
+    return Dataset(prefix, index, loaded)
 
 
-def contradictions(prefix: str, index: Index, sidecar: Sidecar) -> list[str]:
-    """What the sidecar says otherwise than the index, one line each."""
-    found = []
+def sidecar_mismatches(prefix: str, index: Index, sidecar: Sidecar) -> list[str]:
+    """Differences between sidecar and index, one line each."""
+    problems = []
     if (index.documents, index.tokens) != (sidecar.documents, sidecar.tokens):
-        found.append(
-            f"{index.path}: holds {index.documents:,} documents and {index.tokens:,} tokens, its sidecar says "
-            f"{sidecar.documents:,} and {sidecar.tokens:,}; the files are not of one dataset, preprocess again or mend "
-            "it with megatron-prealign dataset repair"
+        problems.append(
+            f"{index.path}: contains {index.documents:,} documents and {index.tokens:,} tokens, but its sidecar lists "
+            f"{sidecar.documents:,} and {sidecar.tokens:,}; the files do not belong together: preprocess again or run "
+            "megatron-prealign dataset repair"
         )
     vocab_size = sidecar.tokenizer.vocab_size
-    narrow = too_narrow(prefix, index.dtype, vocab_size)
-    if narrow is not None:
-        found.append(narrow)
+    problem = dtype_problem(prefix, index.dtype, vocab_size)
+    if problem is not None:
+        problems.append(problem)
     if not 0 <= sidecar.eod_id < vocab_size:
-        found.append(
+        problems.append(
             f"{sidecar_path(prefix)}: eod_id is {sidecar.eod_id}, expected an id from 0 to {vocab_size - 1}; "
             "preprocess again"
         )
-    return found
+    return problems
 
 
-def too_narrow(prefix: str, dtype: numpy.dtype, vocab_size: int) -> str | None:
-    """What is wrong with the type in which tokens of a vocabulary are stored; None if it holds all ids."""
+def dtype_problem(prefix: str, dtype: numpy.dtype, vocab_size: int) -> str | None:
+    """Why `dtype` cannot store all token ids of a vocabulary; None if it can."""
     if dtype.kind not in "iu":
-        return f"{idx_path(prefix)}: its tokens are of type {dtype}, expected whole numbers; preprocess again"
+        return f"{idx_path(prefix)}: token dtype is {dtype}, expected an integer dtype; preprocess again"
     if vocab_size - 1 <= numpy.iinfo(dtype.name).max:
         return None
     return (
         f"{sidecar_path(prefix)}: the tokenizer has {vocab_size:,} ids, but {idx_path(prefix).name} stores them as "
-        f"{dtype}, up to {numpy.iinfo(dtype.name).max:,}: larger ids became others; preprocess again"
+        f"{dtype} (at most {numpy.iinfo(dtype.name).max:,}), which wraps larger ids; preprocess again"
     )
 
 
 def token_positions(index: Index, sequences: numpy.ndarray) -> numpy.ndarray:
-    """The token at which each of these sequences starts, int64; for the number of sequences, the number of tokens."""
+    """First token of each sequence in `sequences`, int64; for the value `index.sequences`, the number of tokens."""
     if index.sequences == 0:
         return numpy.zeros(len(sequences), dtype=numpy.int64)
     starts = index.pointers[numpy.minimum(sequences, index.sequences - 1)]
@@ -94,23 +94,21 @@ def token_positions(index: Index, sequences: numpy.ndarray) -> numpy.ndarray:
 
 
 def check_output_prefix(output: str) -> None:
-    """Refuses what cannot be a prefix to write to.
+    """Checks that `output` is a valid output prefix.
 
     Raises:
-        UserError: it has an ending or is a directory.
+        UserError: It has an extension or is a directory.
     """
     if output.endswith((".bin", ".idx", ".words", ".json")):
         raise UserError(
-            f"output {output}: expected a path without ending; .bin, .idx, .json and, with a segmenter, .words are "
-            "added to it"
+            f"output {output}: expected a path without extension; .bin, .idx, .json and, with a segmenter, .words are "
+            "appended"
         )
     if output.endswith("/") or Path(output).is_dir():
-        raise UserError(
-            f"output {output}: is a directory; expected a path inside it, for example {Path(output) / 'de'}"
-        )
+        raise UserError(f"output {output} is a directory; expected a path inside it, for example {Path(output) / 'de'}")
 
 
 def check_workers(workers: int) -> None:
-    """Raises `UserError` for a number of workers below 1."""
+    """Raises `UserError` if `workers` is below 1."""
     if workers < 1:
-        raise UserError(f"workers is {workers}; expected at least 1")
+        raise UserError(f"workers is {workers}, expected at least 1")

@@ -1,4 +1,4 @@
-"""Named arrays kept in a directory that appears complete or not at all, written once per file system."""
+"""On-disk cache of named arrays: an atomically written directory, built once per file system."""
 
 import json
 import os
@@ -21,58 +21,58 @@ _POLL_SECONDS = 0.2
 
 
 class IncompleteCacheError(Exception):
-    """A cache directory is missing or not what its manifest says; the text is the reason."""
+    """A cache directory is missing or does not match its manifest; the message is the reason."""
 
 
 def build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> bool:
-    """Writes the cache directory `directory` where it is missing or damaged.
+    """Writes the cache directory `directory` if it is missing or corrupt.
 
-    One process per node calls this. Builders of several nodes on one shared disk take turns by a file lock, so the
-    first one builds and the rest find its work; on disks of their own each builds for its node.
+    Call on one process per node. On a shared disk a file lock serialises the builders of several nodes: the first one
+    builds, the others reuse its result. On node-local disks each node builds its own.
 
     Args:
-        directory: The cache directory. Its name must identify the content, because a complete directory is never
+        directory: The cache directory. Its name must identify the content, since a complete directory is never
             rewritten.
         build: Yields (name, non-empty array); called only when needed.
 
     Returns:
-        Whether this call built it.
+        Whether this call built the cache.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: The directory cannot be written.
     """
     try:
         return _build_if_needed(directory, build)
     except OSError as error:
         raise UserError(
-            f"{directory}: cannot write the sample index cache ({error}); set data.cache to a writable directory "
-            "with enough space"
+            f"cannot write sample index cache {directory}: {error}; set data.cache to a writable directory with enough "
+            "space"
         ) from error
 
 
-def wait_for_arrays(directory: Path, patience_seconds: float = 60.0) -> dict[str, np.ndarray]:
-    """The arrays of the cache directory `directory` by name, memory-mapped read-only. Call it after the builder is
-    done.
+def wait_for_arrays(directory: Path, timeout_seconds: float = 60.0) -> dict[str, np.ndarray]:
+    """Memory-maps the arrays of the cache directory `directory` read-only, by name. Call it after the builder is done.
 
     Args:
-        patience_seconds: How long to wait for the directory to show: network file systems may answer from an old
-            directory listing for tens of seconds.
+        directory: The cache directory.
+        timeout_seconds: How long to wait for the directory to appear; network file systems may serve a stale directory
+            listing for tens of seconds.
 
     Raises:
-        UserError: the directory does not show in time.
+        UserError: The directory does not appear in time.
     """
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + timeout_seconds
     while True:
         try:
             return load_arrays(directory)
         except IncompleteCacheError as error:
             if time.monotonic() >= deadline:
                 raise UserError(
-                    f"{directory}: no complete sample index cache after {patience_seconds:g} s ({error}); the builder "
-                    "of this node failed, or data.cache is not on a disk that this process shares with it"
+                    f"{directory}: no complete sample index cache after {timeout_seconds:g} s ({error}); the builder "
+                    "process of this node failed, or data.cache is not on a disk shared with it"
                 ) from error
         time.sleep(_POLL_SECONDS)
-        # Listing the parent makes a network file system look again instead of answering "missing" from memory.
+        # Listing the parent refreshes the stale directory cache of a network file system.
         if directory.parent.is_dir():
             os.listdir(directory.parent)
 
@@ -81,33 +81,33 @@ def load_arrays(directory: Path) -> dict[str, np.ndarray]:
     """Memory-maps a complete cache directory.
 
     Raises:
-        IncompleteCacheError: the directory or a file is missing, or a file differs from the manifest in size or header.
+        IncompleteCacheError: The directory or a file is missing, or a file differs from the manifest in size or header.
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_bytes())
         if manifest["format_version"] != _FORMAT_VERSION:
             raise IncompleteCacheError(f"format version {manifest['format_version']}, expected {_FORMAT_VERSION}")
-        return {name: _load_array(directory / f"{name}.npy", facts) for name, facts in manifest["arrays"].items()}
+        return {name: _load_array(directory / f"{name}.npy", spec) for name, spec in manifest["arrays"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IncompleteCacheError(f"{type(error).__name__}: {error}") from error
 
 
-def _load_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
+def _load_array(path: Path, spec: dict[str, Any]) -> np.ndarray:
     size = path.stat().st_size
-    if size != facts["bytes"]:
-        raise IncompleteCacheError(f"{path.name} has {size} bytes, expected {facts['bytes']}")
+    if size != spec["bytes"]:
+        raise IncompleteCacheError(f"{path.name} has {size} bytes, expected {spec['bytes']}")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype.str != facts["dtype"] or list(array.shape) != facts["shape"]:
+    if array.dtype.str != spec["dtype"] or list(array.shape) != spec["shape"]:
         raise IncompleteCacheError(
-            f"{path.name} is {array.dtype.str} {list(array.shape)}, expected {facts['dtype']} {facts['shape']}"
+            f"{path.name} is {array.dtype.str} {list(array.shape)}, expected {spec['dtype']} {spec['shape']}"
         )
-    # A plain view: indexing single elements through numpy's memmap class is several times slower.
+    # A plain ndarray view: indexing single elements of np.memmap is several times slower.
     return np.asarray(array)
 
 
 def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np.ndarray]]]) -> bool:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Without locks two builders on one shared disk do the same work twice, which is slower and still right.
+    # Without locks, two builders on a shared disk do the same work twice, which is slow but correct.
     with file_lock(directory.parent / f".{directory.name}.lock", wait=True) as unsupported:
         try:
             load_arrays(directory)
@@ -115,7 +115,7 @@ def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np
         except IncompleteCacheError:
             pass
         if unsupported is None:
-            # Nobody else is writing, so these were left by a killed builder.
+            # No other process is writing, so these are leftovers of a killed builder.
             for leftover in directory.parent.glob(f".{directory.name}.tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.tmp-", dir=directory.parent))
@@ -129,38 +129,38 @@ def _build_if_needed(directory: Path, build: Callable[[], Iterable[tuple[str, np
 
 
 def _write_arrays(directory: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    facts: dict[str, dict[str, Any]] = {}
+    specs: dict[str, dict[str, Any]] = {}
     for name, array in arrays:
         if array.size == 0:
-            raise ValueError(f"array {name} of cache directory {directory.name} is empty: it cannot be memory-mapped")
+            raise ValueError(f"array {name} of cache directory {directory.name} is empty and cannot be memory-mapped")
         with open(directory / f"{name}.npy", "wb") as file:
             np.save(file, array, allow_pickle=False)
             _flush_to_disk(file.fileno(), file.flush)
-            facts[name] = {"bytes": file.tell(), "dtype": array.dtype.str, "shape": list(array.shape)}
+            specs[name] = {"bytes": file.tell(), "dtype": array.dtype.str, "shape": list(array.shape)}
     with open(directory / _MANIFEST, "w", encoding="utf-8") as text_file:
-        json.dump({"format_version": _FORMAT_VERSION, "arrays": facts}, text_file, indent=1)
+        json.dump({"format_version": _FORMAT_VERSION, "arrays": specs}, text_file, indent=1)
         _flush_to_disk(text_file.fileno(), text_file.flush)
     sync_directory(directory)
 
 
 def _flush_to_disk(descriptor: int, flush: Callable[[], None]) -> None:
-    # Without it, a machine that loses power after the rename could keep the name and lose the content.
+    # Otherwise a power failure after the rename could keep the name and lose the content.
     flush()
     os.fsync(descriptor)
 
 
 def _publish(temporary: Path, directory: Path) -> None:
-    """Renames `temporary` to `directory`; a damaged directory in its place is removed, a complete one is kept."""
+    """Renames `temporary` to `directory`; an existing corrupt directory is removed, a complete one is kept."""
     if directory.exists():
         try:
-            # Only where locks do not work: another builder was faster, with the same content.
+            # Possible only without locks: another builder finished first, with the same content.
             load_arrays(directory)
             return
         except IncompleteCacheError:
-            # Renamed first, so that the name never shows a directory that is being emptied.
-            damaged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.tmp-", dir=directory.parent))
-            os.rename(directory, damaged / "damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
+            # Renamed first, so that `directory` is never visible while it is being emptied.
+            trash = Path(tempfile.mkdtemp(prefix=f".{directory.name}.tmp-", dir=directory.parent))
+            os.rename(directory, trash / "corrupt")
+            shutil.rmtree(trash, ignore_errors=True)
     try:
         os.rename(temporary, directory)
         sync_directory(directory.parent)
@@ -175,7 +175,7 @@ def _publish(temporary: Path, directory: Path) -> None:
 
 
 def _umask() -> int:
-    # The process-wide value can only be read by setting it.
+    # The umask can only be read by setting it.
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Opens .bin/.idx token files through Megatron-Core, after checks that tell a user what is wrong with them."""
+"""Reads and writes .bin/.idx token files in Megatron-Core's format, with checks that report what is wrong."""
 
 import os
 import struct
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MAGIC = b"MMIDIDX\x00\x00"
 # Magic, version, dtype code, number of sequences, number of document boundaries; little endian, not padded.
 _HEADER = struct.Struct("<9sQBQQ")
-# Megatron-Core's own numbers of the types.
+# Megatron-Core's dtype codes.
 _CODES = {
     "uint8": 1,
     "int8": 2,
@@ -29,91 +29,91 @@ _CODES = {
     "float32": 7,
     "uint16": 8,
 }
-_TYPES = {code: numpy.dtype(name) for name, code in _CODES.items()}
-# Sequences that are written or checked at a time.
+_DTYPES = {code: numpy.dtype(name) for name, code in _CODES.items()}
+# Number of sequences written or checked at a time.
 _INDEX_CHUNK = 1 << 18
-# Megatron-Core's own limit below which it stores ids in 16 bits.
+# Megatron-Core stores ids of vocabularies below this size in 16 bits.
 _UINT16_VOCAB_LIMIT = 65_500
 _AGAIN = "make the dataset again with megatron-prealign preprocess"
-_MEND = "mend it with megatron-prealign dataset repair if its .bin is whole, or make it again with preprocess"
+_REPAIR = "run megatron-prealign dataset repair if its .bin is intact, or make it again with preprocess"
 
 
 def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
-    """The type in which ids of a vocabulary are stored."""
+    """Returns the dtype in which token ids of a vocabulary are stored."""
     return numpy.uint16 if vocab_size < _UINT16_VOCAB_LIMIT else numpy.int32
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """`PREFIX.bin`, the tokens."""
+    """`PREFIX.bin`, the file of tokens."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """`PREFIX.idx`, where each document lies."""
+    """`PREFIX.idx`, the index of sequences and documents."""
     return Path(f"{prefix}.idx")
 
 
 def open_indexed(prefix: str | Path) -> "IndexedDataset":
     """Opens a dataset written by `preprocess` or by Megatron's own tools.
 
-    Its rows are views of a memory map that Megatron-Core closes together with the dataset: reading a row of a dataset
-    that is gone (`open_indexed(prefix)[0].tolist()`) ends the process by a segmentation fault. Keep the dataset.
+    Its items are views of a memory map that Megatron-Core closes with the dataset. Keep a reference to the dataset:
+    reading an item after the dataset is gone (`open_indexed(prefix)[0].tolist()`) is a segmentation fault.
 
     Args:
-        prefix: path without ending.
+        prefix: Path without extension.
 
     Raises:
-        UserError: a file is missing, the header is wrong, or the files are truncated or do not belong together.
+        UserError: A file is missing, the header is invalid, or the files are truncated or do not belong together.
     """
     check_indexed(prefix)
     return import_indexed_dataset().IndexedDataset(str(prefix))
 
 
 def import_indexed_dataset() -> Any:
-    """The module `megatron.core.datasets.indexed_dataset`, without the warnings that its import gives on a CPU.
+    """Imports `megatron.core.datasets.indexed_dataset` without the warnings that the import emits on a CPU.
 
-    It imports torch and takes seconds the first time.
+    The first call imports torch, which takes seconds.
     """
     with warnings.catch_warnings():
-        # Said once per file of the optimizer, which token files have no use for.
+        # Emitted by each optimizer module; irrelevant to token files.
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 
 def check_indexed(prefix: str | Path) -> "Index":
-    """The checks of `open_indexed` alone: all of the index, streamed, and the size of the tokens.
+    """Runs the checks of `open_indexed` without opening the dataset: the complete index, streamed, and the .bin size.
 
     Returns:
-        The index, mapped.
+        The index, memory-mapped.
 
     Raises:
-        UserError: as in `open_indexed`.
+        UserError: As in `open_indexed`.
     """
     index = load_index(idx_path(prefix), str(prefix))
     if index.sequences == 0:
-        raise UserError(f"{index.path}: holds no documents; {_AGAIN}")
+        raise UserError(f"{index.path}: contains no documents; {_AGAIN}")
     if index.tokens == 0:
-        raise UserError(f"{index.path}: its {index.sequences:,} documents hold no tokens; {_AGAIN}")
+        raise UserError(f"{index.path}: contains {index.sequences:,} documents but no tokens; {_AGAIN}")
     check_token_bytes(bin_path(prefix), index)
     return index
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """An .idx file, mapped."""
+    """A memory-mapped .idx file."""
 
     path: Path
     dtype: numpy.dtype
-    """Type of the tokens."""
+    """Token dtype."""
     lengths: numpy.ndarray
-    """Tokens of each sequence, int32 [sequences]."""
+    """Number of tokens of each sequence, int32 [sequences]."""
     pointers: numpy.ndarray
-    """Byte in the .bin at which each sequence starts, int64 [sequences]."""
+    """Byte offset of each sequence in the .bin, int64 [sequences]."""
     boundaries: numpy.ndarray
-    """The sequence at which each document starts and, last, the number of sequences, int64 [documents + 1]."""
-    modes: bool
-    """Whether it is of a multimodal dataset, which has one more byte a sequence."""
+    """First sequence of each document, followed by the number of sequences, int64 [documents + 1]."""
+    multimodal: bool
+    """Whether it belongs to a multimodal dataset, whose index has one more byte per sequence."""
 
     @property
     def sequences(self) -> int:
@@ -129,36 +129,36 @@ class Index:
 
     @property
     def token_bytes(self) -> int:
-        """Size of the .bin that belongs to it."""
+        """Size of the matching .bin in bytes."""
         if self.sequences == 0:
             return 0
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
 
 def load_index(path: Path, prefix: str = "") -> Index:
-    """Maps an .idx file after checking all of it, in pieces: whatever opens is right in itself. It may be empty.
+    """Memory-maps an .idx file after checking all of it in chunks: the returned index is consistent. It may be empty.
 
     Args:
-        path: the file.
-        prefix: what the user gave, for the message about a missing file.
+        path: The file.
+        prefix: Prefix named by the user, for the message about a missing file.
 
     Raises:
-        UserError: the file is missing, truncated or damaged.
+        UserError: The file is missing, truncated or corrupt.
     """
     _check_is_file(path, prefix)
     sequences, boundaries, dtype = _read_header(path)
     expected = index_bytes(sequences, boundaries)
-    found = path.stat().st_size
-    # Multimodal datasets carry one more byte a sequence.
-    if found not in (expected, expected + sequences):
-        raise UserError(f"{path}: {found:,} bytes, expected {expected:,} for {sequences:,} documents; {_MEND}")
+    size = path.stat().st_size
+    # Multimodal datasets have one more byte per sequence.
+    if size not in (expected, expected + sequences):
+        raise UserError(f"{path}: got {size:,} bytes, expected {expected:,} for {sequences:,} documents; {_REPAIR}")
     index = Index(
         path,
         dtype,
         _map(path, "<i4", _HEADER.size, sequences),
         _map(path, "<i8", _HEADER.size + 4 * sequences, sequences),
         _map(path, "<i8", _HEADER.size + 12 * sequences, boundaries),
-        found != expected,
+        size != expected,
     )
     _check_boundaries(index)
     _check_pointers(index)
@@ -166,19 +166,19 @@ def load_index(path: Path, prefix: str = "") -> Index:
 
 
 def index_dtype(path: Path) -> numpy.dtype:
-    """The type of the tokens as the header alone says.
+    """Reads the token dtype from the header.
 
     Raises:
-        UserError: it is no header.
+        UserError: The header is invalid.
     """
     return _read_header(path)[2]
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> numpy.ndarray:
     if count == 0:
-        # An empty range cannot be mapped.
+        # An empty range cannot be memory-mapped.
         return numpy.empty(0, dtype)
-    # A plain view: indexing through numpy's memmap class is several times slower.
+    # A plain ndarray view: indexing np.memmap is several times slower.
     return numpy.asarray(numpy.memmap(path, numpy.dtype(dtype), "r", offset, (count,)))
 
 
@@ -186,23 +186,23 @@ def _check_is_file(path: Path, prefix: str) -> None:
     if path.is_file():
         return
     if path.is_symlink():
-        raise UserError(f"{path}: a link that leads to no file ({os.readlink(path)}); mend the link")
-    hint = _MEND if path.suffix == ".idx" and bin_path(prefix).is_file() else _AGAIN
+        raise UserError(f"{path}: broken symbolic link to {os.readlink(path)}; fix the link")
+    hint = _REPAIR if path.suffix == ".idx" and bin_path(prefix).is_file() else _AGAIN
     if prefix.endswith((".bin", ".idx", ".json")) or "*" in prefix:
-        hint = "give the prefix without the ending, and patterns unquoted, for the shell"
-    raise UserError(f"{path}: no such file; {hint}")
+        hint = "pass the prefix without extension, and leave patterns unquoted for the shell"
+    raise UserError(f"{path}: file not found; {hint}")
 
 
 def _check_boundaries(index: Index) -> None:
     boundaries = index.boundaries
     if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != index.sequences:
         raise UserError(
-            f"{index.path}: its document boundaries do not cover its {index.sequences:,} sequences; {_MEND}"
+            f"{index.path}: corrupt (document boundaries do not cover its {index.sequences:,} sequences); {_REPAIR}"
         )
     for start in range(0, len(boundaries), _INDEX_CHUNK):
         part = boundaries[start : start + _INDEX_CHUNK + 1]
         if (part[1:] < part[:-1]).any():
-            raise UserError(f"{index.path}: damaged (its document boundaries go backwards); {_MEND}")
+            raise UserError(f"{index.path}: corrupt (document boundaries decrease); {_REPAIR}")
 
 
 def _check_pointers(index: Index) -> None:
@@ -211,50 +211,49 @@ def _check_pointers(index: Index) -> None:
         lengths = index.lengths[start : start + _INDEX_CHUNK]
         pointers = index.pointers[start : start + _INDEX_CHUNK]
         if lengths.min() < 0 or (start == 0 and pointers[0] != 0):
-            raise UserError(f"{index.path}: damaged (a negative length, or the first document is not at 0); {_MEND}")
+            raise UserError(f"{index.path}: corrupt (negative length, or first document not at offset 0); {_REPAIR}")
         sizes = lengths.astype(numpy.int64) * index.dtype.itemsize
         ends = numpy.cumsum(sizes) + expected
         if (pointers != ends - sizes).any():
-            raise UserError(f"{index.path}: damaged (its lengths and offsets do not fit together); {_MEND}")
+            raise UserError(f"{index.path}: corrupt (sequence lengths and offsets do not match); {_REPAIR}")
         expected = int(ends[-1])
 
 
 def check_token_bytes(path: Path, index: Index) -> None:
-    """Checks that a .bin file is there and as large as its index says.
+    """Checks that a .bin file exists and has the size that its index implies.
 
     Raises:
-        UserError: it is not.
+        UserError: It is missing or has another size.
     """
     _check_is_file(path, "")
-    found = path.stat().st_size
-    if found != index.token_bytes:
-        raise UserError(f"{path}: {found:,} bytes, expected {index.token_bytes:,} as {index.path.name} says; {_AGAIN}")
+    size = path.stat().st_size
+    if size != index.token_bytes:
+        raise UserError(f"{path}: got {size:,} bytes, expected {index.token_bytes:,} from {index.path.name}; {_AGAIN}")
 
 
 def index_bytes(sequences: int, boundaries: int) -> int:
-    """The size of an .idx file with so many sequences and document boundaries (documents + 1)."""
+    """Size of an .idx file with this number of sequences and document boundaries (documents + 1)."""
     return _HEADER.size + 12 * sequences + 8 * boundaries
 
 
 def write_index(path: Path, dtype: type, lengths: numpy.ndarray, documents: numpy.ndarray | None = None) -> None:
-    """Writes an .idx file to exactly `path`, with the bytes that Megatron-Core's builder writes, and syncs it.
+    """Writes an .idx file, byte-identical to Megatron-Core's builder, directly to `path` and syncs it.
 
-    Besides the arrays it needs a few MiB of memory. For a file that must appear whole or not at all, give a temporary
-    path and rename it.
+    Needs a few MiB of memory in addition to the arrays. For an atomic write, pass a temporary path and rename it.
 
     Args:
-        path: the file.
-        dtype: numpy type of the tokens.
-        lengths: tokens of each sequence, int32 [sequences]; may be a memory map.
-        documents: the sequence at which each document starts and, last, the number of sequences, int64 [documents + 1];
-            None if every sequence is a document.
+        path: The file.
+        dtype: Token dtype.
+        lengths: Number of tokens of each sequence, int32 [sequences]; may be a memory map.
+        documents: First sequence of each document, followed by the number of sequences, int64 [documents + 1]; None if
+            every sequence is a document.
 
     Raises:
-        ValueError: a dtype that the format does not have, or `documents` does not go from 0 to the number of sequences.
+        ValueError: The format does not support `dtype`, or `documents` does not run from 0 to the number of sequences.
     """
     sequences = len(lengths)
     if documents is not None and (len(documents) == 0 or documents[0] != 0 or documents[-1] != sequences):
-        raise ValueError(f"the document boundaries do not go from 0 to {sequences}, the number of sequences")
+        raise ValueError(f"document boundaries must run from 0 to {sequences}, the number of sequences")
     if documents is None:
         chunks = (numpy.arange(start, min(start + _INDEX_CHUNK, sequences + 1)) for start in _chunks(sequences + 1))
         _write(path, dtype, [lengths], sequences + 1, chunks)
@@ -263,12 +262,12 @@ def write_index(path: Path, dtype: type, lengths: numpy.ndarray, documents: nump
         _write(path, dtype, [lengths], len(documents), chunks)
 
 
-def write_joined_index(path: Path, indexes: "Sequence[Index]") -> None:
-    """Writes the index of a .bin file that holds those of several others one behind the other, as `write_index` does.
+def write_merged_index(path: Path, indexes: "Sequence[Index]") -> None:
+    """Writes the index of several concatenated .bin files, as `write_index` does.
 
     Args:
-        path: the file.
-        indexes: theirs, of one dtype, at least one.
+        path: The file.
+        indexes: Indexes of the .bin files, in order; at least one, all with the same dtype.
     """
 
     def boundaries() -> Iterator[numpy.ndarray]:
@@ -295,10 +294,10 @@ def _write(
     boundaries: int,
     documents: Iterable[numpy.ndarray],
 ) -> None:
-    """`lengths` one behind the other; `documents` gives the `boundaries` numbers in pieces."""
+    """Writes the concatenated `lengths`; `documents` yields the `boundaries` document boundaries in chunks."""
     code = _CODES.get(numpy.dtype(dtype).name)
     if code is None:
-        raise ValueError(f"dtype {numpy.dtype(dtype).name} has no code in an .idx file; expected one of {list(_CODES)}")
+        raise ValueError(f"unsupported dtype {numpy.dtype(dtype).name} in an .idx file; expected one of {list(_CODES)}")
     with path.open("wb") as stream:
         stream.write(_HEADER.pack(_MAGIC, 1, code, sum(map(len, lengths)), boundaries))
         for part in lengths:
@@ -307,23 +306,23 @@ def _write(
         pointer = 0
         for part in lengths:
             for start in _chunks(len(part)):
-                sizes = part[start : start + _INDEX_CHUNK].astype("<i8") * _TYPES[code].itemsize
+                sizes = part[start : start + _INDEX_CHUNK].astype("<i8") * _DTYPES[code].itemsize
                 ends = numpy.cumsum(sizes) + pointer
                 stream.write((ends - sizes).astype("<i8").tobytes())
                 pointer = int(ends[-1])
-        for numbers in documents:
-            stream.write(numbers.astype("<i8").tobytes())
+        for part in documents:
+            stream.write(part.astype("<i8").tobytes())
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def _read_header(path: Path) -> tuple[int, int, numpy.dtype]:
-    """(sequences, document boundaries, type of the tokens)."""
+    """Returns (number of sequences, number of document boundaries, token dtype)."""
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{path}: not a Megatron index file (it starts with {header[:9]!r}); {_MEND}")
+        raise UserError(f"{path}: not a Megatron index file (it starts with {header[:9]!r}); {_REPAIR}")
     _, version, code, sequences, boundaries = _HEADER.unpack(header)
-    if version != 1 or code not in _TYPES:
+    if version != 1 or code not in _DTYPES:
         raise UserError(f"{path}: version {version}, dtype code {code}; expected version 1, codes 1 to 8; {_AGAIN}")
-    return sequences, boundaries, _TYPES[code]
+    return sequences, boundaries, _DTYPES[code]

@@ -1,4 +1,4 @@
-"""Samples of fixed length: the shuffled, weighted blend for training and plain windows per language for validation."""
+"""Fixed-length samples: the shuffled, weighted blend for training, and held-out text per language for validation."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_prealign.data.blend import Blend, SavedBlend, continue_blend, first_blend
+from megatron_prealign.data.blend import Blend, SavedBlend, initial_blend, resume_blend
 from megatron_prealign.data.index_cache import build_if_needed, wait_for_arrays
 from megatron_prealign.data.sources import (
     OpenSource,
@@ -29,33 +29,33 @@ from megatron_prealign.runtime.index_builder import (
     megatron_core_version,
 )
 
-# Positions of the blend counted at a time, so that counting never copies an index of billions of positions at once.
+# Number of blend positions counted at a time, so that counting never copies an index of billions of positions.
 _COUNT_CHUNK = 1 << 24
-# Part of the name of an index: another way to order samples must not find an older one.
+# Part of the index name, so that an index with another sample order is not reused.
 _ORDER_VERSION = 2
 
 
 @dataclass(frozen=True)
-class SampleRows:
+class SampleBatch:
     """A batch of samples before code-switching and masks."""
 
     tokens: torch.Tensor
-    """int64 [rows, seq_length + 1 + lookahead]: inputs and, one to the right, labels; behind them what follows."""
+    """int64 [samples, seq_length + 1 + lookahead]: inputs, labels (shifted by one) and the tokens that follow."""
     language: torch.Tensor
-    """int64 [rows], index into the run's list of languages."""
+    """int64 [samples], index in the run's list of languages."""
     sample_id: torch.Tensor
-    """int64 [rows], position in the blended order (or in a language's validation windows)."""
+    """int64 [samples], position in the blend, or index among the validation samples of a language."""
     word_starts: torch.Tensor | None = None
-    """bool, shape of `tokens`: where a segmenter says that a word starts; false in rows of a source without one. None
-    if no source of the run has one, and for validation."""
+    """bool, shape of `tokens`: whether a word starts at the token according to a segmenter; False for sources without
+    one. None if no source of the run has a segmenter, and for validation."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:
-    """The sources of the training blend and where its index belongs: opened and checked, the index not yet made.
+    """Opened and checked sources of the training blend, and the directory of its sample index, not yet built.
 
-    A job of several processes reads the plan on all, lets one per node write the index, and then opens it on all. No
-    step waits for another process, so a job can agree after each that it succeeded everywhere.
+    A distributed job reads the plan on all processes, writes the index on one process per node, then opens it on all.
+    No step waits for another process, so the job can check after each step that it succeeded everywhere.
     """
 
     sources: Sequence[OpenSource]
@@ -66,7 +66,7 @@ class TrainPlan:
     directory: Path
     """Directory of the index."""
     lookahead: int = 0
-    """Tokens that each row has behind its sample; the index does not depend on it."""
+    """Number of extra tokens after each sample; the index does not depend on it."""
 
     @classmethod
     def read(
@@ -84,47 +84,50 @@ class TrainPlan:
     ) -> "TrainPlan":
         """Opens and checks the sources.
 
-        A source with fewer samples than its share is repeated in epochs, reshuffled each time. Which samples follow
-        each other depends on the documents' lengths, the weights, `seed` and the sequence length, not on paths: moved
-        data keeps its order and its cache. A plan of more samples begins with those of a shorter one.
+        A source with fewer samples than its weight requires is repeated in epochs, reshuffled each time. The sample
+        order depends on document lengths, weights, `seed` and sequence length, not on paths: moved data keeps its order
+        and its cache. A plan with more samples starts with the samples of a shorter one.
 
         Args:
-            data: The recipe's section.
-            num_samples: Samples of the whole run.
-            seed: From 0; decides the order.
+            data: The recipe's `data` section.
+            num_samples: Number of samples of the complete run.
+            seed: Non-negative; determines the order.
             languages: The run's languages, in the order of their ids.
-            cache_dir: Directory of the index cache, on a disk that the processes of a node share.
-            vocab_size: Ids that the model has; None does not check.
-            tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
-            lookahead: Tokens to read behind every sample, from 0: those that follow in the same source's shuffled order
-                of documents, and behind its last document those of its first.
-            saved: The blend of the checkpoint to go on from; None for a run that begins.
+            cache_dir: Directory of the index cache, on a disk shared by the processes of a node.
+            vocab_size: Vocabulary size of the model; None skips the check.
+            tokenizer_fingerprint: Fingerprint that all sidecars must have; None only requires that they agree.
+            lookahead: Number of extra tokens to read after every sample: those that follow in the source's shuffled
+                document order, which wraps around after its last document.
+            saved: Blend of the checkpoint to resume from; None for a new run.
 
         Raises:
-            UserError: a source is missing, damaged, too small, does not fit or is not what it was when it was saved.
+            UserError: A source is missing, corrupt, too small, incompatible or has changed since it was saved.
         """
         if lookahead < 0:
-            raise ValueError(f"lookahead is {lookahead}, expected a number from 0")
+            raise ValueError(f"lookahead is {lookahead}, expected at least 0")
         if num_samples <= 0:
-            raise ValueError(f"num_samples is {num_samples}, expected a number above 0")
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         sources = open_training_sources(
             data, languages, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size
         )
         _check_sizes(sources, data)
         weights = [source.weight for source in data.sources]
-        blend = first_blend(sources, weights, data.seq_length, [_digest_of_lengths(source) for source in sources])
+        blend = initial_blend(sources, weights, data.seq_length, [_lengths_digest(source) for source in sources])
         if saved is not None:
-            blend = continue_blend(saved, blend)
-        # A run that is through may still be asked for its state: an index is never empty.
+            blend = resume_blend(saved, blend)
+        # A finished run may still be opened to read its state, and an index must not be empty.
         num_samples = max(num_samples, blend.start + 1)
         key = _index_key(blend, data.seq_length, num_samples, seed)
         return cls(sources, blend, data.seq_length, num_samples, seed, cache_dir / f"blend-{key}", lookahead)
 
     def write_index(self) -> bool:
-        """Makes the index where it is missing or damaged; called on exactly one process per node. Says whether it was.
+        """Builds the index if it is missing or corrupt; call on exactly one process per node.
+
+        Returns:
+            Whether this call built it.
 
         Raises:
-            UserError: the cache cannot be written.
+            UserError: The cache cannot be written.
         """
         return build_if_needed(
             self.directory,
@@ -132,10 +135,10 @@ class TrainPlan:
         )
 
     def open(self) -> "TrainSamples":
-        """Maps the index, once it is written.
+        """Memory-maps the index, which must have been written.
 
         Raises:
-            UserError: it is not there.
+            UserError: It does not exist.
         """
         arrays = wait_for_arrays(self.directory)
         return TrainSamples(
@@ -149,9 +152,9 @@ class TrainPlan:
 
 
 class TrainSamples:
-    """The training blend: sample i is the same whichever process asks, and in whatever order.
+    """The training blend: sample i is the same on every process and in any access order.
 
-    After a change of the blend only the positions behind it can be read.
+    After a change of the blend only the positions after the change can be read.
     """
 
     def __init__(
@@ -166,78 +169,80 @@ class TrainSamples:
     ) -> None:
         self._sources = list(sources)
         self._blend = blend
-        self._row_tokens = seq_length + 1 + lookahead
+        self._sample_tokens = seq_length + 1 + lookahead
         self._num_samples = num_samples
         self._source_of = arrays["blend_source"]
         self._sample_of = arrays["blend_sample"]
         self._documents = [arrays.get(f"documents_{number}") for number in range(len(sources))]
         self._samples = [arrays.get(f"samples_{number}") for number in range(len(sources))]
         self._shuffle = [arrays.get(f"shuffle_{number}") for number in range(len(sources))]
-        # Counted once: a run asks at each checkpoint how far its sources were read.
+        # Cached (position, counts): every checkpoint needs the consumed samples per source.
         self._counted = (0, np.zeros(len(sources), dtype=np.int64))
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def rows(self, indices: Sequence[int]) -> SampleRows:
-        """The samples at positions `indices` of the run.
+    def batch(self, indices: Sequence[int]) -> SampleBatch:
+        """Reads the samples at positions `indices` of the run.
 
         Raises:
-            IndexError: a position before the blend, or not below `len(self)`.
-            UserError: a token id outside the vocabulary of the source's tokenizer.
+            IndexError: A position is before the start of the blend, or not below `len(self)`.
+            UserError: A token id is outside the vocabulary of the source's tokenizer.
         """
         _check_indices(indices, len(self), self._blend.start)
-        tokens = np.empty((len(indices), self._row_tokens), dtype=np.int64)
-        marked = any(source.words is not None for source in self._sources)
-        word_starts = np.zeros(tokens.shape, dtype=np.bool_) if marked else None
-        source_of_row = [int(self._source_of[index - self._blend.start]) for index in indices]
-        for row, (index, number) in enumerate(zip(indices, source_of_row, strict=True)):
-            documents, position, offset = self._place(number, int(self._sample_of[index - self._blend.start]))
+        tokens = np.empty((len(indices), self._sample_tokens), dtype=np.int64)
+        has_words = any(source.words is not None for source in self._sources)
+        word_starts = np.zeros(tokens.shape, dtype=np.bool_) if has_words else None
+        source_of_sample = [int(self._source_of[index - self._blend.start]) for index in indices]
+        for place, (index, number) in enumerate(zip(indices, source_of_sample, strict=True)):
+            documents, position, offset = self._locate(number, int(self._sample_of[index - self._blend.start]))
             source = self._sources[number]
-            bits = None if word_starts is None else word_starts[row]
-            read_span(source.dataset, documents, position, offset, tokens[row], source.words, bits)
-        check_token_range(tokens, self._sources, source_of_row)
-        return SampleRows(
+            bits = None if word_starts is None else word_starts[place]
+            read_span(source.dataset, documents, position, offset, tokens[place], source.words, bits)
+        check_token_range(tokens, self._sources, source_of_sample)
+        return SampleBatch(
             tokens=torch.from_numpy(tokens),
-            language=torch.tensor([self._sources[number].language_id for number in source_of_row], dtype=torch.int64),
+            language=torch.tensor(
+                [self._sources[number].language_id for number in source_of_sample], dtype=torch.int64
+            ),
             sample_id=torch.tensor([int(index) for index in indices], dtype=torch.int64),
             word_starts=None if word_starts is None else torch.from_numpy(word_starts),
         )
 
-    def _place(self, number: int, sample: int) -> tuple[np.ndarray, int, int]:
-        """Where a sample begins, as the blend counts those of its source: the order of the documents in the sample's
-        epoch, the place in it and the token there."""
+    def _locate(self, number: int, sample: int) -> tuple[np.ndarray, int, int]:
+        """Start of sample `sample` (counted in the blend) of source `number`: document order of its epoch, position in
+        that order, token offset."""
         documents, samples, shuffle = self._documents[number], self._samples[number], self._shuffle[number]
         assert documents is not None and samples is not None and shuffle is not None, number
-        facts = self._blend.sources[number]
-        per_epoch = facts.samples_per_epoch
-        # The arrays begin with the epoch in which the source was when the blend began.
-        epoch, inside = divmod(sample + facts.consumed_at_start % per_epoch, per_epoch)
+        info = self._blend.sources[number]
+        per_epoch = info.samples_per_epoch
+        # The arrays start with the epoch that the source was in when the blend started.
+        epoch, inside = divmod(sample + info.consumed_at_start % per_epoch, per_epoch)
         sequences = self._sources[number].stop
-        place = samples[epoch * (per_epoch + 1) + int(shuffle[epoch * per_epoch + inside])]
-        return documents[epoch * sequences : (epoch + 1) * sequences], int(place[0]), int(place[1])
+        position, offset = samples[epoch * (per_epoch + 1) + int(shuffle[epoch * per_epoch + inside])]
+        return documents[epoch * sequences : (epoch + 1) * sequences], int(position), int(offset)
 
     @property
     def segmenters(self) -> list[str | None]:
-        """For each source who marked where its words start; None if nobody did."""
+        """Segmenter that marked the word starts of each source; None for sources without one."""
         return [source.sidecar.segmenter for source in self._sources]
 
     @property
     def blend(self) -> Blend:
-        """The sources, and where the blend of them begins."""
+        """The current sources and the start position of their blend."""
         return self._blend
 
     def blend_state(self, num_samples: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the blend when the first `num_samples` rows of the run are consumed."""
+        """Returns the blend as saved in a checkpoint after the first `num_samples` samples of the run."""
         return self._blend.to_dict(self._consumed(num_samples))
 
     def consumed_per_source(self, num_samples: int) -> dict[str, int]:
-        """For each source's path, how many of the first `num_samples` rows of the run are its; sources that the run no
-        longer has come last."""
+        """Number of samples from each source, by path, among the first `num_samples` of the run; sources no longer in
+        the blend come last."""
         counts = self._consumed(num_samples)
         dropped = {source.path: source.consumed_at_start for source in self._blend.dropped}
-        own = {source.path: int(count) for source, count in zip(self._sources, counts, strict=True)}
-        return own | {path: count for path, count in dropped.items() if path not in own}
+        current = {source.path: int(count) for source, count in zip(self._sources, counts, strict=True)}
+        return current | {path: count for path, count in dropped.items() if path not in current}
 
     def _consumed(self, num_samples: int) -> list[int]:
         start = self._blend.start
@@ -252,11 +257,11 @@ class TrainSamples:
 
 
 class ValidationSamples:
-    """Held-out text per language: windows in file order that score every token after the first exactly once."""
+    """Held-out text per language: samples in file order that score every token after the first exactly once."""
 
     def __init__(self, streams: Mapping[str, "_Stream"], *, seq_length: int, max_samples: int) -> None:
         self._seq_length = seq_length
-        # A window's last token is the next one's first input, so a stream of T tokens has T - 1 labels to score.
+        # The last token of a sample is the first input of the next one, so T tokens have T - 1 labels to score.
         counts = {
             language: min(-(-(stream.tokens - 1) // seq_length), max_samples) for language, stream in streams.items()
         }
@@ -273,19 +278,19 @@ class ValidationSamples:
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
     ) -> "ValidationSamples":
-        """Opens the validation datasets, or else the documents that `TrainSamples` leaves out.
+        """Opens the validation datasets or, if there are none, the documents held out of the training sources.
 
-        Sources of one language are read one after the other, in the recipe's order.
+        Sources of the same language are concatenated in the recipe's order.
 
         Args:
-            data: The recipe's section.
+            data: The recipe's `data` section.
             languages: The run's languages, in the order of their ids.
-            max_samples: Windows per language, at most; the first ones are kept.
-            vocab_size: Ids that the model has; None does not check.
-            tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
+            max_samples: Maximum number of samples per language; the first ones are used.
+            vocab_size: Vocabulary size of the model; None skips the check.
+            tokenizer_fingerprint: Fingerprint that all sidecars must have; None only requires that they agree.
 
         Raises:
-            UserError: a source is missing, damaged or does not fit.
+            UserError: A source is missing, corrupt or incompatible.
         """
         sources = open_validation_sources(
             data, languages, tokenizer_fingerprint=tokenizer_fingerprint, vocab_size=vocab_size
@@ -298,49 +303,49 @@ class ValidationSamples:
 
     @property
     def languages(self) -> list[str]:
-        """Languages that have at least one window, in the order of their ids."""
+        """Languages with at least one sample, in the order of their ids."""
         return list(self._streams)
 
     def num_samples(self, language: str) -> int:
-        """Windows of one language; 0 for a language without held-out text."""
+        """Number of samples of a language; 0 for a language without held-out text."""
         return self._counts.get(language, 0)
 
-    def rows(self, language: str, indices: Sequence[int]) -> tuple[SampleRows, torch.Tensor]:
-        """The windows `indices` of one language and their loss mask.
+    def batch(self, language: str, indices: Sequence[int]) -> tuple[SampleBatch, torch.Tensor]:
+        """Reads the samples `indices` of a language and their loss mask.
 
         Returns:
-            The rows, and a bool [rows, seq_length] that is true where the label is text. The last window of a
-            language may be shorter: it is filled up with end-of-document tokens, which the mask leaves out.
+            The samples, and a bool [samples, seq_length] mask that is True where the label is text. The last sample of
+            a language may be padded with end-of-document tokens, which are masked.
 
         Raises:
-            KeyError: a language without windows.
-            IndexError: an index below 0 or not below `num_samples(language)`.
-            UserError: a token id outside the vocabulary of the source's tokenizer.
+            KeyError: The language has no samples.
+            IndexError: An index is negative or not below `num_samples(language)`.
+            UserError: A token id is outside the vocabulary of the source's tokenizer.
         """
         stream = self._streams[language]
         _check_indices(indices, self._counts[language])
         tokens = np.full((len(indices), self._seq_length + 1), stream.eod_id, dtype=np.int64)
         mask = np.zeros((len(indices), self._seq_length), dtype=np.bool_)
-        for row, index in enumerate(indices):
+        for place, index in enumerate(indices):
             start = int(index) * self._seq_length
             count = min(self._seq_length + 1, stream.tokens - start)
-            stream.read(start, tokens[row, :count])
-            mask[row, : count - 1] = True
-        rows = SampleRows(
+            stream.read(start, tokens[place, :count])
+            mask[place, : count - 1] = True
+        batch = SampleBatch(
             tokens=torch.from_numpy(tokens),
             language=torch.full((len(indices),), stream.language_id, dtype=torch.int64),
             sample_id=torch.tensor([int(index) for index in indices], dtype=torch.int64),
         )
-        return rows, torch.from_numpy(mask)
+        return batch, torch.from_numpy(mask)
 
 
 class _Stream:
-    """The held-out tokens of one language as one long text."""
+    """The held-out tokens of a language as one stream."""
 
     def __init__(self, sources: Sequence[OpenSource]) -> None:
         self._sources = list(sources)
         self._sequences = [np.arange(source.start, source.stop) for source in sources]
-        # ends[s][k]: tokens of source s up to and including its k-th sequence.
+        # ends[s][k]: number of tokens of source s up to and including its k-th sequence.
         self._ends = [np.cumsum(source.lengths, dtype=np.int64) for source in sources]
         self._source_ends = np.cumsum([source.tokens for source in sources], dtype=np.int64)
         self.tokens = int(self._source_ends[-1])
@@ -367,35 +372,37 @@ class _Stream:
 def _check_indices(indices: Sequence[int], count: int, start: int = 0) -> None:
     for index in indices:
         if not 0 <= index < count:
-            raise IndexError(f"sample {index} does not exist, there are {count}")
+            raise IndexError(f"sample {index} is out of range for {count} samples")
         if index < start:
-            raise IndexError(f"sample {index} lies before the blend, which begins at {start}")
+            raise IndexError(f"sample {index} is before the start of the blend at {start}")
 
 
 def _check_sizes(sources: Sequence[OpenSource], data: DataSection) -> None:
     if len(sources) > MAX_BLEND_SOURCES:
-        raise UserError(f"data.sources: {len(sources)} sources, at most {MAX_BLEND_SOURCES} can be blended; merge some")
+        raise UserError(
+            f"data.sources: got {len(sources)} sources, at most {MAX_BLEND_SOURCES} are supported; merge some"
+        )
     for source in sources:
         if source.stop > MAX_SEQUENCES:
             raise UserError(
-                f"{source.path}.idx: {source.stop} documents, at most {MAX_SEQUENCES} can be indexed; split the dataset"
+                f"{source.path}.idx: got {source.stop} documents, at most {MAX_SEQUENCES} are supported; split it"
             )
         if source.tokens < data.seq_length + 1:
             held_out = len(source.dataset) - source.stop
             raise UserError(
-                f"{source.path}: {source.tokens} tokens in {source.stop} training documents ({held_out} more are held "
-                f"out for validation), one sample needs data.seq_length + 1 = {data.seq_length + 1}; add text, lower "
-                "data.seq_length or drop the source"
+                f"{source.path}: got {source.tokens} tokens in {source.stop} training documents ({held_out} more are "
+                f"held out for validation), expected at least data.seq_length + 1 = {data.seq_length + 1}; add text, "
+                "lower data.seq_length or remove the source"
             )
 
 
-def _digest_of_lengths(source: OpenSource) -> str:
+def _lengths_digest(source: OpenSource) -> str:
     return hashlib.blake2b(np.ascontiguousarray(source.lengths).data, digest_size=16).hexdigest()
 
 
 def _index_key(blend: Blend, seq_length: int, num_samples: int, seed: int) -> str:
-    """Hash of everything the arrays depend on: lengths and not tokens or paths decide where samples begin."""
-    facts = {
+    """Hash of everything that the arrays depend on: sequence lengths determine the samples, not tokens or paths."""
+    inputs = {
         "order": _ORDER_VERSION,
         "megatron_core": megatron_core_version(),
         "seq_length": seq_length,
@@ -404,7 +411,7 @@ def _index_key(blend: Blend, seq_length: int, num_samples: int, seed: int) -> st
         "seed": seed,
         "sources": [[source.key, source.weight, source.digest, source.consumed_at_start] for source in blend.sources],
     }
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _build_arrays(
@@ -414,37 +421,37 @@ def _build_arrays(
     yield "blend_source", source_of
     yield "blend_sample", sample_of
     counts = _count_per_source(source_of, len(sources))
-    for number, (source, facts, count) in enumerate(zip(sources, blend.sources, counts, strict=True)):
+    for number, (source, info, count) in enumerate(zip(sources, blend.sources, counts, strict=True)):
         if count == 0:
             continue
-        per_epoch = facts.samples_per_epoch
-        first = facts.consumed_at_start // per_epoch
-        last = (facts.consumed_at_start + int(count) - 1) // per_epoch
-        built = [
+        per_epoch = info.samples_per_epoch
+        first = info.consumed_at_start // per_epoch
+        last = (info.consumed_at_start + int(count) - 1) // per_epoch
+        epochs = [
             epoch_indices(
                 source.dataset,
                 sequences=source.stop,
                 seq_length=seq_length,
-                seed=_epoch_seed(seed, facts.key, epoch),
+                seed=_epoch_seed(seed, info.key, epoch),
             )
             for epoch in range(first, last + 1)
         ]
-        yield f"documents_{number}", _joined([epoch.documents for epoch in built])
-        yield f"samples_{number}", _joined([epoch.samples for epoch in built])
-        yield f"shuffle_{number}", _joined([epoch.shuffle for epoch in built])
+        yield f"documents_{number}", _concatenate([epoch.documents for epoch in epochs])
+        yield f"samples_{number}", _concatenate([epoch.samples for epoch in epochs])
+        yield f"shuffle_{number}", _concatenate([epoch.shuffle for epoch in epochs])
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    # The one epoch of a large source is not copied.
+def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    # Does not copy the single epoch of a large source.
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _epoch_seed(seed: int, key: int, epoch: int) -> int:
-    """Seed of one epoch of one source.
+    """Seed of an epoch of a source.
 
-    One of its own for each source: with one seed for all, sources of equal size (parallel texts, a language and its
-    clone) would be shuffled alike, and the same document would come up in both at the same time. One of its own for
-    each epoch too, so that an epoch is the same however many there are.
+    Every source has its own seed: with a common one, sources of equal size (parallel texts, a language and its clone)
+    would get the same order, and matching documents would appear at the same time. Every epoch has its own seed, so
+    that an epoch does not depend on the number of epochs.
     """
     return int(np.random.SeedSequence([seed, key, *([epoch] if epoch else [])]).generate_state(1)[0])
 

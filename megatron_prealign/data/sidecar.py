@@ -1,4 +1,4 @@
-"""The .json file beside .bin/.idx: what the tokens are, how they were made and what was left out."""
+"""The sidecar, a .json file next to .bin/.idx: tokenizer, counts, inputs and skipped documents of a dataset."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -13,64 +13,64 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """Which tokenizer made the ids."""
+    """Tokenizer that produced the ids."""
 
     path: str
-    """Where it lay; a hint only, the fingerprint decides."""
+    """Path at preprocessing time; a hint only, the fingerprint identifies the tokenizer."""
     fingerprint: str
-    """`sha256:<hex>` of everything that decides ids."""
+    """`sha256:<hex>` of everything that affects the ids."""
     vocab_size: int
     """Number of ids."""
 
 
 @dataclass(frozen=True)
 class InputRecord:
-    """One file that was read."""
+    """An input file."""
 
     path: str
-    """As given on the command line."""
+    """Path as passed on the command line."""
     bytes: int
-    """Its size on disk."""
+    """Size on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """The facts about one preprocessed dataset that its token file cannot tell."""
+    """Metadata of a preprocessed dataset that its token files do not contain."""
 
     language: str
     """Language code of every document."""
     tokenizer: TokenizerRecord
-    """The tokenizer that made the ids."""
+    """Tokenizer that produced the ids."""
     eod_id: int
-    """The end-of-document id."""
+    """End-of-document id."""
     append_eod: bool = True
     """Whether every document ends with `eod_id`."""
     bos: bool = False
     """Whether every document starts with a BOS token."""
     documents: int
-    """Documents in the dataset."""
+    """Number of documents."""
     tokens: int
-    """Tokens in the dataset, end-of-document tokens included."""
+    """Number of tokens, including end-of-document tokens."""
     bytes: int
-    """UTF-8 bytes of the tokenised text; 0 if nobody knows, after a repair."""
+    """UTF-8 bytes of the tokenised text; 0 if unknown after a repair."""
     skipped: list[Problem] = field(default_factory=list)
-    """The first documents or files that were passed over."""
+    """The first skipped documents and files."""
     skipped_count: int = 0
-    """All documents and files that were passed over."""
+    """Number of all skipped documents and files."""
     inputs: list[InputRecord] = field(default_factory=list)
-    """The files that were read."""
+    """Input files."""
     segmenter: str | None = None
-    """Who marked the words of PREFIX.words; None if there is no such file."""
+    """Segmenter that produced PREFIX.words; None if that file does not exist."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """Ending of a file (`bin`, `idx`, `words`) -> its `checksum.file_checksum`; empty if none was taken."""
+    """File extension (`bin`, `idx`, `words`) -> `file_checksum` of the file; empty if not computed."""
     engine: str = ""
-    """What encoded the text, for people; empty after a repair without a sidecar."""
+    """Human-readable description of the encoder; empty after a repair without a sidecar."""
     text_keys: list[str] = field(default_factory=list)
-    """The keys of the text in each JSON object or row that were read; empty after a repair without a sidecar."""
+    """Keys (or columns) that the text was read from; empty after a repair without a sidecar."""
     shard: str | None = None
-    """Which part of the inputs this is, `3/8` for the third of eight; None for all of them."""
+    """Shard of the inputs, `3/8` for the third of eight; None for all inputs."""
     format_version: int = FORMAT_VERSION
-    """Version of this file's layout."""
+    """Version of the sidecar format."""
 
 
 def sidecar_path(prefix: str | Path) -> Path:
@@ -79,8 +79,8 @@ def sidecar_path(prefix: str | Path) -> Path:
 
 
 def write_sidecar(sidecar: Sidecar, path: Path) -> None:
-    """Writes the sidecar to exactly `path`, not atomically: for a caller that renames a group of files itself."""
-    # A file name that is not UTF-8 is kept as JSON escapes.
+    """Writes the sidecar directly to `path`, not atomically: callers rename a group of files together."""
+    # File names that are not valid UTF-8 are written as escapes.
     path.write_text(json.dumps(asdict(sidecar), indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
@@ -88,25 +88,26 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
     """Reads `PREFIX.json`.
 
     Args:
-        prefix: path of the dataset without ending.
+        prefix: Path of the dataset without extension.
 
     Raises:
-        UserError: the file is missing, not JSON, of another format version, or a field is missing or of a wrong type.
+        UserError: The file is missing, not JSON or of another format version, or a field is missing or has the wrong
+            type.
     """
     path = sidecar_path(prefix)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: no such file; make the dataset with megatron-prealign preprocess, or, if its .bin is there, the "
-            "missing files with megatron-prealign dataset repair"
+            f"{path}: file not found; make the dataset with megatron-prealign preprocess, or, if its .bin exists, "
+            "restore the missing files with megatron-prealign dataset repair"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path}: not a readable JSON file ({error}); mend it with megatron-prealign dataset repair"
+            f"{path}: not a readable JSON file ({error}); restore it with megatron-prealign dataset repair"
         ) from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no JSON object; make the dataset again with megatron-prealign preprocess")
+        raise UserError(f"{path}: expected a JSON object; make the dataset again with megatron-prealign preprocess")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
@@ -130,7 +131,7 @@ def _nested(kind: type, data: Any, where: str) -> Any:
 
 
 def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of the dataclass `kind` out of `data`, plain ones checked for their type; unknown keys are ignored."""
+    """Values of the fields of dataclass `kind`, type-checked; unknown keys are ignored."""
     values: dict[str, Any] = {}
     for item in fields(kind):
         optional = item.type == (str | None)
@@ -140,7 +141,7 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
         if value is None and optional:
             values[item.name] = value
             continue
-        # Field types are real classes here, as this module has no postponed annotations; generic ones are lists.
+        # Field types are classes, not strings, since this module has no postponed annotations; generic ones are lists.
         expected: Any = item.type if item.type in (str, int, bool) else list
         if optional:
             expected = str
@@ -154,7 +155,7 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
             parts = value.values() if expected is dict else value
             if not all(isinstance(part, str) for part in parts):
                 raise UserError(
-                    f"{where}: field {item.name!r} is {value!r}, expected only texts; make the dataset again"
+                    f"{where}: field {item.name!r} is {value!r}, expected only strings; make the dataset again"
                 )
         values[item.name] = value
     return values

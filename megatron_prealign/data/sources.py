@@ -1,4 +1,4 @@
-"""The datasets of a recipe opened, checked against each other and divided into training and held-out documents."""
+"""Opens the datasets of a recipe, checks them against each other and splits off held-out documents."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prealign.data.dataset import too_narrow
+from megatron_prealign.data.dataset import dtype_problem
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.word_bitmap import WordBitmap
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A range of the sequences of one dataset, with what is known about them."""
+    """A range of sequences of an open dataset, with its metadata."""
 
     path: str
-    """Prefix of the files, as the recipe has it."""
+    """Prefix of the files, as in the recipe."""
     language: str
     """Language code."""
     language_id: int
-    """Index into the run's list of languages."""
+    """Index in the run's list of languages."""
     dataset: "IndexedDataset"
-    """Megatron-Core's reader over the whole files."""
+    """Megatron-Core's reader of the complete dataset."""
     sidecar: Sidecar
-    """The facts beside the files."""
+    """Metadata of the dataset."""
     start: int
     """First sequence of the range."""
     stop: int
     """One past the last sequence of the range."""
     words: WordBitmap | None = None
-    """Where words start in the whole files, if a segmenter marked them; validation never opens it."""
+    """Word starts of the complete dataset, if a segmenter marked them; never opened for validation."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence of the range, int32 [stop - start]."""
+        """Number of tokens of each sequence of the range, int32 [stop - start]."""
         return self.dataset.sequence_lengths[self.start : self.stop]
 
     @property
     def tokens(self) -> int:
-        """Tokens in the range."""
+        """Number of tokens in the range."""
         return int(self.lengths.sum(dtype=np.int64))
 
 
@@ -58,16 +58,16 @@ def open_training_sources(
     tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
 ) -> list[OpenSource]:
-    """The sources of the blend, each without the documents that validation holds out.
+    """Opens the sources of the blend, each without its held-out validation documents.
 
     Args:
-        data: The recipe's section.
-        languages: The run's languages; a source's position in it becomes its `language_id`.
-        tokenizer_fingerprint: What the sidecars must name; None asks only that all name the same.
-        vocab_size: Ids that the model has; None does not check.
+        data: The recipe's `data` section.
+        languages: The run's languages; the index of a source's language becomes its `language_id`.
+        tokenizer_fingerprint: Fingerprint that all sidecars must have; None only requires that they agree.
+        vocab_size: Vocabulary size of the model; None skips the check.
 
     Raises:
-        UserError: a file is missing or damaged, or the sidecars contradict the recipe or each other.
+        UserError: A file is missing or corrupt, or the sidecars contradict the recipe or each other.
     """
     sidecars = _checked_sidecars(data, tokenizer_fingerprint, vocab_size)
     opened = [_with_words(_open(source, sidecars[source.path], languages)) for source in data.sources]
@@ -83,7 +83,7 @@ def open_validation_sources(
     tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
 ) -> list[OpenSource]:
-    """What validation reads: the validation datasets, or else the documents held out of each training source.
+    """Opens the validation datasets or, if there are none, the documents held out of each training source.
 
     Arguments and errors are those of `open_training_sources`.
     """
@@ -103,9 +103,9 @@ def read_span(
     words: WordBitmap | None = None,
     word_starts: np.ndarray | None = None,
 ) -> None:
-    """Fills `out` from the token stream that the sequences of `dataset` in the order of `sequences` form.
+    """Fills `out` from the token stream formed by the sequences of `dataset` in the order of `sequences`.
 
-    Past the end of the stream the reading goes on at its beginning.
+    Past the end of the stream, reading continues at its start.
 
     Args:
         dataset: The reader.
@@ -113,20 +113,20 @@ def read_span(
         position: Index into `sequences` where the span starts.
         offset: Token of that sequence where the span starts.
         out: int64 [tokens], written in place.
-        words: The bitmap of the dataset.
-        word_starts: bool [tokens], written in place if there is a bitmap: whether a word starts there.
+        words: Word bitmap of the dataset.
+        word_starts: bool [tokens], written in place if there is a bitmap: whether a word starts at each token.
     """
-    for sequence, inside, part in _pieces(dataset.sequence_lengths, sequences, position, offset, len(out)):
+    for sequence, inside, part in _span_parts(dataset.sequence_lengths, sequences, position, offset, len(out)):
         count = part.stop - part.start
         out[part] = dataset.get(sequence, offset=inside, length=count)
         if words is not None and word_starts is not None:
             word_starts[part] = words.read(sequence, inside, count)
 
 
-def _pieces(
+def _span_parts(
     lengths: np.ndarray, sequences: np.ndarray, position: int, offset: int, tokens: int
 ) -> Iterator[tuple[int, int, slice]]:
-    """(sequence, its first token, place among `tokens`) of every sequence that a span meets."""
+    """Yields (sequence, first token in it, slice of the span) for every sequence that the span overlaps."""
     filled = 0
     while filled < tokens:
         sequence = int(sequences[position % len(sequences)])
@@ -137,64 +137,64 @@ def _pieces(
         position, offset = position + 1, 0
 
 
-def check_token_range(tokens: np.ndarray, sources: Sequence[OpenSource], source_of_row: Sequence[int]) -> None:
-    """Refuses ids that the source's tokenizer does not have.
+def check_token_range(tokens: np.ndarray, sources: Sequence[OpenSource], source_of_sample: Sequence[int]) -> None:
+    """Checks that all ids are in the vocabulary of the tokenizer.
 
-    Such ids come from a damaged file or a sidecar of another dataset, and would fail inside the embedding on the
-    device, without a word about the cause.
+    Invalid ids come from a corrupt file or the sidecar of another dataset. Without the check they would fail in the
+    embedding on the device, with an error that does not point to the cause.
 
     Args:
-        tokens: int64 [rows, tokens].
-        sources: All sources; their tokenizers have one vocabulary.
-        source_of_row: For each row its index into `sources`.
+        tokens: int64 [samples, tokens].
+        sources: All sources; their tokenizers have the same vocabulary.
+        source_of_sample: Index into `sources` of each sample.
 
     Raises:
-        UserError: an id is below 0 or not below the vocabulary size.
+        UserError: An id is negative or not below the vocabulary size.
     """
     vocab_size = sources[0].sidecar.tokenizer.vocab_size
     if tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size):
         return
-    row, column = np.argwhere((tokens < 0) | (tokens >= vocab_size))[0]
+    sample, position = np.argwhere((tokens < 0) | (tokens >= vocab_size))[0]
     raise UserError(
-        f"{sources[source_of_row[row]].path}.bin: holds token id {tokens[row, column]}, expected ids from 0 to "
-        f"{vocab_size - 1} as its sidecar says; make the dataset again with megatron-prealign preprocess"
+        f"{sources[source_of_sample[sample]].path}.bin: got token id {tokens[sample, position]}, expected ids from 0 "
+        f"to {vocab_size - 1} as in its sidecar; make the dataset again with megatron-prealign preprocess"
     )
 
 
 def _checked_sidecars(
     data: DataSection, tokenizer_fingerprint: str | None, vocab_size: int | None
 ) -> dict[str, Sidecar]:
-    """The sidecars of training and validation by path, so that either side notices when they do not fit together."""
+    """Loads the sidecars of training and validation by path; both are always checked, whichever is opened."""
     expected, expected_by = tokenizer_fingerprint, f"the tokenizer {data.tokenizer}"
     sidecars: dict[str, Sidecar] = {}
-    every: list[DataSource | ValidationSource] = [*data.sources, *data.validation]
-    for source in every:
+    all_sources: list[DataSource | ValidationSource] = [*data.sources, *data.validation]
+    for source in all_sources:
         where = f"{source.path}.json"
         sidecar = sidecars[source.path] = load_sidecar(source.path)
         tokenizer = sidecar.tokenizer
         if sidecar.language != source.language:
             raise UserError(
-                f"{where}: language is {sidecar.language!r}, the recipe says {source.language!r}; correct the recipe's "
-                "language or path, or preprocess the corpus again"
+                f"{where}: language is {sidecar.language!r}, but the recipe says {source.language!r}; correct the "
+                "recipe's language or path, or preprocess the corpus again"
             )
         if expected is None:
             expected, expected_by = tokenizer.fingerprint, where
         if tokenizer.fingerprint != expected:
             raise UserError(
-                f"{where}: made with tokenizer {tokenizer.path} ({tokenizer.fingerprint}), expected {expected} as in "
-                f"{expected_by}; preprocess all data with the recipe's tokenizer {data.tokenizer}"
+                f"{where}: preprocessed with tokenizer {tokenizer.path} ({tokenizer.fingerprint}), expected {expected} "
+                f"as in {expected_by}; preprocess all data with the recipe's tokenizer {data.tokenizer}"
             )
         if vocab_size is not None and tokenizer.vocab_size > vocab_size:
             raise UserError(
-                f"{where}: its tokenizer has {tokenizer.vocab_size} ids, the model has {vocab_size}; raise "
+                f"{where}: its tokenizer has {tokenizer.vocab_size} ids, but the model has {vocab_size}; increase "
                 "model.vocab_size or preprocess with the model's tokenizer"
             )
     training = {Path(source.path).resolve() for source in data.sources}
     for held_out in data.validation:
         if Path(held_out.path).resolve() in training:
             raise UserError(
-                f"data.validation: {held_out.path} is also in data.sources; leave data.validation empty to hold "
-                "documents of the sources out, or name other files"
+                f"data.validation: {held_out.path} is also in data.sources; leave data.validation empty to hold out "
+                "documents of the sources, or set other files"
             )
     return sidecars
 
@@ -202,7 +202,7 @@ def _checked_sidecars(
 def _open(source: DataSource | ValidationSource, sidecar: Sidecar, languages: Sequence[str]) -> OpenSource:
     if source.language not in languages:
         raise UserError(
-            f"{source.path}: language {source.language!r} is not among the run's languages {', '.join(languages)}; "
+            f"{source.path}: language {source.language!r} is not one of the run's languages {', '.join(languages)}; "
             "correct the recipe"
         )
     dataset = open_indexed(source.path)
@@ -219,12 +219,12 @@ def _open(source: DataSource | ValidationSource, sidecar: Sidecar, languages: Se
     )
     if (documents, opened.tokens) != (sidecar.documents, sidecar.tokens):
         raise UserError(
-            f"{source.path}.idx: holds {documents} documents and {opened.tokens} tokens, its sidecar says "
-            f"{sidecar.documents} and {sidecar.tokens}; the files are not of one dataset, preprocess again"
+            f"{source.path}.idx: contains {documents} documents and {opened.tokens} tokens, but its sidecar lists "
+            f"{sidecar.documents} and {sidecar.tokens}; the files do not belong together: preprocess again"
         )
-    narrow = too_narrow(source.path, np.dtype(dataset.index.dtype), sidecar.tokenizer.vocab_size)
-    if narrow is not None:
-        raise UserError(narrow)
+    problem = dtype_problem(source.path, np.dtype(dataset.index.dtype), sidecar.tokenizer.vocab_size)
+    if problem is not None:
+        raise UserError(problem)
     return opened
 
 
@@ -236,8 +236,8 @@ def _with_words(source: OpenSource) -> OpenSource:
 
 
 def _first_held_out(source: OpenSource, fraction: float) -> int:
-    """Sequence at which the last `fraction` of the documents starts: at least one document, but never all."""
+    """First sequence of the last `fraction` of the documents: at least one document, but never all."""
     documents = len(source.dataset.document_indices) - 1
-    # Rounded first: 0.07 * 100 is a little above 7 in floating point.
+    # Rounded before ceil: 0.07 * 100 is slightly above 7 in floating point.
     held_out = min(math.ceil(round(fraction * documents, 6)), max(documents - 1, 0))
     return int(source.dataset.document_indices[documents - held_out])

@@ -1,4 +1,4 @@
-"""PREFIX.words: one bit a token, set where a segmenter says that a word starts; for scripts without spaces."""
+"""PREFIX.words: one bit per token, set where a segmenter found a word start; for scripts without spaces."""
 
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 
 def words_path(prefix: str | Path) -> Path:
-    """`PREFIX.words`, the bitmap: bit i % 8, the lowest first, of byte i // 8 belongs to token i of `PREFIX.bin`."""
+    """`PREFIX.words`, the bitmap: bit i % 8 (lowest first) of byte i // 8 belongs to token i of `PREFIX.bin`."""
     return Path(f"{prefix}.words")
 
 
 def token_word_starts(text: str, spans: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
-    """Carries word starts over from characters to tokens.
+    """Maps word starts from characters to tokens.
 
-    A word that starts inside a token, behind its leading white space, counts for that token and for the next one: so
-    pieces of two words never look like a third. Of the tokens that share a character only the first can start a word
-    with it. The first token always starts one.
+    A word that starts inside a token, after its leading white space, marks that token and the next one, so that parts
+    of two words never look like a third word. If several tokens share a character, only the first can start a word
+    with it. The first token always starts a word.
 
     Args:
-        text: the document.
-        spans: `[tokens, 2]` as `Tokenizer.encode_with_offsets` gives them.
-        word_starts: character offsets in `text`, sorted, int64.
+        text: The document.
+        spans: `[tokens, 2]`, as returned by `Tokenizer.encode_with_offsets`.
+        word_starts: Character offsets in `text`, sorted, int64.
 
     Returns:
         bool [tokens].
@@ -35,7 +35,7 @@ def token_word_starts(text: str, spans: np.ndarray, word_starts: np.ndarray) -> 
         return np.zeros(0, dtype=np.bool_)
     start, end = spans[:, 0], np.maximum.accumulate(spans[:, 1])
     previous_end = np.concatenate([[0], end[:-1]])
-    # The first character of each token that is not white space: a space in front belongs to the word.
+    # First non-space character of each token: a leading space belongs to the word.
     characters = np.arange(len(text) + 1)
     blank = np.fromiter((character.isspace() for character in text), np.bool_, len(text))
     characters[:-1][blank] = len(text)
@@ -50,99 +50,96 @@ def token_word_starts(text: str, spans: np.ndarray, word_starts: np.ndarray) -> 
 
 
 class BitmapWriter:
-    """Packs bits that come in pieces into one file."""
+    """Writes a bitmap file from bits that arrive in chunks."""
 
-    def __init__(self, path: Path, rest: str | None = None) -> None:
-        """Begins the file; or goes on behind its last whole byte, with the bits that `rest` once gave."""
-        self.stream: IO[bytes] = path.open("wb" if rest is None else "ab")
-        self._rest = np.array([bit == "1" for bit in rest or ""], dtype=np.bool_)
+    def __init__(self, path: Path, pending_bits: str | None = None) -> None:
+        """Creates the file, or appends to it after its last full byte, continuing with saved `pending_bits`."""
+        self.stream: IO[bytes] = path.open("wb" if pending_bits is None else "ab")
+        self._pending = np.array([bit == "1" for bit in pending_bits or ""], dtype=np.bool_)
 
     @property
-    def rest(self) -> str:
-        """The bits that do not fill a byte yet, as `0` and `1`."""
-        return "".join("1" if bit else "0" for bit in self._rest)
+    def pending_bits(self) -> str:
+        """Bits that do not fill a byte yet, as `0` and `1`."""
+        return "".join("1" if bit else "0" for bit in self._pending)
 
     def append(self, bits: np.ndarray) -> None:
-        """Adds bool [n]; what does not fill a byte waits for more."""
-        bits = np.concatenate([self._rest, bits])
-        whole = len(bits) // 8 * 8
-        self.stream.write(np.packbits(bits[:whole], bitorder="little").tobytes())
-        self._rest = bits[whole:]
+        """Appends bool [n]; bits that do not fill a byte stay pending."""
+        bits = np.concatenate([self._pending, bits])
+        full = len(bits) // 8 * 8
+        self.stream.write(np.packbits(bits[:full], bitorder="little").tobytes())
+        self._pending = bits[full:]
 
     def append_packed(self, packed: np.ndarray, count: int) -> None:
-        """Adds `count` bits as they lie in a file of this kind, uint8 [ceil(count / 8)]; what follows them in the last
-        byte is left out."""
+        """Appends `count` bits packed as in a bitmap file, uint8 [ceil(count / 8)]; padding bits are ignored."""
         if count == 0:
             return
-        used = len(self._rest)
+        used = len(self._pending)
         bits = packed
         if used:
-            # Each byte is spread over two: its low bits fill up the one before.
+            # Each byte is spread over two: its low bits complete the previous one.
             shifted = np.zeros(len(bits) + 1, dtype=np.uint8)
             shifted[:-1] = bits << used
             shifted[1:] |= bits >> (8 - used)
-            shifted[0] |= np.packbits(self._rest, bitorder="little")[0]
+            shifted[0] |= np.packbits(self._pending, bitorder="little")[0]
             bits = shifted
-        whole, rest = divmod(used + count, 8)
-        self.stream.write(bits[:whole].tobytes())
-        self._rest = np.unpackbits(bits[whole : whole + 1], count=rest, bitorder="little").view(np.bool_)
+        full, remainder = divmod(used + count, 8)
+        self.stream.write(bits[:full].tobytes())
+        self._pending = np.unpackbits(bits[full : full + 1], count=remainder, bitorder="little").view(np.bool_)
 
     def close(self) -> None:
-        """Writes the last byte, filled up with zeros."""
+        """Writes the last byte, padded with zeros."""
         with self.stream:
-            self.stream.write(np.packbits(self._rest, bitorder="little").tobytes())
+            self.stream.write(np.packbits(self._pending, bitorder="little").tobytes())
 
 
 def check_words(prefix: str | Path, tokens: int, segmenter: str) -> None:
-    """Checks that `PREFIX.words` is there with one bit a token.
+    """Checks that `PREFIX.words` exists and has one bit per token.
 
     Args:
-        prefix: path of the dataset without ending.
-        tokens: tokens of the dataset.
-        segmenter: the segmenter that the sidecar names, for the messages.
+        prefix: Path of the dataset without extension.
+        tokens: Number of tokens of the dataset.
+        segmenter: Segmenter named in the sidecar, for the messages.
 
     Raises:
-        UserError: the file is missing or has another size.
+        UserError: The file is missing or has another size.
     """
     path = words_path(prefix)
     expected = -(-tokens // 8)
     again = f"make the dataset again with megatron-prealign preprocess --segmenter {segmenter}"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file, but {Path(f'{prefix}.json').name} says that segmenter {segmenter} marked the "
-            f"words; copy it beside the .bin, or {again}"
+            f"{path}: file not found, but {Path(f'{prefix}.json').name} lists word starts by segmenter {segmenter}; "
+            f"copy it next to the .bin, or {again}"
         )
-    found = path.stat().st_size
-    if found != expected:
-        raise UserError(
-            f"{path}: {found:,} bytes, expected {expected:,}, one bit for each of {tokens:,} tokens; {again}"
-        )
+    size = path.stat().st_size
+    if size != expected:
+        raise UserError(f"{path}: got {size:,} bytes, expected {expected:,} (one bit for {tokens:,} tokens); {again}")
 
 
 class WordBitmap:
-    """The `PREFIX.words` file of an open dataset, mapped."""
+    """Memory-mapped `PREFIX.words` file of an open dataset."""
 
     def __init__(self, prefix: str | Path, dataset: "IndexedDataset", segmenter: str) -> None:
-        """Maps the file.
+        """Memory-maps the file.
 
         Args:
-            prefix: path of the dataset without ending.
-            dataset: the reader of its tokens.
-            segmenter: the segmenter that the sidecar names, for the messages.
+            prefix: Path of the dataset without extension.
+            dataset: Reader of its tokens.
+            segmenter: Segmenter named in the sidecar, for the messages.
 
         Raises:
-            UserError: as in `check_words`.
+            UserError: As in `check_words`.
         """
         tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
         check_words(prefix, tokens, segmenter)
         self._dataset = dataset
-        # A dataset has a document, and a document its end token: the file is not empty, which could not be mapped.
+        # An empty file could not be mapped, but an open dataset has at least one token.
         self._bytes = np.memmap(words_path(prefix), np.uint8, "r")
 
     def read(self, sequence: int, offset: int, count: int) -> np.ndarray:
-        """Whether a word starts at the tokens `offset` to `offset + count` of a sequence, bool [count]."""
+        """Whether a word starts at each of the tokens `offset` to `offset + count` of a sequence, bool [count]."""
         index = self._dataset.index
-        # Pointers count the bytes of the .bin.
+        # Pointers are byte offsets in the .bin.
         start = int(index.sequence_pointers[sequence]) // index.dtype_size + offset
         first = start // 8
         part = np.asarray(self._bytes[first : -(-(start + count) // 8)])

@@ -1,1 +1,1 @@
-"""Word lists to a table of translations: cleaning, groups, case variants, coverage, reports."""
+"""Builds translation tables from word lists: cleaning, groups, case variants, coverage, reports."""

@@ -19,7 +19,7 @@ from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS
 from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
-from megatron_prealign.resources import without_cycle_collector
+from megatron_prealign.resources import gc_disabled
 from megatron_prealign.tokenizer.base import Tokenizer
 
 UNKNOWN = "pairs with a word the tokenizer does not know"
@@ -37,20 +37,20 @@ KEYLESS = "groups without a key (for alignment alone)"
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """Rules of a build."""
+    """Rules for building a table."""
 
     max_translations: int = 4
-    """Most translations of one word in one language; the first ones are kept."""
+    """Maximum number of translations of a word per language; the first ones are kept."""
     order: Literal["file", "weight", "frequency"] = "file"
-    """Which translations come first: the files' own order, the heaviest, or the most frequent in the corpora."""
+    """Order of translations: order of the files, descending weight, or descending frequency in the corpora."""
     max_target_tokens: int = 8
-    """Longest translation, in tokens; it may be several words."""
+    """Maximum length of a translation in tokens; it may have several words."""
     drop_identical: bool = True
-    """Leave out pairs whose words are the same tokens: replacing one by the other changes nothing."""
+    """Drop pairs whose words have identical tokens: replacing one by the other changes nothing."""
     min_count: int = 0
-    """Least occurrences of a source word in the corpora."""
+    """Minimum number of occurrences of a source word in the corpora."""
     min_target_count: int = 0
-    """Least occurrences of a translation in the corpora of its language."""
+    """Minimum number of occurrences of a translation in the corpora of its language."""
 
     def __post_init__(self) -> None:
         for name in ("max_translations", "max_target_tokens"):
@@ -62,27 +62,27 @@ class BuildSettings:
 
     @property
     def needs_counts(self) -> bool:
-        """Whether words of the corpora have to be counted."""
+        """Whether corpus word counts are needed."""
         return bool(self.min_count or self.min_target_count or self.order == "frequency")
 
 
 @dataclass
 class BuildReport:
-    """What happened to the pairs."""
+    """Statistics of a build."""
 
     rules: Counter[str] = field(default_factory=Counter)
-    """How many pairs or variants each rule took, in the order in which the rules apply."""
+    """Number of pairs or variants that each rule matched, in the order in which the rules apply."""
     errors: ReadErrors = field(default_factory=ReadErrors)
-    """Lines left out."""
+    """Skipped lines."""
     encoder: str = ""
-    """What encoded the words."""
+    """Encoder that tokenised the words."""
     warnings: list[str] = field(default_factory=list)
-    """What a person should look at."""
+    """Warnings for the user."""
 
 
 @dataclass
 class _Keys:
-    """Keys of one case variant, or of all of them put together (K keys, C candidates); sequences are lexicon rows."""
+    """Keys of one or all case variants (K keys, C candidates); sequences are lexicon rows."""
 
     group: NDArray[np.int64]
     sequence: NDArray[np.int32]
@@ -102,69 +102,69 @@ def read_groups(
     source_language: str | None = None,
     pivot: str | None = None,
 ) -> tuple[Groups, list[dict[str, Any]]]:
-    """Groups of all files, and one record per file for the table's `sources`.
+    """Reads the groups of all files, and one record per file for the table's `sources`.
 
     Args:
         inputs: the files.
-        report: gets what happened.
-        on_error: at a line that cannot be read.
+        report: updated with the statistics.
+        on_error: what to do at a bad line.
         cleaning: rules for words and pairs.
-        source_language: lists that have it as another than the first language are turned around.
-        pivot: language that lists will be joined over; its words may be phrases.
+        source_language: lists that have this language in another column are reversed.
+        pivot: pivot language, whose words may be phrases.
 
     Raises:
-        UserError: see `read_entries`; a list whose columns are the other way round.
+        UserError: see `read_entries`; a list whose columns are swapped.
     """
     cleaning = cleaning or Cleaning()
     builder = GroupBuilder(report.rules, cleaning, frozenset({pivot} if pivot else ()))
     sources = []
-    with without_cycle_collector():
+    with gc_disabled():
         for source in inputs:
             pairs = 0
-            facts = FileInfo()
+            info = FileInfo()
             builder.fit = ScriptFit()
-            for block in read_entries(source, report.errors, on_error, facts):
+            for block in read_entries(source, report.errors, on_error, info):
                 languages = block.languages or source.languages
                 columns = block.columns
                 if source_language in languages[1:]:
-                    columns, languages = _turned(columns, languages, languages.index(source_language))
+                    columns, languages = _move_to_front(columns, languages, languages.index(source_language))
                 pairs += builder.add_columns(columns, languages, block.weights)
             if cleaning.scripts:
                 _check_scripts(source, builder.fit, report)
-            report.rules.update(facts.left_out)
+            report.rules.update(info.skipped)
             sources.append(
                 {
                     "path": str(source.path),
-                    "format": facts.format,
+                    "format": info.format,
                     "languages": "-".join(source.languages),
                     "pairs": pairs,
-                    "title": facts.title,
-                    "licence": facts.licence,
+                    "title": info.title,
+                    "licence": info.licence,
                 }
             )
         return builder.build(), sources
 
 
-def _turned(
+def _move_to_front(
     columns: list[list[str]], languages: tuple[str, ...], first: int
 ) -> tuple[list[list[str]], tuple[str, ...]]:
-    """Columns and languages with number `first` in front."""
-    order = [first, *(place for place in range(len(languages)) if place != first)]
-    return [columns[place] for place in order], tuple(languages[place] for place in order)
+    """Moves column and language `first` to the front."""
+    order = [first, *(index for index in range(len(languages)) if index != first)]
+    return [columns[index] for index in order], tuple(languages[index] for index in order)
 
 
 def _check_scripts(source: DictionaryInput, fit: ScriptFit, report: BuildReport) -> None:
     declared = "-".join(source.languages)
-    if fit.turned * 2 > fit.pairs and fit.turned > 9 * fit.as_declared:
+    if fit.swapped * 2 > fit.pairs and fit.swapped > 9 * fit.as_declared:
         other = "-".join((*source.languages[1:], source.languages[0]))
         raise UserError(
-            f"{source.path}: {fit.turned:,} of {fit.pairs:,} pairs are in the scripts of {declared} the other way "
-            f"round; declare the columns as they are ({other}), and to replace words of {source.languages[0]} "
-            f"turn the list with --source {source.languages[0]}"
+            f"{source.path}: languages {declared} are swapped, {fit.swapped:,} of {fit.pairs:,} pairs match the "
+            f"scripts of {other}; declare the columns as {other}, and use --source {source.languages[0]} to replace "
+            f"words of {source.languages[0]}"
         )
     if fit.as_declared * 2 < fit.pairs:
         report.warnings.append(
-            f"{source.path}: only {fit.as_declared:,} of {fit.pairs:,} pairs are in the scripts of {declared}; check "
+            f"{source.path}: only {fit.as_declared:,} of {fit.pairs:,} pairs match the scripts of {declared}; check "
             "the languages"
         )
 
@@ -179,19 +179,19 @@ def build_table(
     counts: WordCounts | None = None,
     show_progress: bool = False,
 ) -> DictionaryTable:
-    """The table of `groups` in the ids of `tokenizer`; its `group_count` is 0 until a corpus is counted.
+    """Builds the table of `groups` in the ids of `tokenizer`; `group_count` is 0 until `coverage.count_groups`.
 
     Args:
         groups: the pairs.
-        tokenizer: makes the ids.
+        tokenizer: the tokenizer of the corpora.
         settings: the rules.
-        report: gets what happened.
-        sources: records of the files, kept in the table.
-        counts: occurrences of words in corpora, where the settings need them (`needs_counts`).
-        show_progress: whether to show how many words have been encoded.
+        report: updated with the statistics.
+        sources: records of the files, stored in the table.
+        counts: word counts in corpora, required if `settings.needs_counts`.
+        show_progress: show a progress bar of the encoded words.
 
     Raises:
-        UserError: no pair is left, or a language has no corpus to count its words in.
+        UserError: no pair remains, or a language has no corpus to count its words in.
     """
     if settings.needs_counts:
         groups = drop_rare(
@@ -205,16 +205,16 @@ def build_table(
         groups = order_pairs(groups, settings.order, counts or {})
     word_boundary = letter_boundaries(tokenizer)
     lexicon = SequenceLexicon(tokenizer, groups.languages, word_boundary)
-    with without_cycle_collector(), Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
-        # As the word stands inside a sentence: this spelling decides which pairs are kept and is what alignment sees.
+    with gc_disabled(), Progress("tokenise", None, unit="words", enabled=show_progress) as progress:
+        # The spelling inside a sentence decides which pairs are kept and is what alignment sees.
         plain = lexicon.encode(groups.texts, groups.text_language, True, progress)
         groups = _keep_pairs(groups, plain, lexicon, settings, report.rules)
         if not len(groups.source):
-            raise _nothing_left(report)
-        # Words of no pair that is left need no other spellings.
+            raise _no_pairs_error(report)
+        # Dropped words need no other spellings.
         groups, used = without_unused_texts(groups)
         plain = plain[used]
-        keys = _join(_encode_variants(groups, plain, lexicon, progress))
+        keys = _concatenate(_encode_variants(groups, plain, lexicon, progress))
     report.encoder = " and ".join(lexicon.encoders)
     keys = _usable_keys(keys, lexicon, settings, report.rules)
     keys = _unique_keys(keys, groups, lexicon, report.rules)
@@ -224,13 +224,13 @@ def build_table(
     return replace(table, sources=tuple(sources), build=build)
 
 
-def _nothing_left(report: BuildReport) -> UserError:
+def _no_pairs_error(report: BuildReport) -> UserError:
     reasons = [f"{count} {name}" for name, count in report.rules.items() if count]
     if report.errors.count:
-        reasons.append(f"{report.errors.count} lines skipped, the first {report.errors.first[0]}")
+        reasons.append(f"{report.errors.count} lines skipped, the first one {report.errors.first[0]}")
     return UserError(
-        f"dictionary: no pair is left ({'; '.join(reasons) or 'none was read'}); check the format, the languages and "
-        "the tokenizer"
+        f"cannot build the dictionary: no pairs remain ({'; '.join(reasons) or 'none were read'}); check the format, "
+        "the languages and the tokenizer"
     )
 
 
@@ -241,20 +241,20 @@ def _keep_pairs(
     settings: BuildSettings,
     rules: Counter[str],
 ) -> Groups:
-    """Drops pairs by what their tokens are, then groups without a pair; `texts` stay as they are."""
-    known = lexicon.known()
+    """Drops pairs based on their tokens, then empty groups; `texts` is unchanged."""
+    info = lexicon.row_info()
     source, target = plain[groups.source[groups.pair_group]], plain[groups.pair_target]
     keep = np.ones(len(source), dtype=bool)
     for name, bad in (
-        (UNKNOWN, ~(known.usable[source] & known.usable[target])),
-        (LONG_SOURCE, known.lengths[source] > MAX_KEY_TOKENS),
-        (LONG_TARGET, known.lengths[target] > settings.max_target_tokens),
+        (UNKNOWN, ~(info.usable[source] & info.usable[target])),
+        (LONG_SOURCE, info.lengths[source] > MAX_KEY_TOKENS),
+        (LONG_TARGET, info.lengths[target] > settings.max_target_tokens),
         (IDENTICAL, lexicon.same(source, target) & settings.drop_identical),
     ):
         rules[name] += int((keep & bad).sum())
         keep &= ~bad
     kept = np.flatnonzero(keep)
-    # Pairs of one group and language lie together: a pair's place in its run is its rank among the translations.
+    # Pairs of one group and language are contiguous: the index within the run is the rank of the translation.
     language = groups.text_language[groups.pair_target[kept]]
     new_run = np.ones(len(kept), dtype=bool)
     new_run[1:] = (np.diff(groups.pair_group[kept]) != 0) | (np.diff(language) != 0)
@@ -269,11 +269,14 @@ def _keep_pairs(
 def _encode_variants(
     groups: Groups, plain: NDArray[np.int32], lexicon: SequenceLexicon, progress: Progress
 ) -> Iterator[_Keys]:
-    """The words of all groups in each case, after a space and bare; `plain` has the row of each text as it is `[T]`."""
+    """Encodes the words of all groups in each case, with and without a leading space.
+
+    `plain` has the lexicon row of each unchanged text after a space `[T]`.
+    """
     texts = groups.texts
     sizes = np.bincount(groups.text_language, minlength=len(groups.languages))
     ends = np.cumsum(sizes).tolist()
-    # Texts of one language lie together.
+    # Texts of one language are contiguous.
     spellings = [
         spell(texts[end - size : end], language)
         for language, size, end in zip(groups.languages, sizes.tolist(), ends, strict=True)
@@ -285,7 +288,7 @@ def _encode_variants(
         words = list(chain.from_iterable(each.words[case] for each in spellings))
         group = np.flatnonzero(is_variant)
         pairs = np.flatnonzero(is_variant[groups.pair_group])
-        # What the case does not change has a row already: most German nouns, every Chinese word.
+        # Words that the case does not change are already encoded: most German nouns, every Chinese word.
         changed &= _mask(len(texts), groups.source[group], groups.pair_target[pairs])
         for word_initial in (True, False):
             rows = as_is[word_initial].copy()
@@ -295,7 +298,7 @@ def _encode_variants(
                 group=group,
                 sequence=rows[groups.source[group]],
                 form=np.full(len(group), form, dtype=np.uint8),
-                # Groups without this case have no pairs left: counting those that have it gives a pair its place.
+                # Groups without this case have no pairs here: the running count of groups with it is the key index.
                 candidate_key=(np.cumsum(is_variant) - 1)[groups.pair_group[pairs]],
                 candidate_sequence=rows[groups.pair_target[pairs]],
                 candidate_language=groups.text_language[groups.pair_target[pairs]],
@@ -319,19 +322,19 @@ def _encode_into(
     lexicon: SequenceLexicon,
     progress: Progress,
 ) -> None:
-    """Sets the rows of the `chosen` texts (bool `[T]`) to those of `words` `[T]`."""
+    """Sets the rows of the `chosen` texts (bool `[T]`) to the encodings of `words` `[T]`."""
     languages = groups.text_language[chosen]
     rows[chosen] = lexicon.encode(list(compress(words, chosen.tolist())), languages, word_initial, progress)
 
 
 def _usable_keys(keys: _Keys, lexicon: SequenceLexicon, settings: BuildSettings, rules: Counter[str]) -> _Keys:
-    """The keys that can be found in a text as one word and have a candidate."""
-    known = lexicon.known()
-    single = (known.usable & (known.lengths <= MAX_KEY_TOKENS) & known.single)[keys.sequence]
-    # Where the tokenizer keeps the space as a token of its own, the word begins behind it: its key without the space
-    # finds it, and the space stays in the text. So this spelling needs no key.
-    marked = ~single & known.behind_space[keys.sequence]
-    good = (known.usable & (known.lengths <= settings.max_target_tokens))[keys.candidate_sequence]
+    """Selects the keys that occur as one word in a text and have a candidate."""
+    info = lexicon.row_info()
+    single = (info.usable & (info.lengths <= MAX_KEY_TOKENS) & info.single)[keys.sequence]
+    # If the tokenizer keeps the space as a separate token, the word starts after it: the key without the space matches
+    # and the space stays in the text, so the spelling with a space needs no key.
+    marked = ~single & info.after_space[keys.sequence]
+    good = (info.usable & (info.lengths <= settings.max_target_tokens))[keys.candidate_sequence]
     if settings.drop_identical:
         good &= ~lexicon.same(keys.candidate_sequence, keys.sequence[keys.candidate_key])
     filled = np.zeros(len(keys.group), dtype=bool)
@@ -343,7 +346,7 @@ def _usable_keys(keys: _Keys, lexicon: SequenceLexicon, settings: BuildSettings,
 
 
 def _take_candidates(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
-    """The keys with the `chosen` candidates in that order."""
+    """Returns the keys with the `chosen` candidates, in that order."""
     return replace(
         keys,
         candidate_key=keys.candidate_key[chosen],
@@ -354,10 +357,10 @@ def _take_candidates(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
 
 
 def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
-    """The `chosen` keys in that order, with their candidates."""
-    place = np.full(len(keys.group), -1, dtype=np.int64)
-    place[chosen] = np.arange(len(chosen))
-    candidate_key = place[keys.candidate_key]
+    """Returns the `chosen` keys in that order, with their candidates."""
+    new_index = np.full(len(keys.group), -1, dtype=np.int64)
+    new_index[chosen] = np.arange(len(chosen))
+    candidate_key = new_index[keys.candidate_key]
     kept = candidate_key >= 0
     return _Keys(
         keys.group[chosen],
@@ -370,8 +373,8 @@ def _take_keys(keys: _Keys, chosen: NDArray[np.int64]) -> _Keys:
     )
 
 
-def _join(variants: Iterable[_Keys]) -> _Keys:
-    """All variants one after the other."""
+def _concatenate(variants: Iterable[_Keys]) -> _Keys:
+    """Concatenates all variants."""
     parts, count = [], 0
     for part in variants:
         parts.append(replace(part, candidate_key=part.candidate_key + count))
@@ -381,19 +384,19 @@ def _join(variants: Iterable[_Keys]) -> _Keys:
 
 
 def _unique_keys(keys: _Keys, groups: Groups, lexicon: SequenceLexicon, rules: Counter[str]) -> _Keys:
-    """One key per language and token sequence, the first one; keys of a group together; every candidate once."""
+    """Keeps the first key per language and token sequence, sorts keys by group and removes duplicate candidates."""
     language = groups.text_language[groups.source[keys.group]].astype(np.int64)
     first = lexicon.first_of_equal(keys.sequence, language)
     rules[TAKEN_KEY] += len(keys.group) - len(first)
     keys = _take_keys(keys, first[np.argsort(keys.group[first], kind="stable")])
-    # A stable sort by key and language keeps the file's order of translations.
+    # A stable sort by key and language preserves the order of translations in the file.
     languages = len(groups.languages)
     keys = _take_candidates(keys, np.argsort(keys.candidate_key * languages + keys.candidate_language, kind="stable"))
     return _merge_candidates(keys, lexicon)
 
 
 def _merge_candidates(keys: _Keys, lexicon: SequenceLexicon) -> _Keys:
-    """Drops candidates that a key has already in that language, the larger weight stays; they lie together."""
+    """Drops duplicate candidates of a key and language, which are contiguous, and keeps the largest weight."""
     count = len(keys.candidate_key)
     kept = np.arange(count)
     weight = keys.candidate_weight.copy()
@@ -459,7 +462,7 @@ def _assemble(
 
 
 def _word_weights(groups: Groups, is_source: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-    """The weight of each word as a translation `[W]`; None where all are 1."""
+    """Weight of each word as a translation `[W]`; None if all are 1."""
     if (groups.pair_weight == 1).all():
         return None
     weights = np.ones(len(is_source), dtype=np.float32)

@@ -1,6 +1,6 @@
-"""How much of a corpus a dictionary knows, in running words, and how often each word of it occurs.
+"""Measures which proportion of a corpus's running words a dictionary covers, and counts the occurrences of its keys.
 
-Code-switching replaces occurrences: its true rate is its ratio times the coverage measured here.
+Code-switching replaces occurrences: its actual rate is its ratio times this coverage.
 """
 
 import math
@@ -28,25 +28,25 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import DataSource
 
 DEFAULT_MAX_TOKENS = 5_000_000
-# Enough for three digits of a share; a blend of many sources must not make the start of a job long.
+# Enough for three digits of a percentage; a blend of many sources must not delay the start of a job.
 BLEND_TOKENS = 1_000_000
-# 2^32 divided by the golden ratio: multiples of this part of a whole lie evenly spread in it, however many one takes.
-_GOLDEN_PART = 2654435769
-_DOCUMENTS_AT_ONCE = 65_536
-# Odd multiplier of the token hash; any works, as every match is checked token by token.
+# 2^32 divided by the golden ratio: any number of multiples modulo 2^32 is evenly spread.
+_GOLDEN_FRACTION = 2654435769
+_BATCH_DOCUMENTS = 65_536
+# Odd multiplier of the token hash; any value works, because every match is checked token by token.
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What one corpus showed.
+    """Coverage of one corpus.
 
     Attributes:
-        prefix: the dataset.
-        language: its language.
-        tokens: tokens looked at.
-        running_words: words with a letter among them.
-        known_words: those of them the table has a key for.
+        prefix: prefix of the dataset.
+        language: language of the dataset.
+        tokens: number of tokens sampled.
+        running_words: number of words with a letter in the sample.
+        known_words: number of running words with a key in the table.
         key_count: occurrences of every key of the table `[K]`.
     """
 
@@ -59,19 +59,19 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Known running words by all running words, 0 to 1."""
+        """Fraction of running words that are known, 0 to 1."""
         return self.known_words / self.running_words if self.running_words else 0.0
 
 
 class Words(NamedTuple):
-    """Running words of a token row: where each starts, its length in tokens, and whether it contains a letter `[N]`."""
+    """Running words of a token array: start, length in tokens, and whether the word contains a letter, each `[N]`."""
 
     start: NDArray[np.int64]
     length: NDArray[np.int64]
     has_letter: NDArray[np.bool_]
 
     def take(self, chosen: NDArray[Any]) -> "Words":
-        """The chosen words."""
+        """Returns the chosen words."""
         return Words(self.start[chosen], self.length[chosen], self.has_letter[chosen])
 
 
@@ -81,13 +81,13 @@ def split_words(
     word_boundary: NDArray[np.uint8],
     word_starts: NDArray[np.bool_] | None = None,
 ) -> Words:
-    """Splits tokens into words: a word starts where the token says so, where the one before says so, and with each row.
+    """Splits tokens into words, which start at boundaries before a token or after the previous one, and at row starts.
 
     Args:
-        tokens: ids of all rows, one row after the other.
+        tokens: ids of all rows, concatenated.
         row_starts: position of the first token of each row.
         word_boundary: `[vocab_size]` as in `DictionaryTable`.
-        word_starts: for each token whether a segmenter says that a word starts there, too; None without one.
+        word_starts: for each token, whether a segmenter marked an additional word start; None without a segmenter.
     """
     flags = word_boundary[tokens]
     starts = (flags & BOUNDARY_BEFORE) != 0
@@ -104,7 +104,7 @@ def split_words(
 
 
 def _hash(columns: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One number per row of ids `[N, length]`."""
+    """Returns one hash per row of ids `[N, length]`."""
     value = np.zeros(len(columns), dtype=np.uint64)
     for column in columns.T:
         value = (value ^ (column.astype(np.uint64) + np.uint64(1))) * _HASH_MULTIPLIER
@@ -113,37 +113,37 @@ def _hash(columns: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def match_words(table: DictionaryTable, language_id: int, tokens: NDArray[Any], words: Words) -> NDArray[np.int64]:
-    """The key of every word `[N]` in a language, -1 where the table has none."""
-    found = np.full(len(words.start), -1, dtype=np.int64)
+    """Returns the key of every word `[N]` in a language, -1 if the table has none."""
+    matches = np.full(len(words.start), -1, dtype=np.int64)
     key_length = np.diff(table.key_offsets)
     for length in range(1, MAX_KEY_TOKENS + 1):
         keys = np.flatnonzero((key_length == length) & (table.key_language == language_id))
-        places = np.flatnonzero(words.length == length)
-        if not len(keys) or not len(places):
+        candidates = np.flatnonzero(words.length == length)
+        if not len(keys) or not len(candidates):
             continue
         within = np.arange(length)
         key_columns = table.key_tokens[table.key_offsets[keys][:, None] + within].astype(np.int64)
-        word_columns = tokens[words.start[places][:, None] + within].astype(np.int64)
+        word_columns = tokens[words.start[candidates][:, None] + within].astype(np.int64)
         key_hash = _hash(key_columns)
         order = np.argsort(key_hash, kind="stable")
         key_hash, keys, key_columns = key_hash[order], keys[order], key_columns[order]
-        place = np.searchsorted(key_hash, (word_hash := _hash(word_columns)))
-        # Keys that share a hash lie side by side: as many steps as the longest such run reach every one of them.
+        first = np.searchsorted(key_hash, (word_hash := _hash(word_columns)))
+        # Keys with equal hashes are adjacent: as many steps as the longest such run reach all of them.
         for step in range(int(np.unique(key_hash, return_counts=True)[1].max())):
-            candidate = np.minimum(place + step, len(keys) - 1)
-            same = (key_hash[candidate] == word_hash) & (key_columns[candidate] == word_columns).all(axis=1)
-            found[places[same]] = keys[candidate[same]]
-    return found
+            key = np.minimum(first + step, len(keys) - 1)
+            same = (key_hash[key] == word_hash) & (key_columns[key] == word_columns).all(axis=1)
+            matches[candidates[same]] = keys[key[same]]
+    return matches
 
 
 def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int = DEFAULT_MAX_TOKENS) -> Coverage:
-    """Looks for the keys of `table` in a dataset made by `preprocess`; where a segmenter marked words, in those words.
+    """Measures the coverage of `table` on a preprocessed dataset, using the marks of a segmenter if there are any.
 
     Args:
-        max_tokens: at most so many tokens are looked at; documents are drawn from all over a larger dataset.
+        max_tokens: maximum number of tokens to sample; documents are spread evenly over a larger dataset.
 
     Raises:
-        UserError: a missing or damaged dataset, or one made with another tokenizer.
+        UserError: the dataset is missing, corrupt, or preprocessed with another tokenizer.
     """
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}, expected 1 or more")
@@ -152,7 +152,7 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
     tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter, table.vocab_size)
     words = split_words(tokens, row_starts, table.word_boundary, word_starts)
     language_id = table.language_id(sidecar.language)
-    # A language the table does not have: nothing is known, which is an answer and no mistake.
+    # A language that the table does not have is no error: its coverage is 0.
     keys = match_words(table, -1 if language_id is None else language_id, tokens, words)
     known = (keys >= 0) & words.has_letter
     return Coverage(
@@ -168,17 +168,17 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
 def blend_coverage(
     table: DictionaryTable, sources: Sequence[DataSource], max_tokens: int = BLEND_TOKENS
 ) -> dict[str, float]:
-    """Share of running words that `table` knows, per language of a training blend, sources weighted as in the blend.
+    """Measures the coverage per language of a training blend, with sources weighted as in the blend.
 
-    Which documents are looked at depends on the datasets alone.
+    The choice of documents depends only on the datasets.
 
     Args:
-        table: with the keys alone that are to be found (`switchable.select_keys`).
+        table: table with only the keys to match (`switchable.select_keys`).
         sources: the blend.
-        max_tokens: tokens to look at per language, shared by its sources.
+        max_tokens: number of tokens to sample per language, divided among its sources.
 
     Raises:
-        UserError: a dataset is missing or damaged, or made with another tokenizer.
+        UserError: a dataset is missing, corrupt, or preprocessed with another tokenizer.
     """
     known: defaultdict[str, float] = defaultdict(float)
     weights: defaultdict[str, float] = defaultdict(float)
@@ -194,12 +194,12 @@ def blend_coverage(
 def read_sample(
     prefix: str | Path, max_tokens: int, segmenter: str | None, vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.bool_] | None]:
-    """Tokens of documents drawn from all over the dataset, where each document starts among them, and their bits.
+    """Samples documents evenly over a dataset; returns their tokens, the start of each document and their word bits.
 
-    Reads the files itself: Megatron-Core's reader would import torch, which takes longer than most measurements.
+    Reads the files directly: Megatron-Core's reader would import torch, which takes longer than most measurements.
 
     Raises:
-        UserError: a damaged dataset, or an id that is not below `vocab_size`.
+        UserError: the dataset is corrupt, or has an id that is not below `vocab_size`.
     """
     index = check_indexed(prefix)
     lengths = index.lengths
@@ -213,51 +213,51 @@ def read_sample(
         check_words(prefix, index.tokens, segmenter)
         marks = np.memmap(words_path(prefix), np.uint8, "r")
         bits = np.concatenate([_bits(marks, begin, end) for begin, end in spans])[:max_tokens]
-    # Only the last document drawn is cut, and one document of the whole corpus may be longer than the limit.
+    # Only the last document is truncated, and a single document can be longer than the limit.
     drawn = np.concatenate([tokens[begin:end] for begin, end in spans])[:max_tokens]
     if len(drawn) and int(drawn.max()) >= vocab_size:
         raise UserError(
-            f"{prefix}.bin: token id {int(drawn.max())}, expected ids below the vocabulary's {vocab_size}; "
-            "make the dataset again with megatron-prealign preprocess"
+            f"{prefix}.bin: got token id {int(drawn.max())}, expected ids below the vocabulary size {vocab_size}; "
+            "preprocess the dataset again with megatron-prealign preprocess"
         )
     return drawn, starts, bits
 
 
 def _bits(marks: NDArray[np.uint8], begin: int, end: int) -> NDArray[np.bool_]:
-    """Bits `begin` to `end` of a bitmap whose bytes have the lowest bit first."""
+    """Returns bits `begin` to `end` of a bitmap whose bytes have the lowest bit first."""
     skipped = begin % 8
     part = np.asarray(marks[begin // 8 : -(-end // 8)])
     return np.unpackbits(part, count=skipped + end - begin, bitorder="little")[skipped:].view(np.bool_)
 
 
 def _draw(lengths: NDArray[np.integer], max_tokens: int) -> NDArray[np.int64]:
-    """Documents that hold `max_tokens` tokens together or just more, in ascending order; all if they hold fewer.
+    """Draws documents, in ascending order, until they have at least `max_tokens` tokens; all if there are fewer.
 
-    They follow each other in steps of the golden part of the corpus, round its end: evenly spread however many it
-    takes, in integers alone, so that the same corpus gives the same numbers with any version of anything.
+    Documents are drawn in steps of the golden fraction of the corpus, modulo its size, so any number of them is evenly
+    spread. Only integers are used, so the same corpus gives the same documents with any library version.
     """
-    number = len(lengths)
+    count = len(lengths)
     if int(np.sum(lengths, dtype=np.int64)) <= max_tokens:
-        return np.arange(number)
-    step = max(number * _GOLDEN_PART >> 32, 1)
-    # With a common divisor it would come back to the first document before it has been at all of them.
-    while math.gcd(step, number) > 1:
+        return np.arange(count)
+    step = max(count * _GOLDEN_FRACTION >> 32, 1)
+    # With a common divisor the steps would return to the first document before visiting all of them.
+    while math.gcd(step, count) > 1:
         step += 1
     drawn: list[NDArray[np.int64]] = []
     tokens = 0
-    for first in range(0, number, _DOCUMENTS_AT_ONCE):
-        documents = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, number)) * step % number
-        so_far = tokens + np.cumsum(lengths[documents], dtype=np.int64)
-        taken = int(np.searchsorted(so_far, max_tokens)) + 1
+    for first in range(0, count, _BATCH_DOCUMENTS):
+        documents = np.arange(first, min(first + _BATCH_DOCUMENTS, count)) * step % count
+        total = tokens + np.cumsum(lengths[documents], dtype=np.int64)
+        taken = int(np.searchsorted(total, max_tokens)) + 1
         drawn.append(documents[:taken])
         if taken <= len(documents):
             break
-        tokens = int(so_far[-1])
+        tokens = int(total[-1])
     return np.sort(np.concatenate(drawn))
 
 
 def count_groups(table: DictionaryTable, corpora: Sequence[Coverage]) -> DictionaryTable:
-    """The table with `group_count` filled: occurrences of each group's source word, in any spelling, in all corpora."""
+    """Returns the table with `group_count` set to the occurrences of each group's source word, in any case."""
     counts = np.zeros(table.num_groups, dtype=np.int64)
     for corpus in corpora:
         np.add.at(counts, table.key_group, corpus.key_count)

@@ -1,7 +1,7 @@
-"""Puts word pairs together into groups: one source word with all its translations, in one or many languages.
+"""Builds groups from word pairs: one source word with all its translations, in one or more languages.
 
-Nothing here knows a tokenizer. What is left out is counted by rule, so that a user sees where the pairs of a file went.
-Lists have millions of pairs: words are looked at once each and all at a time, pairs are arrays.
+This module is independent of the tokenizer. Dropped pairs are counted by rule, so that a user sees what happened to the
+pairs of a file. Lists have millions of pairs: each distinct word is classified once, in batches, and pairs are arrays.
 """
 
 from collections import Counter, defaultdict
@@ -28,7 +28,7 @@ from megatron_prealign.dictionary.words import (
 )
 from megatron_prealign.errors import UserError
 
-# Rule names are what the user reads, in the order in which the rules apply.
+# Rule names are printed and stored in the table, in the order in which the rules apply.
 READ = "pairs read"
 EMPTY = "pairs without a word on one side"
 MULTI_WORD_SOURCE = "pairs with a source of several words"
@@ -48,15 +48,15 @@ class Cleaning:
     """Rules for words and pairs that need no tokenizer."""
 
     notes: bool = True
-    """Take notes in brackets and markup out of words."""
+    """Remove notes in brackets and markup from words."""
     scripts: bool = True
-    """Leave out pairs with a word that has no letter of any script of its language."""
+    """Drop pairs with a word that has no letter of any script of its language."""
     min_characters: int = 1
-    """Shortest word, in characters."""
+    """Minimum length of a word in characters."""
     max_characters: int = 100
-    """Longest word or phrase, in characters."""
+    """Maximum length of a word or phrase in characters."""
     max_words: int | None = None
-    """Longest translation, in words."""
+    """Maximum length of a translation in words."""
 
     def __post_init__(self) -> None:
         for name in ("min_characters", "max_characters", "max_words"):
@@ -71,28 +71,28 @@ class Cleaning:
 
 @dataclass
 class ScriptFit:
-    """How many pairs of a list are in the scripts of their languages, as it is declared and the other way round.
+    """Number of pairs of a list that match the scripts of its languages, as declared and swapped.
 
-    Only pairs of languages that share no script count.
+    Only pairs of languages without a common script count.
     """
 
     pairs: int = 0
     as_declared: int = 0
-    turned: int = 0
+    swapped: int = 0
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of words as texts; the words of all groups lie in one lexicon.
+    """Groups of words as texts; the groups share one list of texts.
 
     Attributes:
         languages: codes; the index is the language id.
-        texts: all different (language, word), the languages one after the other [T].
+        texts: distinct (language, word) pairs, sorted by language [T].
         text_language: language id of each text [T].
-        source: text of each group's source word [G], groups in order of first mention.
+        source: text index of each group's source word [G], groups in order of first occurrence.
         pair_group: group of each pair [P], ascending.
-        pair_target: text of each pair's translation [P]; in a group by language, then in the files' order.
-        pair_weight: weight of each pair [P], above 0; of a pair given several times the largest.
+        pair_target: text index of each pair's translation [P]; within a group by language, then in file order.
+        pair_weight: weight of each pair [P], above 0; the largest weight of a repeated pair.
     """
 
     languages: tuple[str, ...]
@@ -106,44 +106,44 @@ class Groups:
 
 @dataclass
 class _Vocabulary:
-    """The words of one language as they stand in the files, each looked at once; they are numbered as they come."""
+    """Distinct raw words of one language, numbered in order of occurrence; each is classified once."""
 
-    looker: WordClassifier
+    classifier: WordClassifier
     numbers: defaultdict[str, int] = field(default_factory=lambda: defaultdict(count().__next__))
-    """A word that is looked up for the first time gets the next number: one pass over a column finds and adds."""
-    facts: list[WordInfo] = field(default_factory=list)
-    """What is known of each word once it is clean."""
+    """Word -> number; looking up a new word assigns the next number, so one pass over a column finds and adds."""
+    batches: list[WordInfo] = field(default_factory=list)
+    """Properties of each word after cleaning, in batches."""
     cleaned: dict[int, int] = field(default_factory=dict)
-    """Number of a word that had to be cleaned -> number of the clean word."""
+    """Number of a word that needed cleaning -> number of the clean word."""
 
     def number(self, column: list[str], cleaned: dict[str, str]) -> NDArray[np.int32]:
-        """The number of each word; `cleaned` gets the words that had to be cleaned."""
+        """Returns the number of each word; adds words that needed cleaning to `cleaned`."""
         numbers, begin = self.numbers, len(self.numbers)
-        found = np.fromiter(map(numbers.__getitem__, column), np.int32, len(column))
+        result = np.fromiter(map(numbers.__getitem__, column), np.int32, len(column))
         new = list(islice(reversed(numbers), len(numbers) - begin))[::-1]
-        facts = self.looker.look(new)
-        self.facts.append(facts)
-        dirty = np.flatnonzero(facts.flags & np.uint64(TO_CLEAN)).tolist()
-        for place in dirty:
-            if new[place] not in cleaned:
-                cleaned[new[place]] = clean(new[place], self.looker.notes)
-        dirty = [place for place in dirty if cleaned[new[place]] != new[place]]
+        batch = self.classifier.classify(new)
+        self.batches.append(batch)
+        dirty = np.flatnonzero(batch.flags & np.uint64(TO_CLEAN)).tolist()
+        for index in dirty:
+            if new[index] not in cleaned:
+                cleaned[new[index]] = clean(new[index], self.classifier.notes)
+        dirty = [index for index in dirty if cleaned[new[index]] != new[index]]
         if dirty:
-            own = [begin + place for place in dirty]
-            clean_ones = self.number([cleaned[new[place]] for place in dirty], cleaned)
-            self.cleaned.update(zip(own, clean_ones.tolist(), strict=True))
-            for values in self.known():
-                values[own] = values[clean_ones]
-        return found
+            dirty_numbers = [begin + index for index in dirty]
+            clean_numbers = self.number([cleaned[new[index]] for index in dirty], cleaned)
+            self.cleaned.update(zip(dirty_numbers, clean_numbers.tolist(), strict=True))
+            for values in self.info():
+                values[dirty_numbers] = values[clean_numbers]
+        return result
 
-    def known(self) -> WordInfo:
-        """What is known of each word."""
-        if len(self.facts) != 1:
-            self.facts = [WordInfo(*map(np.concatenate, zip(*self.facts, strict=True)))]
-        return self.facts[0]
+    def info(self) -> WordInfo:
+        """Returns the properties of each word."""
+        if len(self.batches) != 1:
+            self.batches = [WordInfo(*map(np.concatenate, zip(*self.batches, strict=True)))]
+        return self.batches[0]
 
     def clean_numbers(self) -> NDArray[np.int64]:
-        """For each word the number of the clean one."""
+        """Returns the number of the clean form of each word."""
         numbers = np.arange(len(self.numbers))
         numbers[list(self.cleaned)] = list(self.cleaned.values())
         return numbers
@@ -155,8 +155,8 @@ class _Pairs:
 
     source_language: int
     target_language: int
-    place: NDArray[np.int64]
-    """Place in the order of everything read."""
+    position: NDArray[np.int64]
+    """Position in the order of reading."""
     source: NDArray[np.int32]
     target: NDArray[np.int32]
     weight: NDArray[np.float32]
@@ -164,25 +164,25 @@ class _Pairs:
 
 @dataclass
 class GroupBuilder:
-    """Collects pairs from any number of files; pairs with the same source language and word join one group."""
+    """Collects pairs from any number of files; pairs with the same source language and word form one group."""
 
     counts: Counter[str] = field(default_factory=Counter)
     cleaning: Cleaning = Cleaning()
     phrase_sources: frozenset[str] = frozenset()
-    """Languages whose source words may be several words."""
+    """Languages whose source words may be phrases."""
     fit: ScriptFit = field(default_factory=ScriptFit)
-    """Of what has been added since it was last set."""
+    """Script statistics of the pairs added since it was last set."""
     _languages: dict[str, int] = field(default_factory=dict)
     _vocabularies: list[_Vocabulary] = field(default_factory=list)
-    """Per language."""
+    """One per language."""
     _pairs: list[_Pairs] = field(default_factory=list)
     _cleaned: dict[str, str] = field(default_factory=dict)
-    _places: int = 0
+    _num_read: int = 0
 
     def add(
         self, entries: Iterable[Sequence[str]], languages: Sequence[str], weights: Sequence[float] | None = None
     ) -> int:
-        """Adds entries whose words are in `languages`, source first; returns the number of pairs they hold."""
+        """Adds entries with words in `languages`, source first; returns their number of pairs."""
         columns = [list(column) for column in zip(*entries, strict=True)]
         return self.add_columns(columns, languages, weights) if columns else 0
 
@@ -192,9 +192,9 @@ class GroupBuilder:
         """Adds entries column by column.
 
         Args:
-            columns: the words of each language, equally many.
+            columns: one list of words per language, all of the same length.
             languages: codes, source first.
-            weights: weight of each entry, above 0; 1 if there are none.
+            weights: weight of each entry, above 0; default 1.
 
         Returns:
             The number of pairs.
@@ -211,25 +211,25 @@ class GroupBuilder:
             for language, column in zip(ids, columns, strict=True)
         )
         for number, (language, target) in enumerate(zip(ids[1:], translations, strict=True)):
-            left = self._usable(ids[0], source, language, target)
-            place = self._places + left * targets + number
-            self._pairs.append(_Pairs(ids[0], language, place, source[left], target[left], weight[left]))
-        self._places += count * targets
+            kept = self._usable(ids[0], source, language, target)
+            position = self._num_read + kept * targets + number
+            self._pairs.append(_Pairs(ids[0], language, position, source[kept], target[kept], weight[kept]))
+        self._num_read += count * targets
         self.counts[READ] += count * targets
         return count * targets
 
     def _usable(
         self, source_language: int, source: NDArray[np.int32], target_language: int, target: NDArray[np.int32]
     ) -> NDArray[np.int64]:
-        """The rows that no rule takes."""
+        """Returns the rows that no rule drops."""
         names = list(self._languages)
         scripts = [scripts_of(names[language]) for language in (source_language, target_language)]
-        left = self._vocabularies[source_language].known().take(source)
-        right = self._vocabularies[target_language].known().take(target)
+        left = self._vocabularies[source_language].info().take(source)
+        right = self._vocabularies[target_language].info().take(target)
         flags = left.flags | right.flags
         empty = flags & np.uint64(EMPTY_BIT) != 0
         without_letter = left.flags & right.flags & np.uint64(HAS_LETTER) == 0
-        self._look_at_scripts(left.flags[~(empty | without_letter)], right.flags[~(empty | without_letter)], scripts)
+        self._count_scripts(left.flags[~(empty | without_letter)], right.flags[~(empty | without_letter)], scripts)
         phrases = names[source_language] in self.phrase_sources
         rules, keep = self.cleaning, np.ones(len(source), dtype=bool)
         shortest = np.minimum(left.characters, right.characters)
@@ -250,16 +250,16 @@ class GroupBuilder:
             keep &= ~bad
         return np.flatnonzero(keep)
 
-    def _look_at_scripts(self, left: NDArray[np.uint64], right: NDArray[np.uint64], scripts: Sequence[int]) -> None:
-        """Counts pairs, given as flags of their words, for `fit`."""
+    def _count_scripts(self, left: NDArray[np.uint64], right: NDArray[np.uint64], scripts: Sequence[int]) -> None:
+        """Updates `fit` with pairs, given as the flags of their words."""
         if not scripts[0] or not scripts[1] or scripts[0] & scripts[1]:
             return
         self.fit.pairs += len(left)
         self.fit.as_declared += int(_fits(left, right, scripts).sum())
-        self.fit.turned += int(_fits(left, right, scripts[::-1]).sum())
+        self.fit.swapped += int(_fits(left, right, scripts[::-1]).sum())
 
     def build(self) -> Groups:
-        """The groups of everything added so far."""
+        """Builds the groups of all pairs added so far."""
         changed = [word for word, cleaned in self._cleaned.items() if cleaned != word.strip()]
         self.counts[NOTES] = sum(map(has_note, changed)) if self.cleaning.notes else 0
         self.counts[CLEANED] = len(changed) - self.counts[NOTES]
@@ -272,9 +272,9 @@ class GroupBuilder:
                 [(pairs.target_language, pairs.target) for pairs in self._pairs],
             )
         )
-        source, target = _joined(sources, np.int64), _joined(targets, np.int64)
-        weight = _joined([pairs.weight for pairs in self._pairs], np.float32)
-        order = np.argsort(_joined([pairs.place for pairs in self._pairs], np.int64), kind="stable")
+        source, target = _concatenate(sources, np.int64), _concatenate(targets, np.int64)
+        weight = _concatenate([pairs.weight for pairs in self._pairs], np.float32)
+        order = np.argsort(_concatenate([pairs.position for pairs in self._pairs], np.int64), kind="stable")
         language = np.repeat(np.arange(len(self._languages), dtype=np.int16), np.diff(first))
         groups, repeated = group_pairs(
             tuple(self._languages),
@@ -296,36 +296,36 @@ def group_pairs(
     target: NDArray[np.int64],
     weight: NDArray[np.float32],
 ) -> tuple[Groups, int]:
-    """Pairs as groups, and how many of them were given before.
+    """Groups pairs; returns the groups and the number of duplicate pairs.
 
     Args:
         languages: codes.
-        texts: all different (language, word), the languages one after the other; those of no pair go [T].
+        texts: distinct (language, word) pairs, sorted by language; unused ones are dropped [T].
         text_language: language id of each text [T].
-        source: text of the source word of each pair, in the order in which they were read [P].
-        target: text of the translation of each pair [P].
+        source: text index of the source word of each pair, in the order of reading [P].
+        target: text index of the translation of each pair [P].
         weight: weight of each pair [P].
     """
     used, source, target = _renumbered(len(texts), source, target)
     texts, text_language = tuple(compress(texts, used.tolist())), text_language[used]
-    # Groups are numbered in the order in which their source words come first.
+    # Groups are numbered by the first occurrence of their source words.
     words, first, source_rank = np.unique(source, return_index=True, return_inverse=True)
-    by_mention = np.argsort(first)
+    by_occurrence = np.argsort(first)
     number = np.empty(len(words), dtype=np.int64)
-    number[by_mention] = np.arange(len(words))
+    number[by_occurrence] = np.arange(len(words))
     group = number[source_rank]
-    # What comes first of equal pairs is the first mention.
+    # np.unique returns the first occurrence of equal pairs.
     _, once, same = np.unique(group * (len(texts) + 1) + target, return_index=True, return_inverse=True)
     largest = np.zeros(len(once), dtype=np.float32)
     np.maximum.at(largest, same, weight)
-    # By group and language; translations of one language keep the order of the files, where dictionaries put the
+    # By group and language; translations of one language keep the order of the files, because dictionaries list the
     # best first.
     order = np.lexsort((once, text_language[target[once]], group[once]))
     groups = Groups(
         languages=languages,
         texts=texts,
         text_language=text_language,
-        source=words[by_mention].astype(np.int32),
+        source=words[by_occurrence].astype(np.int32),
         pair_group=group[once][order].astype(np.int32),
         pair_target=target[once][order].astype(np.int32),
         pair_weight=largest[order],
@@ -334,7 +334,7 @@ def group_pairs(
 
 
 def without_unused_texts(groups: Groups) -> tuple[Groups, NDArray[np.bool_]]:
-    """The groups with the texts alone that they are made of, and which of the texts those are `[T]`."""
+    """Drops unused texts; returns the groups and the mask of the texts kept `[T]`."""
     used, source, target = _renumbered(len(groups.texts), groups.source, groups.pair_target)
     kept = replace(
         groups,
@@ -349,7 +349,7 @@ def without_unused_texts(groups: Groups) -> tuple[Groups, NDArray[np.bool_]]:
 def _renumbered(
     count: int, source: NDArray[Any], target: NDArray[Any]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Which of `count` texts `source` and `target` name, bool `[count]`, and both by their numbers among those."""
+    """Returns the mask of the texts used by `source` and `target`, bool `[count]`, and both renumbered to these."""
     used = np.zeros(count, dtype=bool)
     used[source] = used[target] = True
     number = np.cumsum(used) - 1
@@ -357,16 +357,16 @@ def _renumbered(
 
 
 def _written_in(flags: NDArray[np.uint64], scripts: int) -> NDArray[np.bool_]:
-    """Where a word has a letter of one of the `scripts`; everywhere if there are none."""
+    """Whether each word has a letter of one of the `scripts`; True for all words without scripts."""
     if not scripts:
         return np.ones(len(flags), dtype=bool)
     return flags & np.uint64(scripts << FIRST_SCRIPT_BIT) != 0
 
 
 def _fits(left: NDArray[np.uint64], right: NDArray[np.uint64], scripts: Sequence[int]) -> NDArray[np.bool_]:
-    """Where both words of a pair are in the scripts of their languages."""
+    """Whether both words of each pair match the scripts of their languages."""
     return _written_in(left, scripts[0]) & _written_in(right, scripts[1])
 
 
-def _joined(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+def _concatenate(parts: list[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype=dtype), *parts])

@@ -1,8 +1,8 @@
-"""Makes one set of groups of several tables, to build one table of them.
+"""Merges the groups of several tables, to build one table from them.
 
-Their pairs are put together as if they had been read from lists, table by table: the result has the groups that all
-lists together give, wherever no limit of the single builds took a pair away that the whole would have kept. Their order
-may be another one: a word whose first pairs were left out counts from its first pair in a table.
+Pairs are merged as if they had been read from lists, table by table. The result has the groups that one build of all
+lists would give, unless a limit in a single build dropped a pair that the joint build would have kept. The order of the
+groups may differ: a word whose first pairs were dropped is placed by its first remaining pair.
 """
 
 from collections import Counter
@@ -18,11 +18,11 @@ from megatron_prealign.dictionary.table import DictionaryTable
 
 
 def merge_groups(tables: Sequence[DictionaryTable], rules: Counter[str]) -> tuple[Groups, list[dict[str, Any]]]:
-    """The groups and the sources of all tables, in their order.
+    """Returns the merged groups and the concatenated sources of all tables.
 
     Args:
         tables: one or more.
-        rules: gets the counts.
+        rules: updated with the counts.
     """
     languages = tuple(dict.fromkeys(language for table in tables for language in table.languages))
     numbers: list[dict[str, int]] = [{} for _ in languages]
@@ -49,12 +49,12 @@ def merge_groups(tables: Sequence[DictionaryTable], rules: Counter[str]) -> tupl
 def _pairs(
     table: DictionaryTable, languages: tuple[str, ...], numbers: list[dict[str, int]]
 ) -> dict[str, NDArray[Any]]:
-    """The pairs of a table as numbers of words in their languages; `numbers` gets words that are new."""
+    """Returns the pairs of a table as word numbers per language; adds new words to `numbers`."""
     language = np.array([languages.index(each) for each in table.languages], dtype=np.int64)[table.word_language]
     data, offsets = table.word_text.tobytes(), table.word_text_offsets.tolist()
     number = np.empty(table.num_words, dtype=np.int64)
-    for word, (place, begin, end) in enumerate(zip(language.tolist(), offsets, offsets[1:], strict=False)):
-        known = numbers[place]
+    for word, (language_id, begin, end) in enumerate(zip(language.tolist(), offsets, offsets[1:], strict=False)):
+        known = numbers[language_id]
         number[word] = known.setdefault(data[begin:end].decode(), len(known))
     is_source = np.zeros(table.num_words, dtype=bool)
     is_source[table.group_offsets[:-1]] = True
@@ -72,7 +72,7 @@ def _pairs(
 
 
 def merge_counts(merged: DictionaryTable, tables: Sequence[DictionaryTable]) -> DictionaryTable:
-    """`merged` with the occurrences of source words that the tables know; of several the most, as corpora may be the
+    """Returns `merged` with the source-word counts of the tables: the maximum of several, since corpora may be the
     same."""
     counts: dict[tuple[str, str], int] = {}
     for table in tables:
@@ -81,5 +81,5 @@ def merge_counts(merged: DictionaryTable, tables: Sequence[DictionaryTable]) -> 
             counts[source] = max(counts.get(source, 0), int(table.group_count[group]))
     if not counts:
         return merged
-    found = [counts.get(merged.group_words(group)[0], 0) for group in range(merged.num_groups)]
-    return replace(merged, group_count=np.array(found, dtype=np.int64))
+    group_count = [counts.get(merged.group_words(group)[0], 0) for group in range(merged.num_groups)]
+    return replace(merged, group_count=np.array(group_count, dtype=np.int64))

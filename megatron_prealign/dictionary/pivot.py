@@ -1,10 +1,10 @@
-"""Joins lists over a language that they share: German–English and English–Russian become German–Russian.
+"""Joins lists over a common pivot language: German–English and English–Russian become German–Russian.
 
-A pivot word of several meanings makes wrong pairs: Ufer → bank → банк. So a joined pair is kept if two pivot words or
-more lead from the one word to the other, or if its only pivot word has a single translation in the target language.
+An ambiguous pivot word produces wrong pairs: Ufer → bank → банк. A joined pair is therefore kept only if two or more
+pivot words connect its words, or if its only pivot word has a single translation in the target language.
 
-Its weight is the sum over the pivot words of the shares that the two steps have: the weight of the step among all steps
-from that word into that language.
+The weight of a joined pair is the sum over its pivot words of the product of both step fractions. A step fraction is
+the weight of the step divided by the weight of all steps from that word into that language.
 """
 
 from collections import Counter
@@ -28,27 +28,27 @@ KNOWN = "joined pairs that are there without the pivot"
 def join_over(
     groups: Groups, language: str, rules: Counter[str], *, keep_ambiguous: bool = False, keep_bridge: bool = False
 ) -> Groups:
-    """The groups with the pairs joined over `language` behind those that are there.
+    """Joins pairs over `language`; direct pairs come first, joined pairs after them.
 
     Args:
-        groups: of lists that end in the pivot language and of lists that begin with it.
-        language: the pivot.
-        rules: gets the counts.
-        keep_ambiguous: keep joined pairs that only one pivot word of several meanings supports.
-        keep_bridge: keep also the pairs of the pivot language.
+        groups: groups of lists that end in the pivot language and of lists that start with it.
+        language: the pivot language.
+        rules: updated with the counts.
+        keep_ambiguous: keep joined pairs supported by only one ambiguous pivot word.
+        keep_bridge: also keep the pairs of the pivot language.
 
     Raises:
-        UserError: no list ends in the language, or none begins with it.
+        UserError: no list ends in the pivot language, or none starts with it.
     """
     pivot = groups.languages.index(language) if language in groups.languages else -1
     source, target = groups.source[groups.pair_group].astype(np.int64), groups.pair_target.astype(np.int64)
     weight = groups.pair_weight.astype(np.float64)
     from_pivot, to_pivot = (groups.text_language[texts] == pivot for texts in (source, target))
-    for side, example, what in ((to_pivot, f"xx-{language}", "ends in"), (from_pivot, f"{language}-xx", "begins with")):
+    for side, example, verb in ((to_pivot, f"xx-{language}", "ends in"), (from_pivot, f"{language}-xx", "starts with")):
         if not side.any():
             raise UserError(
-                f"--pivot {language}: no pair of the lists {what} {language} ({example}); add such a list, or turn one "
-                "around with --source"
+                f"--pivot {language}: no pair of the lists {verb} {language} ({example}); add such a list, or reverse "
+                "one with --source"
             )
     left, right = np.flatnonzero(to_pivot), np.flatnonzero(from_pivot)
     rules[BRIDGE] += len(left) + len(right)
@@ -57,80 +57,88 @@ def join_over(
     )
     kept = joined.support > 1
     if not keep_ambiguous:
-        kept |= joined.plain
+        kept |= joined.unambiguous
         rules[AMBIGUOUS] += int((~kept).sum())
     else:
         kept[:] = True
     rules[JOINED] += int(kept.sum())
-    stay = ~(to_pivot | from_pivot)
+    remaining = ~(to_pivot | from_pivot)
     if keep_bridge:
-        # Alignment and switching need single words, which a bridge does not.
+        # Phrases are allowed as pivots, but alignment and switching need single source words.
         phrase = from_pivot & np.array([" " in groups.texts[text] for text in source.tolist()], dtype=bool)
         rules[MULTI_WORD_SOURCE] += int(phrase.sum())
-        stay = ~phrase
+        remaining = ~phrase
     result, known = group_pairs(
         groups.languages,
         groups.texts,
         groups.text_language,
-        np.concatenate([source[stay], joined.source[kept]]),
-        np.concatenate([target[stay], joined.target[kept]]),
-        np.concatenate([weight[stay], joined.weight[kept]]).astype(np.float32),
+        np.concatenate([source[remaining], joined.source[kept]]),
+        np.concatenate([target[remaining], joined.target[kept]]),
+        np.concatenate([weight[remaining], joined.weight[kept]]).astype(np.float32),
     )
     rules[KNOWN] += known
     return result
 
 
-class _Joined:
-    """Joined pairs, each once, by first mention of their source word and then the heaviest first."""
+class _JoinedPairs:
+    """Unique joined pairs, sorted by first occurrence of the source word, then by descending weight."""
 
     def __init__(
         self,
         source: NDArray[np.int64],
         target: NDArray[np.int64],
         path_weight: NDArray[np.float64],
-        plain: NDArray[np.bool_],
+        unambiguous: NDArray[np.bool_],
         texts: int,
     ) -> None:
-        """Of the paths: their ends, their weight and whether the pivot word has one translation."""
+        """Merges the paths with the same end points.
+
+        Args:
+            source: text index of each path's start.
+            target: text index of each path's end.
+            path_weight: weight of each path.
+            unambiguous: whether the pivot word of each path has a single translation.
+            texts: number of texts.
+        """
         pairs, first, number = np.unique(source * texts + target, return_index=True, return_inverse=True)
         weight = np.bincount(number, weights=path_weight, minlength=len(pairs))
         support = np.bincount(number, minlength=len(pairs))
-        is_plain = np.bincount(number, weights=plain, minlength=len(pairs)) > 0
+        any_unambiguous = np.bincount(number, weights=unambiguous, minlength=len(pairs)) > 0
         source, target = pairs // max(texts, 1), pairs % max(texts, 1)
-        mention = np.full(texts, len(number), dtype=np.int64)
-        np.minimum.at(mention, source, first)
-        order = np.lexsort((first, -weight, mention[source]))
+        occurrence = np.full(texts, len(number), dtype=np.int64)
+        np.minimum.at(occurrence, source, first)
+        order = np.lexsort((first, -weight, occurrence[source]))
         self.source, self.target = source[order], target[order]
         self.weight = weight[order]
-        self.support, self.plain = support[order], is_plain[order]
+        self.support, self.unambiguous = support[order], any_unambiguous[order]
 
 
 _Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
 
-def _join(left: _Pairs, right: _Pairs, groups: Groups, rules: Counter[str]) -> _Joined:
-    """Every pair of `left` (word, pivot word, weight) with every pair of `right` (pivot word, word, weight)."""
+def _join(left: _Pairs, right: _Pairs, groups: Groups, rules: Counter[str]) -> _JoinedPairs:
+    """Joins every pair of `left` (word, pivot word, weight) with every pair of `right` (pivot word, word, weight)."""
     texts, language = len(groups.texts), groups.text_language
     order = np.argsort(right[0], kind="stable")
     right = _take(right, order)
     to_pivot, from_word = _Steps(left[1], language[left[0]], left[2]), _Steps(left[0], language[left[1]], left[2])
     from_pivot = _Steps(right[0], language[right[1]], right[2])
-    before_share = left[2] / from_word.weight[from_word.number]
-    after_share = right[2] / from_pivot.weight[from_pivot.number]
+    left_fraction = left[2] / from_word.weight[from_word.number]
+    right_fraction = right[2] / from_pivot.weight[from_pivot.number]
     single = from_pivot.count[from_pivot.number] == 1
-    # Before the join: two words of thousands of translations would make millions of steps.
+    # Filter before the join: two words with thousands of translations would produce millions of paths.
     narrow = [np.flatnonzero(steps.count[steps.number] <= MOST_TRANSLATIONS) for steps in (to_pivot, from_pivot)]
     steps = int(np.bincount(right[0], minlength=texts)[left[1]].sum())
-    left, before_share = _take(left, narrow[0]), before_share[narrow[0]]
-    right, after_share, single = _take(right, narrow[1]), after_share[narrow[1]], single[narrow[1]]
+    left, left_fraction = _take(left, narrow[0]), left_fraction[narrow[0]]
+    right, right_fraction, single = _take(right, narrow[1]), right_fraction[narrow[1]], single[narrow[1]]
     index, offsets = row_indices(offsets_of(np.bincount(right[0], minlength=texts)), left[1])
     rules[WIDE] += steps - len(index)
     path = row_numbers(offsets)
-    # A word leads back to itself and to its synonyms where there are lists in both directions.
+    # With lists in both directions, a word would be joined with itself and its synonyms.
     good = language[left[0]][path] != language[right[1]][index]
     path, index = path[good], index[good]
-    share = before_share[path] * after_share[index]
-    return _Joined(left[0][path], right[1][index], share, single[index], texts)
+    weight = left_fraction[path] * right_fraction[index]
+    return _JoinedPairs(left[0][path], right[1][index], weight, single[index], texts)
 
 
 def _take(pairs: _Pairs, chosen: NDArray[np.int64]) -> _Pairs:
@@ -138,8 +146,8 @@ def _take(pairs: _Pairs, chosen: NDArray[np.int64]) -> _Pairs:
 
 
 class _Steps:
-    """The steps from words into languages: `number` of each step's word and language, and by it how many and how heavy
-    they are."""
+    """Steps from words into languages: `number` identifies the word and language of each step; `count` and `weight` are
+    totals per number."""
 
     def __init__(self, words: NDArray[np.int64], language: NDArray[np.int16], weight: NDArray[np.float64]) -> None:
         _, self.number = np.unique(words * (int(language.max(initial=0)) + 1) + language, return_inverse=True)

@@ -5,33 +5,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Odd, with bits all over: 2^64 divided by the golden ratio.
+# Odd, with well-mixed bits: 2^64 divided by the golden ratio.
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """The offsets `[N+1]` of rows of these lengths `[N]`."""
+    """Returns the offsets `[N+1]` of rows with these lengths `[N]`."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
 
 
 def row_numbers(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each element the number of its row `[offsets[-1]]`."""
+    """Returns the row index of each element `[offsets[-1]]`."""
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
 def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the elements of `rows` lie in a ragged array, and the offsets of those rows put together.
+    """Returns the indices of the elements of `rows` in a ragged array, and the offsets of the concatenated rows.
 
     Args:
         offsets: `[N+1]`, row i is `values[offsets[i]:offsets[i+1]]`.
         rows: integers `[R]`.
 
     Returns:
-        `index` and `new_offsets` `[R+1]`, so that `values[index]` are the chosen rows one after the other.
+        `index` and `new_offsets` `[R+1]`; `values[index]` is the concatenation of the chosen rows.
     """
-    # Not by the differences of all offsets: a few rows may be asked of very many.
+    # Differences of all offsets would be wasteful when a few rows of very many are requested.
     begin = offsets[rows]
     lengths = offsets[rows + 1] - begin
     new_offsets = offsets_of(lengths)
@@ -41,23 +41,23 @@ def row_indices(offsets: NDArray[np.int64], rows: NDArray[Any]) -> tuple[NDArray
 
 
 def count_in_rows(marks: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many `marks` are set in each row of a ragged array with these `offsets` `[N+1]`."""
+    """Counts the `marks` set in each row of a ragged array with these `offsets` `[N+1]`."""
     if not marks.any():
         return np.zeros(len(offsets) - 1, dtype=np.int64)
-    # Half the memory is several times faster where it has to come from the system first.
+    # Half the memory is several times faster when it has to be allocated by the system first.
     total = np.zeros(len(marks) + 1, dtype=np.int32 if len(marks) < 2**31 else np.int64)
     np.cumsum(marks, out=total[1:])
     return np.diff(total[offsets]).astype(np.int64)
 
 
 def hash_rows(tokens: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """64 bits for each row of integers from 0; equal rows have equal ones `[N]`."""
+    """Returns a 64-bit hash of each row of non-negative integers `[N]`; equal rows have equal hashes."""
     lengths = np.diff(offsets)
-    place = np.arange(len(tokens), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+    position = np.arange(len(tokens), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
     factors = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, MULTIPLIER))
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * MULTIPLIER
     mixed ^= mixed >> np.uint64(29)
-    mixed *= factors[place]
+    mixed *= factors[position]
     hashes = np.zeros(len(lengths), dtype=np.uint64)
     filled = lengths > 0
     hashes[filled] = np.add.reduceat(mixed, offsets[:-1][filled]) if filled.any() else 0

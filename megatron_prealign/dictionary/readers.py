@@ -1,4 +1,4 @@
-"""Reads word lists: which words stand for each other in which languages, and where a file is broken.
+"""Reads word lists in all supported formats; errors name the file and the line.
 
 Every format has a module in `formats`. Text files of any format may be compressed with gzip, zstd or bzip2.
 """
@@ -48,7 +48,7 @@ _MODULES = {
     "pyglossary": "other",
 }
 _COMPRESSED = (".gz", ".zst", ".bz2", ".dz")
-# Endings that say enough, without one of a compression.
+# File extensions that determine the format, after removal of a compression extension.
 _ENDINGS = {
     ".index": "dictd",
     ".dict": "dictd",
@@ -76,15 +76,15 @@ _CEDICT_LINE = re.compile(r"\S+ \S+ \[.*\] /.*/")
 
 
 def parse_languages(text: str, where: str) -> tuple[str, ...]:
-    """`"en-de"` as `("en", "de")`.
+    """Parses `"en-de"` into `("en", "de")`.
 
     Raises:
-        UserError: not two or more different codes joined by hyphens.
+        UserError: `text` is not two or more different codes joined by hyphens.
     """
     codes = tuple(text.split("-"))
     if not LANGUAGES_PATTERN.fullmatch(text) or len(set(codes)) != len(codes):
         raise UserError(
-            f"{where}: languages {text!r}, expected two or more different codes joined by '-', source first, "
+            f"{where}: got languages {text!r}, expected two or more different codes joined by '-', source first, "
             "such as en-de (letters, digits and '_' in a code)"
         )
     return codes
@@ -97,10 +97,10 @@ def parse_input(
     licence: str = "",
     weights: bool = False,
 ) -> DictionaryInput:
-    """Splits `FILE[:en-de]`; a colon that belongs to the file's name is left alone.
+    """Parses `FILE[:en-de]`; a colon that is part of an existing file's name is preserved.
 
     Raises:
-        UserError: no languages given for this file, here or as the default.
+        UserError: neither `text` nor the default specifies languages.
     """
     path, colon, suffix = text.rpartition(":")
     if colon and LANGUAGES_PATTERN.fullmatch(suffix) and not Path(text).exists():
@@ -110,23 +110,23 @@ def parse_input(
         if default_languages is None:
             file = text.partition(":")[0]
             raise UserError(
-                f"--input {text}: no languages given, expected FILE:SOURCE-TARGET such as {file}:en-de, "
-                "or --languages en-de for all files"
+                f"--input {text}: languages are missing, expected FILE:SOURCE-TARGET such as {file}:en-de; or use "
+                "--languages en-de for all files"
             )
         languages = parse_languages(default_languages, "--languages")
     return DictionaryInput(path=Path(path), languages=languages, format=format, licence=licence, weights=weights)
 
 
 def detect_file(path: Path) -> str:
-    """Format of a file by its name and its first lines; `auto` for one whose lines decide.
+    """Detects the format of a file from its name and first lines; `auto` if `lines` has to detect it.
 
     Raises:
-        UserError: the file cannot be opened, or is none that is known.
+        UserError: the file cannot be opened, or its format is unknown.
     """
     if path.is_dir():
         if any((path / f"expr.csv{ending}").exists() for ending in ("", *_COMPRESSED)):
             return "panlex"
-        raise UserError(f"{path}: is a directory without expr.csv, expected a word list or the CSV files of PanLex")
+        raise UserError(f"{path}: got a directory without expr.csv, expected a word list or the CSV files of PanLex")
     name = path.name.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -139,7 +139,7 @@ def detect_file(path: Path) -> str:
 
 
 def _with_ending(path: Path, ending: str) -> Path:
-    """The file beside `path` that has its name with another ending."""
+    """Returns `path` with its dictd extension replaced."""
     return path.with_name(path.name.removesuffix(".dz").removesuffix(".dict").removesuffix(".index") + ending)
 
 
@@ -147,15 +147,15 @@ def _detect_content(path: Path) -> str:
     start = read_start(path)
     if b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(
-            f"{path}: not a text file and of no known ending ({', '.join(sorted(_ENDINGS))}); name its format with "
-            "--format, or convert it"
+            f"{path}: unknown format, expected a text file or one of the extensions {', '.join(sorted(_ENDINGS))}; set "
+            "--format, or convert the file"
         )
     lines = (line.strip() for line in start.decode("utf-8-sig", "replace").split("\n"))
     first = next((line for line in lines if line), "")
     if first.startswith("#") and "CEDICT" in start.decode("utf-8", "replace").upper() or _CEDICT_LINE.fullmatch(first):
         return "cedict"
     if first.startswith("{"):
-        # A line longer than what was read ends too early for a JSON parser.
+        # A line longer than the bytes read is truncated and does not parse as JSON.
         if re.search(r'"lang_code"\s*:', first) and re.search(r'"(pos|senses|translations)"\s*:', first):
             return "wiktextract"
         try:
@@ -168,24 +168,24 @@ def _detect_content(path: Path) -> str:
 
 
 def read_entries(
-    source: DictionaryInput, errors: ReadErrors, on_error: OnError = "stop", facts: FileInfo | None = None
+    source: DictionaryInput, errors: ReadErrors, on_error: OnError = "stop", info: FileInfo | None = None
 ) -> Iterator[Entries]:
-    """Yields the words of every entry, many entries at a time.
+    """Yields the entries of a file in blocks.
 
     Args:
         source: the file and its languages.
-        errors: gets every line left out (only with `on_error="skip"`).
-        on_error: `stop` raises at the first bad line, `skip` counts it and goes on.
-        facts: gets what else the file tells; complete when the last block has been read.
+        errors: collects every skipped line (only with `on_error="skip"`).
+        on_error: `stop` raises at the first bad line, `skip` counts it and continues.
+        info: filled with the file's metadata; complete after the last block.
 
     Raises:
-        UserError: a file that cannot be opened or holds nothing, damaged compressed data, files of one dictionary that
-            do not fit together; with `stop` also a bad line (`file:line`, what it holds, what was expected).
+        UserError: a file that cannot be opened or is empty, corrupt compressed data, files of one dictionary that do
+            not match; with `stop` also a bad line (`file:line`, got, expected).
     """
-    facts = facts if facts is not None else FileInfo()
-    facts.format = detect_file(source.path) if source.format == "auto" else source.format
-    yield from _module(facts.format).read(Reading(source, errors, on_error, facts))
-    facts.licence = facts.licence or source.licence
+    info = info if info is not None else FileInfo()
+    info.format = detect_file(source.path) if source.format == "auto" else source.format
+    yield from _module(info.format).read(Reading(source, errors, on_error, info))
+    info.licence = info.licence or source.licence
 
 
 def _module(format: str) -> ModuleType:

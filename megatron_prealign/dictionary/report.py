@@ -1,6 +1,6 @@
-"""What a table is worth on corpora: coverage, switch rate, change of length, ambiguity, what it does not know.
+"""Evaluates a table on corpora: coverage, switch rate, change in length, ambiguity and unknown words.
 
-The result is plain values, for JSON and for the page that `report_page` makes of it.
+The report has only JSON values; `report_page` renders it as HTML.
 """
 
 import random
@@ -22,37 +22,38 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.base import Tokenizer
 
 FORMAT_VERSION = 1
-# Of the words of a corpus, ordered by frequency.
+# Upper bounds of frequency ranks of the words of a corpus.
 RANK_BANDS = (100, 1_000, 10_000, 100_000)
 MOST_TRANSLATIONS_SHOWN = 8
 CONTEXT_TOKENS = 24
 
 DEFINITIONS = {
-    "running words": "Words of the corpus as code-switching sees them: between spaces and signs or, where a segmenter "
-    "marked the corpus, between its marks. Words without a letter do not count.",
-    "coverage": "Share of the running words that the table has a key for, capitalised ones and those before a comma "
-    "included. A known word of several target languages counts for each of them.",
-    "vocabulary": "The same for different words: each counts once however often it occurs, in any case.",
-    "switch rate": "Share of all running words that code-switching replaces at this ratio: ratio times coverage. "
-    "Where a word has translations in several languages, one of them is drawn with equal chances.",
-    "tokens a word": "Tokens of the known running words and of their translations, by the chance with which they are "
-    "drawn.",
-    "growth": "By how much switching at this ratio lengthens the corpus, in tokens. A row that grows loses its end.",
-    "translations a word": "Translations in that language that a known running word has on average, and the share of "
-    "known running words with more than one.",
+    "running words": "Words of the corpus as code-switching splits them: at spaces and punctuation or, if the corpus "
+    "was segmented, at the marks of the segmenter. Words without a letter do not count.",
+    "coverage": "Percentage of running words with a key in the table, including capitalised words and words before a "
+    "comma. A known word with several target languages counts for each of them.",
+    "vocabulary": "Coverage of distinct words: each counts once, regardless of frequency and case.",
+    "switch rate": "Percentage of all running words that code-switching replaces at this ratio: ratio times coverage. "
+    "For a word with translations in several languages, the language is drawn with equal probability.",
+    "tokens a word": "Mean tokens of the known running words and of their translations, weighted by the probability of "
+    "being drawn.",
+    "growth": "Change in the number of tokens of the corpus by switching at this ratio. A sequence that grows is "
+    "truncated.",
+    "translations a word": "Mean number of translations of a known running word in that language, and the percentage "
+    "of known running words with more than one.",
 }
 
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What to measure.
+    """Settings of a report.
 
     Attributes:
-        ratio: share of known words that code-switching is to replace, 0 to 1.
-        max_tokens: tokens of each corpus to look at, drawn from all over it.
-        samples: switched words to show of each corpus.
-        unknown_words: most frequent unknown words to list.
-        seed: decides the samples.
+        ratio: fraction of known words that code-switching replaces, 0 to 1.
+        max_tokens: number of tokens to sample from each corpus, spread evenly over it.
+        samples: number of switched words to show for each corpus.
+        unknown_words: number of most frequent unknown words to list.
+        seed: seed of the samples.
     """
 
     ratio: float = 0.05
@@ -65,14 +66,14 @@ class ReportSettings:
         if not 0.0 <= self.ratio <= 1.0:
             raise UserError(f"--ratio is {self.ratio}, expected a number from 0 to 1")
         for name in ("max_tokens", "samples", "unknown_words"):
-            least = 1 if name == "max_tokens" else 0
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {least} or more")
+            minimum = 1 if name == "max_tokens" else 0
+            if getattr(self, name) < minimum:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {minimum} or more")
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """What was read of one corpus, and the key of each of its words."""
+    """Sampled tokens of one corpus, with the key of each word."""
 
     tokens: NDArray[Any]
     row_starts: NDArray[np.int64]
@@ -82,33 +83,34 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Translations:
-    """Of every key, for one target language or for all `[K]`."""
+    """Translations of every key, for one or all target languages, each `[K]`."""
 
     count: NDArray[np.int64]
-    chance: NDArray[np.float64]
-    """With which chance it is drawn: 1 by the number of the key's languages."""
+    """Number of translations."""
+    probability: NDArray[np.float64]
+    """Probability that the language is drawn: 1 divided by the number of languages of the key."""
     tokens: NDArray[np.float64]
-    """Mean tokens of a translation, by weight; 0 for a key without one."""
+    """Weighted mean of the tokens of a translation; 0 for a key without translations."""
 
 
 def make_report(
     table: DictionaryTable, corpora: Sequence[str | Path], tokenizers: Sequence[Tokenizer], settings: ReportSettings
 ) -> dict[str, Any]:
-    """The report of a table on preprocessed datasets.
+    """Creates the report of a table on preprocessed datasets.
 
     Args:
         table: the table.
         corpora: prefixes of datasets.
-        tokenizers: for each corpus the one that it was made with.
-        settings: what to measure.
+        tokenizers: tokenizer of each corpus.
+        settings: settings of the report.
 
     Raises:
-        UserError: a missing or damaged dataset, or one made with another tokenizer.
+        UserError: a dataset is missing, corrupt, or preprocessed with another tokenizer.
     """
     translations = _translations(table)
     return {
         "format_version": FORMAT_VERSION,
-        "table": _about_table(table),
+        "table": _table_info(table),
         "settings": {"ratio": settings.ratio, "max_tokens": settings.max_tokens, "seed": settings.seed},
         "corpora": [
             _measure(table, translations, prefix, tokenizer, settings)
@@ -118,7 +120,7 @@ def make_report(
     }
 
 
-def _about_table(table: DictionaryTable) -> dict[str, Any]:
+def _table_info(table: DictionaryTable) -> dict[str, Any]:
     return {
         "path": str(table.path or ""),
         "languages": list(table.languages),
@@ -142,25 +144,25 @@ def _measure(
     sidecar = load_sidecar(prefix)
     table.check_tokenizer(sidecar.tokenizer.fingerprint, f"dataset {prefix}")
     table.check_tokenizer(tokenizer.fingerprint, f"tokenizer {tokenizer.path}")
-    sample = _read(table, prefix, sidecar, settings.max_tokens)
+    sample = _read_sample(table, prefix, sidecar, settings.max_tokens)
     distinct = distinct_words(sample.tokens, sample.words)
     texts = word_texts(tokenizer, sample.tokens, sample.words, distinct.first)
     known = sample.keys >= 0
     vocabulary = _Vocabulary(texts, distinct, known[distinct.first])
-    running, found = len(known), int(known.sum())
-    share = found / running if running else 0.0
+    running, num_known = len(known), int(known.sum())
+    coverage = num_known / running if running else 0.0
     return {
         "prefix": str(prefix),
         "language": sidecar.language,
         "segmenter": sidecar.segmenter,
         "tokens": len(sample.tokens),
         "running_words": running,
-        "known_words": found,
-        "coverage": share,
+        "known_words": num_known,
+        "coverage": coverage,
         "vocabulary": len(vocabulary.counts),
         "known_vocabulary": len(vocabulary.known),
         "vocabulary_coverage": len(vocabulary.known) / len(vocabulary.counts) if vocabulary.counts else 0.0,
-        "switch_rate": settings.ratio * share,
+        "switch_rate": settings.ratio * coverage,
         **_lengths(table, translations[None], sample, settings.ratio),
         "by_rank": vocabulary.by_rank(),
         "pairs": [
@@ -176,7 +178,7 @@ def _measure(
     }
 
 
-def _read(table: DictionaryTable, prefix: str | Path, sidecar: Sidecar, max_tokens: int) -> _Sample:
+def _read_sample(table: DictionaryTable, prefix: str | Path, sidecar: Sidecar, max_tokens: int) -> _Sample:
     tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter, table.vocab_size)
     words = split_words(tokens, row_starts, table.word_boundary, word_starts)
     words = words.take(words.has_letter)
@@ -186,7 +188,7 @@ def _read(table: DictionaryTable, prefix: str | Path, sidecar: Sidecar, max_toke
 
 
 class _Vocabulary:
-    """The different words of a corpus in small letters."""
+    """Distinct case-folded words of a corpus."""
 
     def __init__(self, texts: Sequence[str], distinct: DistinctWords, known: NDArray[np.bool_]) -> None:
         self.counts: Counter[str] = Counter()
@@ -200,18 +202,18 @@ class _Vocabulary:
                 self.known.add(word)
             else:
                 self._unknown[word] += count
-                # Sequences come the most frequent first.
+                # Texts are sorted by descending frequency.
                 self._spelling.setdefault(word, text)
 
-    def unknown(self, most: int, running: int) -> list[dict[str, Any]]:
-        """The most frequent words without a key, in their most frequent spelling."""
+    def unknown(self, limit: int, running: int) -> list[dict[str, Any]]:
+        """Returns the most frequent words without a key, in their most frequent spelling."""
         return [
             {"word": self._spelling[word], "count": count, "share": count / running}
-            for word, count in self._unknown.most_common(most)
+            for word, count in self._unknown.most_common(limit)
         ]
 
     def by_rank(self) -> list[dict[str, Any]]:
-        """Share of known words among the most frequent, band by band."""
+        """Returns the fraction of known words per band of frequency ranks."""
         ranked = [word in self.known for word, _ in self.counts.most_common()]
         bands, begin = [], 0
         for end in (*RANK_BANDS, len(ranked)):
@@ -223,40 +225,41 @@ class _Vocabulary:
 
 
 def _translations(table: DictionaryTable) -> dict[int | None, _Translations]:
-    """Of the candidates in each target language, and of all under None."""
+    """Translations per target language; the key None has those of all languages."""
     key, language = row_numbers(table.key_candidate_offsets), table.candidate_language
     weight, length = table.candidate_weight.astype(np.float64), np.diff(table.candidate_offsets)
-    # Candidates of a key are sorted by language: those of one lie together.
+    # Candidates of a key are sorted by language, so those of one language are contiguous.
     begins = np.ones(len(key), dtype=bool)
     begins[1:] = (np.diff(key) != 0) | (np.diff(language) != 0)
     run = np.cumsum(begins) - 1
-    share = weight / np.bincount(run, weights=weight)[run]
+    fraction = weight / np.bincount(run, weights=weight)[run]
     languages = np.bincount(key[begins], minlength=table.num_keys)
-    chance = 1.0 / np.maximum(languages, 1)
-    found: dict[int | None, _Translations] = {}
+    probability = 1.0 / np.maximum(languages, 1)
+    result: dict[int | None, _Translations] = {}
     for each in (None, *np.unique(language).tolist()):
         chosen = np.ones(len(key), dtype=bool) if each is None else language == each
-        # A language with equal chances, a translation in it by weight.
-        parts = share * length * (chance[key] if each is None else 1.0)
+        # Languages have equal probability, translations within a language are drawn by weight.
+        parts = fraction * length * (probability[key] if each is None else 1.0)
         count = np.bincount(key[chosen], minlength=table.num_keys)
         tokens = np.bincount(key[chosen], weights=parts[chosen], minlength=table.num_keys).astype(np.float64)
-        found[each] = _Translations(count, np.ones_like(chance) if each is None else chance * (count > 0), tokens)
-    return found
+        language_probability = np.ones_like(probability) if each is None else probability * (count > 0)
+        result[each] = _Translations(count, language_probability, tokens)
+    return result
 
 
 def _lengths(
     table: DictionaryTable, translations: _Translations, sample: _Sample, ratio: float
 ) -> dict[str, float | None]:
-    """Tokens of the known words and of what replaces them."""
+    """Mean tokens of the known words and of their replacements, and the growth of the corpus."""
     keys = sample.keys[sample.keys >= 0]
     keys = keys[translations.count[keys] > 0]
     if not len(keys):
         return {"tokens_before": None, "tokens_after": None, "growth": 0.0}
-    chance = translations.chance[keys]
-    before, after = np.diff(table.key_offsets)[keys] * chance, translations.tokens[keys] * chance
+    probability = translations.probability[keys]
+    before, after = np.diff(table.key_offsets)[keys] * probability, translations.tokens[keys] * probability
     return {
-        "tokens_before": float(before.sum() / chance.sum()),
-        "tokens_after": float(after.sum() / chance.sum()),
+        "tokens_before": float(before.sum() / probability.sum()),
+        "tokens_after": float(after.sum() / probability.sum()),
         "growth": float(ratio * (after - before).sum() / len(sample.tokens)),
     }
 
@@ -269,40 +272,40 @@ def _pair(
     texts: Sequence[str],
     ratio: float,
 ) -> dict[str, Any]:
-    """What the table knows in one target language."""
+    """Metrics of one target language."""
     count = np.where(sample.keys >= 0, translations.count[sample.keys], 0)
-    chance = np.where(sample.keys >= 0, translations.chance[sample.keys], 0.0)
+    probability = np.where(sample.keys >= 0, translations.probability[sample.keys], 0.0)
     known, running = count > 0, max(len(count), 1)
-    types = {text.casefold() for text, has in zip(texts, known[distinct.first].tolist(), strict=True) if has}
+    types = {text.casefold() for text, has_key in zip(texts, known[distinct.first].tolist(), strict=True) if has_key}
     vocabulary = len({text.casefold() for text in texts})
-    found = int(known.sum())
-    spread = np.bincount(np.minimum(count[known], MOST_TRANSLATIONS_SHOWN), minlength=MOST_TRANSLATIONS_SHOWN + 1)
+    num_known = int(known.sum())
+    histogram = np.bincount(np.minimum(count[known], MOST_TRANSLATIONS_SHOWN), minlength=MOST_TRANSLATIONS_SHOWN + 1)
     return {
-        "known_words": found,
-        "coverage": found / running,
+        "known_words": num_known,
+        "coverage": num_known / running,
         "known_vocabulary": len(types),
         "vocabulary_coverage": len(types) / max(vocabulary, 1),
-        "switch_rate": float(ratio * chance.sum() / running),
+        "switch_rate": float(ratio * probability.sum() / running),
         **_lengths(table, translations, sample, ratio),
-        "translations_per_word": float(count[known].mean()) if found else None,
-        "ambiguous_share": float((count[known] > 1).mean()) if found else None,
-        "words_by_translations": spread[1:].tolist(),
+        "translations_per_word": float(count[known].mean()) if num_known else None,
+        "ambiguous_share": float((count[known] > 1).mean()) if num_known else None,
+        "words_by_translations": histogram[1:].tolist(),
     }
 
 
 def _samples(
     table: DictionaryTable, sample: _Sample, tokenizer: Tokenizer, settings: ReportSettings
 ) -> list[dict[str, str]]:
-    """Known words from all over the sample, each with what stands around it and one of its translations."""
+    """Known words spread evenly over the sample, each with its context and one of its translations."""
     known = np.flatnonzero(sample.keys >= 0)
     if not len(known) or not settings.samples:
         return []
     draw = random.Random(settings.seed)
     size = min(settings.samples, len(known))
-    # One word of each of equally many: evenly spread, and not the same place of every document.
+    # One random word per bin: evenly spread, but not at the same position of every document.
     bounds = [len(known) * number // size for number in range(size + 1)]
     chosen = [int(known[draw.randrange(begin, end)]) for begin, end in zip(bounds, bounds[1:], strict=False)]
-    shown = []
+    samples = []
     for word in chosen:
         begin, length = int(sample.words.start[word]), int(sample.words.length[word])
         row = int(np.searchsorted(sample.row_starts, begin, side="right")) - 1
@@ -313,7 +316,7 @@ def _samples(
         bounds.append(min(row_end, begin + length + CONTEXT_TOKENS))
         before, original, after = _decode_parts(tokenizer, sample.tokens, bounds)
         tokens = table.candidate_tokens[slice(*table.candidate_offsets[candidate : candidate + 2])]
-        shown.append(
+        samples.append(
             {
                 "before": before,
                 "original": original.strip(),
@@ -323,11 +326,11 @@ def _samples(
                 "after": after,
             }
         )
-    return shown
+    return samples
 
 
 def _draw(table: DictionaryTable, key: int, draw: random.Random) -> int:
-    """A candidate of a key: a language with equal chances, and in it one by weight."""
+    """Draws a candidate of a key: a language with equal probability, then a candidate of that language by weight."""
     candidates = range(*table.key_candidate_offsets[key : key + 2].tolist())
     language = draw.choice(sorted({int(table.candidate_language[each]) for each in candidates}))
     chosen = [each for each in candidates if table.candidate_language[each] == language]
@@ -335,19 +338,19 @@ def _draw(table: DictionaryTable, key: int, draw: random.Random) -> int:
 
 
 def _decode_parts(tokenizer: Tokenizer, tokens: NDArray[Any], bounds: Sequence[int]) -> list[str]:
-    """The texts of neighbouring stretches of tokens."""
+    """Decodes adjacent spans of tokens."""
     begin, first, *ends = bounds
     parts = [_decode(tokenizer, tokens[begin:first])]
     text = parts[0]
     for start, end in zip([first, *ends], ends, strict=False):
-        # By itself a stretch would lack the space in front, which sentencepiece drops at the start of a text.
+        # Decoded alone, a span would lose its leading space, which sentencepiece drops at the start of a text.
         longer = _decode(tokenizer, tokens[begin:end])
-        whole = longer.startswith(text)
-        parts.append(longer[len(text) :] if whole else _decode(tokenizer, tokens[start:end]))
+        is_prefix = longer.startswith(text)
+        parts.append(longer[len(text) :] if is_prefix else _decode(tokenizer, tokens[start:end]))
         text = longer
     return parts
 
 
 def _decode(tokenizer: Tokenizer, tokens: NDArray[Any]) -> str:
-    # A cut through the bytes of a character leaves half of one at the end.
+    # Truncation can split a multi-byte character at the end.
     return tokenizer.decode([token for token in tokens.tolist() if token not in tokenizer.special_ids]).strip("\ufffd")

@@ -1,4 +1,4 @@
-"""Renders a dictionary report as one HTML page that fetches nothing and runs no script."""
+"""Renders a dictionary report as a single HTML page without external resources or scripts."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -21,19 +21,19 @@ _BAR_HEIGHT, _ROW_HEIGHT, _WIDTH, _LABEL_WIDTH, _VALUE_WIDTH = 14, 22, 720, 190,
 
 
 def render_page(report: Mapping[str, Any]) -> str:
-    """The page of a report as `make_report` makes it."""
+    """Renders a report of `make_report` as an HTML page."""
     table = report["table"]
     parts = [
         f"<h1>Dictionary report: {escape(', '.join(table['languages']))}</h1>",
         f"<p>{table['groups']:,} groups of {table['words']:,} words; {table['keys']:,} keys with "
-        f"{table['candidates']:,} translations. Rates are for a ratio of {report['settings']['ratio']:g}.</p>",
+        f"{table['candidates']:,} translations. Switch rates are for a ratio of {report['settings']['ratio']:g}.</p>",
         "<h2>Corpora</h2>",
         _corpora_table(report["corpora"]),
         *(_corpus(corpus) for corpus in report["corpora"]),
-        "<h2>The table</h2>",
+        "<h2>Dictionary table</h2>",
         _sources(table["sources"]),
         _rules(table["build"]),
-        "<h2>What the numbers mean</h2>",
+        "<h2>Definitions</h2>",
         page.definitions(report["definitions"]),
     ]
     body = "\n".join(part for part in parts if part)
@@ -42,13 +42,13 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
     header = [
-        *("Corpus", "into", "coverage", "vocabulary", "switch rate", "tokens a word", "growth"),
+        *("corpus", "target", "coverage", "vocabulary", "switch rate", "tokens a word", "growth"),
         *("translations a word", "more than one"),
     ]
     rows: list[list[str]] = []
     for corpus in corpora:
         name = f"{escape(corpus['prefix'])} ({escape(corpus['language'])})"
-        for pair in _rows_of(corpus):
+        for pair in _totals_and_pairs(corpus):
             rows.append(
                 [
                     name,
@@ -65,32 +65,32 @@ def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
     return page.table(header, rows)
 
 
-def _rows_of(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A corpus as a whole and each of its language pairs; a single pair is the whole."""
+def _totals_and_pairs(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The corpus totals followed by each language pair; a single pair equals the totals."""
     pairs = list(corpus["pairs"])
     return pairs if len(pairs) == 1 else [corpus, *pairs]
 
 
 def _corpus(corpus: Mapping[str, Any]) -> str:
-    words = f"{corpus['running_words']:,} running words, {corpus['vocabulary']:,} different ones"
-    marks = f" Words marked by {escape(corpus['segmenter'])}." if corpus["segmenter"] else ""
+    words = f"{corpus['running_words']:,} running words, {corpus['vocabulary']:,} distinct words"
+    segmenter = f" Word segmentation by {escape(corpus['segmenter'])}." if corpus["segmenter"] else ""
     bars = [
         (f"into {pair['target']}" if "target" in pair else "all", (pair["coverage"], pair["vocabulary_coverage"]))
-        for pair in _rows_of(corpus)
+        for pair in _totals_and_pairs(corpus)
     ]
     ranks = [(f"words {band['from']:,}–{band['to']:,}", (band["known"],)) for band in corpus["by_rank"]]
     parts = [
         f"<h2>{escape(corpus['prefix'])} ({escape(corpus['language'])})</h2>",
-        f"<p>{words}, in {corpus['tokens']:,} tokens.{marks}</p>",
+        f"<p>{words}, in {corpus['tokens']:,} tokens.{segmenter}</p>",
         _chart(
             "Coverage",
             _bars(bars),
-            "Share of the running words (upper bar) and of the vocabulary (lower bar) that the table knows.",
+            "Percentage of the running words (upper bar) and of the vocabulary (lower bar) covered by the table.",
         ),
         _chart(
             "Coverage by frequency",
             _bars(ranks),
-            "Share of the vocabulary that the table knows, by the rank of the words in this corpus.",
+            "Percentage of the vocabulary covered by the table, by frequency rank in this corpus.",
         ),
         *(_ambiguity(pair) for pair in corpus["pairs"] if pair["known_words"]),
         _unknown(corpus["unknown_words"]),
@@ -109,7 +109,7 @@ def _ambiguity(pair: Mapping[str, Any]) -> str:
     return _chart(
         f"Translations into {escape(pair['target'])}",
         _bars(rows),
-        "Share of the known running words by how many translations they have.",
+        "Percentage of the known running words by number of translations.",
     )
 
 
@@ -129,7 +129,7 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> str:
         for each in samples
     )
     return (
-        '<h3>Switched words</h3>\n<p class="note">Known words from all over the corpus, each with a translation '
+        '<h3>Switched words</h3>\n<p class="note">Known words sampled evenly over the corpus, each with a translation '
         f'drawn as in training.</p>\n<ul class="samples">\n{items}\n</ul>'
     )
 
@@ -144,11 +144,11 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> str:
             escape(str(source.get("format", ""))),
             f"{source.get('pairs', 0):,}",
             escape(str(source.get("title", ""))),
-            escape(str(source.get("licence", "")) or "not told"),
+            escape(str(source.get("licence", "")) or "unknown"),
         ]
         for source in sources
     ]
-    return "<h3>Lists</h3>\n" + page.table(
+    return "<h3>Word lists</h3>\n" + page.table(
         ["file", "languages", "format", "pairs", "title", "licence"], rows, text=True
     )
 
@@ -161,7 +161,7 @@ def _rules(build: Mapping[str, Any]) -> str:
     rows.append(["lines skipped", f"{build.get('lines_skipped', 0):,}"])
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in build.get("settings", {}).items())
     note = f'<p class="note">{escape(settings)}</p>' if settings else ""
-    return f"<h3>What the rules took</h3>\n{note}\n" + page.table(["rule", "count"], rows)
+    return f"<h3>Build statistics</h3>\n{note}\n" + page.table(["rule", "count"], rows)
 
 
 def _chart(title: str, svg: str, caption: str) -> str:
@@ -169,30 +169,30 @@ def _chart(title: str, svg: str, caption: str) -> str:
 
 
 def _bars(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Horizontal bars from 0 to 1; every row has the same one or two values."""
+    """Horizontal bars from 0 to 1; every row has one value, or every row has two."""
     thin = _BAR_HEIGHT / 2
     lines = []
     for number, (label, values) in enumerate(rows):
         top = number * _ROW_HEIGHT + (_ROW_HEIGHT - _BAR_HEIGHT) / 2
-        room = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH * len(values)
+        width = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH * len(values)
         middle = top + _BAR_HEIGHT - 2
         lines.append(f'<text x="0" y="{middle:g}">{escape(label)}</text>')
         lines.append(
-            f'<rect class="track" x="{_LABEL_WIDTH}" y="{top:g}" width="{room}" height="{_BAR_HEIGHT}" rx="2"/>'
+            f'<rect class="track" x="{_LABEL_WIDTH}" y="{top:g}" width="{width}" height="{_BAR_HEIGHT}" rx="2"/>'
         )
         height = _BAR_HEIGHT if len(values) == 1 else thin - 1
-        for place, (value, kind) in enumerate(zip(values, ("first", "second"), strict=False)):
-            y = top + place * (thin + 1)
+        for index, (value, kind) in enumerate(zip(values, ("first", "second"), strict=False)):
+            y = top + index * (thin + 1)
             lines.append(
-                f'<rect class="{kind}" x="{_LABEL_WIDTH}" y="{y:g}" width="{room * value:.1f}" height="{height:g}"/>'
+                f'<rect class="{kind}" x="{_LABEL_WIDTH}" y="{y:g}" width="{width * value:.1f}" height="{height:g}"/>'
             )
-            x = _WIDTH - _VALUE_WIDTH * (len(values) - 1 - place)
+            x = _WIDTH - _VALUE_WIDTH * (len(values) - 1 - index)
             lines.append(f'<text class="muted" x="{x}" y="{middle:g}" text-anchor="end">{value:.1%}</text>')
     return f'<svg role="img" viewBox="0 0 {_WIDTH} {len(rows) * _ROW_HEIGHT}">{"".join(lines)}</svg>'
 
 
 def _plain(text: str) -> str:
-    """Text on one line, control characters left out."""
+    """Returns escaped text on one line, with non-printable characters replaced by spaces."""
     return escape("".join(character if character.isprintable() else " " for character in text))
 
 

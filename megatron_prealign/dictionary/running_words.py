@@ -1,4 +1,4 @@
-"""The different words of a corpus as text, and how often each occurs."""
+"""Distinct words of a corpus as text, with their counts."""
 
 import re
 import unicodedata
@@ -16,46 +16,46 @@ from megatron_prealign.dictionary.ragged import hash_rows, offsets_of
 from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.base import Tokenizer
 
-# Language -> word in small letters -> occurrences.
+# Language -> case-folded word -> occurrences.
 WordCounts = Mapping[str, Mapping[str, int]]
 
 _ASCII_WORD = re.compile("[a-z]+")
 
 
 class DistinctWords(NamedTuple):
-    """The different token sequences among running words, the most frequent first; U of them, N running words."""
+    """Distinct token sequences of N running words, in descending frequency; U sequences."""
 
     first: NDArray[np.int64]
-    """A running word with each sequence `[U]`."""
+    """Index of the first running word with each sequence `[U]`."""
     occurrences: NDArray[np.int64]
-    """Of each `[U]`."""
+    """Occurrences of each sequence `[U]`."""
     number: NDArray[np.int64]
-    """The sequence of every running word `[N]`."""
+    """Sequence of every running word `[N]`."""
 
 
 def distinct_words(tokens: NDArray[Any], words: Words) -> DistinctWords:
-    """Which running words are the same tokens.
+    """Groups running words with the same tokens.
 
-    Two sequences count as the same where their 64-bit hashes are: among a million words once in 37 million corpora.
+    Sequences are compared by 64-bit hash; a collision among a million words happens once in 37 million corpora.
     """
     offsets = offsets_of(words.length)
     index = np.arange(offsets[-1]) + np.repeat(words.start - offsets[:-1], words.length)
     hashes = hash_rows(tokens[index], offsets)
     _, first, number, count = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     order = np.lexsort((first, -count))
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    return DistinctWords(first[order], count[order], place[number])
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return DistinctWords(first[order], count[order], rank[number])
 
 
 def word_texts(tokenizer: Tokenizer, tokens: NDArray[Any], words: Words, chosen: NDArray[np.int64]) -> list[str]:
-    """The text of the `chosen` running words, without the space in front."""
+    """Decodes the `chosen` running words, without leading space."""
     bounds = zip(words.start[chosen].tolist(), words.length[chosen].tolist(), strict=True)
     return [tokenizer.decode(tokens[start : start + length].tolist()).strip() for start, length in bounds]
 
 
 class _LettersOnly(dict[int, str]):
-    """For `str.translate`: letters and their marks stay, everything else becomes a space."""
+    """Table for `str.translate`: keeps letters and combining marks, replaces everything else by a space."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -68,7 +68,7 @@ _LETTERS_ONLY = _LettersOnly()
 
 
 def letter_runs(text: str) -> list[str]:
-    """The runs of letters of `text`, in small letters: what words of lists and of corpora have in common."""
+    """Returns the case-folded runs of letters of `text`, the form in which list and corpus words are compared."""
     text = text.casefold()
     return _ASCII_WORD.findall(text) if text.isascii() else text.translate(_LETTERS_ONLY).split()
 
@@ -76,22 +76,22 @@ def letter_runs(text: str) -> list[str]:
 def count_words(
     prefixes: Sequence[str | Path], tokenizer: Tokenizer, word_boundary: NDArray[np.uint8], max_tokens: int
 ) -> dict[str, Counter[str]]:
-    """How often each word occurs in preprocessed datasets, by language.
+    """Counts the words of preprocessed datasets by language.
 
     Args:
         word_boundary: `[vocab_size]`, as in `DictionaryTable`.
-        max_tokens: tokens of each dataset to look at, drawn from all over it.
+        max_tokens: number of tokens to sample from each dataset, spread evenly over it.
 
     Raises:
-        UserError: a missing or damaged dataset, or one made with another tokenizer.
+        UserError: a dataset is missing, corrupt, or preprocessed with another tokenizer.
     """
     counts: dict[str, Counter[str]] = {}
     for prefix in prefixes:
         sidecar = load_sidecar(prefix)
         if sidecar.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"dataset {prefix}: made with tokenizer {sidecar.tokenizer.fingerprint}, but the table is built with "
-                f"{tokenizer.path} ({tokenizer.fingerprint}); preprocess it with that one"
+                f"dataset {prefix}: got tokenizer {sidecar.tokenizer.fingerprint}, expected {tokenizer.fingerprint} "
+                f"({tokenizer.path}); preprocess the dataset with this tokenizer"
             )
         tokens, row_starts, word_starts = read_sample(prefix, max_tokens, sidecar.segmenter, tokenizer.vocab_size)
         words = split_words(tokens, row_starts, word_boundary, word_starts)
@@ -106,5 +106,5 @@ def count_words(
 
 
 def occurrences(words: Sequence[str], counts: Mapping[str, int]) -> NDArray[np.int64]:
-    """How often each word was counted `[len(words)]`; of several runs of letters the rarest tells."""
+    """Returns the count of each word `[len(words)]`; a word with several runs of letters has that of the rarest."""
     return np.array([min((counts.get(run, 0) for run in letter_runs(word)), default=0) for word in words], np.int64)

@@ -1,8 +1,8 @@
-"""Which script a letter belongs to, and which scripts a language is written in."""
+"""Scripts of characters and of languages."""
 
 from collections.abc import Mapping
 
-# First and last character of each block; a script has a bit, in this order.
+# First and last character of each block; each script has one bit, in this order.
 _RANGES: Mapping[str, str] = {
     "latin": "0041-005A 0061-007A 00AA 00BA 00C0-00D6 00D8-00F6 00F8-02AF 1D00-1D25 1E00-1EFF 2C60-2C7F A720-A7FF "
     "AB30-AB64 FB00-FB06 FF21-FF3A FF41-FF5A",
@@ -78,7 +78,7 @@ _OTHER_LANGUAGES = {
     "han kana": "ja",
     "hangul han": "ko",
 }
-# What may stand behind the underscore of a code.
+# Script suffixes of language codes, after the underscore.
 _SUFFIXES = {
     "latn": "latin",
     "cyrl": "cyrillic",
@@ -104,7 +104,7 @@ _MASKS |= {code: _mask(names) for names, codes in _OTHER_LANGUAGES.items() for c
 
 
 def script_bits(first: int = 0) -> list[tuple[int, int, int]]:
-    """First character, last character and bit of every block; the bits begin at `1 << first`."""
+    """Returns first character, last character and bit of every block; the bits start at `1 << first`."""
     blocks = []
     for name, ranges in _RANGES.items():
         for block in ranges.split():
@@ -114,10 +114,10 @@ def script_bits(first: int = 0) -> list[tuple[int, int, int]]:
 
 
 def scripts_of(language: str) -> int:
-    """The scripts of a language as bits, 0 for one that is not known here.
+    """Returns the scripts of a language as bits, 0 for an unknown language.
 
-    A script behind an underscore (`uz_cyrl`) is what the language is written in; another suffix (`zh_tw`) is left out.
-    A clone (`en_clone`) is written like its language.
+    A script suffix (`uz_cyrl`) overrides the scripts of the language; other suffixes (`zh_tw`) are ignored. A clone
+    (`en_clone`) has the scripts of its language.
     """
     base, _, suffix = language.lower().partition("_")
     if suffix in _SUFFIXES:

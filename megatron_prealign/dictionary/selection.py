@@ -1,4 +1,4 @@
-"""Which pairs of the groups go into a table and in which order: rules that need no tokens."""
+"""Selects and orders the pairs of a table: rules that need no tokens."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,12 +15,12 @@ RARE_TARGET = "pairs whose translation occurs too rarely in the corpora"
 
 
 def keep_pairs(groups: Groups, keep: NDArray[np.bool_]) -> Groups:
-    """The groups with the pairs `keep` (bool `[P]`) and without groups that have none left; `texts` stay."""
+    """Returns the groups with only the pairs `keep` (bool `[P]`); drops empty groups, keeps `texts` unchanged."""
     kept = np.flatnonzero(keep)
-    left, pair_group = np.unique(groups.pair_group[kept], return_inverse=True)
+    remaining, pair_group = np.unique(groups.pair_group[kept], return_inverse=True)
     return replace(
         groups,
-        source=groups.source[left],
+        source=groups.source[remaining],
         pair_group=pair_group.astype(np.int32),
         pair_target=groups.pair_target[kept],
         pair_weight=groups.pair_weight[kept],
@@ -30,10 +30,10 @@ def keep_pairs(groups: Groups, keep: NDArray[np.bool_]) -> Groups:
 def drop_rare(
     groups: Groups, counts: WordCounts, rules: Counter[str], *, min_count: int, min_target_count: int
 ) -> Groups:
-    """Leaves out pairs whose words occur fewer times in the corpora of their languages; they are counted in `rules`.
+    """Drops pairs whose words occur less often in the corpora of their languages; they are counted in `rules`.
 
     Raises:
-        UserError: a language that is to be judged has no corpus.
+        UserError: a language with a limit has no corpus.
     """
     text_count = _text_counts(groups, counts)
     keep = np.ones(len(groups.pair_target), dtype=bool)
@@ -51,37 +51,37 @@ def drop_rare(
 
 
 def order_pairs(groups: Groups, order: str, counts: WordCounts) -> Groups:
-    """The groups with the translations of each group and language in another order.
+    """Sorts the translations of each group and language.
 
     Args:
-        order: `weight` puts the heaviest first, `frequency` those that occur most often in the corpora of their
-            language; where these are the same, the order of the files stays.
+        order: `weight` sorts by descending weight, `frequency` by descending occurrences in the corpora of the
+            language; ties keep the order of the files.
 
     Raises:
-        UserError: `frequency`, and a target language has no corpus.
+        UserError: `frequency` is requested and a target language has no corpus.
     """
     if order == "weight":
         rank = -groups.pair_weight.astype(np.float64)
     else:
         _check_counted(groups, groups.pair_target, counts, "--order frequency")
         rank = -_text_counts(groups, counts)[groups.pair_target].astype(np.float64)
-    place = np.lexsort((rank, groups.text_language[groups.pair_target], groups.pair_group))
+    permutation = np.lexsort((rank, groups.text_language[groups.pair_target], groups.pair_group))
     return replace(
         groups,
-        pair_group=groups.pair_group[place],
-        pair_target=groups.pair_target[place],
-        pair_weight=groups.pair_weight[place],
+        pair_group=groups.pair_group[permutation],
+        pair_target=groups.pair_target[permutation],
+        pair_weight=groups.pair_weight[permutation],
     )
 
 
 def _text_counts(groups: Groups, counts: WordCounts) -> NDArray[np.int64]:
     """Occurrences of every text in the corpora of its language `[T]`."""
-    found = np.zeros(len(groups.texts), dtype=np.int64)
+    result = np.zeros(len(groups.texts), dtype=np.int64)
     for number, language in enumerate(groups.languages):
         if language in counts:
-            places = np.flatnonzero(groups.text_language == number)
-            found[places] = occurrences([groups.texts[place] for place in places.tolist()], counts[language])
-    return found
+            texts = np.flatnonzero(groups.text_language == number)
+            result[texts] = occurrences([groups.texts[text] for text in texts.tolist()], counts[language])
+    return result
 
 
 def _check_counted(groups: Groups, texts: NDArray[np.int32], counts: WordCounts, option: str) -> None:
@@ -89,6 +89,6 @@ def _check_counted(groups: Groups, texts: NDArray[np.int32], counts: WordCounts,
     missing = [language for language in languages if language not in counts]
     if missing:
         raise UserError(
-            f"{option} needs a corpus in every language whose words it counts, none is in {', '.join(missing)}; name "
+            f"{option} needs a corpus in every language whose words it counts, missing: {', '.join(missing)}; add "
             "preprocessed datasets with --corpus"
         )

@@ -1,8 +1,8 @@
-"""The dictionary as token ids: the one file that alignment and code-switching share.
+"""The dictionary as token ids: one file for both alignment and code-switching.
 
-`table.safetensors` holds three lists: *keys* (token n-grams as they stand in a text, with their candidates),
-*candidates* (token n-grams that may replace a key) and *words* (one spelling of every word of every group, for
-alignment). Ranges and offsets are checked once, on loading, so that nothing that reads the table later has to.
+`table.safetensors` has three lists: *keys* (token n-grams as they occur in a text, with their candidates),
+*candidates* (token n-grams that can replace a key) and *words* (one spelling of every word of every group, for
+alignment). Ranges and offsets are checked once on loading, so users of the table need not check them.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ BOUNDARY_BEFORE, BOUNDARY_AFTER, HAS_LETTER = 1, 2, 4
 # Bits of `key_form`. The case is 0 (as the dictionary writes the word), 1 (capitalised) or 2 (upper).
 FORM_CASE, FORM_WORD_INITIAL = 3, 4
 
-# Tensor -> dtype, in the order of the file. Everything is one-dimensional.
+# Tensor -> dtype, in file order. All tensors are one-dimensional.
 TENSORS: dict[str, type[np.generic]] = {
     "word_boundary": np.uint8,
     "key_tokens": np.int32,
@@ -46,7 +46,7 @@ TENSORS: dict[str, type[np.generic]] = {
     "group_offsets": np.int64,
     "group_count": np.int64,
 }
-# Only in files that need it.
+# Optional tensor.
 _WORD_WEIGHT = "word_weight"
 
 
@@ -56,28 +56,28 @@ class DictionaryTable:
 
     Attributes:
         languages: codes; the index is the language id.
-        tokenizer_fingerprint: of the tokenizer that made the ids.
-        vocab_size: ids are below it.
-        word_boundary: `[vocab_size]`, bit 0 (1): a word boundary lies before this token, bit 1 (2): one lies after it,
-            bit 2 (4): it contains a letter.
+        tokenizer_fingerprint: fingerprint of the tokenizer that produced the ids.
+        vocab_size: upper bound (exclusive) of the ids.
+        word_boundary: `[vocab_size]`, bit 0 (1): there is a word boundary before this token, bit 1 (2): there is one
+            after it, bit 2 (4): the token contains a letter.
         key_tokens, key_offsets: ids of each key `[K+1]`, 1 to 8 each; only the first token starts a word.
-        key_language: source language `[K]`; a key holds in rows of this language alone.
+        key_language: source language `[K]`; a key matches only in sequences of this language.
         key_group: group of each key `[K]`.
-        key_form: how each key is written `[K]`: bits 0 and 1 its case (0 as the dictionary writes the word, 1
-            capitalised, 2 upper), bit 2 (4) set where the word stands after a space, clear where it is bare.
+        key_form: spelling of each key `[K]`: bits 0 and 1 are the case (0 as in the dictionary, 1 capitalised, 2
+            upper), bit 2 (4) is set if the word follows a space.
         key_candidate_offsets: candidates of each key `[K+1]`, at least one, sorted by language.
-        candidate_tokens, candidate_offsets: ids of each candidate `[C+1]`, written in the case of its key.
+        candidate_tokens, candidate_offsets: ids of each candidate `[C+1]`, in the case of its key.
         candidate_language: target language `[C]`.
-        candidate_weight: weight in the draw within a key and language `[C]`, above 0.
-        word_tokens, word_offsets: ids of each word as it stands inside a sentence `[W+1]`.
-        word_language: `[W]`.
+        candidate_weight: sampling weight within a key and language `[C]`, above 0.
+        word_tokens, word_offsets: ids of each word as spelled inside a sentence `[W+1]`.
+        word_language: language of each word `[W]`.
         word_text, word_text_offsets: UTF-8 of each word `[W+1]`.
         group_offsets: words of each group `[G+1]`, the source word first.
-        group_count: occurrences of the source word in the counting corpus `[G]`, 0 if there was none.
+        group_count: occurrences of the source word in the counting corpus `[G]`, 0 without a corpus.
         sources: files the table was built from: `{"path", "format", "languages", "pairs", "title", "licence"}` each.
-        word_weight: weight of each word as a translation, above 0; None where all are 1 `[W]`.
-        build: `{"settings", "rules", "lines_skipped"}` of the build, empty for tables of before they were kept.
-        path: where the table was loaded from or saved to.
+        word_weight: weight of each word as a translation `[W]`, above 0; None if all are 1.
+        build: `{"settings", "rules", "lines_skipped"}` of the build, empty for tables without this record.
+        path: path the table was loaded from.
     """
 
     languages: tuple[str, ...]
@@ -123,42 +123,41 @@ class DictionaryTable:
         return len(self.group_count)
 
     def text(self, word: int) -> str:
-        """The spelling of one word."""
+        """Returns the text of one word."""
         begin, end = self.word_text_offsets[word : word + 2]
         return self.word_text[begin:end].tobytes().decode("utf-8")
 
     def group_words(self, group: int) -> list[tuple[str, str]]:
-        """`(language, word)` of a group, the source word first."""
+        """Returns the `(language, word)` pairs of a group, the source word first."""
         begin, end = (int(bound) for bound in self.group_offsets[group : group + 2])
         return [(self.languages[self.word_language[word]], self.text(word)) for word in range(begin, end)]
 
     def language_id(self, language: str) -> int | None:
-        """Id of a language code; None where the table does not have it."""
+        """Returns the id of a language code; None if the table does not have the language."""
         return self.languages.index(language) if language in self.languages else None
 
     def replaced_languages(self) -> list[str]:
-        """Codes of the languages that have keys: words of no other are ever replaced."""
+        """Returns the codes of the languages with keys; only words of these are replaced."""
         return [self.languages[language] for language in np.unique(self.key_language)]
 
-    def check_tokenizer(self, fingerprint: str, whose: str = "the tokenizer in use") -> None:
-        """Checks that ids of this table mean the same as those of a tokenizer or dataset, called `whose` in the
-        message.
+    def check_tokenizer(self, fingerprint: str, owner: str = "the tokenizer in use") -> None:
+        """Checks that the table was built with the tokenizer of `owner`, a tokenizer or dataset named in the message.
 
         Raises:
             UserError: the fingerprints differ.
         """
         if fingerprint != self.tokenizer_fingerprint:
             raise UserError(
-                f"{self.path or 'dictionary table'}: built with tokenizer {self.tokenizer_fingerprint}, but {whose} "
-                f"has {fingerprint}; build the table with the same tokenizer (megatron-prealign dictionary build)"
+                f"{self.path or 'dictionary table'}: got tokenizer fingerprint {self.tokenizer_fingerprint}, expected "
+                f"{fingerprint} of {owner}; rebuild the table with this tokenizer (megatron-prealign dictionary build)"
             )
 
     def held_out_groups(self, fraction: float) -> NDArray[np.bool_]:
-        """Groups kept away from training, bool `[G]`, about `fraction` of them.
+        """Returns the mask of groups held out from training, bool `[G]`, about `fraction` of them.
 
-        It depends on the source word's text alone (case ignored, so that `Polish` goes with `polish`): rebuilding the
-        table, adding languages or changing the training seed moves no word from one side to the other, and a larger
-        fraction only adds to a smaller one.
+        The choice depends only on the case-folded text of the source word (`Polish` and `polish` go together).
+        Rebuilding the table, adding languages or changing the training seed does not change it, and a larger fraction
+        is a superset of a smaller one.
         """
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"fraction is {fraction}, expected 0 to 1")
@@ -175,28 +174,28 @@ class DictionaryTable:
         return held_out
 
     def without_groups(self, dropped: NDArray[np.bool_]) -> "DictionaryTable":
-        """The table without the keys and candidates of the `dropped` groups (bool `[G]`); words and groups stay."""
+        """Drops the keys and candidates of the `dropped` groups (bool `[G]`); words and groups are unchanged."""
         if dropped.dtype != bool or dropped.shape != (self.num_groups,):
-            raise ValueError(f"mask is {dropped.dtype} {dropped.shape}, expected bool ({self.num_groups},)")
+            raise ValueError(f"got mask {dropped.dtype} {dropped.shape}, expected bool ({self.num_groups},)")
         return self.with_keys(np.flatnonzero(~dropped[self.key_group])) if dropped.any() else self
 
-    def switching_digest(self) -> str:
-        """A hash of everything that decides which words are replaced and by what: boundaries, keys and candidates."""
-        digest = hashlib.blake2b("\0".join(self.languages).encode(), digest_size=16, person=b"switching")
+    def switching_fingerprint(self) -> str:
+        """Returns a hash of everything that determines code-switching: word boundaries, keys and candidates."""
+        hasher = hashlib.blake2b("\0".join(self.languages).encode(), digest_size=16, person=b"switching")
         for name in TENSORS:
-            # The number of a key's group says nothing: groups may have been sorted anew.
+            # Group numbers are excluded: they do not affect switching and may be reordered.
             if name == "word_boundary" or (name.startswith(("key_", "candidate_")) and name != "key_group"):
                 values = np.ascontiguousarray(getattr(self, name))
-                digest.update(f"\0{name} {len(values)}\0".encode())
-                digest.update(values.view(np.uint8).data)
-        return f"blake2b:{digest.hexdigest()}"
+                hasher.update(f"\0{name} {len(values)}\0".encode())
+                hasher.update(values.view(np.uint8).data)
+        return f"blake2b:{hasher.hexdigest()}"
 
     def with_keys(self, keys: NDArray[Any], candidates_of: NDArray[Any] | None = None) -> "DictionaryTable":
-        """The table with the chosen keys and their candidates alone; words and groups stay.
+        """Returns the table with only the chosen keys and their candidates; words and groups are unchanged.
 
         Args:
-            keys: integers `[R]`, the keys to keep in that order.
-            candidates_of: integers `[R]`, the keys whose candidates these get; their own by default.
+            keys: integers `[R]`, the keys to keep, in that order.
+            candidates_of: integers `[R]`, the keys whose candidates they get; default their own.
         """
         tokens, key_offsets = row_indices(self.key_offsets, keys)
         candidates, key_candidate_offsets = row_indices(
@@ -218,10 +217,10 @@ class DictionaryTable:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the table in one step: a reader sees the old file or the whole new one.
+        """Writes the table atomically: readers see the old or the complete new file.
 
         Raises:
-            UserError: the directory cannot be written or its disk is full.
+            UserError: the directory is not writable or the disk is full.
         """
         from safetensors.numpy import save_file
 
@@ -238,7 +237,7 @@ class DictionaryTable:
         if self.word_weight is not None:
             tensors[_WORD_WEIGHT] = np.ascontiguousarray(self.word_weight)
         with writing(path, "dictionary table"), write_atomically(path) as temporary:
-            # safetensors makes files that only their owner can read, whatever the umask says.
+            # safetensors creates files that only their owner can read, regardless of the umask.
             temporary.touch()
             mode = temporary.stat().st_mode
             save_file(tensors, temporary, metadata)
@@ -247,14 +246,14 @@ class DictionaryTable:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sorts the texts in the header: safetensors writes them in another order every time, and the same lists should
-    make the same file."""
+    """Sorts the metadata in the header: safetensors writes it in random order, but the same lists should produce the
+    same file."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        # The tensors begin where they are: a header that became longer would have to stay as it was.
+        # The tensors cannot move, so a longer header is not written.
         if len(data) <= size:
             file.seek(8)
             file.write(data.ljust(size))
@@ -264,20 +263,20 @@ def load_table(path: str | Path) -> DictionaryTable:
     """Loads and checks a table.
 
     Raises:
-        UserError: the file is missing, cut off, of another kind or version, or its contents do not fit together.
+        UserError: the file is missing, truncated, of another kind or version, or its contents are inconsistent.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such dictionary table; build it with megatron-prealign dictionary build")
+        raise UserError(f"dictionary table {path} does not exist; build it with megatron-prealign dictionary build")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             version = metadata.get("format_version")
-            missing = [name for name in TENSORS if name not in file.keys()]  # noqa: SIM118 (safe_open is no mapping)
+            missing = [name for name in TENSORS if name not in file.keys()]  # noqa: SIM118 (not a mapping)
             if version != FORMAT_VERSION or missing:
-                raise _corrupt(path, f"format_version is {version}, missing tensors are {missing or 'none'}")
+                raise _invalid(path, f"format_version is {version}, missing tensors: {missing or 'none'}")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
             if _WORD_WEIGHT in file.keys():  # noqa: SIM118
                 tensors[_WORD_WEIGHT] = file.get_tensor(_WORD_WEIGHT)
@@ -291,58 +290,58 @@ def load_table(path: str | Path) -> DictionaryTable:
             **tensors,
         )
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
-        raise _corrupt(path, str(error) or type(error).__name__) from error
+        raise _invalid(path, str(error) or type(error).__name__) from error
     problem = find_problem(table)
     if problem:
-        raise _corrupt(path, problem)
+        raise _invalid(path, problem)
     return table
 
 
 def _list_of(kind: type, metadata: dict[str, str], key: str) -> list[Any]:
     values = json.loads(metadata[key])
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise ValueError(f"{key} is {metadata[key][:60]!r}, expected a list")
+        raise ValueError(f"{key} is {metadata[key][:60]!r}, expected a list of {kind.__name__}")
     return values
 
 
 def _sources_of(metadata: dict[str, str]) -> tuple[dict[str, Any], ...]:
     sources = _list_of(dict, metadata, "sources")
     if not all(isinstance(source.get("pairs", 0), int) for source in sources):
-        raise ValueError("sources has a number of pairs that is none")
+        raise ValueError('"pairs" in sources must be an integer')
     return tuple(sources)
 
 
 def _build_of(metadata: dict[str, str]) -> dict[str, Any]:
-    """The record of the build, as reports show it: settings and counts by name."""
+    """Parses the build record: settings and counts by name."""
     build = json.loads(metadata.get("build", "{}"))
     if not isinstance(build, dict) or not all(isinstance(build.get(key, {}), dict) for key in ("settings", "rules")):
-        raise ValueError(f"build is {metadata['build'][:60]!r}, expected an object of settings and rules")
+        raise ValueError(f"build is {metadata['build'][:60]!r}, expected an object with settings and rules")
     counts = [build.get("lines_skipped", 0), *build.get("rules", {}).values()]
     if not all(isinstance(count, int) for count in counts):
-        raise ValueError("build has a count that is no number")
+        raise ValueError("counts in build must be integers")
     return build
 
 
-def _corrupt(path: Path, what: str) -> UserError:
+def _invalid(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path}: not a whole dictionary table of format {FORMAT_VERSION}: {' '.join(what.split())}; "
-        "build it again with megatron-prealign dictionary build"
+        f"{path}: not a valid dictionary table of format {FORMAT_VERSION}: {' '.join(reason.split())}; rebuild it with "
+        "megatron-prealign dictionary build"
     )
 
 
 def find_problem(table: DictionaryTable) -> str | None:
-    """The first thing in `table` that does not fit together, in words; None when all is well."""
+    """Returns a description of the first inconsistency in `table`; None if it is valid."""
     for name, dtype in TENSORS.items():
         values = getattr(table, name)
         if values.dtype != dtype or values.ndim != 1:
-            return f"{name} is {values.dtype} {values.shape}, expected {np.dtype(dtype)} in one dimension"
+            return f"{name} is {values.dtype} {values.shape}, expected one-dimensional {np.dtype(dtype)}"
     checks = (_languages_problem, _weight_problem, _shape_problem, _offsets_problem, _range_problem, _text_problem)
-    # Each relies on those before it.
+    # Each check relies on the previous ones.
     return next((problem for check in checks if (problem := check(table))), None)
 
 
 def _languages_problem(table: DictionaryTable) -> str | None:
-    return None if len(set(table.languages)) == len(table.languages) else "languages has one code twice"
+    return None if len(set(table.languages)) == len(table.languages) else "languages has a duplicate code"
 
 
 def _text_problem(table: DictionaryTable) -> str | None:
@@ -351,9 +350,9 @@ def _text_problem(table: DictionaryTable) -> str | None:
     except UnicodeDecodeError as error:
         return f"word_text is not valid UTF-8 ({error})"
     begins = table.word_text_offsets[:-1]
-    # The bytes of one character never belong to two words.
+    # A word must not start inside a multi-byte character.
     inside = table.word_text[begins[begins < len(table.word_text)]] & 0xC0 == 0x80
-    return "word_text_offsets cuts through a character" if inside.any() else None
+    return "word_text_offsets splits a UTF-8 character" if inside.any() else None
 
 
 def _weight_problem(table: DictionaryTable) -> str | None:
@@ -362,7 +361,11 @@ def _weight_problem(table: DictionaryTable) -> str | None:
         return None
     if weights.dtype != np.float32 or weights.shape != (table.num_words,):
         return f"word_weight is {weights.dtype} {weights.shape}, expected float32 ({table.num_words},)"
-    return None if (np.isfinite(weights) & (weights > 0)).all() else "word_weight has a value that is not above 0"
+    return (
+        None
+        if (np.isfinite(weights) & (weights > 0)).all()
+        else "word_weight has a value that is not finite and above 0"
+    )
 
 
 def _shape_problem(table: DictionaryTable) -> str | None:
@@ -386,7 +389,7 @@ def _shape_problem(table: DictionaryTable) -> str | None:
 
 
 def _offsets_problem(table: DictionaryTable) -> str | None:
-    # Offsets -> number of elements they divide, fewest and most elements of a row.
+    # Offsets -> number of elements, minimum and maximum length of a row.
     rules: dict[str, tuple[int, int, int | None]] = {
         "key_offsets": (len(table.key_tokens), 1, MAX_KEY_TOKENS),
         "key_candidate_offsets": (table.num_candidates, 1, None),
@@ -399,7 +402,7 @@ def _offsets_problem(table: DictionaryTable) -> str | None:
         offsets = getattr(table, name)
         lengths = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != total or (lengths < fewest).any():
-            return f"{name} does not rise from 0 to {total} in steps of at least {fewest}"
+            return f"{name} does not increase from 0 to {total} in steps of at least {fewest}"
         if most is not None and (lengths > most).any():
             return f"{name} has a row of {lengths.max()} elements, expected at most {most}"
     return None
@@ -422,19 +425,19 @@ def _range_problem(table: DictionaryTable) -> str | None:
     if len(table.group_count) and table.group_count.min() < 0:
         return f"group_count has the value {table.group_count.min()}, expected 0 or more"
     if (table.key_form > (FORM_CASE | FORM_WORD_INITIAL)).any() or (table.key_form & FORM_CASE == FORM_CASE).any():
-        return "key_form has a value that names no case, expected 0, 1, 2, 4, 5 or 6"
+        return "key_form has an invalid value, expected 0, 1, 2, 4, 5 or 6"
     weights = table.candidate_weight
     if not (np.isfinite(weights).all() and (weights > 0).all()):
-        return "candidate_weight has a value that is not above 0"
-    falls = np.diff(table.candidate_language.astype(np.int32)) < 0
-    falls[table.key_candidate_offsets[1:-1] - 1] = False
-    if falls.any():
-        return f"candidate_language is not sorted within a key, at candidate {int(np.argmax(falls)) + 1}"
+        return "candidate_weight has a value that is not finite and above 0"
+    decreases = np.diff(table.candidate_language.astype(np.int32)) < 0
+    decreases[table.key_candidate_offsets[1:-1] - 1] = False
+    if decreases.any():
+        return f"candidate_language is not sorted within a key, at candidate {int(np.argmax(decreases)) + 1}"
     return _key_problem(table)
 
 
 def _key_problem(table: DictionaryTable) -> str | None:
-    """A key that spans a word boundary could never be found in a text, or would be found across two words."""
+    """Checks for keys that span a word boundary: they would never match, or match across two words."""
     before, after = table.word_boundary & BOUNDARY_BEFORE, table.word_boundary & BOUNDARY_AFTER
     inner = np.ones(len(table.key_tokens), dtype=bool)
     inner[table.key_offsets[:-1]] = False

@@ -1,4 +1,4 @@
-"""Where a table may be written: nothing but an older table is overwritten."""
+"""Checks the output path of a table: only an existing table may be overwritten."""
 
 import json
 import os
@@ -7,34 +7,36 @@ from pathlib import Path
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.directories import check_writable
 
-# What every version of the format has in the texts of its header.
-_OURS = {"format_version", "languages", "tokenizer_fingerprint", "vocab_size"}
-# safetensors itself takes no longer one.
+# Metadata keys that every version of the table format has in its header.
+_TABLE_KEYS = {"format_version", "languages", "tokenizer_fingerprint", "vocab_size"}
+# The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 def check_table_output(path: str | Path) -> None:
-    """Checks that a table can be written to `path` and that nothing but an older table is lost.
+    """Checks that a table can be written to `path` without overwriting anything but an existing table.
 
     Raises:
-        UserError: it is a directory or a file of another kind, or its directory cannot be written.
+        UserError: `path` is a directory or a file of another kind, or its directory is not writable.
     """
     path = Path(path)
     if os.path.lexists(path):
-        kind = _kind_in_the_way(path)
+        kind = _other_kind(path)
         if kind:
-            raise UserError(f"--output is {path}, {kind}, which is not overwritten; choose another path for the table")
+            raise UserError(
+                f"--output {path}: got {kind}, expected an existing table or a new path; choose another path"
+            )
     check_writable(path.parent, f"--output {path}")
 
 
-def _kind_in_the_way(path: Path) -> str:
-    """What is at `path`, in words; empty for a table, also for a damaged one, and for a link to nothing."""
+def _other_kind(path: Path) -> str:
+    """Description of what exists at `path`; "" for a table, even a corrupt one, and for a dangling link."""
     if path.is_dir():
         return "a directory"
     if not path.exists():
         return ""
     if not path.is_file():
-        return "no regular file"
+        return "a special file"
     try:
         with path.open("rb") as file:
             start = file.read(4096)
@@ -44,17 +46,17 @@ def _kind_in_the_way(path: Path) -> str:
                 file.seek(8)
                 header = file.read(size)
     except OSError as error:
-        return f"a file that cannot be read ({error.strerror})"
+        return f"an unreadable file ({error.strerror})"
     if not start:
         return "an empty file"
     if header:
-        return "" if _is_ours(header) else "a safetensors file of something else"
-    return "a file of another kind" if b"\0" in start else "a text file"
+        return "" if _is_table(header) else "another safetensors file"
+    return "a binary file" if b"\0" in start else "a text file"
 
 
-def _is_ours(header: bytes) -> bool:
+def _is_table(header: bytes) -> bool:
     try:
-        texts = json.loads(header)["__metadata__"]
+        metadata = json.loads(header)["__metadata__"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return isinstance(texts, dict) and texts.keys() >= _OURS
+    return isinstance(metadata, dict) and metadata.keys() >= _TABLE_KEYS

@@ -1,4 +1,4 @@
-"""Case variants of words: how a word is written at the start of a sentence and in capitals."""
+"""Case variants of words: capitalised (start of a sentence) and upper case."""
 
 import re
 import unicodedata
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 Case = Literal["as_is", "capitalised", "upper"]
 
 
-# Earlier ones win where two of them give the same tokens: what the dictionary spells out beats what we derive from it.
-# A case's place here is its number in the table's `key_form`.
+# Earlier cases win when two give the same tokens: spellings of the dictionary take precedence over derived ones.
+# The index of a case is its value in the table's `key_form`.
 CASES: tuple[Case, ...] = ("as_is", "capitalised", "upper")
 
-# Languages that tell a dotted from a dotless i: their capital of "i" is "İ".
+# Languages that distinguish dotted and dotless i: their capital of "i" is "İ".
 _DOTTED_I = frozenset({"tr", "az", "kk_latn", "crh", "tt_latn"})
 
 
-# Python maps modern Georgian to Mtavruli capitals, which running text does not use: the script counts as caseless.
+# Python maps modern Georgian to Mtavruli capitals, which running text does not use: treat the script as caseless.
 _GEORGIAN = re.compile("[\u10d0-\u10ff]")
 
 
@@ -31,7 +31,7 @@ def _is_letter(character: str) -> bool:
 
 
 def upper(word: str, language: str) -> str:
-    """`word` in capitals by the rules of `language`; scripts without case come back unchanged."""
+    """Returns `word` in upper case by the rules of `language`; scripts without case are unchanged."""
     if language in _DOTTED_I:
         word = word.replace("i", "İ")
     if _GEORGIAN.search(word):
@@ -40,7 +40,7 @@ def upper(word: str, language: str) -> str:
 
 
 def capitalise(word: str, language: str) -> str:
-    """`word` with its first letter as a capital (`(sich) freuen` → `(Sich) freuen`), everything else untouched."""
+    """Capitalises the first letter of `word` (`(sich) freuen` → `(Sich) freuen`); the rest is unchanged."""
     for index, character in enumerate(word):
         if not _is_letter(character):
             continue
@@ -56,16 +56,16 @@ def capitalise(word: str, language: str) -> str:
 
 
 def apply_case(words: Sequence[str], language: str, case: Case) -> list[str]:
-    """`words` in the given case; `as_is` keeps a word's own case (a German noun its capital)."""
+    """Returns `words` in the given case; `as_is` keeps the spelling unchanged (the capital of a German noun)."""
     if case == "as_is":
         return list(words)
     if case == "upper":
-        # Only words outside ASCII can hold a letter that needs a look.
+        # Only non-ASCII words can contain a letter that needs special treatment.
         georgian = _GEORGIAN.search("".join(filterfalse(str.isascii, words)))
         if georgian or language in _DOTTED_I:
             return [upper(word, language) for word in words]
         return list(map(str.upper, words))
-    # Most words begin with their first letter, and there are few different ones. A Dutch i may be half of an ij.
+    # Most words start with a letter, and there are few different ones. A Dutch i may be half of an ij.
     heads = {word[:1] for word in words}
     capitals = {
         head: capitalise(head, language)
@@ -82,26 +82,26 @@ class Spellings:
     words: dict[Case, list[str]]
     """Every word in each case [N]."""
     changed: dict[Case, NDArray[np.bool_]]
-    """Where that is not the word itself [N]."""
+    """Whether the case differs from the original spelling [N]."""
     is_variant: dict[Case, NDArray[np.bool_]]
-    """Where a source word is looked for in that case [N]; elsewhere the case adds no spelling of its own.
+    """Whether the source word is matched in that case [N]; False if the case adds no new spelling.
 
     Only lower-case words are capitalised (`iPhone`, `McDonald` are not), and a script without case has one spelling.
     """
 
 
 def spell(words: Sequence[str], language: str) -> Spellings:
-    """`words` in every case by the rules of `language`."""
+    """Returns `words` in every case by the rules of `language`."""
     spelled = {case: apply_case(words, language, case) for case in CASES}
-    nothing = np.zeros(len(words), dtype=bool)
-    changed = {case: nothing if case == "as_is" else _differs(spelled[case], words) for case in CASES}
+    none = np.zeros(len(words), dtype=bool)
+    changed = {case: none if case == "as_is" else _differs(spelled[case], words) for case in CASES}
     lower = np.fromiter(map(str.islower, words), bool, len(words))
-    # "a" in capitals is "A", which is also how it starts a sentence: the sentence start is by far the more frequent.
-    starts_in_capitals = lower & ~_differs(spelled["upper"], spelled["capitalised"])
+    # "A" is "a" both in upper case and capitalised: it counts as capitalised, which is by far the more frequent.
+    same_when_capitalised = lower & ~_differs(spelled["upper"], spelled["capitalised"])
     is_variant = {
         "as_is": np.ones(len(words), dtype=bool),
         "capitalised": changed["capitalised"] & lower,
-        "upper": changed["upper"] & ~starts_in_capitals,
+        "upper": changed["upper"] & ~same_when_capitalised,
     }
     return Spellings(spelled, changed, cast(dict[Case, NDArray[np.bool_]], is_variant))
 

@@ -1,4 +1,4 @@
-"""Cleans words, and tells of each what the rules for pairs need; many words at a time, each different one once."""
+"""Cleans words and computes the properties that the pair rules need, for batches of distinct words."""
 
 import html
 import re
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from megatron_prealign.dictionary.scripts import script_bits
 
-# Zero-width space, soft hyphen, byte-order mark and direction marks: invisible, and they change the tokens. The
-# zero-width joiners (U+200C, U+200D) are spelling in Persian and in Indic scripts and stay.
+# Zero-width space, soft hyphen, byte-order mark and direction marks are invisible but change the tokens. The
+# zero-width joiners (U+200C, U+200D) are kept: they are part of the spelling in Persian and in Indic scripts.
 _INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _CONTROL_OR_SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 _OPENING, _CLOSING = "([{<（［｛【〔", ")]}>）］｝】〕"
@@ -23,28 +23,28 @@ _IN_BRACKETS = re.compile(
     )
 )
 _BRACKET = re.compile(f"[{re.escape(_OPENING + _CLOSING)}]")
-# A note that was never closed goes on to the end.
+# An unclosed note extends to the end.
 _OPEN_NOTE = re.compile(f"(?<=.)[{re.escape(_OPENING)}].*")
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]+);")
 _WIKI = re.compile(r"'{2,}")
 
-# Bits of what is known of a word; those of its scripts are above them.
+# Flag bits of a word; the bits of its scripts are above them.
 HAS_LETTER, HAS_SPACE, TO_CLEAN, OUTSIDE_ASCII, EMPTY, HAS_NOTE = 1, 2, 4, 8, 16, 32
 FIRST_SCRIPT_BIT = 8
 _SPACE = ord(" ")
 
 
 def clean(word: str, notes: bool = True) -> str:
-    """`word` in Unicode NFC without invisible characters, its white space single and trimmed.
+    """Normalises `word` to Unicode NFC, removes invisible characters, collapses and trims white space.
 
     Args:
-        notes: also without notes in brackets and markup (`Bank <i>f</i> (Geld)` → `Bank`).
+        notes: also remove notes in brackets and markup (`Bank <i>f</i> (Geld)` → `Bank`).
     """
     while True:
         cleaned = _without_notes(word) if notes else word
         cleaned = unicodedata.normalize("NFC", _INVISIBLE.sub("", cleaned))
         cleaned = _CONTROL_OR_SPACE.sub(" ", cleaned).strip()
-        # What goes may bring together what goes next.
+        # A removal can create a new match, so repeat until nothing changes.
         if cleaned == word:
             return cleaned
         word = cleaned
@@ -60,40 +60,41 @@ def _without_notes(word: str) -> str:
 
 
 def has_note(word: str) -> bool:
-    """True where `word` holds a bracket or markup."""
+    """Whether `word` contains a bracket or markup."""
     return bool(_BRACKET.search(word) or _ENTITY.search(word) or _WIKI.search(word))
 
 
 def has_letter(word: str) -> bool:
-    """True where at least one character is a letter of any script."""
+    """Whether at least one character is a letter of any script."""
     return any(character.isalpha() for character in word)
 
 
 class WordInfo(NamedTuple):
-    """What is known of words `[N]`."""
+    """Properties of words, each `[N]`."""
 
     flags: NDArray[np.uint64]
-    """The bits above and, from `FIRST_SCRIPT_BIT`, the scripts of the word's letters; right but for `TO_CLEAN`."""
+    """The bits above and, from `FIRST_SCRIPT_BIT`, the scripts of the word's letters; `TO_CLEAN` may be a false
+    positive."""
     characters: NDArray[np.int32]
     spaces: NDArray[np.int32]
 
     def take(self, words: NDArray[Any]) -> "WordInfo":
-        """The facts of the chosen words."""
+        """Returns the properties of the chosen words."""
         return WordInfo(self.flags[words], self.characters[words], self.spaces[words])
 
 
 @dataclass(frozen=True)
 class WordClassifier:
-    """Looks at words.
+    """Computes the properties of words.
 
     Attributes:
-        notes: whether words with a bracket or markup are to be cleaned.
+        notes: whether words with a bracket or markup need cleaning.
     """
 
     notes: bool = True
 
-    def look(self, words: list[str]) -> WordInfo:
-        """What is known of `words` as they are."""
+    def classify(self, words: list[str]) -> WordInfo:
+        """Returns the properties of raw `words`."""
         lengths = np.fromiter(map(len, words), np.int32, len(words))
         codes = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), dtype="<u4")
         flags = np.zeros(len(words), dtype=np.uint64)
@@ -109,7 +110,7 @@ class WordClassifier:
             if space.any():
                 spaces[filled] = np.add.reduceat(space, begin, dtype=np.int32)
             flags[filled[space[begin] | space[end - 1]]] |= np.uint64(TO_CLEAN)
-            # Two spaces of neighbouring words, too, but those words have one at their end anyway.
+            # Also matches the boundary of two words, but those have a leading or trailing space anyway.
             flags[filled[np.searchsorted(end, double, side="right")]] |= np.uint64(TO_CLEAN)
         for index in np.flatnonzero(flags & np.uint64(OUTSIDE_ASCII)).tolist():
             if not unicodedata.is_normalized("NFC", words[index]):
@@ -122,7 +123,7 @@ class WordClassifier:
 
 
 class _CharacterTable:
-    """The flags of characters, worked out when they are first seen."""
+    """Flags of characters, computed on first use."""
 
     def __init__(self) -> None:
         self._flags = np.zeros(0x110000, dtype=np.uint64)
@@ -131,15 +132,15 @@ class _CharacterTable:
             self._flags[begin : end + 1] |= np.uint64(bit)
 
     def flags(self, codes: NDArray[np.uint32]) -> NDArray[np.uint64]:
-        """Flags of each character."""
+        """Returns the flags of each character."""
         present = np.zeros(0x110000, dtype=bool)
         present[codes] = True
         for code in np.flatnonzero(present & ~self._known).tolist():
-            self._flags[code] = self._look(code)
+            self._flags[code] = self._compute(code)
             self._known[code] = True
         return self._flags[codes]
 
-    def _look(self, code: int) -> int:
+    def _compute(self, code: int) -> int:
         character = chr(code)
         dirt = code != _SPACE and (_INVISIBLE.match(character) or _CONTROL_OR_SPACE.match(character))
         letter = character.isalpha()
@@ -149,7 +150,7 @@ class _CharacterTable:
             | (TO_CLEAN if dirt else 0)
             | (code > 127) * OUTSIDE_ASCII
             | (character in "&'" or bool(_BRACKET.match(character))) * HAS_NOTE
-            # A digit or a sign is written in many scripts.
+            # Digits and punctuation are shared by many scripts.
             | (int(self._flags[code]) if letter else 0)
         )
 

@@ -1,1 +1,1 @@
-"""Checks an installation part by part, in child processes that cannot crash or hang the command."""
+"""Checks an installation part by part, in child processes so that a crash or hang cannot affect the command."""

@@ -1,7 +1,7 @@
-"""Checks the installation part by part; no check can crash or hang the others.
+"""Checks the installation part by part; a check cannot crash or hang the others.
 
-Imports nothing heavy: torch and its like are imported in child processes, since a broken build may kill or block the
-process that imports it.
+Heavy libraries such as torch are imported only in child processes, because importing a broken build can kill or block
+the process.
 """
 
 import os
@@ -24,7 +24,7 @@ Status = Literal["ok", "warn", "fail"]
 DEADLINE_S = 150.0
 GIB = 2**30
 
-# Distribution -> least version, as setup.py asks for them.
+# Distribution -> minimum version, as in setup.py.
 LIBRARIES = {
     "numpy": "1.0",
     "jsonargparse": "4.52",
@@ -40,33 +40,33 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """Result of one check."""
 
     part: str
     status: Status
-    """ok, warn (works, but worse than it could) or fail (something the package needs is broken)."""
+    """ok, warn (works with limitations) or fail (something the package needs is broken)."""
     found: str
     fix: str = ""
-    """What to do; empty when there is nothing to do."""
+    """Recommended action; empty if none is needed."""
 
 
 Check = Callable[[], Finding]
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers a version starts with: `2.13.0+cpu` is (2, 13, 0).
+    """Returns the release numbers of a version: (2, 13, 0) for `2.13.0+cpu`.
 
     Raises:
-        ValueError: no number there.
+        ValueError: the version does not start with a number.
     """
     match = re.match(r"\d+(\.\d+)*", version)
     if match is None:
-        raise ValueError(f"version {version!r} starts with no number")
+        raise ValueError(f"version is {version!r}, expected it to start with a number")
     return tuple(int(part) for part in match.group().split("."))
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution; None when absent."""
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -74,11 +74,11 @@ def installed_version(distribution: str) -> str | None:
 
 
 def is_importable(module: str) -> bool:
-    """Whether a top-level module lies on the path, without importing it."""
+    """Whether a top-level module can be found, without importing it."""
     try:
         return find_spec(module) is not None
     except ValueError:
-        # a module put into sys.modules by hand has no spec
+        # A module inserted into sys.modules by hand has no spec.
         return True
 
 
@@ -86,7 +86,7 @@ def check_python() -> Finding:
     found = f"{sys.version.split()[0]} at {sys.executable}"
     if (3, 10) <= sys.version_info[:2] < (3, 14):
         return Finding("Python", "ok", found)
-    return Finding("Python", "fail", found, "make an environment with Python 3.10 to 3.13")
+    return Finding("Python", "fail", found, "create an environment with Python 3.10 to 3.13")
 
 
 def check_torch() -> Finding:
@@ -94,10 +94,10 @@ def check_torch() -> Finding:
     if version is None:
         return Finding("torch", "fail", "not installed", 'pip install "torch>=2.6"')
     if release(version) < (2, 6):
-        return Finding("torch", "fail", f"{version}, needs 2.6 or later", 'pip install "torch>=2.6"')
-    answer = probe("import torch; answer(version=torch.__version__, cuda=torch.version.cuda, hip=torch.version.hip)")
-    build = f"CUDA {answer['cuda']}" if answer["cuda"] else f"ROCm {answer['hip']}" if answer["hip"] else "CPU"
-    return Finding("torch", "ok", f"{answer['version']}, {build} build")
+        return Finding("torch", "fail", f"{version}, expected 2.6 or later", 'pip install "torch>=2.6"')
+    info = probe("import torch; result(version=torch.__version__, cuda=torch.version.cuda, hip=torch.version.hip)")
+    build = f"CUDA {info['cuda']}" if info["cuda"] else f"ROCm {info['hip']}" if info["hip"] else "CPU"
+    return Finding("torch", "ok", f"{info['version']}, {build} build")
 
 
 def check_megatron_core() -> Finding:
@@ -106,18 +106,18 @@ def check_megatron_core() -> Finding:
     if version is None and not is_importable("megatron"):
         return Finding(part, "fail", "not installed", fix)
     if version is None:
-        # a checkout on PYTHONPATH has no distribution to ask
-        version = str(probe("import megatron.core; answer(version=megatron.core.__version__)")["version"])
+        # A checkout on PYTHONPATH has no distribution metadata.
+        version = str(probe("import megatron.core; result(version=megatron.core.__version__)")["version"])
     if not (0, 16, 1) <= release(version) < (0, 17):
-        return Finding(part, "fail", f"{version}, needs 0.16.1 or later and below 0.17", fix)
-    answer = probe(
+        return Finding(part, "fail", f"{version}, expected 0.16.1 or later and below 0.17", fix)
+    core = probe(
         "import megatron.core\n"
-        "try:\n    import megatron.core.datasets.helpers_cpp\n    answer(helpers=True)\n"
-        "except ImportError:\n    answer(helpers=False)"
+        "try:\n    import megatron.core.datasets.helpers_cpp\n    result(helpers=True)\n"
+        "except ImportError:\n    result(helpers=False)"
     )
-    if not answer["helpers"]:
-        reason = f"{version} without its compiled dataset helpers (megatron.core.datasets.helpers_cpp)"
-        return Finding(part, "fail", reason, "install the wheel instead of a source checkout: " + fix)
+    if not core["helpers"]:
+        found = f"{version} without its compiled dataset helpers (megatron.core.datasets.helpers_cpp)"
+        return Finding(part, "fail", found, "install the wheel instead of a source checkout: " + fix)
     return Finding(part, "ok", version)
 
 
@@ -125,42 +125,45 @@ def check_psutil() -> Finding:
     version = installed_version("psutil")
     if version is None:
         return Finding(
-            "psutil", "fail", "not installed; Megatron-Core's checkpoints need it undeclared", "pip install psutil"
+            "psutil",
+            "fail",
+            "not installed; Megatron-Core's checkpointing imports it without declaring it",
+            "pip install psutil",
         )
-    probe("import psutil; answer(cpus=psutil.cpu_count())")
+    probe("import psutil; result(cpus=psutil.cpu_count())")
     return Finding("psutil", "ok", version)
 
 
 def check_triton() -> Finding:
-    """Megatron-Core's fused element-wise parts are compiled by torch through Triton, on a GPU only."""
-    why = "Megatron-Core's fused parts cannot be compiled for the GPU"
+    """Checks Triton, with which torch compiles Megatron-Core's fused element-wise functions on a GPU."""
+    reason = "Megatron-Core's fused functions cannot be compiled for the GPU"
     version = installed_version("triton")
     if version is None and not is_importable("triton"):
         if not _nvidia_gpus():
             return Finding("Triton", "ok", "not installed; not needed without a GPU")
-        return Finding("Triton", "fail", f"not installed; {why}", 'pip install "triton>=3.2" (Linux)')
-    answer = probe("import triton; answer(version=triton.__version__)")
-    if release(answer["version"]) < (3, 2):
-        found, fix = f"{answer['version']}, needs 3.2 or later", "upgrade torch, which brings its Triton"
+        return Finding("Triton", "fail", f"not installed; {reason}", 'pip install "triton>=3.2" (Linux)')
+    version = str(probe("import triton; result(version=triton.__version__)")["version"])
+    if release(version) < (3, 2):
+        found, fix = f"{version}, expected 3.2 or later", "upgrade torch, which depends on a matching Triton"
         if not _nvidia_gpus():
             return Finding("Triton", "warn", f"{found} on a machine with a GPU", fix)
-        return Finding("Triton", "fail", f"{found}; {why}", fix)
-    return Finding("Triton", "ok", str(answer["version"]))
+        return Finding("Triton", "fail", f"{found}; {reason}", fix)
+    return Finding("Triton", "ok", version)
 
 
 def check_compiler() -> Finding:
-    """Nothing of ours is compiled, but Triton builds its launcher with a C compiler before the first kernel runs."""
+    """Checks for a C compiler, with which Triton builds its launcher before the first kernel runs."""
     compiler = next(
         (path for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and (path := shutil.which(name))), None
     )
     if compiler:
         return Finding("C compiler", "ok", compiler)
     if not _nvidia_gpus():
-        return Finding("C compiler", "ok", "none; not needed without a GPU")
+        return Finding("C compiler", "ok", "not found; not needed without a GPU")
     return Finding(
         "C compiler",
         "fail",
-        "none; Triton cannot start a kernel without one, so the first step on the GPU fails",
+        "not found; Triton cannot launch kernels without one, so the first step on the GPU fails",
         "install gcc, or set CC to a C compiler",
     )
 
@@ -170,30 +173,30 @@ def check_transformer_engine() -> Finding:
     if not is_importable("transformer_engine"):
         return Finding(part, "ok", "not installed (optional, GPU only): torch layers are used")
     try:
-        answer = probe(
-            "import transformer_engine, transformer_engine.pytorch; answer(version=transformer_engine.__version__)"
+        engine = probe(
+            "import transformer_engine, transformer_engine.pytorch; result(version=transformer_engine.__version__)"
         )
     except ProbeError as error:
         return Finding(
             part,
             "fail",
-            f"installed but does not import: {error}",
+            f"installed but cannot be imported: {error}",
             "pip uninstall transformer-engine, or install the build for this torch and CUDA",
         )
-    return Finding(part, "ok", str(answer["version"]))
+    return Finding(part, "ok", str(engine["version"]))
 
 
 def check_apex() -> Finding:
     if not is_importable("apex"):
         return Finding("Apex", "ok", "not installed (optional, GPU only): torch's fused AdamW is used")
     try:
-        probe("from apex.optimizers import FusedAdam; answer()")
+        probe("from apex.optimizers import FusedAdam; result()")
     except ProbeError as error:
         return Finding(
             "Apex",
             "fail",
-            f"a package named apex is there without FusedAdam ({error}); the one on PyPI is not NVIDIA's",
-            "pip uninstall apex; NVIDIA's is built from its GitHub source, and is optional",
+            f"a package named apex is installed without FusedAdam ({error}); the one on PyPI is not NVIDIA's",
+            "pip uninstall apex; NVIDIA Apex is optional and built from its GitHub source",
         )
     return Finding("Apex", "ok", "NVIDIA Apex with FusedAdam")
 
@@ -202,44 +205,42 @@ def check_deepspeed() -> Finding:
     if not is_importable("deepspeed"):
         return Finding("DeepSpeed", "ok", "not installed (optional, only for the ZeRO engine)")
     try:
-        answer = probe("import deepspeed; answer(version=deepspeed.__version__)")
+        version = str(probe("import deepspeed; result(version=deepspeed.__version__)")["version"])
     except ProbeError as error:
         return Finding(
             "DeepSpeed",
             "warn",
-            f"installed but does not import: {error}",
+            f"installed but cannot be imported: {error}",
             'pip install "deepspeed>=0.15", or uninstall it',
         )
-    if release(answer["version"]) < (0, 15):
-        return Finding(
-            "DeepSpeed", "warn", f"{answer['version']}, needs 0.15 or later", 'pip install "deepspeed>=0.15"'
-        )
-    return Finding("DeepSpeed", "ok", str(answer["version"]))
+    if release(version) < (0, 15):
+        return Finding("DeepSpeed", "warn", f"{version}, expected 0.15 or later", 'pip install "deepspeed>=0.15"')
+    return Finding("DeepSpeed", "ok", version)
 
 
 def check_gpus() -> Finding:
-    seen = _nvidia_gpus()
-    answer = probe(
+    listed = _nvidia_gpus()
+    info = probe(
         "import torch, warnings\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]\n"
         "    usable = torch.cuda.is_available()\n"
         "    if usable:\n        torch.ones(2, device='cuda').sum().item()\n"
-        "answer(names=names, usable=usable, cuda=torch.version.cuda, why=[str(w.message) for w in caught])"
+        "result(names=names, usable=usable, cuda=torch.version.cuda, warnings=[str(w.message) for w in caught])"
     )
-    if answer["usable"]:
-        counts = {name: answer["names"].count(name) for name in answer["names"]}
+    if info["usable"]:
+        counts = {name: info["names"].count(name) for name in info["names"]}
         gpus = ", ".join(f"{count} x {name}" for name, count in counts.items())
-        return Finding("GPU", "ok", f"{gpus}; driver {seen[0][1] if seen else 'unknown'}")
-    if not seen:
-        return Finding("GPU", "warn", "none; runs go over the CPU, for tests and small studies", "")
-    found = f"{len(seen)} x {seen[0][0]}, driver {seen[0][1]}, but torch cannot use it"
-    if not answer["cuda"]:
+        return Finding("GPU", "ok", f"{gpus}; driver {listed[0][1] if listed else 'unknown'}")
+    if not listed:
+        return Finding("GPU", "warn", "none; runs use the CPU, which is only for tests and small studies", "")
+    found = f"{len(listed)} x {listed[0][0]}, driver {listed[0][1]}, but torch cannot use it"
+    if not info["cuda"]:
         return Finding("GPU", "fail", f"{found}: a CPU build of torch", "install the CUDA build of torch")
-    why = answer["why"][0] if answer["why"] else "no reason given"
+    reason = info["warnings"][0] if info["warnings"] else "no reason given"
     return Finding(
-        "GPU", "fail", f"{found}: {why}", "install a driver that matches torch's CUDA, check CUDA_VISIBLE_DEVICES"
+        "GPU", "fail", f"{found}: {reason}", "install a driver that matches torch's CUDA, check CUDA_VISIBLE_DEVICES"
     )
 
 
@@ -248,42 +249,45 @@ def check_gloo() -> Finding:
     try:
         total = gloo_sum()
     except ProbeError as error:
-        return Finding("gloo", "fail", f"two processes cannot talk: {error}", fix)
+        return Finding("gloo", "fail", f"all-reduce between two processes failed: {error}", fix)
     if total != 3.0:
-        return Finding("gloo", "fail", f"two processes summed 1 + 2 to {total}", "reinstall torch")
-    return Finding("gloo", "ok", "two processes summed over it")
+        return Finding("gloo", "fail", f"all-reduce of 1 and 2 returned {total}, expected 3", "reinstall torch")
+    return Finding("gloo", "ok", "all-reduce between two processes succeeded")
 
 
 def check_nccl() -> Finding:
-    answer = probe(
+    version = probe(
         "import torch, torch.distributed as d\n"
-        "there = d.is_available() and d.is_nccl_available()\n"
-        "answer(version=list(torch.cuda.nccl.version()) if there else None)"
-    )
-    if answer["version"]:
-        return Finding("NCCL", "ok", ".".join(str(part) for part in answer["version"]))
+        "available = d.is_available() and d.is_nccl_available()\n"
+        "result(version=list(torch.cuda.nccl.version()) if available else None)"
+    )["version"]
+    if version:
+        return Finding("NCCL", "ok", ".".join(str(part) for part in version))
     if _nvidia_gpus():
         return Finding(
-            "NCCL", "fail", "not in this torch; several GPUs cannot work together", "install the CUDA build of torch"
+            "NCCL",
+            "fail",
+            "not in this build of torch; multi-GPU training is not possible",
+            "install the CUDA build of torch",
         )
-    return Finding("NCCL", "ok", "not in this torch; not needed without a GPU")
+    return Finding("NCCL", "ok", "not in this build of torch; not needed without a GPU")
 
 
 def check_tokenizer_libraries() -> Finding:
-    return _libraries(
+    return _check_versions(
         "tokenizer libraries",
         {"tokenizers": "0.20", "transformers": "4.46", "sentencepiece": "0.2", "protobuf": "3.20"},
     )
 
 
 def check_libraries() -> Finding:
-    return _libraries("other libraries", LIBRARIES)
+    return _check_versions("other libraries", LIBRARIES)
 
 
 def check_disk() -> Finding:
     usage = shutil.disk_usage(Path.cwd())
     found = f"{_gib(usage.free)} free of {_gib(usage.total)} at {Path.cwd()}"
-    fix = "free some space, or set logging.run_dir to a larger disk: checkpoints hold about 16 bytes a parameter"
+    fix = "free disk space or set logging.run_dir to a larger disk: checkpoints take about 16 bytes per parameter"
     if usage.free < GIB:
         return Finding("disk", "fail", found, fix)
     return Finding("disk", "warn", found, fix) if usage.free < 20 * GIB else Finding("disk", "ok", found)
@@ -296,7 +300,7 @@ def check_shared_memory() -> Finding:
     usage = shutil.disk_usage(path)
     found = f"{_gib(usage.free)} free of {_gib(usage.total)}"
     if usage.free < GIB:
-        fix = "start the container with --shm-size=8g: data workers and NCCL on one machine share memory there"
+        fix = "start the container with --shm-size=8g: data workers and NCCL use it to share memory on one machine"
         return Finding("/dev/shm", "warn", found, fix)
     return Finding("/dev/shm", "ok", found)
 
@@ -322,54 +326,54 @@ CHECKS: dict[str, Check] = {
 
 
 def run_checks(checks: dict[str, Check] | None = None, deadline_s: float = DEADLINE_S) -> Iterator[Finding]:
-    """Runs all checks side by side, each on its own; yields their findings in order, each as soon as it can.
+    """Runs all checks concurrently and yields their findings in order, each as soon as it is available.
 
-    A check that raises, or that has not answered `deadline_s` seconds after the start, becomes a `fail`.
+    A check that raises, or that has not finished `deadline_s` seconds after the start, is a `fail`.
     """
     checks = CHECKS if checks is None else checks
     findings: dict[str, Finding] = {}
-    # two children import torch at a time: more only wait for each other on a small machine
+    # At most two children import torch at a time: more would only wait for each other on a small machine.
     slots = threading.Semaphore(2)
 
     def work(part: str, check: Check) -> None:
         with slots:
-            findings[part] = _isolated(part, check)
+            findings[part] = _run_check(part, check)
 
-    # daemon threads: one stuck on a dead file system must not keep the process from ending
+    # Daemon threads, so that one stuck on a dead file system does not keep the process from exiting.
     threads = [threading.Thread(target=work, args=item, daemon=True) for item in checks.items()]
     end = time.monotonic() + deadline_s
     for thread in threads:
         thread.start()
-    late = f"no answer within {deadline_s:g} s"
+    timed_out = f"timed out after {deadline_s:g} s"
     fix = "look for a stuck file system or driver, then run the doctor again"
     for part, thread in zip(checks, threads, strict=True):
         thread.join(max(0.0, end - time.monotonic()))
-        yield findings.get(part) or Finding(part, "fail", late, fix)
+        yield findings.get(part) or Finding(part, "fail", timed_out, fix)
 
 
-def _isolated(part: str, check: Check) -> Finding:
+def _run_check(part: str, check: Check) -> Finding:
     try:
         return check()
     except ProbeError as error:
         return Finding(part, "fail", str(error), "reinstall it in this environment")
     except Exception as error:
-        # the doctor is there for broken machines: whatever breaks is a finding
+        # The doctor runs on broken machines, so any exception is a finding.
         return Finding(part, "fail", f"{type(error).__name__}: {error}".splitlines()[0], "see the message")
 
 
-def _libraries(part: str, needed: dict[str, str]) -> Finding:
-    versions = {name: installed_version(name) for name in needed}
+def _check_versions(part: str, required: dict[str, str]) -> Finding:
+    versions = {name: installed_version(name) for name in required}
     missing = [name for name, version in versions.items() if version is None]
     old = [
-        f"{name} {version} (needs {needed[name]})"
+        f"{name} {version} (expected {required[name]} or later)"
         for name, version in versions.items()
-        if version is not None and release(version) < release(needed[name])
+        if version is not None and release(version) < release(required[name])
     ]
     if missing or old:
         found = "; ".join(
             f"{kind}: {', '.join(names)}" for kind, names in (("not installed", missing), ("too old", old)) if names
         )
-        packages = " ".join(f'"{name}>={needed[name]}"' for name in [*missing, *(entry.split()[0] for entry in old)])
+        packages = " ".join(f'"{name}>={required[name]}"' for name in [*missing, *(entry.split()[0] for entry in old)])
         return Finding(part, "fail", found, f"pip install {packages}")
     return Finding(part, "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
 

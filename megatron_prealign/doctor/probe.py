@@ -1,4 +1,4 @@
-"""Runs small pieces of Python in child processes that cannot outlive their time limit."""
+"""Runs Python snippets in child processes with a time limit."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from typing import Any
 MARK = "megatron-prealign-probe:"
 TIMEOUT_S = 60.0
 
-# The child sees the same modules as this process; what libraries print at import does not disturb the answer. Its alarm
-# ends it when this process is gone before the time limit.
+# The child has the same sys.path as this process. The mark separates the result from what libraries print at import.
+# The alarm ends the child if this process dies before the time limit.
 PRELUDE = f"""
 import json, signal, sys
 signal.alarm({2 * int(TIMEOUT_S)})
 sys.path[:] = json.loads(sys.argv[1])
-def answer(**values):
+def result(**values):
     print("\\n{MARK}" + json.dumps(values), flush=True)
 """
 
@@ -31,29 +31,30 @@ d.init_process_group("gloo", store=d.FileStore(sys.argv[3], 2), rank=rank, world
                      timeout=datetime.timedelta(seconds=20))
 value = torch.tensor([rank + 1.0])
 d.all_reduce(value)
-answer(total=value.item())
+result(total=value.item())
 d.destroy_process_group()
 """
 
 
 class ProbeError(Exception):
-    """A child process failed, was killed or took too long; the message is one line."""
+    """A child process failed, was killed or timed out; the message is one line."""
 
 
 def probe(code: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-    """Runs `code` in a fresh interpreter; it calls `answer(**values)` with what it found (JSON values).
+    """Runs `code` in a new interpreter and returns the JSON values that it passes to `result(**values)`.
 
     Raises:
-        ProbeError: an exception there (its last line), a crash (the signal), no answer, or more than `timeout_s`.
+        ProbeError: the code raised (last line of the traceback), crashed (the signal), returned no result, or took
+            longer than `timeout_s`.
     """
     return _result(_start(code, *arguments), timeout_s)
 
 
 def gloo_sum(timeout_s: float = TIMEOUT_S) -> float:
-    """Two processes of this machine add 1 and 2 over gloo; what the first one got.
+    """Sums 1 and 2 over gloo in two processes on this machine and returns the result of rank 0.
 
     Raises:
-        ProbeError: one of them failed or took too long.
+        ProbeError: a process failed or timed out.
     """
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
@@ -66,10 +67,10 @@ def gloo_sum(timeout_s: float = TIMEOUT_S) -> float:
 
 
 def run_command(command: Sequence[str], timeout_s: float) -> str:
-    """Standard output of a command.
+    """Runs a command and returns its standard output.
 
     Raises:
-        ProbeError: it cannot be started, fails or takes too long.
+        ProbeError: the command cannot be started, fails or times out.
     """
     try:
         child = _spawn(command)
@@ -86,7 +87,7 @@ def _start(code: str, *arguments: str) -> "subprocess.Popen[bytes]":
 
 
 def _spawn(command: Sequence[str]) -> "subprocess.Popen[bytes]":
-    # a session of its own, so that the child's own children can be ended with it
+    # A new session, so that the child's own children can be killed with it.
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -94,11 +95,11 @@ def _spawn(command: Sequence[str]) -> "subprocess.Popen[bytes]":
 
 def _result(child: "subprocess.Popen[bytes]", timeout_s: float) -> dict[str, Any]:
     output, errors = _wait(child, timeout_s)
-    answers = [line for line in output.splitlines() if line.startswith(MARK)]
-    # a library may still crash while the interpreter shuts down; the answer counts
-    if not answers:
+    results = [line for line in output.splitlines() if line.startswith(MARK)]
+    # With a result, a crash of some library at interpreter shutdown does not matter.
+    if not results:
         raise ProbeError(_reason(child.returncode, errors))
-    values: dict[str, Any] = json.loads(answers[-1].removeprefix(MARK))
+    values: dict[str, Any] = json.loads(results[-1].removeprefix(MARK))
     return values
 
 
@@ -107,7 +108,7 @@ def _wait(child: "subprocess.Popen[bytes]", timeout_s: float) -> tuple[str, str]
         output, errors = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         _kill(child)
-        raise ProbeError(f"no answer within {timeout_s:g} s") from error
+        raise ProbeError(f"timed out after {timeout_s:g} s") from error
     return output.decode(errors="replace"), errors.decode(errors="replace")
 
 
@@ -116,7 +117,7 @@ def _kill(child: "subprocess.Popen[bytes]") -> None:
         return
     try:
         os.killpg(child.pid, signal.SIGKILL)
-        # bounded: a process blocked inside a driver cannot be killed at once
+        # Bounded, because a process blocked in a driver cannot be killed immediately.
         child.communicate(timeout=5.0)
     except (ProcessLookupError, subprocess.TimeoutExpired):
         return
@@ -129,4 +130,4 @@ def _reason(status: int, errors: str) -> str:
         except ValueError:
             return f"crashed with signal {-status}"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"ended with status {status} and no message"
+    return lines[-1][:300] if lines else f"exited with status {status} and no message"

@@ -1,1 +1,1 @@
-"""Validation loss, word retrieval, the alignment watch, and the training report."""
+"""Validation loss, word retrieval, the alignment watch and the training report."""

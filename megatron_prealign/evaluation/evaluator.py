@@ -1,4 +1,4 @@
-"""Measures a model: validation loss per language and word retrieval per layer."""
+"""Evaluates a model: validation loss per language and word retrieval per layer."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.code_switch.switcher import RowFormat
+from megatron_prealign.code_switch.switcher import SequenceFormat
 from megatron_prealign.data.samples import ValidationSamples
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
@@ -29,41 +29,41 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """What a recipe can measure: losses where there is held-out text, retrieval where there is a dictionary."""
+    """Evaluates a model as its recipe allows: loss on held-out text, word retrieval with a dictionary."""
 
     def __init__(
         self,
         recipe: Recipe,
         runtime: Runtime,
         validation: ValidationSamples,
-        row_format: RowFormat,
+        sequence_format: SequenceFormat,
         words: tuple[DictionaryTable, NDArray[np.bool_]] | None,
     ) -> None:
         """
         Args:
-            row_format: that of training.
-            words: the word table and the groups `[groups]` that training leaves out, which are measured apart from the
-                others; None without a dictionary.
+            sequence_format: The format used in training.
+            words: The word table and the groups held out from training, bool `[groups]`, which are measured separately;
+                None without a dictionary.
         """
         self._recipe = recipe
         self._runtime = runtime
         self._validation = validation
-        self._row_format = row_format
+        self._sequence_format = sequence_format
         self._pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
         if words is not None:
             table, held_out = words
-            limit, longest = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
+            limit, max_tokens = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
             for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
-                self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=longest)
+                self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=max_tokens)
 
     @property
     def names(self) -> list[str]:
-        """Names of the numbers that `flat_measures` makes of a measurement."""
-        by_pair = [f"{measure}/{pair.name}" for measure, pairs in self._pairs.items() for pair in pairs]
+        """Names of the metrics that `flatten_metrics` returns."""
+        by_pair = [f"{metric}/{pair.name}" for metric, pairs in self._pairs.items() for pair in pairs]
         return [*(f"validation_loss/{language}" for language in self._validation.languages), *by_pair]
 
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-        """`validation_loss` per language and the two retrieval measures. Takes part: all ranks."""
+        """Measures `validation_loss` per language and both retrieval metrics. Collective: call on all ranks."""
         for chunk in chunks:
             chunk.eval()
         result: dict[str, Any] = {
@@ -72,19 +72,19 @@ class Evaluator:
                 chunks,
                 self._validation,
                 micro_batch_size=self._recipe.training.micro_batch_size,
-                row_format=self._row_format,
+                sequence_format=self._sequence_format,
             )
         }
         for name, pairs in self._pairs.items():
-            measured = measure_retrieval(self._runtime, chunks, pairs, num_layers=self._recipe.model.num_layers)
-            result[name] = {pair.name: measured[pair.name]["p_at_1"] for pair in pairs}
+            retrieval = measure_retrieval(self._runtime, chunks, pairs, num_layers=self._recipe.model.num_layers)
+            result[name] = {pair.name: retrieval[pair.name]["p_at_1"] for pair in pairs}
         for chunk in chunks:
             chunk.train()
         return result
 
 
 class Evaluate(PeriodicMeasurement):
-    """Measures every `interval` steps and at the end of each phase; writes metrics.jsonl and tells the phase."""
+    """Evaluates every `interval` steps and at the end of each phase; writes metrics.jsonl and notifies the phase."""
 
     def __init__(self, evaluator: Evaluator, metrics: MetricsFile, interval: int | None) -> None:
         self._evaluator = evaluator
@@ -96,12 +96,12 @@ class Evaluate(PeriodicMeasurement):
 
     def measure(self, trainer: "Trainer") -> None:
         state = trainer.state
-        # The measures of all ranks agree but for rounding; a phase that ends at a goal must end on all of them.
-        shared = [self._evaluator.measure(trainer.chunks)]
-        dist.broadcast_object_list(shared, src=0)
-        result = shared[0]
-        trainer.measures, trainer.measured_step = flat_measures(result), state.step
-        trainer.phase.saw_evaluation(state, result)
+        # Metrics of the ranks may differ by rounding, but a phase that ends at a goal must end on all ranks.
+        results = [self._evaluator.measure(trainer.chunks)]
+        dist.broadcast_object_list(results, src=0)
+        result = results[0]
+        trainer.eval_metrics, trainer.eval_step = flatten_metrics(result), state.step
+        trainer.phase.on_evaluation(state, result)
         self._metrics.write(
             {
                 "kind": "evaluation",
@@ -118,10 +118,10 @@ class Evaluate(PeriodicMeasurement):
             logger.info("  word retrieval %s by layer: %s", pair, " ".join(f"{value:.2f}" for value in values))
 
 
-def flat_measures(result: Mapping[str, Mapping[str, float | Sequence[float]]]) -> dict[str, float]:
-    """One number for each measure, by a name such as `validation_loss/en`; of a measure by layers the mean."""
+def flatten_metrics(result: Mapping[str, Mapping[str, float | Sequence[float]]]) -> dict[str, float]:
+    """Flattens an evaluation to names such as `validation_loss/en`; metrics per layer are averaged over the layers."""
     return {
-        f"{measure}/{name}": math.fsum(value) / len(value) if isinstance(value, Sequence) else value
-        for measure, by_name in result.items()
+        f"{metric}/{name}": math.fsum(value) / len(value) if isinstance(value, Sequence) else value
+        for metric, by_name in result.items()
         for name, value in by_name.items()
     }

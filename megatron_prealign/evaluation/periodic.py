@@ -1,4 +1,4 @@
-"""Measuring again and again while a model is trained."""
+"""Periodic measurements during training."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 
 class PeriodicMeasurement(Callback, ABC):
-    """Measures at the steps that are due and at the end of each phase."""
+    """Measures at the steps where `is_due` is true and at the end of each phase."""
 
     _measured_step = -1
 
     @abstractmethod
     def is_due(self, state: TrainState) -> bool:
-        """Whether to measure after the step that has just been done."""
+        """Whether to measure after the step that has just finished."""
 
     @abstractmethod
     def measure(self, trainer: "Trainer") -> None:
-        """Measures, writes the result and tells the phase. Takes part: all ranks."""
+        """Measures, writes the result and notifies the phase. Collective: call on all ranks."""
 
     def on_step(self, trainer: "Trainer") -> None:
         state = trainer.state
-        # A run that was asked to stop has little time left, and saving comes first; a phase's end measures by itself.
+        # A run that is asked to stop must save quickly; the end of a phase is measured in `on_phase_end`.
         if state.stop_requested or trainer.phase.is_over(state):
             return
         if self.is_due(state):
@@ -33,7 +33,7 @@ class PeriodicMeasurement(Callback, ABC):
             self.measure(trainer)
 
     def on_phase_end(self, trainer: "Trainer") -> None:
-        # A phase that has reached its goal was measured by `on_step` a moment ago.
+        # If the phase ended because it reached its goal, `on_step` has already measured this step.
         if trainer.state.step != self._measured_step:
             self._measured_step = trainer.state.step
             self.measure(trainer)

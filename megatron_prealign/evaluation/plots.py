@@ -1,4 +1,4 @@
-"""Draws the report's figures with matplotlib, without a display and without its global state."""
+"""Draws the figures of the report with matplotlib, without a display and without pyplot's global state."""
 
 import math
 import re
@@ -12,14 +12,14 @@ from megatron_prealign import page
 from megatron_prealign.evaluation.run_record import ALIGNMENT, Measurement, RunRecord
 
 Runs = Mapping[str, tuple[RunRecord, Measurement]]
-# (tokens, one value a layer)
+# [(tokens, one value per layer)]
 LayerCurve = Sequence[tuple[int, Sequence[float]]]
 
 INK, MUTED, GRID = page.INK[0], page.MUTED[0], page.GRID[0]
-# one colour a run, told apart by colour-blind readers too; dark mode swaps each for the one at the same place
+# One colour per run, distinguishable with colour blindness; dark mode uses the colour at the same index.
 RUN_COLOURS = ("#0072b2", "#d55e00", "#00835f", "#b8578a", "#8c6d1f", "#3b97cb", "#6a3d9a", "#707070")
 RUN_COLOURS_DARK = ("#58a6e0", "#ff8c42", "#3fca9b", "#e59ac5", "#d6b656", "#8fd0f5", "#b08ce0", "#a8a8a8")
-# first to last layer, ten steps of matplotlib's plasma, without the ends that vanish on white or on black
+# First to last layer: ten steps of matplotlib's plasma, without the ends that are invisible on white or on black.
 LAYER_COLOURS = (
     *("#1b068d", "#43039e", "#6600a7", "#8606a6", "#a31e9a"),
     *("#bd3786", "#d14e72", "#e3685f", "#f1834c", "#fb9f3a"),
@@ -34,7 +34,7 @@ MAX_LAYER_LABELS = 8
 
 
 def mean_over_pairs(by_pair: Mapping[str, Sequence[float]]) -> list[float]:
-    """Mean over language pairs of P@1, layer by layer; empty for no pairs."""
+    """Mean P@1 over language pairs, per layer; empty without pairs."""
     return [sum(layer) / len(layer) for layer in zip(*by_pair.values(), strict=True)]
 
 
@@ -44,7 +44,7 @@ def layer_names(count: int) -> list[str]:
 
 
 def short_count(value: float, _position: object = None) -> str:
-    """1600000 as 1.6M."""
+    """Formats a count with a unit: 1.6M for 1600000."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{unit}"
@@ -52,7 +52,7 @@ def short_count(value: float, _position: object = None) -> str:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points: means over equal runs of neighbours, points that are not finite left out."""
+    """Averages neighbouring points to at most `limit` points; drops points that are not finite."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     width = math.ceil(len(finite) / limit) if finite else 1
     buckets = [finite[start : start + width] for start in range(0, len(finite), width)]
@@ -64,7 +64,7 @@ def _style() -> Iterator[None]:
     import matplotlib
 
     settings = {
-        # text stays text: small files, the reader's own fonts, and run names in any script
+        # Keep text as text: smaller files, the viewer's fonts, and run names in any script.
         "svg.fonttype": "none",
         "svg.hashsalt": "megatron-prealign",
         "font.size": 10,
@@ -79,7 +79,7 @@ def _style() -> Iterator[None]:
         "lines.linewidth": 1.8,
         "lines.markersize": 4,
         "grid.linewidth": 0.7,
-        # a dollar sign in a run's name is a dollar sign
+        # A dollar sign in the name of a run must not start math mode.
         "text.parse_math": False,
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
         **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), MUTED),
@@ -116,7 +116,7 @@ def _run_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _legend(figure: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
-    # matplotlib hides labels that start with an underscore
+    # matplotlib hides labels that start with an underscore.
     labels = [f" {label}" if label.startswith("_") else label for label in entries]
     handles = [Line2D([], [], **style) for style in entries.values()]
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 11 / (6 + max(map(len, labels), default=1)))))
@@ -139,7 +139,7 @@ def _tokens_axis(axis: Any) -> None:
 
 
 def _fit_late_values(axis: Any, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """Sets the y range by what comes after the first tenth, so that the start does not flatten the rest."""
+    """Fits the y range to the values after the first tenth, so that high initial values do not flatten the rest."""
     end = max((x for curve in curves for x, _ in curve), default=0.0)
     late = [y for curve in curves for x, y in curve if x >= end / 10]
     if len(late) > 1 and max(late) > min(late):
@@ -173,13 +173,13 @@ def _draw_by_layer(axis: Any, runs: Runs) -> bool:
     styles = _run_styles(list(runs))
     depth, held_out = 0, False
     for name, (_, measurement) in runs.items():
-        shares = mean_over_pairs(measurement.word_retrieval_p_at_1)
-        unseen = mean_over_pairs(measurement.word_retrieval_p_at_1_held_out)
-        axis.plot(range(len(shares)), shares, **styles[name])
-        if unseen:
-            axis.plot(range(len(unseen)), unseen, linestyle="--", **{**styles[name], "marker": ""})
+        p_at_1 = mean_over_pairs(measurement.word_retrieval_p_at_1)
+        held_out_p_at_1 = mean_over_pairs(measurement.word_retrieval_p_at_1_held_out)
+        axis.plot(range(len(p_at_1)), p_at_1, **styles[name])
+        if held_out_p_at_1:
+            axis.plot(range(len(held_out_p_at_1)), held_out_p_at_1, linestyle="--", **{**styles[name], "marker": ""})
             held_out = True
-        depth = max(depth, len(shares))
+        depth = max(depth, len(p_at_1))
     names = layer_names(depth)
     step = math.ceil(depth / 14)
     ticks = sorted({*range(0, depth - 1, step), depth - 1})
@@ -200,7 +200,7 @@ def _entries(
     if held_out:
         entries["held-out words"] = {"color": MUTED, "linestyle": "--"}
     if others:
-        entries["other pairs of words"] = {"color": MUTED, "linestyle": "-."}
+        entries["other word pairs"] = {"color": MUTED, "linestyle": "-."}
     return entries
 
 
@@ -213,8 +213,7 @@ def _has_retrieval(runs: Runs) -> bool:
 
 
 def draw_main(runs: Runs) -> Any | None:
-    """Validation loss of each language, P@1 by layer and the alignment watch in one figure, for a README; None without
-    any of them."""
+    """Draws validation loss per language, P@1 by layer and the alignment watch in one figure; None without data."""
     languages = _languages(runs)
     watched = bool(_watched(runs))
     panels = len(languages) + _has_retrieval(runs) + 2 * watched
@@ -231,7 +230,7 @@ def draw_main(runs: Runs) -> Any | None:
 
 
 def draw_validation_loss(runs: Runs) -> Any | None:
-    """One panel a language, one line a run, over tokens; None when nothing was evaluated."""
+    """Draws validation loss over tokens, one panel per language, one line per run; None without evaluations."""
     languages = _languages(runs)
     if not languages:
         return None
@@ -243,7 +242,7 @@ def draw_validation_loss(runs: Runs) -> Any | None:
 
 
 def draw_by_layer(runs: Runs) -> Any | None:
-    """P@1 at the end over layers, one line a run, dashed for held-out words; None without a measurement."""
+    """Draws P@1 by layer at the end of training, one line per run, dashed for held-out words; None without data."""
     if not _has_retrieval(runs):
         return None
     with _style():
@@ -254,7 +253,7 @@ def draw_by_layer(runs: Runs) -> Any | None:
 
 
 def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
-    """P@1 over tokens, one panel a run, one line a layer; None when no run measured it."""
+    """Draws P@1 over tokens, one panel per run, one line per layer; None without data."""
     curves: dict[str, LayerCurve] = {}
     for name, (record, measurement) in runs.items():
         points = {point.tokens: mean_over_pairs(point.word_retrieval_p_at_1) for point in record.evaluations}
@@ -285,13 +284,13 @@ def _layer_colour(layer: int, depth: int) -> str:
 
 
 def _layer_entries(depth: int) -> dict[str, dict[str, Any]]:
-    shown = sorted({round(place * (depth - 1) / (MAX_LAYER_LABELS - 1)) for place in range(MAX_LAYER_LABELS)})
+    labelled = sorted({round(index * (depth - 1) / (MAX_LAYER_LABELS - 1)) for index in range(MAX_LAYER_LABELS)})
     names = layer_names(depth)
-    return {f"layer {names[layer]}": {"color": _layer_colour(layer, depth)} for layer in shown}
+    return {f"layer {names[layer]}": {"color": _layer_colour(layer, depth)} for layer in labelled}
 
 
 def _draw_layers(axis: Any, curve: LayerCurve, depth: int, alignment_end: int | None) -> None:
-    """One line a layer over tokens; `depth` is that of the deepest run of the figure."""
+    """Draws one line per layer over tokens; `depth` is the number of layers of the deepest run in the figure."""
     for layer in range(depth):
         line = thin([(tokens, layers[layer]) for tokens, layers in curve if layer < len(layers)])
         if line:
@@ -301,8 +300,8 @@ def _draw_layers(axis: Any, curve: LayerCurve, depth: int, alignment_end: int | 
     _tokens_axis(axis)
 
 
-def _share_height(axes: Sequence[Any]) -> None:
-    """The same y range in all panels."""
+def _share_y_range(axes: Sequence[Any]) -> None:
+    """Sets the same y range in all panels."""
     bounds = [axis.get_ylim() for axis in axes]
     for axis in axes:
         axis.set_ylim(min(low for low, _ in bounds), max(high for _, high in bounds))
@@ -319,15 +318,15 @@ def _watched_words(runs: Runs) -> str:
 
 
 def _draw_watch_panels(retrieval: Any, cosines: Any, runs: Runs) -> bool:
-    """P@1 into one panel, both cosines into the other; whether a run has an alignment phase."""
+    """Draws P@1 in one panel and both cosines in the other; returns whether any run has an alignment phase."""
     styles = _run_styles(list(runs))
     for name in _watched(runs):
-        for axis, measure, line in (
+        for axis, metric, line in (
             (retrieval, "p_at_1", "-"),
             (cosines, "positive_cosine", "-"),
             (cosines, "negative_cosine", "-."),
         ):
-            points = thin([(point.tokens, point.mean(measure)) for point in runs[name][0].watch])
+            points = thin([(point.tokens, point.mean(metric)) for point in runs[name][0].watch])
             if points:
                 marker = {} if line == "-" else {"marker": ""}
                 axis.plot(*zip(*points, strict=True), linestyle=line, **{**styles[name], **marker})
@@ -343,7 +342,7 @@ def _draw_watch_panels(retrieval: Any, cosines: Any, runs: Runs) -> bool:
 
 
 def draw_watch(runs: Runs) -> Any | None:
-    """What the alignment watch saw over tokens, mean over layers, one line a run; None when no run was watched."""
+    """Draws the alignment watch over tokens, mean over layers, one line per run; None if no run has one."""
     if not _watched(runs):
         return None
     with _style():
@@ -354,7 +353,7 @@ def draw_watch(runs: Runs) -> Any | None:
 
 
 def draw_watch_by_layer(runs: Runs) -> Any | None:
-    """What the alignment watch saw over tokens, one row a run, one line a layer; None when no run was watched."""
+    """Draws the alignment watch over tokens, one row per run, one line per layer; None if no run has one."""
     watched = _watched(runs)
     if not watched:
         return None
@@ -386,14 +385,14 @@ def draw_watch_by_layer(runs: Runs) -> Any | None:
             left.set_title(name)
             left.set_ylabel("P@1")
             left.set_ylim(-0.03, 1.03)
-            right.set_ylabel("cosine above that of others")
-        _share_height(axes[1::2])
+            right.set_ylabel("cosine margin over other pairs")
+        _share_y_range(axes[1::2])
         _legend(figure, _layer_entries(depth))
     return figure
 
 
 def draw_training_loss(runs: Runs) -> Any | None:
-    """Language-model loss and, where a run has it, mean alignment loss, over tokens; None when nothing was logged."""
+    """Draws language-model loss over tokens and mean alignment loss over steps; None if nothing was logged."""
     language_model: dict[str, list[tuple[float, float]]] = {}
     alignment: dict[str, list[tuple[float, float]]] = {}
     for name, (record, _) in runs.items():
@@ -404,9 +403,9 @@ def draw_training_loss(runs: Runs) -> Any | None:
                 losses.append((point.tokens, point.lm_loss))
             elif point.phase != ALIGNMENT:
                 losses.append((point.tokens, point.loss))
-            # steps of the guard are few and lie on another axis; a layer that is not aligned has no loss
+            # Guard steps are few and on another axis; layers that are not aligned have no loss.
             if point.phase == ALIGNMENT and (aligned := [loss for loss in point.alignment_loss if math.isfinite(loss)]):
-                # over steps: words alone move no token count
+                # Over steps, because training on words only does not advance the token count.
                 contrastive.append((point.phase_step, sum(aligned) / len(aligned)))
         language_model[name], alignment[name] = thin(losses), thin(contrastive)
     panels = [curves for curves in (language_model, alignment) if any(curves.values())]
@@ -432,9 +431,9 @@ def draw_training_loss(runs: Runs) -> Any | None:
 
 
 def to_svg(figure: Any, prefix: str) -> str:
-    """The figure as an `<svg>` element to put into a page; `prefix` keeps its ids apart from other figures'.
+    """Renders the figure as an `<svg>` element to embed in a page; `prefix` makes its ids unique in the page.
 
-    Its colours become CSS variables (`css_variables`), so that they follow the page's light or dark mode.
+    Its colours become CSS variables (`css_variables`) that follow the light or dark mode of the page.
     """
     buffer = StringIO()
     with _style():
@@ -454,7 +453,7 @@ def to_svg(figure: Any, prefix: str) -> str:
 
 
 def css_variables() -> dict[str, tuple[str, str]]:
-    """CSS variable -> its colour in light and in dark mode."""
+    """CSS variable -> its colour in light mode and in dark mode."""
     runs = zip(RUN_COLOURS, RUN_COLOURS_DARK, strict=True)
     layers = zip(LAYER_COLOURS, LAYER_COLOURS_DARK, strict=True)
     return {
@@ -467,6 +466,6 @@ def css_variables() -> dict[str, tuple[str, str]]:
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Writes the figure with a white ground, wide enough for a README."""
+    """Writes the figure as PNG on a white background, wide enough for a README."""
     with _style():
         figure.savefig(path, format="png", dpi=144, facecolor="white")

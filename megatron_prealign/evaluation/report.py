@@ -1,4 +1,4 @@
-"""Turns measured runs into report.json, report.html, report.png and a table for the terminal."""
+"""Writes evaluated runs to report.json, report.html, report.png and a table for the terminal."""
 
 import json
 import math
@@ -18,36 +18,38 @@ from megatron_prealign.files.directories import writing
 FORMAT_VERSION = 1
 
 DEFINITIONS = {
-    "validation_loss": "Mean negative log-likelihood of a held-out token in nats, no word switched; lower is better.",
-    "perplexity": "Exponential of the validation loss: among how many equally likely tokens the model chooses.",
+    "validation_loss": (
+        "Mean negative log-likelihood per held-out token in nats, without code-switching; lower is better."
+    ),
+    "perplexity": "Exponential of the validation loss: the effective number of equally likely tokens.",
     "word_retrieval_p_at_1": (
-        "Share of dictionary words whose nearest neighbour by cosine, among all candidate words of the other "
-        "language, is a translation; from 0 to 1, one number a layer, mean over the language pairs."
+        "Fraction of dictionary words whose nearest neighbour by cosine, among all candidate words of the other "
+        "language, is a translation; 0 to 1, one value per layer, averaged over language pairs."
     ),
     "word_retrieval_p_at_1_held_out": (
-        "The same over words whose entries were kept out of alignment and code-switching. Their pieces may stand in "
-        "other words, and they are fewer, so compare the runs on it and not the two measures."
+        "The same for words whose dictionary entries were held out from alignment and code-switching. These words are "
+        "fewer and their subwords may occur in other words, so compare runs on this metric, not the two metrics with "
+        "each other."
     ),
     "after_alignment": "Word retrieval at the last evaluation of the alignment phase, before language-model training.",
     "layers": (
-        "emb is the embedding output, 1 to L the blocks' outputs (the last after the final norm), out the output "
-        "embedding."
+        "emb is the embedding output, 1 to L are the outputs of the blocks (the last one after the final norm), out is "
+        "the output embedding."
     ),
-    "tokens": "Tokens trained on, all phases together.",
-    "seconds": "Wall-clock seconds of training, all phases together.",
+    "tokens": "Tokens trained on, over all phases.",
+    "seconds": "Wall-clock seconds of training, over all phases.",
 }
 
 WATCH_DEFINITIONS = {
     "alignment_watch": (
-        "Measured while training, from one language to the other and back: every word is asked for in turn, among all "
-        "words of the other language in the list. A wrong word that scores as well as the translation counts as ahead "
-        "of it."
+        "Measured during training in both directions of every language pair: each word queries all words of the other "
+        "language in the list. A wrong word that scores as high as the translation ranks ahead of it."
     ),
-    "p_at_1": "Share of words whose nearest word of the other language by cosine is a translation.",
-    "mrr": "Mean of 1 / rank of a word's best translation, by cosine.",
+    "p_at_1": "Fraction of words whose nearest word of the other language by cosine is a translation.",
+    "mrr": "Mean reciprocal rank (1 / rank) of a word's best translation, by cosine.",
     "csls": (
-        "The same with cosines that are lessened by each word's mean cosine to its ten nearest words of the other "
-        "language, so that a word near to everything is not everyone's nearest (Conneau et al. 2018)."
+        "The same with cosines reduced by each word's mean cosine to its ten nearest words of the other language, to "
+        "correct for hubs that are close to everything (Conneau et al. 2018)."
     ),
     "positive_cosine": "Mean cosine of a word and its translation.",
     "negative_cosine": "Mean cosine of words that are not translations of each other.",
@@ -55,13 +57,13 @@ WATCH_DEFINITIONS = {
 
 
 def build_report(runs: Runs) -> dict[str, Any]:
-    """The content of report.json; values that are not finite are None.
+    """Builds the content of report.json; values that are not finite are None.
 
     Raises:
-        UserError: no runs.
+        UserError: there are no runs.
     """
     if not runs:
-        raise UserError("the report got no runs; name at least one run directory")
+        raise UserError("cannot write the report: got no runs; name at least one run directory")
     entries = {name: _run_entry(record, measurement) for name, (record, measurement) in runs.items()}
     last, _ = list(runs.values())[-1]
     report = {
@@ -73,24 +75,23 @@ def build_report(runs: Runs) -> dict[str, Any]:
         "versions": last.versions,
         "definitions": DEFINITIONS | (WATCH_DEFINITIONS if any(record.watch for record, _ in runs.values()) else {}),
     }
-    # one pass through JSON: what a caller gets is what a reader of the file gets, and dates of a YAML become text
+    # The round trip through JSON makes the result equal to the file's content and turns YAML dates into text.
     plain: dict[str, Any] = json.loads(json.dumps(_finite(report), default=str))
     return plain
 
 
 def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -> dict[str, Any]:
-    """Writes report.json, report.html and report.png into the directory `output`, all or none.
+    """Writes report.json, report.html and report.png to the directory `output`, all or none.
 
     Args:
-        runs: name -> the run's record and what its final model was measured to be; the first is what the others are
-            compared with.
-        output: directory of the report, made when absent.
+        runs: Name -> record of the run and measurement of its final model; the others are compared with the first.
+        output: Directory of the report; created if it does not exist.
 
     Returns:
         The content of report.json.
 
     Raises:
-        UserError: no runs, or `output` cannot be written to.
+        UserError: there are no runs, or `output` cannot be written to.
     """
     report = build_report(runs)
     figures = {
@@ -114,7 +115,7 @@ def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """The report as a plain-text table, one line a run, and the differences from the first run below it."""
+    """Formats the report as a plain-text table, one line per run, followed by the differences from the first run."""
     runs = report["runs"]
     languages = list(dict.fromkeys(language for run in runs.values() for language in run["validation_loss"]))
     header = ["run", *(f"loss {language}" for language in languages), "P@1 emb", "P@1 mean", "P@1 out"]
@@ -122,15 +123,15 @@ def report_table(report: dict[str, Any]) -> str:
     header += [*(["held-out mean"] if held_out else []), "tokens", "time"]
     rows = []
     for name, run in runs.items():
-        shares, unseen = run["word_retrieval_p_at_1"], run["word_retrieval_p_at_1_held_out"]
+        p_at_1, held_out_p_at_1 = run["word_retrieval_p_at_1"], run["word_retrieval_p_at_1_held_out"]
         rows.append(
             [
                 name,
                 *(_decimal(run["validation_loss"].get(language), 3) for language in languages),
-                _decimal(shares[0] if shares else None, 2),
-                _decimal(_mean(shares), 2),
-                _decimal(shares[-1] if shares else None, 2),
-                *([_decimal(_mean(unseen), 2)] if held_out else []),
+                _decimal(p_at_1[0] if p_at_1 else None, 2),
+                _decimal(_mean(p_at_1), 2),
+                _decimal(p_at_1[-1] if p_at_1 else None, 2),
+                *([_decimal(_mean(held_out_p_at_1), 2)] if held_out else []),
                 plots.short_count(run["tokens"]),
                 _duration(run["seconds"]),
             ]
@@ -142,14 +143,14 @@ def report_table(report: dict[str, Any]) -> str:
         parts = [f"loss {lang} {_signed(delta, 3)}" for lang, delta in change["validation_loss"].items()]
         if change["word_retrieval_p_at_1_mean"] is not None:
             parts.append(f"P@1 mean {_signed(change['word_retrieval_p_at_1_mean'], 2)}")
-        lines.append(f"{name} against {first}: {', '.join(parts) or 'nothing measured in both'}")
+        lines.append(f"{name} vs. {first}: {', '.join(parts) or 'no metric in common'}")
     return "\n".join(lines)
 
 
 def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What every run but the first measured, minus what the first measured, where both measured it.
+    """Differences of every other run from the first one, for the metrics that both have.
 
-    `perplexity_ratio` is the run's perplexity over the first run's.
+    `perplexity_ratio` is the perplexity of the run divided by that of the first run.
     """
     names = list(entries)
     base = entries[names[0]]
@@ -161,15 +162,15 @@ def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
             for language in run["validation_loss"]
             if language in base["validation_loss"]
         }
-        shares, base_shares = run["word_retrieval_p_at_1"], base["word_retrieval_p_at_1"]
-        mean, base_mean = _mean(shares), _mean(base_shares)
+        p_at_1, base_p_at_1 = run["word_retrieval_p_at_1"], base["word_retrieval_p_at_1"]
+        mean, base_mean = _mean(p_at_1), _mean(base_p_at_1)
         result[name] = {
             "validation_loss": loss,
             "perplexity_ratio": {language: _exponential(delta) for language, delta in loss.items()},
-            # layer by layer means something between models of the same depth only
+            # A comparison per layer is meaningful only between models of the same depth.
             "word_retrieval_p_at_1": (
-                [share - other for share, other in zip(shares, base_shares, strict=True)]
-                if len(shares) == len(base_shares)
+                [value - other for value, other in zip(p_at_1, base_p_at_1, strict=True)]
+                if len(p_at_1) == len(base_p_at_1)
                 else None
             ),
             "word_retrieval_p_at_1_mean": None if mean is None or base_mean is None else mean - base_mean,
@@ -180,7 +181,7 @@ def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def recipe_differences(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Dotted recipe key -> run -> value, for the keys on which the runs differ; None where a run has no such key."""
+    """Dotted recipe key -> run -> value, for the keys in which the runs differ; None if a run does not have the key."""
     flat = {name: _flatten(recipe) for name, recipe in recipes.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     result = {}

@@ -1,4 +1,4 @@
-"""Renders the report as one HTML file that fetches nothing."""
+"""Renders the report as one self-contained HTML file."""
 
 import json
 import math
@@ -11,33 +11,33 @@ from megatron_prealign.evaluation.plots import css_variables, layer_names, short
 
 CAPTIONS = {
     "validation-loss": (
-        "Validation loss over training",
-        "Held-out text of each language. The frame is fitted to what comes after the first tenth of the tokens; a "
-        "dotted line marks the end of an alignment phase.",
+        "Validation loss during training",
+        "Loss on held-out text of each language. The y range is fitted to the values after the first tenth of the "
+        "tokens; dotted lines mark the end of alignment phases.",
     ),
     "by-layer": (
-        "Word retrieval by layer, at the end",
-        "Share of words whose nearest neighbour in the other language is a translation. Dashed: words not trained on.",
+        "Word retrieval by layer, end of training",
+        "Fraction of words whose nearest neighbour in the other language is a translation. Dashed: held-out words.",
     ),
     "over-tokens": (
-        "Word retrieval over training",
-        "One panel a run, one line a layer; the dotted line marks the end of the alignment phase.",
+        "Word retrieval during training",
+        "One panel per run, one line per layer; dotted lines mark the end of the alignment phase.",
     ),
     "watch": (
-        "Alignment while training",
-        "The alignment watch, mean over layers and over both directions of every language pair. Left: share of words "
+        "Alignment during training",
+        "Alignment watch, averaged over layers and both directions of every language pair. Left: fraction of words "
         "whose nearest neighbour by cosine is a translation. Right: mean cosine of translations (solid) and of all "
-        "other pairs of words (broken). A dotted line marks the end of an alignment phase.",
+        "other word pairs (dash-dotted). Dotted lines mark the end of alignment phases.",
     ),
     "watch-layers": (
-        "Alignment while training, by layer",
-        "One row a run, one line a layer. Left: P@1. Right: by how much the cosine of translations is above that of "
-        "other pairs. The dotted line marks the end of the alignment phase.",
+        "Alignment during training, by layer",
+        "One row per run, one line per layer. Left: P@1. Right: mean cosine of translations minus mean cosine of other "
+        "word pairs. Dotted lines mark the end of the alignment phase.",
     ),
     "training-loss": (
         "Training loss",
-        "Loss on the training batches, which code-switching makes harder to predict: compare models by validation "
-        "loss. Neighbouring steps are averaged.",
+        "Loss on training batches, averaged over neighbouring steps. Code-switching makes these batches harder to "
+        "predict, so compare models by validation loss.",
     ),
 }
 
@@ -50,11 +50,11 @@ details { border-top: 1px solid var(--grid); padding: .6rem 0 } summary { cursor
 pre { background: var(--panel); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem;
   line-height: 1.45 }
 """
-_CHANGES = {"--good": ("#00724d", "#4fd1a5"), "--bad": ("#b3261e", "#ff8a80")}
+_DIFFERENCE_COLOURS = {"--good": ("#00724d", "#4fd1a5"), "--bad": ("#b3261e", "#ff8a80")}
 
 
 def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
-    """The page of a report (as `build_report` makes it) with `figures`: name of `CAPTIONS` -> `<svg>` element."""
+    """Renders a report of `build_report` as HTML, with `figures`: key of `CAPTIONS` -> `<svg>` element."""
     parts = [
         "<h1>Training report</h1>",
         _lead(report),
@@ -66,29 +66,29 @@ def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         _layers_table(report["runs"]),
         _pairs_table(report["runs"]),
         _recipe_differences_table(report),
-        "<h2>What the numbers mean</h2>",
+        "<h2>Definitions</h2>",
         page.definitions({name.replace("_", " "): text for name, text in report["definitions"].items()}),
         _sources(report["runs"]),
     ]
     body = "\n".join(part for part in parts if part)
     title = f"Training report: {', '.join(report['runs'])}"
-    return page.render(title, body, style=_STYLE, colours={**css_variables(), **_CHANGES})
+    return page.render(title, body, style=_STYLE, colours={**css_variables(), **_DIFFERENCE_COLOURS})
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    runs, changes = report["runs"], report["differences"]
+    runs, differences = report["runs"], report["differences"]
     first = next(iter(runs))
     sentences = []
-    for name, change in changes.items():
+    for name, change in differences.items():
         parts = [
             f"{delta:+.3f} on {escape(lang)}" for lang, delta in change["validation_loss"].items() if delta is not None
         ]
         if not parts:
             continue
-        sentence = f"<b>{escape(name)}</b> against <b>{escape(first)}</b>: validation loss {', '.join(parts)}"
+        sentence = f"<b>{escape(name)}</b> vs. <b>{escape(first)}</b>: validation loss {', '.join(parts)}"
         if change["word_retrieval_p_at_1_mean"] is not None:
-            before, after = (_mean(runs[run]["word_retrieval_p_at_1"]) for run in (first, name))
-            sentence += f"; word retrieval, mean over layers, {page.decimal(before, 2)} to {page.decimal(after, 2)}"
+            p_at_1, base = (_mean(runs[run]["word_retrieval_p_at_1"]) for run in (name, first))
+            sentence += f"; word-retrieval P@1, mean over layers, {page.decimal(p_at_1, 2)} vs. {page.decimal(base, 2)}"
         sentences.append(f'<p class="lead">{sentence}.</p>')
     if len(runs) == 1:
         run = runs[first]
@@ -116,9 +116,9 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
                 page.decimal(loss, 3),
                 page.decimal(math.exp(loss), 1) if loss is not None and loss < 700 else "–",
             ]
-        shares = run["word_retrieval_p_at_1"]
-        cells += [page.decimal(shares[0] if shares else None, 2), page.decimal(_mean(shares), 2)]
-        cells += [page.decimal(shares[-1] if shares else None, 2)]
+        p_at_1 = run["word_retrieval_p_at_1"]
+        cells += [page.decimal(p_at_1[0] if p_at_1 else None, 2), page.decimal(_mean(p_at_1), 2)]
+        cells += [page.decimal(p_at_1[-1] if p_at_1 else None, 2)]
         if held_out:
             cells.append(page.decimal(_mean(run["word_retrieval_p_at_1_held_out"]), 2))
         rows.append([*cells, short_count(run["tokens"]), _duration(run["seconds"])])
@@ -126,28 +126,33 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
 
 
 def _differences_table(report: Mapping[str, Any]) -> str:
-    changes = report["differences"]
-    if not changes:
+    differences = report["differences"]
+    if not differences:
         return ""
     names = list(report["runs"])
-    languages = list(dict.fromkeys(language for change in changes.values() for language in change["validation_loss"]))
+    languages = list(
+        dict.fromkeys(language for change in differences.values() for language in change["validation_loss"])
+    )
     header = ["Run"]
     for language in languages:
         header += [f"loss {language}", f"perplexity {language}"]
     header += ["P@1 mean", "tokens", "time"]
     rows = []
-    for name, change in changes.items():
+    for name, change in differences.items():
         cells = [_run_name(name, names.index(name))]
         for language in languages:
             delta, ratio = change["validation_loss"].get(language), change["perplexity_ratio"].get(language)
             percent = None if ratio is None else 100 * (ratio - 1)
-            cells += [_change(delta, 3, lower_is_better=True), _change(percent, 1, lower_is_better=True, unit="%")]
-        cells.append(_change(change["word_retrieval_p_at_1_mean"], 2, lower_is_better=False))
+            cells += [
+                _difference(delta, 3, lower_is_better=True),
+                _difference(percent, 1, lower_is_better=True, unit="%"),
+            ]
+        cells.append(_difference(change["word_retrieval_p_at_1_mean"], 2, lower_is_better=False))
         sign = "-" if change["tokens"] < 0 else "+"
         cells.append("0" if change["tokens"] == 0 else sign + short_count(abs(change["tokens"])))
         cells.append(("-" if change["seconds"] < 0 else "+") + _duration(abs(change["seconds"])))
         rows.append(cells)
-    return f"<h2>Against {escape(names[0])}</h2>\n{page.table(header, rows)}"
+    return f"<h2>Differences from {escape(names[0])}</h2>\n{page.table(header, rows)}"
 
 
 def _figure(name: str, svg: str) -> str:
@@ -156,9 +161,9 @@ def _figure(name: str, svg: str) -> str:
 
 
 def _watch_table(runs: Mapping[str, Any]) -> str:
-    """The last measurement of each run's alignment watch."""
-    measures = ("p_at_1", "p_at_1_csls", "mrr", "mrr_csls", "positive_cosine", "negative_cosine")
-    header = ["Run", "words", "P@1", "P@1 CSLS", "MRR", "MRR CSLS", "cosine", "cosine of others"]
+    """Last measurement of the alignment watch of each run."""
+    metrics = ("p_at_1", "p_at_1_csls", "mrr", "mrr_csls", "positive_cosine", "negative_cosine")
+    header = ["Run", "words", "P@1", "P@1 CSLS", "MRR", "MRR CSLS", "cosine, translations", "cosine, other pairs"]
     rows = []
     for index, (name, run) in enumerate(runs.items()):
         if not run["alignment_watch"]:
@@ -166,11 +171,12 @@ def _watch_table(runs: Mapping[str, Any]) -> str:
         last = run["alignment_watch"][-1]
         kind = last["groups"].replace("_", "-")
         for direction, by_name in last["pairs"].items():
-            cells = [page.decimal(_mean(by_name[measure]), 2) for measure in measures]
+            cells = [page.decimal(_mean(by_name[metric]), 2) for metric in metrics]
             rows.append(
                 [f"{_run_name(name, index)}, {escape(direction)}", f"{last['words'][direction]} {escape(kind)}", *cells]
             )
-    return f"<h2>Alignment watch at the end, mean over layers</h2>\n{page.table(header, rows)}" if rows else ""
+    title = "Alignment watch, end of training, mean over layers"
+    return f"<h2>{title}</h2>\n{page.table(header, rows)}" if rows else ""
 
 
 def _layers_table(runs: Mapping[str, Any]) -> str:
@@ -179,15 +185,15 @@ def _layers_table(runs: Mapping[str, Any]) -> str:
         return ""
     rows = []
     for index, (name, run) in enumerate(runs.items()):
-        for when, shares in (
+        for stage, p_at_1 in (
             ("after alignment", run["after_alignment"]),
-            ("end", run["word_retrieval_p_at_1"]),
-            ("end, held-out words", run["word_retrieval_p_at_1_held_out"]),
+            ("end of training", run["word_retrieval_p_at_1"]),
+            ("end of training, held-out words", run["word_retrieval_p_at_1_held_out"]),
         ):
-            if shares:
-                cells = [page.decimal(share, 2) for share in shares]
-                rows.append([f"{_run_name(name, index)}, {when}", *cells, *["–"] * (depth - len(shares))])
-    return f"<h2>P@1, every layer</h2>\n{page.table(['Run', *layer_names(depth)], rows)}"
+            if p_at_1:
+                cells = [page.decimal(value, 2) for value in p_at_1]
+                rows.append([f"{_run_name(name, index)}, {stage}", *cells, *["–"] * (depth - len(p_at_1))])
+    return f"<h2>P@1 by layer</h2>\n{page.table(['Run', *layer_names(depth)], rows)}"
 
 
 def _pairs_table(runs: Mapping[str, Any]) -> str:
@@ -209,12 +215,12 @@ def _recipe_differences_table(report: Mapping[str, Any]) -> str:
     if len(names) < 2:
         return ""
     if not report["recipe_differences"]:
-        return "<h2>Recipes</h2>\n<p>The recipes of the runs are the same.</p>"
+        return "<h2>Recipe differences</h2>\n<p>The recipes of all runs are identical.</p>"
     rows = [
         [escape(key), *(f"<code>{_yaml_value(values[name])}</code>" for name in names)]
         for key, values in report["recipe_differences"].items()
     ]
-    return f"<h2>Where the recipes differ</h2>\n{page.table(['Field', *names], rows, text=True)}"
+    return f"<h2>Recipe differences</h2>\n{page.table(['Field', *names], rows, text=True)}"
 
 
 def _sources(runs: Mapping[str, Any]) -> str:
@@ -236,7 +242,7 @@ def _run_name(name: str, index: int) -> str:
     return f'<span class="key" style="background: var(--run-{index % 8})"></span>{escape(name)}'
 
 
-def _change(value: float | None, digits: int, *, lower_is_better: bool, unit: str = "") -> str:
+def _difference(value: float | None, digits: int, *, lower_is_better: bool, unit: str = "") -> str:
     if value is None:
         return "–"
     text = f"{value:+.{digits}f}{unit}"

@@ -1,4 +1,4 @@
-"""Reads what a run left in its directory: metrics.jsonl, recipe.yaml and versions.json."""
+"""Reads metrics.jsonl, recipe.yaml and versions.json of a run directory."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.evaluation.measures import MEASURES
+from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.recipe.phases import ALIGNMENT
 
 logger = logging.getLogger(__name__)
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainPoint:
-    """One logged training step. A value that is not finite is NaN here and null in the report."""
+    """One logged training step. Values that are not finite are NaN here and null in the report."""
 
     phase: str
     step: int
     """Optimizer steps since the start of the run, over all phases."""
     phase_step: int
     tokens: int
-    """Tokens seen since the start of the run, over all phases."""
+    """Tokens consumed since the start of the run, over all phases."""
     seconds: float
     loss: float
     lm_loss: float | None
     alignment_loss: tuple[float, ...]
-    """One contrastive loss a layer, NaN for a layer that is not aligned; empty where no step had words."""
+    """Contrastive loss per layer, NaN for layers that are not aligned; empty if no step had words."""
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
@@ -46,11 +46,11 @@ class EvaluationPoint:
     tokens: int
     seconds: float
     validation_loss: dict[str, float]
-    """Nats per token, by language."""
+    """Language -> loss in nats per token."""
     word_retrieval_p_at_1: dict[str, list[float]]
-    """By language pair: one share from 0 to 1 a layer, the embedding output first, the output embedding last."""
+    """Language pair -> P@1 (0 to 1) per layer, from the embedding output to the output embedding."""
     word_retrieval_p_at_1_held_out: dict[str, list[float]]
-    """The same over the words never trained on; empty when none are held out."""
+    """The same for held-out words, which are never trained on; empty if none are held out."""
 
 
 @dataclass(frozen=True)
@@ -62,42 +62,42 @@ class WatchPoint:
     tokens: int
     seconds: float
     groups: str
-    """Which words of the dictionary: held_out or trained."""
+    """Dictionary words measured: held_out or trained."""
     words: dict[str, int]
-    """Words that were asked for, by direction such as `en-de`."""
+    """Direction such as `en-de` -> number of query words."""
     pairs: dict[str, dict[str, list[float]]]
-    """Direction -> measure (those of `evaluation.measures`) -> one value a layer, NaN where it is not known."""
+    """Direction -> metric (one of `METRICS`) -> one value per layer, NaN if undefined."""
 
-    def by_layer(self, measure: str) -> list[float]:
-        """Mean over the directions, layer by layer."""
-        layers = zip(*(by_name[measure] for by_name in self.pairs.values()), strict=True)
+    def by_layer(self, metric: str) -> list[float]:
+        """Mean over the directions, per layer."""
+        layers = zip(*(by_name[metric] for by_name in self.pairs.values()), strict=True)
         return [sum(values) / len(values) for values in layers]
 
-    def mean(self, measure: str) -> float:
+    def mean(self, metric: str) -> float:
         """Mean over the directions and the layers."""
-        values = self.by_layer(measure)
+        values = self.by_layer(metric)
         return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a finished model was measured to be; the report's numbers at the end of a run."""
+    """Metrics of a trained model: the values at the end of training in the report."""
 
     validation_loss: dict[str, float]
-    """Nats per token, by language."""
+    """Language -> loss in nats per token."""
     word_retrieval_p_at_1: dict[str, list[float]]
-    """By language pair: one share from 0 to 1 a layer, the embedding output first, the output embedding last."""
+    """Language pair -> P@1 (0 to 1) per layer, from the embedding output to the output embedding."""
     word_retrieval_p_at_1_held_out: dict[str, list[float]]
-    """The same over the words never trained on; empty when none are held out."""
+    """The same for held-out words, which are never trained on; empty if none are held out."""
     tokens: int
-    """Tokens trained on, all phases together."""
+    """Tokens trained on, over all phases."""
     seconds: float
-    """Wall-clock seconds of training, all phases together."""
+    """Wall-clock seconds of training, over all phases."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory in memory, points in the order of training."""
+    """Contents of one run directory, with points in training order."""
 
     path: Path
     train: list[TrainPoint]
@@ -105,19 +105,19 @@ class RunRecord:
     watch: list[WatchPoint]
     """Empty for a run without the alignment watch."""
     recipe: dict[str, Any]
-    """The resolved recipe; empty when the directory has none."""
+    """The resolved recipe; empty if the directory has none."""
     versions: dict[str, Any]
-    """Versions of what the run used; empty when the directory has none."""
+    """Versions of the software used; empty if the directory has none."""
 
     @property
     def after_alignment(self) -> EvaluationPoint | None:
-        """The last evaluation of the alignment phase; None when there was none."""
+        """Last evaluation of the alignment phase; None if there was none."""
         points = [point for point in self.evaluations if point.phase == ALIGNMENT]
         return points[-1] if points else None
 
     @property
     def alignment_end_tokens(self) -> int | None:
-        """Tokens seen when the alignment phase ended; None for a run without one."""
+        """Tokens consumed at the end of the alignment phase; None for a run without one."""
         points: list[TrainPoint | EvaluationPoint | WatchPoint] = [*self.train, *self.evaluations, *self.watch]
         return max((point.tokens for point in points if point.phase == ALIGNMENT), default=None)
 
@@ -125,16 +125,16 @@ class RunRecord:
 def load_run(path: str | Path) -> RunRecord:
     """Reads a run directory.
 
-    A resumed run may have logged a step twice: the later line wins. A line cut off by a kill is left out (with a
-    warning, unless it is the last one).
+    A resumed run may have logged a step twice; the later line wins. An incomplete line left by a killed run is skipped
+    (with a warning, unless it is the last line).
 
     Raises:
-        UserError: no metrics.jsonl there, or a line that is whole but not a metric.
+        UserError: metrics.jsonl does not exist, or a line is valid JSON but not a metric.
     """
     directory = Path(path)
     metrics = directory / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{directory}: no metrics.jsonl there; expected the run_dir of a run that has trained")
+        raise UserError(f"{metrics} does not exist; expected the logging.run_dir of a run that has trained")
     train: dict[tuple[str, int], TrainPoint] = {}
     evaluations: dict[tuple[str, int], EvaluationPoint] = {}
     watch: dict[tuple[str, int], WatchPoint] = {}
@@ -151,12 +151,12 @@ def load_run(path: str | Path) -> RunRecord:
                 evaluation = _evaluation_point(values)
                 evaluations[evaluation.phase, evaluation.step] = evaluation
             elif values["kind"] == "alignment_watch":
-                seen = _watch_point(values)
-                watch[seen.phase, seen.step] = seen
+                watched = _watch_point(values)
+                watch[watched.phase, watched.step] = watched
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{metrics}:{number}: not a metric of this version: {type(error).__name__} {error}; "
-                "expected a line written by `megatron-prealign pretrain`"
+                f"{metrics}:{number}: not a metric of this version ({type(error).__name__}: {error}), expected a line "
+                "written by `megatron-prealign pretrain`"
             ) from error
     return RunRecord(
         path=directory,
@@ -169,7 +169,7 @@ def load_run(path: str | Path) -> RunRecord:
 
 
 def _order(point: TrainPoint | EvaluationPoint | WatchPoint) -> tuple[int, bool]:
-    # the step on which alignment ends may be evaluated in both phases
+    # The step at which alignment ends may be evaluated in both phases.
     return point.step, point.phase != ALIGNMENT
 
 
@@ -179,12 +179,12 @@ def _parse_line(line: bytes, where: str, *, is_last: bool) -> dict[str, Any] | N
     try:
         values = json.loads(line)
     except ValueError:
-        # a killed process leaves half a line, and the resumed one may have written on behind it
+        # A killed process leaves an incomplete line, and a resumed run may have appended to it.
         if not is_last:
-            logger.warning("%s: not whole JSON, left out", where)
+            logger.warning("%s: incomplete JSON, skipped the line", where)
         return None
     if not isinstance(values, dict):
-        raise UserError(f"{where}: got {type(values).__name__}, expected a JSON object a line")
+        raise UserError(f"{where}: got {type(values).__name__}, expected a JSON object per line")
     return values
 
 
@@ -235,14 +235,14 @@ def _watch_point(values: Mapping[str, Any]) -> WatchPoint:
         groups=str(values["groups"]),
         words={direction: int(count) for direction, count in values["words"].items()},
         pairs={
-            direction: {name: [_number(value) for value in by_name[name]] for name in MEASURES}
+            direction: {name: [_number(value) for value in by_name[name]] for name in METRICS}
             for direction, by_name in values["pairs"].items()
         },
     )
 
 
 def _by_pair(values: Mapping[str, Any] | None) -> dict[str, list[float]]:
-    return {pair: [_number(share) for share in layers] for pair, layers in (values or {}).items()}
+    return {pair: [_number(value) for value in layers] for pair, layers in (values or {}).items()}
 
 
 def _load_recipe(path: Path) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _load_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from error
     return _mapping(recipe, path)
 
 
@@ -263,7 +263,7 @@ def _load_versions(path: Path) -> dict[str, Any]:
     try:
         return _mapping(json.loads(path.read_text(encoding="utf-8")), path)
     except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: invalid JSON: {error}") from error
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The alignment watch: word retrieval and cosines at every layer, again and again while a model is trained."""
+"""The alignment watch: periodic measurements of word retrieval and cosines at every layer during training."""
 
 import logging
 import math
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class AlignmentWatch(PeriodicMeasurement):
-    """Measures before the first step of a run, every `section.interval` steps of it and at the end of each phase;
-    writes metrics.jsonl and TensorBoard and tells the phase.
+    """Measures before the first step of a run, every `section.interval` steps and at the end of each phase; writes
+    metrics.jsonl and TensorBoard and notifies the phase.
 
-    The time this takes is no training time (`TrainState.seconds` grows in steps alone), and the training is the same
-    with it and without it: nothing here draws random numbers or changes a weight.
+    The time for measurements does not count as training time (`TrainState.seconds` only grows in steps). Measurements
+    do not affect training: they draw no random numbers and change no weights.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AlignmentWatch(PeriodicMeasurement):
     def on_start(self, trainer: "Trainer") -> None:
         counts = ", ".join(f"{pair.name} {len(pair.links)}" for pair in self._pairs)
         logger.info("alignment watch: pairs of %s words: %s", self._section.groups.replace("_", "-"), counts)
-        # A resumed run has been here.
+        # A resumed run has already measured its start.
         if trainer.state.step == 0:
             self.measure(trainer)
 
@@ -51,10 +51,10 @@ class AlignmentWatch(PeriodicMeasurement):
 
     def measure(self, trainer: "Trainer") -> None:
         state = trainer.state
-        measured = measure_retrieval(
+        retrieval = measure_retrieval(
             trainer.runtime, trainer.chunks, self._pairs, num_layers=trainer.recipe.model.num_layers
         )
-        trainer.phase.saw_alignment(state, measured)
+        trainer.phase.on_alignment_watch(state, retrieval)
         self._metrics.write(
             {
                 "kind": "alignment_watch",
@@ -63,17 +63,17 @@ class AlignmentWatch(PeriodicMeasurement):
                 "tokens": state.tokens,
                 "seconds": round(state.seconds, 3),
                 "groups": self._section.groups,
-                "words": _words_asked(self._pairs),
-                "pairs": _without_nan(measured),
+                "words": _query_counts(self._pairs),
+                "pairs": _without_nan(retrieval),
             }
         )
-        self._tensorboard.write(_scalars(measured), state.step)
+        self._tensorboard.write(_scalars(retrieval), state.step)
         for pair in self._pairs:
-            logger.info("alignment watch at step %d: %s", state.step, _line(measured, *pair.directions))
+            logger.info("alignment watch at step %d: %s", state.step, _summary(retrieval, *pair.directions))
 
 
-def _words_asked(pairs: Sequence[WordPairs]) -> dict[str, int]:
-    """Words that were asked for, by direction."""
+def _query_counts(pairs: Sequence[WordPairs]) -> dict[str, int]:
+    """Number of query words per direction."""
     return {
         direction: len(words)
         for pair in pairs
@@ -81,36 +81,35 @@ def _words_asked(pairs: Sequence[WordPairs]) -> dict[str, int]:
     }
 
 
-def _without_nan(measured: Retrieval) -> dict[str, dict[str, list[Any]]]:
-    """The same with None for what is not a number, for which JSON has no word."""
+def _without_nan(retrieval: Retrieval) -> dict[str, dict[str, list[Any]]]:
+    """Replaces NaN and Inf by None, because JSON cannot represent them."""
     return {
         direction: {
-            measure: [value if math.isfinite(value) else None for value in values]
-            for measure, values in by_name.items()
+            metric: [value if math.isfinite(value) else None for value in values] for metric, values in by_name.items()
         }
-        for direction, by_name in measured.items()
+        for direction, by_name in retrieval.items()
     }
 
 
-def _scalars(measured: Retrieval) -> dict[str, float]:
-    """By TensorBoard tag: every layer, and the mean over the layers."""
+def _scalars(retrieval: Retrieval) -> dict[str, float]:
+    """TensorBoard tag -> value, for every layer and for the mean over the layers."""
     return {
-        f"alignment_watch_{measure}/{direction}/{place}": value
-        for direction, by_name in measured.items()
-        for measure, values in by_name.items()
-        for place, value in [*enumerate(values), ("mean", _mean(values))]
+        f"alignment_watch_{metric}/{direction}/{layer}": value
+        for direction, by_name in retrieval.items()
+        for metric, values in by_name.items()
+        for layer, value in [*enumerate(values), ("mean", _mean(values))]
         if math.isfinite(value)
     }
 
 
-def _line(measured: Retrieval, there: str, back: str) -> str:
-    """Means over the layers of one language pair."""
-    found = {name: _mean(values) for name, values in measured[there].items()}
-    found_back = {name: _mean(values) for name, values in measured[back].items()}
+def _summary(retrieval: Retrieval, direction: str, reverse: str) -> str:
+    """Means over the layers for one language pair."""
+    means = {name: _mean(values) for name, values in retrieval[direction].items()}
+    reverse_means = {name: _mean(values) for name, values in retrieval[reverse].items()}
     return (
-        f"{there}, mean over layers: P@1 {found['p_at_1']:.2f} (back {found_back['p_at_1']:.2f}), "
-        f"by CSLS {found['p_at_1_csls']:.2f} ({found_back['p_at_1_csls']:.2f}), "
-        f"cosine {found['positive_cosine']:.2f} of translations, {found['negative_cosine']:.2f} of others"
+        f"{direction}, mean over layers: P@1 {means['p_at_1']:.2f} (reverse {reverse_means['p_at_1']:.2f}), "
+        f"CSLS P@1 {means['p_at_1_csls']:.2f} (reverse {reverse_means['p_at_1_csls']:.2f}), "
+        f"cosine {means['positive_cosine']:.2f} (translations), {means['negative_cosine']:.2f} (other pairs)"
     )
 
 

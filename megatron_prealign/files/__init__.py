@@ -1,1 +1,1 @@
-"""Writing files safely: atomic renames, syncing, checksums, locks, directories that disappear again on failure."""
+"""Safe file output: atomic writes, fsync, checksums, locks and cleanup of directories after a failure."""

@@ -1,4 +1,4 @@
-"""Files and directories that appear complete or not at all: temporary names, synced, then renamed."""
+"""Atomic writes of files and directories: written under a temporary name, synced, then renamed."""
 
 import os
 import shutil
@@ -13,10 +13,9 @@ from megatron_prealign.files.sync import sync_directory, sync_tree
 
 @contextmanager
 def write_atomically(target: Path) -> Iterator[Path]:
-    """Gives a temporary path next to `target`; syncs it and renames it to `target` if the block succeeds, else removes
-    it.
+    """Yields a temporary path next to `target`, which is synced and renamed to `target` when the block succeeds.
 
-    Works for a file and for a new directory. On any error, also Ctrl-C, nothing is left behind.
+    Works for a file and for a new directory. On any error, including Ctrl-C, the temporary path is removed.
     """
     with write_all_atomically([target]) as (temporary,):
         yield temporary
@@ -24,11 +23,11 @@ def write_atomically(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_all_atomically(targets: Sequence[Path]) -> Iterator[list[Path]]:
-    """Like `write_atomically` for files that belong together: none is renamed before all are written and synced.
+    """Like `write_atomically` for a group of files: none is renamed before all are written and synced.
 
-    The renames happen in the order of `targets`: name the file that says that the others are complete last. Of several,
-    an older last one is removed before the first rename: whenever the process is killed, the last file is either
-    missing or next to the files it belongs to.
+    Files are renamed in the order of `targets`, so the last one should mark the group as complete. If there are several
+    targets, an existing last one is removed before the first rename: whenever the process is killed, the last file is
+    either missing or next to the files it belongs to.
     """
     temporaries = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
     try:
@@ -52,24 +51,24 @@ def write_all_atomically(targets: Sequence[Path]) -> Iterator[list[Path]]:
 
 @contextmanager
 def new_directory(output: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Gives an empty hidden directory next to `output`; syncs and renames it if the block succeeds, else removes it.
+    """Yields an empty hidden directory next to `output`, which is synced and renamed when the block succeeds.
 
-    What an earlier process that was killed left under the hidden name is removed first. The directory that is replaced
-    is removed last: a process that is killed in between leaves it under its hidden name `.NAME.replaced`.
+    On any error it is removed. Leftovers of a killed process under the hidden name are removed first. A replaced
+    directory is removed last: a process killed in between leaves it under its hidden name `.NAME.replaced`.
 
     Args:
-        output: Path of the directory to make.
+        output: Path of the new directory.
         overwrite: Replace an existing directory.
-        replaceable: Whether an existing directory is of the kind to be made: others are not removed.
+        replaceable: Returns whether an existing directory is of the expected kind; others are never removed.
 
     Raises:
-        UserError: something is there that may not be replaced, or the disk does not take the files.
+        UserError: `output` exists and must not be replaced, or it cannot be written.
     """
     check_new_directory(output, overwrite=overwrite, replaceable=replaceable)
     working = output.with_name(f".{output.name}.incomplete")
     replaced = output.with_name(f".{output.name}.replaced")
     try:
-        with writing(output, kept="nothing was written"):
+        with writing(output, note="nothing was written"):
             if working.exists():
                 shutil.rmtree(working)
             working.mkdir()
@@ -88,17 +87,17 @@ def new_directory(output: Path, *, overwrite: bool, replaceable: Callable[[Path]
 
 
 def check_new_directory(output: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Checks before long work whether `new_directory` may make the directory.
+    """Checks before long work that `new_directory` can create the directory.
 
     Raises:
-        UserError: something is there that may not be replaced, or no directory can be there.
+        UserError: `output` exists and must not be replaced, or is not a valid path for a directory.
     """
     if output.name in ("", ".."):
-        raise UserError(f"{output} cannot name a new directory; choose another path")
+        raise UserError(f"{output} is not a valid name for a new directory; choose another path")
     if not os.path.lexists(output):
         above = next(parent for parent in output.absolute().parents if parent.exists())
         if not above.is_dir():
-            raise UserError(f"{output} cannot be a directory: {above} is a file; choose another path")
+            raise UserError(f"cannot create directory {output}: {above} is a file; choose another path")
         return
     if output.is_symlink() or not output.is_dir():
         raise UserError(f"{output} exists and is not a directory; choose another path")
@@ -106,8 +105,7 @@ def check_new_directory(output: Path, *, overwrite: bool, replaceable: Callable[
         return
     if not replaceable(output):
         raise UserError(
-            f"{output} exists and contains something other than what would be written; it is left alone, choose "
-            "another path"
+            f"{output} exists and contains other files than this command writes; not overwritten, choose another path"
         )
     if not overwrite:
-        raise UserError(f"{output} exists; choose another path, or replace it with --overwrite")
+        raise UserError(f"{output} already exists; choose another path, or replace it with --overwrite")

@@ -1,4 +1,4 @@
-"""Checksums of large files: one number for each 64 MiB, so that several cores can share a file, and one over those."""
+"""Checksums of large files: a hash per 64 MiB block, computed in parallel, and a hash over the block hashes."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,12 +8,12 @@ from pathlib import Path
 from megatron_prealign.errors import UserError
 
 CHECKSUM_BLOCK = 64 * 1024 * 1024
-"""Bytes of a block; part of the definition of the checksum."""
+"""Block size in bytes; part of the definition of the checksum."""
 _READ_BYTES = 4 * 1024 * 1024
 
 
 class Checksum:
-    """The checksum of a stream: xxh3_128 over the xxh3_64 of each of its blocks of 64 MiB, the last one shorter."""
+    """Checksum of a stream: xxh3_128 over the xxh3_64 digests of its 64 MiB blocks; the last block may be shorter."""
 
     def __init__(self) -> None:
         import xxhash
@@ -21,57 +21,57 @@ class Checksum:
         self._new = xxhash.xxh3_64
         self._finished: list[bytes] = []
         self._block = self._new()
-        self._room = CHECKSUM_BLOCK
+        self._remaining = CHECKSUM_BLOCK
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Adds bytes; of a numpy array its `data`, if its elements lie one behind the other."""
+        """Adds bytes; for a contiguous numpy array pass its `data`."""
         view = memoryview(data)
-        # A view without elements cannot be cast.
+        # An empty view cannot be cast.
         view = view.cast("B") if view.nbytes else memoryview(b"")
         while len(view):
-            part = view[: self._room]
+            part = view[: self._remaining]
             self._block.update(part)
-            self._room -= len(part)
+            self._remaining -= len(part)
             view = view[len(part) :]
-            if self._room == 0:
+            if self._remaining == 0:
                 self._finished.append(self._block.digest())
-                self._block, self._room = self._new(), CHECKSUM_BLOCK
+                self._block, self._remaining = self._new(), CHECKSUM_BLOCK
 
     def hexdigest(self) -> str:
-        """`xxh3:` and 32 hexadecimal digits, of what was added so far; more may be added afterwards."""
-        rest = [] if self._room == CHECKSUM_BLOCK else [self._block.digest()]
+        """Checksum of the bytes added so far: `xxh3:` and 32 hexadecimal digits. More bytes may be added afterwards."""
+        rest = [] if self._remaining == CHECKSUM_BLOCK else [self._block.digest()]
         return checksum_of_blocks([*self._finished, *rest])
 
 
 def checksum_of_blocks(digests: Iterable[bytes]) -> str:
-    """What `Checksum.hexdigest` gives for a stream whose blocks have these xxh3_64 digests, in their order."""
+    """Returns `Checksum.hexdigest` of a stream whose blocks have these xxh3_64 digests, in order."""
     import xxhash
 
     return f"xxh3:{xxhash.xxh3_128(b''.join(digests)).hexdigest()}"
 
 
 def file_checksum(path: Path, workers: int = 1, progress: Callable[[int], None] | None = None) -> str:
-    """The checksum of a file. Memory: 4 MiB a worker.
+    """Computes the checksum of a file. Memory: 4 MiB per worker.
 
     Args:
-        path: the file.
-        workers: threads; reading and hashing let go of Python's lock.
-        progress: told the bytes of each finished block, in the order of the file.
+        path: The file.
+        workers: Number of threads; reading and hashing release the GIL.
+        progress: Called with the size in bytes of each finished block, in file order.
 
     Raises:
-        UserError: the file cannot be read, or becomes shorter while it is read.
+        UserError: The file cannot be read, or it shrinks while it is read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its path and permissions") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; check its path and permissions") from error
     digests: list[bytes] = []
     try:
         size = os.fstat(descriptor).st_size
         starts = range(0, size, CHECKSUM_BLOCK)
         with ThreadPoolExecutor(workers) as pool:
             for start, digest in zip(
-                starts, pool.map(lambda start: _digest_at(path, descriptor, start, size), starts), strict=True
+                starts, pool.map(lambda start: _block_digest(path, descriptor, start, size), starts), strict=True
             ):
                 digests.append(digest)
                 if progress is not None:
@@ -81,7 +81,7 @@ def file_checksum(path: Path, workers: int = 1, progress: Callable[[int], None] 
     return checksum_of_blocks(digests)
 
 
-def _digest_at(path: Path, descriptor: int, start: int, size: int) -> bytes:
+def _block_digest(path: Path, descriptor: int, start: int, size: int) -> bytes:
     import xxhash
 
     digest = xxhash.xxh3_64()
@@ -90,9 +90,9 @@ def _digest_at(path: Path, descriptor: int, start: int, size: int) -> bytes:
         try:
             data = os.pread(descriptor, min(_READ_BYTES, stop - start), start)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read at byte {start:,} ({error.strerror}); copy it again") from error
+            raise UserError(f"cannot read {path} at byte {start:,}: {error.strerror}; copy it again") from error
         if not data:
-            raise UserError(f"{path}: became shorter than {size:,} bytes while it was read; who else writes to it?")
+            raise UserError(f"{path}: shrank below {size:,} bytes while it was read; is another process writing to it?")
         digest.update(data)
         start += len(data)
     return digest.digest()

@@ -1,4 +1,4 @@
-"""Directories that a command makes: tried before long work, and gone again if the command fails."""
+"""Output directories: checked before long work, and removed again if a command fails."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -6,24 +6,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megatron_prealign.errors import UserError, system_errno, user_error_of, write_error
+from megatron_prealign.errors import UserError, system_errno, to_user_error, write_error
 
 
 def make_directories(directory: Path) -> list[Path]:
-    """Makes `directory` and its missing parents, all of them or none.
+    """Creates `directory` and its missing parents, all of them or none.
 
     Returns:
-        Those that were missing, outermost first.
+        The created directories, outermost first.
 
     Raises:
-        UserError: a file is in the way.
-        OSError: one cannot be made.
+        UserError: A parent is a file.
+        OSError: A directory cannot be created.
     """
     above = [directory, *directory.parents]
     missing = [each for each in above if not os.path.lexists(each)][::-1]
     existing = next((each for each in above if each.exists()), directory)
     if existing.exists() and not existing.is_dir():
-        raise UserError(f"cannot make directory {directory}: {existing} is a file; choose another path")
+        raise UserError(f"cannot create directory {directory}: {existing} is a file; choose another path")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -33,64 +33,65 @@ def make_directories(directory: Path) -> list[Path]:
 
 
 def remove_empty(directories: Iterable[Path]) -> None:
-    """Removes those of `directories`, given outermost first, that are empty: another process may have put something
-    into one."""
+    """Removes the empty ones of `directories`, listed outermost first; another process may have used some of them."""
     for directory in reversed(list(directories)):
         with suppress(OSError):
             directory.rmdir()
 
 
 def check_writable(directory: Path, what: object) -> None:
-    """Checks that `directory`, which need not exist yet, takes new files; leaves nothing behind.
+    """Checks that files can be created in `directory`, which need not exist yet; leaves nothing behind.
 
-    Permissions alone tell too little: of a read-only disk, of root, of the kernel's own directories.
+    Creates a temporary file, since permissions alone do not cover read-only disks, root and /proc.
 
     Args:
-        what: What the user named, for the message.
+        directory: The directory.
+        what: The path or option named by the user, for the message.
 
     Raises:
-        UserError: it does not.
+        UserError: No file can be created.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
-        made = make_directories(directory)
+        created = make_directories(directory)
         with TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise write_error(what, error.errno) from error
     finally:
-        remove_empty(made)
+        remove_empty(created)
 
 
 @contextmanager
-def writing(path: Path, what: str = "", *, kept: str = "") -> Iterator[None]:
-    """Makes the parent directories of `path` and turns what the disk refuses within the block into one line; then no
-    directory that was made stays empty.
+def writing(path: Path, what: str = "", *, note: str = "") -> Iterator[None]:
+    """Creates the parent directories of `path` and converts disk errors raised in the block to one-line user errors.
+
+    On any error, created directories that are still empty are removed.
 
     Args:
-        path: What the user named.
-        what: What is written there, in front of the path in the message.
-        kept: What became of what was begun, for the message.
+        path: The output path named by the user.
+        what: Kind of output, put before the path in the message.
+        note: State of partial output, added to the message.
 
     Raises:
-        UserError: the disk is full or cannot be written.
+        UserError: The disk is full or cannot be written.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
-        made = make_directories(path.parent)
+        created = make_directories(path.parent)
         yield
     except BaseException as error:
-        remove_empty(made)
+        remove_empty(created)
         number = system_errno(error)
         if isinstance(error, UserError) or number is None:
             raise
-        if isinstance(error, OSError) and _is_about_another(error, path):
-            raise user_error_of(error) or error from error
-        raise write_error(f"{what} {path}".strip(), number, kept=kept) from error
+        if isinstance(error, OSError) and _concerns_other_path(error, path):
+            raise to_user_error(error) or error from error
+        raise write_error(f"{what} {path}".strip(), number, note=note) from error
 
 
-def _is_about_another(error: OSError, output: Path) -> bool:
-    """Whether the error names a file that has nothing to do with `output`: not in or above its directory."""
+def _concerns_other_path(error: OSError, output: Path) -> bool:
+    """Whether the error names a file that is neither in nor above the directory of `output`."""
     if not isinstance(error.filename, str | bytes):
         return False
     above, file = output.absolute().parent, Path(os.fsdecode(error.filename)).absolute()

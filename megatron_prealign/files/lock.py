@@ -1,4 +1,4 @@
-"""Locks on files that end with the process that holds them, and a directory locked for one run at a time."""
+"""File locks that are released when their process exits, and exclusive locks on run directories."""
 
 import errno
 import fcntl
@@ -18,29 +18,31 @@ from megatron_prealign.files.directories import make_directories, remove_empty
 logger = logging.getLogger(__name__)
 
 LOCK = ".run.lock"
-_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock; the text says which one."""
+    """Another process holds the lock; the message identifies it."""
 
 
 @contextmanager
 def file_lock(path: Path, *, wait: bool) -> Iterator[OSError | None]:
-    """Holds the lock `path`, a file that is made and afterwards removed, until the block ends or the process dies.
+    """Holds an exclusive lock on the file `path` until the block ends or the process dies.
+
+    The file is created and afterwards removed.
 
     Args:
-        path: The file; its directory exists.
-        wait: Wait until another process releases it, else raise at once.
+        path: The lock file; its directory must exist.
+        wait: Wait until another process releases the lock instead of raising immediately.
 
     Yields:
-        None while the lock is held; the error of the operating system where the file system has no locks, and nothing
-        is held.
+        None while the lock is held; the operating system error if the file system does not support locks, in which
+        case nothing is locked.
 
     Raises:
-        LockHeldError: another process holds it, and `wait` is not set.
-        OSError: the file cannot be made.
+        LockHeldError: Another process holds the lock and `wait` is not set.
+        OSError: The file cannot be created.
     """
     file, unsupported = _lock(path, wait)
     try:
@@ -48,34 +50,35 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[OSError | None]:
     finally:
         if file is not None:
             with file:
-                # Its directory may be gone, and another process may have made both anew.
-                if _is_still(path, file):
+                # Its directory may have been removed, and another process may have created both again.
+                if _is_same_file(path, file):
                     path.unlink()
 
 
 @contextmanager
 def locked_directories(directories: Sequence[Path]) -> Iterator[None]:
-    """Locks directories for one run, which are made if missing, until the block ends or the process dies.
+    """Locks directories for one run until the block ends or the process dies; missing ones are created.
 
-    Directories that were made and are still empty are removed again. A file system without locks is only warned about.
+    Created directories that are still empty are removed again. If the file system does not support locks, this only
+    logs a warning.
 
     Raises:
-        UserError: another process holds one.
-        OSError: a directory cannot be written.
+        UserError: Another process holds a lock.
+        OSError: A directory cannot be written.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         for directory in dict.fromkeys(directory.resolve() for directory in directories):
-            held.callback(remove_empty, make_directories(directory))
+            stack.callback(remove_empty, make_directories(directory))
             try:
-                unsupported = held.enter_context(file_lock(directory / LOCK, wait=False))
+                unsupported = stack.enter_context(file_lock(directory / LOCK, wait=False))
             except LockHeldError as error:
                 raise UserError(
-                    f"{directory} is in use by another run ({error}); wait for it, stop it, or choose another "
+                    f"{directory} is in use by another run ({error}); wait for it, stop it, or set another "
                     "logging.run_dir and checkpoint.directory"
                 ) from error
             if unsupported is not None:
                 logger.warning(
-                    "%s: this file system has no locks (%s); make sure that no other run writes there",
+                    "%s: the file system does not support locks (%s); make sure that no other run writes there",
                     directory,
                     unsupported,
                 )
@@ -83,13 +86,13 @@ def locked_directories(directories: Sequence[Path]) -> Iterator[None]:
 
 
 def _lock(path: Path, wait: bool) -> tuple[IO[str] | None, OSError | None]:
-    """The locked file, or the error of a file system without locks."""
+    """Returns the locked file, or the error of a file system without locks."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
-            if error.errno in _HELD:
+            if error.errno in _LOCKED:
                 holder = _holder(path)
                 file.close()
                 raise LockHeldError(holder) from error
@@ -98,20 +101,20 @@ def _lock(path: Path, wait: bool) -> tuple[IO[str] | None, OSError | None]:
                 raise
             path.unlink(missing_ok=True)
             return None, error
-        if _is_still(path, file):
+        if _is_same_file(path, file):
             break
-        # Its holder removed it between our opening and our locking: another process may have made a new one.
+        # Removed by its holder between open and flock; another process may have created a new one.
         file.close()
     since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since})
-    # On a full disk the lock holds without a name: what fills the disk may be removed under this very lock.
+    # A full disk must not prevent locking: the cleanup that frees it runs under this lock.
     with suppress(OSError):
         file.truncate(0)
         os.write(file.fileno(), holder.encode())
     return file, None
 
 
-def _is_still(path: Path, file: IO[str]) -> bool:
+def _is_same_file(path: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -123,5 +126,5 @@ def _holder(path: Path) -> str:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        # Between taking the lock and saying so.
+        # The holder has locked the file but not yet written its name.
         return "process unknown"

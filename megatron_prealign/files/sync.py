@@ -1,15 +1,15 @@
-"""Waits until files and the names of files are on the disk."""
+"""Flushes files and directory entries to disk."""
 
 import errno
 import os
 from pathlib import Path
 
-# File systems that cannot sync a directory say so with one of these.
+# Errors from file systems that cannot sync a directory.
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 
 
 def sync_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk, so that it survives a loss of power."""
+    """Flushes the content of a file to disk, so that it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -18,12 +18,11 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Waits until the names in a directory, new, renamed or removed ones, are on the disk. Does nothing on file systems
-    that cannot."""
+    """Flushes new, renamed and removed directory entries to disk. Does nothing on file systems without support."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        # One may write into a directory and yet not list it.
+        # A directory can be writable without being readable.
         return
     try:
         os.fsync(descriptor)
@@ -35,7 +34,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Syncs a file, or a directory with everything in it."""
+    """Flushes a file, or a directory with all its content."""
     if not path.is_dir():
         sync_file(path)
         return

@@ -1,4 +1,4 @@
-"""Builds the model chunks of this process from the recipe."""
+"""Builds the model chunks of this rank from the recipe."""
 
 from typing import Any
 
@@ -13,10 +13,12 @@ from megatron_prealign.runtime.distributed import Runtime
 
 
 def build_model(recipe: Recipe, runtime: Runtime, *, vocab_size: int) -> list[GPTModel]:
-    """One `GPTModel` per virtual pipeline stage of this process (one in all without virtual stages), initialised.
+    """Builds and initialises one `GPTModel` per virtual pipeline stage of this rank (a single one without virtual
+    stages).
 
     Args:
-        vocab_size: true number of token ids; the weights are padded to a multiple that tensor parallelism needs.
+        vocab_size: Number of token ids, without padding; the weights are padded to the multiple that tensor parallelism
+            needs.
     """
     config = transformer_config(recipe, runtime)
     model, parallel = recipe.model, recipe.parallel
@@ -48,10 +50,10 @@ def build_model(recipe: Recipe, runtime: Runtime, *, vocab_size: int) -> list[GP
 
 
 def _mask_padded_logits(chunk: GPTModel, vocab_size: int, tensor_rank: int) -> None:
-    """Gives the ids that only pad the vocabulary no probability.
+    """Masks the logits of padding ids.
 
-    Their number depends on the tensor-parallel size; left in, they would add to every token's loss (measured: 5.98 at
-    TP1 against 6.26 at TP2 for 330 ids padded to 384 and 512) and make the model depend on its layout.
+    Their number depends on the tensor-parallel size. Unmasked, they would increase every token's loss (measured: 5.98
+    at TP1, 6.26 at TP2 for 330 ids padded to 384 and 512) and make the model depend on its layout.
     """
     rows = chunk.output_layer.output_size_per_partition
     first_padded = max(0, vocab_size - tensor_rank * rows)
@@ -67,5 +69,5 @@ def _mask_padded_logits(chunk: GPTModel, vocab_size: int, tensor_rank: int) -> N
 
 
 def count_parameters(chunks: list[GPTModel]) -> int:
-    """Parameters held by this process."""
+    """Number of parameters on this rank."""
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

@@ -1,4 +1,4 @@
-"""From the recipe to Megatron-Core's `TransformerConfig` and layer specification."""
+"""Builds Megatron-Core's `TransformerConfig` and layer specification from the recipe."""
 
 import copy
 import importlib.util
@@ -22,27 +22,27 @@ from megatron_prealign.runtime.distributed import Runtime
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """The smallest multiple of `divisible_by * tensor_parallel_size` that holds `vocab_size` ids."""
+    """The smallest multiple of `divisible_by * tensor_parallel_size` that is at least `vocab_size`."""
     multiple = divisible_by * tensor_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU by tanh, as GPT-2 has it."""
+    """GELU with the tanh approximation, as in GPT-2."""
     return F.gelu(x, approximate="tanh")
 
 
-def _leave(tensor: torch.Tensor) -> None:
-    """Initialises nothing: `model.initialise` sets every weight afterwards, the same for every layout."""
+def _skip_init(tensor: torch.Tensor) -> None:
+    """Does nothing: `model.initialise` sets every weight afterwards, independently of the layout."""
 
 
 def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
-    """Megatron-Core's configuration for this recipe on this device."""
+    """Megatron-Core's configuration for this recipe and device."""
     model, parallel = recipe.model, recipe.parallel
     rotary = model.is_rotary
     on_gpu = runtime.device.type == "cuda"
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    # Megatron-Core's fused element-wise parts are compiled at first use, which needs Triton and pays on a GPU only.
+    # Megatron-Core compiles fused element-wise operations at first use, which needs Triton and pays off only on a GPU.
     fuse = on_gpu and importlib.util.find_spec("triton") is not None
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
@@ -61,9 +61,9 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=_skip_init,
+        output_layer_init_method=_skip_init,
+        embedding_init_method=_skip_init,
         use_cpu_initialization=not on_gpu,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -81,11 +81,11 @@ def transformer_config(recipe: Recipe, runtime: Runtime) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # NCCL keeps a tensor's memory until it is sent; gloo reads it while it sends, and the interleaved schedule
-        # does not wait for that (seen here as losses wrong by 6e-4 in one step of five).
+        # NCCL keeps a tensor's memory until it is sent. gloo reads it while sending, and the interleaved schedule does
+        # not wait for that (observed: losses off by 6e-4 in one step of five).
         deallocate_pipeline_outputs=on_gpu or not interleaved,
-        # With two stages, each one's next is also its previous: batched sends and receives of the interleaved schedule
-        # would then meet the wrong partner (seen as a hang in 0.16.1), one direction at a time they cannot.
+        # With two stages, the next stage is also the previous one: the interleaved schedule's batched sends and
+        # receives would be mismatched (observed as a hang in 0.16.1). One direction at a time avoids this.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         finalize_model_grads_func=finalize_model_grads,
@@ -97,12 +97,12 @@ def block_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk.
 
-    With Transformer Engine and `data.reset_attention_mask` the attention is ours: Megatron-Core tells Transformer
-    Engine's that the mask is causal, and that it then does not look at the one it is given (as its documentation says).
-    The pair is untested, Transformer Engine was not at hand.
+    With Transformer Engine and `data.reset_attention_mask`, the core attention is replaced by `FusedCausalAttention`:
+    Megatron-Core passes Transformer Engine the mask type causal, with which it ignores the mask itself (according to
+    its documentation). This combination is untested: Transformer Engine was not available.
 
     Raises:
-        UserError: Transformer Engine is asked for and not installed.
+        UserError: Transformer Engine is requested but not installed.
     """
     if recipe.model.transformer_impl == "transformer_engine":
         try:

@@ -1,8 +1,8 @@
-"""Initial weights that depend on the seed and the parameter's name alone, never on the parallel layout.
+"""Initialises weights that depend only on the seed and the parameter's name, never on the parallel layout.
 
-Each parameter is drawn whole, from a generator seeded by (seed, name, layer), and every rank keeps its part. So TP2,
-PP2 and one process start from the same model, and a run can change its layout without changing the experiment. CPU and
-CUDA generators differ, so the same seed gives other weights on the other kind of device.
+Each parameter is drawn in full, from a generator seeded by (seed, name, layer), and every rank keeps its shard. So TP2,
+PP2 and a single process start from the same model, and a run can change its layout without changing the experiment.
+CPU and CUDA generators differ, so the same seed gives different weights on the two device types.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ RESIDUAL_WEIGHTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def initialise(chunks: Sequence[GPTModel], model: ModelSection, *, vocab_size: int, seed: int) -> None:
-    """Draws every matrix of `chunks` from a normal distribution; norms stay ones, biases zeros, padded vocabulary rows
-    zero.
+    """Draws every matrix of `chunks` from a normal distribution. Norms stay one, biases zero, and padding rows of the
+    vocabulary are zero.
 
     The matrices that write to the residual stream have standard deviation `init_method_std / sqrt(2 * num_layers)`, as
     in Megatron-Core.
@@ -36,7 +36,7 @@ def initialise(chunks: Sequence[GPTModel], model: ModelSection, *, vocab_size: i
 
 
 def sharded_tensors(entry: Any) -> list[ShardedTensor]:
-    """The sharded tensors behind one entry of a sharded state dict; a gated MLP's factory holds two."""
+    """The sharded tensors of one entry of a sharded state dict; the factory of a gated MLP has two."""
     if isinstance(entry, ShardedTensorFactory):
         built = entry.build()
         return [
@@ -55,9 +55,9 @@ def _draw(shard: ShardedTensor, model: ModelSection, vocab_size: int, seed: int)
     std = model.init_method_std
     if shard.key.endswith(RESIDUAL_WEIGHTS):
         std /= math.sqrt(2 * model.num_layers)
-    digest = hashlib.sha256(f"{seed}/{shard.key}/{layer}".encode()).digest()
-    generator = torch.Generator(device=shard.data.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    whole = torch.normal(0.0, std, shape, generator=generator, device=shard.data.device)
-    part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
+    key_hash = hashlib.sha256(f"{seed}/{shard.key}/{layer}".encode()).digest()
+    generator = torch.Generator(device=shard.data.device).manual_seed(int.from_bytes(key_hash[:8], "little") >> 1)
+    full = torch.normal(0.0, std, shape, generator=generator, device=shard.data.device)
+    part = full[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
     shard.data.zero_()
     shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)

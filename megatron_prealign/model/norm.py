@@ -1,8 +1,8 @@
 """Norms for the plain-torch layer specification.
 
-Megatron-Core's `WrappedTorchNorm` refuses sequence parallelism, because under it each tensor-parallel rank sees only
-its part of the sequence and the gradients of the norm's weights must be summed over the ranks. Marking the weights
-`sequence_parallel` makes Megatron-Core do that sum in `finalize_model_grads`.
+Megatron-Core's `WrappedTorchNorm` does not support sequence parallelism, in which each tensor-parallel rank sees only
+part of the sequence and the gradients of the norm's weights must be summed over the ranks. Marking the weights as
+`sequence_parallel` makes Megatron-Core compute that sum in `finalize_model_grads`.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""Rotary frequencies that are stretched for longer contexts.
+"""Scales rotary frequencies for longer contexts.
 
-Megatron-Core has Llama 3's way with its published constants built in; models differ in them.
+Megatron-Core implements Llama 3's scaling with fixed constants; models differ in them.
 """
 
 import math
@@ -12,24 +12,24 @@ from megatron_prealign.recipe import RopeScaling
 
 
 def scale_rotary(chunk: GPTModel, scaling: RopeScaling) -> None:
-    """Replaces the frequencies of a model chunk by the stretched ones."""
+    """Replaces the frequencies of a model chunk by the scaled ones."""
     chunk.rotary_pos_emb.inv_freq = scaled_frequencies(chunk.rotary_pos_emb.inv_freq, scaling)
 
 
 def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Stretches rotary frequencies.
+    """Scales rotary frequencies.
 
     Args:
-        frequencies: float32 `[channels / 2]`, in radians a token.
+        frequencies: float32 `[head_dim / 2]`, in radians per token.
 
     Returns:
-        The same shape. `linear`: divided by the factor. `llama3`: divided for wavelengths that the first training has
-        not seen whole, kept for short ones, and in between a mean weighted by how often the wave fits into the first
+        Frequencies of the same shape. `linear`: divided by the factor. `llama3`: divided by the factor for long
+        wavelengths, unchanged for short ones, and in between interpolated by how many wavelengths fit into the original
         context.
     """
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    cycles = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    smooth = ((cycles - low) / (high - low)).clamp(0.0, 1.0)
+    return smooth * frequencies + (1 - smooth) * frequencies / scaling.factor

@@ -1,6 +1,6 @@
-"""Text to token files, and tokenizer training.
+"""Converts text to token files and trains tokenizers.
 
-`run.py` puts the parts together: `corpus` cuts inputs into blocks, `worker_pool.py` sends them to processes that run
-`tokenise.py`, and `journal.py` records how much output is safe on disk. The parent process takes all decisions about
-output in the order of the blocks, so neither the number of workers nor an interruption shows in the bytes.
+`run.py` combines the parts: `corpus` splits inputs into blocks, `worker_pool.py` sends them to processes that run
+`tokenise.py`, and `journal.py` records how much output is safely on disk. The parent process makes all output decisions
+in block order, so the output bytes depend neither on the number of workers nor on interruptions.
 """

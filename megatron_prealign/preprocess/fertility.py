@@ -1,11 +1,11 @@
-"""How finely a tokenizer cuts the text of each language."""
+"""Measures the fertility of a tokenizer (tokens per word, bytes per token) per language."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy
 
-from megatron_prealign.preprocess.sampling import HELD_OUT_BYTES, Drawn
+from megatron_prealign.preprocess.sampling import HELD_OUT_BYTES, SampledDocument
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.segmenters import AUTO, Segmenter, checked_word_starts, resolve_segmenter
 
@@ -15,20 +15,20 @@ _TEXTS_A_CALL = 64
 
 @dataclass(frozen=True)
 class Fertility:
-    """Measured on some documents of a language."""
+    """Fertility on some documents of a language."""
 
     held_out: bool
-    """Whether the tokenizer was not trained on these documents."""
+    """Whether these documents were excluded from training."""
     documents: int
     bytes: int
     """UTF-8 bytes of the texts."""
     words: int | None
-    """None in a script without spaces whose words nothing finds."""
+    """Number of words; None for a script without spaces and no segmenter."""
     words_by: str | None
-    """What cut the words: `BY_SPACES`, or the name of a segmenter."""
+    """How words were counted: `BY_SPACES` or the name of a segmenter."""
     tokens: int
     fallback_tokens: int
-    """Tokens that are unknown or hold only a part of a character."""
+    """Tokens that are unknown or contain only part of a character."""
 
     @property
     def tokens_per_word(self) -> float | None:
@@ -45,16 +45,16 @@ class Fertility:
 
 @dataclass
 class MeasuredText:
-    """Documents of a language to measure on, about `HELD_OUT_BYTES` of them at most."""
+    """Documents of a language to measure fertility on, at most about `HELD_OUT_BYTES`."""
 
     held_out: bool
     texts: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     bytes: int = 0
 
-    def add(self, document: Drawn) -> None:
-        """Takes a document, or what there is room for of it."""
-        # A document may be as large as all others together.
+    def add(self, document: SampledDocument) -> None:
+        """Adds a document, truncated to the remaining space."""
+        # One document may be as large as all others together.
         text = document.text[: max(0, 2 * HELD_OUT_BYTES - self.bytes)]
         if text:
             self.texts.append(text)
@@ -65,14 +65,14 @@ class MeasuredText:
 def measure_fertility(
     tokenizer: Tokenizer, language: str, measured: MeasuredText, segmenter: Segmenter | None, segmenter_name: str | None
 ) -> Fertility:
-    """Encodes the texts and counts.
+    """Encodes the texts and counts words, bytes and tokens.
 
     Args:
         tokenizer: the tokenizer.
         language: language code, for clone tokenizers.
         measured: the texts.
-        segmenter: what finds the words; None counts what stands between white space, or nothing in a script without.
-        segmenter_name: its name.
+        segmenter: finds the words; with None words are split at white space, or not counted in a script without spaces.
+        segmenter_name: name of the segmenter.
     """
     words_by = segmenter_name or (BY_SPACES if resolve_segmenter(AUTO, language) is None else None)
     fallback = fallback_ids(tokenizer)
@@ -97,8 +97,8 @@ def measure_fertility(
 
 
 def fallback_ids(tokenizer: Tokenizer) -> numpy.ndarray:
-    """bool [vocab_size]: whether a token is unknown (any special one but the end of a document) or, by itself, no whole
-    characters."""
+    """bool [vocab_size]: whether a token is unknown (any special token except end-of-document) or does not decode to
+    complete characters."""
     special = tokenizer.special_ids - {tokenizer.eod_id}
     return numpy.array(
         [index in special or "\ufffd" in tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
@@ -109,7 +109,7 @@ def _count_words(text: str, where: str, segmenter: Segmenter | None, name: str |
     if segmenter is None or name is None:
         return len(text.split())
     starts: Sequence[int] = [0, *checked_word_starts(segmenter, name, text, where).tolist(), len(text)]
-    # Spaces and signs that a segmenter gives as words are none to a reader.
+    # Segmenters also return spaces and punctuation as words; do not count those.
     return sum(
         any(character.isalnum() for character in text[begin:end])
         for begin, end in zip(starts[:-1], starts[1:], strict=True)

@@ -1,7 +1,7 @@
-"""The directory of a run that is not finished: what was written so far, and how far that is.
+"""Directory of an unfinished run: its partial output files and a journal of its progress.
 
-A journal names the last place that is safely on the disk. Whatever happens to the process, a later run cuts the files
-to what the journal says and goes on from there, or begins anew; the finished files appear under their names at the end.
+The journal records the last position that is safely on disk. After any failure, a later run truncates the files to that
+position and continues from it, or starts from scratch. Finished files get their final names at the end.
 """
 
 import json
@@ -27,54 +27,54 @@ from megatron_prealign.files.lock import LockHeldError, file_lock
 from megatron_prealign.files.sync import sync_directory
 from megatron_prealign.preprocess.tokenise import Route, TokenisedTexts
 
-ENDING = ".unfinished"
+SUFFIX = ".unfinished"
 _JOURNAL, _LOCK = "journal.json", "lock"
 _FORMAT_VERSION = 1
 _HASH_PIECE = 1 << 22
-# Of a dataset: tokens, lengths, bits.
+# Per dataset: tokens, lengths, word bits.
 _FILES_A_WRITER = 3
 _OTHER_FILES = 200
 
 
 class UnusableRunError(UserError):
-    """What an unfinished run left is damaged, so that nothing can go on from it."""
+    """The files of an unfinished run are corrupt and cannot be resumed from."""
 
 
 @dataclass
 class Journal:
-    """How far a run has come."""
+    """Progress of a run."""
 
     settings: dict[str, Any]
-    """Everything that decides the output; another run may go on only with the same."""
+    """Everything that affects the output; a run can resume only with equal settings."""
     input: int = 0
-    """Inputs before this one are done."""
+    """Index of the current input."""
     position: int = 0
-    """Of the last block that is done in it."""
+    """Position after its last finished block."""
     lines: int | None = 0
-    """Lines or rows of it that are done; None where nobody knows."""
+    """Number of its finished lines or rows; None if unknown."""
     disk_bytes: int = 0
-    """Bytes of all inputs that were read, for progress."""
+    """Bytes read from all inputs, for the progress display."""
     counted_words: int = 0
     counted_tokens: int = 0
     plain_from: str | None = None
-    """From where on the plain tokenizer is used, because the fast engine gave other ids; None if it never did."""
+    """Location from which the plain tokenizer is used because the fast engine produced different ids; None if never."""
     problems: Problems = field(default_factory=Problems)
     outputs: list[dict[str, Any]] = field(default_factory=list)
-    """The state of each `TokenWriter`."""
+    """State of each `TokenWriter`."""
     is_complete: bool = False
-    """All is written; only the names are missing."""
+    """Whether everything is written and only the renames are missing."""
 
 
 class TokenWriter:
-    """The tokens, lengths and word bits of one dataset while it is made."""
+    """Writes the tokens, lengths and word bits of one dataset."""
 
     def __init__(
         self, directory: Path, number: int, route: Route, has_words: bool, state: dict[str, Any] | None
     ) -> None:
-        """Opens the files with the `number` in `directory`: new ones, or cut to what `state` says.
+        """Opens the files with the `number` in `directory`, new or truncated to `state`.
 
         Raises:
-            UnusableRunError: they are shorter than that.
+            UnusableRunError: a file is shorter than recorded in `state`.
         """
         self.route = route
         self.tokens = self.documents = self.text_bytes = 0
@@ -84,11 +84,11 @@ class TokenWriter:
         self._checksum = Checksum()
         if state is not None:
             self.tokens, self.documents, self.text_bytes = state["tokens"], state["documents"], state["text_bytes"]
-            _cut(self.paths["bin"], state["bytes"])
-            _cut(self.paths["lengths"], 4 * self.documents)
+            _truncate(self.paths["bin"], state["bytes"])
+            _truncate(self.paths["lengths"], 4 * self.documents)
             if has_words:
-                _cut(self.paths["words"], self.tokens // 8)
-            self._take_in(self.paths["bin"])
+                _truncate(self.paths["words"], self.tokens // 8)
+            self._hash(self.paths["bin"])
         mode = "ab" if state is not None else "wb"
         self._bin: IO[bytes] = open(self.paths["bin"], mode)  # noqa: SIM115 - closed in `close`
         self._lengths: IO[bytes] = open(self.paths["lengths"], mode)  # noqa: SIM115 - closed in `close`
@@ -96,7 +96,7 @@ class TokenWriter:
         if has_words:
             self._words = BitmapWriter(self.paths["words"], None if state is None else state["bits"])
 
-    def _take_in(self, path: Path) -> None:
+    def _hash(self, path: Path) -> None:
         with path.open("rb") as stream:
             while piece := stream.read(_HASH_PIECE):
                 self._checksum.update(piece)
@@ -114,10 +114,10 @@ class TokenWriter:
         self.text_bytes += texts.text_bytes
 
     def sync(self) -> dict[str, Any]:
-        """Waits until all is on the disk.
+        """Flushes everything to disk.
 
         Returns:
-            What opens the files again as they are now.
+            State from which the files can be reopened.
         """
         streams = [self._bin, self._lengths, *([self._words.stream] if self._words is not None else [])]
         for stream in streams:
@@ -130,14 +130,14 @@ class TokenWriter:
             "documents": self.documents,
             "text_bytes": self.text_bytes,
             "bytes": self._bin.tell(),
-            "bits": "" if self._words is None else self._words.rest,
+            "bits": "" if self._words is None else self._words.pending_bits,
         }
 
     def finish(self, dtype: type) -> dict[str, str]:
         """Writes the index.
 
         Returns:
-            Ending -> checksum of the finished file.
+            File extension -> checksum of the finished file.
         """
         self.close()
         lengths: numpy.ndarray = numpy.zeros(0, dtype=numpy.int32)
@@ -150,7 +150,7 @@ class TokenWriter:
         return sums
 
     def close(self) -> None:
-        """Closes the files, which lie as they are."""
+        """Closes the files."""
         if self._bin.closed:
             return
         self._bin.close()
@@ -159,45 +159,43 @@ class TokenWriter:
             self._words.close()
 
 
-def _cut(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
+def _truncate(path: Path, size: int) -> None:
+    actual = path.stat().st_size if path.exists() else 0
+    if actual < size:
         raise UnusableRunError(
-            f"{path}: {found:,} bytes, expected {size:,} as the journal beside it says; remove that directory and "
-            "begin "
-            "anew"
+            f"{path}: got {actual:,} bytes, expected {size:,} according to the journal; remove the directory to start "
+            "from scratch"
         )
     os.truncate(path, size)
 
 
-class Unfinished:
-    """The directory `OUTPUT.unfinished`, held by one process at a time."""
+class UnfinishedRun:
+    """The directory `OUTPUT.unfinished`, locked by one process at a time."""
 
     def __init__(self, output: str | Path, journal: Journal, resumed: bool) -> None:
-        """For `open_unfinished`."""
-        self.directory = Path(f"{output}{ENDING}")
+        """Created by `open_unfinished`."""
+        self.directory = Path(f"{output}{SUFFIX}")
         self.journal = journal
-        self.is_kept = resumed
-        """Whether there is something worth going on from."""
-        self.kept_documents = sum(state["documents"] for state in journal.outputs)
-        """Documents that a later run need not read again."""
-        # A complete run has nothing to write any more.
+        self.is_saved = resumed
+        """Whether a saved state exists that can be resumed from."""
+        self.saved_documents = sum(state["documents"] for state in journal.outputs)
+        """Number of documents that a resumed run need not process again."""
         self._writers: dict[Route, TokenWriter] = {}
         self._has_words: Callable[[str], bool] = lambda language: False
 
     def open_writers(self, has_words: Callable[[str], bool]) -> None:
-        """Opens what the journal knows; `has_words` tells which languages have a segmenter."""
+        """Opens the datasets in the journal; `has_words` returns whether a language has a segmenter."""
         self._has_words = has_words
         for state in self.journal.outputs:
             self._open(Route(state["column"], state["language"]), state)
 
     @property
     def writers(self) -> list[TokenWriter]:
-        """All datasets, in the order of their first text."""
+        """Writers of all datasets, in the order of their first text."""
         return list(self._writers.values())
 
     def writer(self, route: Route) -> TokenWriter:
-        """The dataset of a route; a new one if it is the first text."""
+        """Returns the writer of a route; opens a new one for its first text."""
         return self._writers[route] if route in self._writers else self._open(route, None)
 
     def _open(self, route: Route, state: dict[str, Any] | None) -> TokenWriter:
@@ -207,25 +205,25 @@ class Unfinished:
         return opened
 
     def save(self) -> None:
-        """Makes the present state the one to go on from."""
+        """Saves the current state, from which a later run can resume."""
         if not self.journal.is_complete:
             self.journal.outputs = [writer.sync() for writer in self._writers.values()]
         content = {"format_version": _FORMAT_VERSION, **asdict(self.journal)}
         with write_atomically(self.directory / _JOURNAL) as temporary:
-            # A file name that is not UTF-8 is kept as JSON escapes.
+            # File names that are not UTF-8 are written as JSON escapes.
             temporary.write_text(json.dumps(content, ensure_ascii=False), "utf-8", errors="backslashreplace")
-        self.is_kept = True
-        self.kept_documents = sum(state["documents"] for state in self.journal.outputs)
+        self.is_saved = True
+        self.saved_documents = sum(state["documents"] for state in self.journal.outputs)
 
     def publish(self, moves: Sequence[tuple[Path, Path]], obsolete: Sequence[Path]) -> None:
-        """Gives finished and synced files their names: the moves in order, after the `obsolete` files are gone. A run
-        that was killed here does it again."""
+        """Renames finished and synced files: removes the `obsolete` files, then performs the moves in order. A run that
+        was killed here repeats it."""
         for path in obsolete:
             path.unlink(missing_ok=True)
         if obsolete:
             sync_directory(self.directory.parent)
         for source, target in moves:
-            # Gone if an earlier run was killed behind this move.
+            # Missing if an earlier run was killed after this move.
             if source.exists():
                 os.replace(source, target)
         sync_directory(self.directory.parent)
@@ -234,7 +232,7 @@ class Unfinished:
     def close(self) -> None:
         """Closes all files."""
         for writer in self._writers.values():
-            # What cannot be flushed any more, on a full disk, is behind the journal anyway.
+            # Data that cannot be flushed on a full disk is not in the journal anyway.
             try:
                 writer.close()
             except OSError:
@@ -242,79 +240,78 @@ class Unfinished:
 
 
 def _allow_open_files(count: int) -> None:
-    """Many systems let a process open 256 or 1,024 files until it asks for more."""
+    """Raises the limit of open files, which is 256 or 1,024 by default on many systems."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
-        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def has_unfinished(output: str | Path) -> bool:
-    """Whether there is a run to go on from."""
-    return (Path(f"{output}{ENDING}") / _JOURNAL).exists()
+    """Whether an unfinished run exists that can be resumed."""
+    return (Path(f"{output}{SUFFIX}") / _JOURNAL).exists()
 
 
 @contextmanager
-def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) -> Iterator[Unfinished]:
-    """Holds the directory of a run while it works. If nothing was saved in it by then, it is gone afterwards.
+def open_unfinished(output: str | Path, settings: dict[str, Any], resume: bool) -> Iterator[UnfinishedRun]:
+    """Locks the directory of a run while it runs, and removes it afterwards if nothing was saved in it.
 
     Args:
-        output: the prefix of the run's output.
+        output: output prefix of the run.
         settings: see `Journal.settings`.
-        resume: go on from an earlier run, if there is one.
+        resume: continue an earlier run, if one exists.
 
     Raises:
-        UserError: another process works in it; an earlier run lies there and `resume` is not set; that one had other
-            settings.
+        UserError: another process uses the directory; an earlier run exists and `resume` is not set, or it had
+            different settings.
     """
-    directory = Path(f"{output}{ENDING}")
-    with ExitStack() as held:
-        made = _lock(directory, held)
+    directory = Path(f"{output}{SUFFIX}")
+    with ExitStack() as stack:
+        created = _lock(directory, stack)
         saved = (directory / _JOURNAL).exists()
         if saved and not resume:
             raise UserError(
-                f"{directory}: an unfinished run lies here; go on from it with --resume, or remove this directory to "
-                "begin "
-                "anew"
+                f"{directory}: an unfinished run already exists; continue it with --resume, or remove this directory "
+                "to start from scratch"
             )
         journal = _load(directory / _JOURNAL, settings) if saved else Journal(settings)
-        unfinished = Unfinished(output, journal, resumed=saved)
+        unfinished = UnfinishedRun(output, journal, resumed=saved)
         try:
             yield unfinished
         finally:
             unfinished.close()
-            if not unfinished.is_kept and directory.exists():
+            if not unfinished.is_saved and directory.exists():
                 shutil.rmtree(directory)
-                remove_empty(made)
+                remove_empty(created)
 
 
-def _lock(directory: Path, held: ExitStack) -> list[Path]:
-    """Makes and locks the directory; returns the directories that were made."""
+def _lock(directory: Path, stack: ExitStack) -> list[Path]:
+    """Creates and locks the directory; returns the directories that were created."""
     while True:
         try:
-            made = make_directories(directory)
+            created = make_directories(directory)
         except OSError as error:
             raise write_error(directory, error.errno) from error
         try:
-            held.enter_context(file_lock(directory / _LOCK, wait=False))
-            return made
+            stack.enter_context(file_lock(directory / _LOCK, wait=False))
+            return created
         except FileNotFoundError:
-            # Its holder finished and removed the directory between these two steps.
+            # Another process finished and removed the directory between these two steps.
             continue
         except LockHeldError as error:
-            output = str(directory).removesuffix(ENDING)
+            output = str(directory).removesuffix(SUFFIX)
             raise UserError(
                 f"{directory}: another process is writing {output} ({error}); wait for it, or choose another --output"
             ) from error
         except OSError as error:
-            remove_empty(made)
+            remove_empty(created)
             raise write_error(directory, error.errno) from error
 
 
 def _load(path: Path, settings: dict[str, Any]) -> Journal:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        version, found = data.pop("format_version"), data["settings"]
+        version, saved = data.pop("format_version"), data["settings"]
         if version != _FORMAT_VERSION:
             raise ValueError(f"format version {version}, expected {_FORMAT_VERSION}")
         problems = data.pop("problems")
@@ -322,17 +319,15 @@ def _load(path: Path, settings: dict[str, Any]) -> Journal:
             **data, problems=Problems(problems["count"], [Problem(**problem) for problem in problems["listed"]])
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot read journal: {error}; remove its directory to start from scratch") from error
+    # JSON has no tuples.
+    current = json.loads(json.dumps(settings))
+    changed = sorted(key for key in current.keys() | saved.keys() if current.get(key) != saved.get(key))
+    if changed:
+        changes = "; ".join(f"{key} was {_short(saved.get(key))}, is {_short(current.get(key))}" for key in changed)
         raise UserError(
-            f"{path}: not a journal of this version ({error}); remove the directory it lies in and begin anew"
-        ) from error
-    # As JSON gives them back: tuples are lists there.
-    wanted = json.loads(json.dumps(settings))
-    other = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if other:
-        shown = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in other)
-        raise UserError(
-            f"{path.parent}: the unfinished run here was another one ({shown}); give the same again, or remove this "
-            "directory to begin anew"
+            f"{path.parent}: the unfinished run has different settings ({changes}); rerun it with the same settings "
+            "or remove this directory to start from scratch"
         )
     return journal
 

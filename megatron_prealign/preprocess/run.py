@@ -1,4 +1,4 @@
-"""Text files to .bin/.idx token files: blocks of documents are tokenised by worker processes and written in order."""
+"""Converts text files to .bin/.idx token files: worker processes tokenise blocks, which are written in order."""
 
 import glob
 import hashlib
@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.corpus.blocks import Block, Extent, extents, read_blocks
+from megatron_prealign.corpus.blocks import Block, Extent, read_blocks, shard_extents
 from megatron_prealign.corpus.inputs import Input, resolve_inputs
-from megatron_prealign.corpus.readers import EMPTY, Places, ReadError, unit_of
+from megatron_prealign.corpus.readers import EMPTY, LocationTracker, ReadError, location_unit
 from megatron_prealign.data.dataset import check_output_prefix
 from megatron_prealign.data.indexed import bin_path, idx_path, token_dtype
 from megatron_prealign.data.sidecar import (
@@ -28,7 +28,7 @@ from megatron_prealign.errors import DISK_ERRORS, UserError, write_error
 from megatron_prealign.files.sync import sync_file
 from megatron_prealign.preprocess.journal import (
     TokenWriter,
-    Unfinished,
+    UnfinishedRun,
     UnusableRunError,
     has_unfinished,
     open_unfinished,
@@ -42,26 +42,26 @@ from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.tokenizer.segmenters import resolve_segmenter
 
-# Beyond it a language field holds something else than languages, and every value opens three files.
+# With more, the language key does not contain languages; each dataset opens three files.
 _MOST_DATASETS = 500
 
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    """What one run of `preprocess` did."""
+    """Result of a `preprocess` run."""
 
     outputs: dict[str, Sidecar]
-    """Prefix -> what was written there; one, unless several keys or a language key were given."""
+    """Prefix -> sidecar of the dataset; one, unless there are several keys or a language key."""
     tokens_per_word: float
-    """In a sample of the documents; words stand between white space."""
+    """Tokens per white-space-separated word in a sample of the documents."""
     seconds: float
-    """Time for reading, tokenising and writing, the start of the workers included."""
+    """Time for reading, tokenising and writing, including the start of the workers; 0 if nothing had to be done."""
     text_bytes: int
-    """UTF-8 bytes that this run, without what an earlier one did, tokenised."""
+    """UTF-8 bytes tokenised by this run, without those of the run it resumed."""
 
     @property
     def sidecar(self) -> Sidecar:
-        """Of the only output."""
+        """Sidecar of the only output."""
         (sidecar,) = self.outputs.values()
         return sidecar
 
@@ -74,24 +74,24 @@ def preprocess(
     show_progress: bool = True,
 ) -> PreprocessResult:
     """Writes `OUTPUT.bin`, `OUTPUT.idx`, `OUTPUT.json` and, with a segmenter, `OUTPUT.words`. The bytes depend neither
-    on the number of workers nor on whether the run was interrupted.
+    on the number of workers nor on interruptions.
 
-    With several text keys there is one dataset for each, `OUTPUT_KEY`; with a language key one for each language,
-    `OUTPUT_LANGUAGE`; with both `OUTPUT_KEY_LANGUAGE`. A shard is `OUTPUT_00003-of-00008`. Empty documents are left out
-    and counted. The files appear when all is done, or not at all; a run that ends early leaves `OUTPUT.unfinished` if
-    there is something to go on from.
+    Several text keys write one dataset each, `OUTPUT_KEY`; a language key writes one per language, `OUTPUT_LANGUAGE`;
+    both write `OUTPUT_KEY_LANGUAGE`. A shard is written to `OUTPUT_00003-of-00008`. Empty documents are skipped and
+    counted. The files appear only when all is done; a run that ends early leaves `OUTPUT.unfinished` if it can be
+    resumed.
 
     Args:
-        inputs: what `inputs.resolve_inputs` takes; their order is the order of the documents.
+        inputs: inputs for `inputs.resolve_inputs`; their order is the document order.
         tokenizer: Hugging Face tokenizer directory or sentencepiece model.
-        output: path without ending; its directory is made.
-        settings: see there.
+        output: path prefix; its directory is created.
+        settings: see `PreprocessSettings`.
         show_progress: whether to write a progress bar to standard error.
 
     Raises:
-        UserError: bad options, inputs or documents; an unusable tokenizer or segmenter; nothing left to write; a full
-            disk; an input that changed.
-        KeyboardInterrupt: with what is kept as its text.
+        UserError: invalid options, inputs or documents; an unusable tokenizer or segmenter; no documents; a full disk;
+            an input changed while it was read.
+        KeyboardInterrupt: its message says what was saved.
     """
     check_settings(settings)
     check_output_prefix(str(output))
@@ -116,35 +116,33 @@ def preprocess(
         except UnusableRunError:
             raise
         except UserError as error:
-            raise _with_kept(error, unfinished) from error
+            raise _with_resume_hint(error, unfinished) from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_interrupted(unfinished)) from None
+            raise KeyboardInterrupt(_interrupted_message(unfinished)) from None
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            raise _with_kept(write_error(unfinished.directory, error.errno), unfinished) from error
+            raise _with_resume_hint(write_error(unfinished.directory, error.errno), unfinished) from error
 
 
-def _interrupted(unfinished: Unfinished) -> str:
-    if not unfinished.is_kept:
-        return "interrupted; nothing was saved yet, nothing is left behind"
+def _interrupted_message(unfinished: UnfinishedRun) -> str:
+    if not unfinished.is_saved:
+        return "interrupted; nothing was saved and no files were left behind"
     return (
-        f"interrupted; {unfinished.kept_documents:,} documents are kept in {unfinished.directory}, the same command "
-        "with "
-        "--resume goes on from there"
+        f"interrupted; {unfinished.saved_documents:,} documents are saved in {unfinished.directory}; resume with the "
+        "same command and --resume"
     )
 
 
-def _with_kept(error: UserError, unfinished: Unfinished) -> UserError:
-    if not unfinished.is_kept:
+def _with_resume_hint(error: UserError, unfinished: UnfinishedRun) -> UserError:
+    if not unfinished.is_saved:
         return error
     return UserError(
-        f"{error} ({unfinished.kept_documents:,} documents are kept in {unfinished.directory}; go on from there with "
-        "--resume)"
+        f"{error} ({unfinished.saved_documents:,} documents are saved in {unfinished.directory}; resume with --resume)"
     )
 
 
-def _lies_at(prefix: str) -> bool:
+def _dataset_exists(prefix: str) -> bool:
     return any(path(prefix).exists() for path in (bin_path, idx_path, sidecar_path))
 
 
@@ -152,10 +150,10 @@ def _sidecars_of(output: str) -> Iterator[Path]:
     return Path(output).parent.glob(f"{glob.escape(Path(output).name)}_*.json")
 
 
-def _in_the_way(prefix: str) -> UserError:
+def _already_exists(prefix: str) -> UserError:
     return UserError(
-        f"{prefix}.bin: a dataset lies here already; replace it with --overwrite, or choose another --output (--resume "
-        "leaves one of the same inputs and options as it is)"
+        f"{prefix}.bin: dataset already exists; replace it with --overwrite or choose another --output (--resume keeps "
+        "a dataset of the same inputs and options)"
     )
 
 
@@ -168,7 +166,7 @@ class _Run:
     settings: PreprocessSettings
     modified_ns: list[int] = field(init=False)
     routes: dict[str, Route] = field(default_factory=dict)
-    """Prefix -> the dataset there, of those that are begun."""
+    """Prefix -> route of each open dataset."""
 
     def __post_init__(self) -> None:
         self.modified_ns = [0 if source.kind == "hub" else os.stat(source.name).st_mtime_ns for source in self.sources]
@@ -178,10 +176,10 @@ class _Run:
         return self.tokenise.tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the output."""
+        """Everything that affects the output bytes."""
         settings = self.settings
         return {
-            "inputs": self._inputs_digest(),
+            "inputs": self._inputs_fingerprint(),
             "tokenizer": self.tokenizer.fingerprint,
             "language": settings.language,
             **asdict(settings.fields),
@@ -192,27 +190,27 @@ class _Run:
         }
 
     def finished(self) -> dict[str, Sidecar]:
-        """With `resume`, the datasets that a finished run of the same kind left; empty if nothing is there.
+        """With `resume`, returns the datasets of a finished run with the same settings; empty if nothing exists.
 
         Raises:
-            UserError: something else lies there.
+            UserError: another dataset exists.
         """
         settings = self.settings
         if settings.language is not None:
             prefixes = [self._prefix(Route(column, settings.language)) for column in range(len(settings.fields.texts))]
-            there = [prefix for prefix in prefixes if _lies_at(prefix)]
+            existing = [prefix for prefix in prefixes if _dataset_exists(prefix)]
         else:
-            # Which languages there are, the documents alone know.
-            prefixes = there = sorted(str(path)[: -len(".json")] for path in _sidecars_of(self.output))
-        if settings.resume and there == prefixes:
-            found = {prefix: load_sidecar(prefix) for prefix in there if sidecar_path(prefix).exists()}
-            if len(found) == len(there) and all(self._is_ours(sidecar) for sidecar in found.values()):
-                return found
-        if there and settings.language is not None:
-            raise _in_the_way(there[0])
+            # The languages are known only from the documents.
+            prefixes = existing = sorted(str(path)[: -len(".json")] for path in _sidecars_of(self.output))
+        if settings.resume and existing == prefixes:
+            sidecars = {prefix: load_sidecar(prefix) for prefix in existing if sidecar_path(prefix).exists()}
+            if len(sidecars) == len(existing) and all(self._matches(sidecar) for sidecar in sidecars.values()):
+                return sidecars
+        if existing and settings.language is not None:
+            raise _already_exists(existing[0])
         return {}
 
-    def _is_ours(self, sidecar: Sidecar) -> bool:
+    def _matches(self, sidecar: Sidecar) -> bool:
         settings = self.settings
         return (
             sidecar.language == (settings.language or sidecar.language)
@@ -223,15 +221,15 @@ class _Run:
             and sidecar.inputs == [InputRecord(source.name, source.bytes) for source in self.sources]
         )
 
-    def _inputs_digest(self) -> str:
-        """Names, sizes and times of all inputs. A digest: the journal is written often, and there may be a million."""
+    def _inputs_fingerprint(self) -> str:
+        """Hash of names, sizes and times of all inputs: the journal is written often, and there may be a million."""
         digest = hashlib.sha256()
         for source, modified in zip(self.sources, self.modified_ns, strict=True):
             digest.update(f"{source.name}\0{source.bytes}\0{modified}\0".encode("utf-8", "surrogateescape"))
         total = sum(source.bytes for source in self.sources)
-        return f"{len(self.sources):,} of {total:,} bytes together, sha256:{digest.hexdigest()[:16]}"
+        return f"{len(self.sources):,} files, {total:,} bytes, sha256:{digest.hexdigest()[:16]}"
 
-    def execute(self, unfinished: Unfinished, show_progress: bool, start_s: float) -> PreprocessResult:
+    def execute(self, unfinished: UnfinishedRun, show_progress: bool, start_s: float) -> PreprocessResult:
         journal = unfinished.journal
         before = sum(state["text_bytes"] for state in journal.outputs)
         if not journal.is_complete:
@@ -250,24 +248,24 @@ class _Run:
         ratio = journal.counted_tokens / max(journal.counted_words, 1)
         return PreprocessResult(outputs, ratio, time.monotonic() - start_s, text_bytes)
 
-    def _tokenise_all(self, unfinished: Unfinished, progress: Progress) -> None:
+    def _tokenise_all(self, unfinished: UnfinishedRun, progress: Progress) -> None:
         journal, settings = unfinished.journal, self.settings
         choice = EngineChoice(not settings.use_fast_engine or journal.plain_from is not None)
-        parts = extents(self.sources, settings.shard)
-        places = self._places(journal.input, parts)
+        extents = shard_extents(self.sources, settings.shard)
+        tracker = self._tracker(journal.input, extents)
         if journal.position > 0:
-            places.lines = journal.lines
+            tracker.lines = journal.lines
         since_saved = 0
-        blocks = self._blocks(parts, journal.input, journal.position)
+        blocks = self._blocks(extents, journal.input, journal.position)
         results = tokenise_in_order(blocks, self.tokenise, settings.workers, choice)
         with closing(results):
             for block, result in results:
                 if block.source != journal.input:
                     journal.input = block.source
-                    places = self._places(journal.input, parts)
-                self._take(block, result, unfinished, places, choice)
-                places.skip(result.lines)
-                journal.position, journal.lines = block.next_position, places.lines
+                    tracker = self._tracker(journal.input, extents)
+                self._process(block, result, unfinished, tracker, choice)
+                tracker.advance(result.lines)
+                journal.position, journal.lines = block.next_position, tracker.lines
                 journal.disk_bytes += block.disk_bytes
                 progress.update(block.disk_bytes)
                 since_saved += block.size
@@ -275,99 +273,104 @@ class _Run:
                     unfinished.save()
                     since_saved = 0
 
-    def _blocks(self, parts: Sequence[Extent | None], first: int, position: int) -> Iterator[Block]:
-        """The blocks of all inputs from a place on."""
+    def _blocks(self, extents: Sequence[Extent | None], first: int, position: int) -> Iterator[Block]:
+        """Yields the blocks of all inputs from `position` of the input `first`."""
         settings = self.settings
-        for number, extent in enumerate(parts):
+        for number, extent in enumerate(extents):
             if number < first or extent is None:
                 continue
             start = position if number == first else 0
             for block in read_blocks(self.sources[number], settings.fields.columns, settings.limits, extent, start):
                 yield replace(block, source=number)
 
-    def _places(self, number: int, parts: Sequence[Extent | None]) -> Places:
-        """Of an input, at the beginning of the part that is read."""
-        source, extent = self.sources[number], parts[number]
-        # Lines in front of a shard's first byte are not counted; rows are.
+    def _tracker(self, number: int, extents: Sequence[Extent | None]) -> LocationTracker:
+        """Returns the location tracker of an input, at the start of the extent that is read."""
+        source, extent = self.sources[number], extents[number]
+        # Lines before the first byte of a shard are not counted; rows are.
         is_counted = self.settings.shard is None or source.kind != "jsonl" or source.compression
         first = 0 if extent is None else extent.start
-        return Places(source.name, unit_of(source), first if is_counted else None)
+        return LocationTracker(source.name, location_unit(source), first if is_counted else None)
 
-    def _take(
-        self, block: Block, result: TokenisedBlock, unfinished: Unfinished, places: Places, choice: EngineChoice
+    def _process(
+        self,
+        block: Block,
+        result: TokenisedBlock,
+        unfinished: UnfinishedRun,
+        tracker: LocationTracker,
+        choice: EngineChoice,
     ) -> None:
         journal = unfinished.journal
-        if result.fault is not None:
-            raise UserError(f"{places.of(result.fault[0], -1)}: {result.fault[1]}")
+        if result.fatal_error is not None:
+            raise UserError(f"{tracker.location(result.fatal_error[0], -1)}: {result.fatal_error[1]}")
         for number, byte, why in result.problems:
-            where = block.place or places.of(number, byte)
+            where = block.location or tracker.location(number, byte)
             if self.settings.on_error == "stop" and why != EMPTY:
                 raise ReadError(where, why)
             journal.problems.add(where, why)
         journal.problems.count += result.unlisted
         if result.mismatch is not None and journal.plain_from is None:
-            journal.plain_from = places.of(result.mismatch, -1)
+            journal.plain_from = tracker.location(result.mismatch, -1)
             choice.plain = True
         for route, texts in result.routes.items():
-            self._check_route(route, places)
+            self._check_route(route, tracker)
             unfinished.writer(route).append(texts)
         journal.counted_words += result.counted_words
         journal.counted_tokens += result.counted_tokens
 
-    def _check_route(self, route: Route, places: Places) -> None:
-        """Refuses what no dataset must be opened for."""
+    def _check_route(self, route: Route, tracker: LocationTracker) -> None:
+        """Checks that a dataset may be opened for this route."""
         prefix = self._prefix(route)
-        if prefix not in self.routes and not self.settings.overwrite and _lies_at(prefix):
-            raise _in_the_way(prefix)
+        if prefix not in self.routes and not self.settings.overwrite and _dataset_exists(prefix):
+            raise _already_exists(prefix)
         other = self.routes.setdefault(prefix, route)
         keys, language_key = self.settings.fields.text_keys, self.settings.fields.language_key
         if other != route:
             raise UserError(
-                f"{places.name}: {keys[other.column]!r} in {other.language} and {keys[route.column]!r} in "
-                f"{route.language} would both be {prefix}; read one of these keys alone, with an --output of its own"
+                f"{tracker.name}: {keys[other.column]!r} in {other.language} and {keys[route.column]!r} in "
+                f"{route.language} would both be written to {prefix}; preprocess one of these keys separately, with "
+                "another --output"
             )
         if len(self.routes) > _MOST_DATASETS:
             raise UserError(
-                f"{places.name}: more than {_MOST_DATASETS} datasets by the language under {language_key!r}; expected "
-                "a key that holds language codes"
+                f"{tracker.name}: {language_key!r} has values for more than {_MOST_DATASETS} datasets; set "
+                "--language-key to a key with language codes"
             )
 
     def _check_unchanged(self) -> None:
         for source, modified in zip(self.sources, self.modified_ns, strict=True):
             if source.kind != "hub":
-                facts = os.stat(source.name)
-                if (facts.st_size, facts.st_mtime_ns) != (source.bytes, modified):
+                status = os.stat(source.name)
+                if (status.st_size, status.st_mtime_ns) != (source.bytes, modified):
                     raise UserError(
-                        f"{source.name}: changed while it was read; wait until it is complete and preprocess it again"
+                        f"{source.name}: file changed while it was read; wait until it is complete, then rerun"
                     )
 
-    def _finish(self, unfinished: Unfinished) -> None:
-        """Writes indices and sidecars beside the tokens, and says in the journal that only names are missing."""
+    def _finish(self, unfinished: UnfinishedRun) -> None:
+        """Writes indices and sidecars next to the tokens, and marks the journal as complete except for the renames."""
         journal, settings = unfinished.journal, self.settings
         if not unfinished.writers:
             if settings.shard is None:
                 listed = journal.problems.listed
-                first = f"{listed[0].where}: {listed[0].why}" if listed else "they hold nothing but white space"
+                first = f"{listed[0].where}: {listed[0].why}" if listed else "they contain only white space"
                 raise UserError(
-                    f"no document left of {len(self.sources)} inputs ({journal.problems.count} skipped); first reason: "
-                    f"{first}"
+                    f"no documents in {len(self.sources)} inputs ({journal.problems.count} skipped); first: {first}"
                 )
             if settings.language is not None:
-                # A shard may be empty; its files stand for it when the shards are put together.
+                # A shard may be empty; merging the shards requires its files.
                 for column in range(len(settings.fields.texts)):
                     unfinished.writer(Route(column, settings.language))
         journal.outputs = [writer.sync() for writer in unfinished.writers]
         for writer in unfinished.writers:
             sums = writer.finish(token_dtype(self.tokenizer.vocab_size))
             write_sidecar(self._sidecar(writer, unfinished, sums), writer.paths["json"])
-            for ending in writer.paths.keys() & {"words", "json"}:
-                sync_file(writer.paths[ending])
-        # From here on a run that goes on takes the files as they lie.
+            for extension in writer.paths.keys() & {"words", "json"}:
+                sync_file(writer.paths[extension])
+        # From here on, a resumed run uses the files unchanged.
         journal.is_complete = True
         unfinished.save()
 
-    def _publish(self, unfinished: Unfinished) -> dict[str, Sidecar]:
-        """Gives the finished files their names, the sidecars last: no command takes files without one for a dataset."""
+    def _publish(self, unfinished: UnfinishedRun) -> dict[str, Sidecar]:
+        """Renames the finished files, the sidecars last: no command accepts a dataset without one."""
         obsolete: list[Path] = []
         moves: list[tuple[Path, Path]] = []
         prefixes: list[str] = []
@@ -379,7 +382,7 @@ class _Run:
                 source = unfinished.directory / f"{number}{path.name[len(Path(prefix).name) :]}"
                 if path != words_path(prefix) or has_words:
                     moves.append((source, path))
-                # Of the dataset that lay here before: a sidecar beside other tokens, a bitmap that the new one lacks.
+                # Files of a replaced dataset: a sidecar next to new tokens, a bitmap that the new dataset lacks.
                 if path == words_path(prefix) and not has_words or path == sidecar_path(prefix) and source.exists():
                     obsolete.append(path)
         unfinished.publish(moves, obsolete)
@@ -394,7 +397,7 @@ class _Run:
             parts.append(route.language)
         return "_".join(parts)
 
-    def _sidecar(self, writer: TokenWriter, unfinished: Unfinished, sums: dict[str, str]) -> Sidecar:
+    def _sidecar(self, writer: TokenWriter, unfinished: UnfinishedRun, sums: dict[str, str]) -> Sidecar:
         journal, settings = unfinished.journal, self.settings
         return Sidecar(
             language=writer.route.language,
@@ -421,4 +424,4 @@ class _Run:
             return plain
         if self.tokenise.engine(language) is None:
             return plain
-        return "gigatoken" if plain_from is None else f"gigatoken, from {plain_from} on {plain}: the ids differed there"
+        return "gigatoken" if plain_from is None else f"gigatoken, {plain} from {plain_from} on, where the ids differed"

@@ -1,4 +1,4 @@
-"""What a run of preprocessing is told, and the checks of it."""
+"""Settings of a preprocessing run and their validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,36 +10,36 @@ from megatron_prealign.data.dataset import check_workers
 from megatron_prealign.errors import UserError
 
 SAVE_EVERY_BYTES = 256 << 20
-"""Text between two places to go on from: about a minute with a plain tokenizer on two cores, seconds with gigatoken."""
+"""Bytes of text between two saves: about a minute with a plain tokenizer on two cores, seconds with gigatoken."""
 _LARGEST_DOCUMENT_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """What to read and how."""
+    """Settings of a preprocessing run."""
 
     language: str | None = None
-    """Language code of all documents; None if `fields.language_key` tells it."""
+    """Language code of all documents; None if `fields.language_key` is set."""
     fields: Fields = Fields()
-    """Where texts and languages stand in a document."""
+    """Keys of texts and languages in a document."""
     on_error: OnError = "stop"
     """`stop` at the first bad document or file, or `skip` it and list it in the sidecar."""
     workers: int = 1
-    """Processes that tokenise; with 1 this process does, where a Hugging Face tokenizer uses its own threads."""
+    """Tokenising processes; 1 tokenises in this process, where a Hugging Face tokenizer uses its own threads."""
     segmenter: str | None = None
-    """Who marks the words in `OUTPUT.words`, a name for `segmenters.open_segmenter` or `auto`; None for nobody."""
+    """Segmenter for `OUTPUT.words`: a name for `segmenters.open_segmenter`, or `auto`; None writes no word bitmap."""
     shard: tuple[int, int] | None = None
-    """(number from 1, count): read one of `count` equal parts of the inputs only."""
+    """(number from 1, count): read only one of `count` equal parts of the inputs."""
     resume: bool = False
-    """Go on from an unfinished run with this output, if there is one; leave a finished one as it is."""
+    """Continue an unfinished run with this output, if one exists; leave a finished one unchanged."""
     overwrite: bool = False
-    """Replace a dataset that lies there already."""
+    """Replace an existing dataset."""
     use_fast_engine: bool = True
-    """Whether gigatoken may encode, where it takes the tokenizer and gives the same ids."""
+    """Whether to use gigatoken if it supports the tokenizer and produces the same ids."""
     limits: Limits = Limits()
-    """What bounds the memory."""
+    """Limits that bound memory use."""
     save_every_bytes: int = SAVE_EVERY_BYTES
-    """Bytes of text after which the work is saved, to go on from there."""
+    """Bytes of text between two saves that a run can resume from."""
 
 
 def check_settings(settings: PreprocessSettings) -> None:
@@ -48,38 +48,38 @@ def check_settings(settings: PreprocessSettings) -> None:
     check_workers(settings.workers)
     if (settings.language is None) == (fields.language_key is None):
         raise UserError(
-            "expected either --language, a code like en or de for all documents, or --language-key, the key under "
-            f"which each tells its own; got {'both' if settings.language is not None else 'neither'}"
+            "expected either --language (a code such as en or de for all documents) or --language-key (the key of the "
+            f"code in each document), got {'both' if settings.language is not None else 'neither'}"
         )
     if settings.language is not None and not settings.language.strip():
-        raise UserError("the language code is empty; expected one like en or de, as in the dictionary")
+        raise UserError("--language is empty, expected a code such as en or de, as in the dictionary")
     if not fields.text_keys or len(set(fields.columns)) != len(fields.columns) or not all(fields.columns):
-        raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}; expected one or more different keys")
+        raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}, expected one or more different keys")
     if len(fields.texts) > 1 and "/" in "".join(fields.text_keys):
         raise UserError(
-            f"--text-key is {' '.join(fields.text_keys)!r}; of several keys each becomes part of a file name, where "
-            "'/' cannot stand; read that key alone, or give --join"
+            f"--text-key is {' '.join(fields.text_keys)!r}; with several keys each becomes part of a file name and "
+            "must not contain '/'; use that key alone, or set --join"
         )
     if not 1 <= settings.limits.document_bytes <= _LARGEST_DOCUMENT_LIMIT:
         raise UserError(
-            f"--max-document-mb is {settings.limits.document_bytes / (1 << 20):g}; expected more than 0, at most 1024"
+            f"--max-document-mb is {settings.limits.document_bytes / (1 << 20):g}, expected more than 0, at most 1024"
         )
     if settings.save_every_bytes < 1:
-        raise UserError(f"--save-every-mb is {settings.save_every_bytes / (1 << 20):g}; expected more than 0")
+        raise UserError(f"--save-every-mb is {settings.save_every_bytes / (1 << 20):g}, expected more than 0")
 
 
 def check_shard(shard: tuple[int, int], sources: Sequence[Input]) -> None:
-    """Raises a `UserError` for a shard that is none, or inputs that cannot be shared out."""
+    """Raises a `UserError` for an invalid shard, or inputs that cannot be sharded."""
     if not 1 <= shard[0] <= shard[1]:
-        raise UserError(f"--shard is {shard[0]}/{shard[1]}; expected 1/{shard[1]} to {shard[1]}/{shard[1]}")
+        raise UserError(f"--shard is {shard[0]}/{shard[1]}, expected 1/{shard[1]} to {shard[1]}/{shard[1]}")
     for source in sources:
         if source.kind == "hub":
             raise UserError(
-                f"{source.name}: a dataset read over the network has no bytes to share out; download it, or leave "
-                "--shard out"
+                f"{source.name}: cannot shard a streamed dataset: its size in bytes is unknown; download it, or omit "
+                "--shard"
             )
 
 
 def shard_text(shard: tuple[int, int] | None) -> str | None:
-    """`3/8`, as the sidecar names it."""
+    """Shard as written to the sidecar, such as `3/8`."""
     return None if shard is None else f"{shard[0]}/{shard[1]}"

@@ -1,4 +1,4 @@
-"""The two libraries that learn a vocabulary: tokenizers (byte-level BPE) and sentencepiece (unigram and BPE)."""
+"""Trains vocabularies with tokenizers (byte-level BPE) or sentencepiece (unigram and BPE)."""
 
 import io
 import re
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 EOD = "<eod>"
 WORD_BREAK = "\ufdd0"
-"""Stands where no token may reach across while a vocabulary is learnt. Unicode reserves it for use inside a program, so
-that no text has it."""
-# Characters of a line at most; sentencepiece takes each of them for a sentence.
+"""Marks word boundaries that no token may cross during training. A Unicode noncharacter, reserved for internal use, so
+that it does not occur in text."""
+# Maximum characters per line; sentencepiece treats each line as a sentence.
 _LINE_CHARACTERS = 4096
 
 
-def separate_words(text: str, segmenter: Segmenter, name: str, where: str) -> str:
-    """`text` with `WORD_BREAK` at the start of every word that directly follows a letter.
+def insert_word_breaks(text: str, segmenter: Segmenter, name: str, where: str) -> str:
+    """Inserts `WORD_BREAK` at the start of every word that directly follows a letter.
 
-    Elsewhere spaces, digits and signs keep words apart as they do in every language.
+    Elsewhere spaces, digits and punctuation already separate words.
 
     Raises:
         UserError: the segmenter failed.
@@ -38,57 +38,58 @@ def separate_words(text: str, segmenter: Segmenter, name: str, where: str) -> st
 
 
 def train_byte_bpe(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokenizer":
-    """A byte-level BPE tokenizer with `EOD` as id 0 and the 256 bytes behind it.
+    """Trains a byte-level BPE tokenizer with `EOD` as id 0, followed by the 256 bytes.
 
-    Memory: the different words between white space, with how often each came.
+    Memory: the distinct white-space-separated words with their counts.
 
     Args:
-        texts: the text, with `WORD_BREAK` where no token may reach across.
-        vocab_size: tokens in all.
+        texts: training text, with `WORD_BREAK` where no token may cross.
+        vocab_size: total number of tokens.
 
     Raises:
-        UserError: the text is too little for so many tokens.
+        UserError: the text yields fewer than `vocab_size` tokens.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    # Only while it learns: the ids of a text must not depend on who looks for words in it.
+    # Only during training: ids must not depend on a segmenter.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(WORD_BREAK, "removed"), byte_level])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOD],
-        # All bytes, also those that this text lacks; sorted, as the library lists them in another order every run.
+        # All bytes, including those not in the text; sorted, because the library returns them in random order.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    found = tokenizer.get_vocab_size()
-    if found < vocab_size:
-        raise too_little_text(found, vocab_size)
+    actual = tokenizer.get_vocab_size()
+    if actual < vocab_size:
+        raise _too_little_text(actual, vocab_size)
     return tokenizer
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, character_coverage: float) -> bytes:
-    """A sentencepiece model with `EOD` as id 0, the unknown token as id 1 and the 256 bytes behind them.
+    """Trains a sentencepiece model with `EOD` as id 0, the unknown token as id 1, followed by the 256 bytes.
 
-    Text stays as it is (no normalisation, all white space kept); a character that the vocabulary lacks becomes its
-    UTF-8 bytes. Memory: all the text and, for `unigram`, about 17 bytes for each of its bytes.
+    Text is not normalised and all white space is kept; characters outside the vocabulary are encoded as UTF-8 bytes.
+    Memory: all the text and, for `unigram`, about 17 bytes per byte of text.
 
     Args:
-        texts: the text, with `WORD_BREAK` where no token may reach across.
-        vocab_size: tokens in all.
+        texts: training text, with `WORD_BREAK` where no token may cross.
+        vocab_size: total number of tokens.
         model_type: `unigram` or `bpe`.
-        character_coverage: share of the running characters, the most frequent first, that get tokens of their own.
+        character_coverage: fraction of character occurrences, most frequent characters first, that get their own
+            tokens.
 
     Returns:
         The contents of a `.model` file.
 
     Raises:
-        UserError: the text does not fit to so many tokens.
+        UserError: the text is unsuitable for `vocab_size` tokens.
     """
     import sentencepiece
 
@@ -111,26 +112,26 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, 
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            # The lines have it where it belongs.
+            # `_lines` adds the space where it belongs.
             add_dummy_prefix=False,
-            # Another number of threads adds up in another order: other pieces.
+            # The order of floating-point sums depends on the number of threads, and so do the pieces.
             num_threads=1,
             shuffle_input_sentence=False,
-            # Nothing is too long for it here; it would pass longer lines over without a word.
+            # The library silently skips longer lines.
             max_sentence_length=1 << 30,
             minloglevel=2,
         )
     except RuntimeError as error:
         if lines.failure is None:
-            raise _refused(str(error), vocab_size) from error
+            raise _training_error(str(error), vocab_size) from error
     if lines.failure is not None:
         raise lines.failure
     return _with_first_space(model.getvalue())
 
 
 class _Lines:
-    """The lines of texts, as an iterator that ends where reading fails: an exception would not come out of the C++
-    code."""
+    """Iterator over the lines of texts that stops when reading fails and stores the error: exceptions do not propagate
+    through the C++ code."""
 
     def __init__(self, texts: Iterator[str]) -> None:
         self.failure: BaseException | None = None
@@ -150,18 +151,18 @@ class _Lines:
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
-    """Lines, each with the space in front that marks its first word; where no token may reach across a line ends, too,
-    but the next one has no space."""
+    """Yields lines, each with a leading space that marks its first word. A `WORD_BREAK` also ends a line, but the next
+    line then has no leading space."""
     for text in texts:
-        # The library ends text at a zero.
+        # The library stops at a zero byte.
         for line in text.replace("\0", "\n").split("\n"):
             if line and not line.isspace():
-                for part in _cut_at_spaces(f" {line}"):
+                for part in _split_at_spaces(f" {line}"):
                     yield from filter(None, part.split(WORD_BREAK))
 
 
-def _cut_at_spaces(line: str) -> Iterator[str]:
-    """Parts of at most `_LINE_CHARACTERS`, where possible cut in front of a space."""
+def _split_at_spaces(line: str) -> Iterator[str]:
+    """Yields parts of at most `_LINE_CHARACTERS`, split before a space if possible."""
     begin = 0
     while len(line) - begin > _LINE_CHARACTERS:
         space = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
@@ -172,7 +173,7 @@ def _cut_at_spaces(line: str) -> Iterator[str]:
 
 
 def _with_first_space(model: bytes) -> bytes:
-    """The same model, but it puts a space in front of every text, as its training lines had one."""
+    """Returns the model with `add_dummy_prefix` set: it prepends a space to every text, like the training lines."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -181,21 +182,21 @@ def _with_first_space(model: bytes) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
-def _refused(reason: str, vocab_size: int) -> UserError:
-    """sentencepiece's own words of why it does not train, as a line for the user."""
-    found = re.search(r"set it to a value <= (\d+)", reason)
-    if found:
-        return too_little_text(int(found[1]), vocab_size)
-    found = re.search(r"smaller than required_chars.*?vs (\d+)", reason)
-    if found:
+def _training_error(reason: str, vocab_size: int) -> UserError:
+    """Converts an error message of sentencepiece to a user error."""
+    match = re.search(r"set it to a value <= (\d+)", reason)
+    if match:
+        return _too_little_text(int(match[1]), vocab_size)
+    match = re.search(r"smaller than required_chars.*?vs (\d+)", reason)
+    if match:
         return UserError(
-            f"vocab_size is {vocab_size}, but the characters of the text alone are {found[1]} tokens; "
-            "give a larger --vocab-size or a smaller --character-coverage"
+            f"vocab_size is {vocab_size}, but the characters of the text require {match[1]} tokens; increase "
+            "--vocab-size or lower --character-coverage"
         )
-    return UserError(f"sentencepiece cannot train on this text ({' '.join(reason.split())}); give more or other text")
+    return UserError(f"cannot train sentencepiece: {' '.join(reason.split())}; use more or different text")
 
 
-def too_little_text(found: int, vocab_size: int) -> UserError:
+def _too_little_text(actual: int, vocab_size: int) -> UserError:
     return UserError(
-        f"the text yields only {found} tokens, expected {vocab_size}; give more text or --vocab-size {found}"
+        f"the text yields only {actual} tokens, expected {vocab_size}; add text or use --vocab-size {actual}"
     )

@@ -1,4 +1,4 @@
-"""Trains a tokenizer on text of several languages and reports how finely it cuts each."""
+"""Trains a tokenizer on multilingual text and reports its fertility per language."""
 
 import json
 import math
@@ -12,15 +12,15 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
 from megatron_prealign.files.directories import check_writable, writing
 from megatron_prealign.preprocess.fertility import Fertility, MeasuredText, measure_fertility
-from megatron_prealign.preprocess.sampling import UNNAMED, Corpus, Share, TextCount, plan_shares
-from megatron_prealign.preprocess.tokenizer_trainers import EOD, separate_words, train_byte_bpe, train_sentencepiece
+from megatron_prealign.preprocess.sampling import UNDETERMINED, Corpus, LanguageSampling, TextCount, plan_sampling
+from megatron_prealign.preprocess.tokenizer_trainers import EOD, insert_word_breaks, train_byte_bpe, train_sentencepiece
 from megatron_prealign.tokenizer.clone import save_clone_language
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.tokenizer.segmenters import AUTO, Segmenter, open_segmenter, resolve_segmenter
 
 Kind = Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
 
-# Every byte is a token, so that any text can be encoded, and the special tokens stand in front.
+# The special tokens and one token per byte, so that any text can be encoded.
 MINIMUM_VOCABULARY: dict[Kind, int] = {
     "byte-bpe": 256 + 1,
     "sentencepiece-unigram": 256 + 3,
@@ -37,57 +37,59 @@ MODEL_FILE = "tokenizer.model"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """How a tokenizer is trained."""
+    """Settings of tokenizer training."""
 
     kind: Kind = "byte-bpe"
     temperature: float = 1.0
-    """Evens the languages out; see `sampling.plan_shares`."""
+    """Balances the languages; see `sampling.plan_sampling`."""
     sample_bytes: int | None = None
-    """Bytes of text to learn from; None takes `DEFAULT_SAMPLE_BYTES`. A smaller corpus is taken whole.
+    """Bytes of training text; None for `DEFAULT_SAMPLE_BYTES`. A smaller corpus is used completely.
 
-    They decide the memory. For each byte: byte-bpe at most 2 where words are separated, by spaces or a segmenter, else
-    up to 75; sentencepiece-bpe at most 25, sentencepiece-unigram at most 30.
+    Determines the memory. Bytes per byte of text: byte-bpe at most 2 if words are separated by spaces or a segmenter,
+    else up to 75; sentencepiece-bpe at most 25, sentencepiece-unigram at most 30.
     """
     held_out: float = 0.05
-    """Share of the documents that is not learnt from but measured on; of each language at most 1 MB."""
+    """Fraction of the documents held out to measure fertility; at most 1 MB per language."""
     seed: int = 0
-    """Of the draw of documents."""
+    """Seed for sampling documents."""
     segmenters: Sequence[str] = ()
-    """`LANGUAGE=NAME` each: tokens do not reach across the words of this language; or `auto` for all that need one."""
+    """`LANGUAGE=NAME` each: tokens do not cross word boundaries in this language; or `auto` for all that need one."""
     character_coverage: float = 0.9995
-    """sentencepiece: share of the running characters that get tokens of their own."""
+    """sentencepiece: fraction of character occurrences that get their own tokens."""
 
     def check(self) -> None:
         """Raises a UserError if a value is out of range."""
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature is {self.temperature}; expected a number above 0, 1 for no change")
+            raise UserError(f"temperature is {self.temperature}, expected a number above 0 (1 for no change)")
         if self.sample_bytes is not None and self.sample_bytes < 1:
-            raise UserError(f"sample_bytes is {self.sample_bytes}; expected at least 1")
+            raise UserError(f"sample_bytes is {self.sample_bytes}, expected at least 1")
         if not 0 <= self.held_out <= 0.5:
-            raise UserError(f"held_out is {self.held_out}; expected a share from 0 to 0.5")
+            raise UserError(f"held_out is {self.held_out}, expected a fraction from 0 to 0.5")
         if not 0 < self.character_coverage <= 1:
-            raise UserError(f"character_coverage is {self.character_coverage}; expected a share above 0, at most 1")
+            raise UserError(
+                f"character_coverage is {self.character_coverage}, expected a fraction above 0 and at most 1"
+            )
 
 
 @dataclass
 class LanguageReport:
-    """What a language gave and how finely its text is cut."""
+    """Training text and fertility of a language."""
 
     count: TextCount
-    share: Share
+    sampling: LanguageSampling
     segmenter: str | None
     sample: TextCount = field(default_factory=TextCount)
-    """What was learnt from; documents that were read twice count twice."""
+    """Training text; repeated documents count repeatedly."""
     fertility: Fertility | None = None
 
 
 @dataclass
 class TrainingReport:
-    """What one training did."""
+    """Result of tokenizer training."""
 
     languages: dict[str, LanguageReport]
     problems: Problems
-    """What was passed over."""
+    """Skipped documents and files."""
 
 
 def train_tokenizer(
@@ -102,52 +104,54 @@ def train_tokenizer(
 ) -> TrainingReport:
     """Writes the directory `output`, which `load_tokenizer` opens; `<eod>` is token 0.
 
-    It has `tokenizer.json` and `tokenizer_config.json` (byte-level BPE; transformers opens it, too) or
-    `tokenizer.model` (sentencepiece), and `fertility.json`. The same inputs in the same order give the same files, byte
-    for byte. The inputs are read twice: to count, and to draw.
+    It contains `tokenizer.json` and `tokenizer_config.json` (byte-level BPE, also readable by transformers) or
+    `tokenizer.model` (sentencepiece), and `fertility.json`. The same inputs in the same order produce the same files,
+    byte for byte. The inputs are read twice: to count and to sample.
 
     Args:
-        inputs: files, directories, patterns and hub names as `resolve_inputs` takes them, each with `:LANGUAGE` behind
-            it or without.
-        output: directory to make; it must not exist or be empty.
-        vocab_size: tokens in all, `<eod>` and the 256 bytes included.
-        clone_language: also makes it a clone tokenizer: 2 * vocab_size ids, the upper half for this language code.
+        inputs: files, directories, patterns and Hub names for `resolve_inputs`, each with an optional suffix
+            `:LANGUAGE`.
+        output: directory to create; it must not exist or be empty.
+        vocab_size: total number of tokens, including `<eod>` and the 256 bytes.
+        clone_language: makes it a clone tokenizer with 2 * vocab_size ids, the upper half for this language code.
         text_keys: keys of the text in each JSON object or row; several are joined by a line break.
         on_error: `stop` at the first bad document, or `skip` it.
         show_progress: whether to write progress to standard error.
-        settings: the rest; None for all as it is by default.
+        settings: further settings; None for the defaults.
 
     Raises:
-        UserError: bad options, inputs or documents, or too little text for `vocab_size` tokens.
+        UserError: invalid options, inputs or documents, or too little text for `vocab_size` tokens.
     """
     settings = settings or TrainerSettings()
     settings.check()
     least = MINIMUM_VOCABULARY[settings.kind]
     if vocab_size < least:
-        raise UserError(f"vocab_size is {vocab_size}; expected at least {least} (256 bytes and the special tokens)")
+        raise UserError(f"vocab_size is {vocab_size}, expected at least {least} (256 bytes and the special tokens)")
     if clone_language is not None and not clone_language.strip():
-        raise UserError("clone_language is empty; expected a code like en_clone, or leave it out")
+        raise UserError("clone_language is empty, expected a code such as en_clone; omit it for a plain tokenizer")
     target = Path(output)
     if target.exists() and not target.is_dir():
-        raise UserError(f"output {target}: is a file; expected the path of a new directory")
+        raise UserError(f"output {target}: not a directory, expected the path of a new directory")
     if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"output {target}: the directory is not empty; give a new one, or remove it first")
+        raise UserError(f"output {target}: directory is not empty; remove it or choose a new one")
     corpus = Corpus.open(inputs, text_keys, on_error)
-    if settings.temperature != 1 and UNNAMED in corpus.languages:
-        name = next(one.name for one, language in corpus.inputs if language == UNNAMED)
-        raise UserError(f"temperature is {settings.temperature}, but {name} has no language; name it as {name}:de")
+    if settings.temperature != 1 and UNDETERMINED in corpus.languages:
+        name = next(one.name for one, language in corpus.inputs if language == UNDETERMINED)
+        raise UserError(
+            f"temperature is {settings.temperature}, but input {name} has no language; specify one, such as {name}:de"
+        )
     names = parse_segmenters(settings.segmenters, corpus.languages)
     segmenters = {language: open_segmenter(name, language) for language, name in names.items()}
-    # Before the hours that a large corpus takes.
+    # Fail before a large corpus is read for hours.
     check_writable(target.parent, f"output {target}")
     counts = corpus.count(show_progress)
     budget = settings.sample_bytes or DEFAULT_SAMPLE_BYTES[settings.kind]
-    shares = plan_shares(counts, settings.temperature, budget, settings.held_out)
+    sampling = plan_sampling(counts, settings.temperature, budget, settings.held_out)
     report = TrainingReport(
-        {language: LanguageReport(counts[language], shares[language], names.get(language)) for language in counts},
+        {language: LanguageReport(counts[language], sampling[language], names.get(language)) for language in counts},
         corpus.problems,
     )
-    measured = {language: MeasuredText(share.held_out) for language, share in shares.items()}
+    measured = {language: MeasuredText(one.held_out) for language, one in sampling.items()}
     texts = _training_texts(corpus, report, measured, segmenters, settings.seed, show_progress)
     with writing(target, "tokenizer"), write_atomically(target) as directory:
         directory.mkdir()
@@ -164,10 +168,10 @@ def train_tokenizer(
 
 
 def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str, str]:
-    """Language -> segmenter of `LANGUAGE=NAME` and `auto`; what is named for a language goes before `auto`.
+    """Parses `LANGUAGE=NAME` and `auto` to language -> segmenter; a named segmenter takes precedence over `auto`.
 
     Raises:
-        UserError: another form, a language that no input has, or one named twice.
+        UserError: the text does not have this form, no input has the language, or it is given twice.
     """
     named: dict[str, str] = {}
     for text in texts:
@@ -175,21 +179,23 @@ def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str
         if text == AUTO:
             continue
         if not equals or not language or not name:
-            raise UserError(f"segmenter {text!r}: not understood; expected LANGUAGE=NAME such as ja=sudachi, or auto")
+            raise UserError(f"invalid segmenter {text!r}, expected LANGUAGE=NAME such as ja=sudachi, or auto")
         if language not in languages:
             raise UserError(
-                f"segmenter {text}: no input is of language {language}; the languages are {', '.join(languages)}, name "
-                f"the one of an input as FILE:{language}"
+                f"segmenter {text}: no input has language {language}, expected one of {', '.join(languages)}; set the "
+                f"language of an input with FILE:{language}"
             )
         if language in named:
-            raise UserError(f"segmenter {text}: {language} has one already, {named[language]}; name one for a language")
+            raise UserError(
+                f"segmenter {text}: {language} already has segmenter {named[language]}; use one per language"
+            )
         named[language] = name
-    found = {}
+    segmenters = {}
     for language in languages:
         resolved = resolve_segmenter(named.get(language, AUTO if AUTO in texts else None), language)
         if resolved is not None:
-            found[language] = resolved
-    return found
+            segmenters[language] = resolved
+    return segmenters
 
 
 def _training_texts(
@@ -200,26 +206,26 @@ def _training_texts(
     seed: int,
     show_progress: bool,
 ) -> Iterator[str]:
-    """What to learn from; what to measure on is put aside on the way."""
-    shares = {language: one.share for language, one in report.languages.items()}
-    for drawn in corpus.draw(shares, seed, show_progress):
-        if drawn.measured:
-            measured[drawn.language].add(drawn)
-        if not drawn.copies:
+    """Yields the training texts; adds documents to measure on to `measured`."""
+    sampling = {language: one.sampling for language, one in report.languages.items()}
+    for document in corpus.sample(sampling, seed, show_progress):
+        if document.measured:
+            measured[document.language].add(document)
+        if not document.copies:
             continue
-        language_report = report.languages[drawn.language]
-        language_report.sample.documents += drawn.copies
-        language_report.sample.bytes += drawn.copies * len(drawn.text.encode("utf-8"))
-        text = drawn.text
+        language_report = report.languages[document.language]
+        language_report.sample.documents += document.copies
+        language_report.sample.bytes += document.copies * len(document.text.encode("utf-8"))
+        text = document.text
         if language_report.segmenter is not None:
-            text = separate_words(text, segmenters[drawn.language], language_report.segmenter, drawn.where)
-        for _ in range(drawn.copies):
+            text = insert_word_breaks(text, segmenters[document.language], language_report.segmenter, document.where)
+        for _ in range(document.copies):
             yield text
 
 
 def _train(texts: Iterator[str], directory: Path, vocab_size: int, settings: TrainerSettings) -> None:
     if settings.kind == "byte-bpe":
-        # Not its own `save`, which tells a full disk as an exception without a kind.
+        # The library's `save` reports a full disk as an untyped exception.
         definition = train_byte_bpe(texts, vocab_size).to_str(pretty=True)
         (directory / "tokenizer.json").write_text(definition, encoding="utf-8")
         config = {
@@ -240,12 +246,12 @@ def _write_report(
 ) -> None:
     languages: dict[str, Any] = {}
     for language, one in report.languages.items():
-        assert one.fertility is not None, "measured before it is written"
+        assert one.fertility is not None, "fertility is measured before the report is written"
         languages[language] = {
             "documents": one.count.documents,
             "bytes": one.count.bytes,
-            "share": one.share.part,
-            "times": one.share.times,
+            "share": one.sampling.fraction,
+            "times": one.sampling.times,
             "sample_documents": one.sample.documents,
             "sample_bytes": one.sample.bytes,
             "segmenter": one.segmenter,

@@ -1,4 +1,4 @@
-"""Tokenises blocks in worker processes and gives the results in the order of the blocks."""
+"""Tokenises blocks in worker processes and yields the results in block order."""
 
 import multiprocessing
 import os
@@ -15,22 +15,22 @@ from megatron_prealign.corpus.blocks import Block
 from megatron_prealign.errors import UserError
 from megatron_prealign.preprocess.tokenise import BlockTokeniser, TokenisedBlock, TokeniserSettings
 
-# Blocks in flight per worker: one at work, one waiting, so that no worker starves while the parent writes.
+# Blocks in flight per worker: one running, one queued, so that no worker starves while the parent writes.
 _BLOCKS_PER_WORKER = 2
-# Text in flight: many large blocks at once must not fill the memory, however many workers there are.
+# Bytes of text in flight: bounds memory with large blocks, independent of the number of workers.
 _BYTES_IN_FLIGHT = 256 << 20
 
 
 @dataclass
 class EngineChoice:
-    """Whether blocks still go through the fast engine. Whoever takes the results may change it at any time: it holds
-    from the next block on, also for those already on their way."""
+    """Whether blocks use the plain tokenizer instead of the fast engine. The consumer of the results may change it at
+    any time; it applies from the next block on, including blocks already in flight."""
 
     plain: bool = False
 
 
 @dataclass
-class _Waiting:
+class _Pending:
     block: Block
     plain: bool
     future: Future[TokenisedBlock]
@@ -39,7 +39,7 @@ class _Waiting:
 def tokenise_in_order(
     blocks: Iterator[Block], tokenise: BlockTokeniser, workers: int, choice: EngineChoice
 ) -> Generator[tuple[Block, TokenisedBlock], None, None]:
-    """Tokenises blocks, with `tokenise` in this process (`workers` 1) or with its like in others.
+    """Tokenises blocks with `tokenise` in this process (`workers` 1), or with equal tokenisers in worker processes.
 
     Raises:
         UserError: a worker process died.
@@ -48,32 +48,32 @@ def tokenise_in_order(
         for block in blocks:
             yield block, tokenise(block, choice.plain)
         return
-    # Forking a process in which tokenizers may hold threads can deadlock the child.
+    # Forking a process in which tokenizers may have started threads can deadlock the child.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(tokenise.settings, context.Lock())
     )
-    waiting: deque[_Waiting] = deque()
+    pending: deque[_Pending] = deque()
 
     def next_result() -> tuple[Block, TokenisedBlock]:
-        done = waiting.popleft()
+        done = pending.popleft()
         if done.plain != choice.plain:
-            # Sent off before the choice was made.
+            # Submitted before the choice changed.
             done.future = _submit(pool, done.block, choice.plain)
         return done.block, done.future.result()
 
     try:
         for block in blocks:
-            waiting.append(_Waiting(block, choice.plain, _submit(pool, block, choice.plain)))
-            while len(waiting) >= workers * _BLOCKS_PER_WORKER or (
-                len(waiting) > 1 and sum(each.block.size for each in waiting) > _BYTES_IN_FLIGHT
+            pending.append(_Pending(block, choice.plain, _submit(pool, block, choice.plain)))
+            while len(pending) >= workers * _BLOCKS_PER_WORKER or (
+                len(pending) > 1 and sum(each.block.size for each in pending) > _BYTES_IN_FLIGHT
             ):
                 yield next_result()
-        while waiting:
+        while pending:
             yield next_result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"a worker process died (killed, or out of memory?); give fewer --workers than {workers}, or a smaller "
+            f"a worker process died (killed or out of memory?); use fewer --workers than {workers} or reduce "
             "--max-document-mb"
         ) from error
     finally:
@@ -81,7 +81,7 @@ def tokenise_in_order(
 
 
 def _submit(pool: ProcessPoolExecutor, block: Block, plain: bool) -> Future[TokenisedBlock]:
-    # This may start a process, which takes over what is blocked: Ctrl-C cannot hit it before `_start_worker` runs.
+    # This may start a process, which inherits the signal mask: Ctrl-C cannot reach it before `_start_worker` runs.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(_tokenise_in_worker, block, plain)
@@ -89,22 +89,22 @@ def _submit(pool: ProcessPoolExecutor, block: Block, plain: bool) -> Future[Toke
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# What a worker process keeps between blocks; set once when it starts, never in the parent.
+# State of a worker process; set once when it starts, never in the parent.
 _worker: BlockTokeniser | None = None
 
 
 def _start_worker(settings: TokeniserSettings, large_texts: AbstractContextManager[object]) -> None:
     global _worker
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what to do about it.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores already; the library's threads in each would only get in their way.
+    # The worker processes already use all cores; additional threads of the library would compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker = BlockTokeniser(settings, large_texts=large_texts)
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot send its workers home; they would wait for blocks for ever."""
+def _exit_with_parent() -> None:
+    """Exits when the parent dies: a killed parent cannot shut down its workers, which would wait for blocks forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

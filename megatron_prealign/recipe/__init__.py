@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, YAML and validation. Imports no torch."""
+"""Configuration of a run: frozen dataclasses, YAML and validation. Does not import torch."""
 
 from megatron_prealign.recipe.alignment import AlignmentSection
 from megatron_prealign.recipe.alignment_guard import AlignmentGuardSection

@@ -1,4 +1,4 @@
-"""Recipe section `checkpoint`: where state is saved, how often, what is kept and what a run starts from."""
+"""Recipe section `checkpoint`: where and how often to save, what to keep and what to start from."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,52 +8,53 @@ from megatron_prealign.recipe.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    """Saving and resuming."""
+    """Saving, retention and resuming."""
 
     directory: str | None = None
-    """Directory of the checkpoints; null means `checkpoints` inside logging.run_dir. A run resumes from what it finds
-    there."""
+    """Directory to save checkpoints to and resume from; null means `checkpoints` in logging.run_dir."""
     save_interval: int | None = None
-    """Optimizer steps between two saves; null saves at the end of each phase only."""
+    """Optimizer steps between two checkpoints; null saves only at the end of each phase."""
     async_save: bool = True
-    """Training goes on while a checkpoint is written, after a pause for its copy into host memory; false waits until
-    it is complete."""
+    """Write checkpoints in the background: training pauses only to copy the state to host memory. false waits until the
+    checkpoint is complete."""
     timeout_minutes: float = 30.0
-    """A save that takes longer ends the run with an error; the previous checkpoint stays."""
+    """Minutes that a save may take; if it takes longer, the run ends with an error and the previous checkpoint is
+    kept."""
     keep: int = 2
-    """Newest checkpoints kept; older ones are removed after a newer one is complete."""
+    """Number of most recent checkpoints to keep; older ones are deleted once a newer one is complete."""
     keep_every: int | None = None
-    """Checkpoints at multiples of so many optimizer steps are kept for good; null for none."""
+    """Also keep every checkpoint whose step is a multiple of this number; null keeps none."""
     keep_best: str | None = None
-    """Measure whose best checkpoint is kept too, such as validation_loss/en; null for none. Only checkpoints of steps
-    with an evaluation have measures."""
+    """Metric whose best checkpoint is also kept, such as validation_loss/en; null keeps none. Only checkpoints of steps
+    with an evaluation have metrics."""
     keep_best_mode: Literal["min", "max"] = "min"
-    """Whether a low or a high keep_best is the best."""
+    """Whether the lowest (min) or the highest (max) value of keep_best is the best."""
     load: str | None = None
-    """Checkpoint directory to start from when there is nothing to resume."""
+    """Checkpoint, or directory of checkpoints, to start from if there is nothing to resume; null initialises the model
+    randomly."""
     load_parts: Literal["weights", "all"] = "weights"
-    """What is taken from checkpoint.load: its weights alone, or all of it, to go on where that run was."""
+    """What to load from checkpoint.load: only the weights, or all of its state, to continue that run."""
     on_damage: Literal["fail", "fall_back"] = "fall_back"
-    """When the newest checkpoint is damaged: end with an error, or go on from the newest one that is not."""
+    """If the newest checkpoint is corrupt: fail with an error, or fall_back to the newest intact one."""
     verify: Literal["checksums", "sizes"] = "checksums"
-    """How files are checked before they are loaded: read whole and compared with their checksums, or by their sizes
-    alone."""
+    """How to verify files before loading them: checksums reads each file in full and compares its checksum, sizes
+    compares only file sizes."""
 
     def __post_init__(self) -> None:
         for name in ("save_interval", "keep_every"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"checkpoint.{name}", value, "null or a number above 0")
-        require(self.keep > 0, "checkpoint.keep", self.keep, "a number above 0")
-        require(self.timeout_minutes > 0, "checkpoint.timeout_minutes", self.timeout_minutes, "a number above 0")
+            require(value is None or value > 0, f"checkpoint.{name}", value, "null or a positive number")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
+        require(self.timeout_minutes > 0, "checkpoint.timeout_minutes", self.timeout_minutes, "a positive number")
         require(
             self.keep_best is None or self.keep_best.strip() != "",
             "checkpoint.keep_best",
             self.keep_best,
-            "null or the name of a measure, such as validation_loss/en",
+            "null or the name of a metric, such as validation_loss/en",
         )
         require(
             self.load_parts == "weights" or self.load is not None,
             "checkpoint.load_parts",
             self.load_parts,
-            "weights, or checkpoint.load set",
+            "weights, because checkpoint.load is null",
         )

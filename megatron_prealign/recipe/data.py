@@ -1,4 +1,4 @@
-"""Recipe section `data`: the tokenizer, the weighted blend of languages and the validation sets."""
+"""Recipe section `data`: the tokenizer, the weighted training blend and the validation sets."""
 
 from dataclasses import dataclass, field
 
@@ -10,14 +10,14 @@ class DataSource:
     """One preprocessed dataset of the training blend."""
 
     path: str
-    """Prefix of the .bin/.idx/.json files, without the ending."""
+    """Path prefix of the .bin/.idx/.json files, without extension."""
     language: str
     """Language code, as in the dictionary (en, de, ...)."""
     weight: float = 1.0
-    """Share of the training samples, relative to the other sources."""
+    """Fraction of training samples from this source, relative to the weights of the other sources."""
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, f"data.sources[{self.path}].weight", self.weight, "a number above 0")
+        require(self.weight > 0, f"data.sources[{self.path}].weight", self.weight, "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ValidationSource:
     """One preprocessed dataset held out for validation."""
 
     path: str
-    """Prefix of the .bin/.idx/.json files, without the ending."""
+    """Path prefix of the .bin/.idx/.json files, without extension."""
     language: str
     """Language code."""
 
@@ -35,41 +35,41 @@ class DataSection:
     """Training and validation data."""
 
     tokenizer: str
-    """Hugging Face tokenizer directory or sentencepiece model file."""
+    """Path of a Hugging Face tokenizer directory or a sentencepiece model file."""
     sources: list[DataSource]
-    """The training blend."""
+    """Datasets of the training blend."""
     seq_length: int
     """Tokens per training sample."""
     validation: list[ValidationSource] = field(default_factory=list)
-    """Separate validation datasets; when empty, the last documents of every source are held out."""
+    """Separate validation datasets; if empty, the last documents of each source are held out."""
     validation_fraction: float = 0.01
-    """Share of each source's documents held out when `validation` is empty."""
+    """Fraction of each source's documents to hold out if validation is empty."""
     eod_mask_loss: bool = False
-    """Do not score the token that follows an end-of-document token."""
+    """Leave the token after each end-of-document token out of the loss."""
     reset_position_ids: bool = False
-    """Count positions from 0 again after every end-of-document token. Only learned positions (model.family gpt2) read
-    them; rotary ones depend on distances alone, which are the same either way."""
+    """Restart position ids at 0 after each end-of-document token. Only affects learned positions (model.family gpt2):
+    rotary positions depend only on distances, which do not change."""
     reset_attention_mask: bool = False
-    """Let no token attend to an earlier document of its sample. Attention then needs a mask of seq_length x seq_length
-    per row and cannot use the flash kernel."""
+    """Prevent attention to earlier documents of the same sample. Attention then needs a seq_length x seq_length mask
+    per sample and cannot use the flash kernel."""
     cache: str | None = None
-    """Directory of the sample index cache; null means a directory inside logging.run_dir."""
+    """Directory of the sample index cache; null means `cache` in logging.run_dir."""
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", "empty", "at least one source")
-        require(self.seq_length > 0, "data.seq_length", self.seq_length, "a number above 0")
+        require(self.seq_length > 0, "data.seq_length", self.seq_length, "a positive number")
         require(
             0.0 <= self.validation_fraction < 1.0,
             "data.validation_fraction",
             self.validation_fraction,
-            "at least 0 and below 1",
+            "a number in [0, 1)",
         )
         paths = [source.path for source in self.sources]
-        require(len(paths) == len(set(paths)), "data.sources", paths, "every path once")
+        require(len(paths) == len(set(paths)), "data.sources", paths, "no duplicate paths")
         both = sorted(set(paths) & {source.path for source in self.validation})
-        require(not both, "data.validation", both, "datasets that are not in data.sources: they would be trained on")
+        require(not both, "data.validation", both, "datasets that are not in data.sources, which are trained on")
         languages = [source.language for source in self.validation]
-        require(len(languages) == len(set(languages)), "data.validation", languages, "every language once")
+        require(len(languages) == len(set(languages)), "data.validation", languages, "no duplicate languages")
 
     @property
     def languages(self) -> list[str]:

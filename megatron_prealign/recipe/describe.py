@@ -1,4 +1,4 @@
-"""What the fields of a dataclass are, for people: type, default and docstring. Help texts are made of it."""
+"""Descriptions of dataclass fields (type, default, docstring), from which help texts are built."""
 
 import types
 import typing
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
-# What the text of a field is, for help texts.
+# Strings with a metavar for help texts.
 PathText = Annotated[str, "PATH"]
 PrefixText = Annotated[str, "PREFIX"]
-"""Path of a dataset without the ending of its files."""
+"""Path of a dataset without file extension."""
 LanguageText = Annotated[str, "CODE"]
 
 _TYPES = {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT"}
@@ -21,32 +21,32 @@ class FieldDescription:
 
     name: str
     type: Any
-    """Without `None` and without a list around it."""
+    """Type without `None` and `list`."""
     metavar: str
-    """What a value is, such as INT, PATH or {stop,skip}."""
+    """Placeholder for a value, such as INT, PATH or {stop,skip}."""
     is_list: bool
     required: bool
     default: Any
     """None if it is required."""
     help: str
-    """Its docstring on one line."""
+    """Docstring of the field, on one line."""
 
 
 def describe(kind: type) -> dict[str, FieldDescription]:
-    """Name -> description of each field of the dataclass `kind`, in order.
+    """Returns name -> description of each field of the dataclass `kind`, in order.
 
     A field's annotation may carry a metavar: `Annotated[str, "PATH"]`.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
     texts = docstrings(kind)
-    found = {}
+    described = {}
     for field in fields(kind):
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
         required = default is MISSING
         plain, metavar, is_list = _plain(hints[field.name])
-        found[field.name] = FieldDescription(
+        described[field.name] = FieldDescription(
             name=field.name,
             type=plain,
             metavar=metavar,
@@ -55,23 +55,23 @@ def describe(kind: type) -> dict[str, FieldDescription]:
             default=None if required else default,
             help=texts.get(field.name, ""),
         )
-    return found
+    return described
 
 
 def docstrings(kind: type) -> dict[str, str]:
-    """Name -> docstring of each field, on one line."""
+    """Returns name -> docstring of each field, on one line."""
     from docstring_parser import parse_from_object
 
     return {each.arg_name: one_line(each.description or "") for each in parse_from_object(kind).params}
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space as one space."""
+    """Collapses every run of whitespace to one space."""
     return " ".join(text.split())
 
 
 def section_of(kind: Any) -> type | None:
-    """The dataclass in an annotation such as `Section | None` or `list[Item]`; None where there is none."""
+    """Returns the dataclass in an annotation such as `Section | None` or `list[Item]`; None if there is none."""
     while not is_dataclass(kind):
         inner = _inner(kind)
         if inner is None:
@@ -81,7 +81,7 @@ def section_of(kind: Any) -> type | None:
 
 
 def walk(kind: type, prefix: str = "") -> Iterator[tuple[str, FieldDescription]]:
-    """Dotted name and description of every field, those of sections included: `training.seed`."""
+    """Yields the dotted name (`training.seed`) and description of every field, including fields of sections."""
     hints = typing.get_type_hints(kind)
     for name, field in describe(kind).items():
         yield f"{prefix}{name}", field
@@ -95,7 +95,7 @@ def is_union(kind: Any) -> bool:
 
 
 def _inner(kind: Any) -> Any:
-    """The annotation inside `X | None`, `list[X]` and `Annotated[X, ...]`; None for others."""
+    """Returns the annotation inside `X | None`, `list[X]` or `Annotated[X, ...]`; None for other annotations."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (list, typing.Annotated):
         return arguments[0]
@@ -105,7 +105,7 @@ def _inner(kind: Any) -> Any:
 
 
 def _plain(hint: Any) -> tuple[Any, str, bool]:
-    """Type without wrappers, metavar, and whether it is a list."""
+    """Returns the type without wrappers, the metavar, and whether the field is a list."""
     is_list, metavar = False, ""
     while True:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)

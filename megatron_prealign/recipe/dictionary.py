@@ -1,4 +1,4 @@
-"""Recipe section `dictionary`: the table that alignment and code-switching share."""
+"""Recipe section `dictionary`: the word table of alignment and code-switching."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from megatron_prealign.recipe.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class DictionarySection:
-    """The word table built by `megatron-prealign dictionary build`."""
+    """Word table built by `megatron-prealign dictionary build`."""
 
     table: str
-    """Path of the table.safetensors file."""
+    """Path of the table file (table.safetensors)."""
     held_out_fraction: float = 0.05
-    """Share of the word groups never trained on by alignment or code-switching, kept to measure generalisation."""
+    """Fraction of word groups that alignment and code-switching never train on, to measure generalisation."""
 
     def __post_init__(self) -> None:
         require(
             0.0 <= self.held_out_fraction < 1.0,
             "dictionary.held_out_fraction",
             self.held_out_fraction,
-            "at least 0 and below 1",
+            "a number in [0, 1)",
         )

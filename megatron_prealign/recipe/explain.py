@@ -1,7 +1,7 @@
-"""Turns what jsonargparse says about a recipe into one line: which field, what it is, what is expected.
+"""Turns jsonargparse's errors about a recipe into one line: field, value, expectation.
 
-jsonargparse nests its complaints, one layer for every section and union; the chain of exceptions behind the last one
-holds the pieces. Texts that are not recognised pass through, folded to one line.
+jsonargparse nests its errors, one level for every section and union, so the parts are spread over the chain of
+exceptions. Messages that are not recognised are passed on, joined to one line.
 """
 
 import difflib
@@ -16,14 +16,14 @@ from megatron_prealign.recipe.recipe import Recipe
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
 _TYPES = {
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
-    "str": "text",
+    "str": "a string",
     "list": "a list",
     "dict": "a mapping",
 }
-_SECTION = "a section with fields of its own"
+_SECTION = "a section (a mapping of fields)"
 _NO_SECTION = (
     r"Not a valid subclass of \S+ Got value: (.+?) Subclass types",
     r"Expected a dot import path string: (.+)",
@@ -32,14 +32,14 @@ _NO_SECTION = (
 
 
 def explain(error: BaseException) -> str:
-    """One line about `error`, which jsonargparse or a section's own check raised."""
+    """Returns a one-line message for `error`, which jsonargparse or the check of a section raised."""
     chain = list(_chain(error))
     for cause in chain:
         if isinstance(cause, RecipeValueError):
             return str(cause)
         mark = getattr(cause, "problem_mark", None)
         if mark is not None:
-            return f"line {mark.line + 1}, column {mark.column + 1}: not YAML, {getattr(cause, 'problem', cause)}"
+            return f"line {mark.line + 1}, column {mark.column + 1}: invalid YAML: {getattr(cause, 'problem', cause)}"
     keys = dict.fromkeys(match[1] for cause in chain if (match := _KEY.match(str(cause))))
     leaf = next((text for cause in reversed(chain) if (text := _one_line(_KEY.sub("", str(cause))))), "unknown error")
     return _rephrase(leaf, ".".join(keys))
@@ -64,9 +64,10 @@ def _rephrase(leaf: str, field: str) -> str:
         return _unknown(f"{match[1]}.{match[2]}")
     if match := re.match(r"the following arguments are required: (.+)", leaf):
         missing = [f"{field}.{name}" if field else name for name in match[1].split(", ")]
-        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, expected a value"
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required but not set"
     if match := re.match(r"Unexpected config:(.*)", leaf):
-        return f"the file is {match[1].strip() or 'empty'}, expected sections such as `model:` and `data:`"
+        text = match[1].strip() or "an empty file"
+        return f"got {text}, expected sections such as `model:` and `data:`"
     for pattern in _NO_SECTION:
         if match := re.match(pattern, leaf):
             return f"{field} is {match[1]}, expected {_SECTION}"
@@ -81,8 +82,8 @@ def _type_name(text: str) -> str:
 
 
 def _choice(field: str) -> str | None:
-    """What a field of several plain types takes, all of them: jsonargparse names the one it tried last. None for other
-    fields."""
+    """Names all types that a field with several plain types accepts, because jsonargparse names only the last one it
+    tried. None for other fields."""
     *path, name = field.split(".")
     section = _section(path)
     kind = typing.get_type_hints(section).get(name) if section is not None else None
@@ -92,19 +93,19 @@ def _choice(field: str) -> str | None:
 
 
 def _unknown(field: str) -> str:
-    """The message about a field that no section has, with the fields it may have been meant to be."""
+    """Returns the message about an unknown field, with the closest field name or all of them."""
     *path, name = field.split(".")
-    # `foo.bar` where there is no section `foo`: that is what is wrong.
+    # For `foo.bar` without a section `foo`, the error is about `foo`.
     while (section := _section(path)) is None:
         *path, name = path
     names = [each.name for each in fields(section)]
     close = difflib.get_close_matches(name, names, n=1)
-    expected = close[0] if close else f"one of {', '.join(names)}"
-    return f"{'.'.join([*path, name])} is unknown, expected {expected}"
+    hint = f"; did you mean {close[0]}?" if close else f", expected one of {', '.join(names)}"
+    return f"unknown field {'.'.join([*path, name])}{hint}"
 
 
 def _section(path: list[str]) -> typing.Any:
-    """The dataclass of the section at `path` of the recipe, None where there is none."""
+    """Returns the dataclass of the section at `path` of the recipe; None if there is none."""
     kind: type | None = Recipe
     for name in path:
         kind = section_of(typing.get_type_hints(kind).get(name)) if kind is not None else None

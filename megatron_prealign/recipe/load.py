@@ -1,4 +1,4 @@
-"""Recipes from YAML files and `--section.field value` overrides, by jsonargparse."""
+"""Loads recipes from YAML files and `--section.field value` overrides, with jsonargparse."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def as_user_error(where: str) -> Iterator[None]:
-    """Turns jsonargparse's and the recipe's own complaints into one `UserError` line that starts with `where`."""
+    """Turns errors of jsonargparse and of the recipe's checks into a one-line `UserError` that starts with `where`."""
     from jsonargparse import ArgumentError
 
     try:
@@ -25,22 +25,22 @@ def as_user_error(where: str) -> Iterator[None]:
     except (ArgumentError, RecipeValueError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: {explain(error)}") from error
     except ValueError as error:
-        # A check of an optional section surfaces inside jsonargparse's complaint about the union.
+        # jsonargparse wraps the error of an optional section's check into its error about the union.
         if not isinstance(error.__cause__ or error.__context__, RecipeValueError):
             raise
         raise UserError(f"{where}: {explain(error)}") from error
 
 
 def recipe_name(arguments: Sequence[str]) -> str:
-    """What to call the recipe in a message: `recipe` and the files that `arguments` name by --config."""
+    """Name of the recipe in messages: `recipe` and the --config files in `arguments`."""
     files = [value for name, value in zip(arguments, arguments[1:], strict=False) if name == "--config"]
     files += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
     return " ".join(["recipe", *files])
 
 
 def recipe_parser(command: str) -> "ArgumentParser":
-    """A parser for the recipe's fields and `--config FILE` (may be given several times, later wins). Errors are raised
-    instead of ending the process."""
+    """Returns a parser for the recipe's fields and `--config FILE` (repeatable, the last value of a field wins). The
+    parser raises errors instead of exiting."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -54,7 +54,7 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
     """Parses `["--config", "recipe.yaml", "--section.field", "value", ...]`.
 
     Raises:
-        UserError: a missing file, an unknown key, a wrong type or values that do not fit together.
+        UserError: a file is missing, a key is unknown, a type is wrong or values are inconsistent.
     """
     parser = recipe_parser(command)
     with as_user_error(recipe_name(arguments)):
@@ -63,12 +63,12 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain dictionaries and lists, ready for YAML or JSON."""
+    """Converts the recipe to plain dictionaries and lists, for YAML or JSON."""
     return asdict(recipe)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe as YAML; `load_recipe(["--config", path])` gives an equal recipe back."""
+    """Writes the resolved recipe as YAML; `load_recipe(["--config", path])` returns an equal recipe."""
     import yaml
 
     path.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -8,32 +8,32 @@ from megatron_prealign.recipe.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """AdamW."""
+    """AdamW and the learning-rate schedule of language-model training."""
 
     lr: float
-    """Peak learning rate of language-model training."""
+    """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from lr to min_lr."""
     lr_warmup_iters: int = 0
-    """Steps of linear warm-up."""
+    """Optimizer steps of linear learning-rate warm-up."""
     weight_decay: float = 0.1
-    """Decoupled weight decay; biases and norms have none."""
+    """Decoupled weight decay; not applied to biases and norms."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_eps: float = 1e-8
-    """Term added to the denominator."""
+    """Epsilon added to the denominator of the update."""
     clip_grad: float = 1.0
-    """Gradient norm to clip to; 0 turns clipping off."""
+    """Maximum gradient norm; 0 disables clipping."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", self.lr, "a number above 0")
-        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"from 0 to optimizer.lr ({self.lr})")
+        require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"between 0 and optimizer.lr ({self.lr})")
         for name in ("lr_warmup_iters", "weight_decay", "clip_grad"):
-            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "a non-negative number")
         for name in ("adam_beta1", "adam_beta2"):
-            require(0.0 <= getattr(self, name) < 1.0, f"optimizer.{name}", getattr(self, name), "from 0 to below 1")
-        require(self.adam_eps > 0, "optimizer.adam_eps", self.adam_eps, "a number above 0")
+            require(0.0 <= getattr(self, name) < 1.0, f"optimizer.{name}", getattr(self, name), "a number in [0, 1)")
+        require(self.adam_eps > 0, "optimizer.adam_eps", self.adam_eps, "a positive number")

@@ -1,4 +1,4 @@
-"""Recipe section `parallel`: how the model and the batch are spread over processes."""
+"""Recipe section `parallel`: how the model and the batch are distributed over ranks."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,36 +8,38 @@ from megatron_prealign.recipe.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSection:
-    """Layout over devices. The data-parallel size is what the world size leaves after tensor and pipeline."""
+    """Layout over devices. The data-parallel size is the world size / (tensor_model_parallel_size x
+    pipeline_model_parallel_size)."""
 
     tensor_model_parallel_size: int = 1
-    """Processes that share each layer's matrices."""
+    """Number of ranks that each layer's weight matrices are partitioned over."""
     pipeline_model_parallel_size: int = 1
-    """Stages that share the stack of layers."""
+    """Number of pipeline stages that the layers are partitioned over."""
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per stage (interleaved schedule); null means one chunk and the plain 1F1B schedule."""
+    """Model chunks per pipeline stage (interleaved schedule); null means one chunk and the plain 1F1B schedule."""
     sequence_parallel: bool = False
-    """Split norms and residuals along the sequence inside a tensor-parallel group."""
+    """Partition norms and residuals along the sequence within each tensor-parallel group."""
     use_distributed_optimizer: bool = True
-    """Shard the optimizer's state over the data-parallel ranks."""
+    """Shard the optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Overlap the reduction of gradients with the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass runs (needs the distributed optimizer)."""
+    """Overlap the all-gather of updated parameters with the next forward pass; needs use_distributed_optimizer and
+    overlap_grad_reduce."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes CUDA when there is a GPU."""
+    """Device to run on; auto uses CUDA if a GPU is available."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run with an error."""
+    """Minutes that a collective may take before the run ends with an error."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "a number above 0")
+            require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "a positive number")
         virtual = self.virtual_pipeline_model_parallel_size
         require(
             virtual is None or virtual > 1,
             "parallel.virtual_pipeline_model_parallel_size",
             virtual,
-            "null or a number above 1",
+            "null or at least 2",
         )
         require(
             virtual is None or self.pipeline_model_parallel_size > 1,
@@ -55,13 +57,13 @@ class ParallelSection:
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "parallel.overlap_param_gather",
             True,
-            "false, unless parallel.use_distributed_optimizer and parallel.overlap_grad_reduce are true",
+            "false unless parallel.use_distributed_optimizer and parallel.overlap_grad_reduce are true",
         )
         require(
             self.distributed_timeout_minutes > 0,
             "parallel.distributed_timeout_minutes",
             self.distributed_timeout_minutes,
-            "a number above 0",
+            "a positive number",
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The phases of a run, as its recipe plans them."""
+"""The phases of a run, as planned by its recipe."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class PhasePlan:
     """One phase of a run."""
 
     name: str
-    """`ALIGNMENT` or `LANGUAGE_MODEL`; checkpoints, metrics and messages name the phase by it."""
+    """`ALIGNMENT` or `LANGUAGE_MODEL`; used in checkpoints, metrics and messages."""
     train_iters: int | None
-    """Optimizer steps; None where training.train_tokens decides."""
+    """Optimizer steps; None if training.train_tokens determines them."""
     samples: int
-    """Samples of the training blend that each step consumes, over all ranks."""
+    """Samples of the training blend consumed per step, over all ranks."""

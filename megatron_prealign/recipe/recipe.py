@@ -1,4 +1,4 @@
-"""The whole recipe and the checks that span its sections."""
+"""The recipe: all sections, and the checks across sections."""
 
 import math
 from dataclasses import dataclass
@@ -22,32 +22,32 @@ from megatron_prealign.recipe.training import TrainingSection
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run is: everything needed to repeat it."""
+    """Configuration of a run: everything needed to repeat it."""
 
     model: ModelSection
-    """The GPT model."""
+    """Architecture of the GPT model."""
     data: DataSection
     """Training and validation data."""
     optimizer: OptimizerSection
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
     training: TrainingSection
-    """Length, batches, precision."""
+    """Length, batch sizes, precision and evaluation."""
     logging: LoggingSection
-    """The run's directory."""
+    """Run directory, logs and metrics."""
     parallel: ParallelSection = ParallelSection()
     """Layout over devices."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """Saving and resuming."""
+    """Saving, retention and resuming."""
     dictionary: DictionarySection | None = None
-    """The word table; needed by alignment, code_switch and alignment_watch."""
+    """Word table; required by alignment, code_switch and alignment_watch."""
     alignment: AlignmentSection | None = None
-    """Alignment phase before language-model training; null leaves it out."""
+    """Alignment phase before language-model training; null disables it."""
     alignment_guard: AlignmentGuardSection | None = None
-    """Steps of language-model training that carry words too; null leaves it out."""
+    """Steps of language-model training that also train on dictionary words; null disables it."""
     code_switch: CodeSwitchSection | None = None
-    """Code-switching during language-model training; null leaves it out."""
+    """Code-switching during language-model training; null disables it."""
     alignment_watch: AlignmentWatchSection | None = None
-    """Word retrieval and cosines measured while training; null leaves it out."""
+    """Word retrieval and cosine similarity measured during training; null disables it."""
 
     def __post_init__(self) -> None:
         self._check_layout()
@@ -74,11 +74,11 @@ class Recipe:
             f"a multiple of parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
             f"({pipeline} x {chunks} = {pipeline * chunks})",
         )
-        blocks, together = model.num_layers // (pipeline * chunks), model.recompute_num_layers
+        blocks, recomputed = model.num_layers // (pipeline * chunks), model.recompute_num_layers
         require(
-            model.recompute_granularity != "full" or blocks % together == 0,
+            model.recompute_granularity != "full" or blocks % recomputed == 0,
             "model.recompute_num_layers",
-            together,
+            recomputed,
             f"a divisor of the {blocks} blocks of a model chunk (model.num_layers / (pipeline_model_parallel_size x "
             "virtual_pipeline_model_parallel_size))",
         )
@@ -99,7 +99,7 @@ class Recipe:
             model.sliding_window is None or model.sliding_window >= self.data.seq_length,
             "data.seq_length",
             self.data.seq_length,
-            f"at most model.sliding_window ({model.sliding_window}): attention to a part of a sequence is not built in",
+            f"at most model.sliding_window ({model.sliding_window}): windowed attention is not supported",
         )
         require(
             self.training.global_batch_size % self.training.micro_batch_size == 0,
@@ -114,8 +114,7 @@ class Recipe:
             phases.append(("alignment", self.alignment.lr_warmup_iters, "alignment", self.alignment.train_iters))
         for section, warmup, phase, steps in phases:
             require(
-                # Without a warm-up there is nothing to finish; with a token budget the steps are not known here, and a
-                # phase without steps is left out.
+                # With a token budget, the number of steps is not known here; a phase without steps is skipped.
                 warmup == 0 or not steps or warmup < steps,
                 f"{section}.lr_warmup_iters",
                 warmup,
@@ -128,7 +127,7 @@ class Recipe:
                 getattr(self, name) is None or self.dictionary is not None,
                 name,
                 "set",
-                "null, or a dictionary section with the path of the table",
+                "null, or a dictionary section that sets dictionary.table",
             )
         if self.code_switch is not None:
             self.code_switch.check_lookahead(self.data.seq_length)
@@ -138,19 +137,19 @@ class Recipe:
             or (self.dictionary is not None and self.dictionary.held_out_fraction > 0),
             "alignment_watch.groups",
             "held_out",
-            "trained, because dictionary.held_out_fraction is 0",
+            "trained if dictionary.held_out_fraction is 0",
         )
         require(
             self.alignment_guard is None or self.alignment is not None,
             "alignment_guard",
             "set",
-            "null, or a section alignment with the settings of its words",
+            "null, or an alignment section with the settings for its words",
         )
         require(
             self.alignment_guard is None or self.alignment_guard.floor is None or self.alignment_watch is not None,
             "alignment_guard.floor",
             "set",
-            "null, or a section alignment_watch, which measures what falls below it",
+            "null, or an alignment_watch section to measure the P@1 that is compared with the floor",
         )
         if self.alignment is not None:
             self._check_alignment(self.alignment)
@@ -162,7 +161,7 @@ class Recipe:
             section.train_iters > 0 or guard is not None,
             "alignment.train_iters",
             0,
-            "a number above 0, or a section alignment_guard that uses the other fields",
+            "a positive number, or an alignment_guard section that uses the other fields",
         )
         require(
             guard is None or steps is None or guard.interval <= steps,
@@ -174,49 +173,49 @@ class Recipe:
             section.stop_at_p_at_1 is None or self.training.eval_interval is not None,
             "alignment.stop_at_p_at_1",
             section.stop_at_p_at_1,
-            "null, or training.eval_interval set: evaluations tell when it is reached",
+            "null, or training.eval_interval set: evaluations measure P@1",
         )
         require(
             section.freeze == "none" or self.model.num_layers > 1,
             "alignment.freeze",
             section.freeze,
-            "none with model.num_layers 1, which has no half",
+            "none if model.num_layers is 1: a single block has no halves",
         )
         require(
             section.max_word_tokens <= self.max_word_tokens,
             "alignment.max_word_tokens",
             section.max_word_tokens,
-            f"at most {self.max_word_tokens}, the positions of the model (model.max_position_embeddings, or "
+            f"at most {self.max_word_tokens}, the number of positions of the model (model.max_position_embeddings or "
             "data.seq_length)",
         )
-        rows, per_pass = section.lm_global_batch_size, self.alignment_micro_batch_size
+        batch, micro_batch = section.lm_global_batch_size, self.alignment_micro_batch_size
         require(
-            rows % per_pass == 0,
+            batch % micro_batch == 0,
             "alignment.lm_global_batch_size",
-            rows,
-            f"a multiple of alignment.lm_micro_batch_size (null: training.micro_batch_size) ({per_pass})",
+            batch,
+            f"a multiple of {micro_batch} (alignment.lm_micro_batch_size, or training.micro_batch_size if it is null)",
         )
         tokens = self.training.train_tokens
-        needed = (section.train_iters * rows + self.training.global_batch_size) * self.data.seq_length
+        needed = (section.train_iters * batch + self.training.global_batch_size) * self.data.seq_length
         require(
             tokens is None or tokens >= needed,
             "training.train_tokens",
             tokens,
-            f"at least {needed}: alignment.train_iters x alignment.lm_global_batch_size x "
-            "data.seq_length and one step of training.global_batch_size x data.seq_length",
+            f"at least {needed}: alignment.train_iters x alignment.lm_global_batch_size x data.seq_length, plus one "
+            "step of training.global_batch_size x data.seq_length",
         )
 
     def check_world_size(self, world_size: int) -> int:
-        """Checks that `world_size` processes can run the recipe; returns the data-parallel size.
+        """Checks that `world_size` ranks can run the recipe and returns the data-parallel size.
 
         Raises:
-            RecipeValueError: the world size or a batch size does not divide.
+            RecipeValueError: the world size or a batch size is not divisible as required.
         """
-        require(world_size > 0, "the number of processes", world_size, "a number above 0")
+        require(world_size > 0, "world size", world_size, "a positive number")
         model_parallel = self.parallel.model_parallel_size
         require(
             world_size % model_parallel == 0,
-            "the number of processes",
+            "world size",
             world_size,
             f"a multiple of parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({model_parallel}); "
             "change --nproc-per-node or the parallel section",
@@ -225,22 +224,22 @@ class Recipe:
         micro_batch = self.training.micro_batch_size
         batches = [("training.global_batch_size", self.training.global_batch_size, micro_batch)]
         if self.alignment is not None:
-            rows = self.alignment.lm_global_batch_size
-            batches.append(("alignment.lm_global_batch_size", rows, self.alignment_micro_batch_size))
+            batch = self.alignment.lm_global_batch_size
+            batches.append(("alignment.lm_global_batch_size", batch, self.alignment_micro_batch_size))
         for field, value, per_rank in batches:
             require(
                 value % (per_rank * data_parallel) == 0,
                 field,
                 value,
-                f"a multiple of the {'micro batch x ' if per_rank > 1 else ''}data-parallel size "
-                f"({per_rank} x {data_parallel} = {per_rank * data_parallel}) with {world_size} processes",
+                f"a multiple of {'micro batch size x ' if per_rank > 1 else ''}data-parallel size "
+                f"({per_rank} x {data_parallel} = {per_rank * data_parallel}) at world size {world_size}",
             )
         if self.alignment is not None:
             self._check_words(self.alignment, data_parallel, world_size)
         return data_parallel
 
     def _check_words(self, section: AlignmentSection, data_parallel: int, world_size: int) -> None:
-        """Every rank of a stage takes the same number of words."""
+        """Checks that the words of a step divide evenly over the ranks of a stage and over micro batches."""
         tensor = self.parallel.tensor_model_parallel_size
         words = section.words_per_step
         require(
@@ -248,22 +247,21 @@ class Recipe:
             "alignment.words_per_step",
             words,
             f"a multiple of data-parallel size x tensor_model_parallel_size ({data_parallel} x {tensor} = "
-            f"{data_parallel * tensor}) with {world_size} processes",
+            f"{data_parallel * tensor}) at world size {world_size}",
         )
         size = section.word_micro_batch_size
-        own = words // data_parallel
+        words_per_rank = words // data_parallel
         require(
-            size is None or (own % size == 0 and size % tensor == 0),
+            size is None or (words_per_rank % size == 0 and size % tensor == 0),
             "alignment.word_micro_batch_size",
             size,
-            f"null or a divisor of the {own} words of a data-parallel rank (alignment.words_per_step / "
+            f"null or a divisor of the {words_per_rank} words of a data-parallel rank (alignment.words_per_step / "
             f"{data_parallel}) that is a multiple of tensor_model_parallel_size ({tensor})",
         )
 
     @property
     def phases(self) -> list[PhasePlan]:
-        """The run's phases in order: the alignment phase, unless it is left out or has no steps, and language-model
-        training."""
+        """Phases of the run in order: alignment (unless disabled or without steps), then language-model training."""
         plans = [PhasePlan(LANGUAGE_MODEL, self.training.train_iters, self.training.global_batch_size)]
         if self.alignment is not None and self.alignment.train_iters:
             plans.insert(0, PhasePlan(ALIGNMENT, self.alignment.train_iters, self.alignment.lm_global_batch_size))
@@ -271,16 +269,16 @@ class Recipe:
 
     @property
     def max_word_tokens(self) -> int | float:
-        """The longest word the model has positions for; without learned positions any."""
+        """Maximum number of tokens per word that the model has positions for; infinite without learned positions."""
         if self.model.is_rotary:
             return math.inf
         return self.model.max_position_embeddings or self.data.seq_length
 
     @property
     def alignment_micro_batch_size(self) -> int:
-        """Rows of the blend in one forward pass of the alignment phase."""
-        own = self.alignment.lm_micro_batch_size if self.alignment is not None else None
-        return own or self.training.micro_batch_size
+        """Samples of the training blend per forward pass of the alignment phase."""
+        size = self.alignment.lm_micro_batch_size if self.alignment is not None else None
+        return size or self.training.micro_batch_size
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe, with which editors complete and check YAML."""
+"""JSON schema of a recipe, which editors use to complete and check YAML."""
 
 import json
 from typing import Any
@@ -7,16 +7,16 @@ from megatron_prealign.recipe.describe import one_line
 
 
 def recipe_schema() -> str:
-    """The schema as JSON text (draft 2020-12).
+    """Returns the schema as JSON text (draft 2020-12).
 
-    No section and no field is required: a recipe may lie in several files that are given together. `pretrain
-    --validate` checks the whole.
+    No section or field is required, because a recipe may be split over several files. `pretrain --validate` checks the
+    complete recipe.
     """
     from megatron_prealign.recipe.load import recipe_parser
 
     schema = json.loads(recipe_parser("pretrain").get_completion_script("jsonschema"))
     schema["title"] = "megatron-prealign recipe"
-    schema["description"] = "A run of megatron-prealign. Sections may lie in several files."
+    schema["description"] = "Recipe of a megatron-prealign run. Sections may be split over several files."
     for part in (schema, *schema["properties"].values(), *_optional_sections(schema)):
         part.pop("required", None)
     _tidy(schema)
@@ -24,7 +24,7 @@ def recipe_schema() -> str:
 
 
 def _optional_sections(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The definitions that sections which may be null refer to."""
+    """Definitions of the sections that may be null."""
     names = [
         choice["$ref"].removeprefix("#/$defs/")
         for section in schema["properties"].values()
@@ -35,7 +35,7 @@ def _optional_sections(schema: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tidy(part: Any) -> None:
-    """Puts every description on one line and leaves out what the schema of editors is called inside a section."""
+    """Puts every description on one line."""
     if isinstance(part, list):
         for each in part:
             _tidy(each)

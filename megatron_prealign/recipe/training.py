@@ -1,4 +1,4 @@
-"""Recipe section `training`: how long, in which batches, in which precision, and when to evaluate."""
+"""Recipe section `training`: length, batch sizes, precision and evaluation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,49 +8,49 @@ from megatron_prealign.recipe.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSection:
-    """The training loop."""
+    """Length, batch sizes, precision and evaluation."""
 
     seed: int
-    """Seed of the weights, of the order of the data, of the words drawn and of code-switching."""
+    """Seed of weight initialisation, data order, word sampling and code-switching."""
     micro_batch_size: int
-    """Rows of one forward pass on one data-parallel rank."""
+    """Samples per forward pass on one data-parallel rank."""
     global_batch_size: int
-    """Rows of one optimizer step over all ranks."""
+    """Samples per optimizer step of language-model training, over all ranks."""
     train_iters: int | None = None
-    """Optimizer steps of language-model training."""
+    """Optimizer steps of language-model training; set either this or train_tokens."""
     train_tokens: int | None = None
-    """Total of tokens over all phases, an alternative to train_iters: language-model training gets what alignment
-    left."""
+    """Total number of tokens over all phases, instead of train_iters; language-model training gets the tokens that the
+    alignment phase does not use."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of weights and activations; the optimizer keeps fp32 master weights either way."""
+    """Dtype of weights and activations; the optimizer keeps fp32 master weights in both cases."""
     eval_interval: int | None = None
-    """Optimizer steps between two evaluations; null evaluates at the end of each phase only."""
+    """Optimizer steps between two evaluations; null evaluates only at the end of each phase."""
     eval_samples: int = 256
-    """Validation samples of seq_length tokens per language (at most what there is)."""
+    """Maximum number of validation samples (of data.seq_length tokens) per language."""
     retrieval_words: int = 1000
-    """Word pairs of the word-retrieval measure."""
+    """Maximum number of word pairs per language pair for word retrieval."""
     exit_after_minutes: float | None = None
-    """Minutes after which the run saves and ends, time for the save included; the same command goes on. null for no
+    """Save a checkpoint and exit before this many minutes have passed; the same command resumes the run. null means no
     limit."""
     garbage_collection_interval: int = 100
-    """Collect Python garbage every so many steps, on all ranks at once; 0 leaves it to Python."""
+    """Optimizer steps between two Python garbage collections, run on all ranks at once; 0 leaves them to Python."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words"):
-            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number above 0")
+            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a positive number")
         for name in ("train_iters", "train_tokens", "eval_interval", "exit_after_minutes"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"training.{name}", value, "null or a number above 0")
+            require(value is None or value > 0, f"training.{name}", value, "null or a positive number")
         require(
             (self.train_iters is None) != (self.train_tokens is None),
             "training",
             f"train_iters {self.train_iters} and train_tokens {self.train_tokens}",
             "exactly one of the two to be set",
         )
-        require(0 <= self.seed < 2**63, "training.seed", self.seed, "from 0 to 2^63 - 1")
+        require(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2^63 - 1")
         require(
             self.garbage_collection_interval >= 0,
             "training.garbage_collection_interval",
             self.garbage_collection_interval,
-            "0 or more",
+            "a non-negative number",
         )

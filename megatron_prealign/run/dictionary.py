@@ -1,4 +1,4 @@
-"""The word table of a run, and what each part of the recipe takes of it. Imports no torch."""
+"""Dictionary table of a run and the parts of it that each recipe section uses. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -15,35 +15,37 @@ from megatron_prealign.recipe import DictionarySection, Recipe
 
 @dataclass(frozen=True, eq=False)
 class SwitchingTable:
-    """What code-switching replaces words with."""
+    """Table that code-switching looks words up in."""
 
     table: DictionaryTable
-    """Without the held-out groups, with the keys and translations that the recipe asks for."""
-    digest: str
-    """Of the table without the held-out groups, for the checkpoints."""
+    """Table without the held-out groups, restricted to the keys and translations that the recipe selects."""
+    fingerprint: str
+    """Hash of the table without the held-out groups, saved in checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
 class DictionaryParts:
-    """The word table and its parts, opened once for the whole run."""
+    """Dictionary table and the parts derived from it, opened once per run."""
 
     table: DictionaryTable
-    """All of it."""
+    """Complete table."""
     held_out: NDArray[np.bool_]
-    """`[groups]`, the groups that training leaves out."""
+    """Mask `[groups]` of the groups excluded from training."""
     words: AlignmentGroups | None
-    """What alignment steps draw from; None without the section `alignment`."""
+    """Groups that alignment steps draw from; None without the section `alignment`."""
     watched: list[WordPairs] | None
-    """What the alignment watch measures; None without the section `alignment_watch`."""
+    """Word pairs that the alignment watch measures; None without the section `alignment_watch`."""
     switching: SwitchingTable | None
-    """None without the section `code_switch`."""
+    """Table for code-switching; None without the section `code_switch`."""
 
 
-def load_words(section: DictionarySection, tokenizer_fingerprint: str) -> tuple[DictionaryTable, NDArray[np.bool_]]:
-    """Loads the table and marks the groups `[groups]` that training leaves out.
+def load_dictionary(
+    section: DictionarySection, tokenizer_fingerprint: str
+) -> tuple[DictionaryTable, NDArray[np.bool_]]:
+    """Returns the dictionary table and the mask `[groups]` of its held-out groups.
 
     Raises:
-        UserError: the table is missing, damaged or of another tokenizer.
+        UserError: The table is missing, corrupt or built with another tokenizer.
     """
     table = load_table(section.table)
     table.check_tokenizer(tokenizer_fingerprint)
@@ -51,20 +53,20 @@ def load_words(section: DictionarySection, tokenizer_fingerprint: str) -> tuple[
 
 
 def open_dictionary(recipe: Recipe, tokenizer_fingerprint: str) -> DictionaryParts | None:
-    """Opens the recipe's table with all parts that the recipe uses; None if it names none.
+    """Opens the recipe's dictionary table and the parts that the recipe uses; None if the recipe has no dictionary.
 
     Raises:
-        UserError: the table is missing, damaged or of another tokenizer or other languages, or a section asks for what
-            it does not have.
+        UserError: The table is missing, corrupt or built with another tokenizer or for other languages, or a section
+            requests something the table does not have.
     """
     if recipe.dictionary is None:
         return None
     languages = recipe.data.languages
-    table, held_out = load_words(recipe.dictionary, tokenizer_fingerprint)
+    table, held_out = load_dictionary(recipe.dictionary, tokenizer_fingerprint)
     if not set(table.languages) & set(languages):
         raise UserError(
-            f"the dictionary table {recipe.dictionary.table} is of {', '.join(table.languages)}, but the data is in "
-            f"{', '.join(languages)}; build the table for the data's languages"
+            f"dictionary.table {recipe.dictionary.table} has languages {', '.join(table.languages)}, expected at least "
+            f"one of the data's languages {', '.join(languages)}; build the table for the data's languages"
         )
     words = watched = switching = None
     if recipe.alignment is not None:
@@ -74,5 +76,5 @@ def open_dictionary(recipe: Recipe, tokenizer_fingerprint: str) -> DictionaryPar
     if recipe.code_switch is not None:
         trained = table.without_groups(held_out)
         selected = switchable_table(trained, recipe.code_switch, languages)
-        switching = SwitchingTable(selected, trained.switching_digest())
+        switching = SwitchingTable(selected, trained.switching_fingerprint())
     return DictionaryParts(table, held_out, words, watched, switching)

@@ -1,4 +1,4 @@
-"""The directory of a run: whether it can be written, and what is written there before training."""
+"""Run directory: write checks, locking, and the files written there before training."""
 
 import json
 import platform
@@ -21,11 +21,12 @@ from megatron_prealign.training.word_steps import WordSteps
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Finds out now and not after the data and the model are there whether the run's directories can be written; leaves
-    none behind, for the run may yet be refused.
+    """Checks that the run's directories are writable, before the data and the model are loaded.
+
+    Creates no directory, because the run may still be rejected.
 
     Raises:
-        UserError: they cannot.
+        UserError: A directory is not writable.
     """
     for directory in _directories(recipe):
         check_writable(directory, f"logging.run_dir {recipe.logging.run_dir}")
@@ -36,27 +37,28 @@ def _directories(recipe: Recipe) -> list[Path]:
     return [run_dir, recipe.checkpoint_dir, *([run_dir / "tensorboard"] if recipe.logging.tensorboard else [])]
 
 
-def take_run_directory(recipe: Recipe, held: ExitStack) -> None:
-    """Keeps other runs out of this run's directories for as long as `held` is open, removes what an interrupted save
-    left, which may be what fills the disk, and finds out whether the directories can be written.
+def lock_run_directory(recipe: Recipe, locks: ExitStack) -> None:
+    """Locks the run's directories until `locks` is closed and checks that they are writable.
+
+    Also removes what an interrupted save left behind, since it may be what fills the disk.
 
     Raises:
-        UserError: another run is there, or they cannot be written.
+        UserError: Another run uses the directories, or they are not writable.
     """
-    with _writing_to(Path(recipe.logging.run_dir)):
-        held.enter_context(locked_directories([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
+    with _write_errors(Path(recipe.logging.run_dir)):
+        locks.enter_context(locked_directories([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
         remove_unfinished(recipe.checkpoint_dir)
     check_run_directory(recipe)
 
 
 def record_run(recipe: Recipe, words: WordSteps | None) -> None:
-    """Makes the run's directories and writes down what runs there.
+    """Creates the run's directories and writes recipe.yaml, versions.json and the list of dropped alignment words.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: The directories are not writable.
     """
     run_dir = Path(recipe.logging.run_dir)
-    with _writing_to(run_dir):
+    with _write_errors(run_dir):
         for directory in _directories(recipe):
             directory.mkdir(parents=True, exist_ok=True)
         with write_atomically(run_dir / "recipe.yaml") as path:
@@ -68,7 +70,8 @@ def record_run(recipe: Recipe, words: WordSteps | None) -> None:
 
 
 @contextmanager
-def _writing_to(run_dir: Path) -> Iterator[None]:
+def _write_errors(run_dir: Path) -> Iterator[None]:
+    """Converts operating system errors in the block to a UserError about `run_dir`."""
     try:
         yield
     except OSError as error:
@@ -76,13 +79,13 @@ def _writing_to(run_dir: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what it runs on, and the machine."""
-    found = {"megatron-prealign": __version__, "python": platform.python_version(), "machine": platform.platform()}
+    """Versions of this package and its dependencies, and the machine."""
+    result = {"megatron-prealign": __version__, "python": platform.python_version(), "machine": platform.platform()}
     for name in ("torch", "megatron-core", "triton", "transformers", "tokenizers", "sentencepiece"):
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            result[name] = "not installed"
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        result["gpu"] = torch.cuda.get_device_name()
+    return result

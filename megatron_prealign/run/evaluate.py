@@ -1,4 +1,4 @@
-"""Measures trained runs from their checkpoints and writes the report. The command `evaluate` calls
+"""Evaluates trained runs from their checkpoints and writes the report. The command `evaluate` calls
 `evaluate_runs()`."""
 
 import logging
@@ -22,9 +22,9 @@ from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
-from megatron_prealign.run.dictionary import load_words
+from megatron_prealign.run.dictionary import load_dictionary
 from megatron_prealign.run.inputs import Vocabulary, open_validation, open_vocabulary
-from megatron_prealign.run.pretrain import format_of_rows, identity_of_model
+from megatron_prealign.run.pretrain import build_sequence_format, identity_of_model
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
 
@@ -34,60 +34,61 @@ logger = logging.getLogger(__name__)
 def evaluate_runs(
     runs: Mapping[str, Path], output: Path, parallel: ParallelSection, *, leave_process_group: bool = False
 ) -> dict[str, Any] | None:
-    """Measures each run's newest checkpoint and writes report.json, report.html and report.png into `output`.
+    """Evaluates each run's newest checkpoint and writes report.json, report.html and report.png into `output`.
 
-    Takes part: all processes; rank 0 returns the report, the others None.
+    Collective: call on all ranks. Rank 0 returns the report, the others None.
 
     Args:
-        runs: name in the report -> the run's directory.
-        parallel: layout to evaluate in; it need not be the one the run was trained in.
-        leave_process_group: keep torch's process group for the caller, who started it.
+        runs: Name in the report -> run directory.
+        parallel: Layout to evaluate in; it may differ from the training layout.
+        leave_process_group: Keep torch's process group, which the caller started.
 
     Raises:
-        UserError: a run, its checkpoint or its data is missing or damaged.
+        UserError: A run, its checkpoint or its data is missing or corrupt.
     """
-    # Measuring takes minutes a run: whatever is missing in any of them is said first.
+    # Evaluation takes minutes per run, so missing files of any run are reported before it starts.
     records = {name: load_run(directory) for name, directory in runs.items()}
     checkpoints = {name: _find_checkpoint(directory, parallel) for name, directory in runs.items()}
-    measured, rank = {}, 0
+    measurements, rank = {}, 0
     for number, (name, (checkpoint, recipe)) in enumerate(checkpoints.items()):
         last = number + 1 == len(runs)
-        measured[name], rank = _measure(checkpoint, recipe, leave_process_group=leave_process_group or not last)
+        measurements[name], rank = _measure(checkpoint, recipe, leave_process_group=leave_process_group or not last)
     if rank:
         return None
-    return write_report({name: (records[name], measured[name]) for name in runs}, output)
+    return write_report({name: (records[name], measurements[name]) for name in runs}, output)
 
 
 def _find_checkpoint(directory: Path, parallel: ParallelSection) -> tuple[Path, Recipe]:
-    """The run's newest checkpoint, and its recipe in the layout `parallel`."""
+    """Returns the run's newest checkpoint and its recipe in the layout `parallel`."""
     checkpoint = resolve_checkpoint(directory)
     saved = load_recipe(["--config", str(checkpoint / "recipe.yaml")])
-    with as_user_error(f"{directory} cannot be measured in this layout"):
+    with as_user_error(f"{directory}: cannot evaluate in this layout"):
         return checkpoint, replace(saved, parallel=parallel)
 
 
-def _load_words(recipe: Recipe, vocabulary: Vocabulary) -> tuple[DictionaryTable, NDArray[np.bool_]] | None:
-    """The word table and its held-out groups; None without a dictionary."""
+def _load_dictionary(recipe: Recipe, vocabulary: Vocabulary) -> tuple[DictionaryTable, NDArray[np.bool_]] | None:
+    """Dictionary table and mask of its held-out groups; None without a dictionary."""
     if recipe.dictionary is None:
         return None
-    return load_words(recipe.dictionary, vocabulary.tokenizer.fingerprint)
+    return load_dictionary(recipe.dictionary, vocabulary.tokenizer.fingerprint)
 
 
 def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> tuple[Measurement, int]:
-    """Measures one run; returns the measurement and this process's rank. Takes part: all processes.
+    """Evaluates one run; returns the measurement and this process's rank. Collective: call on all ranks.
 
-    The number of processes need not divide the batch sizes of training: nothing here makes a training batch.
+    The number of processes need not divide the training batch sizes, since no training batch is built here.
     """
     with running(recipe.parallel, seed=recipe.training.seed, leave_process_group=leave_process_group) as runtime:
         vocabulary = on_every_rank("opening the tokenizer", lambda: open_vocabulary(recipe))
-        words = on_every_rank("opening the dictionary", lambda: _load_words(recipe, vocabulary))
+        dictionary = on_every_rank("opening the dictionary", lambda: _load_dictionary(recipe, vocabulary))
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
         require_intact(checkpoint, recipe.checkpoint)
         identity = identity_of_model(recipe, vocabulary)
         on_every_rank("loading weights", lambda: load_weights(models, None, checkpoint, identity=identity))
-        logger.info("measuring %s", checkpoint)
-        result = Evaluator(recipe, runtime, validation, format_of_rows(recipe, vocabulary), words).measure(models)
+        logger.info("evaluating %s", checkpoint)
+        evaluator = Evaluator(recipe, runtime, validation, build_sequence_format(recipe, vocabulary), dictionary)
+        result = evaluator.measure(models)
         state = read_run(checkpoint)["train_state"]
         return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank

@@ -1,4 +1,4 @@
-"""What a run reads from disk: the tokenizer, the dictionary and the data, opened and checked."""
+"""Opens and checks what a run reads from disk: tokenizer, dictionary and data."""
 
 import logging
 import os
@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The tokenizer and the number of ids the model has for it."""
+    """Tokenizer and the vocabulary sizes of the model."""
 
     tokenizer: Tokenizer
     size: int
-    """True number of ids."""
+    """Number of ids without padding."""
     padded_size: int
-    """Rows of the embedding, a multiple that tensor parallelism needs."""
+    """Number of embedding rows, padded to the multiple that tensor parallelism needs."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunInputs:
-    """What a run reads from disk, opened and checked."""
+    """Inputs of a run, opened and checked."""
 
     vocabulary: Vocabulary
     dictionary: DictionaryParts | None
     coverage: dict[str, float] | None
-    """Share of running words of each language that code-switching knows; None where the ratio does not ask for it."""
+    """Language -> fraction of running words that the table covers; None unless the ratio is relative to words."""
     train: TrainSamples
     validation: ValidationSamples
 
@@ -46,14 +46,14 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
     """Opens the tokenizer.
 
     Raises:
-        UserError: it is missing or damaged, or has more ids than the model.
+        UserError: The tokenizer is missing or corrupt, or has more ids than the model.
     """
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     size = recipe.model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size is {size}, but the tokenizer {recipe.data.tokenizer} has "
-            f"{tokenizer.vocab_size} ids; raise it or leave it out"
+            f"model.vocab_size is {size}, expected at least {tokenizer.vocab_size}, the number of ids of "
+            f"data.tokenizer {recipe.data.tokenizer}; raise it or omit it"
         )
     padded = padded_vocab_size(
         size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
@@ -62,10 +62,10 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
 
 
 def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples:
-    """Opens the held-out text of every language.
+    """Opens the validation data of every language.
 
     Raises:
-        UserError: a dataset is missing, damaged or does not fit.
+        UserError: A dataset is missing, corrupt or incompatible with the recipe.
     """
     return ValidationSamples.build(
         recipe.data,
@@ -77,14 +77,15 @@ def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples
 
 
 def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
-    """Opens everything a run reads. Takes part: all ranks; one rank per node builds the sample index, rank 0 measures
-    the coverage of the dictionary.
+    """Opens all inputs of a run. Collective: call on all ranks.
+
+    One rank per node builds the sample index; rank 0 measures the coverage of the dictionary.
 
     Args:
-        start: Where the run starts, which decides what has been read.
+        start: Where the run starts, which determines the samples already consumed.
 
     Raises:
-        UserError: anything is missing, damaged or does not fit together; raised on all ranks.
+        UserError: An input is missing, corrupt or incompatible with the others; raised on all ranks.
     """
     vocabulary, dictionary, validation, plan = on_every_rank("opening the data", lambda: _open_files(recipe, start))
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -94,14 +95,16 @@ def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
     if section is not None and section.ratio_of == "words":
         assert dictionary is not None and dictionary.switching is not None
         switching = dictionary.switching
-        coverage = from_rank_zero("measuring the known words", lambda: _words_known(recipe, section, switching, start))
+        coverage = from_rank_zero(
+            "measuring dictionary coverage", lambda: _dictionary_coverage(recipe, section, switching, start)
+        )
     return RunInputs(vocabulary, dictionary, coverage, train, validation)
 
 
 def _open_files(
     recipe: Recipe, start: StartPoint
 ) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, TrainPlan]:
-    """What each rank opens by itself."""
+    """Opens what every rank opens on its own."""
     vocabulary = open_vocabulary(recipe)
     dictionary = open_dictionary(recipe, vocabulary.tokenizer.fingerprint)
     validation = open_validation(recipe, vocabulary)
@@ -109,26 +112,30 @@ def _open_files(
     return vocabulary, dictionary, validation, plan
 
 
-def _words_known(
+def _dictionary_coverage(
     recipe: Recipe, section: CodeSwitchSection, switching: SwitchingTable, start: StartPoint
 ) -> dict[str, float]:
-    """Share of running words of each language that code-switching knows: that of the checkpoint that the run resumes
-    from, so that no threshold moves, or else measured on the data."""
-    coverage = None if start.summary is None else saved_coverage(start.summary, section, switching.digest)
+    """Returns the fraction of running words that the table covers, per language.
+
+    The value saved in the checkpoint that the run resumes from takes precedence, so that no threshold changes;
+    otherwise it is measured on the data.
+    """
+    coverage = None if start.summary is None else saved_coverage(start.summary, section, switching.fingerprint)
     source = "from the checkpoint"
     if coverage is None:
         coverage = blend_coverage(switching.table, recipe.data.sources)
         source = "measured"
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items())
-    logger.info("known running words, %s: %s", source, shares)
+    fractions = ", ".join(f"{name} {fraction:.1%}" for name, fraction in coverage.items())
+    logger.info("dictionary coverage of running words (%s): %s", source, fractions)
     return coverage
 
 
 def open_plan(recipe: Recipe, vocabulary: Vocabulary, start: StartPoint = FRESH) -> TrainPlan:
-    """Opens the training data and says where its sample index belongs, which need not be there yet.
+    """Opens the training data and determines the path of its sample index, which need not exist yet.
 
     Raises:
-        UserError: a dataset is missing, damaged, too small, does not fit or is not what it was when it was saved.
+        UserError: A dataset is missing, corrupt, too small, incompatible with the recipe or changed since the
+            checkpoint was saved.
     """
     return TrainPlan.read(
         recipe.data,
@@ -144,26 +151,26 @@ def open_plan(recipe: Recipe, vocabulary: Vocabulary, start: StartPoint = FRESH)
 
 
 def lookahead_tokens(recipe: Recipe) -> int:
-    """Tokens that are read beyond each sample."""
+    """Number of tokens read beyond the end of each sample."""
     return recipe.code_switch.lookahead_tokens(recipe.data.seq_length) if recipe.code_switch is not None else 0
 
 
 def num_samples(recipe: Recipe, start: StartPoint = FRESH) -> int:
-    """Samples of the blend that all phases together can consume."""
+    """Number of samples of the blend that all phases together can consume."""
     state, phases = start.state, recipe.phases
     budget, seq_length = recipe.training.train_tokens, recipe.data.seq_length
-    left = 0
+    remaining = 0
     if budget is not None:
-        # Samples of the alignment phase count towards the same total.
+        # Samples of the alignment phase count towards the same budget.
         planned = -(-budget // seq_length)
         if state is not None:
-            left = -(-(budget - state.tokens) // seq_length)
+            remaining = -(-(budget - state.tokens) // seq_length)
     else:
         planned = sum((phase.train_iters or 0) * phase.samples for phase in phases)
         names = [phase.name for phase in phases]
         if state is not None and start.phase in names:
-            to_come = phases[names.index(start.phase) :]
-            left = sum((phase.train_iters or 0) * phase.samples for phase in to_come)
-            left -= state.phase_step * to_come[0].samples
-    # Samples that were consumed in batches of another size stay consumed.
-    return planned if state is None else max(planned, state.consumed_samples + left)
+            later = phases[names.index(start.phase) :]
+            remaining = sum((phase.train_iters or 0) * phase.samples for phase in later)
+            remaining -= state.phase_step * later[0].samples
+    # Samples consumed with another batch size stay consumed.
+    return planned if state is None else max(planned, state.consumed_samples + remaining)

@@ -1,4 +1,4 @@
-"""Makes the sample index that a training run would make, before it and without its processes."""
+"""Builds the sample index of a training run ahead of it, without starting its processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +11,27 @@ from megatron_prealign.run.inputs import open_plan, open_vocabulary
 
 @dataclass(frozen=True)
 class PrepareCacheResult:
-    """A sample index that training will find."""
+    """Sample index in the cache directory."""
 
     directory: Path
     built: bool
-    """False if it was there already."""
+    """False if the index already existed."""
     samples: int
-    """Rows of the whole run."""
+    """Number of samples of the complete run."""
     bytes: int
-    """Size of its arrays."""
+    """Size of the arrays in bytes."""
 
 
 def prepare_cache(recipe: Recipe) -> PrepareCacheResult:
-    """Writes the sample index of a recipe into its cache directory, unless it is there. No process group, no GPU.
+    """Writes the sample index of a recipe into its cache directory unless it exists. Needs no process group and no GPU.
 
     Training with the same data, weights, sequence length, budget and seed finds it, from any directory and in any
-    layout; a run that goes on with another blend finds what it needs from its checkpoint on. Several processes may call
-    it: those on one disk take turns, and the first one does the work.
+    layout; for a run that resumes with another blend, the index starts at its checkpoint. Several processes may call
+    this: on a shared disk they take turns, and the first one builds the index.
 
     Raises:
-        UserError: the tokenizer, a dataset or the checkpoint to go on from is missing, damaged or does not fit, or the
-            directory cannot be written.
+        UserError: The tokenizer, a dataset or the checkpoint to resume from is missing, corrupt or incompatible with
+            the recipe, or the directory is not writable.
     """
     plan = open_plan(recipe, open_vocabulary(recipe), preview_start(recipe))
     built = plan.write_index()

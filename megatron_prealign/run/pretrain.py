@@ -1,5 +1,4 @@
-"""Puts the rooms together: from a recipe to a trained model. The command `pretrain` calls `pretrain()` and nothing
-else."""
+"""Trains a model from a recipe, combining all packages. The command `pretrain` calls only `pretrain()`."""
 
 import logging
 import time
@@ -12,34 +11,34 @@ from typing import Any
 
 from megatron_prealign.alignment.freezing import frozen_parameters
 from megatron_prealign.alignment.words import WordSampler
-from megatron_prealign.checkpoint.resume.agree import agree_on_start, choose_start
+from megatron_prealign.checkpoint.resume.agree import choose_start, rename_damaged_checkpoints
 from megatron_prealign.checkpoint.resume.identity import code_switch_fingerprint, resume_fingerprint
 from megatron_prealign.checkpoint.resume.load import load_weights, resume
 from megatron_prealign.checkpoint.state import model_identity
 from megatron_prealign.checkpoint.store import CheckpointStore
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.code_switch.switcher import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
+from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat, SwitchedBatch, plain_batch
 from megatron_prealign.conversion.config import huggingface_config
-from megatron_prealign.data.samples import SampleRows
+from megatron_prealign.data.samples import SampleBatch
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
-from megatron_prealign.run.directory import record_run, take_run_directory, versions
+from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
-from megatron_prealign.runtime.optimizer import build_optimizer, hold
+from megatron_prealign.runtime.optimizer import build_optimizer, freeze
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
+from megatron_prealign.training.microbatches import MakeBatch, SampleReader
 from megatron_prealign.training.phase import Phase
 from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
-from megatron_prealign.training.rows import MakeBatch, RowReader
 from megatron_prealign.training.save_checkpoints import SaveCheckpoints
 from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
@@ -48,9 +47,9 @@ from megatron_prealign.training.word_steps import WordSteps
 logger = logging.getLogger(__name__)
 
 
-def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
-    """What a row of the model looks like, in training and in validation."""
-    return RowFormat(
+def build_sequence_format(recipe: Recipe, vocabulary: Vocabulary) -> SequenceFormat:
+    """Format of the model's input sequences, in training and in validation."""
+    return SequenceFormat(
         seq_length=recipe.data.seq_length,
         eod_id=vocabulary.tokenizer.eod_id,
         mask_eod=recipe.data.eod_mask_loss,
@@ -60,60 +59,60 @@ def format_of_rows(recipe: Recipe, vocabulary: Vocabulary) -> RowFormat:
 
 
 def build_phases(recipe: Recipe, runtime: Runtime, inputs: RunInputs, words: WordSteps | None) -> list[Phase]:
-    """The phases of `recipe.phases`.
+    """Builds the phases of `recipe.phases`.
 
     Args:
-        words: What alignment steps draw their words from; None without the section `alignment`.
+        words: Word part of alignment steps; None without the section `alignment`.
     """
-    reader = partial(RowReader, inputs.train, runtime)
+    reader = partial(SampleReader, inputs.train, runtime)
     phases: list[Phase] = []
     for plan in recipe.phases:
         if plan.name == ALIGNMENT:
             assert words is not None
-            plain = _plain_batches(format_of_rows(recipe, inputs.vocabulary))
-            rows = reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain)
-            phases.append(AlignmentPhase(recipe, runtime, rows, words))
+            plain = _plain_batches(build_sequence_format(recipe, inputs.vocabulary))
+            samples = reader(micro_batch_size=recipe.alignment_micro_batch_size, make_batch=plain)
+            phases.append(AlignmentPhase(recipe, runtime, samples, words))
             continue
         make_batch, target_languages = _batches(recipe, runtime, inputs)
-        rows = reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch)
+        samples = reader(micro_batch_size=recipe.training.micro_batch_size, make_batch=make_batch)
         if recipe.alignment_guard is None:
-            phases.append(LanguageModelPhase(recipe, runtime, rows, target_languages=target_languages))
+            phases.append(LanguageModelPhase(recipe, runtime, samples, target_languages=target_languages))
         else:
             assert words is not None
-            phases.append(GuardedLanguageModelPhase(recipe, runtime, rows, words, target_languages=target_languages))
+            phases.append(GuardedLanguageModelPhase(recipe, runtime, samples, words, target_languages=target_languages))
     return phases
 
 
-def _plain_batches(row_format: RowFormat) -> MakeBatch:
-    return lambda rows, consumed_tokens: plain_batch(rows.tokens, row_format)
+def _plain_batches(sequence_format: SequenceFormat) -> MakeBatch:
+    return lambda samples, consumed_tokens: plain_batch(samples.tokens, sequence_format)
 
 
 def _batches(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> tuple[MakeBatch, Sequence[str] | None]:
-    """What makes batches of rows in language-model training, and the languages that it switches words into; None
-    without code-switching."""
-    row_format = format_of_rows(recipe, inputs.vocabulary)
+    """Returns the function that builds language-model batches and the target languages of code-switching; None for the
+    languages without code-switching."""
+    sequence_format = build_sequence_format(recipe, inputs.vocabulary)
     if recipe.code_switch is None:
-        return _plain_batches(row_format), None
+        return _plain_batches(sequence_format), None
     assert inputs.dictionary is not None and inputs.dictionary.switching is not None
     table = inputs.dictionary.switching.table
     switcher = CodeSwitcher(
         table,
         recipe.code_switch,
-        row_format,
+        sequence_format,
         seed=recipe.training.seed,
         languages=recipe.data.languages,
         device=runtime.device,
         coverage=inputs.coverage,
     )
 
-    def switched(rows: SampleRows, consumed_tokens: int) -> SwitchedBatch:
-        return switcher(rows.tokens, rows.language, rows.sample_id, consumed_tokens, rows.word_starts)
+    def switched(samples: SampleBatch, consumed_tokens: int) -> SwitchedBatch:
+        return switcher(samples.tokens, samples.language, samples.sample_id, consumed_tokens, samples.word_starts)
 
     return switched, table.languages
 
 
-def open_words(recipe: Recipe, runtime: Runtime, dictionary: DictionaryParts | None) -> WordSteps | None:
-    """What alignment steps draw their words from, None without alignment."""
+def build_word_steps(recipe: Recipe, runtime: Runtime, dictionary: DictionaryParts | None) -> WordSteps | None:
+    """Word part of alignment steps; None without the section `alignment`."""
     if recipe.alignment is None:
         return None
     assert dictionary is not None and dictionary.words is not None
@@ -122,7 +121,7 @@ def open_words(recipe: Recipe, runtime: Runtime, dictionary: DictionaryParts | N
 
 
 def identity_of_model(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What weights that are loaded must agree on."""
+    """Model properties that loaded weights must match."""
     return model_identity(
         asdict(recipe.model),
         vocab_size=vocabulary.size,
@@ -132,7 +131,7 @@ def identity_of_model(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def exported_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
-    """config.json of the model, as an export to Hugging Face would write it."""
+    """The model's config.json as an export to Hugging Face writes it."""
     return huggingface_config(
         recipe.model,
         vocab_size=vocabulary.size,
@@ -143,15 +142,15 @@ def exported_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def identity_of_run(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
-    """What a run that resumes must agree on besides its model."""
-    facts = None
+    """Properties besides the model that a resumed run must match."""
+    switching = None
     if recipe.code_switch is not None:
         assert recipe.dictionary is not None and inputs.dictionary is not None
         assert inputs.dictionary.switching is not None
-        facts = code_switch_fingerprint(
+        switching = code_switch_fingerprint(
             recipe.dictionary.table,
             recipe.code_switch,
-            digest=inputs.dictionary.switching.digest,
+            fingerprint=inputs.dictionary.switching.fingerprint,
             coverage=inputs.coverage,
         )
     return resume_fingerprint(
@@ -159,19 +158,21 @@ def identity_of_run(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
         num_samples=len(inputs.train),
         keys=[source.key for source in inputs.train.blend.sources],
         segmenters=inputs.train.segmenters,
-        switching=facts,
+        switching=switching,
     )
 
 
 def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:
-    """Trains as the recipe says, resuming from the run's newest checkpoint if there is one. Takes part: all processes.
+    """Trains a model from a recipe, resuming from the run's newest checkpoint if there is one.
+
+    Collective: call on all ranks.
 
     Args:
-        leave_process_group: keep torch's process group for the caller, who started it.
-        callbacks: called after the run's own ones.
+        leave_process_group: Keep torch's process group, which the caller started.
+        callbacks: Callbacks to call after the built-in ones.
 
     Raises:
-        UserError: a mistake in the recipe or the files; raised on all ranks.
+        UserError: The recipe or a file is invalid; raised on all ranks.
     """
     started_s = time.monotonic()
     with (
@@ -181,10 +182,10 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
             patience_minutes=recipe.checkpoint.timeout_minutes,
             leave_process_group=leave_process_group,
         ) as runtime,
-        ExitStack() as held,
+        ExitStack() as locks,
     ):
         on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
-        on_rank_zero("checking logging.run_dir", lambda: take_run_directory(recipe, held))
+        on_rank_zero("checking logging.run_dir", lambda: lock_run_directory(recipe, locks))
         return _pretrain(recipe, runtime, callbacks, started_s)
 
 
@@ -192,20 +193,20 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     start = choose_start(recipe)
     inputs = open_inputs(recipe, start)
     dictionary = inputs.dictionary
-    words = on_every_rank("preparing the words", lambda: open_words(recipe, runtime, dictionary))
+    words = on_every_rank("preparing the words", lambda: build_word_steps(recipe, runtime, dictionary))
     phases = on_every_rank("building the phases", lambda: build_phases(recipe, runtime, inputs, words))
     evaluator = Evaluator(
         recipe,
         runtime,
         inputs.validation,
-        format_of_rows(recipe, inputs.vocabulary),
+        build_sequence_format(recipe, inputs.vocabulary),
         None if dictionary is None else (dictionary.table, dictionary.held_out),
     )
     on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)
     )
-    hold(frozen_parameters(recipe, models))
+    freeze(frozen_parameters(recipe, models))
     chunks = wrap_data_parallel(models, recipe.parallel)
     optimizer = build_optimizer(recipe, chunks)
     heads = None if words is None else words.attach(chunks)
@@ -215,11 +216,11 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     if start.summary is not None:
         state = on_every_rank(
             "resuming",
-            lambda: resume(start, chunks, optimizer, runtime, identity=identity, run=run, beside=heads),
+            lambda: resume(start, chunks, optimizer, runtime, identity=identity, run=run, auxiliary=heads),
         )
     elif start.choice is not None:
         on_every_rank("loading weights", lambda: load_weights(chunks, optimizer, start.checkpoint, identity=identity))
-    agree_on_start(start)
+    rename_damaged_checkpoints(start)
     store = CheckpointStore(
         recipe,
         runtime,
@@ -227,12 +228,12 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         run=run,
         huggingface=exported_config(recipe, inputs.vocabulary),
         versions=versions(),
-        beside=heads,
+        auxiliary=heads,
     )
-    # Only now: a run that is refused must not change what its directory says of the run that is there.
+    # Only now, since a rejected run must not overwrite the records of an existing run.
     on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
     logger.info(
-        "%d processes on %s, %.1f million parameters on this one, %d ids (%d padded)",
+        "%d processes on %s, %.1f million parameters on rank 0, vocabulary size %d (padded to %d)",
         runtime.world_size,
         runtime.device,
         count_parameters(models) / 1e6,
@@ -264,27 +265,27 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     )
     trainer.train()
     if not state.stop_requested:
-        logger.info("the run is complete: %d steps, %s tokens", state.step, f"{state.tokens:,}")
+        logger.info("training finished: %d steps, %s tokens", state.step, f"{state.tokens:,}")
     return state
 
 
 def check_keep_best(recipe: Recipe, evaluator: Evaluator) -> None:
-    """Checks that the run will measure what its best checkpoint is told by.
+    """Checks that the metric named in checkpoint.keep_best is evaluated in this run.
 
     Raises:
-        UserError: it will not.
+        UserError: It is not.
     """
     name = recipe.checkpoint.keep_best
     if name is not None and name not in evaluator.names:
-        known = ", ".join(evaluator.names) or "null, because the run has neither held-out text nor a dictionary"
-        raise UserError(f"checkpoint.keep_best is {name}, expected one of {known}")
+        valid = ", ".join(evaluator.names) or "null, because the run has neither held-out text nor a dictionary"
+        raise UserError(f"checkpoint.keep_best is {name}, expected one of {valid}")
 
 
 def check_world_size(recipe: Recipe, runtime: Runtime) -> None:
-    """Checks that the processes there are can run the recipe.
+    """Checks that the number of processes fits the recipe.
 
     Raises:
-        UserError: they cannot.
+        UserError: It does not.
     """
     try:
         recipe.check_world_size(runtime.world_size)

@@ -1,12 +1,12 @@
-"""Checks a recipe and the files it names without torch or a GPU: `pretrain --validate`, on a laptop before the job is
-queued."""
+"""Checks a recipe and its files without torch or a GPU: `pretrain --validate`, for example on a laptop before
+submitting the job."""
 
 from dataclasses import asdict
 
 from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run, resume_fingerprint
 from megatron_prealign.checkpoint.resume.start import StartPoint, preview_start
 from megatron_prealign.checkpoint.state import model_identity, read_state
-from megatron_prealign.data.dataset import contradictions
+from megatron_prealign.data.dataset import sidecar_mismatches
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.word_bitmap import check_words
@@ -18,13 +18,13 @@ from megatron_prealign.tokenizer.load import load_tokenizer
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
-    """Checks everything that needs no tensor library; returns a summary for the user.
+    """Checks everything that needs no tensor library; returns a human-readable summary.
 
     Args:
-        world_size: processes the run will have, or None to leave that check out.
+        world_size: Number of processes of the run; None skips this check.
 
     Raises:
-        UserError: a file is missing or does not fit.
+        UserError: A file is missing or incompatible with the recipe.
         RecipeValueError: `world_size` does not fit the recipe.
     """
     if world_size is not None:
@@ -35,21 +35,21 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     for path, sidecar in sidecars.items():
         if sidecar.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"{path} was made with another tokenizer ({sidecar.tokenizer.path}) than data.tokenizer "
-                f"({recipe.data.tokenizer}); preprocess it with that one, or correct the recipe"
+                f"{path}: built with another tokenizer ({sidecar.tokenizer.path}), expected data.tokenizer "
+                f"({recipe.data.tokenizer}); preprocess it again or fix data.tokenizer"
             )
     vocab_size = recipe.model.vocab_size
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} "
-            "ids; raise it or leave it out"
+            f"model.vocab_size is {vocab_size}, expected at least {tokenizer.vocab_size}, the number of ids of "
+            f"data.tokenizer {recipe.data.tokenizer}; raise it or omit it"
         )
     open_dictionary(recipe, tokenizer.fingerprint)
     for source in recipe.data.sources:
         if sidecars[source.path].tokens <= recipe.data.seq_length:
             raise UserError(
-                f"{source.path} has {sidecars[source.path].tokens} tokens, one sample needs data.seq_length + 1 = "
-                f"{recipe.data.seq_length + 1}; add text, lower data.seq_length or drop the source"
+                f"{source.path}: got {sidecars[source.path].tokens} tokens, expected at least data.seq_length + 1 = "
+                f"{recipe.data.seq_length + 1} for one sample; add text, lower data.seq_length or remove the source"
             )
     start = _check_start(recipe, tokenizer, sidecars)
     tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
@@ -57,10 +57,10 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
 
 
 def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> StartPoint:
-    """Where the run would start, as far as the checkpoint and the sidecars tell.
+    """Returns where the run would start, as far as the checkpoint and the sidecars show.
 
     Raises:
-        UserError: the checkpoint is damaged or of another run or model.
+        UserError: The checkpoint is corrupt or belongs to another run or model.
     """
     start = preview_start(recipe)
     if start.choice is None:
@@ -73,15 +73,15 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
         check_model(start.checkpoint, read_state(start.checkpoint), identity, advice=OTHER_WEIGHTS)
         return start
     check_model(start.checkpoint, start.summary, identity)
-    # Which source is which, the run finds out by what they hold; here their paths must do.
-    known = {source["path"]: source["key"] for source in start.summary["run"]["sources"]}
-    facts = resume_fingerprint(
+    # The run matches sources by their content; here the paths must suffice.
+    saved_keys = {source["path"]: source["key"] for source in start.summary["run"]["sources"]}
+    fingerprint = resume_fingerprint(
         recipe,
         num_samples=start.summary["run"]["num_samples"],
-        keys=[known.get(source.path, -1) for source in recipe.data.sources],
+        keys=[saved_keys.get(source.path, -1) for source in recipe.data.sources],
         segmenters=[sidecars[source.path].segmenter for source in recipe.data.sources],
     )
-    check_run(start.checkpoint, start.summary, facts)
+    check_run(start.checkpoint, start.summary, fingerprint)
     return start
 
 
@@ -90,7 +90,7 @@ def _summary(recipe: Recipe, tokens: int) -> str:
     budget = f"{training.train_tokens:,} tokens" if training.train_tokens else f"{training.train_iters:,} steps"
     parts = [name for name in ("alignment", "code_switch") if getattr(recipe, name) is not None]
     return (
-        f"the recipe is sound: {budget} of training on sources of {tokens:,} tokens, languages "
+        f"the recipe is valid: {budget} of training on sources of {tokens:,} tokens, languages "
         f"{', '.join(recipe.data.languages)}, {' and '.join(parts) or 'neither alignment nor code_switch'}"
     )
 
@@ -98,12 +98,12 @@ def _summary(recipe: Recipe, tokens: int) -> str:
 def _check_source(source: DataSource | ValidationSource) -> Sidecar:
     index = check_indexed(source.path)
     sidecar = load_sidecar(source.path)
-    for problem in contradictions(source.path, index, sidecar):
+    for problem in sidecar_mismatches(source.path, index, sidecar):
         raise UserError(problem)
     if sidecar.language != source.language:
         raise UserError(
-            f"{source.path} is in language {sidecar.language}, but the recipe says {source.language}; "
-            "change one of the two"
+            f"{source.path}: language is {sidecar.language}, but the recipe says {source.language}; fix the recipe or "
+            "preprocess the dataset again"
         )
     # Validation does not switch words.
     if sidecar.segmenter is not None and isinstance(source, DataSource):

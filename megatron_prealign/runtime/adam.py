@@ -1,9 +1,9 @@
-"""AdamW for runs without Transformer Engine and Apex, in the form Megatron-Core's distributed optimizer can save and
+"""AdamW for runs without Transformer Engine and Apex, in a form that Megatron-Core's distributed optimizer can save and
 load.
 
 torch's AdamW keeps `step` as a tensor in every parameter's state; Megatron-Core 0.16.1 then fails to load sharded
 optimizer state (`KeyError: 'step'`). The fused optimizers of Transformer Engine and Apex keep `step` in the parameter
-group. This class does the same, over torch's own fused kernel.
+group. This class does the same, using torch's fused kernel.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import torch
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """Decoupled weight decay Adam; `step` lives in the parameter group, `exp_avg` and `exp_avg_sq` are fp32 tensors."""
+    """Adam with decoupled weight decay. `step` is kept in the parameter group; `exp_avg` and `exp_avg_sq` are fp32
+    tensors."""
 
     def __init__(
         self,
@@ -25,16 +26,16 @@ class FusedAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("FusedAdamW decouples weight decay; adam_w_mode=False is not supported")
+            raise ValueError("adam_w_mode is False, expected True: FusedAdamW supports only decoupled weight decay")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient."""
         if closure is not None:
-            raise ValueError("FusedAdamW takes no closure")
+            raise ValueError("closure is not supported by FusedAdamW")
         for group in self.param_groups:
-            # Groups without parameters on this rank count too, so that all ranks save the same step.
+            # Groups without parameters on this rank count steps too, so that all ranks save the same value.
             group["step"] = int(group.get("step", 0)) + 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:

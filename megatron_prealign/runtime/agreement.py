@@ -1,8 +1,8 @@
-"""Work that one rank does for all, without the others waiting for ever when it fails.
+"""Propagates results and failures of work on single ranks to all ranks, so that no rank waits for a failed one.
 
-Where no group is given, the ranks agree over the run's control group, which `runtime.distributed.start` makes: gloo
-with a timeout of its own, since one rank may build an index or write a checkpoint for longer than any collective of the
-training may take.
+Without an explicit group, ranks communicate over the run's control group, which `runtime.distributed.start` creates: a
+gloo group with a separate timeout, since one rank may build an index or write a checkpoint for longer than any
+collective of the training may take.
 """
 
 import re
@@ -14,41 +14,45 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_prealign.errors import UserError, user_error_of
+from megatron_prealign.errors import UserError, to_user_error
 
 Result = TypeVar("Result")
 
-# The default group it was made in, itself, and its timeout. It is good as long as that default group is the one in use.
+# Default group at creation, control group, timeout. Valid only while that default group is in use.
 _control: tuple[dist.ProcessGroup, dist.ProcessGroup, timedelta] | None = None
 
 
 class RankError(RuntimeError):
-    """Another rank failed; its message is carried along."""
+    """Another rank failed; contains the message of that rank."""
 
 
 def open_control_group(timeout: timedelta) -> None:
-    """Makes the group that the ranks agree over, or keeps one that waits as long. Takes part: all ranks."""
+    """Creates the control group unless one with at least this timeout exists. Collective: call on all ranks."""
     global _control
     world = dist.group.WORLD
-    assert world is not None, "the process group is not there yet"
+    assert world is not None, "the process group is not initialised"
     if _control is None or _control[0] is not world or _control[2] < timeout:
         _control = (world, dist.new_group(backend="gloo", timeout=timeout), timeout)
 
 
 def control_group() -> dist.ProcessGroup | None:
-    """The group that the ranks agree over; None, torch's default group, where a run has not made one."""
+    """The run's control group; None, which selects torch's default group, if there is none."""
     return _control[1] if _control is not None and _control[0] is dist.group.WORLD else None
 
 
 def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGroup | None = None) -> None:
-    """Every rank calls this with its own error or None; all raise if any rank has one.
+    """Raises on all ranks if any rank passes an error.
 
-    Takes part: all ranks of `group` (two collectives only when something failed, one otherwise).
+    Collective: call on all ranks of `group` (one collective, a second one only after a failure).
+
+    Args:
+        error: Error of this rank, or None.
+        what: Description of the work, for messages.
 
     Raises:
-        UserError: some rank met a user's mistake (the first such rank's message). It is `agreed` where rank 0 raises
-            the same. Or a rank has ended.
-        RankError: some other rank failed otherwise. The failing rank raises its own error.
+        UserError: A rank passed a UserError (the message is that of the first such rank; `agreed` is True if rank 0
+            raises the same), or a process has ended.
+        RankError: Another rank passed another error. A rank that passed an error raises its own.
     """
     group = group or control_group()
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
@@ -58,15 +62,15 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
     except RuntimeError as lost:
         if error is not None:
             raise error from lost
-        raise UserError(_lost(what, lost)) from lost
+        raise UserError(_lost_rank_message(what, lost)) from lost
     if int(failed) == 0:
         return
     reports: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
     own = None if error is None else (type(error).__name__, str(error))
     dist.all_gather_object(reports, own, group=group)
-    told = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
-    # A mistake that the user can mend explains more than a failure that may have come of it.
-    rank, kind, message = next((each for each in told if each[1] == UserError.__name__), told[0])
+    failures = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
+    # A UserError is more helpful than other failures, which may be its consequence.
+    rank, kind, message = next((each for each in failures if each[1] == UserError.__name__), failures[0])
     if error is None:
         error = (
             UserError(message)
@@ -74,43 +78,43 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
             else RankError(f"{what} failed on rank {rank}: {kind}: {message}")
         )
     if isinstance(error, UserError):
-        speaker = reports[0] or (kind, message)
-        error.agreed = _has_rank_zero(group) and speaker == (UserError.__name__, str(error))
+        rank_zero = reports[0] or (kind, message)
+        error.agreed = _has_rank_zero(group) and rank_zero == (UserError.__name__, str(error))
     raise error
 
 
 @contextmanager
 def lost_ranks_as_user_errors(what: str) -> Iterator[None]:
-    """Turns what a collective raises when another process has ended into one line: the cause is in the output of that
-    process."""
+    """Converts the error that a collective raises when another process has ended into a one-line UserError. The cause
+    is in the output of that process."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
-        raise UserError(_lost(what, error)) from error
+        raise UserError(_lost_rank_message(what, error)) from error
 
 
-def _lost(what: str, error: RuntimeError) -> str:
-    # gloo begins with the place in its own source.
+def _lost_rank_message(what: str, error: RuntimeError) -> str:
+    # gloo messages start with a location in its source code.
     reason = re.sub(r"^\[.*?\] ", "", (str(error).splitlines() or [type(error).__name__])[0])
     return (
-        f"{what}: another process of this run has ended or does not answer ({reason}); its own output says why, start "
-        "the same command again"
+        f"{what}: another process of this run has ended or does not respond ({reason}); check its output for the "
+        "cause, then rerun the same command"
     )
 
 
 def on_every_rank(what: str, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Runs `work` on every rank and returns its result; if it fails anywhere, all ranks raise before any barrier.
+    """Runs `work` on every rank and returns its result; if it fails on any rank, all ranks raise before any barrier.
 
-    A file that the operating system refuses is a user's mistake.
+    File errors of the operating system are raised as UserError.
     """
     error: BaseException | None = None
     result: Result | None = None
     try:
         result = work()
     except OSError as caught:
-        error = user_error_of(caught) or caught
+        error = to_user_error(caught) or caught
         error.__cause__ = caught if error is not caught else caught.__cause__
     except Exception as caught:
         error = caught
@@ -119,17 +123,16 @@ def on_every_rank(what: str, work: Callable[[], Result], group: dist.ProcessGrou
 
 
 def on_rank_zero(what: str, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result | None:
-    """Runs `work` on the group's first rank only; the others wait and learn of a failure. Returns None on the
-    others."""
+    """Runs `work` on the group's first rank only; the other ranks wait, return None, and raise if it fails."""
     return on_every_rank(what, lambda: work() if dist.get_rank(group) == 0 else None, group)
 
 
 def from_rank_zero(what: str, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Runs `work` on the group's first rank only; its result, which is pickled, or its failure reaches all ranks."""
-    answer: list[Result | None] = [on_rank_zero(what, work, group)]
+    """Runs `work` on the group's first rank only; returns its (pickled) result, or raises its failure, on all ranks."""
+    result: list[Result | None] = [on_rank_zero(what, work, group)]
     group = group or control_group()
-    dist.broadcast_object_list(answer, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
-    return answer[0]  # type: ignore[return-value]
+    dist.broadcast_object_list(result, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return result[0]  # type: ignore[return-value]
 
 
 def _has_rank_zero(group: dist.ProcessGroup | None) -> bool:

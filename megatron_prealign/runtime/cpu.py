@@ -1,10 +1,10 @@
-"""The seam that lets Megatron-Core, which expects CUDA, run on a CPU with gloo.
+"""Lets Megatron-Core, which expects CUDA, run on a CPU with gloo.
 
-Switched on once per process by `runtime.distributed.start` when the device is a CPU; on CUDA nothing here is touched.
-Megatron-Core 0.16.1 names CUDA in four ways, and each is answered here:
+`runtime.distributed.start` enables it once per process when the device is a CPU; on CUDA it is not used.
+Megatron-Core 0.16.1 refers to CUDA in four ways, all of which are redirected here:
 
 - `device="cuda"` and device integers in tensor constructors, `Tensor.cuda()`, `Tensor.to("cuda")`;
-- `Tensor.type() == "torch.cuda.FloatTensor"`, by which the optimizers tell number formats;
+- `Tensor.type() == "torch.cuda.FloatTensor"`, by which the optimizers distinguish dtypes;
 - `torch.cuda.current_device()` and `torch.cuda.synchronize()`;
 - the CUDA random states behind its RNG tracker.
 """
@@ -24,8 +24,8 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
 
 
-class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Answers every request for a CUDA device with the CPU."""
+class _CudaToCpuMode(TorchFunctionMode):
+    """Replaces every CUDA device by the CPU."""
 
     def __torch_function__(
         self,
@@ -46,11 +46,11 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_active: _CudaNamesMeanCpu | None = None
+_active: _CudaToCpuMode | None = None
 
 
 def enable() -> None:
-    """Makes this process's CUDA names mean the CPU, for good. Calling it again changes nothing."""
+    """Redirects CUDA calls of this process to the CPU permanently. Idempotent."""
     global _active
     if _active is not None:
         return
@@ -66,20 +66,20 @@ def enable() -> None:
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     _SharedGeneratorTracker.install(megatron_random)
-    _active = _CudaNamesMeanCpu()
+    _active = _CudaToCpuMode()
     _active.__enter__()
 
 
 class _SharedGeneratorTracker:
-    """Silences the RNG tracker's warning that the CPU state moved inside a fork: here it is the very state being
-    forked."""
+    """Silences the RNG tracker's warning that the CPU state changed inside a fork, since here the CPU state is the one
+    that is forked."""
 
     @staticmethod
     def install(megatron_random: Any) -> None:
         import logging
 
-        class _NotTheCpuWarning(logging.Filter):
+        class _DropCpuRngWarning(logging.Filter):
             def filter(self, record: logging.LogRecord) -> bool:
                 return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
-        logging.getLogger(megatron_random.__name__).addFilter(_NotTheCpuWarning())
+        logging.getLogger(megatron_random.__name__).addFilter(_DropCpuRngWarning())

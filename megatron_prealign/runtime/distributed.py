@@ -1,4 +1,4 @@
-"""Starts and stops a run's processes: device, process groups, seeds, the CPU seam."""
+"""Sets up and tears down a process of a run: device, process groups, seeds, CPU redirection."""
 
 import os
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection
 from megatron_prealign.runtime.agreement import open_control_group
 
-# On CUDA, cuBLAS must be told before its first use to give the same result twice, which bit-exact resume relies on.
+# On CUDA, cuBLAS must be configured before its first use to be deterministic, which bit-exact resume relies on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Least time that ranks wait for work that one of them does alone, such as the sample index of a large corpus. A rank
-# that dies ends the wait at once: its connections close.
+# Minimum time that ranks wait for work that one of them does alone, such as the sample index of a large corpus. If a
+# rank dies, the wait ends immediately because its connections close.
 _PATIENCE_MINUTES = 120.0
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands. Passed in wherever it is needed; nothing reads it from a global."""
+    """Device, process groups and ranks of this process. Passed explicitly, never read from a global."""
 
     device: torch.device
     groups: "ProcessGroupCollection"  # type: ignore[name-defined]  # noqa: F821
@@ -57,22 +57,22 @@ class Runtime:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of this process.
+    """Returns the device of this process.
 
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is requested but not available, or the node has fewer GPUs than processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "parallel.device is cuda, but torch sees no GPU; set it to auto or cpu, or run `megatron-prealign doctor`"
+            "parallel.device is cuda, but torch finds no GPU; set it to auto or cpu, or run `megatron-prealign doctor`"
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"this node has {torch.cuda.device_count()} GPUs, but process {local_rank} wants one of its own; "
-            f"lower --nproc-per-node to at most {torch.cuda.device_count()}"
+            f"this node has {torch.cuda.device_count()} GPUs, but local rank {local_rank} needs a separate one; lower "
+            f"--nproc-per-node to at most {torch.cuda.device_count()}"
         )
     return torch.device("cuda", local_rank)
 
@@ -84,7 +84,7 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        # Started without torchrun: a group of one, over an in-memory store, needs no free port.
+        # Without torchrun: a single-process group with an in-memory store, which needs no free port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
@@ -92,10 +92,10 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
 def running(
     parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0, leave_process_group: bool = False
 ) -> Iterator[Runtime]:
-    """`start`, and `stop` when the block ends well.
+    """Calls `start`, and `stop` when the block succeeds.
 
-    When it does not, only Megatron-Core's groups are dropped: other ranks may wait in a collective that this one will
-    never join, and to take the process group down would wait for them under NCCL instead of telling the user.
+    After an error only Megatron-Core's groups are destroyed: other ranks may wait in a collective that this one will
+    never join, and destroying the process group would wait for them under NCCL instead of reporting the error.
     """
     runtime = start(parallel, seed=seed, patience_minutes=patience_minutes)
     try:
@@ -109,20 +109,20 @@ def running(
 def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0) -> Runtime:
     """Joins the process group, builds Megatron-Core's groups for `parallel` and seeds the random states.
 
-    Started under torchrun it uses the environment's RANK and WORLD_SIZE, alone it is a group of one. Call `stop` before
+    Under torchrun it uses the environment's RANK and WORLD_SIZE, otherwise a single-process group. Call `stop` before
     calling it again with another layout in the same processes.
 
     Args:
-        patience_minutes: the longest that one rank may work alone (`checkpoint.timeout_minutes`) while the others wait
-            to agree; training's own collectives keep `parallel.distributed_timeout_minutes`.
+        patience_minutes: Longest time that one rank may work alone (`checkpoint.timeout_minutes`) while the others
+            wait for it; the collectives of training keep `parallel.distributed_timeout_minutes`.
 
     Raises:
-        UserError: no GPU where one is asked for, or a world size the layout does not divide.
+        UserError: No GPU although one is requested, or the world size is not a multiple of the model-parallel size.
     """
     device = choose_device(parallel.device)
     if parallel.tensor_model_parallel_size > 1:
         # Lets Megatron-Core's tensor-parallel communication start before the kernel it overlaps with. CUDA reads it
-        # once.
+        # only once.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -134,7 +134,7 @@ def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0
             f"the number of processes is {world_size}, expected a multiple of "
             f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size})"
         )
-    # A minute more than the work, so that the rank whose time is up is the one to tell.
+    # A minute more than the work may take, so that the rank whose time is up reports the error.
     patience = max(parallel.distributed_timeout_minutes, patience_minutes, _PATIENCE_MINUTES) + 1.0
     open_control_group(timedelta(minutes=patience))
     if device.type == "cpu":
@@ -153,7 +153,8 @@ def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + 100 * stage)
-    # Stages draw their own dropout, as in Megatron-LM; tensor-parallel ranks agree where activations are whole.
+    # Stages draw different dropout masks, as in Megatron-LM; tensor-parallel ranks agree where activations are not
+    # sharded.
     model_parallel_cuda_manual_seed((seed + 100 * stage) % 2**31, force_reset_rng=True)
     return Runtime(
         device=device,
@@ -165,7 +166,7 @@ def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0
 
 
 def stop(*, leave_process_group: bool = False) -> None:
-    """Takes Megatron-Core's groups down and, unless told to leave it, the process group too."""
+    """Destroys Megatron-Core's groups and, unless `leave_process_group`, the process group."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

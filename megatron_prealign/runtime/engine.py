@@ -1,4 +1,4 @@
-"""Megatron-Core's data parallelism and pipeline schedules behind two calls."""
+"""Wrappers of Megatron-Core's data parallelism and pipeline schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -17,14 +17,14 @@ ForwardStep = Callable[[Iterator[Any], Any], tuple[torch.Tensor, LossFunction]]
 
 
 def wrap_data_parallel(chunks: Sequence[GPTModel], parallel: ParallelSection) -> list[DistributedDataParallel]:
-    """Gives every chunk its gradient buffer, reduced over the data-parallel ranks in fp32."""
+    """Wraps every chunk in DistributedDataParallel, with gradients reduced in fp32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    # Later chunks of a stage start their backward pass first, when nothing is left to overlap with.
+    # As in Megatron-LM: later chunks of a stage run their backward pass first, so only the first one needs buckets.
     wrapped = [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -35,10 +35,10 @@ def wrap_data_parallel(chunks: Sequence[GPTModel], parallel: ParallelSection) ->
 
 
 def gather_parameters(chunks: Sequence[torch.nn.Module]) -> None:
-    """Brings every rank's parameters up to date; needed before they are read outside a forward pass.
+    """Gathers updated parameters on every rank; required before reading them outside a forward pass.
 
-    With `overlap_param_gather` each rank holds only its own updated shard until the next forward pass fetches the rest.
-    Takes part: the data-parallel group.
+    With `overlap_param_gather` each rank has only its own updated shard until the next forward pass gathers the rest.
+    Collective: call on all ranks of the data-parallel group.
     """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
@@ -64,15 +64,15 @@ def run_schedule(
     """Runs forward (and backward) over `microbatches` through the pipeline, then finalises the gradients once.
 
     Args:
-        microbatches: what this data-parallel rank works on; the same number on every rank. A loss is averaged over
-            them by Megatron-Core, so a forward step that wants a sum multiplies by `schedule_length(...)`.
-        idle: makes a microbatch without any loss. The interleaved schedule wants a multiple of the pipeline size.
-        shape: tokens and rows of a microbatch, unless `mixed_shapes`.
-        mixed_shapes: microbatches differ in shape, so stages tell each other theirs before they send.
+        microbatches: Microbatches of this data-parallel rank, the same number on every rank. Megatron-Core averages the
+            loss over them, so a forward step that needs a sum multiplies by `schedule_length(...)`.
+        idle: Returns a microbatch without loss, which pads the interleaved schedule to a multiple of the pipeline size.
+        shape: Sequence length and number of samples of a microbatch, unless `mixed_shapes`.
+        mixed_shapes: Whether microbatches differ in shape; stages then send each shape before the tensor.
     """
     padded = [*microbatches]
     while len(padded) < schedule_length(runtime, len(microbatches)):
-        # In front: the last microbatch must touch every parameter, it is the one that starts the gradient reduction.
+        # At the front, because the last microbatch starts the gradient reduction and must touch every parameter.
         padded.insert(0, idle())
     config = unwrap(chunks[0]).config
     config.variable_seq_lengths = mixed_shapes and runtime.parallel.pipeline_model_parallel_size > 1
@@ -89,7 +89,7 @@ def run_schedule(
 
 
 def schedule_length(runtime: Runtime, microbatches: int) -> int:
-    """Microbatches the schedule runs for `microbatches` real ones, idle ones included."""
+    """Number of microbatches in the schedule for `microbatches` real ones, including idle ones."""
     if runtime.parallel.virtual_pipeline_model_parallel_size is None:
         return microbatches
     stages = runtime.parallel.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""Megatron-Core's own blending and sample indices, computed in memory without its cache or its rank-0 rule."""
+"""Megatron-Core's blending and sample indices, computed in memory without its cache and on any rank."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ import numpy as np
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-# Blend positions hold the source in 16 bits, and Megatron-Core reserves the last value.
+# The blend index stores source numbers in 16 bits, and Megatron-Core reserves the last value.
 MAX_BLEND_SOURCES = 32766
-# Megatron-Core keeps sequence numbers in 32 bits without a check.
+# Megatron-Core stores sequence numbers in 32 bits without a check.
 MAX_SEQUENCES = 2**31 - 1
 
 
 class SampleIndices(NamedTuple):
-    """Where the samples of one epoch of one source lie.
+    """Positions of the samples of one epoch of one source.
 
     Sample s of the shuffled order is number n = `shuffle[s]` of the token stream that the sequences
     `documents[0], documents[1], ...` form; it starts at token `samples[n, 1]` of sequence `documents[samples[n, 0]]`
@@ -34,18 +34,20 @@ class SampleIndices(NamedTuple):
 
 
 def megatron_core_version() -> str:
-    """Version of the algorithms below, to keep beside what they made."""
+    """Version of Megatron-Core, which identifies the algorithms below; saved with their results."""
     from megatron.core import __version__
 
     return str(__version__)
 
 
 def blending_indices(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each position of the blend its source (int16 [num_samples]) and that source's sample (int64 [num_samples]).
+    """Returns, per sample of the blend, its source (int16 [num_samples]) and the sample number within that source
+    (int64 [num_samples]).
 
-    The order is greedy: each position goes to the source that is furthest behind its share. After any n positions two
-    sources are within one sample of their shares; with more sources up to 1.8 samples were measured (dirichlet
-    weights, 3 to 50 sources). It has no randomness: a shorter blend is a prefix of a longer one.
+    The order is greedy: each sample is taken from the source that is furthest behind its weight. After any n samples
+    the counts of two sources are within one sample of their weights; with more sources, deviations of up to 1.8 samples
+    were measured (Dirichlet weights, 3 to 50 sources). There is no randomness: a shorter blend is a prefix of a longer
+    one.
     """
     from megatron.core.datasets import helpers
     from megatron.core.datasets.utils import normalize
@@ -57,13 +59,13 @@ def blending_indices(weights: Sequence[float], num_samples: int) -> tuple[np.nda
 
 
 def epoch_indices(dataset: "IndexedDataset", *, sequences: int, seq_length: int, seed: int) -> SampleIndices:
-    """One epoch of the first `sequences` sequences: their documents shuffled, cut into samples, the samples shuffled.
+    """Returns one epoch of the first `sequences` sequences: documents shuffled, cut into samples, samples shuffled.
 
-    Works the same on every process and with or without `torch.distributed`.
+    Gives the same result on every process, with or without `torch.distributed`.
 
     Args:
-        dataset: The source; its sequences hold more than `seq_length` tokens.
-        sequences: How many sequences, from the first, may be used.
+        dataset: The source; its sequences have more than `seq_length` tokens in total.
+        sequences: Number of sequences to use, from the first.
         seq_length: Tokens per sample, without the extra one for the last label.
         seed: From 0 to 2^32 - 1.
     """
@@ -79,8 +81,8 @@ def epoch_indices(dataset: "IndexedDataset", *, sequences: int, seq_length: int,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        # None would mean a directory beside the data; empty means no cache, and then every rank computes for itself
-        # (with a cache, only global rank 0 would, and the other nodes would look for its files on their own disks).
+        # None would select a directory next to the data; empty disables the cache, and every rank builds the index
+        # itself (with a cache only global rank 0 would, and other nodes would look for its files on their own disks).
         path_to_cache="",
     )
     with _without_cache_warning():
@@ -88,7 +90,7 @@ def epoch_indices(dataset: "IndexedDataset", *, sequences: int, seq_length: int,
             dataset,
             dataset.path_prefix,
             np.arange(sequences, dtype=np.int32),
-            # Any number up to an epoch's gives the whole epoch.
+            # Any number up to the size of an epoch gives the complete epoch.
             1,
             Split.train,
             config,
@@ -98,7 +100,7 @@ def epoch_indices(dataset: "IndexedDataset", *, sequences: int, seq_length: int,
 
 @dataclass(frozen=True)
 class _NoTokenizer:
-    """`GPTDatasetConfig` wants a tokenizer; building indices asks it for nothing but these."""
+    """Tokenizer stub for `GPTDatasetConfig`; building indices uses only these attributes."""
 
     vocab_size: int | None = None
 
@@ -109,7 +111,7 @@ class _NoTokenizer:
 
 @contextmanager
 def _without_cache_warning() -> Iterator[None]:
-    """Drops the one warning that says there is no cache directory, which is on purpose here."""
+    """Suppresses the warning about a missing cache directory, which is intended here."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "path_to_cache is None" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Rank-aware logging: rank 0 speaks, the others only warn."""
+"""Rank-aware logging: INFO on rank 0, only warnings on the other ranks."""
 
 import logging
 import os
@@ -6,8 +6,8 @@ import re
 import sys
 import warnings
 
-# What Megatron-Core 0.16.1 and its use of torch say in every process of every run, and no user can act on. That the
-# fused libraries are missing is said once, by `doctor`.
+# Warnings that Megatron-Core 0.16.1 and its use of torch emit in every process of every run and that no user can act
+# on. `doctor` reports missing fused libraries.
 _NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
@@ -23,14 +23,14 @@ _NOISE = (
 logger = logging.getLogger("megatron_prealign")
 
 
-def _is_worth_saying(record: logging.LogRecord) -> bool:
-    """False for what the memory-efficient save of the optimizer makes Megatron-Core say: only one rank holds the
-    moments."""
+def _keep_record(record: logging.LogRecord) -> bool:
+    """False for the warning that the memory-efficient save of the optimizer triggers in Megatron-Core, where only one
+    rank has the moments."""
     return "common state dict differs from rank 0" not in record.getMessage()
 
 
 def configure(rank: int | None = None) -> None:
-    """Sends the package's log to standard error: INFO on rank 0, WARNING with the rank's number on the others."""
+    """Sends the package's log to standard error: INFO on rank 0, WARNING prefixed with the rank on the others."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
@@ -38,12 +38,12 @@ def configure(rank: int | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
-    logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(_is_worth_saying)
+    logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(_keep_record)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=re.escape(message))
 
 
-def warn_once(speaker: logging.Logger, message: str, *values: object) -> None:
-    """A warning about what all ranks see: the first one says it."""
+def warn_once(source: logging.Logger, message: str, *values: object) -> None:
+    """Logs a warning that applies to all ranks on rank 0 only."""
     if int(os.environ.get("RANK", "0")) == 0:
-        speaker.warning(message, *values)
+        source.warning(message, *values)

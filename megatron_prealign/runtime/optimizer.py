@@ -1,4 +1,5 @@
-"""Builds Megatron-Core's optimizer and learning-rate schedule, with our AdamW where no fused one is installed."""
+"""Builds Megatron-Core's optimizer and learning-rate schedule, with `FusedAdamW` where no fused optimizer is
+installed."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -19,14 +20,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.adam import FusedAdamW
 
-_HELD = "megatron_prealign_held"
+_FROZEN = "megatron_prealign_frozen"
 
 
 def _use_own_adam() -> None:
-    """Makes Megatron-Core take `FusedAdamW` for the fused optimizer it did not find.
+    """Makes Megatron-Core use `FusedAdamW` in place of the missing fused optimizer.
 
     Without Transformer Engine and Apex, 0.16.1 falls back to torch.optim.AdamW, whose sharded state it cannot load.
-    The flags set here are the ones it sets itself when it finds Apex: `step` is then looked for in the parameter group.
+    The flags set here are those it sets when it finds Apex; it then reads `step` from the parameter group.
     """
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         return
@@ -37,7 +38,7 @@ def _use_own_adam() -> None:
 
 
 def build_optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW over the parameters of `chunks`, sharded over data-parallel ranks when the recipe says so."""
+    """Returns AdamW for the parameters of `chunks`, sharded over data-parallel ranks if the recipe enables it."""
     _use_own_adam()
     section = recipe.optimizer
     bf16 = recipe.training.precision == "bf16"
@@ -55,30 +56,30 @@ def build_optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel]) -
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
-    # A group whose learning rate goes its own way, which 0.16.1 knows but only tells apart by this field.
-    groups = {**get_standard_config_overrides(config), ParamKey(attr=_HELD): {"is_decoupled_lr": True}}
+    # Puts frozen parameters into separate groups, which 0.16.1 distinguishes only by this field.
+    groups = {**get_standard_config_overrides(config), ParamKey(attr=_FROZEN): {"is_decoupled_lr": True}}
     return get_megatron_optimizer(config, list(chunks), config_overrides=groups)
 
 
-def hold(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Marks parameters that some phases leave as they are; call before `build_optimizer`."""
+def freeze(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Marks parameters that some phases keep frozen; call before `build_optimizer`."""
     for parameter in parameters:
-        setattr(parameter, _HELD, True)
+        setattr(parameter, _FROZEN, True)
 
 
 def zero_frozen_gradients(chunks: Sequence[torch.nn.Module]) -> None:
-    """Makes the gradients of held parameters zero, so that they count neither in the norm nor in the moments."""
-    held: list[torch.Tensor] = [
-        getattr(parameter, "main_grad")  # noqa: B009  # Megatron-Core's own attribute, which mypy does not know
+    """Zeroes the gradients of frozen parameters, so that they affect neither the norm nor the moments."""
+    frozen: list[torch.Tensor] = [
+        getattr(parameter, "main_grad")  # noqa: B009  # set by Megatron-Core, unknown to mypy
         for parameter in chain.from_iterable(chunk.parameters() for chunk in chunks)
-        if getattr(parameter, _HELD, False)
+        if getattr(parameter, _FROZEN, False)
     ]
-    if held:
-        torch._foreach_zero_(held)
+    if frozen:
+        torch._foreach_zero_(frozen)
 
 
 def reset_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Forgets moments and step count, as for a fresh optimizer; fp32 master weights stay."""
+    """Clears moments and step count, as in a fresh optimizer; fp32 master weights are kept."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.optimizer.state.clear()
         for group in part.optimizer.param_groups:
@@ -94,17 +95,17 @@ def build_schedule(
     warmup_iters: int,
     decay_iters: int,
     weight_decay: float,
-    moves_held: bool = True,
+    updates_frozen: bool = True,
 ) -> OptimizerParamScheduler:
-    """Learning rate over `decay_iters` optimizer steps: linear warm-up, then `decay_style` down to `min_lr`.
+    """Returns a schedule over `decay_iters` optimizer steps: linear warm-up, then `decay_style` down to `min_lr`.
 
     Args:
-        moves_held: whether parameters marked by `hold` move too; at a learning rate of 0 neither the update nor the
-            weight decay changes them.
+        updates_frozen: Whether parameters marked by `freeze` are updated too. Otherwise their learning rate is 0, so
+            that neither the update nor the weight decay changes them.
     """
     for group in optimizer.param_groups:
-        moves = moves_held or not group["is_decoupled_lr"]
-        group["max_lr"], group["min_lr"] = (lr, min_lr) if moves else (0.0, 0.0)
+        updated = updates_frozen or not group["is_decoupled_lr"]
+        group["max_lr"], group["min_lr"] = (lr, min_lr) if updated else (0.0, 0.0)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,4 +1,4 @@
-"""Takes and gives back this process's random states, Megatron-Core's tracker included."""
+"""Captures and restores this process's random states, including Megatron-Core's tracker."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 def capture() -> dict[str, Any]:
-    """All random states of this process: Python's, NumPy's, torch's on CPU and device, and the tracker's."""
+    """Returns the random states of this process: Python's, NumPy's, torch's on CPU and device, and the tracker's."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -20,7 +20,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Continues every generator where `capture` found it. The device must be of the same type as it was then."""
+    """Restores the states returned by `capture`. The device must be of the same type."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -1,8 +1,8 @@
-"""Tensors on their way to the device."""
+"""Asynchronous copies from host memory to the device."""
 
 import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor in host memory to the device without waiting for what the device is doing."""
+    """Copies a tensor from host memory to the device without synchronising with it."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

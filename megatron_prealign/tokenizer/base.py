@@ -1,4 +1,4 @@
-"""One interface over tokenizers of all kinds."""
+"""Common interface of all tokenizers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,44 +10,44 @@ import numpy
 from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.gigatoken_engine import RowEngine
 
-# Tried in this order where the files name no end-of-sequence token.
+# Tried in this order if the files define no end-of-sequence token.
 EOD_NAMES = ("<eod>", "<|endoftext|>", "</s>")
-# Large enough for the tokenizers library to use all cores, small enough that its objects do not pile up.
+# Large enough for the tokenizers library to use all cores, small enough to limit the memory of its objects.
 _WORDS_A_CALL = 32768
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Ids run from 0 to `vocab_size - 1`.
+    """Converts text to ids and back. Ids run from 0 to `vocab_size - 1`.
 
-    Encoding never adds a BOS or EOS token, and the name of a special token inside a text (`<eod>`, `</s>`) is plain
-    text: a document cannot forge the end of a document.
+    Encoding never adds BOS or EOS tokens, and the name of a special token inside a text (`<eod>`, `</s>`) is encoded as
+    plain text, so that a document cannot contain an end-of-document token.
     """
 
     path: Path
-    """Where it was loaded from."""
+    """Path it was loaded from."""
     vocab_size: int
-    """True number of ids, without padding."""
+    """Number of ids, without padding."""
     eod_id: int
-    """The end-of-document id."""
+    """End-of-document id."""
     special_ids: frozenset[int]
     """Control tokens: never replaced, never cloned, never part of a word."""
     fingerprint: str
-    """`sha256:<hex>` of everything that decides ids; independent of file names and dates."""
+    """`sha256:<hex>` of everything that affects ids; independent of file names and dates."""
     library: str
-    """What encodes, for reports."""
+    """Name of the encoding library, for reports."""
     word_encoder: str = "word by word"
-    """What `encode_word_rows` encoded with the last time, for reports."""
+    """Encoder used by the last `encode_word_rows` call, for reports."""
 
     @abstractmethod
     def encode(self, text: str, language: str | None = None) -> list[int]:
-        """The ids of `text`, without BOS and EOS. `language` matters to clone tokenizers only."""
+        """Encodes `text` without BOS and EOS. `language` is used by clone tokenizers only."""
 
     def encode_batch(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
-        """The ids of every text; equal to `encode` one by one, but faster."""
+        """Encodes every text; same ids as `encode`, but faster."""
         return [self.encode(text, language) for text in texts]
 
     def encode_rows(self, texts: Sequence[str], language: str | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """`encode_batch` as arrays.
+        """Like `encode_batch`, but returns arrays.
 
         Returns:
             ids int64 `[tokens]` and offsets int64 `[len(texts)+1]`: text i is `ids[offsets[i]:offsets[i+1]]`.
@@ -58,36 +58,36 @@ class Tokenizer(ABC):
         return numpy.fromiter(chain.from_iterable(rows), numpy.int64, int(offsets[-1])), offsets
 
     def fast_engine(self, language: str | None = None) -> RowEngine | None:
-        """Something that is much faster than `encode_rows` and gives, as far as anyone knows, the same ids; None where
-        there is none. Its answers are to be compared with those of `encode_rows`."""
+        """Returns a faster alternative to `encode_rows` that should produce the same ids, or None. Callers must compare
+        a sample of its results with `encode_rows`."""
         return None
 
     @abstractmethod
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
-        """The ids of `encode`, and which characters of `text` each token has something of.
+        """Encodes `text` and returns the character range of each token.
 
         Returns:
-            The ids, and int64 [tokens, 2]: the offset of the token's first character and one past that of its last.
-            Tokens that hold parts of one character all name it. A token without a character has an empty range.
+            The ids, and int64 [tokens, 2]: start and end offset of each token in characters. Tokens that contain parts
+            of one character all cover it. A token without characters has an empty range.
         """
 
     @abstractmethod
     def encode_words(
         self, words: Sequence[str], language: str | None = None, word_initial: bool = True
     ) -> list[list[int]]:
-        """The ids of every word as it stands inside a sentence.
+        """Encodes every word as it appears inside a sentence.
 
         Args:
-            words: bare words, without spaces around them.
-            language: matters to clone tokenizers only.
+            words: words without surrounding spaces.
+            language: used by clone tokenizers only.
             word_initial: True for a word after a space (with the tokenizer's space marker), False for one that directly
-                follows another character, like `apple` in `(apple`.
+                follows another character, such as `apple` in `(apple`.
         """
 
     def encode_word_rows(
         self, words: Sequence[str], language: str | None = None, word_initial: bool = True
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """`encode_words` for very many words, as arrays.
+        """Like `encode_words`, but returns arrays; efficient for millions of words.
 
         Returns:
             ids int32 `[tokens]` and offsets int64 `[len(words)+1]`: word i is `ids[offsets[i]:offsets[i+1]]`.
@@ -100,16 +100,16 @@ class Tokenizer(ABC):
         return numpy.concatenate(parts), numpy.cumsum(lengths, dtype=numpy.int64)
 
     def encode_word(self, word: str, language: str | None = None, word_initial: bool = True) -> list[int]:
-        """`encode_words` for one word."""
+        """Encodes one word; see `encode_words`."""
         return self.encode_words([word], language, word_initial)[0]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by their names."""
+        """Decodes `ids`; special tokens appear by name."""
 
     @abstractmethod
     def word_boundaries(self) -> numpy.ndarray:
-        """uint8 [vocab_size]: bit 0, a word boundary lies before the token; bit 1, one lies after it.
+        """uint8 [vocab_size]: bit 0, a word boundary before the token; bit 1, a word boundary after it.
 
         Bit 0: the token carries the space marker, or its text starts with a non-letter. Bit 1: its text ends with a
         non-letter. Letters are Unicode's L* and M*; bytes of an incomplete character count as letters; special and
@@ -118,20 +118,20 @@ class Tokenizer(ABC):
 
 
 def check_word_forms(tokenizer: Tokenizer) -> None:
-    """Refuses tokenizers that lose the spaces: dictionary words could not be found or replaced.
+    """Rejects tokenizers that drop spaces: dictionary words could not be found or replaced.
 
     Raises:
-        UserError: a word after a space and the same word inside another get the same ids, or no marker in front.
+        UserError: a word has the same ids after a space and inside another word, or no leading space marker.
     """
-    # One letter that every vocabulary has: unknown tokens would look alike for another reason.
+    # A letter that every vocabulary contains: unknown tokens would be equal for a different reason.
     initial, inner = tokenizer.encode_word("a"), tokenizer.encode_word("a", word_initial=False)
     if not initial or initial == inner or not tokenizer.word_boundaries()[initial[0]] & 1:
-        raise no_word_marker(tokenizer.path)
+        raise no_word_marker_error(tokenizer.path)
 
 
-def no_word_marker(path: Path) -> UserError:
-    """The error about a tokenizer with which words of a dictionary cannot be found."""
+def no_word_marker_error(path: Path) -> UserError:
+    """Returns the error for a tokenizer that does not mark word starts."""
     return UserError(
-        f"{path}: this tokenizer does not mark the start of a word in front of it (WordPiece, or spaces are thrown "
-        "away or put behind words); expected byte-level BPE or sentencepiece"
+        f"{path}: tokenizer does not mark the start of words (WordPiece, or spaces are dropped or put after words); "
+        "expected byte-level BPE or sentencepiece"
     )

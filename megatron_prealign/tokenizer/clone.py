@@ -1,4 +1,4 @@
-"""The cloned language of the controlled study: every ordinary id again, shifted by the vocabulary's size."""
+"""Clone language of the English-Clone study: every ordinary id, shifted by the vocabulary size."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.gigatoken_engine import RowEngine
 
 CLONE_FILE = "clone.json"
-# Decoded clone text stands between these; both are rare in any corpus.
+# Delimiters of decoded clone text; both are rare in any corpus.
 CLONE_OPEN, CLONE_CLOSE = "⟦", "⟧"
 
 
 class CloneTokenizer(Tokenizer):
-    """A base tokenizer of V ids with 2V ids: id + V is the clone language's token for the base language's id.
+    """Extends a base tokenizer of V ids to 2V ids: id + V is the clone of id.
 
-    Special tokens are shared by both languages: their shifted ids are never produced, and count as special, too.
+    Both languages share the special tokens: their shifted ids are never produced, and also count as special.
     """
 
     def __init__(self, base: Tokenizer, language: str) -> None:
@@ -84,7 +84,7 @@ class CloneTokenizer(Tokenizer):
         return self._shift_array(ids, language), offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The base text of `ids`; each run of clone ids stands between `CLONE_OPEN` and `CLONE_CLOSE`."""
+        """Decodes to base text; each run of clone ids is enclosed in `CLONE_OPEN` and `CLONE_CLOSE`."""
         offset = self.base.vocab_size
         parts = []
         for cloned, run in groupby(map(int, ids), key=lambda index: index >= offset):
@@ -97,7 +97,7 @@ class CloneTokenizer(Tokenizer):
 
 
 def load_clone_language(path: Path) -> str:
-    """The language named in a `clone.json`.
+    """Reads the language from a `clone.json`.
 
     Raises:
         UserError: the file is not `{"language": "<code>"}`.
@@ -105,13 +105,13 @@ def load_clone_language(path: Path) -> str:
     try:
         data = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise UserError(f'{path}: not JSON ({error}); expected {{"language": "en_clone"}}') from error
+        raise UserError(f'{path}: invalid JSON ({error}), expected {{"language": "en_clone"}}') from error
     language = data.get("language") if isinstance(data, dict) else None
     if not isinstance(language, str) or not language:
-        raise UserError(f'{path}: no language in it; expected {{"language": "en_clone"}}')
+        raise UserError(f'{path}: language is missing, expected {{"language": "en_clone"}}')
     return language
 
 
 def save_clone_language(directory: Path, language: str) -> None:
-    """Makes the tokenizer in `directory` a clone tokenizer."""
+    """Makes the tokenizer in `directory` a clone tokenizer by writing `clone.json`."""
     (directory / CLONE_FILE).write_bytes(orjson.dumps({"language": language}) + b"\n")

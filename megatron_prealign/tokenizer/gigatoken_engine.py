@@ -1,7 +1,7 @@
-"""gigatoken, a much faster engine for the BPE of a tokenizer.json; never needed, and never trusted unchecked.
+"""gigatoken, a much faster engine for BPE tokenizers in tokenizer.json; optional, and its results are always checked.
 
-It also takes sentencepiece BPE models, but gave other ids for 14 of 6,000 documents and was no faster (gigatoken
-0.10.0, sentencepiece 0.2.3): those stay with sentencepiece.
+It also supports sentencepiece BPE models, but produced different ids for 14 of 6,000 documents and was no faster
+(gigatoken 0.10.0, sentencepiece 0.2.3), so it is not used for them.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ import numpy
 import orjson
 
 RowEngine = Callable[[list[str]], tuple[numpy.ndarray, numpy.ndarray]]
-"""Texts -> the ids of all of them, one text behind the other, uint32 [tokens]; where each begins, int64 [texts + 1]."""
+"""Texts -> concatenated ids, uint32 [tokens], and start offsets, int64 [texts + 1]."""
 
 
 _PREFIX_CHARACTERS = 3
-# gigatoken 0.10.0 keeps every word it has ever seen: 1.8 GB after 216 MB of random words, and a new tokenizer in its
-# place gives that back within 15 to 40 ms. So much memory holds about a million different words.
+# gigatoken 0.10.0 caches every word it has seen: 1.8 GB after 216 MB of random words. Replacing the tokenizer frees
+# that memory in 15 to 40 ms. This limit is enough for about a million distinct words.
 _LARGEST_GROWTH_BYTES = 128 << 20
 
 
 class UnsuitableTextError(Exception):
-    """The engine would give other ids than the tokenizer's own library for a text."""
+    """The engine would produce different ids than the tokenizer's own library for a text."""
 
 
-class _Names:
-    """Finds any of many names in a text: some tokenizers have thousands of added tokens, most with one beginning."""
+class _NameMatcher:
+    """Finds any of many names in a text: some tokenizers have thousands of added tokens, most with a common prefix."""
 
     def __init__(self, names: list[str]) -> None:
         self._lengths: dict[str, set[int]] = {}
@@ -34,7 +34,7 @@ class _Names:
             self._lengths.setdefault(name[:_PREFIX_CHARACTERS], set()).add(len(name))
         self._names = set(names)
 
-    def stand_in(self, text: str) -> bool:
+    def occurs_in(self, text: str) -> bool:
         for prefix, lengths in self._lengths.items():
             at = text.find(prefix)
             while at >= 0:
@@ -45,34 +45,36 @@ class _Names:
 
 
 def engine_for_definition(definition: dict[str, Any]) -> RowEngine | None:
-    """The engine for the contents of a `tokenizer.json`; None where gigatoken is missing or does not take it.
+    """Returns the engine for a `tokenizer.json`; None if gigatoken is not installed or does not support it.
 
-    It raises `UnsuitableTextError` for texts with an added token in them.
+    The engine raises `UnsuitableTextError` for texts that contain an added token.
     """
-    # The names of special tokens are plain text in our encoding.
-    added_tokens = _Names([token["content"] for token in definition.get("added_tokens") or [] if not token["special"]])
+    # Names of special tokens are encoded as plain text.
+    added_tokens = _NameMatcher(
+        [token["content"] for token in definition.get("added_tokens") or [] if not token["special"]]
+    )
     try:
         return _Engine(orjson.dumps(definition | {"added_tokens": []}), added_tokens)
-    except Exception:  # It raises many kinds for what it does not support, other versions others.
+    except Exception:  # gigatoken raises many exception types for unsupported tokenizers, depending on its version.
         return None
 
 
 class _Engine:
-    """Encodes, and forgets what it keeps of words when that has become too much."""
+    """Encodes texts, and clears the word cache when it exceeds a memory limit."""
 
-    def __init__(self, definition: bytes, added_tokens: _Names) -> None:
+    def __init__(self, definition: bytes, added_tokens: _NameMatcher) -> None:
         self._definition, self._added_tokens = definition, added_tokens
-        self._renew()
+        self._reset()
 
     def __call__(self, texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        if self._added_tokens.stand_in("\0".join(texts)):
+        if self._added_tokens.occurs_in("\0".join(texts)):
             raise UnsuitableTextError
         ids, offsets = _arrays(self._tokenizer.encode_batch(texts))
         if _resident_bytes() > self._largest:
-            self._renew()
+            self._reset()
         return ids, offsets
 
-    def _renew(self) -> None:
+    def _reset(self) -> None:
         import gigatoken
 
         self._tokenizer = gigatoken.Tokenizer.from_json(self._definition)
@@ -80,7 +82,7 @@ class _Engine:
 
 
 def _arrays(rows: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Ids and offsets of gigatoken's answer: an awkward array, or a list where awkward does not run (numpy 1.26)."""
+    """Ids and offsets of gigatoken's result: an awkward array, or a list if awkward is not usable (numpy 1.26)."""
     if isinstance(rows, list):
         offsets = numpy.zeros(len(rows) + 1, dtype=numpy.int64)
         numpy.cumsum([len(row) for row in rows], out=offsets[1:])

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizer directories: byte-level BPE and metaspace (Llama, T5, XLM-R style), through `tokenizers`."""
+"""Hugging Face tokenizer directories: byte-level BPE and metaspace (Llama, T5, XLM-R style), with `tokenizers`."""
 
 import copy
 import hashlib
@@ -13,13 +13,13 @@ import orjson
 from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.base import EOD_NAMES, Tokenizer
 from megatron_prealign.tokenizer.gigatoken_engine import RowEngine, engine_for_definition
-from megatron_prealign.tokenizer.word_batches import WordLines
+from megatron_prealign.tokenizer.word_batches import BatchWordEncoder
 from megatron_prealign.tokenizer.word_boundaries import byte_level_alphabet, vocabulary_flags
 
 if TYPE_CHECKING:
     import tokenizers
 
-# Files that older directories keep a vocabulary in; sentencepiece's end with .model.
+# Vocabulary files of older directories.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 METASPACE = "▁"
 # Parts of tokenizer.json that do not change the ids of a text encoded without special tokens.
@@ -27,7 +27,7 @@ _IRRELEVANT = ("version", "truncation", "padding", "post_processor", "decoder")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A directory with `tokenizer.json`, or one that transformers can convert to it."""
+    """Tokenizer of a directory with `tokenizer.json`, or of one that transformers can convert to it."""
 
     library = "tokenizers"
 
@@ -35,14 +35,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.path = path
         data = read_definition(path)
         config = read_config(path)
-        # Padding, truncation and dropout would make ids depend on the batch, the length or chance.
-        # The post-processor adds special tokens, which nobody here asks for, and cuts white space off the offsets.
+        # Padding, truncation and dropout would make ids depend on the batch, the length or a random draw.
+        # The post-processor adds special tokens, which are not used here, and trims white space from the offsets.
         data.update(truncation=None, padding=None, post_processor=None)
         if data["model"].get("dropout"):
             data["model"]["dropout"] = None
         self._definition = data
         self._tokenizer = _build(data, path)
-        self._word_lines: dict[bool, WordLines] = {}
+        self._batch_encoders: dict[bool, BatchWordEncoder] = {}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self._vocabulary = vocabulary
@@ -53,12 +53,12 @@ class HuggingFaceTokenizer(Tokenizer):
         eod = named.get("eos_token") or next((name for name in EOD_NAMES if name in vocabulary), None)
         if eod is None:
             raise UserError(
-                f"{path}: no end-of-document token; expected eos_token in tokenizer_config.json or a token called "
+                f"{path}: no end-of-document token, expected eos_token in tokenizer_config.json or one of the tokens "
                 f"{', '.join(EOD_NAMES)}"
             )
         if eod not in vocabulary:
             raise UserError(
-                f"{path}: eos_token {eod!r} of tokenizer_config.json is not in the vocabulary; name one that is"
+                f"{path}: eos_token {eod!r} in tokenizer_config.json is not in the vocabulary; set an existing token"
             )
         self.eod_id = vocabulary[eod]
         unknown = data["model"].get("unk_token")
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _fast_engine(self) -> RowEngine | None:
-        # One for all languages: each keeps what it has seen of words.
+        # One engine for all languages, because each has its own word cache.
         return engine_for_definition(self._definition)
 
     def encode_with_offsets(self, text: str, language: str | None = None) -> tuple[list[int], numpy.ndarray]:
@@ -93,26 +93,26 @@ class HuggingFaceTokenizer(Tokenizer):
     ) -> list[list[int]]:
         if not word_initial:
             return _batch(self._bare, list(words))
-        # A prefix that a normaliser puts before any text would come on top of the space; a pre-tokeniser's would not.
+        # The prefix of a normaliser would be added to the space; that of a pre-tokeniser would not.
         tokenizer = self._bare if _has_type(self._definition.get("normalizer"), "Prepend") else self._tokenizer
         return _batch(tokenizer, [" " + word for word in words])
 
     def encode_word_rows(
         self, words: Sequence[str], language: str | None = None, word_initial: bool = True
     ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        if word_initial not in self._word_lines:
+        if word_initial not in self._batch_encoders:
             prefix, tokenizer, definition = " ", self._tokenizer, self._definition
             if not word_initial:
                 prefix, tokenizer = "", self._bare
                 definition = _without_prefix(definition)
-            self._word_lines[word_initial] = WordLines(
+            self._batch_encoders[word_initial] = BatchWordEncoder(
                 tokenizer, definition, prefix, lambda sample: self.encode_words(sample, word_initial=word_initial)
             )
-        found = self._word_lines[word_initial].encode(words)
-        if found is None:
+        encoded = self._batch_encoders[word_initial].encode(words)
+        if encoded is None:
             self.word_encoder = "tokenizers, word by word"
             return super().encode_word_rows(words, language, word_initial)
-        ids, offsets, self.word_encoder = found
+        ids, offsets, self.word_encoder = encoded
         return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if index in self.special_ids:
                 continue
             if index in added:
-                # Added tokens stand in the vocabulary by their own text, not in the byte alphabet.
+                # Added tokens are in the vocabulary as plain text, not in the byte alphabet.
                 tokens[index] = token
             elif self._byte_level and all(character in alphabet for character in token):
                 tokens[index] = bytes(alphabet[character] for character in token)
@@ -140,12 +140,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _bare(self) -> "tokenizers.Tokenizer":
-        """The same tokenizer without a space put before the text: for words that follow another character."""
+        """The tokenizer without a space prepended to the text: for words that follow another character."""
         return _build(_without_prefix(self._definition), self.path)
 
 
 def piece_content(piece: str) -> bytes | str:
-    """The text of a sentencepiece-style piece; the byte of a byte-fallback piece like `<0x0A>`."""
+    """Text of a sentencepiece-style piece, or byte of a byte-fallback piece such as `<0x0A>`."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         try:
             return bytes([int(piece[3:5], 16)])
@@ -163,21 +163,21 @@ def _build(data: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
 
     try:
         tokenizer = tokenizers.Tokenizer.from_str(orjson.dumps(data).decode())
-    except Exception as error:  # `tokenizers` raises bare Exception for everything wrong in a definition.
-        raise UserError(f"{path}/tokenizer.json: the tokenizers library cannot read it ({error})") from error
+    except Exception as error:  # `tokenizers` raises bare Exception for any error in a definition.
+        raise UserError(f"{path}/tokenizer.json: cannot be loaded by the tokenizers library: {error}") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """The contents of tokenizer.json, or what transformers makes of an older directory."""
+    """Reads tokenizer.json, or converts an older directory with transformers."""
     file = path / "tokenizer.json"
     try:
         data = orjson.loads(file.read_bytes() if file.exists() else _convert(path))
     except (OSError, orjson.JSONDecodeError) as error:
-        raise UserError(f"{file}: not a readable JSON file ({error}); save the tokenizer again") from error
+        raise UserError(f"{file}: cannot read JSON: {error}; save the tokenizer again") from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise UserError(f"{file}: holds no tokenizer (no 'model'); save the tokenizer again with save_pretrained")
+        raise UserError(f"{file}: not a tokenizer ('model' is missing); save the tokenizer again with save_pretrained")
     return data
 
 
@@ -187,36 +187,36 @@ def _convert(path: Path) -> bytes:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, use_fast=True)
         return tokenizer.backend_tokenizer.to_str().encode()
-    except Exception as error:  # transformers raises many kinds for directories it cannot use.
+    except Exception as error:  # transformers raises many exception types.
         if not any((path / name).exists() for name in _VOCABULARIES):
             raise UserError(
-                f"{path}: no vocabulary, only tokenizer_config.json; copy tokenizer.json or what else the tokenizer "
-                "is made of, too"
+                f"{path}: no vocabulary, only tokenizer_config.json; also copy tokenizer.json or the other vocabulary "
+                "files"
             ) from error
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"{path}: transformers cannot load this tokenizer ({reason}); save it with tokenizer.json"
+            f"{path}: transformers cannot load this tokenizer: {reason}; save it with tokenizer.json"
         ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
-    # The later file wins: tokenizer_config.json is what transformers itself goes by.
+    # The later file takes precedence, as in transformers.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = path / name
         if file.exists():
             try:
                 content = orjson.loads(file.read_bytes())
             except orjson.JSONDecodeError as error:
-                raise UserError(f"{file}: not JSON ({error}); save the tokenizer again") from error
+                raise UserError(f"{file}: invalid JSON ({error}); save the tokenizer again") from error
             if not isinstance(content, dict):
-                raise UserError(f"{file}: holds no JSON object; save the tokenizer again")
+                raise UserError(f"{file}: not a JSON object; save the tokenizer again")
             config.update({key: value for key, value in content.items() if value is not None})
     return config
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The tokens with a role (`eos_token`, `pad_token`, ...); each stands there as text or as an object."""
+    """Returns the tokens with a role (`eos_token`, `pad_token`, ...), each given as a string or an object."""
     named: dict[str, str] = {}
     for role in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
         value = config.get(role)
@@ -227,7 +227,7 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _has_type(part: Any, kind: str) -> bool:
-    """Whether a component of tokenizer.json is, or contains in a sequence, one of type `kind`."""
+    """Whether a component of tokenizer.json has type `kind`, or contains one in a sequence."""
     if isinstance(part, list):
         return any(_has_type(item, kind) for item in part)
     if isinstance(part, dict):
@@ -236,11 +236,11 @@ def _has_type(part: Any, kind: str) -> bool:
 
 
 def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:
-    """A definition with everything turned off that puts a space before a text; the vocabulary is shared, as copying a
-    large one takes longer than anything else here."""
+    """Returns a definition that does not prepend a space to a text. The vocabulary is shared, because copying a large
+    one is slow."""
     data = data | {key: copy.deepcopy(data[key]) for key in ("normalizer", "pre_tokenizer") if key in data}
     data["normalizer"] = _strip_prepend(data.get("normalizer"))
-    _turn_off(data.get("pre_tokenizer"))
+    _disable_prefix(data.get("pre_tokenizer"))
     return data
 
 
@@ -253,17 +253,17 @@ def _strip_prepend(part: Any) -> Any:
     return part
 
 
-def _turn_off(part: Any) -> None:
+def _disable_prefix(part: Any) -> None:
     if not isinstance(part, dict):
         return
     if part.get("type") == "Metaspace":
         part["prepend_scheme"] = "never"
-        # The older form of the same switch; both present must agree.
+        # Older form of the same option; if both are present, they must agree.
         part.pop("add_prefix_space", None)
     elif part.get("type") == "ByteLevel":
         part["add_prefix_space"] = False
     for item in part.get("pretokenizers") or []:
-        _turn_off(item)
+        _disable_prefix(item)
 
 
 def _canonical(value: Any) -> Any:
@@ -274,7 +274,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _fingerprint(tokenizer: "tokenizers.Tokenizer", eod_id: int) -> str:
-    # The library's own writing of the tokenizer, not the file's: merges and defaults have one spelling there.
+    # The library's serialisation, not the file: it writes merges and defaults in a canonical form.
     data = orjson.loads(tokenizer.to_str())
     kept = {key: value for key, value in data.items() if key not in _IRRELEVANT}
     content = orjson.dumps(_canonical({**kept, "eod_id": eod_id}), option=orjson.OPT_SORT_KEYS)

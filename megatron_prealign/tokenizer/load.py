@@ -1,4 +1,4 @@
-"""Finds out what kind of tokenizer lies at a path, and loads it."""
+"""Loads the tokenizer at a path, whatever its type."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from megatron_prealign.tokenizer.sentencepiece import SentencePieceTokenizer
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a Hugging Face tokenizer directory or a sentencepiece `.model` file.
 
-    A directory that also holds `clone.json` (`{"language": "en_clone"}`) loads as a `CloneTokenizer`.
+    A directory that also contains `clone.json` (`{"language": "en_clone"}`) loads as a `CloneTokenizer`.
 
     Args:
-        path: the directory or file.
+        path: directory or file.
 
     Raises:
-        UserError: nothing there, a broken file, a tokenizer that does not mark where words start, or no end-of-document
-            token.
+        UserError: the path does not exist, a file is invalid, the tokenizer does not mark word starts, or it has no
+            end-of-document token.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(
-            f"{path}: no such tokenizer; expected a Hugging Face tokenizer directory or a sentencepiece .model file"
+            f"{path}: tokenizer not found, expected a Hugging Face tokenizer directory or a sentencepiece .model file"
         )
     base = _load_base(path)
     check_word_forms(base)
@@ -38,7 +38,7 @@ def _load_base(path: Path) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePieceTokenizer(path)
         raise UserError(
-            f"{path}: not a tokenizer; expected a sentencepiece .model file or the directory that holds tokenizer.json"
+            f"{path}: not a tokenizer, expected a sentencepiece .model file or a directory with tokenizer.json"
         )
     if (path / "tokenizer.json").exists():
         return HuggingFaceTokenizer(path)
@@ -48,5 +48,5 @@ def _load_base(path: Path) -> Tokenizer:
     if (path / "tokenizer_config.json").exists() or (path / "vocab.json").exists():
         return HuggingFaceTokenizer(path)
     raise UserError(
-        f"{path}: no tokenizer in this directory; expected tokenizer.json (from save_pretrained) or one .model file"
+        f"{path}: directory contains no tokenizer, expected tokenizer.json (from save_pretrained) or one .model file"
     )

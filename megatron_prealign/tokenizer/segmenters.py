@@ -1,4 +1,4 @@
-"""Where words start in text without spaces between them: well-kept segmenters behind one interface."""
+"""Segmenters, which find words in text without spaces, behind one interface."""
 
 import importlib
 import logging
@@ -13,18 +13,18 @@ import numpy as np
 
 from megatron_prealign.errors import UserError
 
-# SudachiPy's limit is 49,149 bytes a call. A character has at most 4.
+# SudachiPy's limit is 49,149 bytes per call. A character has at most 4.
 _SUDACHI_CHARACTERS = 12_000
 
 
 class Segmenter(Protocol):
-    """Finds words. Made once per process, with the language code of the corpus."""
+    """Finds words. Created once per process, with the language code of the corpus."""
 
     def word_starts(self, text: str) -> Sequence[int]:
-        """The character offsets in `text` where a word starts.
+        """Returns the character offsets in `text` at which words start.
 
-        Punctuation and white space may count as words or not: tokens tell those boundaries by themselves. The answer
-        must depend on `text` alone, so that the number of worker processes changes nothing.
+        Punctuation and white space may count as words or not: tokens already show those boundaries. The result must
+        depend only on `text`, so that it is independent of the number of worker processes.
         """
         ...
 
@@ -37,7 +37,7 @@ class JiebaSegmenter:
         jieba.setLogLevel(logging.WARNING)
         self._tokenizer = jieba.Tokenizer()
         with tempfile.TemporaryDirectory() as directory:
-            # The cache it keeps in the machine's temporary directory may be another version's, or another user's.
+            # Its cache in the system's temporary directory may belong to another version or user.
             self._tokenizer.tmp_dir = directory
             self._tokenizer.initialize()
 
@@ -46,7 +46,7 @@ class JiebaSegmenter:
 
 
 class SudachiSegmenter:
-    """SudachiPy with its small dictionary, for Japanese; short units (mode A), which dictionaries list."""
+    """SudachiPy with its small dictionary, for Japanese; short units (mode A), as listed in dictionaries."""
 
     def __init__(self, language: str) -> None:
         sudachipy = _import("sudachi", "sudachipy")
@@ -58,7 +58,7 @@ class SudachiSegmenter:
         starts: list[int] = []
         at = 0
         for line in text.splitlines(keepends=True):
-            for part in cut(line, _SUDACHI_CHARACTERS):
+            for part in split_text(line, _SUDACHI_CHARACTERS):
                 starts += [at + word.begin() for word in self._tokenizer.tokenize(part)]
                 at += len(part)
         return starts
@@ -71,7 +71,7 @@ class NewmmSegmenter:
         self._tokenize = _import("newmm", "pythainlp.tokenize").word_tokenize
 
     def word_starts(self, text: str) -> list[int]:
-        # "safe" bounds the time that newmm takes on long text with many possible readings.
+        # newmm-safe bounds the time on long text with many possible segmentations.
         words = self._tokenize(text, engine="newmm-safe", keep_whitespace=True, join_broken_num=False)
         return _starts_of(words)
 
@@ -84,7 +84,7 @@ class IcuSegmenter:
         self._language = language
 
     def word_starts(self, text: str) -> list[int]:
-        # The positions that `segments()` gives count UTF-16 units.
+        # The positions returned by `segments()` count UTF-16 units.
         return _starts_of(self._breaker(text, self._language))
 
 
@@ -97,13 +97,13 @@ BUILT_IN: dict[str, Callable[[str], Segmenter]] = {
 
 AUTO = "auto"
 BY_LANGUAGE = {"zh": "jieba", "ja": "sudachi", "th": "newmm", "lo": "icu", "km": "icu", "my": "icu"}
-"""What `auto` means for a language; scripts with spaces need none."""
+"""Segmenter that `auto` selects for a language; scripts with spaces need none."""
 
 
 def resolve_segmenter(name: str | None, language: str) -> str | None:
-    """The segmenter that `name` means for a language: `auto` is looked up in `BY_LANGUAGE`, None and others stay.
+    """Resolves `auto` for a language with `BY_LANGUAGE`; returns other names and None unchanged.
 
-    A region, a script or a suffix behind the code changes nothing: zh_TW, zh-Hans and zh_clone are zh.
+    A region, script or suffix after the code is ignored: zh_TW, zh-Hans and zh_clone are zh.
     """
     if name != AUTO:
         return name
@@ -111,44 +111,44 @@ def resolve_segmenter(name: str | None, language: str) -> str | None:
 
 
 def open_segmenter(name: str, language: str) -> Segmenter:
-    """The segmenter of a name: one of `BUILT_IN`, or `module:Class` for a class of one's own.
+    """Creates a segmenter: one of `BUILT_IN`, or `module:Class` for a custom class.
 
     Args:
-        name: not `auto`, which `resolve_segmenter` takes care of. For `module:Class`, the module is imported as Python
-            finds it; the class is called with the language code and its instance must have `word_starts`, as in
-            `Segmenter`.
+        name: name of the segmenter, not `auto` (see `resolve_segmenter`). For `module:Class`, the module is imported
+            from Python's path; the class is called with the language code and must implement `Segmenter`.
         language: language code of the corpus.
 
     Raises:
-        UserError: an unknown name, a package that is not installed, a class that cannot be made or is no segmenter.
+        UserError: the name is unknown, a package is not installed, or the class cannot be instantiated or is not a
+            segmenter.
     """
     if name in BUILT_IN:
         return BUILT_IN[name](language)
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise UserError(
-            f"segmenter {name!r}: unknown; expected auto, {', '.join(BUILT_IN)}, or module:Class of your own"
+            f"unknown segmenter {name!r}, expected auto, {', '.join(BUILT_IN)}, or module:Class for a custom one"
         )
     try:
-        made = getattr(importlib.import_module(module), attribute)(language)
+        segmenter = getattr(importlib.import_module(module), attribute)(language)
     except UserError:
         raise
     except Exception as error:
-        # It is the user's own code, which may raise anything.
+        # User code may raise anything.
         raise UserError(
-            f"segmenter {name}: cannot be made ({_told(error)}); expected an importable module (set PYTHONPATH) with a "
-            "class that takes the language code"
+            f"cannot create segmenter {name}: {_one_line(error)}; use a class that takes the language code, in an "
+            "importable module (set PYTHONPATH)"
         ) from error
-    if not callable(getattr(made, "word_starts", None)):
-        raise UserError(f"segmenter {name}: has no method word_starts(text); expected one that gives character offsets")
-    return made
+    if not callable(getattr(segmenter, "word_starts", None)):
+        raise UserError(f"segmenter {name}: method word_starts(text) is missing; it must return character offsets")
+    return segmenter
 
 
 def checked_word_starts(segmenter: Segmenter, name: str, text: str, where: str) -> np.ndarray:
-    """`segmenter.word_starts(text)` sorted, each once, int64.
+    """Returns the sorted, unique `segmenter.word_starts(text)` as int64.
 
     Raises:
-        UserError: the segmenter failed, or gave offsets that are no whole numbers or lie outside the text.
+        UserError: the segmenter failed, or returned offsets that are not integers or are outside the text.
     """
     try:
         starts = np.unique(np.asarray(segmenter.word_starts(text)))
@@ -156,22 +156,22 @@ def checked_word_starts(segmenter: Segmenter, name: str, text: str, where: str) 
         raise
     except Exception as error:
         raise UserError(
-            f"{where}: segmenter {name} failed ({_told(error)}), expected character offsets from 0 to {len(text)}; "
-            "correct its word_starts(text), or take this document out"
+            f"{where}: segmenter {name} failed ({_one_line(error)}), expected character offsets from 0 to {len(text)}; "
+            "fix its word_starts(text), or remove this document"
         ) from error
     if len(starts) == 0:
         return np.empty(0, dtype=np.int64)
     if starts.dtype.kind not in "iu" or starts[0] < 0 or starts[-1] > len(text):
         raise UserError(
-            f"{where}: segmenter {name} gave word starts from {starts[0]} to {starts[-1]}, expected character offsets "
-            f"from 0 to {len(text)}; correct its word_starts(text)"
+            f"{where}: segmenter {name} returned word starts from {starts[0]} to {starts[-1]}, expected character "
+            f"offsets from 0 to {len(text)}; fix its word_starts(text)"
         )
     return starts.astype(np.int64)
 
 
-def cut(text: str, limit: int) -> list[str]:
-    """`text` in parts of at most `limit` characters, cut behind white space or punctuation where a part has any, so
-    that no word is cut in two."""
+def split_text(text: str, limit: int) -> list[str]:
+    """Splits `text` into parts of at most `limit` characters, after white space or punctuation if possible, so that
+    words stay intact."""
     parts = []
     begin = 0
     while len(text) - begin > limit:
@@ -186,24 +186,24 @@ def _separates(character: str) -> bool:
     return character.isspace() or unicodedata.category(character)[0] == "P"
 
 
-def _told(error: Exception) -> str:
-    """An error of someone else's code in one line."""
+def _one_line(error: Exception) -> str:
+    """Returns an error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _starts_of(words: Any) -> list[int]:
-    """Offsets of words that make up the whole text."""
+    """Start offsets of words that together form the text."""
     return [0, *accumulate(len(word) for word in words)][:-1]
 
 
 def _import(segmenter: str, module: str) -> Any:
     try:
         with warnings.catch_warnings():
-            # jieba 0.42.1 is older than Python's warnings about pkg_resources and escapes in strings.
+            # jieba 0.42.1 triggers newer Python warnings about pkg_resources and string escapes.
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"segmenter {segmenter}: the package {error.name or module} is not installed; install it with "
+            f"segmenter {segmenter}: {error.name or module} is not installed; install it with "
             "pip install 'megatron-prealign[segmenters]'"
         ) from error

@@ -1,9 +1,9 @@
-"""Encodes very many words a call: words stand on lines of longer texts, for byte-level BPE tokenizers.
+"""Encodes large batches of words as lines of longer texts, for byte-level BPE tokenizers.
 
-A call of the tokenizers library costs several times what the work on one word does. So a thousand words are encoded as
-one text of lines, by `gigatoken` where it is installed and takes the tokenizer, else by `tokenizers` itself, and the
-result is cut at the ids of the line breaks. That gives the ids of the single words where no token reaches across a line
-break (the number of line breaks shows it) and pre-tokenisation does not look across one, which a sample shows.
+The call overhead of the tokenizers library is several times the cost of encoding a word. So about a thousand words are
+joined to one text of lines, encoded by `gigatoken` if it is installed and supports the tokenizer, else by `tokenizers`,
+and the result is split at the ids of the line breaks. The ids equal those of the single words if no token crosses a
+line break (checked by the number of line breaks) and pre-tokenisation does not look across one (checked on a sample).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 SEPARATOR = "\n"
 _TEXT_CHARACTERS = 1 << 14
-# Enough for all cores, and the arrays of a call stay small.
+# Enough for all cores, while the arrays of a call stay small.
 _TEXTS_A_CALL = 256
 _RANDOM_WORDS = 128
 _CHARACTER_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 
-# Texts -> the ids of all of them, one after the other.
+# Texts -> their concatenated ids.
 _Engine = Callable[[list[str]], numpy.ndarray]
 
 
-class WordLines:
-    """The encoder of one tokenizer and one way of writing words (`prefix` in front of each)."""
+class BatchWordEncoder:
+    """Encodes batches of words with one tokenizer and one `prefix` before each word."""
 
     def __init__(
         self,
@@ -37,40 +37,40 @@ class WordLines:
         prefix: str,
         plain: Callable[[Sequence[str]], list[list[int]]],
     ) -> None:
-        """Takes the tokenizer as the library has it and as JSON, and `plain`, which encodes words one by one."""
+        """Takes the tokenizer, its JSON definition, and `plain`, which encodes words one by one."""
         self._prefix, self._plain = prefix, plain
         self._seen = numpy.zeros(0x110000, dtype=bool)
         self._seen[:128] = True
-        # Behind a letter: some tokenizers put a space in front of a text.
+        # After a letter, because some tokenizers prepend a space to a text.
         letter, line = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", f"a{SEPARATOR}"))
         self._separator = line[-1] if line[:-1] == letter else -1
         self._engines = list(_engines(tokenizer, definition)) if _splits_lines(definition) else []
 
     def encode(self, words: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray, str] | None:
-        """Ids of the words, where each begins, and what encoded them; None where it has to be done one by one."""
+        """Returns ids, start offsets and the name of the encoder; None if the words must be encoded one by one."""
         if self._separator < 0 or not words:
             return None
         between = SEPARATOR + self._prefix
         text = f"{self._prefix}{between.join(words)}{SEPARATOR}"
         if text.count(SEPARATOR) != len(words) or f"{between}{SEPARATOR}" in SEPARATOR + text:
-            # A line break in a word, or an empty word.
+            # A word contains a line break or is empty.
             return None
         while self._engines:
             name, engine = self._engines[0]
             rows = self._encode_lines(engine, text, len(words))
-            if rows is not None and self._is_right(words, text, *rows):
+            if rows is not None and self._is_correct(words, text, *rows):
                 return *rows, name
-            # One that failed once is not asked again.
+            # Do not use an engine again after it failed.
             del self._engines[0]
             self._seen[128:] = False
         return None
 
     def _encode_lines(self, engine: _Engine, text: str, lines: int) -> tuple[numpy.ndarray, numpy.ndarray] | None:
         parts = [numpy.zeros(0, dtype=numpy.int32)]
-        for texts in _cut(text):
+        for texts in _batches(text):
             try:
                 parts.append(engine(texts))
-            except Exception:  # gigatoken raises many kinds for what it does not support.
+            except Exception:  # gigatoken raises many exception types for unsupported input.
                 return None
         ids = numpy.concatenate(parts)
         ends = ids == self._separator
@@ -79,7 +79,7 @@ class WordLines:
         offsets[1:] = breaks - numpy.arange(len(breaks))
         return (ids[~ends], offsets) if len(breaks) == lines else None
 
-    def _is_right(self, words: Sequence[str], text: str, tokens: numpy.ndarray, offsets: numpy.ndarray) -> bool:
+    def _is_correct(self, words: Sequence[str], text: str, tokens: numpy.ndarray, offsets: numpy.ndarray) -> bool:
         """Compares a sample with the words encoded one by one."""
         sample = self._sample(text, len(words))
         rows = self._plain([words[index] for index in sample])
@@ -88,8 +88,8 @@ class WordLines:
         )
 
     def _sample(self, text: str, lines: int) -> list[int]:
-        """Some lines at random, and for every character outside ASCII a line that has it, the first time that it comes:
-        where libraries differ, it is in what they know of Unicode."""
+        """Returns random lines, plus the first line with every new non-ASCII character: libraries differ mostly in
+        their Unicode support."""
         chosen = set(numpy.random.default_rng(lines).integers(lines, size=_RANDOM_WORDS).tolist())
         if not text.isascii():
             codes = numpy.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -101,8 +101,8 @@ class WordLines:
         return sorted(chosen)
 
 
-def _cut(text: str) -> Iterator[list[str]]:
-    """The lines in texts of about `_TEXT_CHARACTERS`, the texts of one call at a time."""
+def _batches(text: str) -> Iterator[list[str]]:
+    """Yields lists of texts for one call, each text with complete lines and about `_TEXT_CHARACTERS` characters."""
     texts, begin = [], 0
     while begin < len(text):
         end = text.index(SEPARATOR, min(begin + _TEXT_CHARACTERS, len(text) - 1)) + 1
@@ -114,7 +114,7 @@ def _cut(text: str) -> Iterator[list[str]]:
 
 
 def _splits_lines(definition: dict[str, Any]) -> bool:
-    """Whether a tokenizer's parts leave a line break alone: byte-level BPE, normalised character by character."""
+    """Whether a tokenizer can keep line breaks separate: byte-level BPE, normalised character by character."""
     normalizer = definition.get("normalizer") or {}
     normalizers = normalizer.get("normalizers", [normalizer]) if normalizer else []
     pre_tokenizer = definition.get("pre_tokenizer") or {}

@@ -1,7 +1,7 @@
-"""Which tokens of a vocabulary start or end a word: one byte of flags for each id.
+"""Word boundary flags of a vocabulary: one byte per id.
 
-Bit 0 (`STARTS_WORD`): a word boundary lies before the token. Bit 1 (`ENDS_WORD`): one lies after it. So position i of a
-row starts a word exactly if bit 0 of token i or bit 1 of token i - 1 is set.
+Bit 0 (`STARTS_WORD`): a word boundary before the token. Bit 1 (`ENDS_WORD`): a word boundary after it. Position i of a
+sequence starts a word if and only if bit 0 of token i or bit 1 of token i - 1 is set.
 """
 
 import unicodedata
@@ -15,14 +15,14 @@ BOTH = STARTS_WORD | ENDS_WORD
 
 
 def is_letter(character: str) -> bool:
-    """Letters and the marks that combine with them (Unicode categories L* and M*)."""
+    """Whether a character is a letter or a combining mark (Unicode categories L* and M*)."""
     return unicodedata.category(character)[0] in "LM"
 
 
 def text_flags(text: str) -> int:
-    """The flags of a token whose whole text is known; the space marker counts as the space it stands for.
+    """Returns the flags of a token with known text; the space marker counts as a space.
 
-    A token without text (an unused id) separates words like a special token does.
+    A token without text (an unused id) separates words like a special token.
     """
     if not text:
         return BOTH
@@ -30,9 +30,9 @@ def text_flags(text: str) -> int:
 
 
 def bytes_flags(data: bytes) -> int:
-    """The flags of a token known by its UTF-8 bytes, which may start or end inside a character.
+    """Returns the flags of a token with known UTF-8 bytes, which may start or end inside a character.
 
-    Bytes of an incomplete character count as a letter: most of them are, and cutting a word in two would lose it.
+    Bytes of an incomplete character count as a letter: most of them are, and splitting a word would lose it.
     """
     if not data:
         return BOTH
@@ -43,7 +43,7 @@ def bytes_flags(data: bytes) -> int:
 
 
 def _character_length(lead: int) -> int:
-    """Bytes of the UTF-8 character that starts with `lead`; 0 if no character starts so."""
+    """Length in bytes of the UTF-8 character that starts with `lead`; 0 if `lead` is not a start byte."""
     if lead < 0x80:
         return 1
     if 0xC2 <= lead <= 0xDF:
@@ -61,13 +61,13 @@ def _decode(data: bytes) -> str | None:
 
 
 def _first_character(data: bytes) -> str | None:
-    """The first character, or None if its bytes are not all there."""
+    """First character, or None if it is incomplete."""
     length = _character_length(data[0])
     return _decode(data[:length]) if 0 < length <= len(data) else None
 
 
 def _last_character(data: bytes) -> str | None:
-    """The last character, or None if its bytes are not all there."""
+    """Last character, or None if it is incomplete."""
     start = len(data) - 1
     while start > 0 and data[start] & 0xC0 == 0x80 and len(data) - start < 4:
         start -= 1
@@ -75,9 +75,9 @@ def _last_character(data: bytes) -> str | None:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The character that byte-level tokenizers write for each of the 256 bytes.
+    """Returns the character -> byte mapping of byte-level tokenizers.
 
-    Printable Latin-1 bytes stand for themselves; the others take the characters from U+0100 on, in order.
+    Printable Latin-1 bytes map to themselves; the others to the characters from U+0100 on, in order.
     """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in plain}
@@ -86,10 +86,10 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 def vocabulary_flags(tokens: Sequence[bytes | str | None]) -> numpy.ndarray:
-    """Flags of a whole vocabulary.
+    """Computes the flags of a vocabulary.
 
     Args:
-        tokens: per id its bytes (may be part of a character), its text, or None for special and unused ids.
+        tokens: per id its bytes (possibly part of a character), its text, or None for special and unused ids.
 
     Returns:
         uint8 [vocabulary].

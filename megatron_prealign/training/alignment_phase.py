@@ -1,4 +1,4 @@
-"""The alignment phase: word batches and language-model rows in one schedule pass."""
+"""Alignment phase: word batches and language-model samples in one schedule pass."""
 
 import logging
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
 from megatron_prealign.runtime.optimizer import zero_frozen_gradients
 from megatron_prealign.training.meter import Meter
-from megatron_prealign.training.phase import AlignmentMeasures, Phase, ScheduleSettings
-from megatron_prealign.training.rows import RowMicrobatch, RowReader, row_loss_sum
+from megatron_prealign.training.microbatches import SampleMicrobatch, SampleReader, lm_loss_sum
+from megatron_prealign.training.phase import AlignmentMetrics, Phase, ScheduleSettings
 from megatron_prealign.training.word_steps import WordSteps
 
 logger = logging.getLogger(__name__)
 
 
 class AlignmentPhase(Phase):
-    """Contrastive learning over dictionary words at every layer, plus next-token loss on rows of the blend."""
+    """Contrastive learning over dictionary words at every layer, plus next-token loss on samples of the blend."""
 
     name = ALIGNMENT
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, reader: RowReader, words: WordSteps) -> None:
+    def __init__(self, recipe: Recipe, runtime: Runtime, reader: SampleReader, words: WordSteps) -> None:
         assert recipe.alignment is not None
         self._recipe = recipe
         self._section = recipe.alignment
@@ -44,21 +44,21 @@ class AlignmentPhase(Phase):
             decay_style=section.lr_decay_style,
             warmup_iters=section.lr_warmup_iters,
             decay_iters=section.train_iters,
-            moves_held=section.freeze == "none",
+            updates_frozen=section.freeze == "none",
         )
 
     def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
-        rows: list[RowMicrobatch] = []
+        samples: list[SampleMicrobatch] = []
         if self._section.lm_global_batch_size:
-            rows, _ = self._reader.read(state.consumed_samples, self._section.lm_global_batch_size, 0)
-        self._words.run(state.step, chunks, rows, self._row_step, next_step=state.step + 1)
+            samples, _ = self._reader.read(state.consumed_samples, self._section.lm_global_batch_size, 0)
+        self._words.run(state.step, chunks, samples, self._lm_step, next_step=state.step + 1)
         if self._section.freeze != "none":
             zero_frozen_gradients(chunks)
 
-    def _row_step(
-        self, chunk: torch.nn.Module, rows: RowMicrobatch, microbatches: int
+    def _lm_step(
+        self, chunk: torch.nn.Module, samples: SampleMicrobatch, microbatches: int
     ) -> tuple[torch.Tensor, LossFunction]:
-        output, loss_of = row_loss_sum(chunk, rows)
+        output, loss_of = lm_loss_sum(chunk, samples)
 
         def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             loss = loss_of(losses)
@@ -69,9 +69,9 @@ class AlignmentPhase(Phase):
         return output, loss_function
 
     def advance(self, state: TrainState) -> None:
-        rows = self._section.lm_global_batch_size
-        state.consumed_samples += rows
-        state.tokens += rows * self._recipe.data.seq_length + self._words.tokens
+        samples = self._section.lm_global_batch_size
+        state.consumed_samples += samples
+        state.tokens += samples * self._recipe.data.seq_length + self._words.tokens
 
     def metrics(self, steps: int) -> dict[str, Any]:
         words = self._words.metrics()
@@ -82,7 +82,7 @@ class AlignmentPhase(Phase):
             "alignment_loss": words["alignment_loss"],
         }
 
-    def saw_evaluation(self, state: TrainState, evaluation: dict[str, Any]) -> None:
+    def on_evaluation(self, state: TrainState, evaluation: dict[str, Any]) -> None:
         goal = self._section.stop_at_p_at_1
         pairs = evaluation.get("word_retrieval_p_at_1", {})
         if goal is None or not pairs:
@@ -91,13 +91,13 @@ class AlignmentPhase(Phase):
         if mean >= goal and not state.phase_done:
             state.phase_done = True
             logger.info(
-                "the alignment phase ends at step %d: P@1 %.4f (mean over the aligned layers) has reached "
+                "alignment phase ends at step %d: P@1 %.4f (mean over aligned layers) reached "
                 "alignment.stop_at_p_at_1 %g",
                 state.step,
                 mean,
                 goal,
             )
 
-    def saw_alignment(self, state: TrainState, measured: AlignmentMeasures) -> None:
-        # What is measured last here is what the guard of language-model training begins with.
-        self._words.note_retrieval(state, measured)
+    def on_alignment_watch(self, state: TrainState, metrics: AlignmentMetrics) -> None:
+        # The guard of language-model training starts with the last measurement of this phase.
+        self._words.update_guard(state, metrics)

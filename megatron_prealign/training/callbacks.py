@@ -1,4 +1,5 @@
-"""Everything periodic: a callback sees the run begin, each step, each end of a phase and the end of the run."""
+"""Callbacks for periodic work: called at the start of a run, after each step, at the end of each phase and of the
+run."""
 
 import gc
 import logging
@@ -33,11 +34,11 @@ class Callback:
     def on_end(self, trainer: "Trainer") -> None: ...
 
     def on_close(self, trainer: "Trainer") -> None:
-        """Called last, also after an error: give back what `on_start` took."""
+        """Called last, also after an error: release what `on_start` acquired."""
 
 
 class GarbageCollection(Callback):
-    """Collects on all ranks at the same step: a rank that collects while the others compute makes them all wait."""
+    """Collects garbage on all ranks at the same step, since a rank that collects alone makes the others wait."""
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
@@ -56,40 +57,40 @@ class GarbageCollection(Callback):
             gc.enable()
 
 
-class Saves(Protocol):
-    """What a run's end must know of its checkpoints."""
+class AsyncSaves(Protocol):
+    """State of background saves that `StopOnRequest` depends on; implemented by `CheckpointStore`."""
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save under way cannot succeed."""
+        """Whether the current save has failed on this rank."""
 
     @property
     def in_progress(self) -> bool:
-        """Whether a save is being written, as rank 0 sees it."""
+        """Whether a save is being written, as seen by rank 0."""
 
     @property
     def longest_s(self) -> float:
-        """The longest save so far, as rank 0 saw it."""
+        """Duration of the longest save so far in seconds, as seen by rank 0."""
 
     def finish(self) -> None:
-        """Waits for the save under way; raises on all ranks if it failed. Takes part: all ranks."""
+        """Waits for the current save; raises on all ranks if it failed. Collective: call on all ranks."""
 
 
 class StopOnRequest(Callback):
-    """SIGTERM, SIGINT or SIGUSR1 on any rank, or the time limit on rank 0's clock, makes all ranks save and end after
-    the same step; a save that failed in the background ends the run on all ranks together.
+    """Saves and stops all ranks after the same step on SIGTERM, SIGINT or SIGUSR1 on any rank, or at the time limit on
+    rank 0's clock; ends the run on all ranks together if a background save failed.
 
-    The flags are summed over ranks in the background and read a step later, when the gradient norm has brought the host
-    up to date anyway.
+    The flags are summed over ranks asynchronously and read one step later, when the gradient norm has synchronised the
+    host anyway.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, saves: Saves, *, exit_after_minutes: float | None = None, started_s: float = 0.0) -> None:
+    def __init__(self, saves: AsyncSaves, *, exit_after_minutes: float | None = None, started_s: float = 0.0) -> None:
         """
         Args:
-            exit_after_minutes: Time limit of the process, its last save included; None for none.
-            started_s: `time.monotonic()` when the limit began to run.
+            exit_after_minutes: Time limit of the process including its last save; None for no limit.
+            started_s: Start of the time limit, as `time.monotonic()`.
         """
         self._saves = saves
         self._limit_s = math.inf if exit_after_minutes is None else exit_after_minutes * 60
@@ -111,10 +112,12 @@ class StopOnRequest(Callback):
             return
         name = signal.Signals(number).name
         if self._received == 1:
-            text = f"{name} received: the run saves after this step and ends"
+            text = f"{name} received: saving a checkpoint after this step, then stopping"
         else:
-            text = f"{name} again: the run is about to save and ends after that; SIGKILL would lose its last steps"
-        # Not by the logger: a signal may come while it holds its lock.
+            text = (
+                f"{name} received again: still saving a checkpoint before stopping; SIGKILL would lose the last steps"
+            )
+        # Not through the logger, whose lock the interrupted code may hold.
         os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
     def on_step(self, trainer: "Trainer") -> None:
@@ -126,8 +129,8 @@ class StopOnRequest(Callback):
                 self._saves.finish()
             if (signalled or late) and not trainer.state.stop_requested:
                 trainer.state.stop_requested = True
-                reason = "by a signal" if signalled else "by training.exit_after_minutes"
-                logger.info("the run is asked to end %s: it ends after step %d", reason, trainer.state.step)
+                reason = "signal" if signalled else "training.exit_after_minutes"
+                logger.info("stop requested (%s): stopping after step %d", reason, trainer.state.step)
         flags = torch.tensor(
             [float(self._received > 0), float(self._is_late()), float(self._saves.failed)],
             device=trainer.runtime.device,
@@ -135,15 +138,15 @@ class StopOnRequest(Callback):
         self._pending = (dist.all_reduce(flags, async_op=True), flags)
 
     def _is_late(self) -> bool:
-        """Whether rank 0 must end now to have saved within the limit: two more steps may pass, and the save."""
+        """Whether rank 0 must stop now to finish saving within the limit, allowing for two more steps and the save."""
         now_s = time.monotonic()
         if self._last_step_s is not None:
             self._longest_step_s = max(self._longest_step_s, now_s - self._last_step_s)
         self._last_step_s = now_s
-        # A disk may be half as fast the next time; how fast it is, is not known before the first save.
+        # The next save may take 1.5 times as long as the longest; before the first one, assume 10 % of the limit.
         save_s = 1.5 * self._saves.longest_s or 0.1 * self._limit_s
         if self._saves.in_progress:
-            # The last one waits for it.
+            # The last save waits for the current one.
             save_s *= 2
         return self._rank == 0 and now_s - self._started_s + 2 * self._longest_step_s + save_s > self._limit_s
 

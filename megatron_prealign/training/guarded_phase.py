@@ -1,4 +1,4 @@
-"""Language-model training that keeps words aligned: some of its steps carry the words of an alignment step."""
+"""Language-model training with an alignment guard: some steps also include the words of an alignment step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,20 @@ from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import AlignmentGuardSection, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
-from megatron_prealign.training.phase import AlignmentMeasures
-from megatron_prealign.training.rows import RowMicrobatch, RowReader
+from megatron_prealign.training.microbatches import SampleMicrobatch, SampleReader
+from megatron_prealign.training.phase import AlignmentMetrics
 from megatron_prealign.training.word_steps import WordSteps
 
 
 class GuardedLanguageModelPhase(LanguageModelPhase):
-    """Every n-th step, or every n-th while retrieval is below the floor, minimises the language-model loss and the
-    alignment loss together."""
+    """Minimises language-model loss and alignment loss together in every n-th step; with a floor, only while retrieval
+    is below it."""
 
     def __init__(
         self,
         recipe: Recipe,
         runtime: Runtime,
-        reader: RowReader,
+        reader: SampleReader,
         words: WordSteps,
         *,
         target_languages: Sequence[str] | None,
@@ -31,19 +31,19 @@ class GuardedLanguageModelPhase(LanguageModelPhase):
         assert recipe.alignment_guard is not None
         self._guard: AlignmentGuardSection = recipe.alignment_guard
         self._words = words
-        self._carried = False
+        self._with_words = False
 
-    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], rows: Sequence[RowMicrobatch]) -> None:
+    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch]) -> None:
         due = (state.phase_step + 1) % self._guard.interval == 0
-        self._carried = due and (self._guard.floor is None or state.below_floor)
-        if self._carried:
-            self._words.run(state.step, chunks, rows, self._row_step, next_step=state.step + self._guard.interval)
+        self._with_words = due and (self._guard.floor is None or state.below_floor)
+        if self._with_words:
+            self._words.run(state.step, chunks, samples, self._lm_step, next_step=state.step + self._guard.interval)
         else:
-            super()._run(state, chunks, rows)
+            super()._run(state, chunks, samples)
 
     def advance(self, state: TrainState) -> None:
         super().advance(state)
-        if self._carried:
+        if self._with_words:
             state.tokens += self._words.tokens
 
     def metrics(self, steps: int) -> dict[str, Any]:
@@ -54,5 +54,5 @@ class GuardedLanguageModelPhase(LanguageModelPhase):
             values["alignment_loss"] = words["alignment_loss"]
         return values
 
-    def saw_alignment(self, state: TrainState, measured: AlignmentMeasures) -> None:
-        self._words.note_retrieval(state, measured)
+    def on_alignment_watch(self, state: TrainState, metrics: AlignmentMetrics) -> None:
+        self._words.update_guard(state, metrics)

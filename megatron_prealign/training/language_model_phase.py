@@ -1,4 +1,4 @@
-"""Language-model training on the blend, with code-switching if the recipe says so."""
+"""Language-model training on the blend, with code-switching if the recipe enables it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from megatron_prealign.recipe import LANGUAGE_MODEL, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedule_length
 from megatron_prealign.training.meter import Meter
+from megatron_prealign.training.microbatches import SampleMicrobatch, SampleReader, idle_microbatch, lm_loss_sum
 from megatron_prealign.training.phase import Phase, ScheduleSettings
-from megatron_prealign.training.rows import RowMicrobatch, RowReader, idle_rows, row_loss_sum
 
 
 class LanguageModelPhase(Phase):
@@ -22,11 +22,11 @@ class LanguageModelPhase(Phase):
     name = LANGUAGE_MODEL
 
     def __init__(
-        self, recipe: Recipe, runtime: Runtime, reader: RowReader, *, target_languages: Sequence[str] | None
+        self, recipe: Recipe, runtime: Runtime, reader: SampleReader, *, target_languages: Sequence[str] | None
     ) -> None:
         """
         Args:
-            target_languages: languages that code-switching can switch to, in the order of its counts; None without it.
+            target_languages: Target languages of code-switching, in the order of its counts; None without it.
         """
         self._recipe = recipe
         self._runtime = runtime
@@ -46,14 +46,14 @@ class LanguageModelPhase(Phase):
         assert training.train_tokens is not None
         seq_length = self._recipe.data.seq_length
         consumed = (state.consumed_samples - state.phase_start_samples) * seq_length
-        left = training.train_tokens - state.phase_start_tokens - consumed
-        # Counted from here: a resumed run may have had another batch size.
-        iters = state.phase_step + left // (training.global_batch_size * seq_length)
+        remaining = training.train_tokens - state.phase_start_tokens - consumed
+        # Counted from the current step, since a resumed run may have used another batch size.
+        iters = state.phase_step + remaining // (training.global_batch_size * seq_length)
         if iters < 1:
             raise UserError(
-                f"training.train_tokens is {training.train_tokens}, of which the alignment phase took "
-                f"{state.phase_start_tokens}: less than one step of {training.global_batch_size} x "
-                f"{seq_length} tokens is left; raise it"
+                f"training.train_tokens is {training.train_tokens}, of which the alignment phase consumed "
+                f"{state.phase_start_tokens}; expected at least one step of {training.global_batch_size} x "
+                f"{seq_length} tokens for language-model training; raise it"
             )
         return iters
 
@@ -72,36 +72,36 @@ class LanguageModelPhase(Phase):
         batches, counts = self._reader.read(
             state.consumed_samples, training.global_batch_size, state.tokens - state.phase_start_tokens
         )
-        # The ratio decides whether a step counts, so it does on all ranks or on none.
+        # Whether there are counts depends only on the ratio, so all ranks agree.
         self._counted_steps += counts is not None
-        # Every stage reads the same rows; one of them counts.
+        # Every stage reads the same samples; only the last one adds their counts.
         if counts is not None and self._runtime.is_last_stage:
             self._meter.add("counts", counts)
         self._run(state, chunks, batches)
 
-    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], rows: Sequence[RowMicrobatch]) -> None:
-        """Forward and backward pass over the rows of a step."""
-        microbatches = schedule_length(self._runtime, len(rows))
+    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch]) -> None:
+        """Forward and backward pass over the samples of a step."""
+        microbatches = schedule_length(self._runtime, len(samples))
 
         def forward_step(
-            iterator: Iterator[RowMicrobatch], chunk: torch.nn.Module
+            iterator: Iterator[SampleMicrobatch], chunk: torch.nn.Module
         ) -> tuple[torch.Tensor, LossFunction]:
-            return self._row_step(chunk, next(iterator), microbatches)
+            return self._lm_step(chunk, next(iterator), microbatches)
 
         run_schedule(
             self._runtime,
             chunks,
             forward_step,
-            rows,
-            idle=lambda: idle_rows(self._runtime),
+            samples,
+            idle=lambda: idle_microbatch(self._runtime),
             shape=(self._recipe.data.seq_length, self._recipe.training.micro_batch_size),
-            mixed_shapes=microbatches != len(rows),
+            mixed_shapes=microbatches != len(samples),
         )
 
-    def _row_step(
-        self, chunk: torch.nn.Module, rows: RowMicrobatch, microbatches: int
+    def _lm_step(
+        self, chunk: torch.nn.Module, samples: SampleMicrobatch, microbatches: int
     ) -> tuple[torch.Tensor, LossFunction]:
-        output, loss_of = row_loss_sum(chunk, rows)
+        output, loss_of = lm_loss_sum(chunk, samples)
 
         def loss_function(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             loss = loss_of(losses)
@@ -112,15 +112,15 @@ class LanguageModelPhase(Phase):
         return output, loss_function
 
     def advance(self, state: TrainState) -> None:
-        rows = self._recipe.training.global_batch_size
-        state.consumed_samples += rows
-        state.tokens += rows * self._recipe.data.seq_length
+        samples = self._recipe.training.global_batch_size
+        state.consumed_samples += samples
+        state.tokens += samples * self._recipe.data.seq_length
 
     def metrics(self, steps: int) -> dict[str, Any]:
         sums = self._meter.drain()
         loss = sums["loss"][0] / steps
         values: dict[str, Any] = {"loss": loss, "lm_loss": loss}
-        # At a ratio of 0 nothing is counted, and a share of nothing would look like a share of 0.
+        # At a ratio of 0 nothing is counted; omit the rates, since 0 would look like a measurement.
         if self._target_languages is not None and self._counted_steps:
             running, known, switched, padded, truncated, *by_language = sums["counts"]
             positions = self._counted_steps * self._recipe.training.global_batch_size * self._recipe.data.seq_length

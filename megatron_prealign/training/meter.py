@@ -1,4 +1,4 @@
-"""Sums metrics on the device between two log lines, so that no training step waits for the host."""
+"""Sums metrics on the device between log lines, so that no training step synchronises with the host."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from megatron_prealign.runtime.distributed import Runtime
 class Meter:
     """Named sums in one float64 vector on the device.
 
-    Each rank adds its own part: what a value means is its sum over data-parallel ranks and pipeline stages.
-    Tensor-parallel ranks add the same and are counted once, unless a value is split over them.
+    Each rank adds its part; the metric is the sum over data-parallel ranks and pipeline stages. Tensor-parallel ranks
+    add the same value, which is counted once, unless the value is split over them.
     """
 
     def __init__(self, sizes: Mapping[str, int], runtime: Runtime) -> None:
@@ -37,7 +37,8 @@ class Meter:
         self._sums[where] += value.detach()
 
     def drain(self) -> dict[str, list[float]]:
-        """The sums since the last call, over all ranks. Takes part: all ranks (two collectives, one host sync)."""
+        """Returns the sums over all ranks since the last call. Collective: call on all ranks (two collectives, one host
+        sync)."""
         sums = self._sums.clone()
         dist.all_reduce(sums, group=self._runtime.groups.tp_dp_cp)
         dist.all_reduce(sums, group=self._runtime.groups.pp)

@@ -1,4 +1,4 @@
-"""One log line, one line of metrics.jsonl and TensorBoard scalars every few steps."""
+"""Writes a log line, a line of metrics.jsonl and TensorBoard scalars every few steps."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends JSON lines to `RUN/metrics.jsonl`; rank 0 only."""
+    """Appends JSON lines to `RUN/metrics.jsonl` on rank 0."""
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self._path = path
@@ -35,14 +35,13 @@ class MetricsFile:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
-            # The other ranks are already in the next step: a full disk must not end the run here.
-            logger.warning(
-                "%s cannot be written (%s); the metrics of step %d are lost", self._path, error, record["step"]
-            )
+            # The other ranks are already in the next step, so a full disk must not end the run here.
+            logger.warning("cannot write %s (%s): lost the metrics of step %d", self._path, error, record["step"])
 
 
 class ProgressLog(Callback):
-    """Loss, learning rate, gradient norm, speed, switched words, memory; MFU when the device's peak is known."""
+    """Logs loss, learning rate, gradient norm, throughput, switched words and memory; MFU if the device's peak FLOPS
+    are known."""
 
     def __init__(
         self, recipe: Recipe, metrics: MetricsFile, tensorboard: TensorBoard, *, padded_vocab_size: int
@@ -57,9 +56,9 @@ class ProgressLog(Callback):
 
     def on_start(self, trainer: "Trainer") -> None:
         self._enabled = trainer.runtime.rank == 0
-        self._mark(trainer)
+        self._start_interval(trainer)
 
-    def _mark(self, trainer: "Trainer") -> None:
+    def _start_interval(self, trainer: "Trainer") -> None:
         self._since_s = trainer.state.seconds
         self._since_tokens = trainer.state.tokens
         self._since_step = trainer.state.step
@@ -86,7 +85,7 @@ class ProgressLog(Callback):
         self._tensorboard.close()
 
     def _show_progress(self, trainer: "Trainer") -> None:
-        """A bar with ETA on a terminal; in a log file the log lines themselves, which carry the ETA, are enough."""
+        """Shows a progress bar with ETA on a terminal; in a log file the log lines contain the ETA."""
         import sys
 
         if not self._enabled or not sys.stderr.isatty():
@@ -98,7 +97,7 @@ class ProgressLog(Callback):
         self._bar.update()
 
     def _log(self, trainer: "Trainer") -> None:
-        """Takes part: all ranks (the metrics are summed over them)."""
+        """Logs the metrics since the last call. Collective: call on all ranks (the metrics are summed over them)."""
         state, phase = trainer.state, trainer.phase
         values = phase.metrics(state.step - self._since_step)
         elapsed_s = max(state.seconds - self._since_s, 1e-9)
@@ -127,11 +126,11 @@ class ProgressLog(Callback):
             logger.info(_line(record, phase.total_iters(state), eta_s))
             self._metrics.write(record)
             self._tensorboard.write(_scalars(record), state.step)
-        self._mark(trainer)
+        self._start_interval(trainer)
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl by TensorBoard tag."""
+    """Maps a record of metrics.jsonl to TensorBoard tag -> scalar."""
     scalars = {}
     for name, value in record.items():
         if name in ("kind", "phase", "step", "phase_step"):
@@ -144,7 +143,7 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
@@ -153,6 +152,7 @@ def _memory_gb(device: torch.device) -> float:
 
 
 def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
+    """Human-readable line of a record."""
     parts = [f"{record['phase']} {record['phase_step']}/{total}", f"loss {record['loss']:.4f}"]
     if record["phase"] == ALIGNMENT and record.get("lm_loss") is not None:
         parts.append(f"lm loss {record['lm_loss']:.4f}")

@@ -1,4 +1,4 @@
-"""The callback that saves checkpoints."""
+"""Callback that saves checkpoints."""
 
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class SaveCheckpoints(Callback):
-    """Saves every `interval` steps, at the end of each phase and when the run is asked to end; waits for a save in the
-    background before the run ends, whatever ends it."""
+    """Saves every `interval` steps, at the end of each phase and when a stop is requested; waits for a background save
+    before the run ends, also after an error."""
 
     def __init__(
         self, store: CheckpointStore, samples: TrainSamples, metrics: MetricsFile, interval: int | None
@@ -27,8 +27,7 @@ class SaveCheckpoints(Callback):
 
     def on_step(self, trainer: "Trainer") -> None:
         due = self._interval is not None and trainer.state.step % self._interval == 0
-        # A phase's last step is saved by `on_phase_end`, after the evaluation there: a run killed in between repeats
-        # it.
+        # `on_phase_end` saves a phase's last step after the evaluation, so that a run killed in between repeats it.
         if (due or trainer.state.stop_requested) and not trainer.phase.is_over(trainer.state):
             self._save(trainer)
         self._report()
@@ -41,7 +40,7 @@ class SaveCheckpoints(Callback):
         self._report()
 
     def on_close(self, trainer: "Trainer") -> None:
-        self._store.settle()
+        self._store.finish_after_error()
         self._report()
 
     def _save(self, trainer: "Trainer") -> None:
@@ -56,13 +55,13 @@ class SaveCheckpoints(Callback):
             phase=trainer.phase.name,
             consumed=self._samples.consumed_per_source(state.consumed_samples),
             blend=self._samples.blend_state(state.consumed_samples),
-            metrics=trainer.measures if trainer.measured_step == state.step else {},
+            metrics=trainer.eval_metrics if trainer.eval_step == state.step else {},
         )
         self._saved_step = state.step
 
     def _report(self) -> None:
-        """Writes down what was completed since the last time; here and not in the background, where two lines of the
-        file could mix."""
+        """Writes metrics of the saves completed since the last call; not done in the background, where two lines of the
+        file could interleave."""
         while self._store.reports:
             report = self._store.reports.pop(0)
             self._metrics.write(

@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run: one writer for everything that is logged, as TensorBoard reads one at a time."""
+"""TensorBoard event file of a run: a single writer for all scalars, since TensorBoard reads one file at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TensorBoard:
-    """Writes scalars into a directory; opened by the first one."""
+    """Writes scalars to a directory; the file is created by the first `write`."""
 
     def __init__(self, directory: Path, *, enabled: bool) -> None:
         self._directory = directory
@@ -14,7 +14,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Writes tag -> value at an optimizer step of the run."""
+        """Writes scalars (tag -> value) of an optimizer step of the run."""
         if not self._enabled:
             return
         if self._writer is None:

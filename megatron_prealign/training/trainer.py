@@ -1,4 +1,4 @@
-"""The training loop: runs a list of phases, one optimizer step after another."""
+"""Training loop: runs a list of phases step by step."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Owns the model chunks, the optimizer and the state; phases bring the work, callbacks everything periodic."""
+    """Owns the model chunks, the optimizer and the state; phases define the steps, callbacks the periodic work."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Trainer:
         self.callbacks = callbacks
         self.state = state
         self.grad_norm: float | None = None
-        self.measures: Mapping[str, float] = {}
-        """What the last evaluation found, by names such as validation_loss/en."""
-        self.measured_step = -1
-        """The step it was made after."""
+        self.eval_metrics: Mapping[str, float] = {}
+        """Metrics of the last evaluation, by name such as validation_loss/en."""
+        self.eval_step = -1
+        """Step of the last evaluation."""
 
     @property
     def phase(self) -> Phase:
@@ -57,10 +57,10 @@ class Trainer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train(self) -> None:
-        """Runs from wherever `state` stands to the end of the last phase, or until a stop is requested.
+        """Trains from the current `state` to the end of the last phase, or until a stop is requested.
 
         Raises:
-            UserError: the run diverged, a checkpoint cannot be written, or another process has ended.
+            UserError: Training diverged, a checkpoint cannot be written, or another process has ended.
         """
         with lost_ranks_as_user_errors("training"), ExitStack() as closing:
             for callback in self.callbacks:
@@ -83,7 +83,7 @@ class Trainer:
         phase.begin(state, self.chunks)
         try:
             if phase.is_over(state):
-                # Resumed from the checkpoint of the phase's end: its end was seen by the run that wrote it.
+                # Resumed from the checkpoint at the phase's end; the run that wrote it has called on_phase_end.
                 return
             for chunk in self.chunks:
                 chunk.train()
@@ -98,7 +98,7 @@ class Trainer:
             phase.end()
 
     def build_schedule(self, phase: Phase) -> OptimizerParamScheduler:
-        """The learning rate of a phase, moved to where the phase stands."""
+        """Returns the learning-rate schedule of a phase, advanced to its current step."""
         settings = phase.schedule_settings(self.state)
         schedule = build_schedule(
             self.optimizer,
@@ -108,18 +108,18 @@ class Trainer:
             warmup_iters=settings.warmup_iters,
             decay_iters=settings.decay_iters,
             weight_decay=self.recipe.optimizer.weight_decay,
-            moves_held=settings.moves_held,
+            updates_frozen=settings.updates_frozen,
         )
         schedule.step(self.state.phase_step)
         return schedule
 
     def step(self, phase: Phase, schedule: OptimizerParamScheduler) -> None:
-        """One optimizer step of a phase."""
+        """Runs one optimizer step of a phase."""
         start_s = time.perf_counter()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        # Before the update, not after it: the first step of a warm-up then moves the weights too.
+        # Before the update, so that the first step of a warm-up has a learning rate above 0.
         schedule.step(1)
         phase.forward_backward(self.state, self.chunks)
         _, self.grad_norm, _ = self.optimizer.step()
@@ -130,11 +130,10 @@ class Trainer:
         self.state.seconds += time.perf_counter() - start_s
 
     def _check_finite(self) -> None:
-        """Ends a run that has diverged before it can overwrite its last good checkpoint. The norm is on the host
-        already."""
+        """Ends a diverged run before it can overwrite its last good checkpoint. The norm is already on the host."""
         if self.grad_norm is not None and not math.isfinite(self.grad_norm):
             raise UserError(
-                f"training diverged: the gradient norm of step {self.state.step + 1} is {self.grad_norm}; the last "
-                f"checkpoint in {self.recipe.checkpoint_dir} is from before it; lower the learning rate or look at the "
-                "data there"
+                f"training diverged: gradient norm of step {self.state.step + 1} is {self.grad_norm}; the last "
+                f"checkpoint in {self.recipe.checkpoint_dir} precedes this step; lower the learning rate or check the "
+                "data of this step"
             )

@@ -1,6 +1,6 @@
-"""Alignment steps: the words of a step and rows of the blend in one schedule pass.
+"""Alignment steps: the words of a step and samples of the blend in one schedule pass.
 
-Both the alignment phase and the alignment guard of language-model training run these.
+Used by the alignment phase and by the alignment guard of language-model training.
 """
 
 import logging
@@ -22,13 +22,13 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, schedule_length, unwrap
 from megatron_prealign.training.meter import Meter
-from megatron_prealign.training.phase import AlignmentMeasures
-from megatron_prealign.training.rows import RowMicrobatch, idle_rows
+from megatron_prealign.training.microbatches import SampleMicrobatch, idle_microbatch
+from megatron_prealign.training.phase import AlignmentMetrics
 
 logger = logging.getLogger(__name__)
 
-# (chunk, rows, microbatches of the schedule) -> the chunk's output and the function of its loss.
-RowStep = Callable[[torch.nn.Module, RowMicrobatch, int], tuple[torch.Tensor, LossFunction]]
+# (chunk, samples, number of microbatches in the schedule) -> the chunk's output and its loss function.
+LMStep = Callable[[torch.nn.Module, SampleMicrobatch, int], tuple[torch.Tensor, LossFunction]]
 
 
 class WordSteps:
@@ -45,8 +45,8 @@ class WordSteps:
         self._word_microbatches = own // (recipe.alignment.word_micro_batch_size or own)
         self._dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self._meter = Meter({"alignment_loss": len(self.layer_weights), "similarity_penalty": 1}, runtime)
-        # The output embedding without weight too: overlapped gradient reduction waits for every parameter, and without
-        # rows of the blend nothing else touches this one.
+        # Includes the output embedding even without weight: overlapped gradient reduction waits for every parameter,
+        # and without samples of the blend nothing else uses this one.
         last = len(self.layer_weights) - 1
         self._observed = {layer for layer, weight in enumerate(self.layer_weights) if weight} | {last}
         self._heads: ProjectionHeads | None = None
@@ -54,10 +54,10 @@ class WordSteps:
         self._steps = 0
         self._skipped = 0
         self.tokens = 0
-        """Tokens of the words of the last step, over all ranks."""
+        """Number of word tokens of the last step, over all ranks."""
 
     def attach(self, chunks: Sequence[torch.nn.Module]) -> ProjectionHeads | None:
-        """Makes the projection heads of this stage, if the recipe wants some; call once, before the first step."""
+        """Creates the projection heads of this stage if the recipe has them; call once, before the first step."""
         section, recipe = self._section, self._recipe
         if section.projection_size is not None:
             self._heads = ProjectionHeads(
@@ -75,16 +75,17 @@ class WordSteps:
         self,
         step: int,
         chunks: Sequence[torch.nn.Module],
-        rows: Sequence[RowMicrobatch],
-        row_step: RowStep,
+        samples: Sequence[SampleMicrobatch],
+        lm_step: LMStep,
         *,
         next_step: int,
     ) -> None:
-        """Leaves the gradients of the words of `step` and of the rows in the chunks' gradient buffers. Takes part: all
-        ranks.
+        """Accumulates the gradients of the words of `step` and of the samples in the chunks' gradient buffers.
+
+        Collective: call on all ranks.
 
         Args:
-            next_step: probably the next one with words; they are drawn while the device works on this one.
+            next_step: Expected next step with words; its words are drawn while the device works on this one.
         """
         layout = WordLayout.of(self._runtime, chunks)
         words = self._draw(step, layout)
@@ -92,12 +93,12 @@ class WordSteps:
         batches = words.batches
         if not words.pairs:
             self._skip(step)
-            # Without any microbatch there would be no gradients to finalise, not even zeros.
-            batches, rows = [], rows or [idle_rows(self._runtime)]
+            # At least one microbatch is needed to finalise gradients, even if they are zeros.
+            batches, samples = [], samples or [idle_microbatch(self._runtime)]
         self._steps += bool(batches)
-        microbatches = schedule_length(self._runtime, len(batches) + len(rows))
+        microbatches = schedule_length(self._runtime, len(batches) + len(samples))
         taps = LayerTaps([unwrap(chunk) for chunk in chunks], self._runtime, self._recipe.model.num_layers)
-        # The taps read the output embedding before any forward pass of it could fetch its update.
+        # The taps read the output embedding before any forward pass that would gather its updated shards.
         gather_parameters([chunk for chunk in chunks if unwrap(chunk).post_process])
         if len(batches) > 1:
             observer = self._from_gradients(self._state_gradients(chunks, layout, words), batches)
@@ -105,11 +106,11 @@ class WordSteps:
             observer = self._from_states(words.groups)
 
         def forward_step(
-            iterator: Iterator[WordBatch | RowMicrobatch], chunk: torch.nn.Module
+            iterator: Iterator[WordBatch | SampleMicrobatch], chunk: torch.nn.Module
         ) -> tuple[torch.Tensor, LossFunction]:
             batch = next(iterator)
-            if isinstance(batch, RowMicrobatch):
-                return row_step(chunk, batch, microbatches)
+            if isinstance(batch, SampleMicrobatch):
+                return lm_step(chunk, batch, microbatches)
             return _word_step(taps, chunk, batch, microbatches)
 
         with taps.observing(observer, layers=self._observed, needs_graph=True):
@@ -117,8 +118,8 @@ class WordSteps:
                 self._runtime,
                 chunks,
                 forward_step,
-                [*batches, *rows],
-                idle=lambda: idle_rows(self._runtime),
+                [*batches, *samples],
+                idle=lambda: idle_microbatch(self._runtime),
                 shape=(self._recipe.data.seq_length, self._recipe.training.micro_batch_size),
                 mixed_shapes=True,
             )
@@ -134,32 +135,32 @@ class WordSteps:
     def _skip(self, step: int) -> None:
         self._skipped += 1
         logger.warning(
-            "step %d: no word of the batch has a translation in it, its words are skipped (%d such steps so far)",
+            "step %d: no word in the batch has a translation in the batch; skipped its words (%d such steps so far)",
             step,
             self._skipped,
         )
 
     def _layer_loss(self, layer: int, states: torch.Tensor, groups: WordGroups) -> torch.Tensor:
-        """The loss to attach to one layer, weighted, and scaled so that Megatron-Core's averaging over data-parallel
-        ranks leaves its sum."""
+        """Returns the weighted loss to attach to one layer, scaled so that Megatron-Core's averaging over data-parallel
+        ranks yields its sum."""
         section, weight, group = self._section, self.layer_weights[layer], self._runtime.groups.tp_dp_cp
         if not weight:
             return (states * 0.0).sum()
-        seen = states if self._heads is None else self._heads(layer, states)
-        seen = seen.to(self._dtype)
-        loss = contrastive_loss(seen, groups, temperature=section.temperature, process_group=group)
+        projected = states if self._heads is None else self._heads(layer, states)
+        projected = projected.to(self._dtype)
+        loss = contrastive_loss(projected, groups, temperature=section.temperature, process_group=group)
         self._meter.add("alignment_loss", loss, index=layer, split_over_tensor_ranks=True)
         loss = section.alpha * loss
         if section.gamma:
-            penalty = similarity_penalty(seen, groups, group)
-            # Every rank has the whole of it.
-            share = penalty * (weight / group.size())
-            self._meter.add("similarity_penalty", share, split_over_tensor_ranks=True)
+            penalty = similarity_penalty(projected, groups, group)
+            # Every rank computes the full penalty, and the meter sums over ranks.
+            contribution = penalty * (weight / group.size())
+            self._meter.add("similarity_penalty", contribution, split_over_tensor_ranks=True)
             loss = loss + section.gamma * penalty
         return loss * (weight * self._runtime.data_size)
 
     def _from_states(self, groups: WordGroups) -> Observer:
-        """Attaches the losses themselves: all words of the step are in one microbatch."""
+        """Observer that attaches the losses themselves; for steps with all words in one microbatch."""
 
         def observe(layer: int, states: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
             return self._layer_loss(layer, states, groups)
@@ -167,19 +168,22 @@ class WordSteps:
         return observe
 
     def _from_gradients(self, gradients: dict[int, list[torch.Tensor]], batches: list[WordBatch]) -> Observer:
-        """Attaches products whose gradients are those of the losses, which were taken with all microbatches at hand."""
-        number = {id(batch): index for index, batch in enumerate(batches)}
+        """Observer that attaches products of states and `gradients`, which were computed over all microbatches; their
+        gradients equal those of the losses."""
+        index_of = {id(batch): index for index, batch in enumerate(batches)}
 
         def observe(layer: int, states: torch.Tensor, batch: WordBatch) -> torch.Tensor | None:
-            return (states * gradients[layer][number[id(batch)]]).sum()
+            return (states * gradients[layer][index_of[id(batch)]]).sum()
 
         return observe
 
     def _state_gradients(
         self, chunks: Sequence[torch.nn.Module], layout: WordLayout, words: StepWords
     ) -> dict[int, list[torch.Tensor]]:
-        """Gradients of the losses of this stage's layers with respect to the words, by layer and microbatch: a forward
-        pass over all word microbatches collects the words, then each layer's loss is taken once."""
+        """Returns the gradients of this stage's losses with respect to the word states, by layer and microbatch.
+
+        A forward pass over all word microbatches collects the states, then each layer's loss is computed once.
+        """
         states = collect_states(
             self._runtime,
             chunks,
@@ -197,8 +201,8 @@ class WordSteps:
         return gradients
 
     def metrics(self) -> dict[str, Any]:
-        """Means over the steps with words since the last call; None for layers without weight. Takes part: all
-        ranks."""
+        """Returns means over the steps with words since the last call; None for layers without weight. Collective: call
+        on all ranks."""
         sums = self._meter.drain()
         steps = max(self._steps, 1)
         by_layer = [
@@ -209,23 +213,23 @@ class WordSteps:
             weight * loss for weight, loss in zip(self.layer_weights, by_layer, strict=True) if loss is not None
         )
         penalty = sums["similarity_penalty"][0] / steps
-        found = {
+        metrics = {
             "words_loss": self._section.alpha * aligned + self._section.gamma * penalty,
             "alignment_loss": by_layer,
             "word_steps": self._steps,
         }
         self._steps = 0
-        return found
+        return metrics
 
-    def note_retrieval(self, state: TrainState, measured: AlignmentMeasures) -> None:
-        """Keeps in `state` whether what was measured is below the floor of the alignment guard, if it has one."""
+    def update_guard(self, state: TrainState, metrics: AlignmentMetrics) -> None:
+        """Records in `state` whether retrieval is below the floor of the alignment guard, if it has one."""
         guard = self._recipe.alignment_guard
         if guard is not None and guard.floor is not None:
-            retrieval = self.mean_of_aligned([measures["p_at_1"] for measures in measured.values()])
+            retrieval = self.mean_of_aligned([by_name["p_at_1"] for by_name in metrics.values()])
             below = retrieval < guard.floor
             if below != state.below_floor:
                 logger.info(
-                    "alignment guard %s: P@1 %.4f (mean over the aligned layers), floor %g",
+                    "alignment guard %s: P@1 %.4f (mean over aligned layers), floor %g",
                     "on" if below else "off",
                     retrieval,
                     guard.floor,
@@ -233,10 +237,10 @@ class WordSteps:
             state.below_floor = below
 
     def mean_of_aligned(self, by_pair: Sequence[Sequence[float]]) -> float:
-        """Mean of a measure over the aligned layers and the language pairs.
+        """Mean of a metric over the aligned layers and the language pairs.
 
         Args:
-            by_pair: a value for every layer, per language pair.
+            by_pair: One value per layer, for each language pair.
         """
         values = [
             value for by_layer in by_pair for value, weight in zip(by_layer, self.layer_weights, strict=True) if weight
@@ -253,7 +257,7 @@ def _word_step(
     def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = no_loss(hidden)
         if output_embedding_loss is not None:
-            # Attached losses pass by Megatron-Core's division by the number of microbatches, this one does not.
+            # Unlike attached losses, this one is divided by the number of microbatches in Megatron-Core.
             loss = loss + output_embedding_loss * microbatches
         return loss, {}
 

@@ -1,14 +1,15 @@
-"""Words that are too long for the alignment phase are counted, named and listed."""
+"""Words that are too long for the alignment phase are counted, logged and listed."""
 
 from dataclasses import replace
 from typing import Any
 
+from support.messages import assert_facts
 from support.word_draws import MAX_TOKENS, USUAL, Setting, groups, pairs_of_words, sampler_of
 from support.workers import WorkerPool
 
 
 def reported(setting: Setting, directory: str) -> tuple[list[str], list[str], list[str]]:
-    """Runs in a worker: messages about dropped words, files and lines of the list."""
+    """Runs in a worker: log messages about dropped words, files, and lines of the list."""
     import logging
     from pathlib import Path
 
@@ -28,11 +29,11 @@ def reported(setting: Setting, directory: str) -> tuple[list[str], list[str], li
 
 
 def test_words_that_are_too_long_are_counted_and_listed(workers: WorkerPool, tmp_path: Any) -> None:
-    """Those of groups that are held out are not: nobody wanted them."""
+    """Words of held-out groups are not, since they are not used anyway."""
     made = [*groups(), [("en", [250] * 5), ("de", [251] * 7), ("zh", [252])]]
     setting = replace(USUAL, groups=made, held_out=frozenset([21]))
     messages, files, lines = workers.run(1, reported, setting, str(tmp_path))[0]
-    # Words are numbered through in the table; group 5, group 22, and two of the one added.
+    # Words are numbered consecutively in the table: one of group 5, one of group 22, two of the added group.
     numbers = [
         number
         for number, (group, word) in enumerate((g, word) for g, words in enumerate(made) for _, word in words)
@@ -45,21 +46,21 @@ def test_words_that_are_too_long_are_counted_and_listed(workers: WorkerPool, tmp
     assert lines == [
         f"{code}\t{word}\t{tokens}" for word, (code, tokens) in zip(spelled, languages_and_tokens, strict=True)
     ]
-    assert messages == [
-        f"alignment leaves out 4 words of more than alignment.max_word_tokens (3) tokens ({', '.join(spelled)}); all "
-        f"are listed in {tmp_path / 'alignment_dropped_words.tsv'}"
-    ]
+    (message,) = messages
+    file = tmp_path / "alignment_dropped_words.tsv"
+    assert_facts(
+        message, "4 words", "alignment.max_word_tokens", f"{MAX_TOKENS} tokens", f"({', '.join(spelled)})", file
+    )
 
 
-def test_only_some_of_many_dropped_words_are_named(workers: WorkerPool, tmp_path: Any) -> None:
+def test_only_some_of_many_dropped_words_are_logged(workers: WorkerPool, tmp_path: Any) -> None:
     made = [*pairs_of_words(3), *[[("en", [9] * 4), ("de", [8] * 4)] for _ in range(600)]]
     setting = Setting(made).section_with(words_per_step=2)
     messages, _, lines = workers.run(1, reported, setting, str(tmp_path))[0]
     assert len(lines) == 1200
-    assert messages[0].startswith("alignment leaves out 1,200 words of more than")
-    assert "(word6, word7, word8, word9, word10, ...);" in messages[0]
+    assert_facts(messages[0], "1,200 words", "(word6, word7, word8, word9, word10, ...)")
 
 
-def test_without_dropped_words_nothing_is_said(workers: WorkerPool, tmp_path: Any) -> None:
+def test_without_dropped_words_nothing_is_reported(workers: WorkerPool, tmp_path: Any) -> None:
     setting = Setting(pairs_of_words(3)).section_with(words_per_step=2)
     assert workers.run(1, reported, setting, str(tmp_path))[0] == ([], [], [])

@@ -1,4 +1,4 @@
-"""Layer taps: what they see, what they leave behind, and the gradients of the losses they attach."""
+"""Layer taps: the observed states, cleanup, and the gradients of the attached losses."""
 
 import weakref
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.huggingface_weights import llama
-from support.model_builds import SEQ_LENGTH, build, disturb, recipe_values, states_by_hand, tokens, weights
+from support.model_builds import SEQ_LENGTH, build, perturb, recipe_values, states_by_hand, tokens, weights
 from support.workers import WorkerPool
 
 LAYERS = 4
@@ -34,14 +34,14 @@ def word_batch(*, packed: bool = True, multiple: int = 1, words: list[list[int]]
 
 
 def tapped(values: dict[str, Any], packed: bool = True) -> tuple[Any, Any, Any]:
-    """A model with random weights everywhere, its taps and a word batch."""
+    """A model with all weights randomised, its taps and a word batch."""
     from megatron_prealign.alignment.taps import LayerTaps
 
     recipe, runtime, chunks = build(values)
     for chunk in chunks:
-        # Dropping in TP2 shards of the same random numbers would be another model: only one process disturbs.
+        # The same random numbers in TP2 shards would be a different model, so only single-process models are disturbed.
         if runtime.world_size == 1:
-            disturb(chunk)
+            perturb(chunk)
     multiple = 2 if recipe.parallel.sequence_parallel else 1
     return chunks[0], LayerTaps(chunks, runtime, LAYERS), word_batch(packed=packed, multiple=multiple)
 
@@ -57,7 +57,7 @@ def observed_states(
     return weights(chunk), states
 
 
-def what_stays() -> dict[str, Any]:
+def before_and_after() -> dict[str, Any]:
     """Runs in a worker: hooks and outputs before, inside and after a `with` block."""
     chunk, taps, batch = tapped(recipe_values("llama"))
     rows = tokens()
@@ -69,40 +69,40 @@ def what_stays() -> dict[str, Any]:
     def hooks() -> int:
         return sum(len(module._forward_hooks) for module in chunk.modules()) - 1
 
-    answers: dict[str, Any] = {"before": hooks()}
+    results: dict[str, Any] = {"before": hooks()}
     with torch.no_grad():
         plain = chunk(rows, positions, None)
         computed.clear()
         with taps.observing(lambda layer, words, _: calls.append(layer)):
-            answers["inside"] = hooks()
+            results["inside"] = hooks()
             hidden = taps.run_words(chunk, chunk, batch)
-            answers["word_calls"] = calls.copy()
-            answers["word_output"] = tuple(hidden.shape)
-            answers["logits_of_words"] = len(computed)
+            results["word_calls"] = calls.copy()
+            results["word_output"] = tuple(hidden.shape)
+            results["logits_of_words"] = len(computed)
             calls.clear()
-            answers["rows_equal"] = torch.equal(chunk(rows, positions, None), plain)
-            answers["row_calls"] = calls.copy()
-            nothing = word_batch(words=[])
-            answers["idle_output"] = tuple(taps.run_words(chunk, chunk, nothing).shape)
-            answers["idle_calls"] = calls.copy()
-            answers["idle_loss"] = taps.output_embedding_loss
-            # A mask of the same kind as that of packed words, but of no batch that the taps know.
-            answers["masked_rows"] = tuple(chunk(nothing.tokens, nothing.position_ids, nothing.attention_mask).shape)
-            answers["masked_calls"] = calls.copy()
-        answers["after"] = hooks()
+            results["rows_equal"] = torch.equal(chunk(rows, positions, None), plain)
+            results["row_calls"] = calls.copy()
+            idle = word_batch(words=[])
+            results["idle_output"] = tuple(taps.run_words(chunk, chunk, idle).shape)
+            results["idle_calls"] = calls.copy()
+            results["idle_loss"] = taps.output_embedding_loss
+            # A mask like that of packed words, but not of a batch registered with the taps.
+            results["masked_rows"] = tuple(chunk(idle.tokens, idle.position_ids, idle.attention_mask).shape)
+            results["masked_calls"] = calls.copy()
+        results["after"] = hooks()
         taps.run_words(chunk, chunk, batch)
-        answers["calls_after"] = calls.copy()
+        results["calls_after"] = calls.copy()
         try:
             with taps.observing(fail):
                 taps.run_words(chunk, chunk, batch)
         except ZeroDivisionError:
-            answers["after_error"] = (hooks(), chunk.post_process)
-        answers["rows_equal_after"] = torch.equal(chunk(rows, positions, None), plain)
+            results["after_error"] = (hooks(), chunk.post_process)
+        results["rows_equal_after"] = torch.equal(chunk(rows, positions, None), plain)
     counting.remove()
-    kept = weakref.ref(batch)
+    reference = weakref.ref(batch)
     del batch
-    answers["batch_is_gone"] = kept() is None
-    return answers
+    results["batch_is_freed"] = reference() is None
+    return results
 
 
 def fail(layer: int, words: torch.Tensor, batch: Any) -> None:
@@ -114,34 +114,34 @@ def layer_weight(layer: int) -> float:
 
 
 def loss_of(layer: int, words: torch.Tensor) -> torch.Tensor:
-    """Some loss that no layer shares with another."""
+    """A loss that differs between layers."""
     return layer_weight(layer) * (words.float() * torch.linspace(-1, 1, words.shape[-1])).tanh().square().sum()
 
 
 def by_hand(chunk: Any) -> dict[int, torch.Tensor]:
-    """The states from a plain forward pass with each word in a row of its own."""
+    """The states from a plain forward pass with one word per row."""
     alone = word_batch(packed=False)
     return states_by_hand(chunk, alone.tokens, alone.position_ids, [len(word) for word in WORDS], LAYERS)
 
 
 def gradients(values: dict[str, Any], packed: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Runs in a worker: every parameter's gradient by attached losses, and by adding the losses up by hand."""
+    """Runs in a worker: every parameter's gradient from attached losses, and from the losses added up by hand."""
     from megatron_prealign.alignment.taps import no_loss
 
     chunk, taps, batch = tapped(values, packed)
 
     def take() -> dict[str, torch.Tensor]:
-        found = {
+        result = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in chunk.named_parameters()
         }
         chunk.zero_grad(set_to_none=True)
-        return found
+        return result
 
     def observe(layer: int, words: torch.Tensor, _: Any) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        # Layer 2 has no loss, layer 3 one that depends on nothing.
+        # Layer 2 has no loss, layer 3 a constant one.
         return None if layer == 2 else torch.ones(()) if layer == 3 else loss_of(layer, words)
 
     with taps.observing(observe):
@@ -168,14 +168,14 @@ def test_pooled_states_are_means_of_hidden_states(workers: WorkerPool, family: s
     assert sorted(states) == sorted(expected) == list(range(LAYERS + 2))
     for layer, words in states.items():
         assert words.dtype is torch.float32
-        # A weighted sum against a mean, and packed other rotary angles: rounding.
+        # A weighted sum against a mean, and other rotary angles if packed: rounding.
         torch.testing.assert_close(words, expected[layer], rtol=1e-5, atol=1e-6 if not packed else 1e-5)
 
 
 def test_layers_are_the_hidden_states_of_transformers(workers: WorkerPool) -> None:
     """Each word alone and without padding through transformers' Llama with the same weights."""
-    ours, states = workers.run(1, observed_states, recipe_values("llama"))[0]
-    model = llama(ours, max_position_embeddings=SEQ_LENGTH)
+    mcore, states = workers.run(1, observed_states, recipe_values("llama"))[0]
+    model = llama(mcore, max_position_embeddings=SEQ_LENGTH)
     for slot, word in enumerate(WORDS):
         if not word:
             continue
@@ -198,12 +198,12 @@ def test_empty_slots_are_zero(workers: WorkerPool) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_parallel_ranks_see_parts_of_the_states_of_one_process(
+def test_tensor_parallel_ranks_observe_parts_of_the_states_of_one_process(
     workers: WorkerPool, sequence_parallel: bool, ranks: int, packed: bool
 ) -> None:
     """The parts are disjoint and in order; data-parallel ranks get the same batch here and see the same."""
     values = recipe_values("llama")
-    # As drawn: `disturb` would give the shards other numbers.
+    # With initial weights: `perturb` would give the shards other values.
     ((rank, expected),) = workers.run(1, undisturbed_states, values, packed)
     assert rank == 0
     values["parallel"] = {
@@ -211,9 +211,9 @@ def test_tensor_parallel_ranks_see_parts_of_the_states_of_one_process(
         "tensor_model_parallel_size": 2,
         "sequence_parallel": sequence_parallel,
     }
-    answers = workers.run(ranks, undisturbed_states, values, packed)
-    assert [rank for rank, _ in answers] == [0, 1] * (ranks // 2)
-    for rank, states in answers:
+    results = workers.run(ranks, undisturbed_states, values, packed)
+    assert [rank for rank, _ in results] == [0, 1] * (ranks // 2)
+    for rank, states in results:
         assert sorted(states) == sorted(expected)
         for layer, words in states.items():
             # Sums over the ranks in another order.
@@ -233,36 +233,36 @@ def undisturbed_states(values: dict[str, Any], packed: bool) -> tuple[int, dict[
     return runtime.tensor_rank, states
 
 
-def test_nothing_stays_behind(workers: WorkerPool) -> None:
-    answers = workers.run(1, what_stays)[0]
-    # The model has hooks of its own.
-    assert answers["before"] == answers["after"]
+def test_hooks_and_batches_are_removed(workers: WorkerPool) -> None:
+    results = workers.run(1, before_and_after)[0]
+    # The model has its own hooks.
+    assert results["before"] == results["after"]
     # Embedding, every block but the last, and the final norm in its place.
-    assert answers["inside"] == answers["before"] + LAYERS + 1
-    assert answers["word_calls"] == list(range(LAYERS + 2))
-    assert answers["calls_after"] == []
-    assert answers["after_error"] == (answers["before"], True)
-    assert answers["rows_equal_after"]
-    assert answers["batch_is_gone"]
+    assert results["inside"] == results["before"] + LAYERS + 1
+    assert results["word_calls"] == list(range(LAYERS + 2))
+    assert results["calls_after"] == []
+    assert results["after_error"] == (results["before"], True)
+    assert results["rows_equal_after"]
+    assert results["batch_is_freed"]
 
 
 def test_words_have_no_logits_and_rows_are_not_observed(workers: WorkerPool) -> None:
-    answers = workers.run(1, what_stays)[0]
-    assert answers["logits_of_words"] == 0
+    results = workers.run(1, before_and_after)[0]
+    assert results["logits_of_words"] == 0
     # All words fit into one row of 64 tokens.
-    assert answers["word_output"] == (64, 1, 32)
-    assert answers["row_calls"] == []
-    assert answers["rows_equal"]
+    assert results["word_output"] == (64, 1, 32)
+    assert results["row_calls"] == []
+    assert results["rows_equal"]
 
 
-def test_batches_without_words_pass_unobserved(workers: WorkerPool) -> None:
-    answers = workers.run(1, what_stays)[0]
-    assert answers["idle_output"] == (64, 1, 32)
-    assert answers["idle_calls"] == []
-    assert answers["idle_loss"] is None
-    # Rows of the blend whose documents are kept apart have a mask too.
-    assert answers["masked_rows"][:2] == (1, 64)
-    assert answers["masked_calls"] == []
+def test_batches_without_words_are_not_observed(workers: WorkerPool) -> None:
+    results = workers.run(1, before_and_after)[0]
+    assert results["idle_output"] == (64, 1, 32)
+    assert results["idle_calls"] == []
+    assert results["idle_loss"] is None
+    # Samples of the blend with document masks have a mask too.
+    assert results["masked_rows"][:2] == (1, 64)
+    assert results["masked_calls"] == []
 
 
 def order_of_losses(values: dict[str, Any]) -> list[tuple[int, int]]:
@@ -289,7 +289,7 @@ def order_of_losses(values: dict[str, Any]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("recompute", [None, "full"])
 def test_each_batch_is_observed_with_its_own_states(workers: WorkerPool, recompute: str | None) -> None:
-    """Recomputed blocks run again in the backward pass, when the batch in its forward pass is another one."""
+    """Recomputed blocks run again in the backward pass, when another batch is in its forward pass."""
     values = recipe_values("llama", {"recompute_granularity": recompute})
     seen = workers.run(1, order_of_losses, values)[0]
     assert sorted(seen) == [(layer, batch) for layer in range(LAYERS + 2) for batch in (1, 2)]
@@ -304,15 +304,15 @@ def test_attached_losses_have_the_gradients_of_their_sum(
     attached, expected = workers.run(1, gradients, values, packed)[0]
     assert attached.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Every parameter below the final norm takes part, none by accident of a zero gradient.
+        # No comparison is trivial because of a zero gradient.
         assert torch.count_nonzero(gradient) > 0, name
         # The same sums in another order.
         torch.testing.assert_close(attached[name], gradient, **TOLERANCE)
 
 
 def pooled_layers(recompute: str | None, layers: list[int]) -> tuple[list[int], list[int], int]:
-    """Runs in a worker: the layers whose words are pooled with `needs_graph` and without it, in order, and the model's
-    hooks on the way."""
+    """Runs in a worker: the layers whose words are pooled with and without `needs_graph`, in order, and the number of
+    hooks."""
     from megatron_prealign.alignment.taps import no_loss
 
     chunk, taps, batch = tapped(recipe_values("llama", {"recompute_granularity": recompute}))
@@ -338,6 +338,6 @@ def pooled_layers(recompute: str | None, layers: list[int]) -> tuple[list[int], 
 def test_only_chosen_layers_are_pooled_and_once(workers: WorkerPool, recompute: str | None) -> None:
     with_graph, always, hooks = workers.run(1, pooled_layers, recompute, [0, 2, 5])[0]
     assert hooks == 2
-    # The output embedding comes when the chunk is through, a recomputed block in the backward pass.
+    # The output embedding is observed after the chunk, a recomputed block in the backward pass.
     assert with_graph == ([0, 2, 5] if recompute is None else [0, 5, 2])
     assert always == ([0, 2, 5] if recompute is None else [0, 2, 5, 2])

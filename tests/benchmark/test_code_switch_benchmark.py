@@ -1,4 +1,4 @@
-"""`megatron-prealign benchmark code-switch` on the CPU: what it computes and writes; times are never compared."""
+"""`megatron-prealign benchmark code-switch` on the CPU: results and output files; times are never compared."""
 
 import csv
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from support.messages import assert_facts, assert_refused, user_error
 from support.sidecars import save_sidecar
 
 from megatron_prealign.benchmark import code_switch as module
@@ -29,7 +30,6 @@ from megatron_prealign.benchmark.workload import EOD, LANGUAGES, Workload, datas
 from megatron_prealign.cli import main
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.word_bitmap import words_path
-from megatron_prealign.errors import UserError
 from megatron_prealign.kernels import (
     CodeSwitchBatch,
     CodeSwitchOutput,
@@ -78,7 +78,7 @@ def python_loop(workload: Workload, inputs: Inputs) -> PythonLoop:
     return PythonLoop(workload.arrays, inputs.table, workload.language, workload.eod_id)
 
 
-def test_command_writes_the_promised_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_the_documented_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "figures.csv"
     arguments = ["benchmark", "code-switch", "--device", "cpu", "--cases", "2x64", "1x32", "--keys", "300"]
     arguments += ["--ratio", "0.05", "0.5", "--token-dtype", "both", "--repeats", "2", "--output", str(output)]
@@ -101,23 +101,23 @@ def test_command_writes_the_promised_columns(tmp_path: Path, capsys: pytest.Capt
         assert row["device"] == "cpu" and row["keys"] == "300" and row["text"] == "synthetic"
         assert row["torch"] == torch.__version__ and row["cpu"] and row["date"]
         assert float(row["median_us"]) > 0 and float(row["copy_gb_per_second"]) > 0
-        # nothing that only a GPU has
+        # Empty columns for what only a GPU has.
         assert row["host_us"] == row["floor_us"] == row["l2"] == row["gpu"] == ""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no GPU")
-def test_without_a_gpu_the_cpu_is_measured_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_without_a_gpu_the_cpu_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--cases", "1x32", "--keys", "300", "--ratio", "0.5", "--repeats", "1", "--no-python-loop"]
     assert main(["benchmark", "code-switch", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "torch finds no GPU: the CPU is measured, and no kernel"
+    assert_facts(lines[0], "no GPU", "CPU")
     assert lines[-1].split()[0] == "reference" and "python_loop" not in "\n".join(lines)
-    assert main(["benchmark", "code-switch", "--device", "cuda"]) == 2
-    assert "--device is cuda, but torch finds no GPU" in capsys.readouterr().err
+    status = main(["benchmark", "code-switch", "--device", "cuda"])
+    assert_refused(status, capsys.readouterr().err, "--device is cuda", "no GPU", "--device cpu")
 
 
-def test_what_a_gpu_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a GPU's run but CUDA itself: kernels, graphs and events are stood in for."""
+def test_measurements_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU code without CUDA: kernels, graphs and events are replaced by fakes."""
     options = CodeSwitchOptions(device="cpu", cases=["2x64"], keys=300, ratio=[0.5], repeats=2, l2="both")
     benchmark = module.CodeSwitchBenchmark(options)
     benchmark.on_gpu, benchmark._floor_us = True, 1.5
@@ -149,7 +149,7 @@ def test_what_a_gpu_adds(monkeypatch: pytest.MonkeyPatch) -> None:
         return output if form == "row" else output._replace(labels=output.labels + 1)
 
     monkeypatch.setattr(module, "launch_code_switch", wrong)
-    with pytest.raises(RuntimeError, match="kernel_blocks: labels is not what the reference gives"):
+    with user_error("kernel_blocks: labels", "reference", kind=RuntimeError):
         next(benchmark.cases())
 
 
@@ -170,16 +170,16 @@ def test_python_loop_equals_the_reference(workload: Workload, ratio: float, look
     check_python_loop(python_loop(workload, inputs), ratio_threshold(ratio), inputs, inputs.table)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.7])
-def test_python_loop_equals_the_reference_with_word_starts(workload: Workload, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.02, 0.7])
+def test_python_loop_equals_the_reference_with_word_starts(workload: Workload, fraction: float) -> None:
     inputs = inputs_of(workload, 0.5)
-    starts = torch.from_numpy(np.random.default_rng(SEED).random(inputs.batch.tokens.shape) < share)
+    starts = torch.from_numpy(np.random.default_rng(SEED).random(inputs.batch.tokens.shape) < fraction)
     marked = inputs._replace(batch=inputs.batch._replace(word_starts=starts))
     assert not torch.equal(code_switch_reference(*marked).tokens, code_switch_reference(*inputs).tokens)
     check_python_loop(python_loop(workload, inputs), ratio_threshold(0.5), marked, inputs.table)
 
 
-def test_python_loop_draws_by_itself(workload: Workload) -> None:
+def test_python_loop_with_its_own_random_draws(workload: Workload) -> None:
     inputs = inputs_of(workload, 0.5)
     loop = python_loop(workload, inputs)
     tokens, labels, mask, positions = loop(inputs.batch.tokens, 512, 0)
@@ -191,7 +191,7 @@ def test_python_loop_draws_by_itself(workload: Workload) -> None:
 
 def test_a_wrong_python_loop_is_found(workload: Workload) -> None:
     inputs = inputs_of(workload, 0.5)
-    with pytest.raises(RuntimeError, match="python_loop: tokens is not what the reference gives"):
+    with user_error("python_loop: tokens", "reference", kind=RuntimeError):
         check_python_loop(python_loop(workload, inputs), ratio_threshold(0.4), inputs, inputs.table)
 
 
@@ -201,21 +201,21 @@ def test_a_wrong_kernel_is_found(workload: Workload) -> None:
     for name in ("tokens", "labels", "loss_mask", "position_ids", "counts"):
         changed = getattr(expected, name).clone()
         changed[-1, -1] += 1
-        with pytest.raises(RuntimeError, match=f"kernel: {name} is not what the reference gives"):
+        with user_error(f"kernel: {name}", "reference", kind=RuntimeError):
             check_equal("kernel", expected._replace(**{name: changed}), expected)
     starts = torch.zeros(expected.tokens.shape, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="document_starts"):
+    with user_error("kernel: document_starts", kind=RuntimeError):
         check_equal("kernel", expected._replace(document_starts=starts), expected)
 
 
-def test_bytes_of_a_case_counted_by_hand() -> None:
+def test_bytes_moved_by_hand() -> None:
     # 2 rows: 10 tokens of 8 bytes, language and sample id; 6 positions of 28 bytes; 5 + 3 counts of 8 bytes
     assert bytes_moved(2, 10, 6, 8, 3, False) == 2 * (80 + 16 + 168 + 64)
     assert bytes_moved(2, 10, 6, 4, 3, False) == 2 * (40 + 16 + 168 + 64)
     assert bytes_moved(2, 10, 6, 4, 3, True) == 2 * (40 + 10 + 16 + 168 + 64)
 
 
-def test_bytes_are_those_of_the_tensors(workload: Workload) -> None:
+def test_bytes_moved_equal_the_sizes_of_the_tensors(workload: Workload) -> None:
     inputs = inputs_of(workload, 0.5)
     output = code_switch_reference(*inputs)
     moved = [inputs.batch.tokens, inputs.batch.language, inputs.batch.sample_id, *output[:4], output.counts]
@@ -223,7 +223,7 @@ def test_bytes_are_those_of_the_tensors(workload: Workload) -> None:
     assert bytes_moved(*inputs.batch.tokens.shape, 512, 8, LANGUAGES, False) == total
 
 
-def test_ratios_compare_medians() -> None:
+def test_speed_ups_compare_medians() -> None:
     fields = {field.name: 1 for field in dataclasses.fields(Measurement)}
     names = {"kernel_row": 2.0, "reference": 10.0, "python_loop": 80.0}
     measured = [
@@ -239,12 +239,12 @@ def test_synthetic_text_is_like_text(workload: Workload) -> None:
     inputs = inputs_of(workload, 0.05, rows=8, sequence=4096)
     counts = code_switch_reference(*inputs).counts.sum(0)
     assert 0.87 < counts[KNOWN] / counts[RUNNING] < 0.93
-    # ten of eleven units are words, of 2.1 tokens on average, the others are marks
+    # Ten of eleven units are words of 2.1 tokens on average, the others are punctuation marks.
     assert 0.44 < counts[RUNNING] / (8 * 4096) < 0.47
     assert inputs.batch.tokens.min() == EOD and inputs.batch.tokens.max() < len(inputs.table.word_boundary)
-    # rows follow each other in one text and share the token between them and the lookahead
+    # Rows are consecutive in one text and overlap in the token between them and in the lookahead.
     assert torch.equal(inputs.batch.tokens[1, : 1 + 205], inputs.batch.tokens[0, 4096:])
-    # Zipf: the most frequent of 600 words of one token is far above the mean
+    # Zipf's law: the most frequent of 600 words of one token is far above the mean.
     frequency = torch.bincount(inputs.batch.tokens.flatten())
     assert frequency[1:20_000].max() > 5 * frequency[1:20_000].sum() / 600
     again, other = synthetic_workload(2000, SEED), synthetic_workload(2000, SEED + 1)
@@ -255,30 +255,31 @@ def test_synthetic_text_is_like_text(workload: Workload) -> None:
 
 
 @pytest.mark.parametrize("keys", [1, 2, 70_000])
-def test_synthetic_table_has_as_many_keys_as_asked_for(keys: int) -> None:
+def test_synthetic_table_has_the_requested_number_of_keys(keys: int) -> None:
     arrays = synthetic_workload(keys, SEED).arrays
     table = build_ngram_table(**arrays)
     assert table.num_keys == keys
     lengths = np.bincount(np.diff(arrays["key_offsets"]), minlength=5)
     assert lengths.sum() == keys and lengths[0] == 0
     if keys == 70_000:
-        # as many words of one token as there are, the others as 40 to 20 to 10
+        # All available words of one token; the other lengths in the ratio 40 : 20 : 10.
         assert lengths.tolist() == [0, 19_999, 28_572, 14_286, 7_143]
 
 
-def test_own_table_and_dataset(tiny: "Tiny", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F821
-    found = dataset_workload(tiny.table, f"{tiny.directory}/en")
-    inputs = inputs_of(found, 0.5, rows=2, sequence=64)
+def test_custom_table_and_dataset(tiny: "Tiny", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F821
+    custom = dataset_workload(tiny.table, f"{tiny.directory}/en")
+    inputs = inputs_of(custom, 0.5, rows=2, sequence=64)
     output = code_switch_reference(*inputs)
     assert int(output.counts[:, KNOWN].sum()) > 10
-    check_python_loop(python_loop(found, inputs), ratio_threshold(0.5), inputs, inputs.table)
+    check_python_loop(python_loop(custom, inputs), ratio_threshold(0.5), inputs, inputs.table)
     arguments = ["benchmark", "code-switch", "--device", "cpu", "--table", tiny.table, "--data", f"{tiny.directory}/en"]
     assert main([*arguments, "--cases", "1x64", "--repeats", "1"]) == 0
     assert f"workload  {tiny.directory}/en text, table of " in capsys.readouterr().out
-    assert main([*arguments, "--cases", "1x64", "999x99999"]) == 2
-    # before anything is measured
+    status = main([*arguments, "--cases", "1x64", "999x99999"])
+    # Nothing is measured before the error.
     captured = capsys.readouterr()
-    assert captured.out == "" and "tokens, expected 99,949,002 for the case 999x99999" in captured.err
+    assert captured.out == ""
+    assert_refused(status, captured.err, f"{tiny.directory}/en", "99,949,002", "999x99999")
 
 
 def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa: F821
@@ -287,7 +288,7 @@ def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa
         Path(f"{prefix}{ending}").write_bytes(Path(f"{tiny.directory}/en{ending}").read_bytes())
     sidecar = dataclasses.replace(load_sidecar(f"{tiny.directory}/en"), segmenter="mine")
     save_sidecar(sidecar, prefix)
-    with pytest.raises(UserError, match="no such file"):
+    with user_error(words_path(prefix)):
         dataset_workload(tiny.table, str(prefix))
     bits = np.random.default_rng(SEED).random(sidecar.tokens) < 0.3
     words_path(prefix).write_bytes(np.packbits(bits, bitorder="little").tobytes())
@@ -297,27 +298,28 @@ def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "facts"),
     [
-        (["--keys", "0"], "--keys is 0, expected at least 1"),
-        (["--keys", "99999999"], "--keys is 99999999, expected 1 to 10000000"),
-        (["--ratio", "0.5", "1.5"], "--ratio is 1.5, expected numbers from 0 to 1"),
-        (["--ratio", "nan"], "--ratio is nan, expected a finite number"),
-        (["--cases", "8by9"], "--cases is '8by9', expected ROWSxSEQUENCE"),
-        (["--cases", "1x9999999"], "--cases has 1x9999999: longer than 4194304"),
-        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
-        (["--seed", "-1"], "--seed is -1, expected 0 to 2^64-1"),
-        (["--table", "x"], "--table is given without --data"),
-        (["--data", "x"], "--data is given without --table"),
-        (["--table", "no/table", "--data", "x"], "no/table: no such dictionary table"),
-        (["--table", "x", "--data", "x", "--keys", "5"], "--keys is given with --table"),
-        (["--output", "no/directory/x.csv"], "--output no/directory/x.csv lies in no/directory, which is no directory"),
-        (["--output", "."], "--output . is a directory"),
-        (["--l2", "hot"], "--l2 is hot, expected one of cold, warm, both"),
+        (["--keys", "0"], ("--keys is 0", "at least 1")),
+        (["--keys", "99999999"], ("--keys is 99999999", "1 to 10000000")),
+        (["--ratio", "0.5", "1.5"], ("--ratio is 1.5", "[0, 1]")),
+        (["--ratio", "nan"], ("--ratio is nan", "finite")),
+        (["--cases", "8by9"], ("--cases is '8by9'", "ROWSxSEQUENCE")),
+        (["--cases", "1x9999999"], ("--cases has 1x9999999", "at most 4194304")),
+        (["--repeats", "0"], ("--repeats is 0", "at least 1")),
+        (["--seed", "-1"], ("--seed is -1", "0 to 2^64-1")),
+        (["--table", "x"], ("--table requires --data",)),
+        (["--data", "x"], ("--data requires --table",)),
+        (["--table", "no/table", "--data", "x"], ("no/table", "dictionary table")),
+        (["--table", "x", "--data", "x", "--keys", "5"], ("--keys", "--table")),
+        (["--output", "no/directory/x.csv"], ("--output no/directory/x.csv", "no/directory is not an existing")),
+        (["--output", "."], ("--output . is a directory",)),
+        (["--l2", "hot"], ("--l2 is hot", "one of cold, warm, both")),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options_end_in_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["benchmark", "code-switch", "--device", "cpu", *arguments]) == 2
+def test_invalid_options(arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["benchmark", "code-switch", "--device", "cpu", *arguments])
     captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 1 and text in captured.err
+    assert captured.out == ""
+    assert_refused(status, captured.err, *facts)

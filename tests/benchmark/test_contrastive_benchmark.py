@@ -1,4 +1,4 @@
-"""`megatron-prealign benchmark contrastive` on the CPU: what it computes and writes; times are never compared."""
+"""`megatron-prealign benchmark contrastive` on the CPU: results and output files; times are never compared."""
 
 import csv
 import dataclasses
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.messages import assert_refused, user_error
 from torch import Tensor
 
 from megatron_prealign.benchmark import memory
 from megatron_prealign.benchmark.contrastive import (
     ContrastiveBenchmark,
     ContrastiveMeasurement,
-    check_equal,
+    check_close,
     compare,
 )
 from megatron_prealign.benchmark.machine import Machine
@@ -23,7 +24,7 @@ from megatron_prealign.kernels import contrastive_loss
 SMALL = ["benchmark", "contrastive", "--device", "cpu", "--no-compiled", "--repeats", "1"]
 
 
-def test_command_writes_the_promised_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_the_documented_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "figures.csv"
     cases = ["--words", "40", "70", "--hidden", "16", "24", "--layers", "2", "--dtype", "both"]
     assert main([*SMALL, *cases, "--output", str(output)]) == 0
@@ -44,7 +45,7 @@ def test_command_writes_the_promised_columns(tmp_path: Path, capsys: pytest.Capt
     ]
     for row in rows:
         work = 6 * 2 * int(row["words"]) ** 2 * int(row["hidden"])
-        # both were rounded to six digits
+        # Both are rounded to six digits.
         assert float(row["teraflops"]) == pytest.approx(work / float(row["median_us"]) / 1e6, rel=1e-4)
         assert float(row["fastest_us"]) <= float(row["median_us"]) and row["torch"] == torch.__version__
         assert row["largest_words"] == row["gpu"] == ""
@@ -54,26 +55,26 @@ def test_a_wrong_implementation_is_not_timed() -> None:
     options = ContrastiveOptions(device="cpu", words=[40], hidden=[16], compiled=False, repeats=1)
     benchmark = ContrastiveBenchmark(options)
     benchmark._losses["eager"] = lambda *call, temperature: contrastive_loss(*call, temperature=1.01 * temperature)
-    with pytest.raises(RuntimeError, match="eager: the loss is .* off what the strips give"):
+    with user_error("eager: ", "loss", "chunked", kind=RuntimeError):
         next(benchmark.cases())
 
 
-def test_what_is_wrong_is_told() -> None:
+def test_error_names_loss_or_gradient() -> None:
     expected = (torch.ones(2), torch.ones(2, 3, 4))
 
-    def changed(place: int, by: float) -> tuple[Tensor, Tensor]:
+    def changed(index: int, by: float) -> tuple[Tensor, Tensor]:
         loss, gradient = (each.clone() for each in expected)
-        (loss, gradient)[place].view(-1)[0] += by
+        (loss, gradient)[index].view(-1)[0] += by
         return loss, gradient
 
-    check_equal("kernel", changed(1, 1e-5), expected)
-    for place, what in ((0, "loss"), (1, "gradient")):
+    check_close("kernel", changed(1, 1e-5), expected)
+    for index, label in ((0, "loss"), (1, "gradient")):
         for by in (1e-2, float("nan")):
-            with pytest.raises(RuntimeError, match=f"kernel: the {what} is"):
-                check_equal("kernel", changed(place, by), expected)
+            with user_error("kernel: ", f"the {label} is", kind=RuntimeError):
+                check_close("kernel", changed(index, by), expected)
 
 
-def test_an_implementation_out_of_memory_is_left_empty() -> None:
+def test_an_implementation_out_of_memory_has_no_measurement() -> None:
     options = ContrastiveOptions(device="cpu", words=[40], hidden=[16], compiled=False, repeats=1)
     benchmark = ContrastiveBenchmark(options)
 
@@ -87,19 +88,21 @@ def test_an_implementation_out_of_memory_is_left_empty() -> None:
     assert chunked.median_us is not None and chunked.times_eager is None
 
 
-def test_ratios() -> None:
+def test_speed_ups() -> None:
     common = {"device": "cpu", "words": 2, "hidden": 2, "layers": 1, "dtype": "float32", "threads": 1}
-    names = {"eager": 6.0, "compiled": 3.0, "chunked": 2.0}
-    found = compare([ContrastiveMeasurement(implementation=name, median_us=us, **common) for name, us in names.items()])
-    assert [(each.times_eager, each.times_compiled) for each in found] == [(1.0, 0.5), (2.0, 1.0), (3.0, 1.5)]
+    medians = {"eager": 6.0, "compiled": 3.0, "chunked": 2.0}
+    measured = compare(
+        [ContrastiveMeasurement(implementation=name, median_us=us, **common) for name, us in medians.items()]
+    )
+    assert [(each.times_eager, each.times_compiled) for each in measured] == [(1.0, 0.5), (2.0, 1.0), (3.0, 1.5)]
 
 
-def test_memory_that_a_call_takes() -> None:
+def test_peak_memory_of_a_call() -> None:
     size = 64 << 20
-    taken = memory.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), torch.device("cpu"))
-    if taken is not None:
-        # Python's own objects are far below a tenth; the kernel counts pages a few at a time
-        assert 0.9 * size <= taken < 1.1 * size
+    peak = memory.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), torch.device("cpu"))
+    if peak is not None:
+        # Python's own objects take far less than a tenth; the kernel updates its count of pages in batches.
+        assert 0.9 * size <= peak < 1.1 * size
 
 
 @pytest.mark.gpu
@@ -112,21 +115,22 @@ def test_kernels_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "facts"),
     [
-        (["--words", "1"], "--words is 1, expected numbers from 2"),
-        (["--hidden", "0"], "--hidden is 0, expected numbers from 1"),
-        (["--layers", "0"], "--layers is 0, expected at least 1"),
-        (["--threads", "0"], "--threads is 0, expected at least 1"),
-        (["--seed", "-1"], "--seed is -1, expected 0"),
-        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
-        (["--largest"], "--largest is given without a GPU"),
-        (["--output", "no/directory/x.csv"], "--output no/directory/x.csv lies in no/directory, which is no directory"),
-        (["--dtype", "float16"], "--dtype is float16, expected one of float32, bfloat16, both"),
+        (["--words", "1"], ("--words is 1,", "2 to 2097152")),
+        (["--hidden", "0"], ("--hidden is 0", "1 to 65536")),
+        (["--layers", "0"], ("--layers is 0", "at least 1")),
+        (["--threads", "0"], ("--threads is 0", "at least 1")),
+        (["--seed", "-1"], ("--seed is -1", "0 to 2^63-1")),
+        (["--repeats", "0"], ("--repeats is 0", "at least 1")),
+        (["--largest"], ("--largest", "GPU")),
+        (["--output", "no/directory/x.csv"], ("--output no/directory/x.csv", "no/directory is not an existing")),
+        (["--dtype", "float16"], ("--dtype is float16", "one of float32, bfloat16, both")),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options_end_in_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["benchmark", "contrastive", "--device", "cpu", *arguments]) == 2
+def test_invalid_options(arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["benchmark", "contrastive", "--device", "cpu", *arguments])
     captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 1 and text in captured.err
+    assert captured.out == ""
+    assert_refused(status, captured.err, *facts)

@@ -1,17 +1,17 @@
-"""`benchmark convert`: both directions run apart, against `cp`, in bounded memory."""
+"""`benchmark convert`: both directions in their own processes, compared with `cp`, in bounded memory."""
 
 import csv
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.messages import assert_refused, user_error
 
 from megatron_prealign.benchmark import convert as module
 from megatron_prealign.benchmark.options import ConvertOptions
 from megatron_prealign.cli import main
-from megatron_prealign.errors import UserError
 
-# What the allocator keeps for later and the interpreter needs on the way; the whole model is 63 MB.
+# Memory that the allocator caches and the interpreter needs meanwhile; the complete model is 63 MB.
 SLACK_BYTES = 16 << 20
 
 
@@ -32,13 +32,13 @@ def test_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert int(row["bytes"]) == 2 * int(row["parameters"]) > 55_000_000
         assert float(row["gb_per_second"]) == pytest.approx(
             int(row["bytes"]) / float(row["seconds"]) / 1e9,
-            rel=1e-4,  # the file has six digits
+            rel=1e-4,  # The file has six digits.
         )
     copies, conversions = rows[::2], rows[1::2]
     assert [row["memory_bytes"] for row in copies] == ["", ""]
     for copy, row in zip(copies, conversions, strict=True):
-        share = float(copy["seconds"]) / float(row["seconds"])
-        assert float(row["share_of_cp"]) == pytest.approx(share, rel=1e-4)
+        relative_speed = float(copy["seconds"]) / float(row["seconds"])
+        assert float(row["share_of_cp"]) == pytest.approx(relative_speed, rel=1e-4)
         assert 0 < int(row["memory_bytes"]) < int(row["bound_bytes"]) + SLACK_BYTES < int(row["bytes"]) // 2
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
@@ -52,22 +52,22 @@ def test_shapes_are_those_of_published_models(parameters: int, layers: int, hidd
     assert benchmark.parameters == pytest.approx(parameters, rel=0.1)  # whole layers
 
 
-def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(UserError, match=r"1,000,000 bytes free, .* are needed"):
+    with user_error(tmp_path, "1,000,000 bytes free", "--directory"):
         next(module.ConvertBenchmark(ConvertOptions(directory=str(tmp_path))).measure())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["--parameters", "7"], "--parameters is 7, expected 1000000 to"),
-        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
-        (["--shard-bytes", "5"], "--shard-bytes is 5, expected at least"),
-        (["--directory", "/no/such/directory"], "--directory is /no/such/directory, expected a directory"),
+        (["--parameters", "7"], ("--parameters is 7", "1000000 to 1000000000000")),
+        (["--repeats", "0"], ("--repeats is 0", "at least 1")),
+        (["--shard-bytes", "5"], ("--shard-bytes is 5", "at least 1000000")),
+        (["--directory", "/no/such/directory"], ("--directory is /no/such/directory", "existing directory")),
     ],
 )
-def test_options_that_cannot_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["benchmark", "convert", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_invalid_options(arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["benchmark", "convert", *arguments])
+    assert_refused(status, capsys.readouterr().err, *facts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import assert_facts, assert_refused
 from support.tiny import Tiny, recipe_of
 from support.workers import WorkerError, WorkerPool
 
@@ -28,7 +29,7 @@ def measured(values: dict[str, Any], directory: str, steps: int) -> list[Any]:
 
 def values_for(tiny: Tiny, directory: Path) -> dict[str, Any]:
     values = tiny.values(directory)
-    # None of these may run, nor stand in the way of two steps.
+    # None of these may run or interfere with two steps.
     values["optimizer"]["lr_warmup_iters"] = 3
     values["alignment"]["lr_warmup_iters"] = 3
     values["alignment_watch"] = {"interval": 1}
@@ -38,33 +39,33 @@ def values_for(tiny: Tiny, directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_both_phases_are_measured_and_nothing_is_left(
+def test_both_phases_are_measured_and_no_files_remain(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, processes: int
 ) -> None:
     run_dir = tmp_path / "run"
-    answers = workers.run(processes, measured, values_for(tiny, run_dir), str(tmp_path), 2)
-    alignment, language_model = answers[0]
+    results = workers.run(processes, measured, values_for(tiny, run_dir), str(tmp_path), 2)
+    alignment, language_model = results[0]
     assert (alignment.phase, language_model.phase) == ("alignment", "language_model")
     assert (alignment.steps, alignment.processes) == (2, processes)
     assert language_model.tokens_per_step == LM_TOKENS
-    # 4 rows, and 32 words of one token or more.
+    # 4 samples, and 32 words of at least one token.
     assert alignment.tokens_per_step >= 4 * 32 + 32
     assert language_model.share_of_language_model == 1.0
     assert alignment.share_of_language_model == alignment.tokens_per_second / language_model.tokens_per_second
     assert not run_dir.exists()
 
 
-def test_a_recipe_without_alignment_is_the_users_mistake(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_recipe_without_alignment_is_a_user_error(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = tiny.values(tmp_path)
     del values["alignment"]
     with pytest.raises(WorkerError) as caught:
         workers.run(1, measured, values, str(tmp_path), 1)
     kind, message, _ = caught.value.failures[0]
     assert kind == "UserError"
-    assert message.startswith("the recipe has no section alignment")
+    assert_facts(message, "alignment is null", "section alignment")
 
 
-def test_command_writes_a_row_a_phase(tiny: Tiny, tmp_path: Path) -> None:
+def test_command_writes_a_row_per_phase(tiny: Tiny, tmp_path: Path) -> None:
     output, recipe = tmp_path / "phases.csv", tmp_path / "recipe.yaml"
     values = values_for(tiny, tmp_path / "run")
     values["parallel"] = {"device": "cpu"}
@@ -82,17 +83,17 @@ def test_command_writes_a_row_a_phase(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["--steps", "0"], "--steps is 0 and --warmup 5, expected at least 1 and at least 0"),
-        (["--warmup", "-1"], "--steps is 20 and --warmup -1, expected at least 1 and at least 0"),
-        (["--output", "/no/such/directory/x.csv"], "--output /no/such/directory/x.csv lies in /no/such/directory"),
+        (["--steps", "0"], ("--steps is 0", "--warmup is 5", "at least 1")),
+        (["--warmup", "-1"], ("--steps is 20", "--warmup is -1", "at least 0")),
+        (["--output", "/no/such/directory/x.csv"], ("--output /no/such/directory/x.csv", "not an existing directory")),
     ],
 )
-def test_wrong_options(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+def test_invalid_options(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], facts: tuple[str, ...]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tiny.values(tmp_path / "run")), encoding="utf-8")
-    assert main(["benchmark", "phases", "--config", str(recipe), *arguments]) == 2
-    assert message in capsys.readouterr().err
+    status = main(["benchmark", "phases", "--config", str(recipe), *arguments])
+    assert_refused(status, capsys.readouterr().err, *facts)

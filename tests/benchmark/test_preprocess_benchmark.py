@@ -1,4 +1,4 @@
-"""`benchmark preprocess`: every implementation runs, writes the same tokens, and is measured apart."""
+"""`benchmark preprocess`: every implementation runs in its own process and writes the same tokens."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.messages import assert_refused
 
 from megatron_prealign.benchmark import preprocess as module
 from megatron_prealign.benchmark.options import PreprocessOptions
@@ -31,7 +32,7 @@ def test_synthetic_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["implementation"] in printed
         assert float(row["mb_per_second"]) == pytest.approx(
             int(row["text_bytes"]) / float(row["seconds"]) / 1e6,
-            rel=1e-4,  # the file has six digits
+            rel=1e-4,  # The file has six digits.
         )
         # An interpreter alone takes more than 10 MB.
         assert int(row["peak_bytes"]) > 10 << 20
@@ -44,7 +45,7 @@ def test_synthetic_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
-def test_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"body": f"line {number} of a text of many words"}) for number in range(3000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     arguments = ["--input", str(tmp_path / "a.jsonl"), "--text-key", "body", "--implementation", "plain"]
@@ -57,30 +58,32 @@ def test_own_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "tok"]
 
 
-def test_other_tokens_end_the_run(
+def test_different_tokens_are_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sums = iter("ab")
-    monkeypatch.setattr(module, "file_checksum", lambda path: next(sums))
+    checksums = iter("ab")
+    monkeypatch.setattr(module, "file_checksum", lambda path: next(checksums))
     arguments = ["--implementation", "gigatoken", "plain", "--mb", "0.3"]
     assert run("--directory", str(tmp_path), *arguments) == 2
-    assert "plain wrote other tokens than the others" in capsys.readouterr().err
+    assert "plain wrote different tokens" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_other_tokens_than_megatrons_end_the_run(
+def test_different_tokens_of_megatron_are_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_checksum_of_part", lambda case: "other")
+    monkeypatch.setattr(module, "_expected_checksum", lambda case: "other")
     arguments = ["--implementation", "megatron", "--mb", "0.3", "--megatron-mb", "0.05"]
     assert run("--directory", str(tmp_path), *arguments) == 2
-    assert "megatron wrote other tokens than the others" in capsys.readouterr().err
+    assert "megatron wrote different tokens" in capsys.readouterr().err
 
 
-def test_too_little_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda directory: SimpleNamespace(free=1000))
-    assert run("--directory", str(tmp_path), "--mb", "0.3") == 2
-    assert "1,000 bytes free" in capsys.readouterr().err
+    status = run("--directory", str(tmp_path), "--mb", "0.3")
+    assert_refused(status, capsys.readouterr().err.splitlines()[-1], tmp_path, "1,000 bytes free", "--directory")
 
 
 def test_new_words_are_new() -> None:
@@ -98,24 +101,24 @@ def test_a_dead_process_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["--implementation", "fast"], "--implementation is fast, expected one or more of gigatoken, plain, megatron"),
-        (["--implementation", "plain", "plain"], "--implementation is plain plain"),
-        (["--workers", "0"], "--workers is 0"),
-        (["--mb", "0"], "--mb is 0"),
-        (["--document-bytes", "10"], "--document-bytes is 10, expected two numbers"),
-        (["--document-bytes", "20", "10"], "--document-bytes is 20 10"),
-        (["--directory", "/nowhere"], "--directory is /nowhere, expected a directory"),
-        (["--input", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--implementation", "fast"], ("--implementation is fast", "one or more of gigatoken, plain, megatron")),
+        (["--implementation", "plain", "plain"], ("--implementation is plain plain",)),
+        (["--workers", "0"], ("--workers is 0",)),
+        (["--mb", "0"], ("--mb is 0",)),
+        (["--document-bytes", "10"], ("--document-bytes is 10,", "two numbers")),
+        (["--document-bytes", "20", "10"], ("--document-bytes is 20 10",)),
+        (["--directory", "/nowhere"], ("--directory is /nowhere", "existing directory")),
+        (["--input", "missing.jsonl"], ("missing.jsonl",)),
     ],
 )
-def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*arguments) == 2
-    assert message in capsys.readouterr().err
+def test_invalid_options(arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(*arguments)
+    assert_refused(status, capsys.readouterr().err, *facts)
 
 
-def test_documents_have_the_wanted_lengths(tmp_path: Path) -> None:
+def test_documents_have_the_requested_lengths(tmp_path: Path) -> None:
     path = module._write_corpus(tmp_path, PreprocessOptions(mb=0.5, document_bytes=[10, 20_000], seed=3))
     lengths = [len(json.loads(line)["text"]) for line in path.read_text().splitlines()]
     assert 500_000 < path.stat().st_size < 530_000

@@ -1,5 +1,4 @@
-"""Which checkpoints stay: the newest of the branch that is being written, every n-th, the best, and nothing damaged
-instead of a good one."""
+"""Retention keeps the newest checkpoints of the current branch, every n-th and the best; corrupt ones do not count."""
 
 import json
 import logging
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import assert_facts
 
 from megatron_prealign.checkpoint.directory import step_name
 from megatron_prealign.checkpoint.manifest import write_manifest
@@ -44,21 +44,21 @@ def prune_after(directory: Path, newest: int, **section: Any) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("there", "newest", "keep", "left"),
+    ("existing", "newest", "keep", "left"),
     [
         ([1, 2, 3], 3, 1, [3]),
         ([1, 2, 3], 3, 2, [2, 3]),
         ([1, 2, 3], 3, 5, [1, 2, 3]),
-        # Rolled back to 2, then 3 was written: 8 and 9 are of the branch that was left.
+        # Rolled back to 2, then 3 was written: 8 and 9 are of the abandoned branch.
         ([2, 3, 8, 9], 3, 2, [2, 3]),
         ([2, 3, 9], 3, 1, [3]),
         ([1, 2, 3, 8, 9], 3, 4, [1, 2, 3, 9]),
     ],
 )
 def test_abandoned_steps_go_first_then_the_oldest(
-    tmp_path: Path, there: list[int], newest: int, keep: int, left: list[int]
+    tmp_path: Path, existing: list[int], newest: int, keep: int, left: list[int]
 ) -> None:
-    write(tmp_path, *there)
+    write(tmp_path, *existing)
     assert prune_after(tmp_path, newest, keep=keep) == left
 
 
@@ -68,7 +68,7 @@ def test_more_steps_than_eight_digits_are_ordered_as_numbers(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [4, 8, 9]), (2, [4, 8, 9]), (3, [4, 7, 8, 9])])
-def test_every_nth_stays_for_good_and_the_newest_beside_it(tmp_path: Path, keep: int, left: list[int]) -> None:
+def test_every_nth_is_kept_in_addition_to_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
     write(tmp_path, *range(1, 10))
     assert prune_after(tmp_path, 9, keep=keep, keep_every=4) == left
 
@@ -83,48 +83,48 @@ LOSSES = {1: {"loss/en": 5.0}, 2: {"loss/en": 3.0}, 3: {"loss/en": 4.0, "p": 0.5
         ("loss/en", "max", LOSSES, [1, 4]),
         ("p", "max", LOSSES, [3, 4]),
         ("unknown", "min", LOSSES, [4]),
-        # Of equal ones the newest; what is no number is not the best.
+        # Of equal ones the newest; a value that is not a number is never the best.
         ("loss/en", "min", {1: {"loss/en": 2.0}, 2: {"loss/en": 2.0}, 3: {"loss/en": float("nan")}}, [2, 4]),
         ("loss/en", "min", {1: {"loss/en": "low"}, 2: {"loss/en": None}, 3: {"loss/en": 9}}, [3, 4]),
-        # The newest is the best itself.
+        # The newest is the best.
         ("loss/en", "min", {**LOSSES, 4: {"loss/en": 1.0}}, [4]),
     ],
 )
-def test_the_best_stays(tmp_path: Path, name: str, mode: str, metrics: dict[int, Any], left: list[int]) -> None:
+def test_the_best_is_kept(tmp_path: Path, name: str, mode: str, metrics: dict[int, Any], left: list[int]) -> None:
     write(tmp_path, 1, 2, 3, 4, metrics=metrics)
     assert prune_after(tmp_path, 4, keep=1, keep_best=name, keep_best_mode=mode) == left
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no_manifest", "bad_manifest"])
-def test_damaged_ones_are_not_counted_and_left_alone(
+def test_corrupt_checkpoints_are_not_counted_and_not_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     write(tmp_path, 1, 2, 3, 4)
-    hurt = tmp_path / step_name(3)
+    corrupt = tmp_path / step_name(3)
     if damage == "cut":
-        (hurt / "state.json").write_text("{")
+        (corrupt / "state.json").write_text("{")
     elif damage == "gone":
-        (hurt / "state.json").unlink()
+        (corrupt / "state.json").unlink()
     elif damage == "no_manifest":
-        (hurt / "manifest.json").unlink()
+        (corrupt / "manifest.json").unlink()
     else:
-        (hurt / "manifest.json").write_text("{")
+        (corrupt / "manifest.json").write_text("{")
     with caplog.at_level(logging.WARNING, logger="megatron_prealign.checkpoint.retention"):
-        # Without the damage these would be 3 and 4.
+        # If 3 were intact, these would be 3 and 4.
         assert prune_after(tmp_path, 4, keep=2) == [2, 3, 4]
-        # Said once, not after every save.
+        # Logged once, not after every save.
         prune_after(tmp_path, 4, keep=2)
     [warning] = caplog.messages
-    assert warning.startswith(f"{hurt} is damaged (") and "does not count" in warning
+    assert_facts(warning, corrupt, "checkpoint.keep", "manifest.json" if "manifest" in damage else "state.json")
 
 
-def test_what_latest_names_stays(tmp_path: Path) -> None:
+def test_the_checkpoint_that_latest_names_is_kept(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3)
     (tmp_path / "latest").write_text("step_00000001\n")
     assert prune_after(tmp_path, 3, keep=1) == [1, 3]
 
 
-def test_directories_of_the_user_are_left_alone(tmp_path: Path) -> None:
+def test_directories_of_the_user_are_not_removed(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     for name in ("step_00000001_best", "step_00000001.damaged"):
         shutil.copytree(tmp_path / step_name(1), tmp_path / name)
@@ -145,7 +145,7 @@ def test_unfinished_directories_of_any_step_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".latest.incomplete", "step_00000004"]
 
 
-def test_removal_that_is_cut_short_leaves_no_checkpoint(
+def test_an_interrupted_removal_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 1, 2, 3)
@@ -159,8 +159,8 @@ def test_removal_that_is_cut_short_leaves_no_checkpoint(
     monkeypatch.setattr(shutil, "rmtree", fail)
     with caplog.at_level(logging.WARNING, logger="megatron_prealign.checkpoint.retention"):
         assert prune_after(tmp_path, 3, keep=1) == [3]
-    assert len(caplog.messages) == 1
-    assert "the run goes on, remove it by hand" in caplog.messages[0]
+    [warning] = caplog.messages
+    assert_facts(warning, tmp_path, "step_00000001", "Permission denied")
     monkeypatch.undo()
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept and found, and what a broken or interrupted one does."""
+"""Saving checkpoints: their content, retention, and failed or interrupted saves."""
 
 import json
 import shutil
@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import assert_facts
 from support.tiny import VOCAB_SIZE, Tiny, recipe_of
-from support.whole_runs import language_model_values, mistake, records, reseal, run, steps_in, weights
+from support.whole_runs import language_model_values, records, reseal, run, steps_in, user_error_message, weights
 from support.workers import WorkerError, WorkerPool
 
 
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two processes with a checkpoint of every step. Tests copy it."""
+    """A run on two processes with a checkpoint after every step. Tests copy it."""
     directory = tmp_path_factory.mktemp("trained")
     run(workers, 2, language_model_values(tiny, directory, save_interval=1, keep=100), directory)
     return directory
 
 
 def copied(trained: Path, directory: Path, newest: int | None = None) -> Path:
-    """A copy of the run, as it was after step `newest`."""
+    """Copies the run, without checkpoints after step `newest`."""
     shutil.copytree(trained, directory, dirs_exist_ok=True)
     if newest is not None:
         for step in range(newest + 1, 6):
@@ -44,7 +45,7 @@ def test_without_an_interval_only_the_end_is_saved(workers: WorkerPool, tiny: Ti
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["latest", "step_00000005"]
 
 
-def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
+def test_content_of_a_checkpoint(trained: Path, tiny: Tiny) -> None:
     checkpoint = trained / "checkpoints" / "step_00000003"
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["train_state"]["step"] == 3
@@ -52,7 +53,7 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
     assert state["phase"] == "language_model"
     assert state["layout"]["data_parallel_size"] == 2
     assert state["vocab_size"] == 2 * VOCAB_SIZE
-    # Each source's share of the 24 rows so far.
+    # The 24 samples so far, over all sources.
     assert sum(state["consumed_samples_per_source"].values()) == 24
     assert [source["segmenter"] for source in state["run"]["sources"]] == [None, None]
     assert list(state["consumed_samples_per_source"]) == [str(tiny.directory / "en"), str(tiny.directory / "en_clone")]
@@ -64,7 +65,7 @@ def test_a_checkpoint_tells_what_it_is(trained: Path, tiny: Tiny) -> None:
 
 
 def resume_only(values: dict[str, Any], directory: str) -> None:
-    """Runs in workers: `pretrain`, on what must fail."""
+    """Runs in workers: `pretrain`, which must fail."""
     from megatron_prealign.run.pretrain import pretrain
 
     pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
@@ -81,14 +82,13 @@ def test_checkpoint_of_another_tokenizer_is_refused(
     reseal(path.parent)
     with pytest.raises(WorkerError) as caught:
         workers.run(1, resume_only, language_model_values(tiny, tmp_path), str(tmp_path))
-    message = mistake(caught)
-    assert "is of another model: tokenizer sha256:other (recipe: sha256:" in message
+    assert_facts(user_error_message(caught), path.parent, "tokenizer sha256:other (recipe: sha256:")
 
 
 def test_unfinished_directories_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
     copied(trained, tmp_path, newest=3)
     checkpoints = tmp_path / "checkpoints"
-    # What a killed save leaves: of a step to come, and of a far one.
+    # Left by killed saves: of the next step, and of a much later one.
     for name in (".step_00000004.incomplete", ".step_00000099.incomplete"):
         shutil.copytree(checkpoints / "step_00000003", checkpoints / name)
     (tmp_path / "metrics.jsonl").unlink()
@@ -101,7 +101,7 @@ def test_unfinished_directories_are_ignored(workers: WorkerPool, tiny: Tiny, tmp
 
 
 def run_until_the_disk_is_full(values: dict[str, Any], directory: str, step: int) -> None:
-    """Runs in workers: from `step` on rank 1 cannot write tensors."""
+    """Runs in workers: rank 1 cannot write the tensors of `step`."""
     import torch.distributed as dist
 
     from megatron_prealign.checkpoint.sharded import save as sharded_save
@@ -121,18 +121,17 @@ def run_until_the_disk_is_full(values: dict[str, Any], directory: str, step: int
         sharded_save._write_file = real
 
 
-def test_failed_save_leaves_the_one_before(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+def test_failed_save_keeps_the_previous_checkpoint(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
     values = language_model_values(tiny, tmp_path, save_interval=1, keep=1)
     with pytest.raises(WorkerError) as caught:
         workers.run(2, run_until_the_disk_is_full, values, str(tmp_path), 3, timeout_s=60)
-    assert mistake(caught) == (
-        f"checkpoint {tmp_path / 'checkpoints' / 'step_00000003'} cannot be written: No space left on device; "
-        "step_00000002 is the newest complete one; mend the disk or choose another checkpoint.directory and start the "
-        "same command again"
-    )
+    facts = ("No space left on device", "step_00000002", "checkpoint.directory")
+    assert_facts(user_error_message(caught), tmp_path / "checkpoints" / "step_00000003", *facts)
     assert steps_in(tmp_path) == [".step_00000003.incomplete", "latest", "step_00000002"]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000002"
-    # With room again the same command goes on, and ends where the run ends that never failed.
+    # With free space the same command resumes, and ends bitwise equal to the run that never failed.
     run(workers, 2, values, tmp_path)
     assert steps_in(tmp_path) == ["latest", "step_00000005"]
     expected = weights(workers, trained, 2 * VOCAB_SIZE)
@@ -141,10 +140,10 @@ def test_failed_save_leaves_the_one_before(workers: WorkerPool, tiny: Tiny, tmp_
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_of_another_run_are_a_start(
+def test_start_from_the_weights_of_another_run(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, precision: str
 ) -> None:
-    """One step at a rate of almost nothing shows which weights it started from, master weights included."""
+    """One step with a tiny learning rate shows the initial weights, master weights included."""
     values = language_model_values(tiny, tmp_path, load=str(trained))
     values["training"].update(train_iters=1, seed=77, precision=precision)
     values["optimizer"] = {"lr": 1e-12}
@@ -152,22 +151,22 @@ def test_weights_of_another_run_are_a_start(
     assert [step for _, step in records(tmp_path)] == [1]
     expected = weights(workers, trained, 2 * VOCAB_SIZE)
     for name, tensor in weights(workers, tmp_path, 2 * VOCAB_SIZE).items():
-        # The rate moves a weight by 1e-12 at most; bf16 rounds to 8 bits once.
+        # With this learning rate a weight changes by at most 1e-12; bf16 rounds to 8 bits once.
         rounded = expected[name].to(tensor.dtype)
         torch.testing.assert_close(tensor, rounded, rtol=0, atol=1e-9)
 
 
-def test_own_checkpoint_comes_before_weights_of_another_run(
+def test_own_checkpoint_takes_precedence_over_weights_of_another_run(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:
     copied(trained, tmp_path, newest=4)
     (tmp_path / "metrics.jsonl").unlink()
-    values = language_model_values(tiny, tmp_path, load=str(tmp_path / "not_even_there"))
+    values = language_model_values(tiny, tmp_path, load=str(tmp_path / "missing"))
     run(workers, 1, values, tmp_path)
     assert [step for _, step in records(tmp_path)] == [5]
 
 
-def test_weights_that_are_not_there(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+def test_missing_weights(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(WorkerError) as caught:
         workers.run(2, resume_only, language_model_values(tiny, tmp_path, load=str(tmp_path / "gone")), str(tmp_path))
-    assert mistake(caught).startswith(f"{tmp_path / 'gone'} holds no complete checkpoint")
+    assert_facts(user_error_message(caught), tmp_path / "gone", "no complete checkpoint", "does not exist")

@@ -1,9 +1,10 @@
-"""The manifest of a checkpoint: every damage of a file is found and named."""
+"""The manifest of a checkpoint: every corrupt file is found and reported."""
 
 import json
 from pathlib import Path
 
 import pytest
+from support.messages import user_error
 
 from megatron_prealign.checkpoint.manifest import (
     MANIFEST,
@@ -37,13 +38,13 @@ def test_every_file_is_recorded(directory: Path) -> None:
     assert (directory / MANIFEST).read_bytes() == before
 
 
-def test_damage_is_named(directory: Path) -> None:
+def test_corrupt_files_are_reported(directory: Path) -> None:
     records = read_manifest(directory)
     content = bytearray((directory / "weights").read_bytes())
     content[1000] ^= 1
     (directory / "weights").write_bytes(content)
     assert find_damage(directory, records, checksums=False) == []
-    assert find_damage(directory, records, checksums=True) == ["weights has another checksum than when it was written"]
+    assert find_damage(directory, records, checksums=True) == ["weights does not match its checksum"]
     assert find_damage(directory, records, checksums=True, names=["empty"]) == []
     (directory / "weights").write_bytes(content[:-1])
     (directory / "empty").unlink()
@@ -68,27 +69,27 @@ def test_damage_is_named(directory: Path) -> None:
         b'{"format_version": 1, "files": [1]}',
     ],
 )
-def test_a_damaged_manifest_is_one_kind_of_error(directory: Path, content: bytes) -> None:
+def test_a_corrupt_manifest_is_a_manifest_error(directory: Path, content: bytes) -> None:
     (directory / MANIFEST).write_bytes(content)
-    with pytest.raises(ManifestError, match=MANIFEST):
+    with user_error(MANIFEST, kind=ManifestError):
         read_manifest(directory)
 
 
 def test_a_directory_without_manifest_was_never_complete(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="never completed"):
+    with user_error(f"{MANIFEST} is missing", kind=ManifestError):
         read_manifest(tmp_path)
 
 
-def test_what_was_not_recorded_is_read(directory: Path) -> None:
-    """A record that is given is taken as it is: whoever wrote the file knows it."""
+def test_files_without_a_record_are_read(directory: Path) -> None:
+    """A record that is passed is used unchanged."""
     write_manifest(directory, {"weights": FileRecord(1, "xxh3:0")})
     files = json.loads((directory / MANIFEST).read_bytes())["files"]
     assert files["weights"] == {"bytes": 1, "checksum": "xxh3:0"}
     assert files["empty"]["checksum"] == file_checksum(directory / "empty")
 
 
-def test_what_was_recorded_is_looked_for_though_it_is_not_listed(directory: Path) -> None:
-    """Another process wrote it, and the listing of a network disk is older, or it is gone."""
+def test_recorded_files_are_expected_even_if_not_listed(directory: Path) -> None:
+    """Another process wrote the file and the listing of a network file system is outdated, or it was lost."""
     write_manifest(directory, {"later": FileRecord(1, "xxh3:0")})
     records = read_manifest(directory)
     assert list(records) == ["empty", "later", "tokenizer/vocab.json", "weights"]

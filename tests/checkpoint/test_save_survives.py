@@ -1,4 +1,4 @@
-"""A save that is killed, or refused by the disk, at any step that changes the disk leaves a good checkpoint."""
+"""A save that is killed or fails at any change of the disk leaves an intact checkpoint."""
 
 import dataclasses
 import os
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.messages import assert_facts
 from support.tiny import Tiny, recipe_of
 from support.workers import WorkerPool
 
@@ -18,11 +19,11 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class KilledError(Exception):
-    """Stands for SIGKILL: from here on nothing this process does reaches the disk."""
+    """Simulates SIGKILL: afterwards nothing this process does reaches the disk."""
 
 
 class Disk:
-    """Counts what changes the disk below a directory in this process, and can put an end to it."""
+    """Counts the changes that this process makes below a directory, and can make them fail."""
 
     _watching: "Disk | None" = None
     _hooked = False
@@ -35,17 +36,19 @@ class Disk:
 
     @contextmanager
     def watching(self, *, kill_at: int | None = None, full_from: int | None = None) -> Iterator[None]:
-        """Args:
-        kill_at: nothing is changed any more from this change on.
-        full_from: from this change on no file takes anything; names can be changed and removed.
+        """Watches the directory.
+
+        Args:
+            kill_at: From this change on, every change raises `KilledError`.
+            full_from: From this change on, the disk is full: files can be renamed and removed, not written.
         """
         self._kill_at, self._full_from = kill_at, full_from
         if not Disk._hooked:
-            # There is no way to take it away again.
+            # An audit hook cannot be removed.
             sys.addaudithook(Disk._audit)
             Disk._hooked = True
         real, Disk._watching = os.fsync, self
-        os.fsync = lambda descriptor: (self._change("fsync", takes_room=True), real(descriptor))[1]
+        os.fsync = lambda descriptor: (self._change("fsync", needs_space=True), real(descriptor))[1]
         try:
             yield
         finally:
@@ -59,21 +62,21 @@ class Disk:
         path = str(arguments[0])
         if event == "open" and not arguments[2] & _WRITING:
             return
-        # Names that are relative to a directory that is open are those of a directory being removed.
+        # Paths relative to an open directory belong to a directory that is being removed.
         if path.startswith(watching._directory) or not path.startswith("/"):
-            watching._change(f"{event} {path[len(watching._directory) :]}", takes_room=event in ("open", "os.mkdir"))
+            watching._change(f"{event} {path[len(watching._directory) :]}", needs_space=event in ("open", "os.mkdir"))
 
-    def _change(self, what: str, *, takes_room: bool) -> None:
+    def _change(self, what: str, *, needs_space: bool) -> None:
         number = len(self.changes)
         self.changes.append(what)
         if self._kill_at is not None and number >= self._kill_at:
             raise KilledError(what)
-        if self._full_from is not None and number >= self._full_from and takes_room:
+        if self._full_from is not None and number >= self._full_from and needs_space:
             raise OSError(28, "No space left on device")
 
 
 class Saver:
-    """Checkpoints of a run whose whole state is one tensor."""
+    """Saves checkpoints of a run whose state is one tensor."""
 
     def __init__(self, values: dict[str, Any], root: Path) -> None:
         from megatron_prealign.recipe import ParallelSection
@@ -111,16 +114,16 @@ class Saver:
             store.save([], optimizer, state, phase="language_model", consumed={}, blend={}, metrics={})
             store.finish()
         finally:
-            store.settle()
+            store.finish_after_error()
 
 
 def check(directory: Path) -> int:
-    """Looks at everything as a new process would: what has the name of a checkpoint is one, and `latest` names one.
+    """Checks the directory like a new process: everything named like a checkpoint is intact, and `latest` names one.
     Returns its step."""
     import torch
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from megatron_prealign.checkpoint.checkpoint import latest_checkpoint
+    from megatron_prealign.checkpoint.directory import latest_checkpoint
     from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
     from megatron_prealign.checkpoint.sharded.load import load_sharded
     from megatron_prealign.checkpoint.state import read_state
@@ -130,18 +133,18 @@ def check(directory: Path) -> int:
     newest = latest_checkpoint(directory)
     assert newest is not None
     step = int(read_state(newest)["train_state"]["step"])
-    wanted = {"optimizer": {"tensor": ShardedTensor.from_rank_offsets("tensor", torch.zeros(100))}}
-    loaded = load_sharded(wanted, newest)
+    empty = {"optimizer": {"tensor": ShardedTensor.from_rank_offsets("tensor", torch.zeros(100))}}
+    loaded = load_sharded(empty, newest)
     assert loaded["optimizer"]["tensor"].tolist() == [float(step)] * 100
     return step
 
 
 def kill_everywhere(values: dict[str, Any], root: str, branch: bool, keep: int) -> tuple[list[str], list[int]]:
-    """Runs in a worker: a save of step 2 is killed at each change of the disk. Returns the changes of a save that is
-    not, and the step that is there after each kill."""
+    """Runs in a worker: a save of step 2 is killed at each change of the disk. Returns the changes of an uninterrupted
+    save, and the step of the checkpoint after each kill."""
     saver, base = Saver(values, Path(root)), Path(root) / "base"
     if branch:
-        # Of a branch that was left: the run went back to step 1.
+        # An abandoned branch: the run was rolled back to step 1.
         saver.save(base, 2, keep=2)
     saver.save(base, 1, keep=2)
     steps, number = [], 0
@@ -165,32 +168,32 @@ def kill_everywhere(values: dict[str, Any], root: str, branch: bool, keep: int) 
 
 
 def fill_everywhere(values: dict[str, Any], root: str) -> list[tuple[str, int]]:
-    """Runs in a worker: the disk is full from each change of a save of step 2 on. Returns what the user is told, and
-    the step that is there."""
+    """Runs in a worker: the disk is full from each change of a save of step 2 on. Returns each error message and the
+    step of the checkpoint afterwards."""
     from megatron_prealign.errors import UserError
 
     saver, base = Saver(values, Path(root)), Path(root) / "base"
     saver.save(base, 1, keep=2)
-    answers: list[tuple[str, int]] = []
+    results: list[tuple[str, int]] = []
     while True:
-        directory = Path(root) / f"full_{len(answers)}"
+        directory = Path(root) / f"full_{len(results)}"
         shutil.copytree(base, directory)
-        disk, told = Disk(directory), ""
+        disk, message = Disk(directory), ""
         try:
-            with disk.watching(full_from=len(answers)):
+            with disk.watching(full_from=len(results)):
                 saver.save(directory, 2, keep=2)
         except UserError as error:
-            told = str(error)
-        if len(disk.changes) <= len(answers):
-            return answers
-        answers.append((told.replace(str(directory), "DIR"), check(directory)))
+            message = str(error)
+        if len(disk.changes) <= len(results):
+            return results
+        results.append((message.replace(str(directory), "DIR"), check(directory)))
         saver.save(directory, 3, keep=1)
         assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000003"]
         shutil.rmtree(directory)
 
 
 def write_with_a_limit(values: dict[str, Any], root: str, limit: int) -> str:
-    """Runs in a worker: the system itself refuses files longer than `limit` bytes."""
+    """Runs in a worker: the operating system limits files to `limit` bytes; returns the error message."""
     import resource
     import signal
 
@@ -218,34 +221,32 @@ def test_killed_at_any_change_of_the_disk(
 ) -> None:
     [(changes, steps)] = workers.run(1, kill_everywhere, tiny.values(tmp_path), str(tmp_path), branch, keep)
     assert len(changes) > 30
-    # Until `latest` is moved the old one is named, from then on the new one.
-    moved = next(number for number, change in enumerate(changes) if change == "os.rename /.latest.incomplete")
-    assert steps == [1] * (moved + 1) + [2] * (len(changes) - moved - 1)
+    # Until `latest` is replaced it names the old checkpoint, afterwards the new one.
+    replaced = next(number for number, change in enumerate(changes) if change == "os.rename /.latest.incomplete")
+    assert steps == [1] * (replaced + 1) + [2] * (len(changes) - replaced - 1)
     renamed = changes.index("os.rename /.step_00000002.incomplete")
     manifest = changes.index("open /.step_00000002.incomplete/manifest.json")
-    assert manifest < renamed < moved
-    # Nothing is renamed that is not on the disk: the manifest, the directory; the directory above; the pointer.
+    assert manifest < renamed < replaced
+    # Everything is synced before a rename: the manifest and the directory; its parent directory and the pointer.
     assert changes[manifest + 1 : renamed].count("fsync") == 2
-    assert changes[renamed + 1 : moved].count("fsync") == 2
-    # Only the checkpoint before it is removed, and only at the end.
-    assert not any("removed" in change for change in changes[:moved])
-    assert any("removed" in change for change in changes[moved:]) == (keep == 1)
+    assert changes[renamed + 1 : replaced].count("fsync") == 2
+    # Only the previous checkpoint is removed, and only at the end.
+    assert not any("removed" in change for change in changes[:replaced])
+    assert any("removed" in change for change in changes[replaced:]) == (keep == 1)
 
 
 def test_full_from_any_change_of_the_disk(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    [answers] = workers.run(1, fill_everywhere, tiny.values(tmp_path), str(tmp_path))
-    assert len(answers) > 30
-    expected = (
-        "checkpoint DIR/step_00000002 cannot be written: No space left on device; step_00000001 is the newest complete "
-        "one; mend the disk or choose another checkpoint.directory and start the same command again"
-    )
-    # Once `latest` is moved, nothing needs room any more.
-    assert {told for told, step in answers if step == 1} == {expected}
-    assert {told for told, step in answers if step == 2} <= {"", expected}
-    assert answers[0] == (expected, 1)
+    [results] = workers.run(1, fill_everywhere, tiny.values(tmp_path), str(tmp_path))
+    assert len(results) > 30
+    # Once `latest` is replaced, nothing needs space.
+    [message] = {message for message, step in results if step == 1}
+    facts = ("DIR/step_00000002", "No space left on device", "step_00000001", "checkpoint.directory")
+    assert_facts(message, *facts)
+    assert {message for message, step in results if step == 2} <= {"", message}
+    assert results[0] == (message, 1)
 
 
-def test_system_that_refuses_a_long_file(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    [told] = workers.run(1, write_with_a_limit, tiny.values(tmp_path), str(tmp_path), 600)
-    assert told.startswith(f"checkpoint {tmp_path / 'checkpoints' / 'step_00000002'} cannot be written: File too large")
-    assert "\n" not in told
+def test_limit_on_the_size_of_a_file(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    [message] = workers.run(1, write_with_a_limit, tiny.values(tmp_path), str(tmp_path), 600)
+    assert_facts(message, tmp_path / "checkpoints" / "step_00000002", "File too large")
+    assert "\n" not in message

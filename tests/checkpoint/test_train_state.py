@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from support.messages import user_error
 
 from megatron_prealign.checkpoint.train_state import TrainState
 
@@ -22,7 +23,7 @@ STATE = TrainState(
 )
 
 
-def test_saved_counters_come_back_without_the_request_to_stop() -> None:
+def test_saved_counters_are_restored_without_the_stop_request() -> None:
     saved = STATE.to_dict()
     assert set(saved) == {field.name for field in fields(TrainState)} - {"stop_requested"}
     loaded = TrainState.from_dict(saved)
@@ -33,28 +34,27 @@ def test_saved_counters_come_back_without_the_request_to_stop() -> None:
     assert TrainState.from_dict({**saved, "below_floor": False}).below_floor is False
 
 
-def test_a_run_does_not_begin_below_the_floor() -> None:
+def test_a_run_does_not_start_below_the_floor() -> None:
     assert TrainState().below_floor is False
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"below_floor": 1}, "train_state.below_floor is 1, expected <class 'bool'>"),
-        ({"below_floor": None}, "train_state.below_floor is None, expected <class 'bool'>"),
-        ({"above": 1}, "train_state does not hold the counters of a run: above missing or unknown"),
+        ({"below_floor": 1}, ("train_state.below_floor is 1", "bool")),
+        ({"below_floor": None}, ("train_state.below_floor is None", "bool")),
+        ({"above": 1}, ("train_state", "above")),
     ],
 )
-def test_counters_that_are_none(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+def test_invalid_counters(changes: dict[str, Any], facts: tuple[str, ...]) -> None:
+    with user_error(*facts, kind=ValueError):
         TrainState.from_dict({**STATE.to_dict(), **changes})
-    assert str(caught.value) == message
 
 
-def test_a_missing_counter_is_named() -> None:
+def test_a_missing_counter_is_reported() -> None:
     saved = STATE.to_dict()
     del saved["tokens"]
-    with pytest.raises(ValueError, match="a run: tokens missing or unknown"):
+    with user_error("train_state", "tokens", kind=ValueError):
         TrainState.from_dict(saved)
 
 
@@ -70,7 +70,7 @@ def test_next_phase_starts_its_own_counters_only() -> None:
         consumed_samples=40,
         phase_start_samples=40,
         phase_done=False,
-        # What was measured at the end of one phase holds for the next.
+        # The measurement at the end of one phase applies to the next.
         below_floor=True,
         seconds=1.5,
     )

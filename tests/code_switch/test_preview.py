@@ -1,4 +1,4 @@
-"""The preview: what is shown is what is trained, and every word of it can be accounted for."""
+"""The preview shows the inputs of training, and every switched word is a listed translation."""
 
 import json
 import re
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.messages import assert_facts, user_error
 from support.token_datasets import open_samples, write_dataset
 from support.word_cutters import WORDS
 from support.word_table import word_table
 
-from megatron_prealign.code_switch import CodeSwitcher, RowFormat
+from megatron_prealign.code_switch import CodeSwitcher, SequenceFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
 from megatron_prealign.code_switch.preview_text import TextStyle, render_preview, split_space
 from megatron_prealign.code_switch.token_text import INCOMPLETE
@@ -65,10 +66,13 @@ class Material:
             tokenizer=str(self.tokenizer.path), sources=[source], seq_length=seq_length, validation_fraction=0.0
         )
 
-    def preview(self, rows: int = 12, *, language: str = "en", seq_length: int = 40, **fields: object) -> Preview:
+    def preview(
+        self, num_samples: int = 12, *, language: str = "en", seq_length: int = 40, **fields: object
+    ) -> Preview:
         table = self.english if language == "en" else self.chinese
         section = CodeSwitchSection(**{"ratio": 0.5, **fields})
-        return make_preview(table, section, self.data(language, seq_length), self.tokenizer, rows=rows, seed=7)
+        data = self.data(language, seq_length)
+        return make_preview(table, section, data, self.tokenizer, num_samples=num_samples, seed=7)
 
 
 def build(directory: Path, tokenizer: Tokenizer, lists: dict[str, list[str]]) -> DictionaryTable:
@@ -92,7 +96,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     for language, texts in documents.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (directory / f"{language}.jsonl").write_text(lines, encoding="utf-8")
-    # few enough tokens for characters of other scripts to be made of several
+    # few enough tokens that characters of other scripts need several
     train_tokenizer([directory / "en.jsonl"], directory / "tokenizer", 300, show_progress=False)
     tokenizer = load_tokenizer(directory / "tokenizer")
     for language, segmenter in (("en", None), ("zh", "support.word_cutters:KnownWords")):
@@ -105,16 +109,16 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 def translations() -> dict[tuple[str, str], set[str]]:
-    found = defaultdict(set)
+    listed = defaultdict(set)
     for language, pairs in PAIRS.items():
         for pair in pairs:
             source, target = pair.split()
-            found[source, language].add(target.casefold())
-    return found
+            listed[source, language].add(target.casefold())
+    return listed
 
 
 @pytest.mark.parametrize("label_mode", ["input_only", "codeswitch", "no_predict", "mix"])
-def test_what_is_shown_is_what_is_trained(material: Material, tmp_path: Path, label_mode: str) -> None:
+def test_preview_shows_the_inputs_of_training(material: Material, tmp_path: Path, label_mode: str) -> None:
     preview = material.preview(label_mode=label_mode)
     section = preview.section
     samples = open_samples(
@@ -125,120 +129,123 @@ def test_what_is_shown_is_what_is_trained(material: Material, tmp_path: Path, la
         cache_dir=tmp_path,
         lookahead=section.lookahead_tokens(40),
     )
-    row_format = RowFormat(seq_length=40, eod_id=material.tokenizer.eod_id)
+    sequence_format = SequenceFormat(seq_length=40, eod_id=material.tokenizer.eod_id)
     table = switchable_table(material.english, section, ["en"])
-    switch = CodeSwitcher(table, section, row_format, seed=7, languages=["en"], device="cpu")
-    rows = samples.rows(range(12))
-    batch = switch(rows.tokens, rows.language, rows.sample_id, 0, rows.word_starts)
-    assert [list(row.tokens) for row in preview.rows] == batch.tokens.tolist()
-    labels = [[label or 0 for label in row.labels] for row in preview.rows]
+    switch = CodeSwitcher(table, section, sequence_format, seed=7, languages=["en"], device="cpu")
+    source = samples.batch(range(12))
+    batch = switch(source.tokens, source.language, source.sample_id, 0, source.word_starts)
+    assert [list(sample.tokens) for sample in preview.samples] == batch.tokens.tolist()
+    labels = [[label or 0 for label in sample.labels] for sample in preview.samples]
     assert labels == batch.labels.tolist()
-    scored = [[label is not None for label in row.labels] for row in preview.rows]
+    scored = [[label is not None for label in sample.labels] for sample in preview.samples]
     assert scored == batch.loss_mask.bool().tolist()
     assert batch.counts is not None and preview.switched > 20
-    assert np.sum([row.counts for row in preview.rows], axis=0).tolist() == batch.counts.tolist()
+    assert np.sum([sample.counts for sample in preview.samples], axis=0).tolist() == batch.counts.tolist()
 
 
 def test_marked_words_are_counted_and_listed_translations(material: Material) -> None:
-    preview = material.preview(rows=30, ratio=0.9)
+    preview = material.preview(num_samples=30, ratio=0.9)
     listed, languages = translations(), material.english.languages
     seen = set()
-    for row in preview.rows:
+    for sample in preview.samples:
         into = [0] * len(languages)
-        for part in row.switched:
+        for part in sample.switched:
             assert part.language is not None
             into[languages.index(part.language)] += 1
             word, translation = split_space(part.source)[1].casefold(), split_space(part.output)[1].casefold()
-            if part is row.parts[-1]:
-                # the end of the row may cut it
+            if part is sample.parts[-1]:
+                # may be truncated by the end of the sample
                 assert any(each.startswith(translation.rstrip("…")) for each in listed[word, part.language])
             else:
                 assert translation in listed[word, part.language]
             seen.add((word, part.language))
-        assert into == list(row.counts[5:]) and sum(into) == row.counts[2]
-        assert [target for target in row.targets if target is None] == [None] * sum(
-            part.output_tokens for part in row.parts if part.language is None
-        ) + [None] * row.counts[3]
+        assert into == list(sample.counts[5:]) and sum(into) == sample.counts[2]
+        assert [target for target in sample.targets if target is None] == [None] * sum(
+            part.output_tokens for part in sample.parts if part.language is None
+        ) + [None] * sample.counts[3]
     assert seen == set(listed)
     assert sum(preview.by_language.values()) == preview.switched
     assert list(preview.by_language.values()) == sorted(preview.by_language.values(), reverse=True)
 
 
 def test_unmarked_text_is_unchanged(material: Material) -> None:
-    preview = material.preview(rows=20)
-    for row in preview.rows:
-        original = "".join(part.source for part in row.parts)
+    preview = material.preview(num_samples=20)
+    for sample in preview.samples:
+        original = "".join(part.source for part in sample.parts)
         for text in original.split("<eod>"):
             assert any(text in document for document in material.documents), text
-        assert all(part.source == part.output for part in row.parts if part.language is None)
-        decoded = material.tokenizer.decode(row.tokens[: 40 - row.counts[3]])
-        assert "".join(part.output for part in row.parts) == decoded.strip(INCOMPLETE)
+        assert all(part.source == part.output for part in sample.parts if part.language is None)
+        decoded = material.tokenizer.decode(sample.tokens[: 40 - sample.counts[3]])
+        assert "".join(part.output for part in sample.parts) == decoded.strip(INCOMPLETE)
 
 
 def test_padding_is_not_shown(material: Material) -> None:
-    # "closed" alone, which becomes shorter
+    # only "closed", which becomes shorter
     shrinking = {"ratio": 1.0, "min_word_length": 6, "lookahead": 0}
-    preview = material.preview(rows=30, **shrinking)
-    assert preview.padded == sum(40 - sum(part.output_tokens for part in row.parts) for row in preview.rows) > 0
-    assert preview.truncated == sum(row.counts[4] for row in preview.rows)
-    filled = material.preview(rows=30, **{**shrinking, "lookahead": 20})
+    preview = material.preview(num_samples=30, **shrinking)
+    unused = [40 - sum(part.output_tokens for part in sample.parts) for sample in preview.samples]
+    assert preview.padded == sum(unused) > 0
+    assert preview.truncated == sum(sample.counts[4] for sample in preview.samples)
+    filled = material.preview(num_samples=30, **{**shrinking, "lookahead": 20})
     assert filled.padded == 0
 
 
 def test_words_of_scripts_without_spaces(material: Material) -> None:
-    preview = material.preview(rows=10, language="zh", seq_length=60, ratio=1.0)
+    preview = material.preview(num_samples=10, language="zh", seq_length=60, ratio=1.0)
     english = {"苹果": "apple", "银行": "bank", "房子": "house"}
-    whole = [part for row in preview.rows for part in row.parts[:-1]]
-    switched = [(part.source, part.output) for part in whole if part.language]
+    parts = [part for sample in preview.samples for part in sample.parts[:-1]]
+    switched = [(part.source, part.output) for part in parts if part.language]
     assert set(switched) == set(english.items())
-    kept = "".join(part.output for part in whole if not part.language)
+    kept = "".join(part.output for part in parts if not part.language)
     assert not any(word in kept for word in english) and "水果汁" in kept and INCOMPLETE not in kept
 
 
 def test_totals(material: Material) -> None:
-    preview = material.preview(rows=30, ratio=0.2)
+    preview = material.preview(num_samples=30, ratio=0.2)
     assert preview.positions == 1200 and preview.switched <= preview.known <= preview.running
     # 5 standard deviations of 250 draws with p = 0.2
     assert abs(preview.switched / preview.known - 0.2) < 0.13
-    whole = [part for row in preview.rows for part in row.parts[:-1] if part.language]
+    switched = [part for sample in preview.samples for part in sample.parts[:-1] if part.language]
     assert preview.token_lengths is not None
     before, after = preview.token_lengths
-    # translations that end exactly with their row are left out, so that these two sets may differ by a few
-    assert before == pytest.approx(np.mean([part.source_tokens for part in whole]), abs=0.2)
-    assert after == pytest.approx(np.mean([part.output_tokens for part in whole]), abs=0.5)
-    nothing = material.preview(rows=2, ratio=0.0)
+    # translations that end exactly at the end of their sample are excluded, so these two sets may differ by a few
+    assert before == pytest.approx(np.mean([part.source_tokens for part in switched]), abs=0.2)
+    assert after == pytest.approx(np.mean([part.output_tokens for part in switched]), abs=0.5)
+    nothing = material.preview(num_samples=2, ratio=0.0)
     assert nothing.switched == 0 and nothing.token_lengths is None
-    assert "nothing was switched in these rows" in list(render_preview(nothing, TextStyle()))
+    assert "no word was switched in these samples" in list(render_preview(nothing, TextStyle()))
 
 
-def test_no_row_comes_twice(material: Material) -> None:
-    preview = material.preview(rows=10_000)
+def test_no_sample_is_repeated(material: Material) -> None:
+    preview = material.preview(num_samples=10_000)
     tokens = sum(len(material.tokenizer.encode(document)) + 1 for document in material.documents)
-    assert len(preview.rows) == (tokens - 1) // 40
+    assert len(preview.samples) == (tokens - 1) // 40
 
 
-def test_the_section_reaches_the_preview(material: Material) -> None:
-    kept = material.preview(rows=20, ratio=1.0, case="keep", language_weights={"de": 1.0})
-    words = {(split_space(part.source)[1], split_space(part.output)[1]) for row in kept.rows for part in row.switched}
+def test_the_preview_follows_the_section(material: Material) -> None:
+    kept = material.preview(num_samples=20, ratio=1.0, case="keep", language_weights={"de": 1.0})
+    parts = [part for sample in kept.samples for part in sample.switched]
+    words = {(split_space(part.source)[1], split_space(part.output)[1]) for part in parts}
     assert ("THE", "der") in words and ("The", "der") in words
-    # as the dictionary writes it, Red would be replaced by itself
+    # in the case of the dictionary, Red would be replaced by itself
     assert ("Red", "rot") in words and ("red", "Red") in words and ("Red", "Red") not in words
-    assert sum(len(row.switched) for row in kept.rows) == kept.switched
-    long_words = material.preview(rows=20, ratio=1.0, min_word_length=5, language_ratios={"ja": 0.0})
-    switched = [part for row in long_words.rows for part in row.switched]
+    assert len(parts) == kept.switched
+    long_words = material.preview(num_samples=20, ratio=1.0, min_word_length=5, language_ratios={"ja": 0.0})
+    switched = [part for sample in long_words.samples for part in sample.switched]
     assert {split_space(part.source)[1].casefold() for part in switched} == {"apple", "house", "closed"}
     assert {part.language for part in switched} == {"de", "ar"}
 
 
 def test_ratio_of_words(material: Material, caplog: pytest.LogCaptureFixture) -> None:
-    preview = material.preview(rows=30, ratio=0.95, ratio_of="words")
+    preview = material.preview(num_samples=30, ratio=0.95, ratio_of="words")
     assert preview.switched == preview.known
-    assert caplog.text.count("all known ones will be switched") == 1
+    (message,) = (record.getMessage() for record in caplog.records if record.name.endswith("code_switch.switcher"))
+    assert_facts(message, "code_switch.ratio", 0.95, "en")
     assert "0.95 of the running words, input_only" in "\n".join(render_preview(preview, TextStyle()))
 
 
 def test_spans() -> None:
-    # 10 tokens: 11 continues a translation, 12 and 13 begin one
+    # 11 continues a translation, 12 and 13 start one
     source = [1, 2, 3, 4, 5, 6, 7]
     ends = {0: 1, 1: 3, 3: 4, 4: 5, 5: 7}
     spans = find_spans(source, [1, 12, 11, 13, 5, 12], ends, 11 - 1 + 1)
@@ -258,7 +265,7 @@ def test_spans() -> None:
 
 
 class Pieces(Tokenizer):
-    """A tokenizer that only knows the texts of its tokens; `a` is the last."""
+    """A tokenizer defined by the texts of its tokens; `a` is the last one."""
 
     def __init__(self, texts: list[str]) -> None:
         self._texts = [*texts, "a"]
@@ -275,7 +282,7 @@ class Pieces(Tokenizer):
         return [self.encode(word) for word in words]
 
     def decode(self, ids: list[int]) -> str:
-        # like sentencepiece, which takes the first space away
+        # like sentencepiece, which strips the first space
         return "".join(self._texts[index] for index in ids).removeprefix(" ")
 
     def word_boundaries(self) -> np.ndarray:
@@ -297,24 +304,24 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
     source = DataSource(path=prefix, language="en")
     data = DataSection(tokenizer="pieces", sources=[source], seq_length=6, validation_fraction=0.0)
     section = CodeSwitchSection(ratio=1.0, lookahead=0)
-    preview = make_preview(table, section, data, tokenizer, rows=3, seed=1)
+    preview = make_preview(table, section, data, tokenizer, num_samples=3, seed=1)
     assert list(render_preview(preview, TextStyle(), labels=True)) == [
-        "row 1 (en): 1 of 3 words switched, 1 token cut at the end",
+        "sample 1 (en): 1 of 3 words switched, 1 token truncated",
         "  original  The [cat] sat.",
         "  switched  The {KAT} sat.",
         "  position  0     1     2    3     4     5",
         "  input     ▁The  {▁K}  {A}  {T}   ▁sat  .",
         "  label     ▁c    –     –    ▁sat  .     ▁Next",
         "",
-        "rows                        1  of 6 tokens, seed 1",
-        "ratio asked for                1 of the known words, input_only",
-        "running words               3",
-        "known                       1  33.33% of the running words",
-        "switched                    1  33.33% of the running words, 100.00% of the known",
-        "into xx                     1  100.00% of the switched",
-        "tokens a switched word  +1.00  2.00 before, 3.00 after",
-        "padded                      0  0.00% of the positions",
-        "tokens cut                  1  16.67% of the positions, no longer fit into their rows",
+        "samples                       1  of 6 tokens, seed 1",
+        "requested ratio                  1 of the known words, input_only",
+        "running words                 3",
+        "known                         1  33.33% of the running words",
+        "switched                      1  33.33% of the running words, 100.00% of the known words",
+        "into xx                       1  100.00% of the switched words",
+        "tokens per switched word  +1.00  2.00 before, 3.00 after",
+        "padded                        0  0.00% of the positions",
+        "truncated tokens              1  16.67% of the positions, no longer fit into their samples",
     ]
     coloured = list(render_preview(preview, TextStyle(color=True), labels=True))
     assert coloured[1] == "  original  The \x1b[1;32mcat\x1b[0m sat."
@@ -324,15 +331,15 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
     assert plain[3] == "  position  0     1   2  3     4     5"
 
 
-def test_rows_asked_for(material: Material) -> None:
-    with pytest.raises(ValueError, match="rows is 0"):
-        material.preview(rows=0)
+def test_no_samples_are_refused(material: Material) -> None:
+    with user_error("num_samples is 0", kind=ValueError):
+        material.preview(num_samples=0)
 
 
-def test_only_the_rows_of_the_source_language(material: Material) -> None:
+def test_only_samples_of_the_source_language(material: Material) -> None:
     data = material.data()
     both = replace(data, sources=[*data.sources, *material.data("zh").sources])
     section = CodeSwitchSection(ratio=1.0)
-    preview = make_preview(material.english, section, both, material.tokenizer, rows=16, seed=3)
-    assert {row.language for row in preview.rows} == {"en", "zh"}
-    assert all(bool(row.switched) == (row.language == "en") for row in preview.rows)
+    preview = make_preview(material.english, section, both, material.tokenizer, num_samples=16, seed=3)
+    assert {sample.language for sample in preview.samples} == {"en", "zh"}
+    assert all(bool(sample.switched) == (sample.language == "en") for sample in preview.samples)

@@ -1,4 +1,4 @@
-"""A preview on a terminal and as a page: nothing of a document reaches the reader as anything but text."""
+"""A preview on a terminal and as a page: the content of documents is always rendered as plain text."""
 
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prealign.code_switch.preview import Part, Preview, PreviewRow
+from megatron_prealign.code_switch.preview import Part, Preview, PreviewSample
 from megatron_prealign.code_switch.preview_page import render_page
 from megatron_prealign.code_switch.preview_text import (
     TextStyle,
@@ -29,9 +29,9 @@ def kept(text: str) -> Part:
 
 def preview_of(*parts: Part, **section: Any) -> Preview:
     counts = (len(parts), len(parts), sum(part.language is not None for part in parts), 0, 2)
-    row = PreviewRow("en", parts, (1,) * len(parts), (1,) * len(parts), (None,) * len(parts), counts)
+    sample = PreviewSample("en", parts, (1,) * len(parts), (1,) * len(parts), (None,) * len(parts), counts)
     return Preview(
-        rows=(row,),
+        samples=(sample,),
         section=CodeSwitchSection(**{"ratio": 0.1, **section}),
         ratios={"de": 0.1, "ar": 0.2},
         seq_length=10,
@@ -52,23 +52,23 @@ PREVIEW = preview_of(
 
 def test_lines_without_colours() -> None:
     assert list(render_preview(PREVIEW, TextStyle()))[:3] == [
-        "row 1 (en): 2 of 5 words switched, 2 tokens cut at the end",
+        "sample 1 (en): 2 of 5 words switched, 2 tokens truncated",
         '  original  a <script>alert("1")</script> & b⏎ ␛[31mred␇ [apple], [house] end',
         '  switched  a <script>alert("1")</script> & b⏎ ␛[31mred␇ {A"pf<b>el}, {بيت} end',
     ]
 
 
-def test_lengths_leave_out_what_the_end_of_a_row_may_cut() -> None:
+def test_token_lengths_exclude_translations_that_may_be_truncated() -> None:
     parts = (Part(" apple", " Apfel", "de", 1, 3), Part(" house", " Haus", "de", 2, 1))
     padded = preview_of(*parts)
-    assert len(padded.rows[0].tokens) == 2 and padded.token_lengths == (1.5, 2.0)
-    full = replace(padded, rows=(replace(padded.rows[0], tokens=(1, 1, 1, 1)),))
+    assert len(padded.samples[0].tokens) == 2 and padded.token_lengths == (1.5, 2.0)
+    full = replace(padded, samples=(replace(padded.samples[0], tokens=(1, 1, 1, 1)),))
     assert full.token_lengths == (1.0, 3.0)
 
 
 def test_colours_differ_by_language() -> None:
     caption, original, result = list(render_preview(PREVIEW, TextStyle(color=True)))[:3]
-    assert caption.startswith("\x1b[2mrow 1 (en)") and caption.endswith("\x1b[0m")
+    assert caption.startswith("\x1b[2msample 1 (en)") and caption.endswith("\x1b[0m")
     assert original.endswith(" \x1b[1;32mapple\x1b[0m, \x1b[1;36mhouse\x1b[0m end")
     assert result.endswith(' \x1b[1;32mA"pf<b>el\x1b[0m, \x1b[1;36mبيت\x1b[0m end')
     assert "\x1b[31m" not in original
@@ -78,7 +78,7 @@ def test_layout_follows_the_width() -> None:
     narrow = list(render_preview(PREVIEW, TextStyle(width=41)))
     assert narrow[1] == '  original  a <script>alert("1")</script>'
     assert narrow[2:4] == ["            & b⏎ ␛[31mred␇ [apple],", "            [house] end"]
-    # columns would be mixed up by a terminal that turns right-to-left words around
+    # a terminal that reorders right-to-left words would mix up columns
     assert list(render_preview(PREVIEW, TextStyle(width=150)))[1].startswith("  original  a <script>")
     german = preview_of(kept("The"), Part(" apple", " Apfel", "de", 1, 1), kept(" 苹果 is red"))
     lines = list(render_preview(german, TextStyle(width=140)))
@@ -108,22 +108,22 @@ def test_spaces_stay_outside_the_marks() -> None:
     assert split_space("  word") == ("  ", "word")
     assert split_space("word") == ("", "word")
     assert split_space("⟦ word⟧") == (" ", "⟦word⟧")
-    # the row ended behind the space of a translation
+    # the sample ends after the space of a translation
     assert split_space(" ") == (" ", "…")
 
 
 class Page(HTMLParser):
-    """Collects elements with their attributes and checks that they are closed in order."""
+    """Collects elements with their attributes and checks that they are nested correctly."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attributes)))
+        self.elements.append((tag, dict(attributes)))
         if tag != "meta":
             self.open.append(tag)
 
@@ -138,25 +138,25 @@ def test_page() -> None:
     text = render_page(PREVIEW)
     page = Page(text)
     assert page.open == []
-    tags = [tag for tag, _ in page.found]
+    tags = [tag for tag, _ in page.elements]
     assert not {"script", "b", "link", "img", "iframe"} & set(tags)
-    assert not any(name in ("src", "href") or name.startswith("on") for _, each in page.found for name in each)
+    assert not any(name in ("src", "href") or name.startswith("on") for _, each in page.elements for name in each)
     assert "http://" not in text and "https://" not in text and "url(" not in text
-    marks = [attributes for tag, attributes in page.found if tag == "mark"]
+    marks = [attributes for tag, attributes in page.elements if tag == "mark"]
     assert [mark["title"] for mark in marks] == ['apple → A"pf<b>el (de)', "house → بيت (ar)"] * 2
     assert len({mark["style"] for mark in marks}) == 2 and tags.count("bdi") == 4 and tags.count("sub") == 2
-    # line breaks stay, what would steer a terminal does not
+    # line breaks are kept, control characters are replaced
     assert 'a <script>alert("1")</script> & b\n␛[31mred␇ apple, house end' in page.text
     assert 'red␇ A"pf<b>elde, بيتar end' in page.text
     assert "prefers-color-scheme: dark" in text
-    for name in ("ratio asked for", "running words", "into de", "into ar", "tokens a switched word", "padded"):
+    for name in ("requested ratio", "running words", "into de", "into ar", "tokens per switched word", "padded"):
         assert name in page.text
     assert "de 0.1, ar 0.2 of the known words, input_only" in page.text
 
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TokenText:
-    """One token a byte."""
+    """A tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     directory = tmp_path_factory.mktemp("bytes")
@@ -168,19 +168,19 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TokenText:
     return TokenText(load_tokenizer(directory))
 
 
-def test_characters_cut_by_stretches(byte_level: TokenText) -> None:
+def test_characters_split_over_spans(byte_level: TokenText) -> None:
     tokens = byte_level._tokenizer.encode("a果 b银c")
     # a, three bytes, space, b, three bytes, c
     assert byte_level.pieces([tokens[:2], tokens[2:5], tokens[5:8], tokens[8:]]) == ["a", "果 ", "b", "银c"]
     assert byte_level.pieces([tokens[:2], tokens[2:3], tokens[3:4], tokens[4:]]) == ["a", "", "果", " b银c"]
-    # cut off at both ends of the row
+    # incomplete at both ends of the sequence
     assert byte_level.pieces([tokens[2:4], tokens[4:6], tokens[6:7]]) == ["", " b", ""]
-    # bytes that are no character stay visible inside
+    # invalid bytes within the sequence stay visible
     assert byte_level.pieces([tokens[:2], tokens[4:6]]) == ["a", f"{INCOMPLETE} b"]
     assert byte_level.text(tokens[4:6]) == " b" and byte_level.pieces([]) == []
 
 
-def test_spaces_of_tokenizers_that_take_the_first_away(tmp_path: Path) -> None:
+def test_spaces_of_tokenizers_that_strip_the_first(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))

@@ -1,19 +1,19 @@
-"""The switcher: recipe and dictionary table in, batches out."""
+"""`CodeSwitcher`: batches from a recipe section and a dictionary table."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from support.messages import assert_facts, user_error
 
-from megatron_prealign.code_switch import CodeSwitcher, RowFormat, SwitchedBatch, plain_batch
+from megatron_prealign.code_switch import CodeSwitcher, SequenceFormat, SwitchedBatch, plain_batch
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
-from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection
 
 EOD = 0
-# tokens 1..4 are whole English words, 5..6 German, 7..8 Chinese; 1 -> de 5 6, 2 -> de 6 and zh 7, 3 -> zh 8 7
+# tokens 1..4 are English words, 5..6 German, 7..8 Chinese; 1 -> de 5 6, 2 -> de 6 and zh 7, 3 -> zh 8 7
 LANGUAGES = ("en", "de", "zh")
 
 
@@ -62,11 +62,11 @@ def switcher(
 ) -> CodeSwitcher:
     options = {"seed": 1, "device": "cpu", "coverage": None}
     options |= {name: fields.pop(name) for name in list(fields) if name in options}
-    given = {"seq_length": seq_length, "eod_id": EOD}
-    given |= {name: fields.pop(name) for name in list(fields) if name in RowFormat.__dataclass_fields__}
+    sequence_format = {"seq_length": seq_length, "eod_id": EOD}
+    sequence_format |= {name: fields.pop(name) for name in list(fields) if name in SequenceFormat.__dataclass_fields__}
     section = CodeSwitchSection(**{"ratio": 1.0, **fields})
     table = switchable_table(table, section, languages)
-    return CodeSwitcher(table, section, RowFormat(**given), languages=languages, **options)
+    return CodeSwitcher(table, section, SequenceFormat(**sequence_format), languages=languages, **options)
 
 
 def call(
@@ -81,11 +81,11 @@ def test_words_are_switched_and_counted(table: DictionaryTable) -> None:
     assert batch.labels.tolist() == [[1, 0, 3, 2, 4, 4]]
     assert batch.loss_mask.tolist() == [[1, 0, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
-    # 3 is unknown, as it has Chinese translations only
+    # 3 is unknown, since it only has Chinese translations
     assert batch.counts is not None and batch.counts.tolist() == [5, 2, 2, 0, 1, 0, 2, 0]
 
 
-def test_all_languages_alike_without_weights(table: DictionaryTable) -> None:
+def test_equal_language_weights_by_default(table: DictionaryTable) -> None:
     batch = call(switcher(table, 2000), [[2] * 2001])
     assert batch.counts is not None
     known, switched, _, _, english, german, chinese = batch.counts.tolist()[1:]
@@ -113,7 +113,7 @@ def test_ratio_follows_the_schedule(table: DictionaryTable) -> None:
     assert abs(rate(25) - 0.25) < 0.08
 
 
-def test_resumed_switcher_continues_alike(table: DictionaryTable) -> None:
+def test_resumed_switcher_continues_equally(table: DictionaryTable) -> None:
     fields = {"ratio": 0.3, "schedule": "cosine", "final_ratio": 0.7, "schedule_tokens": 1000, "label_mode": "mix"}
     through, resumed = switcher(table, 119, **fields), switcher(table, 119, **fields)
     rows = [[1, 2, 3, 4] * 30] * 3
@@ -137,43 +137,43 @@ def test_dropped_groups_are_not_switched(table: DictionaryTable) -> None:
 
 
 def test_languages_that_the_table_lacks(table: DictionaryTable) -> None:
-    with pytest.raises(UserError, match=r"language_weights names fi, sv, expected languages of .*: en, de, zh"):
+    with user_error("language_weights", "fi, sv", "en, de, zh"):
         switcher(table, 3, language_weights={"fi": 1.0, "de": 1.0, "sv": 1.0})
-    with pytest.raises(UserError, match="language_ratios names fi"):
+    with user_error("language_ratios", "fi"):
         switcher(table, 3, language_ratios={"fi": 0.1})
-    with pytest.raises(UserError, match="replaces words of en, the data is in de, zh"):
+    with user_error(" en", "de, zh", "data"):
         switcher(table, 3, languages=("de", "zh"))
 
 
 def test_table_with_end_of_document_in_a_key(table: DictionaryTable) -> None:
     broken = replace(table, key_tokens=np.array([1, EOD, 3], dtype=np.int32))
-    with pytest.raises(UserError, match=r"key_tokens\[1\] is the special token 0"):
+    with user_error(table.path, "key_tokens[1]", "special token 0"):
         switcher(broken, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plain_batch(dtype: torch.dtype) -> None:
     tokens = torch.tensor([[1, EOD, 3, 4, 9, 9], [5, 6, 7, EOD, 9, 9]], dtype=dtype)
-    batch = plain_batch(tokens, RowFormat(seq_length=3, eod_id=EOD, mask_eod=True))
+    batch = plain_batch(tokens, SequenceFormat(seq_length=3, eod_id=EOD, mask_eod=True))
     assert batch.tokens.tolist() == [[1, EOD, 3], [5, 6, 7]]
     assert batch.labels.tolist() == [[EOD, 3, 4], [6, 7, EOD]]
     assert batch.loss_mask.tolist() == [[1, 0, 1], [1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2]] * 2
     assert batch.counts is None and batch.document_starts is None
-    assert bool((plain_batch(tokens, RowFormat(seq_length=3, eod_id=EOD)).loss_mask == 1).all())
+    assert bool((plain_batch(tokens, SequenceFormat(seq_length=3, eod_id=EOD)).loss_mask == 1).all())
     assert [each.dtype for each in batch[:4]] == [torch.int64, torch.int64, torch.float32, torch.int64]
 
 
 @pytest.mark.parametrize("reset_position_ids", [False, True])
 @pytest.mark.parametrize("reset_attention_mask", [False, True])
-def test_documents_are_kept_apart_alike_with_and_without_switching(
+def test_documents_are_separated_with_and_without_switching(
     table: DictionaryTable, reset_position_ids: bool, reset_attention_mask: bool
 ) -> None:
     resets = {"reset_position_ids": reset_position_ids, "reset_attention_mask": reset_attention_mask}
-    # nothing in these rows is known, so that both give the same
+    # no word in these rows is known, so both give the same
     rows = [[4, EOD, 4, 4, EOD, EOD, 4, 4, 4]]
     switched = call(switcher(table, 8, **resets), rows)
-    plain = plain_batch(torch.tensor(rows), RowFormat(seq_length=8, eod_id=EOD, **resets))
+    plain = plain_batch(torch.tensor(rows), SequenceFormat(seq_length=8, eod_id=EOD, **resets))
     positions = [0, 1, 0, 1, 2, 0, 0, 1] if reset_position_ids else list(range(8))
     starts = [[0, 0, 2, 2, 2, 5, 6, 6]] if reset_attention_mask else None
     for batch in (switched, plain):
@@ -182,17 +182,17 @@ def test_documents_are_kept_apart_alike_with_and_without_switching(
     assert switched.counts is not None
 
 
-def test_ratio_zero_is_the_plain_batch_and_launches_nothing(
+def test_ratio_zero_gives_the_plain_batch_without_a_launch(
     table: DictionaryTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_prealign.code_switch.switcher.code_switch", None)
     rows = [[1, 2, EOD, 3, 4]] * 2
     switched = call(switcher(table, 4, ratio=0.0, mask_eod=True), rows)
-    plain = plain_batch(torch.tensor(rows), RowFormat(seq_length=4, eod_id=EOD, mask_eod=True))
+    plain = plain_batch(torch.tensor(rows), SequenceFormat(seq_length=4, eod_id=EOD, mask_eod=True))
     assert all(one is other is None or torch.equal(one, other) for one, other in zip(switched, plain, strict=True))
 
 
-def test_lookahead_fills_the_row(table: DictionaryTable) -> None:
+def test_lookahead_fills_the_sequence(table: DictionaryTable) -> None:
     shrinking = replace(
         table,
         key_tokens=np.array([1, 8, 2, 3], dtype=np.int32),
@@ -220,7 +220,7 @@ def test_ratio_of_words_divides_by_the_coverage_of_the_language(table: Dictionar
     assert everything.counts[1] == everything.counts[2]
 
 
-def test_coverage_is_that_of_the_language_of_the_row(table: DictionaryTable) -> None:
+def test_coverage_of_the_language_of_the_sequence(table: DictionaryTable) -> None:
     german = replace(table, key_language=np.ones(3, dtype=np.int16))
     fields = {"ratio_of": "words", "languages": ("en", "de")}
     switched = call(switcher(german, 2, coverage={"de": 1.0}, **fields), [[1, 4, 4]] * 2, language=[0, 1])
@@ -228,11 +228,12 @@ def test_coverage_is_that_of_the_language_of_the_row(table: DictionaryTable) -> 
     assert call(switcher(german, 2, coverage={"de": 0.0}, **fields), [[1, 4, 4]], language=[1]).counts is None
 
 
-def test_ratio_of_words_that_the_table_cannot_reach_is_said(table: DictionaryTable, caplog) -> None:
+def test_ratio_of_words_above_the_coverage_is_logged(table: DictionaryTable, caplog) -> None:
     switcher(table, 4, ratio=0.2, ratio_of="words", coverage={"en": 0.1})
-    assert "reaches 0.2 of the running words, but the table knows only 10.0% of those in en" in caplog.text
+    (message,) = caplog.messages
+    assert_facts(message, "code_switch.ratio", "0.2 of the running words", "10.0%", "en")
     caplog.clear()
-    # German is no source language: nothing of it would be switched anyway
+    # German is not a source language: none of its words would be switched anyway
     switcher(table, 4, languages=("en", "de"), ratio=0.2, ratio_of="words", coverage={"en": 0.2, "de": 0.0})
     assert not caplog.text
 
@@ -260,7 +261,7 @@ def test_the_section_chooses_labels(table: DictionaryTable, label_mode: str, lab
     assert call(switcher(table, 3, label_mode=label_mode), [[4, 1, 4, 4]]).labels.tolist() == [labels]
 
 
-def test_the_seed_decides(table: DictionaryTable) -> None:
+def test_draws_depend_on_the_seed(table: DictionaryTable) -> None:
     rows = [[1] * 101] * 2
     first, again, other = (call(switcher(table, 100, ratio=0.5, seed=seed), rows) for seed in (1, 1, 2))
     assert torch.equal(first.tokens, again.tokens) and not torch.equal(first.tokens, other.tokens)

@@ -1,5 +1,5 @@
-"""config.json and the recipe's section `model`: transformers' own files come back as they were, and what would be
-another model is refused by name."""
+"""config.json and the recipe's section `model`: transformers' own files survive the round trip, and fields that would
+change the model are refused by name."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.messages import assert_facts, user_error
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
@@ -51,13 +52,13 @@ CONFIGS = {
 
 
 def saved(config: PretrainedConfig, directory: Path) -> dict[str, Any]:
-    """What transformers writes."""
+    """config.json as transformers writes it."""
     config.save_pretrained(directory)
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
-def facts(config: PretrainedConfig) -> dict[str, Any]:
-    """All fields but those that name a place or a version."""
+def compared_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """All fields except paths and versions."""
     return {
         key: value
         for key, value in config.to_dict().items()
@@ -65,23 +66,23 @@ def facts(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def back(values: dict[str, Any], directory: Path) -> PretrainedConfig:
-    """Through the recipe's section to transformers again."""
+def round_trip(values: dict[str, Any], directory: Path) -> PretrainedConfig:
+    """Config loaded by transformers from values of the recipe's section."""
     config = huggingface_config(section_of(values), vocab_size=40, seq_length=64, dtype="float32", eod_id=2, bos_id=1)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return AutoConfig.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_transformers_config_comes_back(tmp_path: Path, name: str) -> None:
+def test_transformers_config_survives_the_round_trip(tmp_path: Path, name: str) -> None:
     config = CONFIGS[name]
     values = model_values(saved(config, tmp_path), "config.json")
     assert values["family"] == config.model_type
     assert values["vocab_size"] == 40
-    assert facts(back(values, tmp_path)) == facts(config)
+    assert compared_fields(round_trip(values, tmp_path)) == compared_fields(config)
 
 
-def test_published_forms_are_read() -> None:
+def test_published_formats_are_read() -> None:
     """Fields as Llama 2, Llama 3.1, Mistral 7B and GPT-2 were published with, which newer versions do not write."""
     llama2 = {
         "architectures": ["LlamaForCausalLM"],
@@ -108,7 +109,7 @@ def test_published_forms_are_read() -> None:
     values = model_values(llama2, "config.json")
     assert "rope_scaling" not in values
     assert section_of(values).head_dim == 128
-    # Two names of one field, as files between two versions have them.
+    # Old and new name of one field, as in files written between two versions.
     llama3 = {**LLAMA3, "type": "llama3"}
     del llama3["rope_theta"]
     values = model_values({**llama2, "rope_scaling": llama3, "rope_theta": 500000.0}, "config.json")
@@ -147,119 +148,107 @@ def test_published_forms_are_read() -> None:
 
 
 CHANGES = [
-    ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is built in"),
-    ("llama", {"attention_bias": True}, "attention_bias is True, only False is built in"),
-    ("llama", {"mlp_bias": True}, "mlp_bias is True, only False is built in"),
-    ("llama", {"pretraining_tp": 2}, "pretraining_tp is 2, only 1 is built in"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config not known for LlamaForCausalLM"),
-    ("llama", {"embedding_multiplier": 2, "auto_map": {}}, "auto_map, embedding_multiplier not known"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn' is not built in"),
-    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "has no fields, expected numbers for rope_theta, factor"),
+    ("llama", {"hidden_act": "gelu"}, ("hidden_act is 'gelu'", "'silu'")),
+    ("llama", {"attention_bias": True}, ("attention_bias is True", "False")),
+    ("llama", {"mlp_bias": True}, ("mlp_bias is True", "False")),
+    ("llama", {"pretraining_tp": 2}, ("pretraining_tp is 2", "only 1")),
+    (
+        "llama",
+        {"quantization_config": {"bits": 4}},
+        ("unknown", "quantization_config", "LlamaForCausalLM", "--ignore-config-field"),
+    ),
+    ("llama", {"embedding_multiplier": 2, "auto_map": {}}, ("unknown", "auto_map, embedding_multiplier")),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("rope scaling", "'yarn'", "llama3")),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, ("no fields", "rope_theta, factor")),
     (
         "llama",
         {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}},
-        "rope_parameters has partial_rotary_factor, which is not built in",
+        ("rope_parameters", "partial_rotary_factor", "'default'"),
     ),
-    ("llama", {"rope_parameters": [1]}, "rope_parameters is [1], expected an object or null"),
-    (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": -1.0}},
-        "factor is -1.0, expected",
-    ),
-    (
-        "llama",
-        {"model_type": "bert"},
-        "model_type is 'bert', expected 'llama', as the architecture is LlamaForCausalLM",
-    ),
-    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "the architecture is LlamaForSequenceClass"),
-    # transformers 5 takes the older field, which would be lost here.
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict each other"),
-    ("llama", {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, "contradict each other"),
-    ("llama", {"rope_parameters": {"rope_theta": True}}, "with base True has no fields"),
-    ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "expected numbers for rope_theta"),
-    ("llama", {"rms_norm_eps": 10**400}, "expected a number"),
-    ("llama", {"hidden_act": None}, "hidden_act is None, only 'silu' is built in"),
-    ("llama", {"hidden_size": None}, "hidden_size missing"),
-    ("llama", {"hidden_size": "32"}, "hidden_size is '32', expected a whole number above 0"),
-    ("llama", {"num_hidden_layers": 10**9}, "it has 1,000,000,000 layers, expected at most 10,000"),
-    ("llama", {"rms_norm_eps": None}, "rms_norm_eps is None, expected a number"),
-    ("llama", {"rms_norm_eps": True}, "rms_norm_eps is True, expected a number"),
-    (
-        "llama",
-        {"num_key_value_heads": 3},
-        "(model.num_query_groups is num_key_value_heads in config.json",
-    ),
-    ("llama", {"model_type": "mistral"}, "model_type is 'mistral', expected 'llama', as the architecture is Llama"),
-    ("mistral", {"attention_bias": True}, "attention_bias not known for MistralForCausalLM"),
-    ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True, only False is built in"),
-    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
-    ("qwen3", {"attention_bias": True}, "attention_bias is True"),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("llama", {"rope_parameters": [1]}, ("rope_parameters is [1]", "object")),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -1.0}}, ("model.rope_scaling.factor", "-1.0")),
+    ("llama", {"model_type": "bert"}, ("model_type is 'bert'", "'llama'", "LlamaForCausalLM")),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, ("LlamaForSequenceClass", "GPT2LMHeadModel")),
+    # transformers 5 uses the older field, which would be lost here.
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("contradict", "rope_parameters", "rope_scaling")),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, ("contradict", "rope_theta")),
+    ("llama", {"rope_parameters": {"rope_theta": True}}, ("rope_theta True", "no fields")),
+    ("llama", {"rope_parameters": {"rope_theta": 10**400}}, ("numbers for rope_theta",)),
+    ("llama", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "expected a number")),
+    ("llama", {"hidden_act": None}, ("hidden_act is None", "'silu'")),
+    ("llama", {"hidden_size": None}, ("missing hidden_size",)),
+    ("llama", {"hidden_size": "32"}, ("hidden_size is '32'", "integer")),
+    ("llama", {"num_hidden_layers": 10**9}, ("1,000,000,000 layers", "10,000")),
+    ("llama", {"rms_norm_eps": None}, ("rms_norm_eps is None", "a number")),
+    ("llama", {"rms_norm_eps": True}, ("rms_norm_eps is True", "a number")),
+    ("llama", {"num_key_value_heads": 3}, ("model.num_query_groups is num_key_value_heads",)),
+    ("llama", {"model_type": "mistral"}, ("model_type is 'mistral'", "'llama'", "LlamaForCausalLM")),
+    ("mistral", {"attention_bias": True}, ("unknown", "attention_bias", "MistralForCausalLM")),
+    ("qwen2", {"use_sliding_window": True}, ("use_sliding_window is True", "False")),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types has sliding_attention",)),
+    ("qwen3", {"attention_bias": True}, ("attention_bias is True",)),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ("scale_attn_by_inverse_layer_idx is True",)),
     # transformers takes null for false: attention that is not scaled.
-    ("gpt2", {"scale_attn_weights": None}, "scale_attn_weights is None, only True is built in"),
-    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu', only 'gelu_new'"),
-    ("gpt2", {"resid_pdrop": 0.0}, "embd_pdrop is 0.1, another field says 0.0"),
-    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+    ("gpt2", {"scale_attn_weights": None}, ("scale_attn_weights is None", "True")),
+    ("gpt2", {"activation_function": "relu"}, ("activation_function is 'relu'", "'gelu_new'")),
+    ("gpt2", {"resid_pdrop": 0.0}, ("embd_pdrop is 0.1", "0.0")),
+    ("gpt2", {"add_cross_attention": True}, ("add_cross_attention is True",)),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "message"), CHANGES)
-def test_another_model_is_refused(tmp_path: Path, name: str, change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("name", "change", "facts"), CHANGES)
+def test_another_model_is_refused(tmp_path: Path, name: str, change: dict[str, Any], facts: tuple[str, ...]) -> None:
     config = {"architectures": ["LlamaForCausalLM"]} if name == "llama" else {}
     config |= {**saved(CONFIGS[name], tmp_path), **config, **change}
-    with pytest.raises(UserError) as caught:
+    with user_error(*facts) as caught:
         model_values(config, "config.json")
-    assert message in str(caught.value)
     assert str(caught.value).startswith("config.json: ")
-    assert "\n" not in str(caught.value)
 
 
-def test_a_model_type_that_is_missing(tmp_path: Path) -> None:
+def test_a_missing_model_type(tmp_path: Path) -> None:
     config = saved(CONFIGS["llama"], tmp_path) | {"architectures": ["LlamaForCausalLM"]}
     del config["model_type"]
-    with pytest.raises(UserError, match="model_type is missing, expected 'llama', as the architecture is Llama"):
+    with user_error("model_type is missing", "'llama'", "LlamaForCausalLM"):
         model_values(config, "config.json")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("hiden_act", "names hiden_act, which is not in it"),
-        ("hidden_size", "names hidden_size, which the model is made by"),
-        ("vocab_size", "names vocab_size, which the model is made by"),
-    ],
+    ("name", "fact"),
+    [("hiden_act", "not found"), ("hidden_size", "defines the model"), ("vocab_size", "defines the model")],
 )
-def test_fields_that_nobody_can_vouch_for(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_fields_that_cannot_be_ignored(tmp_path: Path, name: str, fact: str) -> None:
+    with user_error("config.json", f"--ignore-config-field {name}", fact):
         model_values(saved(CONFIGS["llama"], tmp_path), "config.json", ignore=[name])
 
 
-def test_a_field_that_the_user_vouches_for_is_passed_over(tmp_path: Path) -> None:
+def test_an_ignored_field_is_skipped(tmp_path: Path) -> None:
     config = {**saved(CONFIGS["llama"], tmp_path), "embedding_multiplier": 1, "mlp_bias": True}
     values = model_values(config, "config.json", ignore=["embedding_multiplier", "mlp_bias"])
     assert values["family"] == "llama"
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "facts"),
     [
-        ({"family": "gpt2", "num_query_groups": 2}, "model.num_query_groups is 2, expected null: the family gpt2"),
-        ({"family": "qwen2", "kv_channels": 6}, "model.kv_channels is 6, expected null: the family qwen2"),
-        ({"sliding_window": 8}, "model.sliding_window is 8, expected null, or model.family mistral instead of llama"),
-        ({"family": "gpt2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "gpt2 learns its positions"),
+        ({"family": "gpt2", "num_query_groups": 2}, ("model.num_query_groups", "2", "null", "gpt2")),
+        ({"family": "qwen2", "kv_channels": 6}, ("model.kv_channels", "6", "null", "qwen2")),
+        ({"sliding_window": 8}, ("model.sliding_window", "8", "null", "mistral", "llama")),
+        ({"family": "gpt2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ("model.rope_scaling", "gpt2")),
     ],
 )
-def test_a_recipe_has_no_model_that_nothing_else_opens(fields: dict[str, Any], message: str) -> None:
+def test_a_recipe_refuses_models_that_no_other_software_supports(
+    fields: dict[str, Any], facts: tuple[str, ...]
+) -> None:
     with pytest.raises(ValueError, match="model") as caught:
         section_of({"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, **fields})
-    assert message in str(caught.value)
+    assert_facts(str(caught.value), *facts)
 
 
-def test_the_context_is_that_of_the_training_unless_the_model_names_one() -> None:
+def test_the_context_length_is_the_training_sequence_length_unless_the_model_sets_one() -> None:
     model = ModelSection(num_layers=1, hidden_size=8, num_attention_heads=2)
     config = huggingface_config(model, vocab_size=10, seq_length=24, dtype="bfloat16", eod_id=3)
     assert (config["max_position_embeddings"], config["bos_token_id"], config["eos_token_id"]) == (24, 3, 3)
-    # Said, and not left to the defaults of whatever reads it.
+    # Written explicitly, so that they do not depend on the reader's defaults.
     assert (config["hidden_act"], config["attention_bias"], config["mlp_bias"]) == ("silu", False, False)
 
 
@@ -277,7 +266,7 @@ FIELDS = sorted({key for config in CONFIGS.values() for key in config.to_dict()}
     changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
     rope=st.dictionaries(st.sampled_from(sorted(LLAMA3)), JSON, max_size=4),
 )
-def test_any_values_are_one_kind_of_error(name: str, changes: dict[str, Any], rope: dict[str, Any]) -> None:
+def test_any_value_is_read_or_a_user_error(name: str, changes: dict[str, Any], rope: dict[str, Any]) -> None:
     try:
         values = model_values({**CONFIGS[name].to_dict(), "rope_parameters": rope, **changes}, "config.json")
     except UserError as error:

@@ -1,5 +1,5 @@
-"""Every family, made by transformers, goes from Hugging Face to a checkpoint and back: the same tensors bit by bit, and
-in between the same logits."""
+"""Round trip of every family from Hugging Face to a checkpoint and back: tensors are bit-identical, and the logits of
+the checkpoint match."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,42 +14,42 @@ from support.hf_models import (
     change_config,
     logits_of,
     make_model,
-    rows_of_tokens,
     save_model,
+    token_batch,
     train,
 )
 from support.mcore_models import logits
+from support.messages import user_error
 from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from megatron_prealign.conversion.from_hf import from_huggingface
-from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
-from megatron_prealign.errors import UserError
+from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
 
 # fp32, sums in another order through four layers; logits are of order 1.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
 
 @dataclass(frozen=True)
-class ConvertResult:
+class RoundTrip:
     hf: Path
     mcore: Path
     back: Path
     logits: torch.Tensor
-    """Of transformers."""
+    """Logits of transformers."""
 
 
-def convert(name: str, directory: Path, *, trained: bool = False, dtype: torch.dtype = torch.float32) -> ConvertResult:
+def convert(name: str, directory: Path, *, trained: bool = False, dtype: torch.dtype = torch.float32) -> RoundTrip:
     model = make_model(name)
     model = (train(model) if trained else model).to(dtype)
-    hf = save_model(model, directory / "theirs")
-    from_huggingface(hf, directory / "ours", tensor_parallel=2, pipeline_parallel=2)
-    to_huggingface(directory / "ours", directory / "back", ToHuggingFace(), show_progress=False)
-    return ConvertResult(hf, directory / "ours", directory / "back", logits_of(model))
+    hf = save_model(model, directory / "hf")
+    from_huggingface(hf, directory / "mcore", tensor_parallel=2, pipeline_parallel=2)
+    to_huggingface(directory / "mcore", directory / "back", ConvertSettings(), show_progress=False)
+    return RoundTrip(hf, directory / "mcore", directory / "back", logits_of(model))
 
 
 @pytest.fixture(scope="module", params=[(name, trained) for name in CONFIGS for trained in (False, True)], ids=str)
-def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ConvertResult:
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RoundTrip:
     name, trained = request.param
     return convert(name, tmp_path_factory.mktemp(name), trained=trained)
 
@@ -61,40 +61,40 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
 
 
-def test_tensors_come_back_bit_by_bit(converted: ConvertResult) -> None:
+def test_tensors_are_bit_identical(converted: RoundTrip) -> None:
     assert_same_tensors(converted.hf, converted.back)
 
 
-def test_logits_are_those_of_transformers(converted: ConvertResult, workers: WorkerPool) -> None:
-    mcore = workers.run(1, logits, str(converted.mcore), rows_of_tokens(), ROWS)[0]
+def test_logits_match_transformers(converted: RoundTrip, workers: WorkerPool) -> None:
+    mcore = workers.run(1, logits, str(converted.mcore), token_batch(), ROWS)[0]
     torch.testing.assert_close(mcore, converted.logits, **TOLERANCE)
 
 
-def test_transformers_opens_what_comes_back(converted: ConvertResult) -> None:
+def test_transformers_loads_the_result(converted: RoundTrip) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted.back)
     assert torch.equal(logits_of(model), converted.logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_half_the_bits(tmp_path: Path, name: str) -> None:
+def test_bf16(tmp_path: Path, name: str) -> None:
     result = convert(name, tmp_path, dtype=torch.bfloat16)
     assert_same_tensors(result.hf, result.back)
     assert next(iter(load_file(result.back / "model.safetensors").values())).dtype is torch.bfloat16
 
 
-def test_a_shape_that_transformers_does_not_open_is_refused(tmp_path: Path) -> None:
-    """Newer versions take a Llama only if its heads divide the hidden size. Mistral's tensors are the same."""
+def test_a_shape_that_transformers_does_not_support_is_refused(tmp_path: Path) -> None:
+    """Newer versions support a Llama only if its heads divide the hidden size. Mistral has the same tensors."""
     shape = {**SHAPE, "num_attention_heads": 6, "head_dim": 8}
     model = AutoModelForCausalLM.from_config(MistralConfig(**shape, sliding_window=None))
-    hf = save_model(model, tmp_path / "theirs")
+    hf = save_model(model, tmp_path / "hf")
     change_config(hf, architectures=["LlamaForCausalLM"], model_type="llama", sliding_window=None)
-    from_huggingface(hf, tmp_path / "ours")
+    from_huggingface(hf, tmp_path / "mcore")
     try:
         LlamaConfig(**shape)
-    except Exception:  # Of huggingface_hub, by a name of its own.
-        with pytest.raises(UserError, match=r"does not open a llama of this shape \(.*multiple of"):
-            to_huggingface(tmp_path / "ours", tmp_path / "back", ToHuggingFace(), show_progress=False)
+    except Exception:  # A private type of huggingface_hub.
+        with user_error(tmp_path / "mcore", "transformers", "llama", "multiple of"):
+            to_huggingface(tmp_path / "mcore", tmp_path / "back", ConvertSettings(), show_progress=False)
         assert not (tmp_path / "back").exists()
     else:
-        to_huggingface(tmp_path / "ours", tmp_path / "back", ToHuggingFace(), show_progress=False)
+        to_huggingface(tmp_path / "mcore", tmp_path / "back", ConvertSettings(), show_progress=False)
         AutoModelForCausalLM.from_pretrained(tmp_path / "back")

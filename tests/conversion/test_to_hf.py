@@ -1,4 +1,4 @@
-"""What the trainer saved, as transformers opens it."""
+"""`convert to-hf` and `convert verify`: checkpoints of the trainer, loaded by transformers."""
 
 import json
 import shutil
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.messages import assert_facts, assert_refused, user_error
 from support.tiny import Tiny
-from support.trained_models import FAMILIES, NOTHING, recipe_values, train, verify
+from support.trained_models import FAMILIES, NO_UPDATE_LR, recipe_values, train, verify
 from support.workers import WorkerPool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,8 +23,7 @@ from megatron_prealign.conversion import import_plan
 from megatron_prealign.conversion import to_hf as conversion
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.conversion.safetensors_shards import INDEX, SafetensorsWriter
-from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
-from megatron_prealign.errors import UserError
+from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
 from megatron_prealign.files import atomic
 from megatron_prealign.tokenizer.load import load_tokenizer
 
@@ -36,15 +36,15 @@ LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "s
 class Trained:
     family: str
     run: Path
-    """Trained by one process."""
-    elsewhere: Path
-    """The same weights, saved by four."""
+    """Run of one process."""
+    parallel: Path
+    """The same weights, saved by four processes."""
     model: Path
     """Converted from `run`."""
 
 
 def convert(source: Path, output: Path, **options: Any) -> Any:
-    return to_huggingface(source, output, ToHuggingFace(**options), show_progress=False)
+    return to_huggingface(source, output, ConvertSettings(**options), show_progress=False)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -60,7 +60,7 @@ def trained(
         request.param,
         parallel=LAYOUT,
         checkpoint={"load": str(one)},
-        optimizer={"lr": NOTHING, "weight_decay": 0.0},
+        optimizer={"lr": NO_UPDATE_LR, "weight_decay": 0.0},
         training={"train_iters": 1},
     )
     workers.run(4, train, values, str(directory))
@@ -69,14 +69,14 @@ def trained(
 
 
 def test_files_are_the_same_for_every_layout(trained: Trained, tmp_path: Path) -> None:
-    convert(trained.elsewhere, tmp_path / "model")
+    convert(trained.parallel, tmp_path / "model")
     names = sorted(file.name for file in trained.model.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "model").iterdir())
     for name in set(names) - {"README.md"}:
         assert (trained.model / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
 
 
-def test_both_models_are_one(trained: Trained, workers: WorkerPool) -> None:
+def test_both_models_are_the_same(trained: Trained, workers: WorkerPool) -> None:
     (report,) = workers.run(1, verify, str(trained.run), str(trained.model), {"tolerance": TOLERANCE})
     assert report.agrees and report.same_choice == 1.0
     assert [place.name for place in report.places] == [
@@ -86,11 +86,11 @@ def test_both_models_are_one(trained: Trained, workers: WorkerPool) -> None:
         "logits",
     ]
     assert max(place.difference for place in report.places) < TOLERANCE
-    # What has no numbers would agree, too.
+    # States of zeros would match, too.
     assert min(place.scale for place in report.places) > 0.01
 
 
-def test_transformers_opens_and_generates(trained: Trained, tiny: Tiny) -> None:
+def test_transformers_loads_and_generates(trained: Trained, tiny: Tiny) -> None:
     model, tokenizer = (kind.from_pretrained(trained.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     mcore = load_tokenizer(tiny.tokenizer)
     ids = tokenizer("The value of an expression", return_tensors="pt").input_ids
@@ -104,19 +104,19 @@ def test_transformers_opens_and_generates(trained: Trained, tiny: Tiny) -> None:
     assert tied == (trained.family in ("gpt2", "qwen3")) == ("lm_head.weight" not in stored)
 
 
-def test_the_card_says_what_the_run_knows(trained: Trained) -> None:
+def test_the_card_describes_the_run(trained: Trained) -> None:
     card = (trained.model / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n") and "step_00000002" in card
     for part in (
         "en_clone",
-        "## Measures",
+        "## Metrics",
         "AutoModelForCausalLM",
         "`<eod>` (id 0)",
         "megatron-core",
         "train_iters: 2",
     ):
         assert part in card, part
-    # Nothing of where it was trained.
+    # No paths of the machine it was trained on.
     assert str(trained.run.parent) not in card
 
 
@@ -129,85 +129,81 @@ def half(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFacto
     return directory / "run"
 
 
-def test_types_of_a_bf16_run(half: Path, tmp_path: Path) -> None:
-    found = {dtype: convert(half, tmp_path / str(dtype), dtype=dtype) for dtype in (None, "bf16", "fp16", "fp32")}
-    tensors = {dtype: load_file(tmp_path / str(dtype) / "model.safetensors") for dtype in found}
-    kinds = {None: torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+def test_dtypes_of_a_bf16_run(half: Path, tmp_path: Path) -> None:
+    results = {dtype: convert(half, tmp_path / str(dtype), dtype=dtype) for dtype in (None, "bf16", "fp16", "fp32")}
+    tensors = {dtype: load_file(tmp_path / str(dtype) / "model.safetensors") for dtype in results}
+    torch_dtypes = {None: torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     finer = 0
-    for dtype, kind in kinds.items():
-        assert json.loads((tmp_path / str(dtype) / "config.json").read_text())["torch_dtype"] == found[dtype].dtype
+    for dtype, torch_dtype in torch_dtypes.items():
+        assert json.loads((tmp_path / str(dtype) / "config.json").read_text())["torch_dtype"] == results[dtype].dtype
         for name, tensor in tensors[dtype].items():
-            assert tensor.dtype is kind
-            # The optimizer's own numbers, of which the model's are the rounded ones.
+            assert tensor.dtype is torch_dtype
+            # The model's weights are the rounded fp32 master weights of the optimizer.
             assert torch.equal(tensor.bfloat16(), tensors[None][name]) or dtype == "fp16"
             finer += dtype == "fp32" and not torch.equal(tensor, tensor.bfloat16().float())
             if dtype == "fp16":
                 assert torch.equal(tensor, tensors[None][name].half())
-    assert found["fp32"].from_masters and not found[None].from_masters and finer > 10
+    assert results["fp32"].from_master_weights and not results[None].from_master_weights and finer > 10
 
 
 def test_shards_and_their_index(half: Path, tmp_path: Path) -> None:
-    convert(half, tmp_path / "whole", dtype="fp32")
-    found = convert(half, tmp_path / "parts", dtype="fp32", shard_bytes=100_000)
+    convert(half, tmp_path / "single", dtype="fp32")
+    result = convert(half, tmp_path / "parts", dtype="fp32", shard_bytes=100_000)
     index = json.loads((tmp_path / "parts" / INDEX).read_text())
     files = sorted(tmp_path.glob("parts/*.safetensors"))
-    assert [file.name for file in files] == sorted(set(index["weight_map"].values())) and len(files) == found.files > 2
-    joined = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
-    assert joined.keys() == whole.keys() == index["weight_map"].keys()
-    assert all(torch.equal(joined[name], tensor) for name, tensor in whole.items())
-    assert sum(tensor.nbytes for tensor in whole.values()) == index["metadata"]["total_size"] == found.bytes
+    assert [file.name for file in files] == sorted(set(index["weight_map"].values())) and len(files) == result.files > 2
+    merged = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    single = load_file(tmp_path / "single" / "model.safetensors")
+    assert merged.keys() == single.keys() == index["weight_map"].keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in single.items())
+    assert sum(tensor.nbytes for tensor in single.values()) == index["metadata"]["total_size"] == result.bytes
     for file in files:
         own = load_file(file)
         assert len(own) == 1 or sum(tensor.nbytes for tensor in own.values()) <= 100_000
         assert {name for name, place in index["weight_map"].items() if place == file.name} == own.keys()
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
-    assert all(torch.equal(opened[name], tensor) for name, tensor in whole.items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in single.items())
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "message"),
+    ("value", "dtype", "facts"),
     [
-        (1e6, "fp16", r"linear_fc2.weight, layer 1 has numbers up to 1e\+06, too large for torch.float16; choose bf16"),
-        (
-            float("nan"),
-            None,
-            r"1 of the .* numbers of decoder.layers.mlp.linear_fc2.weight, layer 1 are NaN or infinite",
-        ),
-        (float("-inf"), "bf16", r"linear_fc2.weight, layer 1 are NaN or infinite"),
+        (1e6, "fp16", ("linear_fc2.weight, layer 1", "1e+06", "torch.float16", "bf16")),
+        (float("nan"), None, ("1 of ", "decoder.layers.mlp.linear_fc2.weight, layer 1", "NaN")),
+        (float("-inf"), "bf16", ("linear_fc2.weight, layer 1", "NaN or Inf")),
     ],
 )
-def test_numbers_that_cannot_be_carried_over(
-    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: str | None, message: str
+def test_values_that_cannot_be_converted(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, dtype: str | None, facts: tuple[str, ...]
 ) -> None:
     model = tmp_path / "model"
     convert(half, model, dtype="fp32")
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    # It would not take them.
-    monkeypatch.setattr(import_plan, "check_numbers", lambda *_: None)
+    # The import would refuse these values.
+    monkeypatch.setattr(import_plan, "check_finite", lambda *_: None)
     from_huggingface(model, tmp_path / "checkpoint")
-    with pytest.raises(UserError, match=message) as caught:
+    with user_error(tmp_path / "checkpoint", *facts) as caught:
         convert(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
-    # No training of ours.
-    assert "broken down" not in str(caught.value)
+    # These weights are not of a run.
+    assert "diverged" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "checkpoint"}
 
 
-def test_a_damaged_checkpoint_is_refused(half: Path, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_refused(half: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(half / "checkpoints" / "step_00000002", tmp_path / "step_00000002"))
     shard = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{shard.name} has another checksum"):
+    with user_error(checkpoint, shard.name, "checksum"):
         convert(checkpoint, tmp_path / "out", checksums=True)
     shard.write_bytes(data[:-1])
-    with pytest.raises(UserError, match=rf"{shard.name} has .* bytes, expected"):
+    with user_error(checkpoint, shard.name, f"{len(data) - 1:,}", f"{len(data):,}"):
         convert(checkpoint, tmp_path / "out")
     (checkpoint / "manifest.json").unlink()
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
+    with user_error(checkpoint, "no complete checkpoint"):
         convert(checkpoint, tmp_path / "out")
 
 
@@ -218,24 +214,24 @@ def test_tensors_of_another_model_are_refused(half: Path, tmp_path: Path) -> Non
     state["model"]["family"] = "qwen2"
     (checkpoint / "state.json").write_text(json.dumps(state))
     write_manifest(checkpoint, {})
-    with pytest.raises(UserError, match=r"linear_qkv.weight is \[4, .*linear_qkv.bias is missing"):
+    with user_error(checkpoint, "qwen2", "linear_qkv.weight is [4, ", "linear_qkv.bias is missing"):
         convert(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("values", [{"vocab_size": 0}, {"metrics": [1]}])
-def test_a_state_that_cannot_be_is_refused(half: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+def test_an_invalid_state_is_refused(half: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     checkpoint = Path(shutil.copytree(half / "checkpoints" / "step_00000002", tmp_path / "step_00000002"))
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | values))
     write_manifest(checkpoint, {})
-    with pytest.raises(UserError, match="state.json is damaged"):
+    with user_error(checkpoint / "state.json", "corrupt", *values):
         convert(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def changes(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> None:
-    """Calls `action` with a number before every tensor and before the renaming."""
+def call_before_writes(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> None:
+    """Calls `action` with the number of the call before every tensor and before the rename."""
     count = iter(range(10**6))
 
     def before(function: Any) -> Any:
@@ -253,7 +249,7 @@ def changes(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> N
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Opening the tokenizer again is the slow part, and has been done.
+    # Loading the tokenizer again is slow and tested above.
     monkeypatch.setattr(conversion, "check_tokenizer", lambda *_: [])
 
     class KilledError(BaseException):
@@ -261,8 +257,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(
 
     steps: list[int] = []
     with monkeypatch.context() as patched:
-        changes(patched, steps.append)
-        convert(half, tmp_path / "whole")
+        call_before_writes(patched, steps.append)
+        convert(half, tmp_path / "complete")
     assert len(steps) > 30
     for stop in steps[::6] + steps[-2:]:
 
@@ -271,20 +267,20 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(
                 raise KilledError
 
         with monkeypatch.context() as patched:
-            changes(patched, kill)
+            call_before_writes(patched, kill)
             # A killed process removes nothing.
             patched.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)
             with pytest.raises(KilledError):
                 convert(half, tmp_path / "model")
-        assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".model.incomplete"]
+        assert [path.name for path in tmp_path.iterdir() if path.name != "complete"] == [".model.incomplete"]
         shutil.rmtree(tmp_path / ".model.incomplete")
     convert(half, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
+        tmp_path / "complete" / "model.safetensors"
     ).read_bytes()
 
 
-def test_a_full_disk_is_one_line(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_one_line_error(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "check_tokenizer", lambda *_: [])
     write = conversion.SafetensorsWriter._write
 
@@ -294,7 +290,7 @@ def test_a_full_disk_is_one_line(half: Path, tmp_path: Path, monkeypatch: pytest
         write(self, file, name, tensor)
 
     monkeypatch.setattr(SafetensorsWriter, "_write", full)
-    with pytest.raises(UserError, match="model: No space left on device; nothing was written"):
+    with user_error(tmp_path / "model", "No space left on device"):
         convert(half, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -312,12 +308,11 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_command(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_cuda: None) -> None:
     output = tmp_path / "model"
     arguments = ["convert", "to-hf", "--checkpoint", str(half), "--output", str(output), "--shard-size"]
-    assert cli.main([*arguments, "10 potatoes"]) == 2
-    assert "--shard-size is '10 potatoes', expected a size" in capsys.readouterr().err
+    assert_refused(cli.main([*arguments, "10 potatoes"]), capsys.readouterr().err, "--shard-size", "10 potatoes", "1MB")
     assert cli.main([*arguments, "1MB", "--verify", "checksums"]) == 0
     assert f"wrote {output}" in capsys.readouterr().out
     assert cli.main([*arguments, "1MB"]) == 2
-    assert "model exists; choose another path, or replace it with --overwrite" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, output, "exists", "--overwrite")
     assert cli.main([*arguments, "1MB", "--overwrite", "--tokenizer", "copy"]) == 0
     assert "clone.json" in {file.name for file in output.iterdir()}
     checkpoint = half / "checkpoints" / "step_00000002"
@@ -325,7 +320,7 @@ def test_the_command(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the checkpoint itself" in capsys.readouterr().err
     with ShardReader(checkpoint) as reader:
         assert reader.tensors
-    # Something else than a model is not replaced.
+    # Directories without a model are not replaced.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     assert cli.main([*arguments[:-3], "--output", str(tmp_path / "other"), "--overwrite"]) == 2
@@ -350,11 +345,13 @@ def test_a_model_that_differs(half: Path, tmp_path: Path, workers: WorkerPool) -
     (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
     (report,) = workers.run(1, verify, str(half), str(model), {"logits": False})
     problems = {each.name: each.problem for each in report.different_tensors}
-    assert problems == {name: "missing in the directory", "model.layers.2.extra": "the checkpoint has none"}
-    assert report.config == ["rotary_base is 500000.0, expected 10000.0"]
+    assert problems.keys() == {name, "model.layers.2.extra"}
+    assert "missing" in problems[name] and "not in the checkpoint" in problems["model.layers.2.extra"]
+    (difference,) = report.config
+    assert_facts(difference, "rotary_base", 500000.0, 10000.0)
 
 
-def test_the_verify_command_tells_by_its_status(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_of_verify(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     convert(half, model)
     capsys.readouterr()
@@ -362,7 +359,7 @@ def test_the_verify_command_tells_by_its_status(half: Path, tmp_path: Path, caps
     assert cli.main([*arguments, "--output", str(tmp_path / "report.json")]) == 0
     assert "the two are the same model" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["agrees"] is True
-    # As `from-hf` takes it.
+    # The same option as of `from-hf`.
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"made_up": 1}))
     assert cli.main(arguments) == 2
@@ -373,9 +370,9 @@ def test_the_verify_command_tells_by_its_status(half: Path, tmp_path: Path, caps
     assert cli.main([*arguments, "--text", str(tmp_path / "text")]) == 2
     (tmp_path / "text").write_bytes(b"")
     assert cli.main([*arguments, "--text", str(tmp_path / "text")]) == 2
-    assert f"--text {tmp_path / 'text'} is empty" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, "--text", tmp_path / "text", "empty")
     assert cli.main([*arguments, "--output", str(tmp_path / "report.json")]) == 2
-    assert "report.json is there already" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, tmp_path / "report.json", "exists", "--overwrite")
     assert cli.main([*arguments, "--output", str(tmp_path / "report.json"), "--overwrite"]) == 0
     (model / "tokenizer.json").write_text(
         (model / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Tokenizers as transformers opens them against the libraries that encoded the training data."""
+"""Exported tokenizers, loaded by transformers, against the libraries that encoded the training data."""
 
 import json
 import pydoc_data.topics
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from support.hf_models import make_model, save_model
+from support.messages import assert_facts, user_error
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -18,14 +19,13 @@ from transformers import AutoTokenizer
 from megatron_prealign.checkpoint.commands.export import export_weights
 from megatron_prealign.checkpoint.commit import CONFIG
 from megatron_prealign.conversion.from_hf import from_huggingface
-from megatron_prealign.conversion.to_hf import ToHuggingFace, to_huggingface
+from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
 from megatron_prealign.conversion.tokenizer import (
     _CHECK_TEXTS,
     check_tokenizer,
     export_tokenizer,
     export_unchanged,
 )
-from megatron_prealign.errors import UserError
 from megatron_prealign.preprocess.tokenizer_trainers import train_sentencepiece
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer, save_clone_language
@@ -33,7 +33,7 @@ from megatron_prealign.tokenizer.load import load_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 ENGLISH = [text for _, text in sorted(pydoc_data.topics.topics.items())][:20]
-# Combining marks are left out for models that normalise: transformers' own normaliser drops some (see the module).
+# Models that normalise are tested without combining marks: transformers' normaliser drops some (see the module).
 PIECES = [
     *" \t\n  ▁<0xA>aBé', ñ1234567890ü東京한東京ﬁ①🙂👨🇩🇪…",
     "the",
@@ -66,7 +66,7 @@ def sentencepiece_directory(directory: Path, model: bytes) -> Path:
 
 
 def other_model(**options: Any) -> bytes:
-    """As people train sentencepiece without us: normalised, with its own beginning and end of a sentence."""
+    """A sentencepiece model trained with its default settings: normalised, with its own BOS and EOS."""
     import io
 
     lines = (line for text in text_lines() for line in text.split("\n") if line.strip())
@@ -104,7 +104,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
         path, other_model(user_defined_symbols=["<sep>", "<tab>"], normalization_rule_name="identity")
     ),
 }
-# Several ways to cut a word may be equally good, and the libraries round differently.
+# Several segmentations may have equal scores, and the libraries round differently.
 UNIGRAM = {"unigram", "normalised_unigram", "no_bytes", "symbols"}
 
 
@@ -114,14 +114,14 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def export(source: Path, output: Path, family: str = "llama") -> Any:
-    """Writes it beside a config.json of the family and opens it as users do."""
+    """Writes it next to a config.json of the family and loads it as users do."""
     output.mkdir()
     (output / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
     export_tokenizer(source, output, family=family, max_length=1 << 20)
     return AutoTokenizer.from_pretrained(output)
 
 
-def test_ids_are_those_of_training(source: tuple[str, Path], tmp_path: Path) -> None:
+def test_ids_match_training(source: tuple[str, Path], tmp_path: Path) -> None:
     name, path = source
     mcore, hf = load_tokenizer(path), export(path, tmp_path / "out")
     marks = not name.startswith(("normalised", "no_bytes"))
@@ -129,28 +129,28 @@ def test_ids_are_those_of_training(source: tuple[str, Path], tmp_path: Path) -> 
     special = [mcore.decode([number]) for number in mcore.special_ids]
     texts = [text for text in texts if not any(name in text for name in special)]
     expected = mcore.encode_batch(texts)
-    found = hf(texts).input_ids
-    different = [text for text, one, other in zip(texts, expected, found, strict=True) if one != other]
-    # Ties, of which BPE has none: of 2.6 million tokens 8 in 100,000 differed, and a text here has up to thousands.
+    got = hf(texts).input_ids
+    different = [text for text, one, other in zip(texts, expected, got, strict=True) if one != other]
+    # Ties, which BPE does not have: of 2.6 million tokens 8 in 100,000 differed; a text here has up to thousands.
     assert len(different) <= (len(texts) // 100 if name in UNIGRAM else 0), different[:5]
     assert len(hf) == mcore.vocab_size
 
 
-def test_end_and_beginning_are_the_end_of_a_document(source: tuple[str, Path], tmp_path: Path) -> None:
+def test_bos_and_eos_are_the_end_of_document_token(source: tuple[str, Path], tmp_path: Path) -> None:
     mcore, hf = load_tokenizer(source[1]), export(source[1], tmp_path / "out")
     assert hf.eos_token_id == hf.bos_token_id == mcore.eod_id
     assert hf("word").input_ids == mcore.encode("word")
-    # Others would be given to models that refuse them.
+    # Models would refuse others.
     assert hf.init_kwargs["model_input_names"] == ["input_ids", "attention_mask"]
-    # Named in a text it is the token, as transformers has it; told not to, it is text as in the training data.
+    # transformers encodes its name in a text as the token; with split_special_tokens as text, as in the training data.
     name = hf.eos_token
     assert hf(name).input_ids == [mcore.eod_id]
     if not source[0].startswith("no_bytes"):
-        # Without bytes the unknown signs of the name are one token in training, two here.
+        # Without byte fallback the unknown characters of the name are one token in training, two here.
         assert hf(f"a {name} b", split_special_tokens=True).input_ids == mcore.encode(f"a {name} b")
 
 
-def test_text_comes_back(source: tuple[str, Path], tmp_path: Path) -> None:
+def test_text_survives_the_round_trip(source: tuple[str, Path], tmp_path: Path) -> None:
     hf = export(source[1], tmp_path / "out")
     text = "the value of an expression is not the name of it"
     assert hf.decode(hf(text).input_ids) == text
@@ -158,8 +158,8 @@ def test_text_comes_back(source: tuple[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trust", [False, True])
-def test_no_family_takes_a_tokenizer_of_its_own(tmp_path: Path, family: str, trust: bool) -> None:
-    # transformers 5 opens every Qwen2 directory with Qwen's own way to cut texts, unless told a class.
+def test_no_family_uses_its_own_tokenizer_class(tmp_path: Path, family: str, trust: bool) -> None:
+    # transformers 5 splits texts like Qwen's tokenizer in every Qwen2 directory, unless the config names a class.
     source = make_byte_bpe(tmp_path / "tokenizer")
     export(source, tmp_path / "out", family)
     hf = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
@@ -179,18 +179,18 @@ def test_cloned_ids_have_names_and_text(name: str, tmp_path: Path) -> None:
     assert len(set(hf.convert_ids_to_tokens(range(mcore.vocab_size)))) == mcore.vocab_size
     texts = [*"\n".join(ENGLISH).split("\n"), f"no {CLONE_OPEN} the{CLONE_CLOSE} {CLONE_OPEN}the{CLONE_CLOSE} clone"]
     pairs = zip(hf(texts).input_ids, mcore.encode_batch(texts), strict=True)
-    # Ties in a unigram model, as in the test above; what has brackets in it is the last one.
+    # Ties in a unigram model, as in the test above; the last text has brackets.
     assert sum(one != other for one, other in pairs) <= (len(texts) * 3 // 1000 if name in UNIGRAM else 0)
     assert hf(texts[-1]).input_ids == mcore.encode(texts[-1])
     for text in [text for text in ENGLISH if text.isascii()][:5]:
         cloned = mcore.encode(text, "en_clone")
-        # sentencepiece's space in front of a text stays inside the brackets.
+        # sentencepiece's space before a text stays inside the brackets.
         assert hf.decode(cloned).replace(f"{CLONE_OPEN} ", CLONE_OPEN) == f"{CLONE_OPEN}{text.lstrip(' ')}{CLONE_CLOSE}"
     both = mcore.encode("One two") + mcore.encode(" three four", "en_clone")
     assert hf.decode(both).split(CLONE_OPEN)[1].strip(" ") == f"three four{CLONE_CLOSE}"
 
 
-def test_added_tokens_behind_the_vocabulary_keep_their_ids_in_a_clone(tmp_path: Path) -> None:
+def test_added_tokens_after_the_vocabulary_keep_their_ids_in_a_clone(tmp_path: Path) -> None:
     path = make_byte_bpe(tmp_path / "tokenizer")
     data = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     added = {**data["added_tokens"][0], "id": 603, "content": "<extra>"}
@@ -204,7 +204,7 @@ def test_added_tokens_behind_the_vocabulary_keep_their_ids_in_a_clone(tmp_path: 
     assert hf("word").input_ids == mcore.encode("word")
 
 
-def test_tokens_that_the_data_did_not_have_are_left_out(tmp_path: Path) -> None:
+def test_special_tokens_that_the_data_did_not_have_are_dropped(tmp_path: Path) -> None:
     path = make_byte_bpe(tmp_path / "tokenizer")
     data = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
     data["post_processor"] = {
@@ -217,7 +217,7 @@ def test_tokens_that_the_data_did_not_have_are_left_out(tmp_path: Path) -> None:
     data["model"]["dropout"] = 0.5
     (path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    # Not in the vocabulary: transformers would add it behind the last row of the model.
+    # Not in the vocabulary: transformers would add it with an id beyond the model's embedding.
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<pad>"}), encoding="utf-8")
     mcore, hf = load_tokenizer(path), export(path, tmp_path / "out")
     assert hf(ENGLISH).input_ids == mcore.encode_batch(ENGLISH)
@@ -225,7 +225,7 @@ def test_tokens_that_the_data_did_not_have_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["unused", "symbols", "word"])
-def test_what_cannot_be_carried_over_is_refused(tmp_path: Path, change: str) -> None:
+def test_unsupported_sentencepiece_models_are_refused(tmp_path: Path, change: str) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     options = {"symbols": {"user_defined_symbols": ["<sep>"]}}.get(change, {})
@@ -237,11 +237,12 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path: Path, change: str) -> 
         proto.trainer_spec.model_type = 3
     path = sentencepiece_directory(tmp_path / "tokenizer", proto.SerializeToString())
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"cannot be given to transformers .*--tokenizer copy"):
+    fact = {"unused": "unused", "symbols": "user-defined", "word": "word"}[change]
+    with user_error(path / "tokenizer.model", fact, "--tokenizer copy"):
         export_tokenizer(path, tmp_path / "out", family="llama", max_length=8)
 
 
-def test_other_ids_are_found(tmp_path: Path) -> None:
+def test_differing_ids_are_detected(tmp_path: Path) -> None:
     source = make_byte_bpe(tmp_path / "tokenizer")
     output = tmp_path / "out"
     export(source, output)
@@ -249,13 +250,13 @@ def test_other_ids_are_found(tmp_path: Path) -> None:
     data = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["merges"] = data["model"]["merges"][:-50]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(UserError, match="gives other ids than training here"):
+    with user_error(source, "other ids", "test texts", "--tokenizer copy"):
         check_tokenizer(source, output, 600)
-    with pytest.raises(UserError, match="finds 600 tokens, the model has 599"):
+    with user_error(source, "600 tokens", "599", "--tokenizer copy"):
         check_tokenizer(source, output, 599)
 
 
-def test_added_tokens_that_are_in_every_text_hide_no_other_ids(tmp_path: Path) -> None:
+def test_added_tokens_in_every_text_do_not_hide_differing_ids(tmp_path: Path) -> None:
     source = make_byte_bpe(tmp_path / "tokenizer")
     data = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     names = [*"abcdefghijklmnopqrstuvwxyz ", "0", "1"]
@@ -270,17 +271,17 @@ def test_added_tokens_that_are_in_every_text_hide_no_other_ids(tmp_path: Path) -
     vocabulary = data["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(UserError, match="gives other ids than training here"):
+    with user_error(source, "other ids", "test texts"):
         check_tokenizer(source, output, rows)
 
 
-def test_a_chat_template_goes_along(tmp_path: Path) -> None:
+def test_a_chat_template_is_kept(tmp_path: Path) -> None:
     source = make_byte_bpe(tmp_path / "tokenizer")
     (source / "chat_template.jinja").write_text("{{ messages[0] }}", encoding="utf-8")
     assert export(source, tmp_path / "out").chat_template == "{{ messages[0] }}"
 
 
-def test_a_copy_is_a_copy(tmp_path: Path) -> None:
+def test_a_copy_is_unchanged(tmp_path: Path) -> None:
     source = make_byte_bpe(tmp_path / "tokenizer")
     shutil.copy(source / "tokenizer.json", source / "other.json")
     (tmp_path / "out").mkdir()
@@ -290,41 +291,41 @@ def test_a_copy_is_a_copy(tmp_path: Path) -> None:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_tokenizer_that_is_not_the_models_own_is_converted(tmp_path: Path) -> None:
-    """transformers opens sentencepiece files with a class of the model's family, which cuts texts in its own way."""
-    hf, source = save_model(make_model("llama"), tmp_path / "theirs"), MODELS["bpe"](tmp_path / "sentencepiece")
+def test_a_tokenizer_from_another_directory_is_converted(tmp_path: Path) -> None:
+    """transformers loads sentencepiece files with a class of the model's family, which splits texts in its own way."""
+    hf, source = save_model(make_model("llama"), tmp_path / "hf"), MODELS["bpe"](tmp_path / "sentencepiece")
     from_huggingface(hf, tmp_path / "first", tokenizer=source)
-    said = json.loads((tmp_path / "first" / CONFIG).read_text(encoding="utf-8"))
-    assert said["eos_token_id"] == load_tokenizer(source).eod_id
-    export_weights(tmp_path / "first", tmp_path / "ours")
-    done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
+    config = json.loads((tmp_path / "first" / CONFIG).read_text(encoding="utf-8"))
+    assert config["eos_token_id"] == load_tokenizer(source).eod_id
+    export_weights(tmp_path / "first", tmp_path / "mcore")
+    done = to_huggingface(tmp_path / "mcore", tmp_path / "out", ConvertSettings(), show_progress=False)
     assert not any("copied" in note for note in done.notes)
-    opened, tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(source)
-    assert opened(ENGLISH[0]).input_ids == tokenizer.encode(ENGLISH[0])
-    # Those of the makers' roles are other tokens here.
+    loaded, tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(source)
+    assert loaded(ENGLISH[0]).input_ids == tokenizer.encode(ENGLISH[0])
+    # The model's own special token ids are other tokens of this tokenizer.
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config["eos_token_id"] == opened.eos_token_id == tokenizer.eod_id != 256
-    done = to_huggingface(tmp_path / "ours", tmp_path / "copy", ToHuggingFace(tokenizer="copy"), show_progress=False)
-    assert any("copied as its makers left it, but transformers" in note for note in done.notes)
+    assert config["eos_token_id"] == loaded.eos_token_id == tokenizer.eod_id != 256
+    done = to_huggingface(tmp_path / "mcore", tmp_path / "copy", ConvertSettings(tokenizer="copy"), show_progress=False)
+    assert any("copied" in note and "transformers" in note and "--tokenizer convert" in note for note in done.notes)
 
 
 def test_the_models_own_tokenizer_is_copied(tmp_path: Path) -> None:
-    """A token that it puts in front of a text, which training does not, is no difference to tell of."""
-    hf = save_model(make_model("llama"), tmp_path / "theirs")
+    """A token that it adds before a text, unlike training, is not reported as a difference."""
+    hf = save_model(make_model("llama"), tmp_path / "hf")
     library = LibraryTokenizer.from_file(str(hf / "tokenizer.json"))
     library.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)])
     library.save(str(hf / "tokenizer.json"))
-    assert from_huggingface(hf, tmp_path / "ours").notes == []
-    done = to_huggingface(tmp_path / "ours", tmp_path / "out", ToHuggingFace(), show_progress=False)
+    assert from_huggingface(hf, tmp_path / "mcore").notes == []
+    done = to_huggingface(tmp_path / "mcore", tmp_path / "out", ConvertSettings(), show_progress=False)
     assert done.notes == []
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids[0] == 256
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
-def test_a_family_with_a_tokenizer_of_its_own_is_told_of(tmp_path: Path) -> None:
-    hf = save_model(make_model("qwen2"), tmp_path / "theirs")
-    (note,) = from_huggingface(hf, tmp_path / "ours").notes
-    assert "opens every qwen2 directory with a class of its own (Qwen2Tokenizer)" in note
+def test_a_family_with_its_own_tokenizer_class_is_reported(tmp_path: Path) -> None:
+    hf = save_model(make_model("qwen2"), tmp_path / "hf")
+    (note,) = from_huggingface(hf, tmp_path / "mcore").notes
+    assert_facts(note, "qwen2", "Qwen2Tokenizer", "--tokenizer convert")
     config = hf / "tokenizer_config.json"
     named = {**json.loads(config.read_text(encoding="utf-8")), "tokenizer_class": "Qwen2Tokenizer"}
     config.write_text(json.dumps(named), encoding="utf-8")

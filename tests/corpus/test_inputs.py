@@ -1,4 +1,4 @@
-"""Which files a command reads: directories, patterns, links, and every mistake in one line."""
+"""Which files a command reads: directories, patterns, links, and every error in one line."""
 
 import bz2
 import gzip
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from support.messages import user_error
 
 from megatron_prealign.corpus.inputs import Input, resolve_each, resolve_inputs, split_language
-from megatron_prealign.errors import UserError
 
 PACK = {
     "": bytes,
@@ -43,7 +43,7 @@ def names(inputs: list[Input]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("texts", "found"),
     [
         (["."], ["./" + name for name in [*BELOW_A, "b.jsonl"]]),
         (["b.jsonl", "a"], ["b.jsonl", *BELOW_A]),
@@ -61,11 +61,11 @@ def names(inputs: list[Input]) -> list[str]:
     ],
 )
 def test_directories_and_patterns(
-    tree: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], found: list[str]
+    tree: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], found: list[str]
 ) -> None:
     monkeypatch.chdir(tree)
-    assert names(resolve_inputs(given)) == found
-    assert names(resolve_inputs([f"{tree}/{text}" for text in given])) == [f"{tree}/{name}" for name in found]
+    assert names(resolve_inputs(texts)) == found
+    assert names(resolve_inputs([f"{tree}/{text}" for text in texts])) == [f"{tree}/{name}" for name in found]
 
 
 def test_kinds_and_sizes(tree: Path) -> None:
@@ -88,13 +88,13 @@ def test_a_name_with_pattern_signs_is_that_file(tmp_path: Path) -> None:
 
 
 def test_empty_files_are_found(tmp_path: Path) -> None:
-    # What to do about them is for whoever reads: stop, or skip and say so.
+    # The reader decides what to do: stop, or skip and report.
     for name in ("a.jsonl", "b.txt.gz", "c.parquet"):
         (tmp_path / name).touch()
     assert [one.bytes for one in resolve_inputs([tmp_path])] == [0, 0, 0]
 
 
-def test_hub_names_are_taken_as_they_are() -> None:
+def test_hub_names_are_kept_unchanged() -> None:
     found = resolve_inputs(["hf:owner/name,config:validation", "hf:./directory"])
     assert found == [Input("hf:owner/name,config:validation", "hub", "", 0), Input("hf:./directory", "hub", "", 0)]
 
@@ -121,50 +121,49 @@ def test_inputs_of_each_text(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("texts", "facts"),
     [
-        ([], "no input given; expected one or more files of .jsonl, .txt"),
-        (["b.jsonl", "nothing.txt"], "nothing.txt: no such file; check the path"),
-        (["c.csv"], "c.csv: unknown kind of file; expected one of .jsonl, .txt"),
-        (["a.jsonl"], "a.jsonl: a directory without any of .jsonl, .txt .*; found part; check"),
-        (["q*"], r"q\*: a pattern that fits none of .jsonl, .*; found nothing; check"),
-        (["*.csv"], r"\*.csv: .*; found c.csv; check"),
-        (["b.jsonl", "./b.jsonl"], "b.jsonl: given twice .also as b.jsonl.; its documents would count double"),
-        (["b.jsonl", "a", "*.jsonl"], "b.jsonl: given twice"),
-        (["hf:a/b", "hf:a/b"], "hf:a/b: given twice"),
-        (["hf:"], r"hf:: not understood; expected hf:NAME\[,CONFIG\]\[:SPLIT\]"),
-        (["hf:a:b:c"], "hf:a:b:c: not understood"),
-        (["pipe.txt"], "pipe.txt: is no ordinary file"),
-        (["links/gone.txt"], "links/gone.txt: a link to nowhere, which is missing"),
-        (["links"], "links/circle.txt: a link that leads back to itself"),
+        ([], ("no input", ".jsonl, .txt", "hf:NAME")),
+        (["b.jsonl", "nothing.txt"], ("nothing.txt: ", "not found")),
+        (["c.csv"], ("c.csv: unsupported", ".jsonl, .txt")),
+        (["a.jsonl"], ("a.jsonl: directory", ".jsonl, .txt", "found part;")),
+        (["q*"], ("q*: pattern", ".jsonl, .txt", "found nothing;")),
+        (["*.csv"], ("*.csv: pattern", "found c.csv;")),
+        (["b.jsonl", "./b.jsonl"], ("./b.jsonl: given twice", "also as b.jsonl")),
+        (["b.jsonl", "a", "*.jsonl"], ("b.jsonl: given twice",)),
+        (["hf:a/b", "hf:a/b"], ("hf:a/b: given twice",)),
+        (["hf:"], ("hf:: invalid", "expected hf:NAME[,CONFIG][:SPLIT]")),
+        (["hf:a:b:c"], ("hf:a:b:c: invalid", "expected hf:NAME")),
+        (["pipe.txt"], ("pipe.txt: not a regular file",)),
+        (["links/gone.txt"], ("links/gone.txt: broken link", "nowhere")),
+        (["links"], ("links/circle.txt: link", "itself")),
     ],
 )
-def test_mistakes(tree: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], message: str) -> None:
+def test_errors(tree: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], facts: tuple[str, ...]) -> None:
     monkeypatch.chdir(tree)
     Path("links").mkdir()
     Path("links/gone.txt").symlink_to("nowhere")
     Path("links/circle.txt").symlink_to("circle.txt")
     os.mkfifo("pipe.txt")
-    with pytest.raises(UserError, match=message) as caught:
-        resolve_inputs(given)
-    assert "\n" not in str(caught.value)
+    with user_error(*facts):
+        resolve_inputs(texts)
 
 
-@pytest.mark.parametrize("told", ["jsonl", "jsonl.gz", "jsonl.zst", "txt.bz2", "parquet"])
-@pytest.mark.parametrize("held", ["gz", "zst", "bz2", "parquet"])
-def test_data_of_another_kind_than_the_name_says(tmp_path: Path, told: str, held: str) -> None:
-    path = tmp_path / f"a.{told}"
-    path.write_bytes(b"PAR1 or so PAR1" if held == "parquet" else PACK[held](b"text" * 100))
-    if told.endswith(held):
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.zst", "txt.bz2", "parquet"])
+@pytest.mark.parametrize("content", ["gz", "zst", "bz2", "parquet"])
+def test_content_that_does_not_match_the_extension(tmp_path: Path, extension: str, content: str) -> None:
+    path = tmp_path / f"a.{extension}"
+    path.write_bytes(b"PAR1 or so PAR1" if content == "parquet" else PACK[content](b"text" * 100))
+    if extension.endswith(content):
         assert len(resolve_inputs([path])) == 1
     else:
-        with pytest.raises(UserError, match=f"holds {held} data by its first bytes, its name says .{told}; rename"):
+        with user_error(path, f"{content} data", f"extension is .{extension};"):
             resolve_inputs([path])
 
 
-def test_zstd_that_begins_with_a_frame_without_data(tmp_path: Path) -> None:
+def test_zstd_that_starts_with_a_skippable_frame(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\x5a\x2a\x4d\x18\1\0\0\0x" + zstandard.compress(b"text"))
-    with pytest.raises(UserError, match="holds zst data"):
+    with user_error(tmp_path / "a.txt", "zst data", "extension is .txt;"):
         resolve_inputs([tmp_path / "a.txt"])
 
 
@@ -174,13 +173,13 @@ def test_unreadable_files_and_directories(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "directory").chmod(0)
     (tmp_path / "a.txt").chmod(0)
     if os.access(tmp_path / "a.txt", os.R_OK):
-        # Root may read everything: the refusal is played.
-        def refuse(path: object, *_: object) -> None:
+        # Root may read everything: simulate the refusal.
+        def deny(path: object, *_: object) -> None:
             raise PermissionError(13, "Permission denied", path)
 
-        monkeypatch.setattr("builtins.open", refuse)
-        monkeypatch.setattr(os, "scandir", refuse)
+        monkeypatch.setattr("builtins.open", deny)
+        monkeypatch.setattr(os, "scandir", deny)
     for name in ("a.txt", "directory"):
-        with pytest.raises(UserError, match=f"{name}: may not be read .Permission denied.; check its permissions"):
+        with user_error(f"{tmp_path / name}: ", "Permission denied"):
             resolve_inputs([tmp_path / name])
     (tmp_path / "directory").chmod(0o755)

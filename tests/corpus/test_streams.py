@@ -1,4 +1,4 @@
-"""Reading compressed files in pieces: all of it, in little memory, and damage never looks like an end."""
+"""Reading compressed files in chunks: completely, in little memory, and corrupt data never looks like an end."""
 
 import bz2
 import gzip
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from support.messages import assert_facts, user_error
 
 from megatron_prealign.corpus.read_errors import ReadError
 from megatron_prealign.corpus.streams import read_chunks
-from megatron_prealign.errors import UserError
 
 _random = random.Random(0)
 # Text that compresses about threefold, longer than a few blocks of every format.
@@ -33,7 +33,7 @@ NAMES = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
 
 
 def read(path: Path, compression: str, chunk_bytes: int = 1 << 20) -> tuple[bytes, ReadError | None]:
-    """What comes before the end or the damage, and the damage."""
+    """The data before the end or the error, and the error."""
     pieces: list[bytes] = []
     position = 0
     try:
@@ -51,7 +51,7 @@ def read(path: Path, compression: str, chunk_bytes: int = 1 << 20) -> tuple[byte
 
 @pytest.mark.parametrize("compression", PACK)
 @pytest.mark.parametrize("chunk_bytes", [1000, 1 << 17, 1 << 30])
-def test_whole_files(tmp_path: Path, compression: str, chunk_bytes: int) -> None:
+def test_complete_files(tmp_path: Path, compression: str, chunk_bytes: int) -> None:
     path = tmp_path / "a"
     path.write_bytes(PACK[compression](TEXT))
     assert read(path, compression, chunk_bytes) == (TEXT, None)
@@ -60,7 +60,7 @@ def test_whole_files(tmp_path: Path, compression: str, chunk_bytes: int) -> None
 @pytest.mark.parametrize("compression", NAMES)
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7])
 def test_tiny_pieces(tmp_path: Path, compression: str, chunk_bytes: int) -> None:
-    # What a compressor writes for such text unpacks to more than a piece: it must all come out at the end, too.
+    # Such text decompresses to more than a chunk: all of it must come out, also at the end.
     path, text = tmp_path / "a", b"ab" * 700
     path.write_bytes(PACK[compression](text))
     assert read(path, compression, chunk_bytes) == (text, None)
@@ -82,7 +82,7 @@ def test_all_forms_of_zstd(tmp_path: Path) -> None:
         skippable(b"a table of contents" * 10_000),
         streamed.compress(TEXT[1000:400_000]) + streamed.flush(),
         skippable(b""),
-        # Bytes of one kind and of no order have block types of their own.
+        # Repeated bytes and incompressible bytes have their own block types.
         zst(bytes(200_000)),
         zst(_random.randbytes(0) + bytes(range(256)) * 2),
     ]
@@ -91,24 +91,25 @@ def test_all_forms_of_zstd(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", NAMES)
-def test_a_cut_gives_all_before_it(tmp_path: Path, compression: str) -> None:
+def test_data_before_a_truncation_is_read(tmp_path: Path, compression: str) -> None:
     data, path = PACK[compression](TEXT), tmp_path / "a"
     for size in (1, 3, 5, 12, len(data) // 2, len(data) - 9, len(data) - 1):
         path.write_bytes(data[:size])
         found, error = read(path, compression)
-        assert error is not None and f"the {NAMES[compression]} data ends too early" in error.why, size
+        assert error is not None, size
+        assert_facts(error.why, f"truncated {NAMES[compression]} data")
         assert TEXT.startswith(found)
         if size > 12:
-            # A block that is not all there is lost: 900 kB of bz2, 128 KiB of zstd.
+            # An incomplete block is lost: 900 kB of bz2, 128 KiB of zstd.
             assert len(found) > len(TEXT) * size / len(data) - (900_000 if compression == "bz2" else 150_000)
-    # Behind a whole part, too.
+    # Also after a complete part.
     path.write_bytes(data + data[: len(data) // 2])
     found, error = read(path, compression)
     assert found.startswith(TEXT) and error is not None
 
 
 @pytest.mark.parametrize("compression", NAMES)
-def test_damage_is_never_an_end(tmp_path: Path, compression: str) -> None:
+def test_corrupt_data_is_never_an_end(tmp_path: Path, compression: str) -> None:
     data, path = PACK[compression](TEXT) if compression != "zst" else zst(TEXT, write_checksum=True), tmp_path / "a"
     generator = random.Random(1)
     for _ in range(20):
@@ -118,11 +119,12 @@ def test_damage_is_never_an_end(tmp_path: Path, compression: str) -> None:
     for garbage in (b"plain text, wrongly named" * 100, data + b"text behind it", data + data[1:]):
         path.write_bytes(garbage)
         found, error = read(path, compression)
-        assert error is not None and f"damaged {NAMES[compression]} data (" in error.why
+        assert error is not None
+        assert_facts(error.why, f"corrupt {NAMES[compression]} data (")
         assert found == (b"" if garbage.startswith(b"plain") else TEXT)
 
 
-def test_random_bytes_behind_a_proper_start(tmp_path: Path) -> None:
+def test_random_bytes_after_a_valid_start(tmp_path: Path) -> None:
     path, generator = tmp_path / "a", random.Random(2)
     for compression, pack in PACK.items():
         if compression:
@@ -133,7 +135,7 @@ def test_random_bytes_behind_a_proper_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", NAMES)
-def test_memory_stays_small_whatever_the_data_unpacks_to(tmp_path: Path, compression: str) -> None:
+def test_memory_does_not_depend_on_the_decompressed_size(tmp_path: Path, compression: str) -> None:
     path, size = tmp_path / "a", 64 << 20
     path.write_bytes(PACK[compression](bytes(size)))
     assert path.stat().st_size < 100_000
@@ -145,7 +147,7 @@ def test_memory_stays_small_whatever_the_data_unpacks_to(tmp_path: Path, compres
         tracemalloc.stop()
 
 
-def test_a_dictionary_nobody_has(tmp_path: Path) -> None:
+def test_a_missing_zstd_dictionary(tmp_path: Path) -> None:
     dictionary = zstandard.train_dictionary(2000, [TEXT[at : at + 300] for at in range(0, 300_000, 300)])
     path = tmp_path / "a"
     path.write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(TEXT[:1000]))
@@ -153,7 +155,7 @@ def test_a_dictionary_nobody_has(tmp_path: Path) -> None:
     assert found == b"" and error is not None and "Dictionary mismatch" in error.why
 
 
-def test_a_window_of_too_much_memory(tmp_path: Path) -> None:
+def test_a_zstd_window_that_is_too_large(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for log, fits in ((27, True), (28, False)):
         parameters = zstandard.ZstdCompressionParameters(window_log=log)
@@ -162,19 +164,19 @@ def test_a_window_of_too_much_memory(tmp_path: Path) -> None:
         found, error = read(path, "zst")
         assert (found == TEXT[:1000], error is None) == (fits, fits)
     assert error is not None
-    assert "needs a window of 256 MiB of memory, at most 128 are given; compress it again without --long" in error.why
+    assert_facts(error.why, "window", "256 MiB", "128 MiB", "--long")
 
 
 @pytest.mark.parametrize("compression", PACK)
-def test_an_empty_file_has_no_pieces(tmp_path: Path, compression: str) -> None:
+def test_an_empty_file_has_no_chunks(tmp_path: Path, compression: str) -> None:
     (tmp_path / "a").touch()
     assert read(tmp_path / "a", compression) == (b"", None)
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"missing: cannot be opened .No such file or directory.; check the path"):
+    with user_error(f"{tmp_path / 'missing'}: ", "No such file or directory", "check the path"):
         list(read_chunks(str(tmp_path / "missing"), ""))
     (tmp_path / "a").write_bytes(zst(b"text"))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(UserError, match="the package zstandard is needed to read .zst files"):
+    with user_error(f"{tmp_path / 'a'}: ", ".zst", "pip install zstandard"):
         list(read_chunks(str(tmp_path / "a"), "zst"))

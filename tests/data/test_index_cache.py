@@ -1,4 +1,4 @@
-"""Tests of the cache directory: complete or absent, built once, never believed when damaged."""
+"""The cache directory: complete or missing, built once, never used when corrupt."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.messages import user_error
 
 from megatron_prealign.data import index_cache
 from megatron_prealign.data.index_cache import IncompleteCacheError, build_if_needed, load_arrays, wait_for_arrays
-from megatron_prealign.errors import UserError
 
 ARRAYS = {"first": np.arange(50, dtype=np.int16), "second": np.arange(12, dtype=np.int64).reshape(6, 2)}
 
@@ -38,14 +38,14 @@ def load(
     directory: Path,
     build: Callable[[], Iterator[tuple[str, np.ndarray]]],
     is_builder: bool = True,
-    patience_seconds: float = 0.0,
+    timeout_seconds: float = 0.0,
 ) -> dict[str, np.ndarray]:
     if is_builder:
         build_if_needed(directory, build)
-    return wait_for_arrays(directory, patience_seconds)
+    return wait_for_arrays(directory, timeout_seconds)
 
 
-def assert_right(arrays: dict[str, np.ndarray]) -> None:
+def assert_expected(arrays: dict[str, np.ndarray]) -> None:
     assert list(arrays) == list(ARRAYS)
     for name, array in ARRAYS.items():
         assert arrays[name].dtype == array.dtype
@@ -58,8 +58,8 @@ def visible(directory: Path) -> list[str]:
 
 def test_second_call_loads(tmp_path):
     builds = Builds()
-    assert_right(load(tmp_path / "deep" / "cache", builds))
-    assert_right(load(tmp_path / "deep" / "cache", builds))
+    assert_expected(load(tmp_path / "deep" / "cache", builds))
+    assert_expected(load(tmp_path / "deep" / "cache", builds))
     assert builds.count == 1
     assert visible(tmp_path / "deep") == ["cache"]
 
@@ -99,21 +99,21 @@ def other_version(directory: Path) -> None:
         lambda directory: (directory / "index.json").write_text("[]"),
     ],
 )
-def test_damaged_directory_is_rebuilt_by_a_builder_and_refused_by_others(tmp_path, damage):
+def test_corrupt_directory_is_rebuilt_by_a_builder_and_rejected_by_others(tmp_path, damage):
     directory = tmp_path / "cache"
     load(directory, Builds())
     damage(directory)
     with pytest.raises(IncompleteCacheError):
         load_arrays(directory)
-    with pytest.raises(UserError, match="no complete sample index cache"):
+    with user_error(directory, "no complete sample index cache", "data.cache"):
         load(directory, Builds(), is_builder=False)
     builds = Builds()
-    assert_right(load(directory, builds))
+    assert_expected(load(directory, builds))
     assert builds.count == 1
     assert visible(tmp_path) == ["cache"]
 
 
-def test_killed_builder_leaves_nothing_that_is_believed(tmp_path):
+def test_killed_builder_leaves_no_complete_cache(tmp_path):
     directory = tmp_path / "cache"
     script = (
         "import sys, time, numpy as np\n"
@@ -136,13 +136,13 @@ def test_killed_builder_leaves_nothing_that_is_believed(tmp_path):
         process.stdout.close()
     assert not directory.exists()
     assert len(visible(tmp_path)) == 1
-    # Its lock died with it: the next builder neither waits nor keeps the leftover.
-    assert_right(load(directory, Builds()))
+    # Its lock was released with the process: the next builder does not wait and removes the leftover.
+    assert_expected(load(directory, Builds()))
     assert visible(tmp_path) == ["cache"]
 
 
 def build_in_threads(directory: Path, count: int) -> list[Builds]:
-    """Several builders at once: file locks hold between threads too, as each opens the lock file for itself."""
+    """Concurrent builders: file locks also exclude threads, since each opens the lock file separately."""
     builds = [Builds(seconds=0.1) for _ in range(count)]
     results: list[dict[str, np.ndarray]] = []
     threads = [threading.Thread(target=lambda b=b: results.append(load(directory, b))) for b in builds]
@@ -152,7 +152,7 @@ def build_in_threads(directory: Path, count: int) -> list[Builds]:
         thread.join(timeout=30)
     assert len(results) == count
     for arrays in results:
-        assert_right(arrays)
+        assert_expected(arrays)
     return builds
 
 
@@ -176,7 +176,7 @@ def test_others_wait_for_a_late_directory(tmp_path):
     thread = threading.Timer(0.3, lambda: load(tmp_path / "cache", Builds()))
     thread.start()
     builds = Builds()
-    assert_right(load(tmp_path / "cache", builds, is_builder=False, patience_seconds=20.0))
+    assert_expected(load(tmp_path / "cache", builds, is_builder=False, timeout_seconds=20.0))
     thread.join(timeout=30)
     assert builds.count == 0
 
@@ -193,12 +193,12 @@ def test_failing_builder_leaves_nothing(tmp_path):
 
 def test_unwritable_directory_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write the sample index cache .*set data\.cache"):
+    with user_error(f"cannot write sample index cache {tmp_path / 'file' / 'cache'}", "data.cache"):
         load(tmp_path / "file" / "cache", Builds())
 
 
 def test_directory_can_be_read_by_the_group(tmp_path):
-    # mkdtemp makes directories for the owner alone; on a shared disk others resume the run.
+    # mkdtemp creates private directories, but on a shared disk other users may resume the run.
     load(tmp_path / "cache", Builds())
     mask = index_cache._umask()
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o777 & ~mask

@@ -1,13 +1,13 @@
-"""Word starts carried over from characters to tokens, and the packed file."""
+"""Mapping word starts from characters to tokens, and the packed file."""
 
 import numpy as np
 import pytest
 
 from megatron_prealign.data.word_bitmap import BitmapWriter, token_word_starts
 
-# Text, the character ranges of its tokens, the words, and the tokens that start one.
+# Text, character ranges of its tokens, word starts, and the tokens that start a word.
 CASES = {
-    "one token a word": ("苹果好", [(0, 2), (2, 3)], [0, 2], "11"),
+    "one token per word": ("苹果好", [(0, 2), (2, 3)], [0, 2], "11"),
     "word of two tokens": ("苹果好", [(0, 1), (1, 2), (2, 3)], [0, 2], "101"),
     "boundary inside a token marks it and the next": (
         "我吃苹果树",
@@ -20,10 +20,10 @@ CASES = {
     "first token of a document": ("苹果好", [(0, 1), (1, 3)], [], "10"),
     "only the first byte of a character": ("苹果", [(0, 1), (0, 1), (0, 1), (1, 2), (1, 2)], [0, 1], "10010"),
     "end of one character and start of the next": ("苹果好", [(0, 1), (0, 2), (1, 2), (2, 3)], [0, 1], "1110"),
-    "the same across a boundary that is none": ("苹果好", [(0, 1), (0, 2), (1, 2), (2, 3)], [0, 2], "1001"),
-    "space in front belongs to the word": ("a 苹果b", [(0, 1), (1, 3), (3, 4), (4, 5)], [0, 1, 2, 4], "1101"),
+    "the same without a word boundary": ("苹果好", [(0, 1), (0, 2), (1, 2), (2, 3)], [0, 2], "1001"),
+    "leading space belongs to the word": ("a 苹果b", [(0, 1), (1, 3), (3, 4), (4, 5)], [0, 1, 2, 4], "1101"),
     "ideographic space too": ("a\u3000苹果b", [(0, 1), (1, 3), (3, 4), (4, 5)], [0, 2, 4], "1101"),
-    "spaces of their own": ("a  b", [(0, 1), (1, 3), (3, 4)], [0, 1, 3], "111"),
+    "space tokens": ("a  b", [(0, 1), (1, 3), (3, 4)], [0, 1, 3], "111"),
     "dropped spaces": ("a  b", [(0, 1), (3, 4)], [0, 1], "11"),
     "offset at the end of the text": ("ab", [(0, 1), (1, 2)], [0, 2], "10"),
     "normalised to more characters": ("㍿a", [(0, 1), (0, 1), (0, 1), (1, 2)], [0, 1], "1001"),
@@ -40,7 +40,7 @@ def test_by_hand(case):
 
 
 def test_equals_a_plain_loop_over_bytes():
-    """Random cuts of random text into tokens, at any byte; a token's range and the words' starts in bytes."""
+    """Random text cut into tokens at random bytes, with token ranges and word starts in bytes."""
     random = np.random.default_rng(3)
     seen_inside = seen_shared = 0
     for _ in range(400):
@@ -55,7 +55,7 @@ def test_equals_a_plain_loop_over_bytes():
         for number, (start, end) in enumerate(tokens):
             visible = start
             while visible < end - 1 and character_of_byte[visible] != character_of_byte[end - 1]:
-                # Also the part of a white space character that the token before has begun.
+                # Includes the rest of a white space character that started in the previous token.
                 if not text[character_of_byte[visible]].isspace():
                     break
                 visible = byte_of_character[character_of_byte[visible] + 1]
@@ -70,13 +70,13 @@ def test_equals_a_plain_loop_over_bytes():
                         expected[number + 1] = True
                 seen_shared += start < at < end and character_of_byte[start] == character_of_byte[start - 1]
         spans = [(character_of_byte[start], character_of_byte[end - 1] + 1) for start, end in tokens]
-        found = token_word_starts(text, np.array(spans), np.array(words))
-        assert found.tolist() == expected, (text, tokens, words)
+        starts = token_word_starts(text, np.array(spans), np.array(words))
+        assert starts.tolist() == expected, (text, tokens, words)
     assert seen_inside > 100 and seen_shared > 100
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [3], [8], [5, 3, 8], [1] * 19, [13, 0, 30, 2]])
-def test_packing_does_not_depend_on_the_pieces(tmp_path, sizes):
+def test_packing_does_not_depend_on_the_chunks(tmp_path, sizes):
     bits = np.random.default_rng(1).random(sum(sizes)) < 0.4
     writer = BitmapWriter(tmp_path / "x")
     for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):

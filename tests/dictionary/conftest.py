@@ -14,7 +14,7 @@ TRAINING_TEXT = [
     "la pomme et la maison sont rouges, une banque, le fleuve",
     "苹果 银行 房子 りんご 家",
     "яблоко дом банк",
-    # Spellings of the tests as whole tokens, so that what they count does not hang on the order of merges.
+    # Spellings of the tests as single tokens, so that token counts do not depend on the order of merges.
     " RED ROT BANK UFER APPLE APFEL HOUSE HAUS POLISH Red Rot Haus Gebäude Polish polnisch POLNISCH polieren POLIEREN",
     "it's 's rouges rouges",
     "(red (rot (house (haus (Red (Rot (House (RED (ROT (HOUSE (HAUS (BANK (UFER (POLISH (polish (APPLE (Apple (apple",
@@ -22,7 +22,7 @@ TRAINING_TEXT = [
 
 
 def save_bpe(directory: Path, *, vocab_size: int = 900) -> Path:
-    """A byte-level BPE tokenizer directory as `train-tokenizer` writes it."""
+    """Saves a byte-level BPE tokenizer directory as `train-tokenizer` writes it."""
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -53,7 +53,7 @@ def tokenizer(tokenizer_directory: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def metaspace_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Knows only the characters it was trained on; all others become the unknown token."""
+    """A tokenizer that maps characters missing in its training data to the unknown token."""
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import models, pre_tokenizers, trainers
 

@@ -1,9 +1,10 @@
-"""Running words of a corpus that a table knows, against a count by hand and against a plain loop."""
+"""Coverage of running words, compared with counts by hand and with a plain loop."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.messages import user_error
 
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary import coverage as coverage_module
@@ -16,7 +17,6 @@ from megatron_prealign.dictionary.coverage import (
     split_words,
 )
 from megatron_prealign.dictionary.groups import GroupBuilder
-from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import DataSource
 
 
@@ -43,8 +43,8 @@ def test_counted_by_hand(tokenizer, make_dataset):
 
 def test_a_key_without_a_letter_is_no_running_word(tokenizer, make_dataset):
     table = build(tokenizer, [["apple", "Apfel"]])
-    blind = replace(table, word_boundary=table.word_boundary & 3)
-    coverage = measure_coverage(blind, make_dataset(tokenizer, ["apple"], "en"))
+    no_letters = replace(table, word_boundary=table.word_boundary & 3)
+    coverage = measure_coverage(no_letters, make_dataset(tokenizer, ["apple"], "en"))
     assert (coverage.known_words, coverage.running_words) == (0, 0)
 
 
@@ -52,35 +52,33 @@ def test_only_the_source_language_counts(tokenizer, make_dataset):
     table = build(tokenizer, [["apple", "Apfel"]])
     german = measure_coverage(table, make_dataset(tokenizer, ["apple Apfel"], "de"))
     assert (german.known_words, german.running_words) == (0, 2)
-    unheard = measure_coverage(table, make_dataset(tokenizer, ["apple"], "fr"))
-    assert (unheard.known_words, unheard.running_words, unheard.share) == (0, 1, 0.0)
+    french = measure_coverage(table, make_dataset(tokenizer, ["apple"], "fr"))
+    assert (french.known_words, french.running_words, french.share) == (0, 1, 0.0)
 
 
-def test_another_tokenizer_is_refused(tokenizer, clone_tokenizer, make_dataset):
+def test_another_tokenizer_is_rejected(tokenizer, clone_tokenizer, make_dataset):
     table = build(tokenizer, [["apple", "Apfel"]])
     prefix = make_dataset(clone_tokenizer, ["apple"], "en")
-    with pytest.raises(UserError) as error:
+    with user_error(tokenizer.fingerprint, clone_tokenizer.fingerprint, f"dataset {prefix}"):
         measure_coverage(table, prefix)
-    for part in (tokenizer.fingerprint, clone_tokenizer.fingerprint, f"dataset {prefix}"):
-        assert part in str(error.value)
 
 
 def test_a_sample_of_a_larger_corpus(tokenizer, make_dataset):
     table = build(tokenizer, [["apple", "Apfel"]])
     prefix = make_dataset(tokenizer, ["apple house"] * 200, "en")
-    whole = measure_coverage(table, prefix)
-    assert (whole.known_words, whole.running_words) == (200, 400)
-    sample = measure_coverage(table, prefix, max_tokens=whole.tokens // 4)
-    assert sample.tokens == whole.tokens // 4
-    # The cut may split one word.
+    full = measure_coverage(table, prefix)
+    assert (full.known_words, full.running_words) == (200, 400)
+    sample = measure_coverage(table, prefix, max_tokens=full.tokens // 4)
+    assert sample.tokens == full.tokens // 4
+    # Truncation may split one word.
     assert abs(sample.running_words - 100) <= 1 and abs(sample.known_words - 50) <= 1
-    # One document longer than the limit is cut, not refused.
+    # A document longer than the limit is truncated.
     assert measure_coverage(table, prefix, max_tokens=1).tokens == 1
-    with pytest.raises(UserError, match="--max-tokens is 0"):
+    with user_error("--max-tokens is 0"):
         measure_coverage(table, prefix, max_tokens=0)
 
 
-def test_a_blend_weighs_its_sources(tokenizer, make_dataset):
+def test_blend_coverage_weights_its_sources(tokenizer, make_dataset):
     table = build(tokenizer, [["apple", "Apfel"], ["house", "Haus"]])
     paths = {}
     for name, language, text in (
@@ -97,22 +95,22 @@ def test_a_blend_weighs_its_sources(tokenizer, make_dataset):
         DataSource(path=paths["b"], language="en", weight=1.0),
         DataSource(path=paths["c"], language="de"),
     ]
-    # all of one source, a quarter of the other
+    # Coverage is 1 in the first source and a quarter in the second.
     assert blend_coverage(table, sources) == {"en": 3 / 4 * 1 + 1 / 4 * 1 / 4, "de": 0.0}
 
 
 def test_missing_corpus(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with user_error(tmp_path / "none.json", "not found"):
         measure_coverage(build(tokenizer, [["apple", "Apfel"]]), tmp_path / "none")
 
 
 CHINESE = [["苹果", "apple"], ["银行", "bank"], ["房子", "house"], ["子", "child"]]
 
 
-def test_words_that_a_segmenter_marked(tokenizer, make_dataset):
+def test_segmented_words(tokenizer, make_dataset):
     table = build(tokenizer, CHINESE, ("zh", "en"))
     documents = ["我爱苹果和银行.苹果树 房子", "苹果", "银行银行,x"]
-    # By spaces and signs: 我爱苹果和银行 | 苹果树 | 房子 || 苹果 || 银行银行 | x.
+    # Split at spaces and punctuation: 我爱苹果和银行 | 苹果树 | 房子 || 苹果 || 银行银行 | x.
     without = measure_coverage(table, make_dataset(tokenizer, documents, "zh"))
     assert (without.known_words, without.running_words) == (2, 6)
     # 我 爱 苹果 和 银行 | 苹果 树 | 房子 || 苹果 || 银行 银行 | x.
@@ -120,10 +118,10 @@ def test_words_that_a_segmenter_marked(tokenizer, make_dataset):
     coverage = measure_coverage(table, marked)
     assert (coverage.known_words, coverage.running_words) == (7, 12)
     assert count_groups(table, [coverage]).group_count.tolist() == [3, 3, 1, 0]
-    # Cut inside the first document; the bits are cut with it.
+    # The first document and its bits are truncated.
     assert measure_coverage(table, marked, max_tokens=1).running_words == 1
     words_path(marked).unlink()
-    with pytest.raises(UserError, match=r"words_zh\.words: no such file"):
+    with user_error("words_zh.words", "not found"):
         measure_coverage(table, marked)
 
 
@@ -133,13 +131,13 @@ def test_real_chinese_words(tokenizer, make_dataset):
     documents = ["我们学习手动创建系统.", "我们学习,我们安装系统"]
     without = measure_coverage(table, make_dataset(tokenizer, documents, "zh"))
     assert (without.known_words, without.running_words) == (0, 3)
-    # 我们 学习 手动 创建 系统 || 我们 学习 | 我们 安装 系统: no word of 手动 is 动.
+    # 我们 学习 手动 创建 系统 || 我们 学习 | 我们 安装 系统: 手动 does not match 动.
     coverage = measure_coverage(table, make_dataset(tokenizer, documents, "zh", "jieba"))
     assert (coverage.known_words, coverage.running_words) == (4, 10)
 
 
-def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
-    """Documents of different lengths, so that the bits of another document would be wrong ones."""
+def test_bits_of_documents_sampled_from_a_larger_corpus(tokenizer, make_dataset):
+    """Documents have different lengths, so that the bits of another document would not match."""
     documents = ["我" * number + "苹果银行" for number in range(1, 120)]
     marked = make_dataset(tokenizer, documents, "zh", "support.word_cutters:KnownWords")
     tokens, _, bits = coverage_module.read_sample(marked, 1000, "support.word_cutters:KnownWords", tokenizer.vocab_size)
@@ -148,33 +146,33 @@ def test_bits_of_documents_drawn_from_a_larger_corpus(tokenizer, make_dataset):
     np.testing.assert_array_equal(bits, np.isin(tokens, [*first, tokenizer.eod_id]))
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 100, 4096, 70_000, 98_304])
-def test_documents_are_drawn_evenly_and_each_once(number):
-    lengths = np.full(number, 10, dtype=np.int32)
-    assert coverage_module._draw(lengths, 10 * number).tolist() == list(range(number))
-    # All but the last half document: every document must come once.
-    assert coverage_module._draw(lengths, 10 * number - 5).tolist() == list(range(number))
-    for share in (3, 10, 50):
-        drawn = coverage_module._draw(lengths, 10 * number // share)
-        assert len(drawn) == max(-(-(10 * number // share) // 10), 1)
-        # No gap is much longer than the mean one, from the start of the corpus to its end.
-        gaps = np.diff([0, *drawn, number])
-        assert gaps.max() <= 3 * -(-number // len(drawn))
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 4096, 70_000, 98_304])
+def test_documents_are_drawn_evenly_and_each_once(count):
+    lengths = np.full(count, 10, dtype=np.int32)
+    assert coverage_module._draw(lengths, 10 * count).tolist() == list(range(count))
+    # All but half of the last document: every document must be drawn once.
+    assert coverage_module._draw(lengths, 10 * count - 5).tolist() == list(range(count))
+    for divisor in (3, 10, 50):
+        drawn = coverage_module._draw(lengths, 10 * count // divisor)
+        assert len(drawn) == max(-(-(10 * count // divisor) // 10), 1)
+        # No gap is much longer than the mean gap, including the start and end of the corpus.
+        gaps = np.diff([0, *drawn, count])
+        assert gaps.max() <= 3 * -(-count // len(drawn))
 
 
-def test_drawn_documents_stay_the_same():
-    """A resume and another machine must see the same: worked out by hand, 61 being the first step prime to 100."""
+def test_drawn_documents_are_deterministic():
+    """Resumed runs and other machines must draw the same: computed by hand, 61 is the first step coprime to 100."""
     lengths = np.full(100, 10, dtype=np.int32)
     assert coverage_module._draw(lengths, 45).tolist() == sorted([0, 61, 22, 83, 44])
 
 
-def test_draw_takes_whole_documents_until_the_limit():
+def test_draw_takes_complete_documents_until_the_limit():
     lengths = np.random.default_rng(3).integers(1, 50, 150_000).astype(np.int32)
     total = int(lengths.sum())
     for limit in (1, 1000, total // 2, total - 1):
         drawn = coverage_module._draw(lengths, limit)
-        held = int(lengths[drawn].sum())
-        assert limit <= held < limit + 50
+        tokens = int(lengths[drawn].sum())
+        assert limit <= tokens < limit + 50
         assert len(set(drawn.tolist())) == len(drawn)
 
 
@@ -217,7 +215,7 @@ def test_matching_equals_a_plain_loop(tokenizer, segmented):
     assert (match_words(table, 1, tokens, words) == -1).all()
 
 
-def test_keys_with_the_same_hash_are_told_apart(tokenizer, monkeypatch):
+def test_hash_collisions_of_keys_are_resolved(tokenizer, monkeypatch):
     table = build(tokenizer, [["apple", "Apfel"], ["house", "Haus"], ["red", "rot"]])
     tokens = np.array(tokenizer.encode("The red house, red apple"))
     words = split_words(tokens, np.zeros(1, dtype=np.int64), table.word_boundary)

@@ -1,4 +1,4 @@
-"""Any bytes in a dictionary or in a table are read or are one line for the user, and never anything else."""
+"""Fuzzing: arbitrary bytes in a dictionary or table are either read or raise a one-line user error."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# Pieces that mean something to some format, so that random files come past the first check.
+# Fragments that are valid in some format, so that random files pass the first check.
 PIECES = [
     *(b"\t", b"\n", b"\r\n", b" ", b"\0", b"$", b",", b";", b'"', b"/", b"[", b"]", b"#!", b"\xef\xbb\xbf", b"\xff"),
     *(b"apple", "Äpfel".encode(), "银行 银行 [yin2] /bank/".encode(), b"\xed\xa0\x80", b"-1", b"1e999", b"0"),
@@ -95,11 +95,11 @@ def test_stardict(tmp_path, ifo, idx, syn, articles):
     types=st.text("mhwtgxWPX?é", max_size=3),
     synonyms=st.lists(st.tuples(BYTES, st.integers(0, 5)), max_size=3),
 )
-def test_stardict_with_an_index_that_fits(tmp_path, rows, articles, types, synonyms):
+def test_stardict_with_a_matching_index(tmp_path, rows, articles, types, synonyms):
     idx = b"".join(word + b"\0" + struct.pack(">II", begin, size) for word, begin, size in rows)
     syn = b"".join(word + b"\0" + struct.pack(">I", number) for word, number in synonyms)
-    facts = f"version=2.4.2\nwordcount={len(rows)}\nidxfilesize={len(idx)}\nsynwordcount={len(synonyms)}\n"
-    (tmp_path / "s.ifo").write_text(f"StarDict's dict ifo file\n{facts}sametypesequence={types}\n", encoding="utf-8")
+    header = f"version=2.4.2\nwordcount={len(rows)}\nidxfilesize={len(idx)}\nsynwordcount={len(synonyms)}\n"
+    (tmp_path / "s.ifo").write_text(f"StarDict's dict ifo file\n{header}sametypesequence={types}\n", encoding="utf-8")
     for ending, data in ((".idx", idx), (".syn", syn), (".dict", articles)):
         (tmp_path / f"s{ending}").write_bytes(data)
     check(tmp_path / "s.ifo")
@@ -108,7 +108,7 @@ def test_stardict_with_an_index_that_fits(tmp_path, rows, articles, types, synon
 @FUZZ
 @given(langvar=DATA, expr=DATA, denotation=DATA, good=st.integers(0, 3))
 def test_panlex(tmp_path, langvar, expr, denotation, good):
-    # Some of the files are whole, so that the others are looked at.
+    # Some of the files are valid, so that the others are read.
     langvar = b"id,lang_code,var_code\n1,eng,0\n2,deu,0\n" if good > 0 else langvar
     expr = b"id,langvar,txt\n1,1,apple\n2,2,Apfel\n" + expr if good > 1 else expr
     denotation = b"id,meaning,expr\n1,1,1\n2,1,2\n" + denotation if good > 2 else denotation
@@ -133,11 +133,11 @@ def check_table(path: Path) -> None:
     except UserError as error:
         assert "\n" not in str(error) and str(path) in str(error)
         return
-    # What loads can be used.
+    # A table that loads must be usable.
     for group in range(table.num_groups):
         table.group_words(group)
     table.held_out_groups(0.5)
-    assert table.switching_digest()
+    assert table.switching_fingerprint()
     match_words(table, 0, table.key_tokens, split_words(table.key_tokens, table.key_offsets[:-1], table.word_boundary))
 
 

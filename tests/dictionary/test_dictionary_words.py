@@ -1,14 +1,14 @@
-"""Words cleaned and judged: notes, markup, scripts, lengths."""
+"""Cleaning and classifying words: notes, markup, scripts, lengths."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.messages import user_error
 
 from megatron_prealign.dictionary import groups as rules
 from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder
 from megatron_prealign.dictionary.scripts import scripts_of
 from megatron_prealign.dictionary.words import FIRST_SCRIPT_BIT, TO_CLEAN, WordClassifier, clean
-from megatron_prealign.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -41,17 +41,17 @@ def test_notes_and_markup(word, cleaned):
 def test_clean_words_are_clean(word):
     cleaned = clean(word)
     assert clean(cleaned) == cleaned == cleaned.strip()
-    # What looks for dirt agrees: a word that it does not find dirty is clean.
-    flags = WordClassifier().look(["x", word, "y"]).flags
+    # The classifier agrees: a word without TO_CLEAN is clean.
+    flags = WordClassifier().classify(["x", word, "y"]).flags
     assert flags[1] & TO_CLEAN or cleaned == word
 
 
-def test_what_is_known_of_words():
-    facts = WordClassifier().look(["apple", "", "яблоко и груша", "苹果 tree", "123"])
-    assert facts.characters.tolist() == [5, 0, 14, 7, 3]
-    assert facts.spaces.tolist() == [0, 0, 2, 1, 0]
+def test_properties_of_words():
+    info = WordClassifier().classify(["apple", "", "яблоко и груша", "苹果 tree", "123"])
+    assert info.characters.tolist() == [5, 0, 14, 7, 3]
+    assert info.spaces.tolist() == [0, 0, 2, 1, 0]
     latin, cyrillic, han = scripts_of("en"), scripts_of("ru"), scripts_of("zh")
-    scripts = [int(flags) >> FIRST_SCRIPT_BIT for flags in facts.flags]
+    scripts = [int(flags) >> FIRST_SCRIPT_BIT for flags in info.flags]
     assert scripts == [latin, 0, cyrillic, latin | han, 0]
 
 
@@ -101,20 +101,20 @@ def test_every_filter_is_counted():
     assert len(groups) == 9 and ("house", "дом (здание)") in groups and set(counts) == {rules.READ}
 
 
-def test_a_clean_word_may_come_before_or_behind_its_dirty_forms():
+def test_a_clean_word_may_come_before_or_after_its_dirty_forms():
     words = ["house (n)", "house", "house [x]", "(house", "house"]
     for order in (words, words[::-1], ["house", *words]):
         assert build([[word, "дом"] for word in order])[0] == [("house", "дом")]
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "facts"),
     [
-        ({"min_characters": 0}, "--min-characters is 0, expected 1 or more"),
-        ({"max_words": 0}, "--max-words is 0"),
-        ({"min_characters": 9, "max_characters": 8}, "--max-characters is 8, expected 9"),
+        ({"min_characters": 0}, ("--min-characters is 0", "1 or more")),
+        ({"max_words": 0}, ("--max-words is 0",)),
+        ({"min_characters": 9, "max_characters": 8}, ("--max-characters is 8", "9 (--min-characters)")),
     ],
 )
-def test_settings_that_cannot_be(fields, message):
-    with pytest.raises(UserError, match=message):
+def test_invalid_settings(fields, facts):
+    with user_error(*facts):
         Cleaning(**fields)

@@ -1,4 +1,4 @@
-"""Pairs join groups, and every rule counts what it takes."""
+"""Grouping of pairs, and counts of the rules."""
 
 from collections import Counter
 
@@ -19,35 +19,35 @@ def groups_of(builder: GroupBuilder) -> dict[str, list[str]]:
     return result
 
 
-def test_files_join_by_source_language_and_word():
+def test_files_are_merged_by_source_language_and_word():
     builder = GroupBuilder()
     assert builder.add([["bank", "Bank"], ["apple", "Apfel"], ["bank", "Ufer"]], ("en", "de")) == 3
     assert builder.add([["bank", "banque", "银行"]], ("en", "fr", "zh")) == 2
     builder.add([["bank", "bench"]], ("de", "en"))
     assert builder.build().languages == ("en", "de", "fr", "zh")
-    # German "bank" is another group than English "bank"; translations lie by language, then in the files' order.
+    # German and English "bank" are separate groups; translations are sorted by language, then in file order.
     built = builder.build()
     assert [built.texts[i] for i in built.source] == ["bank", "apple", "bank"]
     assert [built.texts[i] for i in built.pair_target] == ["Bank", "Ufer", "banque", "银行", "Apfel", "bench"]
     assert built.pair_group.tolist() == [0, 0, 0, 0, 1, 2]
 
 
-def test_texts_of_no_pair_go():
+def test_unused_texts_are_dropped():
     builder = GroupBuilder()
     builder.add([["apple", "Apfel"], ["bank", "Ufer"], ["bank", "Bank"], ["sea", "See"]], ("en", "de"))
     built = keep_pairs(builder.build(), np.array([False, False, True, True]))
     assert built.texts == ("apple", "bank", "sea", "Apfel", "Ufer", "Bank", "See")
-    left, used = without_unused_texts(built)
-    assert left.texts == ("bank", "sea", "Bank", "See")
+    kept, used = without_unused_texts(built)
+    assert kept.texts == ("bank", "sea", "Bank", "See")
     assert used.tolist() == [False, True, True, False, False, True, True]
-    assert left.text_language.tolist() == [0, 0, 1, 1]
-    assert [left.texts[text] for text in left.source] == ["bank", "sea"]
-    assert [left.texts[text] for text in left.pair_target] == ["Bank", "See"]
-    assert left.pair_group.tolist() == [0, 1]
-    assert left.source.dtype == built.source.dtype and left.pair_target.dtype == built.pair_target.dtype
+    assert kept.text_language.tolist() == [0, 0, 1, 1]
+    assert [kept.texts[text] for text in kept.source] == ["bank", "sea"]
+    assert [kept.texts[text] for text in kept.pair_target] == ["Bank", "See"]
+    assert kept.pair_group.tolist() == [0, 1]
+    assert kept.source.dtype == built.source.dtype and kept.pair_target.dtype == built.pair_target.dtype
 
 
-def test_case_makes_groups_of_their_own():
+def test_case_distinguishes_groups():
     builder = GroupBuilder()
     builder.add([["polish", "polieren"], ["Polish", "polnisch"]], ("en", "de"))
     assert groups_of(builder) == {"polish": ["de:polieren"], "Polish": ["de:polnisch"]}
@@ -88,16 +88,16 @@ def test_the_largest_weight_of_a_pair_wins():
     assert built.pair_weight.tolist() == [2.0, 0.25, 0.125, 1.0]
 
 
-def test_words_in_many_blocks_and_languages_are_the_same_words():
+def test_words_in_many_blocks_equal_words_in_one_block():
     words = ["bank", "bank ", "ba\u00adnk", "Bank", "être", "e\u0302tre", "", " ", "a b", "x  y", "1", "ABC", "銀行"]
     pairs = [[left, right] for left in words for right in words]
-    whole, parts = GroupBuilder(), GroupBuilder()
-    whole.add(pairs, ("en", "de"))
+    one_block, many_blocks = GroupBuilder(), GroupBuilder()
+    one_block.add(pairs, ("en", "de"))
     for pair in pairs:
-        parts.add([pair], ("en", "de"))
-    assert groups_of(whole) == groups_of(parts)
-    assert whole.counts == parts.counts
-    # One pair at a time, by the rules as they are written down.
+        many_blocks.add([pair], ("en", "de"))
+    assert groups_of(one_block) == groups_of(many_blocks)
+    assert one_block.counts == many_blocks.counts
+    # A plain loop over the pairs that applies the rules one by one.
     counts: Counter[str] = Counter({rules.READ: len(pairs), rules.CLEANED: 3})
     expected: dict[str, list[str]] = {}
     for source, target in ([clean(word) for word in pair] for pair in pairs):
@@ -113,16 +113,16 @@ def test_words_in_many_blocks_and_languages_are_the_same_words():
             counts[rules.DUPLICATE] += 1
         else:
             expected[source].append(f"de:{target}")
-    assert groups_of(whole) == expected
-    assert whole.counts == counts
+    assert groups_of(one_block) == expected
+    assert one_block.counts == counts
 
 
-def test_cleaning_keeps_joiners_that_are_spelling():
+def test_cleaning_keeps_zero_width_joiners():
     assert clean("می\u200cخواهم") == "می\u200cخواهم"
     assert clean("\ufeff\u200ein \x00 a\u200b\n") == "in a"
 
 
-def test_identical_strings_stay_for_the_tokenizer_to_judge():
+def test_identical_strings_are_kept_until_tokenisation():
     builder = GroupBuilder()
     builder.add([["apple", "apple"]], ("en", "en_clone"))
     assert groups_of(builder) == {"apple": ["en_clone:apple"]}

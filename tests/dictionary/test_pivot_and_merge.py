@@ -1,11 +1,11 @@
-"""Lists joined over a language, tables put together, translations in order and rare words left out."""
+"""Joining lists over a pivot, merging tables, ordering translations and dropping rare words."""
 
 import copy
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import pytest
+from support.messages import assert_facts, user_error
 
 from megatron_prealign.dictionary import pivot as pivot_rules
 from megatron_prealign.dictionary import selection
@@ -18,11 +18,10 @@ from megatron_prealign.dictionary.pivot import join_over
 from megatron_prealign.dictionary.readers import parse_input
 from megatron_prealign.dictionary.running_words import count_words, distinct_words, letter_runs, occurrences, word_texts
 from megatron_prealign.dictionary.table import TENSORS, load_table
-from megatron_prealign.errors import UserError
 
 
 def groups_of(*lists):
-    """Groups of `(languages, pairs[, weights])`; phrases may be sources."""
+    """Groups of `(languages, pairs[, weights])`; sources may be phrases."""
     builder = GroupBuilder(phrase_sources=frozenset({"en"}))
     for languages, pairs, *weights in lists:
         builder.add(pairs, tuple(languages.split("-")), *weights)
@@ -50,7 +49,7 @@ EN_RU = [["bank", "банк"], ["bank", "берег"], ["shore", "берег"], 
 def test_joined_over_a_language():
     rules: Counter[str] = Counter()
     joined = join_over(groups_of(("de-en", DE_EN), ("en-ru", EN_RU)), "en", rules)
-    # Ufer → bank → банк and Bank → bank → банк or берег have nothing else to say for them.
+    # Ufer → bank → банк and Bank → bank → банк or берег have only one ambiguous pivot word.
     assert pairs_of(joined) == [
         ("Ufer", "берег", 0.75),
         ("Bank", "скамья", 0.5),
@@ -80,7 +79,7 @@ def test_two_pivot_words_support_a_pair():
     ]
 
 
-def test_a_word_does_not_lead_back_to_its_own_language():
+def test_a_word_is_not_joined_with_its_own_language():
     lists = ("de-en", [["Hund", "dog"]]), ("en-de", [["dog", "Hund"], ["dog", "Köter"]]), ("en-ru", [["dog", "собака"]])
     groups = groups_of(*lists)
     for keep_ambiguous in (False, True):
@@ -91,15 +90,15 @@ def test_a_word_does_not_lead_back_to_its_own_language():
 def test_weights_of_the_steps():
     left, right = [["Haus", "house"], ["Haus", "home"]], [["house", "дом"], ["home", "дом"], ["home", "очаг"]]
     groups = groups_of(("de-en", left, [3.0, 1.0]), ("en-ru", right, [1.0, 1.0, 3.0]))
-    # 3/4 · 1 + 1/4 · 1/4; the other way has one pivot word of two meanings.
+    # 3/4 · 1 + 1/4 · 1/4; Haus → очаг has a single, ambiguous pivot word.
     assert pairs_of(join_over(groups, "en", Counter())) == [("Haus", "дом", 0.8125)]
 
 
-def test_direct_pairs_come_first_and_the_bridge_goes():
+def test_direct_pairs_come_first_and_the_bridge_is_dropped():
     lists = [("de-en", DE_EN), ("en-ru", EN_RU), ("de-ru", [["Bank", "банка"], ["Eis", "мороженое"]])]
     rules: Counter[str] = Counter()
     joined = pairs_of(join_over(groups_of(*lists), "en", rules))
-    # 13 pairs, of which 11 are the bridge; of the 3 joined ones Eis → мороженое was there.
+    # 13 pairs, 11 of them bridge pairs; of the 3 joined pairs, Eis → мороженое is also a direct pair.
     assert (rules[pivot_rules.JOINED], rules[pivot_rules.KNOWN], len(joined)) == (3, 1, 13 - 11 + 3 - 1)
     assert joined[:2] == [("Bank", "банка", 1.0), ("Bank", "скамья", 0.5)]
     assert ("Eis", "мороженое", 1.0) in joined and not any("bank" in pair for pair in joined)
@@ -121,27 +120,27 @@ def test_pivot_words_with_very_many_translations():
     assert len(join_over(few, "en", rules, keep_ambiguous=True).pair_target) == 10 * 50 and not rules[pivot_rules.WIDE]
 
 
-def test_a_pivot_that_joins_nothing():
-    with pytest.raises(UserError, match=r"--pivot en: no pair of the lists begins with en \(en-xx\)"):
+def test_a_pivot_without_lists():
+    with user_error("--pivot en", "starts with en", "en-xx"):
         join_over(groups_of(("de-en", DE_EN)), "en", Counter())
-    with pytest.raises(UserError, match=r"--pivot fr: no pair of the lists ends in fr"):
+    with user_error("--pivot fr", "ends in fr", "xx-fr"):
         join_over(groups_of(("de-en", DE_EN)), "fr", Counter())
 
 
-# Lists that are turned around
+# Reversed lists
 
 
-def test_a_mixed_list_is_no_turned_one(tmp_path):
+def test_a_mixed_list_is_not_swapped(tmp_path):
     path = tmp_path / "a.tsv"
     rows = ["apple\tяблоко", "house\tдом", *(f"слово{letter}\tword" for letter in "абв")]
     path.write_text("\n".join(rows), encoding="utf-8")
     report = BuildReport()
     read_groups([parse_input(f"{path}:en-ru")], report)
     (warning,) = report.warnings
-    assert "only 2 of 5 pairs are in the scripts of en-ru; check the languages" in warning
+    assert_facts(warning, path, "2 of 5 pairs", "en-ru")
 
 
-def test_turned_lists(tmp_path):
+def test_reversed_lists(tmp_path):
     (tmp_path / "a.tsv").write_text("яблоко\tapple\nдом\thouse\n", encoding="utf-8")
     (tmp_path / "b.tsv").write_text("house\tHaus\n")
     inputs = [parse_input(f"{tmp_path}/a.tsv:ru-en"), parse_input(f"{tmp_path}/b.tsv:en-de")]
@@ -149,13 +148,12 @@ def test_turned_lists(tmp_path):
     assert pairs_of(groups) == [("apple", "яблоко", 1.0), ("house", "дом", 1.0), ("house", "Haus", 1.0)]
     assert [source["languages"] for source in sources] == ["ru-en", "en-de"]
     report = BuildReport()
-    with pytest.raises(
-        UserError, match=r"a\.tsv: 2 of 2 pairs are in the scripts of en-ru the other way round.*\(ru-en\)"
-    ):
+    with user_error(tmp_path / "a.tsv", "en-ru are swapped", "2 of 2 pairs", "ru-en", "--source en"):
         read_groups([parse_input(f"{tmp_path}/a.tsv:en-ru")], report)
     (tmp_path / "a.tsv").write_text("apple\tяблоко\nbank\tbanca\ncat\tgatta\n", encoding="utf-8")
     read_groups([parse_input(f"{tmp_path}/a.tsv:en-ru")], report)
-    assert len(report.warnings) == 1 and "only 1 of 3 pairs are in the scripts of en-ru" in report.warnings[0]
+    (warning,) = report.warnings
+    assert_facts(warning, tmp_path / "a.tsv", "1 of 3 pairs", "en-ru")
 
 
 # Order and frequency
@@ -185,7 +183,7 @@ def test_frequency(tokenizer):
         ({"min_target_count": 1}, "--min-target-count 1"),
         ({"order": "frequency"}, "--order frequency"),
     ):
-        with pytest.raises(UserError, match=f"{option} needs a corpus in every language .* none is in de"):
+        with user_error(option, "needs a corpus", "missing: de;", "--corpus"):
             build_table(groups_of(lists), tokenizer, BuildSettings(**fields), BuildReport(), counts={"en": {"bank": 1}})
 
 
@@ -195,7 +193,7 @@ def test_counted_words(tokenizer, make_dataset):
     assert counts == {"en": {"the": 2, "apple": 10, "and": 2, "café": 2}}
     assert occurrences(["Apple", "the apple", "pear", "the-apple", "!"], counts["en"]).tolist() == [10, 2, 0, 2, 0]
     other = replace_fingerprint(tokenizer)
-    with pytest.raises(UserError, match="made with tokenizer .* but the table is built with"):
+    with user_error(prefix, tokenizer.fingerprint, "sha256:other"):
         count_words([prefix], other, tokenizer.word_boundaries(), 1000)
 
 
@@ -234,7 +232,7 @@ SECOND = ("en-fr", [["house", "maison"], ["bank", "banque"]])
 THIRD = ("en-de", [["Polish", "polnisch"], ["bank", "Haus"], ["bank", "Ufer"], ["red", "rot"]], [1.0, 2.0, 0.5, 1.0])
 
 
-def test_merged_tables_are_one_of_all_lists(tokenizer, tmp_path):
+def test_merged_tables_equal_one_table_of_all_lists(tokenizer, tmp_path):
     expected = build(tokenizer, FIRST, SECOND, THIRD)
     parts = []
     for number, lists in enumerate(([FIRST, SECOND], [THIRD])):
@@ -256,7 +254,7 @@ def test_merged_counts_are_the_largest(tokenizer):
     counted = [replace(table, group_count=np.arange(1, table.num_groups + 1)) for table in tables]
     # apple, bank, polish; house, bank
     assert merge_counts(merged, counted).group_count.tolist() == [1, 2, 3, 1]
-    # bank is there 2 times and 2 times; of different counts the larger one stays, whichever table has it.
+    # Both tables count bank 2 times; of different counts the larger one is kept, whichever table has it.
     counted[0] = replace(counted[0], group_count=np.array([1, 7, 3]))
     assert merge_counts(merged, counted).group_count.tolist() == [1, 7, 3, 1]
     counted[1] = replace(counted[1], group_count=np.array([1, 9]))
@@ -268,5 +266,5 @@ def test_word_weights_are_checked(tokenizer, tmp_path):
     assert table.word_weight is not None
     for weights in (table.word_weight[:-1], -table.word_weight, table.word_weight.astype(np.float64)):
         replace(table, word_weight=weights).save(tmp_path / "t")
-        with pytest.raises(UserError, match="word_weight"):
+        with user_error(tmp_path / "t", "word_weight"):
             load_table(tmp_path / "t")

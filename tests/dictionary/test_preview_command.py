@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary preview` from end to end."""
+"""`megatron-prealign dictionary preview`, end to end."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.messages import assert_refused
 from support.tiny import Tiny
 
 from megatron_prealign.cli import main
@@ -20,27 +21,27 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture
-def given(tiny: Tiny) -> list[str]:
+def inputs(tiny: Tiny) -> list[str]:
     return ["--table", tiny.table, "--data", str(tiny.directory / "en")]
 
 
-def test_rows_and_totals_without_a_terminal(given: list[str], tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
-    assert run(*given, "--rows", 5, "--seq-length", 64, "--ratio", 0.3) == 0
+def test_rows_and_totals_without_a_terminal(inputs: list[str], tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
+    assert run(*inputs, "--rows", 5, "--seq-length", 64, "--ratio", 0.3) == 0
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
-    assert re.findall(r"^row (\d) \(en\)", printed, re.M) == ["1", "2", "3", "4", "5"]
+    assert re.findall(r"^sample (\d) \(en\)", printed, re.M) == ["1", "2", "3", "4", "5"]
     table = load_table(tiny.table)
     listed = {table.group_words(group)[0][1] for group in range(table.num_groups)}
     originals = re.findall(r"^  original  (.*)$", printed, re.M)
     marked = [word for line in originals for word in re.findall(r"\[([A-Za-z]+)\]", line)]
     results = re.findall(r"\{⟦([A-Za-z]+)⟧\}", printed)
     assert len(marked) > 10 and {word.casefold() for word in marked} <= listed
-    # words of the clone are spelled alike; the end of a row may cut the last
+    # Clone words have the same spelling; the last word of a sample may be truncated.
     assert len(marked) - len(results) in range(6) and set(results) <= set(marked)
-    assert f"\nswitched{len(marked):>21}  " in printed
+    assert re.search(rf"^switched +{len(marked)}  ", printed, re.M)
     assert "0.3 of the known words, input_only" in printed and "of 64 tokens, seed 1" in printed
-    # the same again, to the letter
-    assert run(*given, "--rows", 5, "--seq-length", 64, "--ratio", 0.3) == 0
+    # Repeated runs print exactly the same.
+    assert run(*inputs, "--rows", 5, "--seq-length", 64, "--ratio", 0.3) == 0
     assert capsys.readouterr().out == printed
 
 
@@ -59,27 +60,27 @@ def test_recipe(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     kept = {table.group_words(group)[0][1] for group in range(table.num_groups) if not held_out[group]}
     assert marked and marked <= kept
     assert not (tmp_path / "run").exists()
-    # a ratio on the command line has no schedule, and data of its own replaces the blend
+    # --ratio disables the schedule, and --data replaces the blend.
     arguments = ["--rows", 3, "--ratio", 0.25, "--data", tiny.directory / "en", "--seed", 9, "--seq-length", 16]
     assert run("--config", recipe, *arguments, "--label-mode", "mix") == 0
     printed = capsys.readouterr().out
     assert "0.25 of the known words, mix" in printed and "of 16 tokens, seed 9" in printed
 
 
-def test_labels_come_below_the_rows(given: list[str], capsys: pytest.CaptureFixture) -> None:
-    short = [*given, "--rows", "1", "--seq-length", "8", "--ratio", "0.5"]
+def test_labels_are_printed_below_the_samples(inputs: list[str], capsys: pytest.CaptureFixture) -> None:
+    short = [*inputs, "--rows", "1", "--seq-length", "8", "--ratio", "0.5"]
     assert run(*short) == 0
     without = capsys.readouterr().out
     assert run(*short, "--labels") == 0
     printed = capsys.readouterr().out
     assert "\n  position  0 " in printed and "\n  label     " in printed
-    # the rest is the same
+    # All other lines are unchanged.
     lines = [line for line in printed.splitlines() if not re.match(r"  (position|input|label) ", line)]
     assert lines == without.splitlines()
 
 
-def test_colours(given: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [*given, "--rows", "2", "--seq-length", "32", "--ratio", "1"]
+def test_colours(inputs: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*inputs, "--rows", "2", "--seq-length", "32", "--ratio", "1"]
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "90")
@@ -100,9 +101,9 @@ def test_colours(given: list[str], capsys: pytest.CaptureFixture, monkeypatch: p
     assert not coloured()
 
 
-def test_page(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_page(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page = tmp_path / "new" / "page.html"
-    assert run(*given, "--rows", 3, "--seq-length", 64, "--ratio", 0.5, "--html", page) == 0
+    assert run(*inputs, "--rows", 3, "--seq-length", 64, "--ratio", 0.5, "--html", page) == 0
     printed = capsys.readouterr().out
     assert printed.endswith(f"wrote {page}\n")
     text = page.read_text(encoding="utf-8")
@@ -111,22 +112,22 @@ def test_page(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert [path.name for path in page.parent.iterdir()] == ["page.html"]
 
 
-def test_fewer_rows_than_asked_for(given: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert run(*given, "--rows", 1000, "--seq-length", 20_000) == 0
+def test_fewer_samples_than_requested(inputs: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert run(*inputs, "--rows", 1000, "--seq-length", 20_000) == 0
     printed = capsys.readouterr().out
-    rows = len(re.findall(r"^row ", printed, re.M))
-    assert 0 < rows < 1000
-    assert f"the data has {rows} rows of 20000 tokens, fewer than the 1000 asked for" in printed
+    samples = len(re.findall(r"^sample ", printed, re.M))
+    assert 0 < samples < 1000
+    assert re.search(rf"\b{samples} samples of 20000 tokens.*\b1000$", printed, re.M)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"--table": None}, "--table not given; name the table and the dataset, or give --config"),
-        ({"--table": None, "--data": None}, "--table and --data not given"),
-        ({"--table": "none.safetensors"}, "none.safetensors: no such dictionary table"),
-        ({"--data": "nowhere/en"}, "nowhere/en.json: no such file"),
-        ({"--tokenizer": "nowhere"}, "nowhere: no such tokenizer"),
+        ({"--table": None}, "missing --table;"),
+        ({"--table": None, "--data": None}, "missing --table and --data;"),
+        ({"--table": "none.safetensors"}, "table none.safetensors does not exist"),
+        ({"--data": "nowhere/en"}, "nowhere/en.json: file not found"),
+        ({"--tokenizer": "nowhere"}, "nowhere: tokenizer not found"),
         ({"--config": "none.yaml"}, "none.yaml"),
         ({"--ratio": "1.5"}, "--ratio is 1.5, expected a number from 0 to 1"),
         ({"--ratio": "-0.1"}, "--ratio is -0.1, expected a number from 0 to 1"),
@@ -134,42 +135,42 @@ def test_fewer_rows_than_asked_for(given: list[str], capsys: pytest.CaptureFixtu
         ({"--lookahead": "100000"}, "code_switch.lookahead is 100000, expected null or at most data.seq_length ("),
         ({"--seed": "-1"}, "--seed is -1, expected a number from 0"),
         ({"--seq-length": "0"}, "--seq-length is 0, expected a number from 1"),
-        ({"--seq-length": "1000000"}, "tokens, one row needs --seq-length + 1 = 1000001; lower --seq-length"),
-        ({"--language-weights": "fr=1"}, "code_switch.language_weights names fr, expected languages of"),
+        ({"--seq-length": "1000000"}, "--seq-length + 1 = 1000001; lower --seq-length"),
+        ({"--language-weights": "fr=1"}, "code_switch.language_weights has fr, expected languages of"),
         ({"--label-mode": "none"}, "--label-mode is none, expected one of input_only, codeswitch, "),
         ({"--max-word-length": "0"}, "code_switch.max_word_length is 0, expected null or at least"),
-        ({"--html": "."}, "--html is ., a directory; expected a file to write"),
+        ({"--html": "."}, "--html . is a directory"),
     ],
     ids=str,
 )
-def test_mistakes(change: dict[str, str | None], text: str, tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
+def test_user_errors(change: dict[str, str | None], text: str, tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
     options = {"--table": tiny.table, "--data": str(tiny.directory / "en"), "--rows": "1", **change}
-    assert run(*[each for pair in options.items() if pair[1] is not None for each in pair]) == 2
+    status = run(*[each for pair in options.items() if pair[1] is not None for each in pair])
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and text in captured.err
+    assert_refused(status, captured.err, "error: ", text)
     assert captured.out == ""
 
 
-def test_data_that_does_not_fit(tiny: Tiny, tmp_path: Path, tokenizer, make_dataset, capsys) -> None:
-    assert run("--table", tiny.table, "--data", tiny.directory / "en_clone") == 2
-    assert "replaces words of en, the data is in en_clone: nothing would ever be switched" in capsys.readouterr().err
+def test_data_that_does_not_match(tiny: Tiny, tmp_path: Path, tokenizer, make_dataset, capsys) -> None:
+    status = run("--table", tiny.table, "--data", tiny.directory / "en_clone")
+    assert_refused(status, capsys.readouterr().err, "no word would be switched", "words of en,", "data is in en_clone")
     other = make_dataset(tokenizer, ["The apple and the house " * 30], "en")
     capsys.readouterr()
-    assert run("--table", tiny.table, "--data", other) == 2
-    assert f"but dataset {other} has {tokenizer.fingerprint}" in capsys.readouterr().err
-    assert run("--table", tiny.table, "--data", tiny.directory / "en", "--tokenizer", tokenizer.path) == 2
-    assert f"but tokenizer {tokenizer.path} has {tokenizer.fingerprint}" in capsys.readouterr().err
+    status = run("--table", tiny.table, "--data", other)
+    assert_refused(status, capsys.readouterr().err, f"{tokenizer.fingerprint} of dataset {other}")
+    status = run("--table", tiny.table, "--data", tiny.directory / "en", "--tokenizer", tokenizer.path)
+    assert_refused(status, capsys.readouterr().err, f"{tokenizer.fingerprint} of tokenizer {tokenizer.path}")
 
 
 def test_tokenizer_that_moved(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for ending in ("bin", "idx"):
         shutil.copy(tiny.directory / f"en.{ending}", tmp_path / f"en.{ending}")
     sidecar = json.loads(sidecar_path(tiny.directory / "en").read_text(encoding="utf-8"))
-    sidecar["tokenizer"]["path"] = "gone/tokenizer"
+    sidecar["tokenizer"]["path"] = "missing/tokenizer"
     sidecar_path(tmp_path / "en").write_text(json.dumps(sidecar), encoding="utf-8")
     arguments = ["--table", tiny.table, "--data", tmp_path / "en", "--rows", 1]
-    assert run(*arguments) == 2
-    assert "en.json: names tokenizer gone/tokenizer, which is not there; give --tokenizer" in capsys.readouterr().err
+    status = run(*arguments)
+    assert_refused(status, capsys.readouterr().err, "en.json: tokenizer missing/tokenizer", "--tokenizer")
     assert run(*arguments, "--tokenizer", tiny.tokenizer) == 0
 
 

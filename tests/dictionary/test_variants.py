@@ -1,4 +1,4 @@
-"""Case by language."""
+"""Case rules by language."""
 
 import pytest
 
@@ -22,12 +22,12 @@ from megatron_prealign.dictionary.variants import Case, apply_case, spell
     ],
 )
 def test_case_of_translations(word, language, capitalised, upper):
-    # Beside others, whose letters must not change how this one is treated.
+    # Other words in the batch must not change the result.
     for words in ([word], ["x", word, "Ä"]):
-        place = words.index(word)
+        index = words.index(word)
         assert apply_case(words, language, "as_is") == words
-        assert apply_case(words, language, "capitalised")[place] == capitalised
-        assert apply_case(words, language, "upper")[place] == upper
+        assert apply_case(words, language, "capitalised")[index] == capitalised
+        assert apply_case(words, language, "upper")[index] == upper
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_case_of_translations(word, language, capitalised, upper):
         ("Berlin", None, "BERLIN"),
         ("NATO", None, None),
         ("iPhone", None, "IPHONE"),
-        # At the start of a sentence, not in capitals.
+        # "A" counts as capitalised, not as upper case.
         ("a", "A", None),
         ("りんご", None, None),
     ],
@@ -46,7 +46,7 @@ def test_source_variants_add_only_new_spellings(word, capitalised, upper):
     spellings = spell(["x", word, "x"], "en")
     expected: dict[Case, str | None] = {"as_is": word, "capitalised": capitalised, "upper": upper}
     for case, spelling in expected.items():
-        # "x" in capitals is how it starts a sentence.
+        # "X" counts as capitalised.
         x = case != "upper"
         assert spellings.is_variant[case].tolist() == [x, spelling is not None, x]
         assert spellings.words[case][1] == (spelling or apply_case([word], "en", case)[0])

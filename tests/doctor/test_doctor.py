@@ -1,4 +1,4 @@
-"""The doctor on this machine, and on broken ones made for it: fake packages, old versions, hangs and crashes."""
+"""The doctor on this machine and on simulated broken ones: fake packages, old versions, hangs and crashes."""
 
 import json
 import os
@@ -11,33 +11,33 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.messages import user_error
 
 from megatron_prealign.doctor import checks
 from megatron_prealign.doctor.probe import ProbeError, probe, run_command
-from megatron_prealign.errors import UserError
 from megatron_prealign.tools.doctor import main
 
 
-def put_module(directory: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def add_module(directory: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / name).mkdir(parents=True)
     (directory / name / "__init__.py").write_text(source)
     monkeypatch.syspath_prepend(str(directory))
 
 
-def pretend_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+def fake_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
     real = metadata.version
 
     def version(name: str) -> str:
         if name not in versions:
             return real(name)
-        if (pretended := versions[name]) is None:
+        if (fake := versions[name]) is None:
             raise metadata.PackageNotFoundError(name)
-        return pretended
+        return fake
 
     monkeypatch.setattr(metadata, "version", version)
 
 
-def put_command(directory: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def add_command(directory: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / name).write_text(f"#!/bin/sh\n{script}\n")
     (directory / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
@@ -53,7 +53,7 @@ def test_this_machine_can_run_the_package(capsys: pytest.CaptureFixture[str]) ->
     assert findings["gloo"]["status"] == "ok"
 
 
-def test_one_line_a_part_and_status_1_on_a_failure(
+def test_one_line_per_part_and_status_1_on_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def crash() -> checks.Finding:
@@ -67,74 +67,73 @@ def test_one_line_a_part_and_status_1_on_a_failure(
     assert "RuntimeError: first line" in lines[1] and "second line" not in lines[1]
 
 
-def test_warnings_alone_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_do_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "CHECKS", {"x": lambda: checks.Finding("x", "warn", "so so")})
     assert main([]) == 0
 
 
-def test_a_hanging_check_is_a_finding_and_the_others_still_answer() -> None:
+def test_a_hanging_check_is_a_finding_and_the_others_still_finish() -> None:
     start = time.monotonic()
     stuck_checks = {"stuck": lambda: time.sleep(30) or checks.Finding("stuck", "ok", ""), "Python": checks.check_python}
     stuck, python = checks.run_checks(stuck_checks, deadline_s=0.5)
     assert (stuck.status, python.status) == ("fail", "ok")
-    assert "no answer within 0.5 s" in stuck.found
+    assert "timed out" in stuck.found and "0.5 s" in stuck.found
     assert time.monotonic() - start < 10.0  # 0.5 s by design; the rest is for a busy machine
 
 
-def test_an_apex_without_fused_adam_is_named_as_the_wrong_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_module(tmp_path, "apex", "", monkeypatch)
+def test_apex_without_fused_adam_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_module(tmp_path, "apex", "", monkeypatch)
     finding = checks.check_apex()
     assert finding.status == "fail"
     assert "PyPI" in finding.found and "not NVIDIA's" in finding.found and "uninstall" in finding.fix
 
 
-def test_the_right_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_module(tmp_path, "apex", "", monkeypatch)
+def test_nvidia_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_module(tmp_path, "apex", "", monkeypatch)
     (tmp_path / "apex" / "optimizers.py").write_text("class FusedAdam: pass\n")
     assert checks.check_apex().status == "ok"
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.17.0", "0.17.0rc1", "1.0"])
 def test_a_megatron_core_outside_the_range_fails(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_versions(monkeypatch, {"megatron-core": version})
+    fake_versions(monkeypatch, {"megatron-core": version})
     finding = checks.check_megatron_core()
     assert finding.status == "fail" and version in finding.found and "megatron-core>=0.16.1,<0.17" in finding.fix
 
 
-def test_absent_or_old_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_versions(
-        monkeypatch, {"psutil": None, "torch": "2.5.1+cu121", "tokenizers": "0.19.1", "sentencepiece": None}
-    )
+def test_missing_or_old_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_versions(monkeypatch, {"psutil": None, "torch": "2.5.1+cu121", "tokenizers": "0.19.1", "sentencepiece": None})
     assert checks.check_psutil().status == "fail" and "pip install psutil" in checks.check_psutil().fix
     assert checks.check_torch().status == "fail" and "2.5.1" in checks.check_torch().found
     finding = checks.check_tokenizer_libraries()
     assert finding.status == "fail"
-    assert "not installed: sentencepiece" in finding.found and "tokenizers 0.19.1 (needs 0.20)" in finding.found
+    assert "not installed: sentencepiece" in finding.found
+    assert "tokenizers 0.19.1" in finding.found and "0.20" in finding.found
     assert '"tokenizers>=0.20"' in finding.fix and '"sentencepiece>=0.2"' in finding.fix
 
 
 def test_an_unreadable_version_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_versions(monkeypatch, {"torch": "unknown"})
+    fake_versions(monkeypatch, {"torch": "unknown"})
     (finding,) = checks.run_checks({"torch": checks.check_torch})
     assert finding.status == "fail" and "'unknown'" in finding.found
 
 
-def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(checks, "_nvidia_gpus", lambda: [("NVIDIA H200", "570.10")] * count)
 
 
 @pytest.mark.parametrize(("gpus", "status"), [(0, "warn"), (1, "fail")])
 def test_an_old_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
-    pretend_gpus(monkeypatch, gpus)
-    put_module(tmp_path, "triton", "__version__ = '3.1.0'", monkeypatch)
+    fake_gpus(monkeypatch, gpus)
+    add_module(tmp_path, "triton", "__version__ = '3.1.0'", monkeypatch)
     finding = checks.check_triton()
     assert finding.status == status and "3.1.0" in finding.found and "upgrade torch" in finding.fix
 
 
 @pytest.mark.parametrize(("gpus", "status"), [(0, "ok"), (1, "fail")])
 def test_no_triton(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
-    pretend_gpus(monkeypatch, gpus)
-    pretend_versions(monkeypatch, {"triton": None})
+    fake_gpus(monkeypatch, gpus)
+    fake_versions(monkeypatch, {"triton": None})
     monkeypatch.setattr(checks, "is_importable", lambda module: False)
     finding = checks.check_triton()
     assert finding.status == status and "not installed" in finding.found
@@ -143,7 +142,7 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> N
 
 @pytest.mark.parametrize(("gpus", "status"), [(0, "ok"), (1, "fail")])
 def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) -> None:
-    pretend_gpus(monkeypatch, gpus)
+    fake_gpus(monkeypatch, gpus)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     finding = checks.check_compiler()
     assert finding.status == status
@@ -151,21 +150,21 @@ def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) 
 
 
 def test_optional_packages_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_module(tmp_path, "transformer_engine", "raise OSError('libcudart.so.12 is missing')", monkeypatch)
-    put_module(tmp_path, "deepspeed", "raise RuntimeError('no CUDA_HOME')", monkeypatch)
+    add_module(tmp_path, "transformer_engine", "raise OSError('libcudart.so.12 is missing')", monkeypatch)
+    add_module(tmp_path, "deepspeed", "raise RuntimeError('no CUDA_HOME')", monkeypatch)
     engine = checks.check_transformer_engine()
     assert engine.status == "fail" and "libcudart.so.12 is missing" in engine.found
     assert checks.check_deepspeed().status == "warn"
 
 
 def test_a_gpu_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_command(tmp_path, "nvidia-smi", 'echo "NVIDIA H200, 570.10"; echo "NVIDIA H200, 570.10"', monkeypatch)
-    monkeypatch.setattr(checks, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
+    add_command(tmp_path, "nvidia-smi", 'echo "NVIDIA H200, 570.10"; echo "NVIDIA H200, 570.10"', monkeypatch)
+    monkeypatch.setattr(checks, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "warnings": []})
     finding = checks.check_gpus()
     assert finding.status == "fail"
     assert "2 x NVIDIA H200, driver 570.10" in finding.found and "CPU build" in finding.found
     monkeypatch.setattr(
-        checks, "probe", lambda code: {"names": [], "usable": False, "cuda": "13.0", "why": ["too old"]}
+        checks, "probe", lambda code: {"names": [], "usable": False, "cuda": "13.0", "warnings": ["too old"]}
     )
     assert "too old" in checks.check_gpus().found
     monkeypatch.setattr(checks, "probe", lambda code: {"version": None})
@@ -173,12 +172,12 @@ def test_a_gpu_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_broken_nvidia_smi_counts_as_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_command(tmp_path, "nvidia-smi", "echo cannot talk to the driver >&2; exit 9", monkeypatch)
-    monkeypatch.setattr(checks, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "why": []})
+    add_command(tmp_path, "nvidia-smi", "echo cannot talk to the driver >&2; exit 9", monkeypatch)
+    monkeypatch.setattr(checks, "probe", lambda code: {"names": [], "usable": False, "cuda": None, "warnings": []})
     assert checks.check_gpus().status == "warn"
 
 
-def test_gloo_on_an_interface_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_on_a_missing_interface_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchif0")
     finding = checks.check_gloo()
     assert finding.status == "fail" and "GLOO_SOCKET_IFNAME" in finding.fix
@@ -192,26 +191,26 @@ def test_space(free_gib: float, disk: str, memory: str, monkeypatch: pytest.Monk
     assert checks.check_shared_memory().status == memory
 
 
-def test_a_probe_sees_our_modules_and_ignores_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_module(tmp_path, "noisy_part", "print('hello', end='')\nvalue = 7", monkeypatch)
-    assert probe("import noisy_part; answer(value=noisy_part.value); print('bye')") == {"value": 7}
+def test_a_probe_has_the_same_modules_and_ignores_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_module(tmp_path, "noisy_part", "print('hello', end='')\nvalue = 7", monkeypatch)
+    assert probe("import noisy_part; result(value=noisy_part.value); print('bye')") == {"value": 7}
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("code", "fact"),
     [
         ("raise ValueError('why')", "ValueError: why"),
         ("import os; os.abort()", "SIGABRT"),
         ("import sys; sys.exit(3)", "status 3"),
-        ("pass", "status 0 and no message"),
+        ("pass", "status 0"),
     ],
 )
-def test_a_failing_probe_says_why(code: str, message: str) -> None:
-    with pytest.raises(ProbeError, match=message):
+def test_a_failing_probe_names_the_reason(code: str, fact: str) -> None:
+    with user_error(fact, kind=ProbeError):
         probe(code)
 
 
-def test_a_hanging_probe_is_ended_with_its_children(tmp_path: Path) -> None:
+def test_a_hanging_probe_is_killed_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     code = (
         "import subprocess, sys, time, pathlib\n"
@@ -220,7 +219,7 @@ def test_a_hanging_probe_is_ended_with_its_children(tmp_path: Path) -> None:
         "time.sleep(60)"
     )
     start = time.monotonic()
-    with pytest.raises(ProbeError, match="no answer within 3 s"):
+    with user_error("timed out", "3 s", kind=ProbeError):
         probe(code, timeout_s=3.0)
     assert time.monotonic() - start < 20.0  # 3 s by design; the rest is for a busy machine
     child = int(mark.read_text())
@@ -231,8 +230,8 @@ def test_a_hanging_probe_is_ended_with_its_children(tmp_path: Path) -> None:
     pytest.fail("the probe's child is still running")
 
 
-def test_a_command_that_is_not_there_is_a_probe_error() -> None:
-    with pytest.raises(ProbeError, match="no-such-command"):
+def test_a_missing_command_is_a_probe_error() -> None:
+    with user_error("no-such-command", kind=ProbeError):
         run_command(["no-such-command"], timeout_s=1.0)
 
 
@@ -242,11 +241,11 @@ def test_json_and_unknown_options(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert json.loads(capsys.readouterr().out)[0]["part"] == "Python"
     assert main([]) == 0
     assert capsys.readouterr().out.startswith("ok")
-    with pytest.raises(UserError):
+    with user_error("--jsn"):
         main(["--jsn"])
 
 
-def test_help_needs_no_heavy_import() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom megatron_prealign.tools.doctor import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"

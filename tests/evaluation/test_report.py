@@ -1,4 +1,4 @@
-"""Run directories in, report.json, report.html, report.png and the table out."""
+"""The report: run directories to report.json, report.html, report.png and the table."""
 
 import copy
 import json
@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from support.messages import assert_facts, user_error
 
-from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation import plots
 from megatron_prealign.evaluation.report import build_report, recipe_differences, report_table, write_report
 from megatron_prealign.evaluation.report_page import render_page
@@ -120,12 +120,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunRecord,
 
 @pytest.fixture(scope="module")
 def written(runs: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A report directory and what `write_report` returned; drawing takes a second, so tests share it."""
+    """A report directory and the result of `write_report`; shared by tests because drawing takes a second."""
     directory = tmp_path_factory.mktemp("report") / "made" / "here"
     return directory, write_report(runs, directory)
 
 
-def test_a_repeated_step_of_a_resumed_run_is_read_from_its_later_line(tmp_path: Path) -> None:
+def test_the_later_line_of_a_repeated_step_wins(tmp_path: Path) -> None:
     later = [{**TRAIN, "loss": 4.0}, {**EVALUATION, "validation_loss": {"en": 3.0}}]
     other_phase = {**TRAIN, "phase": "alignment", "loss": 9.0}
     record = load_run(write_run(tmp_path, [{**TRAIN, "step": 2}, TRAIN, EVALUATION, *later, other_phase]))
@@ -138,40 +138,40 @@ def test_a_repeated_step_of_a_resumed_run_is_read_from_its_later_line(tmp_path: 
 
 
 @pytest.mark.parametrize("cut", [1, 20, 100])
-def test_a_line_cut_by_a_kill_is_left_out_at_the_end_and_before_the_resumed_part(tmp_path: Path, cut: int) -> None:
-    whole, half = json.dumps(TRAIN), json.dumps({**TRAIN, "step": 2})[:cut]
+def test_an_incomplete_line_of_a_killed_run_is_skipped(tmp_path: Path, cut: int) -> None:
+    complete, incomplete = json.dumps(TRAIN), json.dumps({**TRAIN, "step": 2})[:cut]
     after = json.dumps({**TRAIN, "step": 3})
-    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{half}")
+    (tmp_path / "metrics.jsonl").write_text(f"{complete}\n{incomplete}")
     assert [point.step for point in load_run(tmp_path).train] == [1]
-    (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{half}\n{after}\n")
+    (tmp_path / "metrics.jsonl").write_text(f"{complete}\n{incomplete}\n{after}\n")
     assert [point.step for point in load_run(tmp_path).train] == [1, 3]
 
 
-def test_a_half_utf8_character_at_the_end_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_utf8_character_at_the_end_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(json.dumps(TRAIN).encode() + b'\n{"kind": "tr\xc3')
     assert len(load_run(tmp_path).train) == 1
 
 
-def test_mistakes_name_the_place(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+def test_user_errors_name_the_location(tmp_path: Path) -> None:
+    with user_error(tmp_path / "nowhere" / "metrics.jsonl", "does not exist"):
         load_run(tmp_path / "nowhere")
     broken = {key: value for key, value in EVALUATION.items() if key != "tokens"}
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: .*tokens"):
+    with user_error("metrics.jsonl:2: ", "tokens"):
         load_run(write_run(tmp_path / "missing_field", [TRAIN, broken]))
-    with pytest.raises(UserError, match=r"recipe\.yaml: not YAML"):
+    with user_error("recipe.yaml: ", "YAML"):
         load_run(write_run(tmp_path / "bad_recipe", [TRAIN], "model: [1"))
-    with pytest.raises(UserError, match="no runs"):
+    with user_error("no runs"):
         write_report({}, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
-def test_report_json_holds_what_was_measured(written: tuple[Path, dict]) -> None:
+def test_report_json_contains_the_measurements(written: tuple[Path, dict]) -> None:
     directory, returned = written
     report = json.loads((directory / "report.json").read_text())
     assert report == returned
     aligned = report["runs"]["aligned"]
     assert aligned["validation_loss"] == {"en": 4.5, "de": 5.0}
-    # means of two numbers with one decimal: exact to rounding of the last bit
+    # Means of two numbers with one decimal: exact up to rounding of the last bit.
     assert aligned["word_retrieval_p_at_1"] == pytest.approx([0.9, 0.7, 0.5], abs=1e-12)
     assert aligned["word_retrieval_p_at_1_by_pair"]["en-fr"] == [0.8, 0.6, 0.4]
     assert aligned["word_retrieval_p_at_1_held_out"] == [0.2, 0.1, 0.0]
@@ -193,7 +193,7 @@ def test_differences_are_against_the_first_run(runs: dict) -> None:
     assert change["aligned"]["tokens"] == 3000
 
 
-def test_runs_that_measured_different_things_still_compare_where_they_can(runs: dict) -> None:
+def test_runs_are_compared_by_the_metrics_they_have_in_common(runs: dict) -> None:
     record, measurement = runs["aligned"]
     deeper = replace(measurement, validation_loss={"en": 4.0}, word_retrieval_p_at_1={"en-de": [0.5] * 7})
     bare = replace(measurement, validation_loss={}, word_retrieval_p_at_1={}, word_retrieval_p_at_1_held_out={})
@@ -201,7 +201,7 @@ def test_runs_that_measured_different_things_still_compare_where_they_can(runs: 
     assert report["differences"]["deeper"]["validation_loss"] == {"en": -1.0}
     assert report["differences"]["deeper"]["word_retrieval_p_at_1"] is None
     assert report["differences"]["bare"]["word_retrieval_p_at_1_mean"] is None
-    assert "nothing measured in both" in report_table(report)
+    assert "no metric in common" in report_table(report)
 
 
 class Page(HTMLParser):
@@ -236,7 +236,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_one_well_formed_file_that_fetches_nothing(written: tuple[Path, dict]) -> None:
+def test_the_page_is_well_formed_and_self_contained(written: tuple[Path, dict]) -> None:
     text = (written[0] / "report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
@@ -248,14 +248,14 @@ def test_the_page_is_one_well_formed_file_that_fetches_nothing(written: tuple[Pa
     assert not page.tags & {"script", "link", "img", "iframe"}
     assert "http://" not in text and "https://" not in text and "@import" not in text
     assert "prefers-color-scheme: dark" in text
-    # every fixed colour of the figures became a variable, else dark mode would draw ink on black
+    # Every fixed colour of the figures must be a variable, or dark mode would draw dark text on black.
     figures = text[text.index("<svg") :]
     assert not re.findall(r"#[0-9a-f]{6}\b", figures)
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
     assert used <= set(re.findall(r"(--[\w-]+):", text))
 
 
-def test_the_same_runs_give_the_same_bytes(written: tuple[Path, dict], runs: dict, tmp_path: Path) -> None:
+def test_the_report_is_deterministic(written: tuple[Path, dict], runs: dict, tmp_path: Path) -> None:
     write_report(runs, tmp_path)
     for name in ("report.json", "report.html", "report.png"):
         assert (written[0] / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -276,9 +276,9 @@ def test_hostile_names_and_values_stay_text(runs: dict, tmp_path: Path) -> None:
     assert page.open == []
 
 
-def test_an_output_that_cannot_be_written_is_a_user_error_and_leaves_nothing(runs: dict, tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_a_user_error_and_is_kept(runs: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=f"{tmp_path}/file is a file"):
+    with user_error(tmp_path / "file", "file"):
         write_report(runs, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -302,7 +302,8 @@ def test_a_single_run_needs_no_comparison(runs: dict) -> None:
     report = build_report({"aligned": runs["aligned"]})
     assert report["differences"] == {} and report["recipe_differences"] == {}
     page = render_page(report, {})
-    assert "Against" not in page and "differ" not in page and "after 4k tokens: validation loss 4.500 on en" in page
+    assert "Differences" not in page and "differ" not in page
+    assert "after 4k tokens" in page and "validation loss 4.500 on en" in page
     assert len(report_table(report).splitlines()) == 3
 
 
@@ -312,7 +313,8 @@ def test_the_table_is_aligned_and_complete(runs: dict) -> None:
     assert lines[2].split() == ["joint", "5.000", "6.000", "0.40", "0.30", "0.20", "-", "1k", "0m01s"]
     assert lines[3].split() == ["aligned", "4.500", "5.000", "0.90", "0.70", "0.50", "0.10", "4k", "0m40s"]
     assert len(lines[0]) == len(lines[1]) == len(lines[2]) == len(lines[3])
-    assert lines[4] == "aligned against joint: loss en -0.500, loss de -1.000, P@1 mean +0.40"
+    assert lines[4].startswith("aligned vs. joint: ")
+    assert_facts(lines[4], "loss en -0.500", "loss de -1.000", "P@1 mean +0.40")
 
 
 def test_thinning_keeps_means_ends_and_the_limit() -> None:
@@ -329,7 +331,7 @@ def test_layers_are_named_from_both_ends() -> None:
     assert plots.layer_names(2) == ["emb", "out"]
 
 
-def test_recipes_differ_by_dotted_field_also_where_one_lacks_a_section() -> None:
+def test_recipe_differences_by_dotted_field() -> None:
     recipes = {
         "a": {"model": {"width": 1, "depth": 2}, "sources": [1, 2]},
         "b": {"model": {"width": 1, "depth": 3}, "sources": [1, 2]},
@@ -342,7 +344,7 @@ def test_recipes_differ_by_dotted_field_also_where_one_lacks_a_section() -> None
     }
 
 
-def test_the_alignment_loss_is_the_mean_over_the_layers_that_are_aligned(tmp_path: Path) -> None:
+def test_the_alignment_loss_is_the_mean_over_aligned_layers(tmp_path: Path) -> None:
     lines = [
         {
             **TRAIN,
@@ -360,7 +362,7 @@ def test_the_alignment_loss_is_the_mean_over_the_layers_that_are_aligned(tmp_pat
     assert axis.lines[0].get_xydata().tolist() == [[1.0, 3.0], [2.0, 3.0]]
 
 
-def test_the_watch_is_read_in_order_and_the_later_line_of_a_step_wins(tmp_path: Path) -> None:
+def test_watch_points_are_sorted_and_the_later_line_of_a_step_wins(tmp_path: Path) -> None:
     unknown = copy.deepcopy(WATCH)
     unknown["pairs"]["en-de"]["negative_cosine"] = [None, 0.0]
     lines = [{**WATCH, "phase": "language_model", "step": 5}, {**WATCH, "step": 5}, WATCH, unknown]
@@ -373,13 +375,13 @@ def test_the_watch_is_read_in_order_and_the_later_line_of_a_step_wins(tmp_path: 
     assert math.isnan(points[0].pairs["en-de"]["negative_cosine"][0])
     assert points[1].by_layer("p_at_1") == pytest.approx([0.2, 0.4], abs=1e-12)  # float rounding
     assert points[1].mean("positive_cosine") == 0.625
-    half = copy.deepcopy(WATCH)
-    del half["pairs"]["de-en"]["mrr"]
-    with pytest.raises(UserError, match=r"metrics\.jsonl:1: .*mrr"):
-        load_run(write_run(tmp_path / "half", [half]))
+    incomplete = copy.deepcopy(WATCH)
+    del incomplete["pairs"]["de-en"]["mrr"]
+    with user_error("metrics.jsonl:1: ", "mrr"):
+        load_run(write_run(tmp_path / "incomplete", [incomplete]))
 
 
-def test_report_json_holds_the_watch(written: tuple[Path, dict]) -> None:
+def test_report_json_contains_the_watch(written: tuple[Path, dict]) -> None:
     report = json.loads((written[0] / "report.json").read_text())
     assert report["runs"]["joint"]["alignment_watch"] == []
     watch = report["runs"]["aligned"]["alignment_watch"]
@@ -403,7 +405,7 @@ def test_the_watch_over_tokens_with_the_end_of_alignment(runs: dict) -> None:
     assert positive.get_ydata().tolist() == [0.625] * 5
     assert negative.get_ydata().tolist() == [0.125] * 5
     assert retrieval.get_title(loc="left") == "P@1 of held-out words"
-    # The run that was watched keeps its colour, though it is the second one.
+    # The watched run keeps its colour although it is the second run.
     assert curve.get_color() == plots.RUN_COLOURS[1]
 
 
@@ -416,9 +418,9 @@ def test_the_watch_by_layer_has_a_row_for_each_watched_run(runs: dict) -> None:
     assert retrieval.lines[2].get_xdata() == [200, 200]
 
 
-def test_the_page_shows_what_the_watch_saw_last(written: tuple[Path, dict]) -> None:
+def test_the_page_shows_the_last_measurement_of_the_watch(written: tuple[Path, dict]) -> None:
     text = (written[0] / "report.html").read_text(encoding="utf-8")
-    table = text[text.index("Alignment watch at the end") :]
+    table = text[text.index("Alignment watch, end of training") :]
     row = table[table.index("de-en") : table.index("</tr>", table.index("de-en"))]
     cells = re.findall(r"<td>([^<]*)</td>", row)
     assert cells == ["8 held-out", "0.40", "0.50", "0.50", "0.50", "0.62", "0.12"]

@@ -1,4 +1,4 @@
-"""Word pairs out of a table, and the measures of a model's words under every layout."""
+"""Word pairs from a table, and retrieval metrics of a model under every layout."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.messages import user_error
 from support.model_builds import build, recipe_values
-from support.plain_retrieval import plain_measures
+from support.plain_retrieval import plain_metrics
 from support.word_table import Word, word_table
 from support.workers import WorkerPool
 
-from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs, word_pairs
 from megatron_prealign.recipe import AlignmentWatchSection
 
@@ -27,10 +27,10 @@ GROUPS: list[list[Word]] = [
     [("en", [7]), ("de", [8, 9, 10, 11]), ("de", [12, 13])],
     # The source word is too long: no pair.
     [("en", [14, 15, 16, 17]), ("de", [18]), ("zh", [19])],
-    # The other way round: one more pair of the same two languages.
+    # The reverse direction: one more pair of the same two languages.
     [("de", [20]), ("en", [21])],
     [("en", [22]), ("zh", [23])],
-    # A pair that is there already.
+    # A duplicate pair.
     [("de", [2]), ("en", [1])],
 ]
 COUNTS = [5, 9, 5, 100, 0, 7, 0]
@@ -63,13 +63,13 @@ def test_limit_counts_pairs_of_each_two_languages() -> None:
     assert {name: sources for name, (sources, _, _) in pairs.items()} == {"en-de": [[4]], "en-zh": [[4]]}
 
 
-def test_only_the_asked_groups_give_pairs() -> None:
+def test_only_the_requested_groups_give_pairs() -> None:
     held_out = [True, False, False, True, False, True, False]
     assert pairs_of(held_out, 100) == {
         "en-de": ([[1]], [[2]], [[0, 0]]),
         "en-zh": ([[22], [1]], [[23], [3]], [[0, 0], [1, 1]]),
     }
-    # The first group that is left decides the direction: group 1.
+    # The first remaining group determines the direction: group 1.
     rest = pairs_of([not each for each in held_out], 100)
     assert list(rest) == ["en-de", "en-zh"]
     assert pairs_of([number >= 4 for number in range(7)], 100)["de-en"] == (
@@ -80,8 +80,8 @@ def test_only_the_asked_groups_give_pairs() -> None:
     assert pairs_of([False] * 7, 100) == {}
 
 
-def test_directions_are_there_and_back() -> None:
-    pair = WordPairs.of(("en", "de"), [((1,), (2,))])
+def test_names_of_directions() -> None:
+    pair = WordPairs.from_pairs(("en", "de"), [((1,), (2,))])
     assert pair.name == "en-de"
     assert pair.directions == ("en-de", "de-en")
 
@@ -89,23 +89,20 @@ def test_directions_are_there_and_back() -> None:
 @pytest.mark.parametrize(
     ("groups", "advice"),
     [
-        ("held_out", "raise dictionary.held_out_fraction or set alignment_watch.groups to trained"),
-        ("trained", "lower dictionary.held_out_fraction or add words to the table"),
+        ("held_out", ("raise dictionary.held_out_fraction", "alignment_watch.groups to trained")),
+        ("trained", ("lower dictionary.held_out_fraction", "add words")),
     ],
 )
-def test_nothing_to_watch_is_the_users_mistake(groups: Any, advice: str) -> None:
+def test_nothing_to_watch_is_a_user_error(groups: Any, advice: tuple[str, ...]) -> None:
     table = word_table(GROUPS, LANGUAGES, vocab_size=40, counts=COUNTS)
     section = AlignmentWatchSection(interval=1, groups=groups)
     held_out = np.zeros(7, dtype=bool) if groups == "held_out" else np.ones(7, dtype=bool)
-    with pytest.raises(UserError) as caught:
+    facts = (f"alignment_watch.groups is {groups}", "0 groups", "dictionary table", "at most 7 tokens", *advice)
+    with user_error(*facts):
         watched_pairs(table, held_out, section, max_word_tokens=7)
-    assert str(caught.value) == (
-        f"alignment_watch.groups is {groups}, but of these 0 word groups of the dictionary table none has a pair of "
-        f"words of at most 7 tokens; {advice}"
-    )
 
 
-def test_the_watch_takes_its_groups_and_its_number_of_words() -> None:
+def test_the_watch_uses_its_groups_and_number_of_words() -> None:
     table = word_table(GROUPS, LANGUAGES, vocab_size=40, counts=COUNTS)
     held_out = np.array([True, False, False, False, False, True, False])
     found = {
@@ -120,7 +117,7 @@ def test_the_watch_takes_its_groups_and_its_number_of_words() -> None:
         ]
         for groups in ("held_out", "trained")
     }
-    # German alone has one held-out group; of those trained on both languages have more than two.
+    # Only German has a single held-out group; both languages have more than two trained groups.
     assert found == {"held_out": [1, 2], "trained": [2, 2]}
 
 
@@ -139,12 +136,12 @@ def random_pairs() -> list[WordPairs]:
         # Half of the sources are near their targets: they share all tokens but one.
         for index in range(4, count, 2):
             source[index] = (*target[index][:-1], *target[index][:1])
-        made.append(WordPairs.of(languages, zip(source, target, strict=True)))
+        made.append(WordPairs.from_pairs(languages, zip(source, target, strict=True)))
     return made
 
 
 def retrieval(values: dict[str, Any], microbatch: int) -> Any:
-    """Runs in workers: what the product measures, with small microbatches."""
+    """Runs in workers: `measure_retrieval` with small microbatches."""
     from megatron_prealign.evaluation import retrieval as module
 
     module._WORDS_PER_MICROBATCH, before = microbatch, module._WORDS_PER_MICROBATCH
@@ -164,7 +161,7 @@ def retrieval(values: dict[str, Any], microbatch: int) -> Any:
 
 
 def by_hand(values: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Runs in a worker: each word alone through the model; direction -> the plain measures of each layer."""
+    """Runs in a worker: each word alone through the model; direction -> plain metrics per layer."""
     _, _, (chunk,) = build(values)
     chunk.eval()
     outputs: list[torch.Tensor] = []
@@ -182,23 +179,23 @@ def by_hand(values: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
         rows = chunk.output_layer.weight.detach()[ids[0]]
         return [each[:, 0].double().mean(0) for each in outputs] + [rows.double().mean(0)]
 
-    found: dict[str, list[dict[str, float]]] = {}
+    metrics: dict[str, list[dict[str, float]]] = {}
     for pair in random_pairs():
         sources, targets = [[states(word) for word in words] for words in (pair.source, pair.target)]
         for layer in range(LAYERS + 2):
-            ways = plain_measures([each[layer] for each in sources], [each[layer] for each in targets], pair.links)
+            ways = plain_metrics([each[layer] for each in sources], [each[layer] for each in targets], pair.links)
             for direction, way in zip(pair.directions, ways, strict=True):
-                found.setdefault(direction, []).append(way)
-    return found
+                metrics.setdefault(direction, []).append(way)
+    return metrics
 
 
 @pytest.fixture(scope="module")
 def expected(workers: WorkerPool) -> dict[str, list[dict[str, float]]]:
-    found = workers.run(1, by_hand, recipe_values("llama"))[0]
-    # A share that is always 0 or 1 would prove nothing.
+    metrics = workers.run(1, by_hand, recipe_values("llama"))[0]
+    # P@1 of 0 or 1 everywhere would prove nothing.
     for direction in ("en-de", "de-en"):
-        assert all(0 < layer["p_at_1"] < 1 for layer in found[direction])
-    return found
+        assert all(0 < layer["p_at_1"] < 1 for layer in metrics[direction])
+    return metrics
 
 
 @pytest.mark.parametrize(
@@ -217,7 +214,7 @@ def expected(workers: WorkerPool) -> dict[str, list[dict[str, float]]]:
     ],
     ids=["one", "microbatches", "dp2", "dp2_microbatches", "pp2", "vpp2", "tp2", "sp_tp2", "tp2_pp2", "sp_tp2_dp2"],
 )
-def test_measures_of_every_layer_and_direction(
+def test_metrics_of_every_layer_and_direction(
     workers: WorkerPool,
     expected: dict[str, list[dict[str, float]]],
     ranks: int,
@@ -225,13 +222,13 @@ def test_measures_of_every_layer_and_direction(
     microbatch: int,
 ) -> None:
     values = recipe_values("llama", parallel={"device": "cpu", **parallel})
-    answers = workers.run(ranks, retrieval, values, microbatch)
-    # To the last bit: ranks that disagree about a goal would wait for each other for ever.
-    assert all(answer == answers[0] for answer in answers)
-    assert answers[0].keys() == expected.keys() == {"en-de", "de-en", "en-zh", "zh-en"}
+    results = workers.run(ranks, retrieval, values, microbatch)
+    # Bit-identical: ranks that disagree about reaching a goal would deadlock.
+    assert all(result == results[0] for result in results)
+    assert results[0].keys() == expected.keys() == {"en-de", "de-en", "en-zh", "zh-en"}
     for direction, layers in expected.items():
-        for measure, by_layer in answers[0][direction].items():
-            wanted = [layer[measure] for layer in layers]
-            # Ranks are equal; cosines of float32 states, rounded to six digits.
-            tolerance = 5e-6 if "cosine" in measure else 1e-6
-            assert by_layer == pytest.approx(wanted, abs=tolerance), (direction, measure)
+        for metric, by_layer in results[0][direction].items():
+            wanted = [layer[metric] for layer in layers]
+            # Ranks of words are equal; cosines are of float32 states, rounded to six digits.
+            tolerance = 5e-6 if "cosine" in metric else 1e-6
+            assert by_layer == pytest.approx(wanted, abs=tolerance), (direction, metric)

@@ -1,4 +1,4 @@
-"""Validation loss against a plain loop over the windows, and in every layout; the evaluator around it."""
+"""Validation loss compared with a plain loop over samples, in every layout; the evaluator."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ SEQ_LENGTH = 96
 
 
 def values_for(tiny: Tiny, directory: Path, **parallel: Any) -> dict[str, Any]:
-    """Windows that fill neither the last microbatch nor the last window."""
+    """Recipe values for which neither the last microbatch nor the last sample is full."""
     values = copy.deepcopy(tiny.values(directory))
     values["data"]["seq_length"] = SEQ_LENGTH
     values["training"].update(micro_batch_size=3, global_batch_size=12, eval_samples=100_000)
@@ -24,9 +24,9 @@ def values_for(tiny: Tiny, directory: Path, **parallel: Any) -> dict[str, Any]:
 
 def opened(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any, Any, Any, Any]:
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.run.dictionary import load_words
+    from megatron_prealign.run.dictionary import load_dictionary
     from megatron_prealign.run.inputs import open_validation, open_vocabulary
-    from megatron_prealign.run.pretrain import format_of_rows
+    from megatron_prealign.run.pretrain import build_sequence_format
     from megatron_prealign.runtime.distributed import start
 
     recipe = recipe_of(values, Path(directory))
@@ -34,38 +34,38 @@ def opened(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any, Any, 
     vocabulary = open_vocabulary(recipe)
     chunks = build_model(recipe, runtime, vocab_size=vocabulary.size)
     validation = open_validation(recipe, vocabulary)
-    words = None if recipe.dictionary is None else load_words(recipe.dictionary, vocabulary.tokenizer.fingerprint)
-    return recipe, runtime, chunks, validation, words, format_of_rows(recipe, vocabulary)
+    words = None if recipe.dictionary is None else load_dictionary(recipe.dictionary, vocabulary.tokenizer.fingerprint)
+    return recipe, runtime, chunks, validation, words, build_sequence_format(recipe, vocabulary)
 
 
 def measured(values: dict[str, Any], directory: str) -> dict[str, float]:
     """Runs in workers."""
     from megatron_prealign.evaluation.validation import validation_losses
 
-    recipe, runtime, chunks, samples, _, row_format = opened(values, directory)
+    recipe, runtime, chunks, samples, _, sequence_format = opened(values, directory)
     return validation_losses(
         runtime,
         chunks,
         samples,
         micro_batch_size=recipe.training.micro_batch_size,
-        row_format=row_format,
+        sequence_format=sequence_format,
     )
 
 
 def by_hand(values: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Runs in a worker: one window at a time through the model, torch's cross entropy over its text; with
-    `reset_attention_mask` one document of a window at a time."""
-    _, _, (chunk,), samples, _, row_format = opened(values, directory)
+    """Runs in a worker: one sample at a time through the model, with torch's cross entropy; with `reset_attention_mask`
+    one document of a sample at a time."""
+    _, _, (chunk,), samples, _, sequence_format = opened(values, directory)
     losses: dict[str, float] = {}
-    windows, last = {}, {}
+    counts, last = {}, {}
     for language in samples.languages:
         total, count = 0.0, 0
-        windows[language] = samples.num_samples(language)
-        for index in range(windows[language]):
-            rows, mask = samples.rows(language, [index])
+        counts[language] = samples.num_samples(language)
+        for index in range(counts[language]):
+            rows, mask = samples.batch(language, [index])
             inputs, labels = rows.tokens[0, :-1], rows.tokens[0, 1:]
-            ends = (inputs == row_format.eod_id).nonzero()[:, 0] + 1
-            pieces = inputs.tensor_split(ends) if row_format.reset_attention_mask else (inputs,)
+            ends = (inputs == sequence_format.eod_id).nonzero()[:, 0] + 1
+            pieces = inputs.tensor_split(ends) if sequence_format.reset_attention_mask else (inputs,)
             with torch.no_grad():
                 logits = torch.cat(
                     [chunk(ids[None], torch.arange(len(ids))[None], None)[0] for ids in pieces if len(ids)]
@@ -74,16 +74,16 @@ def by_hand(values: dict[str, Any], directory: str) -> dict[str, Any]:
             total += each[mask[0]].sum().item()
             count += int(mask.sum())
         losses[language], last[language] = total / count, int(mask.sum())
-    return {"losses": losses, "windows": windows, "last": last}
+    return {"losses": losses, "counts": counts, "last": last}
 
 
 def evaluation(values: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Runs in a worker: the evaluator's result, and what it leaves of the model."""
+    """Runs in a worker: the evaluator's result and the state of the model afterwards."""
     from megatron_prealign.evaluation.evaluator import Evaluator
 
-    recipe, runtime, chunks, samples, words, row_format = opened(values, directory)
+    recipe, runtime, chunks, samples, words, sequence_format = opened(values, directory)
     chunks[0].train()
-    evaluator = Evaluator(recipe, runtime, samples, row_format, words)
+    evaluator = Evaluator(recipe, runtime, samples, sequence_format, words)
     first = evaluator.measure(chunks)
     return {
         "result": first,
@@ -96,12 +96,12 @@ def evaluation(values: dict[str, Any], directory: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def expected(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     directory = tmp_path_factory.mktemp("by_hand")
-    answer = workers.run(1, by_hand, values_for(tiny, directory), str(directory))[0]
-    assert list(answer["losses"]) == ["en", "en_clone"]
-    # What the test is about: a last round and a last window that are not full.
-    assert all(windows % 6 for windows in answer["windows"].values())
-    assert all(last < SEQ_LENGTH for last in answer["last"].values())
-    return answer["losses"]
+    reference = workers.run(1, by_hand, values_for(tiny, directory), str(directory))[0]
+    assert list(reference["losses"]) == ["en", "en_clone"]
+    # What the test is about: neither the last microbatch nor the last sample is full.
+    assert all(count % 6 for count in reference["counts"].values())
+    assert all(last < SEQ_LENGTH for last in reference["last"].values())
+    return reference["losses"]
 
 
 @pytest.mark.parametrize(
@@ -123,15 +123,15 @@ def test_loss_is_the_mean_over_all_text(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_documents_are_kept_apart_as_in_training(workers: WorkerPool, tiny: Tiny, tmp_path: Path, family: str) -> None:
+def test_documents_are_separated_as_in_training(workers: WorkerPool, tiny: Tiny, tmp_path: Path, family: str) -> None:
     values = values_for(tiny, tmp_path)
     values["model"].update(family=family, num_query_groups=4)
     together = workers.run(1, measured, values, str(tmp_path))[0]
     values["data"].update(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
-    answer = workers.run(1, by_hand, values, str(tmp_path))[0]
+    reference = workers.run(1, by_hand, values, str(tmp_path))[0]
     losses = workers.run(1, measured, values, str(tmp_path))[0]
-    # fp32 losses summed in another order; a document alone takes its sums in another order too.
-    assert losses == pytest.approx(answer["losses"], rel=1e-6)
+    # fp32 losses summed in another order; sums over single documents differ in order, too.
+    assert losses == pytest.approx(reference["losses"], rel=1e-6)
     assert losses != pytest.approx(together, rel=1e-6)
 
 
@@ -139,9 +139,9 @@ def test_samples_are_limited(workers: WorkerPool, tiny: Tiny, tmp_path: Path, ex
     values = values_for(tiny, tmp_path)
     values["training"]["eval_samples"] = 2
     losses = workers.run(1, measured, values, str(tmp_path))[0]
-    answer = workers.run(1, by_hand, values, str(tmp_path))[0]
-    assert answer["windows"] == {"en": 2, "en_clone": 2}
-    assert losses == pytest.approx(answer["losses"], rel=1e-6)
+    reference = workers.run(1, by_hand, values, str(tmp_path))[0]
+    assert reference["counts"] == {"en": 2, "en_clone": 2}
+    assert losses == pytest.approx(reference["losses"], rel=1e-6)
     assert losses != pytest.approx(expected, rel=1e-6)
 
 
@@ -151,15 +151,15 @@ def test_evaluator_measures_everything_and_leaves_the_model_in_training(
     values = values_for(tiny, tmp_path)
     values["model"].update(hidden_dropout=0.5, attention_dropout=0.5)
     values["training"]["eval_samples"] = 4
-    answer = workers.run(1, evaluation, values, str(tmp_path))[0]
-    result = answer["result"]
+    evaluated = workers.run(1, evaluation, values, str(tmp_path))[0]
+    result = evaluated["result"]
     assert set(result["validation_loss"]) == {"en", "en_clone"}
     for name in ("word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out"):
         assert list(result[name]) == ["en-en_clone"]
         assert len(result[name]["en-en_clone"]) == 6
-    # Dropout sleeps: measuring twice gives the same, bit for bit.
-    assert answer["again"] == result
-    assert answer["training"]
+    # Without dropout, two evaluations are bit-identical.
+    assert evaluated["again"] == result
+    assert evaluated["training"]
 
 
 def test_without_a_dictionary_there_is_no_retrieval(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:

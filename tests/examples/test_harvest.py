@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.messages import assert_facts
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "english_clone" / "harvest.py"
 TOPICS = ["animals", "rivers", "mountains", "engines", "colours", "letters", "planets", "windows", "gardens", "bridges"]
@@ -213,17 +214,17 @@ def test_max_bytes_is_a_bound(harvest: ModuleType, package: str, tmp_path: Path)
     assert gathered.text_bytes == sum(len(text.encode()) for text in gathered.documents.values())
 
 
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     harvest: ModuleType, package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert harvest.main(["--output", str(tmp_path / "x"), "--packages", "no_such_package_at_all"]) == 2
-    assert "0 documents found in no_such_package_at_all" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, "no_such_package_at_all", "0 documents", "--packages", "--max-bytes")
     (tmp_path / "file").write_text("in the way")
     assert harvest.main(["--output", str(tmp_path / "file"), "--packages", package]) == 2
     assert f"{tmp_path}/file is a file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         harvest.main(["--output", str(tmp_path), "--max-bytes", "0"])
-    assert "--max-bytes is 0" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, "--max-bytes", "at least 1", "got 0")
 
 
 def test_a_paragraph_reads_as_on_the_rendered_page(harvest: ModuleType) -> None:

@@ -19,7 +19,7 @@ from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.recipe import load_recipe
 from megatron_prealign.run.inputs import open_plan, open_vocabulary
-from megatron_prealign.run.pretrain import format_of_rows
+from megatron_prealign.run.pretrain import build_sequence_format
 from megatron_prealign.tokenizer.load import load_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -88,12 +88,12 @@ def test_a_training_batch(directory: Path) -> None:
     vocabulary = open_vocabulary(recipe)
     plan = open_plan(recipe, vocabulary)
     assert not plan.write_index()
-    rows = plan.open().rows(range(64))
+    rows = plan.open().batch(range(64))
     assert set(rows.language.tolist()) == set(range(len(recipe.data.languages)))
     table = load_table(directory / "table.safetensors")
     table = switchable_table(table, recipe.code_switch, recipe.data.languages)
     switcher = CodeSwitcher(
-        table, recipe.code_switch, format_of_rows(recipe, vocabulary), seed=1,
+        table, recipe.code_switch, build_sequence_format(recipe, vocabulary), seed=1,
         languages=recipe.data.languages, device=torch.device("cpu"), coverage=None,
     )  # fmt: skip
     batch = switcher(rows.tokens, rows.language, rows.sample_id, 0, rows.word_starts)

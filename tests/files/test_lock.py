@@ -1,11 +1,10 @@
-"""One run at a time writes into a directory."""
+"""Only one run at a time may write to a directory."""
 
 import errno
 import fcntl
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -14,53 +13,53 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.messages import assert_facts, user_error
 from support.model_builds import recipe_values
 from support.tiny import recipe_of
 
-from megatron_prealign.errors import UserError
 from megatron_prealign.files.lock import LOCK, locked_directories
-from megatron_prealign.run.directory import take_run_directory
+from megatron_prealign.run.directory import lock_run_directory
 
-# Takes the lock, says so, and waits to be killed.
+# Acquires the lock, prints a line, and waits to be killed.
 HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_prealign.files.lock import locked_directories
 with locked_directories([Path(sys.argv[1])]):
-    print("held", flush=True)
+    print("locked", flush=True)
     time.sleep(60)
 """
 
 
-def test_second_run_is_refused_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
+def test_second_run_is_rejected_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as caught, locked_directories([tmp_path]):
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        with (
+            user_error(
+                f"{tmp_path} is in use",
+                f"process {other.pid} on {socket.gethostname()} since 20",
+                " UTC",
+                "logging.run_dir",
+                "checkpoint.directory",
+            ),
+            locked_directories([tmp_path]),
+        ):
             raise AssertionError("two runs in one directory")
-        assert re.fullmatch(
-            re.escape(f"{tmp_path} is in use by another run (process {other.pid} on {socket.gethostname()} since ")
-            + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); wait for it, stop it, or choose another logging.run_dir and "
-            "checkpoint.directory",
-            str(caught.value),
-        )
         os.kill(other.pid, signal.SIGKILL)
         other.wait(20)
-    # The file is still there, the lock is not.
+    # The file still exists, but it is not locked.
     assert (tmp_path / LOCK).exists()
     with locked_directories([tmp_path]):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK).exists()
 
 
-def test_any_of_several_directories_refuses(tmp_path: Path) -> None:
+def test_any_locked_directory_rejects_the_run(tmp_path: Path) -> None:
     run, shared = tmp_path / "run", tmp_path / "shared"
     with locked_directories([run, shared]):
-        with (
-            pytest.raises(UserError, match=f"^{re.escape(str(shared))} is in use"),
-            locked_directories([tmp_path / "b", shared]),
-        ):
+        with user_error(f"{shared} is in use"), locked_directories([tmp_path / "b", shared]):
             raise AssertionError("two runs in one directory")
-        # What the refused one made is gone again.
+        # Directories created by the rejected run have been removed.
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shared"]
     assert list(tmp_path.iterdir()) == []
 
@@ -71,25 +70,22 @@ def test_one_directory_by_two_names_is_locked_once(tmp_path: Path) -> None:
         assert (tmp_path / LOCK).exists()
 
 
-def test_directories_with_something_in_them_stay(tmp_path: Path) -> None:
+def test_non_empty_directories_are_kept(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     with locked_directories([directory]):
         (tmp_path / "a" / "file").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
 
 
-def test_holder_that_has_not_said_who_it_is(tmp_path: Path) -> None:
+def test_holder_that_has_not_written_its_name(tmp_path: Path) -> None:
     with (tmp_path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with (
-            pytest.raises(UserError, match=r"is in use by another run \(process unknown\)"),
-            locked_directories([tmp_path]),
-        ):
+        with user_error(f"{tmp_path} is in use", "process unknown"), locked_directories([tmp_path]):
             raise AssertionError("two runs in one directory")
 
 
-def test_lock_that_is_removed_under_our_hands_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its holder ended, and removed it, between our opening and our locking."""
+def test_lock_file_removed_while_locking_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The previous holder removed it between open and flock."""
     real, path = fcntl.flock, tmp_path / LOCK
     removed: list[int] = []
 
@@ -116,14 +112,12 @@ def test_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.WARNING), locked_directories([tmp_path]):
         assert list(tmp_path.iterdir()) == []
-    assert caplog.messages == [
-        f"{tmp_path}: this file system has no locks ([Errno {number}] {os.strerror(number)}); make sure that no other "
-        "run writes there"
-    ]
+    (message,) = caplog.messages
+    assert_facts(message, tmp_path, "locks", f"[Errno {number}] {os.strerror(number)}")
 
 
-def test_a_full_disk_is_left_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fills the disk may be the half-written save itself: it goes before anything is written."""
+def test_a_run_can_start_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An incomplete checkpoint may be what fills the disk: it is removed before anything is written."""
     run_dir = tmp_path / "run"
     half = run_dir / "checkpoints" / ".step_00000020.incomplete"
     half.mkdir(parents=True)
@@ -137,19 +131,19 @@ def test_a_full_disk_is_left_by_the_next_start(tmp_path: Path, monkeypatch: pyte
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", full)
-    with ExitStack() as held:
-        take_run_directory(recipe, held)
+    with ExitStack() as stack:
+        lock_run_directory(recipe, stack)
         assert not half.exists()
-        with pytest.raises(UserError, match="in use by another run"), ExitStack() as second:
-            take_run_directory(recipe, second)
+        with user_error(run_dir, "in use"), ExitStack() as second:
+            lock_run_directory(recipe, second)
 
 
-def test_a_directory_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_creating_a_directory_on_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(recipe_values("llama", logging={"run_dir": str(tmp_path / "run")}), tmp_path)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(UserError, match="No space left on device; free disk space or choose another path"):
-        take_run_directory(recipe, ExitStack())
+    with user_error(tmp_path / "run", "No space left on device", "free disk space"):
+        lock_run_directory(recipe, ExitStack())

@@ -1,29 +1,30 @@
-"""Output files: the order in which a group appears, and outputs that cannot be made."""
+"""Output files: rename order within a group, and outputs that cannot be created."""
 
 import os
 from pathlib import Path
 
 import pytest
+from support.messages import assert_refused
 from support.tiny import Tiny
 
 from megatron_prealign import cli
 from megatron_prealign.files.atomic import write_all_atomically
 
 
-def test_the_last_target_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    appeared = []
+def test_the_last_target_is_renamed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = []
     replace = os.replace
 
     def watch(source: Path, target: Path) -> None:
-        appeared.append(Path(target).name)
+        renamed.append(Path(target).name)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
     with write_all_atomically([tmp_path / name for name in ("first", "second", "last")]) as paths:
         for path, name in zip(paths, ("first", "second", "last"), strict=True):
             path.write_text(name)
-    assert appeared == ["first", "second", "last"]
-    assert [(tmp_path / name).read_text() for name in appeared] == appeared
+    assert renamed == ["first", "second", "last"]
+    assert [(tmp_path / name).read_text() for name in renamed] == renamed
 
 
 @pytest.mark.parametrize("command", ["preprocess", "train-tokenizer"])
@@ -38,7 +39,5 @@ def test_output_below_a_file(
         "train-tokenizer": ["--vocab-size", "300"],
     }[command]
     corpus = str(tiny.directory / "corpus.jsonl")
-    assert cli.main([command, "--input", corpus, "--output", str(output), *options]) == 2
-    message = capsys.readouterr().err
-    assert len(message.splitlines()) == 1
-    assert f"{tmp_path / 'file'} is a file; choose another path" in message
+    status = cli.main([command, "--input", corpus, "--output", str(output), *options])
+    assert_refused(status, capsys.readouterr().err, output.parent, f"{tmp_path / 'file'} is a file")

@@ -1,4 +1,4 @@
-"""Every implementation of code-switching that this process can run, one after the other."""
+"""Fixtures for every implementation of code-switching that this process can run."""
 
 import pytest
 from support.code_switch_cases import DEVICE, IMPLEMENTATIONS, Implementation, Run, assert_equals_oracle

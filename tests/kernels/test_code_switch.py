@@ -1,7 +1,7 @@
-"""Code-switching against the pure-Python oracle, the worked example, and what must hold for any table.
+"""Code-switching against the pure-Python oracle, the worked example, and properties of any table.
 
 The same tests run for every implementation that this process can run: the plain-torch reference, and on a GPU or under
-TRITON_INTERPRET=1 (a process of its own in `make test`) both forms of the Triton kernel.
+TRITON_INTERPRET=1 (a separate process in `make test`) both forms of the Triton kernel.
 """
 
 import os
@@ -27,6 +27,7 @@ from support.code_switch_cases import (
     mixed_case,
 )
 from support.code_switch_oracle import Dictionary, philox
+from support.messages import user_error
 
 from megatron_prealign.kernels import (
     LABEL_MODES,
@@ -37,12 +38,12 @@ from megatron_prealign.kernels import (
 )
 from megatron_prealign.kernels._triton import INTERPRETED
 from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switch
-from megatron_prealign.kernels.ngram_table import DRAW_BIAS, TOKEN_BITS, hash_columns, pack_first, places_of
+from megatron_prealign.kernels.ngram_table import DRAW_BIAS, TOKEN_BITS, hash_columns, hash_slots, pack_first
 
-# More examples than a test run has time for: CODE_SWITCH_EXAMPLES=5000 make test
+# For a longer run: CODE_SWITCH_EXAMPLES=5000 make test
 EXAMPLES = int(os.environ.get("CODE_SWITCH_EXAMPLES", "150" if INTERPRETED else "600"))
 
-# Rows of 256 words, for what is true of many draws only.
+# Rows of 256 words, for statistics over many draws.
 MANY = [[1] * 257] * (2 if INTERPRETED else 8)
 
 
@@ -69,7 +70,7 @@ def test_worked_example(checked: Run, label_mode: str, labels: list[int], mask: 
     assert output.labels.tolist() == [labels]
     assert output.loss_mask.tolist() == [mask]
     assert output.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
-    # The, cat, sat and NEXT run; the full stop has no letter; NEXT no longer fits and LAST lies behind the row
+    # The, cat and sat are running words; the full stop has no letter; NEXT no longer fits and LAST is lookahead
     assert output.counts.tolist() == [[3, 1, 1, 0, 1, 0, 1]]
 
 
@@ -77,21 +78,21 @@ def test_mix_takes_both_label_rules(checked: Run) -> None:
     output = checked(EXAMPLE.but(rows=EXAMPLE.rows * 100, label_mode="mix"))
     kinds = {tuple(row) for row in output.labels.tolist()}
     assert kinds == {(C, 0, 0, SAT, DOT, NEXT), (K, A, T, SAT, DOT, NEXT)}
-    share = float((output.labels[:, 0] == K).float().mean())
+    fraction = float((output.labels[:, 0] == K).float().mean())
     # 100 fair coins: 5 standard deviations are 0.25
-    assert abs(share - 0.5) < 0.25
+    assert abs(fraction - 0.5) < 0.25
 
 
 def test_mix_takes_half_of_the_draws(checked: Run) -> None:
     sample_id = 5833383687
-    # the first one that draws exactly half
+    # the first sample id that draws exactly half
     assert philox((0, sample_id % 2**32, sample_id >> 32, 0), (7, 0))[3] == 1 << 31
     output = checked(edge([[1, 2, 2]], (8, 18), label_mode="mix", sample_id=[sample_id]))
     assert output.labels.tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_any_case_equals_the_oracle_and_keeps_the_rules(name: str) -> None:
+def test_any_case_equals_the_oracle_and_has_the_properties(name: str) -> None:
     switched = 0
 
     @settings(
@@ -104,21 +105,21 @@ def test_any_case_equals_the_oracle_and_keeps_the_rules(name: str) -> None:
         switched += assert_properties(case, output)
 
     compare()
-    # the cases are about something
+    # the cases are not trivial
     assert switched > EXAMPLES
 
 
 @pytest.mark.parametrize("length", range(1, 9))
 def test_ngrams_up_to_eight_tokens(checked: Run, length: int) -> None:
     word = [1, *CONTINUED[: length - 1]]
-    # whole; one token longer; one token shorter
+    # the word; one token longer; one token shorter
     row = [2, *word, 2, *word, 19, 2, *(word[:-1] or [3]), 2]
     output = checked(edge([row], length=length))
     assert output.counts[0, 1:3].tolist() == [1, 1]
     assert output.tokens[0, :2].tolist() == [2, 9]
 
 
-def test_words_longer_than_eight_tokens_are_left_alone(checked: Run) -> None:
+def test_words_longer_than_eight_tokens_are_not_switched(checked: Run) -> None:
     row = [1, *CONTINUED[:7], 19, 19, 2, 1, *CONTINUED[:7], 2]
     output = checked(edge([row], length=8))
     assert output.counts[0, 1:3].tolist() == [1, 1]
@@ -126,7 +127,7 @@ def test_words_longer_than_eight_tokens_are_left_alone(checked: Run) -> None:
 
 
 @pytest.mark.parametrize("place", [None, *range(8)])
-def test_a_word_of_the_same_hash_is_told_apart(
+def test_a_word_with_the_same_hash_is_not_known(
     implementation: Callable[..., CodeSwitchOutput], place: int | None
 ) -> None:
     word = [1, *CONTINUED[:7]]
@@ -137,17 +138,17 @@ def test_a_word_of_the_same_hash_is_told_apart(
     stored = torch.tensor(word, device=DEVICE) + 1
     pairs = stored[::2] + (stored[1::2] << TOKEN_BITS)
     columns = [pack_first(pairs[:1], torch.zeros_like(pairs[:1]), 3), *pairs[1:].split(1)]
-    fingerprint = places_of(hash_columns(columns, table.multipliers), len(table.slots))[2]
-    # every slot claims to hold the word, and points to the one key
+    fingerprint = hash_slots(hash_columns(columns, table.multipliers), len(table.slots))[2]
+    # every slot has the fingerprint of the word and points to the only key
     forged = table._replace(slots=(fingerprint << 32).repeat(len(table.slots)))
     output = implementation(**{**arguments, "table": forged})
     assert int(output.counts[0, 1]) == (place is None)
 
 
-def test_words_cut_by_the_window_are_left_alone(checked: Run) -> None:
+def test_words_cut_by_the_edge_are_not_switched(checked: Run) -> None:
     inside = [1, *CONTINUED[:2]]
-    whole = checked(edge([[*inside, 2, 2]], length=3))
-    assert whole.counts[0, 2] == 1
+    complete = checked(edge([[*inside, 2, 2]], length=3))
+    assert complete.counts[0, 2] == 1
     rest = Dictionary(EDGE_FLAGS, [0.0, 1.0], {(0, tuple(inside[1:])): [(1, (9,), 1.0)]}, (EOD,))
     cut_left = checked(edge([[*inside[1:], 2, 2, 2]], dictionary=rest))
     cut_right = checked(edge([[2, 2, *inside]], length=3))
@@ -155,7 +156,7 @@ def test_words_cut_by_the_window_are_left_alone(checked: Run) -> None:
     assert cut_right.tokens.tolist() == [[2, 2, 1, 11]]
 
 
-def test_a_word_that_ends_at_a_block_is_found_and_dropped_whole(checked: Run) -> None:
+def test_a_word_that_crosses_a_block_boundary_is_replaced(checked: Run) -> None:
     word = [1, *CONTINUED[:4]]
     for start in range(BLOCK - 6, BLOCK + 2):
         row = [2] * start + word + [2] * (2 * BLOCK)
@@ -180,21 +181,21 @@ def test_growth_is_cut_and_shrinking_is_padded(checked: Run, label_mode: str) ->
     assert shrunk.tokens.tolist() == [[8, 8, 8, 2, 10, 10, 10, 10, 10]]
     assert shrunk.loss_mask[0, 3:].tolist() == [0] * 6
     assert shrunk.counts.tolist() == [[4, 3, 3, 5, 0, 0, 3]]
-    longer_than_row = checked(edge([row], (8,) * 255, length=3, label_mode=label_mode))
-    assert longer_than_row.tokens.tolist() == [[8] * 9]
-    whole_row = checked(edge([[2, 1, 2]], (8,) * 255, label_mode=label_mode))
-    assert whole_row.tokens.tolist() == [[2, 8]]
+    longer_than_sequence = checked(edge([row], (8,) * 255, length=3, label_mode=label_mode))
+    assert longer_than_sequence.tokens.tolist() == [[8] * 9]
+    all_of_it = checked(edge([[2, 1, 2]], (8,) * 255, label_mode=label_mode))
+    assert all_of_it.tokens.tolist() == [[2, 8]]
     longest = checked(edge([[2, 1, *[2] * 260]], (8,) * 255, label_mode=label_mode))
     assert longest.tokens.tolist() == [[2, *[8] * 255, *[2] * 5]]
 
 
 @pytest.mark.parametrize("label_mode", LABEL_MODES)
-def test_a_word_behind_the_last_position_is_its_label(checked: Run, label_mode: str) -> None:
+def test_a_word_after_the_last_position_is_its_label(checked: Run, label_mode: str) -> None:
     output = checked(edge([[2] * 6 + [1, 2, 2]], (8, 18), sequence_length=6, label_mode=label_mode))
     assert output.tokens.tolist() == [[2] * 6] and output.counts[0, 1:3].tolist() == [0, 0]
 
 
-def test_lookahead_fills_what_shrank(checked: Run) -> None:
+def test_lookahead_fills_shorter_sequences(checked: Run) -> None:
     row = [1, 11, 12, 1, 11, 12, 1, 11, 12, 2, 3, 4, 5, 6, 7, 8]
     output = checked(edge([row], (8,), length=3, sequence_length=9, pad_id=10))
     assert output.tokens.tolist() == [[8, 8, 8, 2, 3, 4, 5, 6, 7]]
@@ -209,12 +210,12 @@ def test_end_of_document_positions_are_masked_on_request(checked: Run) -> None:
     assert plain.loss_mask.tolist() == [[1] * 6]
     assert masked.loss_mask.tolist() == [[1, 1, 0, 1, 1, 0]]
     assert masked.tokens.tolist() == [[9, 2, EOD, 9, 2, EOD]]
-    # what stands behind the end of a document is a translation of two tokens: the second one follows the first
+    # a translation of two tokens after the end of a document: only the first follows the end-of-document token
     translated = checked(edge([[EOD, 1, 2, 3]], (8, 18), eod_id=EOD, mask_eod=True, label_mode="codeswitch"))
     assert translated.loss_mask.tolist() == [[0, 1, 1]]
 
 
-def test_positions_start_again_in_every_document(checked: Run) -> None:
+def test_positions_restart_in_every_document(checked: Run) -> None:
     row = [2, EOD, 1, 2, EOD, EOD, 3, 1, 11, 2]
     output = checked(edge([row], (8, 18), eod_id=EOD, reset_at_eod=True))
     assert output.tokens.tolist() == [[2, EOD, 8, 18, 2, EOD, EOD, 3, 1]]
@@ -224,7 +225,7 @@ def test_positions_start_again_in_every_document(checked: Run) -> None:
     assert shrunk.document_starts.tolist() == [[0, 0, 2, 2, 4]]
 
 
-def test_a_document_goes_on_over_many_blocks(checked: Run) -> None:
+def test_a_document_spans_many_blocks(checked: Run) -> None:
     row = [1, EOD, *[2] * (2 * BLOCK)] * 3
     output = checked(edge([row], (8, 18, 18), eod_id=EOD, reset_at_eod=True))
     assert output.document_starts.unique().tolist() == [0, 4, 2 * BLOCK + 8, 4 * BLOCK + 12]
@@ -257,7 +258,7 @@ def test_a_token_may_end_its_word(checked: Run) -> None:
     assert output.tokens[0, :5].tolist() == [19, 8, 9, 8, 2]
 
 
-def test_rows_of_unknown_or_other_languages_pass_unchanged(checked: Run) -> None:
+def test_sequences_of_unknown_or_other_languages_are_unchanged(checked: Run) -> None:
     output = checked(edge([[1, 1, 1, 2]] * 3, language=[0, 1, -1]))
     assert output.tokens.tolist() == [[9, 9, 9], [1, 1, 1], [1, 1, 1]]
 
@@ -271,10 +272,10 @@ def test_ratio_zero_and_no_known_word_are_the_identity(checked: Run) -> None:
             assert bool((output.loss_mask == 1).all())
 
 
-def test_threshold_ends() -> None:
+def test_threshold_limits() -> None:
     assert (ratio_threshold(0.0), ratio_threshold(0.5), ratio_threshold(1.0)) == (0, 1 << 31, 1 << 32)
     for wrong in (-0.01, 1.01, float("nan")):
-        with pytest.raises(ValueError, match=f"ratio is {wrong}, expected a number from 0 to 1"):
+        with user_error("ratio", wrong, "0 to 1", kind=ValueError):
             ratio_threshold(wrong)
 
 
@@ -332,7 +333,7 @@ def test_candidates_follow_their_weights(checked: Run) -> None:
     assert abs(drawn[0] - sum(drawn) / 4) < 5 * (sum(drawn) * 3 / 16) ** 0.5
 
 
-def test_the_last_draw_of_a_candidate_is_its_own(implementation: Callable[..., CodeSwitchOutput]) -> None:
+def test_the_last_draw_of_a_candidate_is_inclusive(implementation: Callable[..., CodeSwitchOutput]) -> None:
     drawn = philox((0, 0, 0, 0), (7, 0))[1]
     dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0], {(0, (1,)): [(1, (8,), 1.0), (1, (9,), 1.0)]})
     arguments = Case([[1, 2]], dictionary, {}, device=DEVICE).arguments()
@@ -344,19 +345,19 @@ def test_the_last_draw_of_a_candidate_is_its_own(implementation: Callable[..., C
         assert output.tokens.tolist() == [[token]]
 
 
-def test_a_row_does_not_depend_on_its_batch(checked: Run) -> None:
+def test_a_sequence_does_not_depend_on_its_batch(checked: Run) -> None:
     case = mixed_case()
-    whole = checked(case)
-    assert whole.counts[:, 2].min() > 3
+    full = checked(case)
+    assert full.counts[:, 2].min() > 3
     order = [4, 1, 5, 0]
     part = checked(
         case.but(rows=[case.rows[i] for i in order], sample_id=[case.sample_id[i] for i in order], language=[0] * 4)
     )
-    for one, other in zip(whole, part, strict=True):
+    for one, other in zip(full, part, strict=True):
         assert one is other is None or torch.equal(one[order], other)
-    # more source behind the row changes nothing but what reaches it
+    # more lookahead only changes the end of the sequence
     longer = checked(case.but(rows=[[*row, 5, 6, 7] for row in case.rows], sequence_length=len(case.rows[0]) - 1))
-    assert torch.equal(longer.tokens[:, :30], whole.tokens[:, :30])
+    assert torch.equal(longer.tokens[:, :30], full.tokens[:, :30])
 
 
 def test_seed_and_sample_id_decide(checked: Run) -> None:
@@ -370,7 +371,7 @@ def test_seed_and_sample_id_decide(checked: Run) -> None:
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
-def test_no_block_size_changes_the_result(block: int) -> None:
+def test_block_size_does_not_change_the_result(block: int) -> None:
     if "reference" in IMPLEMENTATIONS:
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
     case = mixed_case().but(eod_id=None, device=DEVICE)
@@ -383,10 +384,10 @@ def test_no_block_size_changes_the_result(block: int) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_everything_is_written_and_nothing_beside_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output starts as a bad value, between two margins that nobody may write to."""
+def test_outputs_are_written_completely_and_within_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output is initialised to an invalid value, between two margins that must not be written to."""
     if name == "reference":
-        pytest.skip("writes through torch alone")
+        pytest.skip("writes through torch only")
     bad, margin = -7, 4096
     allocated: list[tuple[torch.Tensor, int]] = []
 
@@ -397,9 +398,9 @@ def test_everything_is_written_and_nothing_beside_it(name: str, monkeypatch: pyt
         if dtype is None:  # torch's own
             return new_empty(self, size, **options)
         count = torch.Size(size).numel()
-        whole = torch.full((count + 2 * margin,), bad, dtype=dtype, device=self.device)
-        allocated.append((whole, count))
-        return whole[margin : margin + count].view(size)
+        buffer = torch.full((count + 2 * margin,), bad, dtype=dtype, device=self.device)
+        allocated.append((buffer, count))
+        return buffer[margin : margin + count].view(size)
 
     @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(cases(max_rows=3, max_sequence=24))
@@ -410,14 +411,14 @@ def test_everything_is_written_and_nothing_beside_it(name: str, monkeypatch: pyt
             output = IMPLEMENTATIONS[name](**arguments)
         assert all(bool((each >= 0).all()) for each in output if each is not None)
         assert len(allocated) >= 5
-        for whole, count in allocated:
-            assert bool((whole[:margin] == bad).all()) and bool((whole[margin + count :] == bad).all())
+        for buffer, count in allocated:
+            assert bool((buffer[:margin] == bad).all()) and bool((buffer[margin + count :] == bad).all())
         allocated.clear()
 
     check()
 
 
-def test_inputs_are_left_as_they_were(implementation: Callable[..., CodeSwitchOutput]) -> None:
+def test_inputs_are_unchanged(implementation: Callable[..., CodeSwitchOutput]) -> None:
     case = mixed_case().but(word_starts=[[False] * 61] * 6, device=DEVICE)
     arguments = case.arguments()
     before = [each.clone() for each in (*arguments["batch"], arguments["thresholds"])]
@@ -428,7 +429,7 @@ def test_inputs_are_left_as_they_were(implementation: Callable[..., CodeSwitchOu
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_no_rows(implementation: Callable[..., CodeSwitchOutput]) -> None:
+def test_empty_batch(implementation: Callable[..., CodeSwitchOutput]) -> None:
     arguments = edge([[1, 2, 3]], device=DEVICE).arguments()
     empty = {"batch": CodeSwitchBatch(*(each if each is None else each[:0] for each in arguments["batch"]))}
     output = implementation(**{**arguments, **empty})

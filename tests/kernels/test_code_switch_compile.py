@@ -1,4 +1,4 @@
-"""The kernels compile for every generation of GPU, without one, and keep everything in registers."""
+"""The kernels compile for every GPU generation, without a GPU and without spills."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def arguments(longest_key: int, everything: bool, label_mode: str, dtype: torch.dtype) -> dict:
-    """As in training: rows of 4,096 tokens; `everything` turns on whatever costs registers."""
+    """As in training: sequences of 4,096 tokens; `everything` turns on all options that cost registers."""
     flags = [7, *[5] * 10, *[4] * 10]
     key = (1, *range(11, 10 + longest_key))
     candidates = [(1, (2, 3), 1.0)] * 4
@@ -53,7 +53,7 @@ def test_compiles_without_spilling(
     capability: int, longest_key: int, everything: bool, label_mode: str, dtype: torch.dtype
 ) -> None:
     if capability == 100 and triton_version() < (3, 3):
-        pytest.skip("triton 3.2 does not know sm_100")
+        pytest.skip("triton 3.2 does not support sm_100")
     launches = plan_launches(**arguments(longest_key, everything, label_mode, dtype))
     found = list(kernel_resources(launches, [capability]))
     assert [each.kernel for each in found] == ["code_switch_row_kernel", "decide_blocks_kernel", "write_blocks_kernel"]
@@ -61,6 +61,6 @@ def test_compiles_without_spilling(
         print(each)
         # the ptxas of Triton 3.2 to 3.4 spills one or two values of the row kernel in its heaviest settings
         assert each.spills <= (0 if triton_version() >= (3, 9) else 4), each
-        # a program must fit: 65,536 registers a multiprocessor, 99 KiB of shared memory on the smallest of these
+        # a program must fit: 65,536 registers per multiprocessor, 99 KiB of shared memory on the smallest of these
         assert each.registers * each.warps * 32 <= 65_536, each
         assert each.shared_bytes < 99 * 1024, each

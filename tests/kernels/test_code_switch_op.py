@@ -1,15 +1,16 @@
-"""The custom op, the checks of its inputs, and what only a GPU can show."""
+"""The custom op, the checks of its inputs, and tests that need a GPU."""
 
 import numpy as np
 import pytest
 import torch
 from support.code_switch_cases import DEVICE, Case, Implementation, edge, mixed_case
+from support.messages import user_error
 
 from megatron_prealign.kernels import CodeSwitchBatch, build_ngram_table, code_switch, code_switch_reference
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1 << 63, (1 << 64) - 1])
-def test_the_op_is_the_implementation_and_knows_its_shapes(seed: int) -> None:
+def test_the_op_equals_the_reference_and_has_fake_shapes(seed: int) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     case = mixed_case().but(seed=seed, device=DEVICE, eod_id=None)
@@ -45,7 +46,7 @@ def test_torch_compile_sees_one_graph() -> None:
         assert torch.equal(one, other)
 
 
-def test_the_op_passes_the_checks_of_torch() -> None:
+def test_the_op_passes_opcheck() -> None:
     from megatron_prealign.kernels.code_switch import _code_switch_op, _pack_settings, _pack_table
 
     for reset in (False, True):
@@ -64,7 +65,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def large_case(rows: int, sequence: int) -> Case:
-    """Everything turned on, documents of all lengths, words that grow and shrink."""
+    """All options turned on, documents of all lengths, words that grow and shrink."""
     generator = np.random.default_rng(5)
     tokens = generator.choice(
         [0, 1, 2, 3, 11, 12, 13], (rows, sequence + 50), p=[0.002, 0.3, 0.2, 0.1, 0.2, 0.1, 0.098]
@@ -99,7 +100,7 @@ def test_batches_as_in_training_equal_the_reference(rows: int, sequence: int) ->
 @pytest.mark.gpu
 @needs_gpu
 def test_addresses_beyond_32_bits() -> None:
-    """4,096 rows of 131,072 tokens: the labels alone are 4 GiB."""
+    """4,096 sequences of 131,072 tokens: the labels alone are 4 GiB."""
     rows, sequence = 4096, 131_072
     few = large_case(4, sequence).arguments()
     batch = few["batch"]
@@ -134,62 +135,62 @@ def test_a_cuda_graph_replays_with_new_tokens(sequence: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, r"tokens is torch.int64 \[2, 3\], expected .* 4 or more"),
-        ({"tokens": torch.zeros(2, 4)}, "tokens is torch.float32"),
-        ({"tokens": torch.zeros(4, dtype=torch.int64)}, r"tokens is torch.int64 \[4\]"),
-        ({"tokens": torch.zeros(2, 8, dtype=torch.int64)[:, ::2]}, r"tokens has strides \[8, 2\], expected a contig"),
-        ({"tokens": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, "tokens lies on meta, expected"),
-        ({"tokens": torch.zeros(2, (1 << 22) + 1, dtype=torch.int32)}, "tokens has rows of 4194305, expected at most"),
-        ({"language": torch.zeros(3, dtype=torch.int64)}, r"language is torch.int64 \[3\]"),
-        ({"language": torch.zeros(2)}, "language is torch.float32"),
-        ({"sample_id": torch.zeros(2, dtype=torch.int32)}, "sample_id is torch.int32"),
-        ({"thresholds": torch.zeros(3, dtype=torch.int64)}, r"thresholds is torch.int64 \[3\], expected .* \[2, 2\]"),
-        ({"tokens": torch.zeros(2, 4, dtype=torch.int16)}, "tokens is torch.int16"),
-        ({"language": torch.zeros(2, dtype=torch.int32)}, "language is torch.int32"),
-        ({"sample_id": torch.zeros(3, dtype=torch.int64)}, r"sample_id is torch.int64 \[3\], expected int64 \[2\]"),
-        ({"thresholds": torch.zeros(2, 2, dtype=torch.int32)}, "thresholds is torch.int32"),
-        ({"word_starts": torch.zeros(2, 5, dtype=torch.bool)}, r"word_starts is torch.bool \[2, 5\], expected bool"),
-        ({"word_starts": torch.zeros(2, 8, dtype=torch.bool)[:, ::2]}, r"word_starts has strides \[8, 2\]"),
-        ({"word_starts": torch.zeros(2, 4)}, r"word_starts is torch.float32 \[2, 4\], expected bool \[2, 4\]"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, ("tokens", "torch.int64 [2, 3]", "4 or more")),
+        ({"tokens": torch.zeros(2, 4)}, ("tokens", "torch.float32", "int32 or int64")),
+        ({"tokens": torch.zeros(4, dtype=torch.int64)}, ("tokens", "torch.int64 [4]")),
+        ({"tokens": torch.zeros(2, 8, dtype=torch.int64)[:, ::2]}, ("tokens", "[8, 2]", "contiguous")),
+        ({"tokens": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, ("tokens", "meta", DEVICE)),
+        ({"tokens": torch.zeros(2, (1 << 22) + 1, dtype=torch.int32)}, ("tokens", 4194305, 4194304)),
+        ({"language": torch.zeros(3, dtype=torch.int64)}, ("language", "torch.int64 [3]", "int64 [2]")),
+        ({"language": torch.zeros(2)}, ("language", "torch.float32", "int64 [2]")),
+        ({"sample_id": torch.zeros(2, dtype=torch.int32)}, ("sample_id", "torch.int32", "int64 [2]")),
+        ({"thresholds": torch.zeros(3, dtype=torch.int64)}, ("thresholds", "torch.int64 [3]", "int64 [2, 2]")),
+        ({"tokens": torch.zeros(2, 4, dtype=torch.int16)}, ("tokens", "torch.int16", "int32 or int64")),
+        ({"language": torch.zeros(2, dtype=torch.int32)}, ("language", "torch.int32", "int64 [2]")),
+        ({"sample_id": torch.zeros(3, dtype=torch.int64)}, ("sample_id", "torch.int64 [3]", "int64 [2]")),
+        ({"thresholds": torch.zeros(2, 2, dtype=torch.int32)}, ("thresholds", "torch.int32", "int64 [2, 2]")),
+        ({"word_starts": torch.zeros(2, 5, dtype=torch.bool)}, ("word_starts", "torch.bool [2, 5]", "bool [2, 4]")),
+        ({"word_starts": torch.zeros(2, 8, dtype=torch.bool)[:, ::2]}, ("word_starts", "[8, 2]", "contiguous")),
+        ({"word_starts": torch.zeros(2, 4)}, ("word_starts", "torch.float32 [2, 4]", "bool [2, 4]")),
     ],
 )
-def test_wrong_inputs_are_refused(implementation: Implementation, changes: dict, message: str) -> None:
+def test_wrong_inputs_are_refused(implementation: Implementation, changes: dict, facts: tuple) -> None:
     if "word_starts" not in changes and next(iter(changes.values())).device.type == "cpu":
         changes = {name: each.to(DEVICE) if each.is_contiguous() else each for name, each in changes.items()}
     arguments = edge([[1, 2, 3, 4]] * 2, device=DEVICE).arguments()
     for refuses in (code_switch_reference, code_switch):
-        with pytest.raises(ValueError, match=message):
-            given = {name: each for name, each in changes.items() if name == "thresholds"}
-            batch = arguments["batch"]._replace(**{name: each for name, each in changes.items() if name not in given})
-            refuses(**{**arguments, **given, "batch": batch})
+        with user_error(*facts, kind=ValueError):
+            other = {name: each for name, each in changes.items() if name == "thresholds"}
+            batch = arguments["batch"]._replace(**{name: each for name, each in changes.items() if name not in other})
+            refuses(**{**arguments, **other, "batch": batch})
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"seed": 1 << 64}, "seed is 18446744073709551616"),
-        ({"seed": -1}, "seed is -1"),
-        ({"label_mode": "input-only"}, "label_mode is 'input-only', expected one of input_only, "),
-        ({"sequence_length": 0}, "sequence_length is 0"),
-        ({"pad_id": -1}, "pad_id is -1"),
-        ({"sequence_length": (1 << 22) + 1}, "sequence_length is 4194305, expected 1 to 4194304"),
-        ({"pad_id": 21}, "pad_id is 21, expected an id below 21"),
-        ({"reset_at_eod": True}, "eod_id is None"),
-        ({"pad_id": 99}, "pad_id is 99, expected an id below 21"),
-        ({"mask_eod": True}, "eod_id is None"),
-        ({"vocab_size": 22}, "table is for a vocabulary of 21, expected vocab_size = 22"),
-        ({"eod_id": 1}, r"eod_id is 1, expected one of the table's forbidden tokens \[0\]"),
+        ({"seed": 1 << 64}, ("seed", 18446744073709551616)),
+        ({"seed": -1}, ("seed is -1",)),
+        ({"label_mode": "input-only"}, ("label_mode", "'input-only'", "input_only, codeswitch")),
+        ({"sequence_length": 0}, ("sequence_length is 0",)),
+        ({"pad_id": -1}, ("pad_id is -1",)),
+        ({"sequence_length": (1 << 22) + 1}, ("sequence_length", 4194305, "1 to 4194304")),
+        ({"pad_id": 21}, ("pad_id is 21", "below 21")),
+        ({"reset_at_eod": True}, ("eod_id", None, "reset_at_eod")),
+        ({"pad_id": 99}, ("pad_id", 99, "below 21")),
+        ({"mask_eod": True}, ("eod_id", None, "mask_eod")),
+        ({"vocab_size": 22}, ("vocabulary of 21", "vocab_size = 22")),
+        ({"eod_id": 1}, ("eod_id is 1", "forbidden tokens [0]")),
     ],
 )
-def test_wrong_settings_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_settings_are_refused(changes: dict, facts: tuple) -> None:
+    with user_error(*facts, kind=ValueError):
         code_switch(**edge([[1, 2, 3, 4]] * 2, **changes, device=DEVICE).arguments())
 
 
 def test_a_table_of_too_many_languages_for_the_thresholds() -> None:
     arguments = edge([[1, 2]], device=DEVICE).arguments()
     wide = build_ngram_table(**edge([[1, 2]], weights=(0.0, 1.0, 1.0)).dictionary.arrays(), device=DEVICE)
-    with pytest.raises(ValueError, match=r"thresholds is torch.int64 \[2, 2\], expected int64 \[3, 3\]"):
+    with user_error("thresholds", "torch.int64 [2, 2]", "int64 [3, 3]", kind=ValueError):
         code_switch(**{**arguments, "table": wide})

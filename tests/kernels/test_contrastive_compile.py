@@ -1,4 +1,4 @@
-"""The kernels of the contrastive loss compile for every generation of GPU, without one, and keep all in registers."""
+"""The kernels of the contrastive loss compile for every GPU generation, without a GPU and without spills."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = [
 @pytest.mark.parametrize(("words", "hidden"), [(256, 256), (8192, 2048), (8192, 2000)], ids=["few", "many", "odd"])
 def test_compiles_without_spilling(capability: int, dtype: torch.dtype, words: int, hidden: int) -> None:
     if capability == 100 and triton_version() < (3, 3):
-        pytest.skip("triton 3.2 does not know sm_100")
+        pytest.skip("triton 3.2 does not support sm_100")
     with torch.device("meta"):
         columns, norms = torch.empty((1, words, hidden), dtype=dtype), torch.empty((1, words))
         groups = word_groups(torch.arange(words))
@@ -29,8 +29,8 @@ def test_compiles_without_spilling(capability: int, dtype: torch.dtype, words: i
     for each in found:
         print(each)
         assert each.block.startswith("64x64x" if words == 256 else "128x"), each
-        # masks for a hidden size that is no multiple of the tile's depth cost sm_100 a few registers too many
+        # masks for a hidden size that is not a multiple of the tile's depth spill a few registers on sm_100
         assert each.spills <= (80 if capability == 100 and hidden == 2000 else 0), each
-        # a program must fit: 65,536 registers a multiprocessor, 99 KiB of shared memory on the smallest of these
+        # a program must fit: 65,536 registers per multiprocessor, 99 KiB of shared memory on the smallest of these
         assert each.registers * each.warps * 32 <= 65_536, each
         assert each.shared_bytes < 99 * 1024, each

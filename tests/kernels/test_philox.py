@@ -1,4 +1,4 @@
-"""Philox 4x32-10 against published answers, plain Python and Triton."""
+"""Philox 4x32-10 against published test vectors, plain Python and Triton."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.code_switch_oracle import philox
+from support.messages import user_error
 
 from megatron_prealign.kernels import philox_4x32_10
 
@@ -55,7 +56,7 @@ def test_every_output_bit_is_fair() -> None:
 
 
 def test_key_out_of_range() -> None:
-    with pytest.raises(ValueError, match="key words"):
+    with user_error("key", 1 << 32, "2^32-1", kind=ValueError):
         run(([0], [0], [0], [0]), (1 << 32, 0))
 
 
@@ -90,7 +91,7 @@ def test_equals_triton(tmp_path) -> None:
     pytest.importorskip("triton")
     script = tmp_path / "compare.py"
     script.write_text(TRITON_SCRIPT)
-    # the interpreter is chosen when triton is imported, hence a process of its own
+    # the interpreter is selected when triton is imported, hence a separate process
     done = subprocess.run(
         [sys.executable, str(script)], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

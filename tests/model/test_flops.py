@@ -1,4 +1,4 @@
-"""Floating-point operations per token against torch's own counter on the real model."""
+"""FLOPs per token against torch's counter on the real model."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ PADDED = 48
 
 
 def counted_flops(values: dict[str, Any]) -> float:
-    """Runs in a worker: what torch counts in one forward pass, per token."""
+    """Runs in a worker: FLOPs of one forward pass counted by torch, per token."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     (chunk,) = build(values)[2]
-    rows = tokens()
-    # The plain form of attention is made of matrix products, which the counter sees; it computes all scores.
+    batch = tokens()
+    # Math attention consists of matrix products, which the counter sees; it computes all scores.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        chunk(rows, torch.arange(SEQ_LENGTH).expand_as(rows), None)
-    return counter.get_total_flops() / rows.numel()
+        chunk(batch, torch.arange(SEQ_LENGTH).expand_as(batch), None)
+    return counter.get_total_flops() / batch.numel()
 
 
 @pytest.mark.parametrize(

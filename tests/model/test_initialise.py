@@ -1,4 +1,4 @@
-"""Initial weights: the same model in every layout, of the right spread, decided by the seed."""
+"""Initial weights: the same in every layout, with the right standard deviation, determined by the seed."""
 
 import math
 from typing import Any
@@ -18,96 +18,96 @@ def layout(**parallel: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(workers: WorkerPool) -> Weights:
+def full(workers: WorkerPool) -> Weights:
     return workers.run(1, initial_weights, layout())[0][0]
 
 
-def part_of(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    """What tensor-parallel rank `rank` holds of a whole parameter (norms: all of it)."""
+def shard_of(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """The shard of a full parameter on tensor-parallel rank `rank` (norms are replicated)."""
     if name.endswith("linear_fc1.weight"):
-        # Each rank has its part of the gate and its part of the rest.
+        # Gate and up projection are sharded separately.
         return torch.cat([half.chunk(ranks)[rank] for half in tensor.chunk(2)])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return tensor.chunk(ranks, dim=1)[rank]
     return tensor.chunk(ranks)[rank] if name.endswith("linear_qkv.weight") else tensor
 
 
-def test_tensor_parallel_ranks_hold_slices_of_the_one_model(workers: WorkerPool, whole: Weights) -> None:
+def test_tensor_parallel_ranks_have_shards_of_the_same_model(workers: WorkerPool, full: Weights) -> None:
     ranks = [chunks[0] for chunks in workers.run(2, initial_weights, layout(tensor_model_parallel_size=2))]
-    for rank, mine in enumerate(ranks):
-        assert mine.keys() == whole.keys()
-        for name, tensor in mine.items():
+    for rank, shards in enumerate(ranks):
+        assert shards.keys() == full.keys()
+        for name, tensor in shards.items():
             if name not in (EMBEDDING, OUTPUT):
-                assert torch.equal(tensor, part_of(name, whole[name], rank, 2)), (rank, name)
+                assert torch.equal(tensor, shard_of(name, full[name], rank, 2)), (rank, name)
     # 40 ids are 48 rows for one process and 64 rows for two.
     for name in (EMBEDDING, OUTPUT):
-        rows = torch.cat([mine[name] for mine in ranks])
-        assert (len(rows), len(whole[name])) == (64, 48)
-        assert torch.equal(rows[:VOCAB_SIZE], whole[name][:VOCAB_SIZE])
+        rows = torch.cat([shards[name] for shards in ranks])
+        assert (len(rows), len(full[name])) == (64, 48)
+        assert torch.equal(rows[:VOCAB_SIZE], full[name][:VOCAB_SIZE])
         assert torch.count_nonzero(rows[VOCAB_SIZE:]) == 0
-        assert torch.count_nonzero(whole[name][VOCAB_SIZE:]) == 0
+        assert torch.count_nonzero(full[name][VOCAB_SIZE:]) == 0
 
 
 @pytest.mark.parametrize(("virtual", "first_layers"), [(None, [[0], [2]]), (2, [[0, 2], [1, 3]])])
-def test_pipeline_stages_hold_layers_of_the_one_model(
-    workers: WorkerPool, whole: Weights, virtual: int | None, first_layers: list[list[int]]
+def test_pipeline_stages_have_layers_of_the_same_model(
+    workers: WorkerPool, full: Weights, virtual: int | None, first_layers: list[list[int]]
 ) -> None:
     sections = layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=virtual)
     stages = workers.run(2, initial_weights, sections)
     seen = set()
     for chunks, firsts in zip(stages, first_layers, strict=True):
-        for mine, first in zip(chunks, firsts, strict=True):
-            for name, tensor in mine.items():
+        for chunk, first in zip(chunks, firsts, strict=True):
+            for name, tensor in chunk.items():
                 parts = name.split(".")
                 if parts[:2] == ["decoder", "layers"]:
                     parts[2] = str(int(parts[2]) + first)
                 seen.add(".".join(parts))
-                assert torch.equal(tensor, whole[".".join(parts)]), name
-    assert seen == whole.keys()
+                assert torch.equal(tensor, full[".".join(parts)]), name
+    assert seen == full.keys()
 
 
-def test_tied_weights_are_one(workers: WorkerPool, whole: Weights) -> None:
+def test_tied_weights_are_shared(workers: WorkerPool, full: Weights) -> None:
     values = recipe_values("llama", {"share_embeddings_and_output_weights": True})
     tied = workers.run(1, initial_weights, values)[0][0]
     assert OUTPUT not in tied
-    assert torch.equal(tied[EMBEDDING], whole[EMBEDDING])
+    assert torch.equal(tied[EMBEDDING], full[EMBEDDING])
     values["parallel"] = {"device": "cpu", "pipeline_model_parallel_size": 2}
     first, last = (chunks[0] for chunks in workers.run(2, initial_weights, values))
     assert torch.equal(first[EMBEDDING][:VOCAB_SIZE], last[OUTPUT][:VOCAB_SIZE])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_spread_of_the_weights(workers: WorkerPool, family: str) -> None:
+def test_standard_deviation(workers: WorkerPool, family: str) -> None:
     values = recipe_values(family, {"hidden_size": 128, "ffn_hidden_size": 256, "init_method_std": 0.05})
-    found = workers.run(1, initial_weights, values)[0][0]
-    for name, tensor in found.items():
+    weights = workers.run(1, initial_weights, values)[0][0]
+    for name, tensor in weights.items():
         if tensor.dim() == 1:
             assert set(tensor.tolist()) == ({0.0} if name.endswith("bias") else {1.0}), name
             continue
         rows = tensor[:VOCAB_SIZE] if name in (EMBEDDING, OUTPUT) else tensor
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         std = 0.05 / math.sqrt(2 * 4) if residual else 0.05
-        # At least 1,500 normal numbers: their mean and spread lie within five standard errors of the truth.
+        # At least 1,500 normal samples: mean and standard deviation are within five standard errors of the true ones.
         error = 5 / math.sqrt(rows.numel())
         assert rows.std().item() == pytest.approx(std, rel=error), name
         assert abs(rows.mean().item()) < std * error, name
 
 
-def test_every_matrix_is_drawn_apart(whole: Weights) -> None:
-    matrices = [tensor for tensor in whole.values() if tensor.dim() == 2]
+def test_every_matrix_is_drawn_separately(full: Weights) -> None:
+    matrices = [tensor for tensor in full.values() if tensor.dim() == 2]
     matrices += [
-        half for name, tensor in whole.items() if name.endswith("linear_fc1.weight") for half in tensor.chunk(2)
+        half for name, tensor in full.items() if name.endswith("linear_fc1.weight") for half in tensor.chunk(2)
     ]
-    first_numbers = [tensor.flatten()[:4].tolist() for tensor in matrices if tensor.shape[0] != 96]
-    assert len({tuple(numbers) for numbers in first_numbers}) == len(first_numbers)
+    first_values = [tensor.flatten()[:4].tolist() for tensor in matrices if tensor.shape[0] != 96]
+    assert len({tuple(values) for values in first_values}) == len(first_values)
 
 
-def test_seed_decides(workers: WorkerPool, whole: Weights) -> None:
+def test_seed_determines_the_weights(workers: WorkerPool, full: Weights) -> None:
     values = layout()
     again = workers.run(1, initial_weights, values)[0][0]
     values["training"]["seed"] = 2
     other = workers.run(1, initial_weights, values)[0][0]
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         assert torch.equal(tensor, again[name]), name
         if tensor.dim() == 2:
             assert not torch.equal(tensor, other[name]), name

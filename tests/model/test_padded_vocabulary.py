@@ -1,4 +1,4 @@
-"""Ids that only pad the vocabulary have no probability, so the loss does not depend on how many there are."""
+"""Padding ids have no probability, so the loss does not depend on their number."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from support.workers import WorkerPool
 
 
 def losses_and_logits(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Runs in workers: next-token losses of the model's own, its logits on this rank, and the largest gradient of the
-    padded rows of the output layer."""
+    """Runs in workers: the model's next-token losses, its logits on this rank, and the largest gradient of the padding
+    rows of the output layer."""
     (chunk,) = build(values)[2]
-    rows = tokens()
-    inputs, labels = rows[:, :-1], rows[:, 1:]
+    batch = tokens()
+    inputs, labels = batch[:, :-1], batch[:, 1:]
     positions = torch.arange(SEQ_LENGTH - 1).expand_as(inputs)
     losses = chunk(inputs, positions, None, labels=labels)
     losses.sum().backward()
@@ -31,25 +31,25 @@ def losses_and_logits(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_padding_has_no_probability(workers: WorkerPool, ranks: int, tied: bool) -> None:
-    """40 ids are padded to 48 for one process and to 64 for two; the weights are small, so all ids weigh alike."""
+    """40 ids are padded to 48 for one process and to 64 for two; weights are small, so all ids are equally likely."""
     values = recipe_values(
         "llama",
         {"share_embeddings_and_output_weights": tied},
         parallel={"device": "cpu", "tensor_model_parallel_size": ranks},
     )
-    answers = workers.run(ranks, losses_and_logits, values)
-    logits = torch.cat([answer[1] for answer in answers], dim=-1)
+    results = workers.run(ranks, losses_and_logits, values)
+    logits = torch.cat([result[1] for result in results], dim=-1)
     assert logits.shape[-1] == {1: 48, 2: 64}[ranks]
     assert (logits[..., VOCAB_SIZE:] == torch.finfo(torch.float32).min).all()
-    rows = tokens()
-    expected = next_token_loss(logits[..., :VOCAB_SIZE], rows[:, 1:], torch.ones(2, SEQ_LENGTH - 1)).item()
-    for losses, _, padded_gradient in answers:
+    batch = tokens()
+    expected = next_token_loss(logits[..., :VOCAB_SIZE], batch[:, 1:], torch.ones(2, SEQ_LENGTH - 1)).item()
+    for losses, _, padded_gradient in results:
         # fp32 against float64.
         assert losses.mean().item() == pytest.approx(expected, rel=1e-6)
         assert padded_gradient == 0.0
 
 
-# Ids, multiple, tensor-parallel ranks, padded size.
+# Number of ids, multiple, tensor-parallel ranks, padded size.
 SIZES = [(1, 1, 1, 1), (128, 128, 1, 128), (129, 128, 1, 256), (129, 128, 2, 256), (257, 128, 2, 512), (10, 1, 4, 12)]
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing: Megatron-Core reads what was written, workers change nothing, and mistakes leave no files."""
+"""Preprocessing: Megatron-Core reads the output, workers change nothing, and errors leave no files."""
 
 import gzip
 import json
@@ -13,13 +13,13 @@ from typing import Any
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from support.messages import assert_facts, assert_refused, user_error
 
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.blocks import Block, Limits
 from megatron_prealign.corpus.readers import Fields
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.errors import UserError
 from megatron_prealign.files.checksum import file_checksum
 from megatron_prealign.preprocess import run as module
 from megatron_prealign.preprocess import tokenise as tokenise_module
@@ -96,7 +96,7 @@ def test_megatron_core_reads_the_tokens_back(directory: Path, tokenizer: Tokeniz
     assert sidecar.engine == "gigatoken" and sidecar.text_keys == ["text"] and sidecar.shard is None
     for ending in ("bin", "idx"):
         assert sidecar.checksums[ending] == file_checksum(tmp_path / f"new/de.{ending}")
-    # Of every sixteenth document of a block; what follows a text file's last blank line is a block of its own.
+    # Every sixteenth document of a block; the text after the last blank line of a text file is a separate block.
     sample = [*documents(300, 1)[::16], *documents(200, 2)[:199:16], documents(200, 2)[199]]
     ratio = sum(len(tokenizer.encode(text)) for text in sample) / sum(len(text.split()) for text in sample)
     assert result.tokens_per_word == pytest.approx(ratio, rel=1e-12)  # the same division of the same integers
@@ -108,7 +108,7 @@ def test_workers_do_not_change_a_byte(directory: Path, tmp_path: Path) -> None:
     bad.write_text('{"text": "a"}\n{"text": ""}\nx\n{"text": "b"}\n')
     for workers in (1, 2):
         inputs = [directory / "a.jsonl", bad, directory / "b.txt.gz"]
-        # Small blocks, so that there are many more than can be in flight.
+        # Small blocks, so that there are many more than fit in flight.
         settings = replace(GERMAN, on_error="skip", workers=workers, limits=Limits(block_bytes=700))
         preprocess(inputs, directory / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     for ending in ("bin", "idx", "json"):
@@ -116,7 +116,7 @@ def test_workers_do_not_change_a_byte(directory: Path, tmp_path: Path) -> None:
     sidecar = load_sidecar(tmp_path / "w2")
     assert (sidecar.documents, sidecar.skipped_count) == (502, 2)
     assert [problem.where for problem in sidecar.skipped] == [f"{bad}:2", f"{bad}:3"]
-    with pytest.raises(UserError, match=r"bad\.jsonl:3: not JSON"):
+    with user_error(f"{bad}:3: invalid JSON"):
         preprocess([bad, directory / "a.jsonl"], directory / "tok", tmp_path / "w3", replace(GERMAN, workers=2), False)
     assert not list(tmp_path.glob("*w3*"))
 
@@ -125,7 +125,7 @@ def test_command(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     files = [str(directory / "a.jsonl"), str(directory / "b.txt.gz")]
     assert run(directory, tmp_path / "x", "--input", *files, "--workers", "1") == 0
     printed = capsys.readouterr().out
-    for part in ("documents        500", "tokens per word", "MB of text a second", "skipped          0"):
+    for part in ("documents        500", "tokens per word", "MB of text per second", "skipped          0"):
         assert part in printed
     assert run(directory, tmp_path / "y", "--input", files[0], "--text-key=body", "--workers=1") == 0
     dataset = open_indexed(tmp_path / "y")
@@ -158,15 +158,15 @@ def test_clone_language(directory: Path, tmp_path: Path, tokenizer: Tokenizer) -
 
 
 BAD_FILES = {
-    "not JSON": ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ":2: not JSON"),
-    "not an object": ("bad.jsonl", b"[1]\n", ":1: a JSON array"),
+    "not JSON": ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ":2: invalid JSON"),
+    "not an object": ("bad.jsonl", b"[1]\n", ":1: got a JSON array"),
     "no text": ("bad.jsonl", b'{"txt": "a"}\n', ":1: no key 'text'"),
-    "not a string": ("bad.jsonl", b'{"text": ["a"]}\n', ":1: the value of 'text' is a JSON array"),
+    "not a string": ("bad.jsonl", b'{"text": ["a"]}\n', ":1: value of 'text' is a JSON array"),
     "not UTF-8": ("bad.txt", b"caf\xe9\n", ":1: not UTF-8"),
     "empty": ("bad.jsonl", b"", ": empty file"),
-    "only blank": ("bad.txt", b"\n \n", "no document left of 1 inputs"),
-    "cut gzip": ("bad.txt.gz", gzip.compress(b"text " * 5000)[:-20], ":1: the gzip data ends too early"),
-    "unknown ending": ("bad.csv", b"a,b", "unknown kind of file"),
+    "only blank": ("bad.txt", b"\n \n", "no documents in 1 inputs (0 skipped)"),
+    "cut gzip": ("bad.txt.gz", gzip.compress(b"text " * 5000)[:-20], ":1: truncated gzip data"),
+    "unknown extension": ("bad.csv", b"a,b", "bad.csv: unsupported file type"),
 }
 
 
@@ -174,46 +174,41 @@ BAD_FILES = {
 def test_bad_inputs_end_with_status_2_and_one_line(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    name, content, message = BAD_FILES[kind]
+    name, content, fact = BAD_FILES[kind]
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("good")
     good = [] if kind == "only blank" else [str(tmp_path / "good.txt")]
     assert run(directory, tmp_path / "x", "--input", *good, str(tmp_path / name), "--workers", "1") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert message in lines[0]
+    assert_facts(lines[0], fact)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "good.txt"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["--input", "{tmp}/missing.jsonl"], "missing.jsonl: no such file"),
-        (["--workers", "0"], "workers is 0; expected at least 1"),
-        (["--language", " "], "language code is empty"),
-        (
-            ["--output", "{tmp}/x.words"],
-            "expected a path without ending; .bin, .idx, .json and, with a segmenter, .words are added to it",
-        ),
-        (["--output", "{tmp}"], "is a directory"),
-        (["--tokenizer", "{tmp}/none"], "no such tokenizer"),
-        (["--on-error", "ignore"], "--on-error is ignore, expected one of stop, skip"),
-        (["--inputs", "x"], "inputs"),
+        (["--input", "{tmp}/missing.jsonl"], ("missing.jsonl: ", "not found")),
+        (["--workers", "0"], ("workers is 0", "at least 1")),
+        (["--language", " "], ("--language is empty",)),
+        (["--output", "{tmp}/x.words"], ("x.words", ".bin, .idx, .json")),
+        (["--output", "{tmp}"], ("{tmp}", "is a directory")),
+        (["--tokenizer", "{tmp}/none"], ("{tmp}/none: tokenizer", "not found")),
+        (["--on-error", "ignore"], ("--on-error", "ignore", "stop, skip")),
+        (["--inputs", "x"], ("inputs",)),
     ],
 )
 def test_bad_options(
-    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], facts: tuple[str, ...]
 ) -> None:
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert run(directory, tmp_path / "x", "--input", str(directory / "a.jsonl"), "--workers", "1", *filled) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert message in error
+    status = run(directory, tmp_path / "x", "--input", str(directory / "a.jsonl"), "--workers", "1", *filled)
+    assert_refused(status, capsys.readouterr().err, *(fact.replace("{tmp}", str(tmp_path)) for fact in facts))
     assert not list(tmp_path.iterdir())
 
 
 class OneIdTooLarge(Tokenizer):
-    """Gives an id beyond its vocabulary for one word."""
+    """Returns an id outside its vocabulary for one word."""
 
     def __init__(self, base: Tokenizer, index: int) -> None:
         self.__dict__.update(base.__dict__)
@@ -225,16 +220,16 @@ class OneIdTooLarge(Tokenizer):
     encode = encode_words = encode_with_offsets = decode = word_boundaries = None  # type: ignore[assignment]
 
 
-def test_ids_outside_the_vocabulary_are_refused_before_the_cast(tokenizer: Tokenizer) -> None:
+def test_ids_outside_the_vocabulary_are_rejected_before_the_cast(tokenizer: Tokenizer) -> None:
     settings = TokeniserSettings("", Fields(), Limits(), "de", None)
     block = Block("lines", b'{"text": "a"}\n\n{"text": "wrong"}\n', 1, 0)
-    # 65,536 + 3 would become 3 in 16 bits without a word.
+    # 65,536 + 3 would silently become 3 in 16 bits.
     for index in (65_539, -1, 320):
         result = BlockTokeniser(settings, OneIdTooLarge(tokenizer, index))(block, plain=True)
-        assert result.fault is not None and result.fault[0] == 2
-        assert f"gave the id {index}, expected 0 to 319" in result.fault[1]
+        assert result.fatal_error is not None and result.fatal_error[0] == 2
+        assert_facts(result.fatal_error[1], f"id {index}, expected 0 to 319")
     result = BlockTokeniser(settings, OneIdTooLarge(tokenizer, 319))(block, plain=True)
-    assert result.fault is None and result.routes[Route(0, "de")].ids[-2:].tolist() == [319, 0]
+    assert result.fatal_error is None and result.routes[Route(0, "de")].ids[-2:].tolist() == [319, 0]
 
 
 def test_interrupt_leaves_nothing(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +259,7 @@ sys.exit(f"loaded {{heavy}}" if heavy else 0)
 
 
 class Counting:
-    """A lock that tells how often it was taken."""
+    """A lock that counts how often it was acquired."""
 
     taken = 0
 

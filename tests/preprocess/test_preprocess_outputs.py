@@ -1,4 +1,4 @@
-"""What preprocessing writes: the bytes of Megatron-LM's tool, datasets by key and language, shards, engines."""
+"""Output of preprocessing: the bytes of Megatron-LM's tool, datasets by key and language, shards, engines."""
 
 import gzip
 import json
@@ -16,13 +16,13 @@ import pytest
 import sentencepiece
 import transformers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from support.messages import assert_facts, assert_refused, user_error
 
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.blocks import Limits
 from megatron_prealign.corpus.readers import Fields
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.errors import UserError
 from megatron_prealign.preprocess import run as preprocess_module
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
@@ -71,8 +71,8 @@ def bytes_of(prefix: Path) -> tuple[bytes, bytes]:
 def test_the_bytes_are_those_of_megatrons_tool(
     directory: Path, tmp_path: Path, kind: str, vocabulary: int | None
 ) -> None:
-    """Megatron-LM's tools/preprocess_data.py with --append-eod: each document through the tokenizer's own library into
-    Megatron-Core's builder, whose type goes by the size of the vocabulary."""
+    """Megatron-LM's tools/preprocess_data.py with --append-eod: documents are encoded with the tokenizer's own library
+    and passed to Megatron-Core's builder, whose dtype depends on the vocabulary size."""
     if kind == "huggingface":
         path = directory / "tok"
         if vocabulary is not None:
@@ -81,26 +81,26 @@ def test_the_bytes_are_those_of_megatrons_tool(
             large = transformers.AutoTokenizer.from_pretrained(directory / "tok")
             large.add_tokens([f"<extra_{n}>" for n in range(vocabulary - len(large))])
             large.save_pretrained(path)
-        theirs = transformers.AutoTokenizer.from_pretrained(path)
-        size, eod = len(theirs), theirs.eos_token_id
-        rows = [theirs(text, add_special_tokens=False)["input_ids"] for text in documents(200, 1)]
+        reference = transformers.AutoTokenizer.from_pretrained(path)
+        size, eod = len(reference), reference.eos_token_id
+        rows = [reference(text, add_special_tokens=False)["input_ids"] for text in documents(200, 1)]
     else:
         path = directory / "sp.model"
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         size, eod = processor.get_piece_size(), processor.eos_id()
         rows = [processor.encode(text) for text in documents(200, 1)]
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(size))
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=DType.optimal_dtype(size))
     for row in rows:
         builder.add_document([*row, eod], [len(row) + 1])
-    builder.finalize(str(tmp_path / "theirs.idx"))
-    preprocess([directory / "a.jsonl"], path, tmp_path / "ours", GERMAN, show_progress=False)
-    assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
-    sidecar = load_sidecar(tmp_path / "ours")
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    preprocess([directory / "a.jsonl"], path, tmp_path / "out", GERMAN, show_progress=False)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "megatron")
+    sidecar = load_sidecar(tmp_path / "out")
     assert sidecar.engine == {"huggingface": "gigatoken", "sentencepiece": "sentencepiece"}[kind]
-    assert open_indexed(tmp_path / "ours").index.dtype == (numpy.uint16 if vocabulary is None else numpy.int32)
+    assert open_indexed(tmp_path / "out").index.dtype == (numpy.uint16 if vocabulary is None else numpy.int32)
 
 
-def test_keys_and_languages_make_datasets_of_their_own(directory: Path, tmp_path: Path) -> None:
+def test_keys_and_languages_write_separate_datasets(directory: Path, tmp_path: Path) -> None:
     fields = Fields(("text", "meta.title"), language_key="meta.lang")
     settings = replace(GERMAN, language=None, fields=fields, workers=2)
     result = preprocess([directory / "a.jsonl"], directory / "tok", tmp_path / "x", settings, show_progress=False)
@@ -135,33 +135,35 @@ def test_joined_keys(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
-def test_shards_put_together_are_the_whole(directory: Path, tmp_path: Path, count: int, segmenter: str | None) -> None:
-    # With 40 shards, some are empty: a compressed file belongs to one of them alone.
+def test_merged_shards_equal_the_complete_dataset(
+    directory: Path, tmp_path: Path, count: int, segmenter: str | None
+) -> None:
+    # With 40 shards some are empty, because a compressed file belongs to one shard.
     inputs = [directory / "a.jsonl", directory / "b.jsonl.gz"]
     settings = replace(GERMAN, segmenter=segmenter)
-    preprocess(inputs, directory / "tok", tmp_path / "whole", settings, show_progress=False)
+    preprocess(inputs, directory / "tok", tmp_path / "complete", settings, show_progress=False)
     for number in range(1, count + 1):
         preprocess(inputs, directory / "tok", tmp_path / "x", replace(settings, shard=(number, count)), False)
     prefixes = [str(tmp_path / f"x_{number:05d}-of-{count:05d}") for number in range(1, count + 1)]
     documents_of_shards = [load_sidecar(prefix).documents for prefix in prefixes]
     assert sum(documents_of_shards) == 260 and (0 in documents_of_shards) == (count == 40)
     assert main(["dataset", "merge", "--input", *reversed(prefixes), "--output", str(tmp_path / "merged")]) == 0
-    assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "whole")
+    assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "complete")
     if segmenter is not None:
-        assert (tmp_path / "merged.words").read_bytes() == (tmp_path / "whole.words").read_bytes()
+        assert (tmp_path / "merged.words").read_bytes() == (tmp_path / "complete.words").read_bytes()
 
 
-def test_lines_of_a_shard_are_named_by_their_byte(
+def test_lines_of_a_shard_are_located_by_byte(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' * 10 + "bad\n" + '{"text": "two"}\n' * 3)
     arguments = ["--input", str(path), "--tokenizer", str(directory / "tok"), "--language", "de", "--workers", "1"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", "2/2"]) == 2
-    assert f"{path}:byte 160: not JSON" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, f"{path}:byte 160: invalid JSON")
     for shard in ("0/2", "3/2", "1", "a/b", "1/0", "x1/2"):
-        assert main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", shard]) == 2
-        assert "--shard is" in capsys.readouterr().err
+        status = main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", shard])
+        assert_refused(status, capsys.readouterr().err, "--shard is", shard)
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -178,7 +180,7 @@ class Tokenizer:
         return cls(data)
     def encode_batch(self, texts):
         rows = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        # Wrong in every document that has this word.
+        # Wrong in every document that contains this word.
         return awkward.Array([
             numpy.array([7] + row[1:] if "WRONG" in text else row, dtype=numpy.uint32)
             for text, row in zip(texts, rows)
@@ -197,16 +199,15 @@ def test_wrong_ids_of_the_fast_engine_are_noticed(
         monkeypatch.delitem(sys.modules, name)
     right = [f"right {n} " + "word " * 30 for n in range(100)]
     path = tmp_path / "a.jsonl"
-    # A single wrong document hides between those that are compared; a whole block of them does not.
+    # A single wrong document is between those that are compared; a block of wrong documents is noticed.
     texts = [*right[:53], "one WRONG document", *right[53:], *["WRONG " * 20] * 60, *right]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     settings = replace(GERMAN, workers=workers)
     result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
-    assert result.sidecar.engine.startswith(f"gigatoken, from {path}:")
-    assert result.sidecar.engine.endswith(" on tokenizers: the ids differed there")
+    assert_facts(result.sidecar.engine, "gigatoken", f"tokenizers from {path}:")
     line = int(result.sidecar.engine.split(":")[1].split()[0])
     assert 102 <= line <= 161
-    # From the block on in which it was noticed, all is plain, also what the workers had already begun.
+    # From that block on, the plain tokenizer encodes everything, including blocks already in flight.
     tokenizer = load_tokenizer(directory / "tok")
     dataset = open_indexed(tmp_path / "x")
     wrong = [n for n, text in enumerate(texts) if dataset[n].tolist() != [*tokenizer.encode(text), 0]]
@@ -218,7 +219,7 @@ def test_wrong_ids_of_the_fast_engine_are_noticed(
     assert [row.tolist() for row in open_indexed(tmp_path / "plain")] == [[*tokenizer.encode(t), 0] for t in texts]
 
 
-def test_the_place_where_the_engine_changes_depends_on_nothing_but_the_text(
+def test_the_engine_change_depends_only_on_the_text(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fake").mkdir()
@@ -226,8 +227,8 @@ def test_the_place_where_the_engine_changes_depends_on_nothing_but_the_text(
     monkeypatch.syspath_prepend(str(tmp_path / "fake"))
     for name in [name for name in sys.modules if name.partition(".")[0] == "gigatoken"]:
         monkeypatch.delitem(sys.modules, name)
-    # Ten documents make a block. The third block is wrong as a whole; of those behind it, which are already on their
-    # way then, one document is, and none of the three that are compared.
+    # A block has ten documents. The third block is entirely wrong; in each later block, which may be in flight by then,
+    # one document is wrong, but none of the three that are compared.
     wrong = [n // 10 == 2 or (n >= 30 and n % 10 == 3) for n in range(200)]
     lines = [json.dumps({"text": f"{'WRONG' if wrong[n] else 'right'} {n:04}"}) + "\n" for n in range(200)]
     path = tmp_path / "a.jsonl"
@@ -237,7 +238,7 @@ def test_the_place_where_the_engine_changes_depends_on_nothing_but_the_text(
         preprocess([path], directory / "tok", tmp_path / f"w{workers}", settings, show_progress=False)
     assert bytes_of(tmp_path / "w1") == bytes_of(tmp_path / "w2") == bytes_of(tmp_path / "w3")
     assert (tmp_path / "w1.json").read_bytes() == (tmp_path / "w3.json").read_bytes()
-    assert "ids differed" in load_sidecar(tmp_path / "w1").engine
+    assert_facts(load_sidecar(tmp_path / "w1").engine, "gigatoken", f"tokenizers from {path}:22 on")
 
 
 def test_added_tokens_in_a_text_go_to_the_library(directory: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_added_tokens_in_a_text_go_to_the_library(directory: Path, tmp_path: Pat
     tokenizer.add_tokens(["<mark>"])
     tokenizer.save_pretrained(tmp_path / "tok")
     path = tmp_path / "a.txt"
-    # Many names begin alike.
+    # Many names share a prefix.
     text = "one <map> <mark> two <eod>"
     path.write_text(f"{text}\n\nthree")
     result = preprocess([path], tmp_path / "tok", tmp_path / "x", GERMAN, show_progress=False)
@@ -257,7 +258,7 @@ def test_added_tokens_in_a_text_go_to_the_library(directory: Path, tmp_path: Pat
         [*loaded.encode("three"), 0],
     ]
     assert 320 in dataset[0] and dataset[0].tolist().count(0) == 1
-    # The names of special tokens are plain text for the engine, too.
+    # The engine also encodes the names of special tokens as plain text.
     engine = loaded.fast_engine()
     assert engine is not None and engine(["<eod>"])[0].tolist() == loaded.encode("<eod>")
     with pytest.raises(UnsuitableTextError):
@@ -268,43 +269,49 @@ BAD = [
     (
         ["--language-key", "lang"],
         '{"text": "a", "lang": "../x"}',
-        "a.jsonl:1: the language under 'lang' is '../x'; expected",
+        ("a.jsonl:1: ", "'lang' is '../x'"),
     ),
-    (["--language-key", "lang"], '{"text": "a"}', "no key 'lang'"),
-    (["--language-key", "lang", "--language", "de"], "{}", "got both"),
-    ([], "{}", "expected either --language, a code like en or de for all documents, or --language-key"),
-    (["--language", "de", "--text-key", "a", "a"], "{}", "expected one or more different keys"),
+    (["--language-key", "lang"], '{"text": "a"}', ("a.jsonl:1: ", "no key 'lang'")),
+    (["--language-key", "lang", "--language", "de"], "{}", ("--language", "--language-key", "got both")),
+    ([], "{}", ("--language", "--language-key", "got neither")),
+    (["--language", "de", "--text-key", "a", "a"], "{}", ("--text-key is 'a a'",)),
     (
         ["--language", "de", "--text-key", "a/b", "c"],
         '{"a/b": "x", "c": "y"}',
-        "--text-key is 'a/b c'; of several keys each becomes part of a file name",
+        ("--text-key is 'a/b c'", "'/'", "--join"),
     ),
     (
         ["--language-key", "l", "--text-key", "a", "a_b"],
         '{"a": "x", "a_b": "y", "l": "b_c"}\n{"a": "x", "a_b": "y", "l": "c"}',
-        "'a' in b_c and 'a_b' in c would both be ",
+        ("a.jsonl: ", "'a' in b_c and 'a_b' in c", "x_a_b_c"),
     ),
-    (["--language", "de", "--max-document-mb", "0"], "{}", "--max-document-mb is 0; expected"),
-    (["--language", "de", "--max-document-mb", "inf"], "{}", "--max-document-mb is inf, expected a finite number"),
+    (["--language", "de", "--max-document-mb", "0"], "{}", ("--max-document-mb is 0, expected",)),
+    (["--language", "de", "--max-document-mb", "inf"], "{}", ("--max-document-mb", "inf")),
     (
         ["--language", "de", "--max-document-mb", "0.0001"],
         '{"text": "%s"}' % ("x" * 200),
-        "a document of more",
+        ("a.jsonl:1: ", "longer than 9.91821e-05 MiB", "--max-document-mb"),
     ),
-    (["--language", "de", "--save-every-mb", "-1"], "{}", "--save-every-mb is -1; expected"),
+    (["--language", "de", "--save-every-mb", "-1"], "{}", ("--save-every-mb is -1, expected",)),
 ]
 
 
-@pytest.mark.parametrize(("options", "line", "message"), BAD)
-def test_mistakes(
-    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str, message: str
+@pytest.mark.parametrize(("options", "line", "facts"), BAD)
+def test_errors(
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    line: str,
+    facts: tuple[str, ...],
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
     arguments = ["--input", str(path), "--tokenizer", str(directory / "tok"), "--workers", "1", *options]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0]
+    assert len(errors) == 1
+    assert_facts(errors[0], *facts)
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -331,7 +338,7 @@ def command(directory: Path, name: str, out: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize("languages", [["--language", "de"], ["--language-key", "meta.lang"]])
-def test_a_finished_dataset_stays(
+def test_a_finished_dataset_is_kept(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], languages: list[str]
 ) -> None:
     out = tmp_path / "x"
@@ -339,26 +346,26 @@ def test_a_finished_dataset_stays(
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(before) == (3 if languages[0] == "--language" else 9)
     capsys.readouterr()
-    # Started again, as a job array is.
+    # Started again, like a job array.
     assert command(directory, "a.jsonl", out, *languages, "--resume") == 0
-    assert capsys.readouterr().out.count("already there, complete") == len(before) // 3
-    # Anything else is in its way.
+    assert capsys.readouterr().out.count("already complete") == len(before) // 3
+    # Any other run is an error.
     for name, options in [
         ("a.jsonl", []),
         ("b.jsonl.gz", ["--resume"]),
         ("a.jsonl", ["--text-key", "meta.title", "--resume"]),
     ]:
         assert command(directory, name, out, *languages, *options) == 2
-        assert "a dataset lies here already; replace it with --overwrite" in capsys.readouterr().err
+        assert_facts(capsys.readouterr().err, f"error: {out}", "already exists", "--overwrite")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert command(directory, "b.jsonl.gz", out, *languages, "--overwrite") == 0
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} != before
 
 
-def test_files_without_a_sidecar_stay_too(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_without_a_sidecar_are_kept(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.bin").write_bytes(b"of Megatron's own tool")
     assert command(directory, "a.jsonl", tmp_path / "x", "--language", "de", "--resume") == 2
-    assert "a dataset lies here already" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, f"error: {tmp_path / 'x.bin'}: ", "already exists")
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -383,7 +390,7 @@ def test_rows_of_a_shard_are_counted_from_the_first_of_the_table(directory: Path
     assert found == [f"{path}:row 26"]
 
 
-def test_a_document_with_an_odd_language_can_be_skipped(directory: Path, tmp_path: Path) -> None:
+def test_a_document_with_an_invalid_language_can_be_skipped(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "l": "de"}\n{"text": "b", "l": "../x"}\n{"text": "c", "l": "de"}\n')
     settings = replace(GERMAN, language=None, fields=Fields(language_key="l"), on_error="skip")
@@ -399,7 +406,7 @@ def test_a_shard_without_documents_and_language(
     path.write_text('{"text": "a", "l": "de"}\n')
     arguments = ["--input", str(path), "--tokenizer", str(directory / "tok"), "--language-key", "l", "--workers", "1"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x"), "--shard", "2/2"]) == 0
-    assert "no document in this shard" in capsys.readouterr().out
+    assert "no documents in this shard" in capsys.readouterr().out
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -446,10 +453,10 @@ def test_too_many_languages(directory: Path, tmp_path: Path, count: int, monkeyp
         result = preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
         assert len(result.outputs) == 3
         return
-    # The languages of what an earlier run saved count, too.
+    # The languages saved by an earlier run count, too.
     for resume in (False, True):
         settings = replace(settings, resume=resume, limits=Limits(block_bytes=60), save_every_bytes=60)
-        with pytest.raises(UserError, match="more than 3 datasets by the language under 'l'"):
+        with user_error(f"{path}: ", "'l'", "more than 3 datasets", "--language-key"):
             preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
         assert (tmp_path / "x.unfinished").exists()
 
@@ -461,10 +468,10 @@ def test_a_file_name_that_is_not_utf8(directory: Path, tmp_path: Path, capsys: p
     try:
         (tmp_path / "in" / name).write_text("\n".join(lines))
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
+        pytest.skip("this file system only accepts UTF-8 names")
     arguments = ["--input", str(tmp_path / "in"), "--tokenizer", str(directory / "tok"), "--language", "de"]
-    # Saved again and again on the way.
+    # Save often.
     arguments += ["--workers", "1", "--on-error", "skip", "--save-every-mb", "0.0001"]
     assert main(["preprocess", *arguments, "--output", str(tmp_path / "x")]) == 0
-    assert "caf\\udce9.jsonl:21: not JSON" in capsys.readouterr().out
+    assert "caf\\udce9.jsonl:21: invalid JSON" in capsys.readouterr().out
     assert load_sidecar(tmp_path / "x").inputs[0].path == str(tmp_path / "in" / name)

@@ -1,4 +1,4 @@
-"""Preprocessing in real processes that are killed, stopped or lose a worker."""
+"""Preprocessing in real processes that are killed, interrupted or lose a worker."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.messages import assert_facts, user_error
 from support.preprocess_runs import SETTINGS, files, make_inputs, run
 
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.blocks import Limits
-from megatron_prealign.errors import UserError
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
 SCRIPT = """
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("resume"))
 
 
-def test_killed_for_real_with_workers(directory: Path, tmp_path: Path) -> None:
+def test_killed_with_workers(directory: Path, tmp_path: Path) -> None:
     big = tmp_path / "big.jsonl"
     lines = (directory / "a.jsonl").read_text(encoding="utf-8").splitlines()
     big.write_text("\n".join(line for line in lines * 30 if line != "no JSON"), encoding="utf-8")
@@ -58,14 +58,14 @@ def test_killed_for_real_with_workers(directory: Path, tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert children and not (tmp_path / "x.bin").exists()
-    # Workers whose parent is gone go, too.
+    # Workers exit after their parent.
     while any(_is_alive(child) for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     settings = PreprocessSettings(
         language="zh", segmenter="support.word_cutters:Slow", limits=Limits(block_bytes=2500), save_every_bytes=1 << 30
     )
-    with pytest.raises(UserError, match="an unfinished run lies here"):
+    with user_error(f"{out}.unfinished: ", "unfinished run", "--resume"):
         preprocess([big], directory / "tok", out, settings, show_progress=False)
     preprocess([big], directory / "tok", out, replace(settings, resume=True), show_progress=False)
     preprocess([big], directory / "tok", tmp_path / "y", settings, show_progress=False)
@@ -73,7 +73,7 @@ def test_killed_for_real_with_workers(directory: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGTERM", "2"), ("SIGHUP", "1"), ("SIGINT", "2")])
-def test_a_signal_tells_what_is_kept(directory: Path, tmp_path: Path, name: str, workers: str) -> None:
+def test_a_signal_reports_what_is_saved(directory: Path, tmp_path: Path, name: str, workers: str) -> None:
     path = tmp_path / "big.jsonl"
     path.write_text('{"text": "我们"}\n' * 2_000, encoding="utf-8")
     arguments = ["--input", path, "--tokenizer", directory / "tok", "--language", "zh", "--output", tmp_path / "x"]
@@ -89,7 +89,8 @@ def test_a_signal_tells_what_is_kept(directory: Path, tmp_path: Path, name: str,
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; nothing was saved yet, nothing is left behind" in errors and "Traceback" not in errors
+    assert_facts(errors, "interrupted; nothing was saved")
+    assert "Traceback" not in errors
     assert [each.name for each in tmp_path.iterdir()] == ["big.jsonl"]
 
 
@@ -112,7 +113,8 @@ def test_a_dead_worker_ends_the_run(directory: Path, tmp_path: Path, capsys: pyt
     arguments += ["--segmenter", "support.word_cutters:Deadly", "--output", str(tmp_path / "x")]
     assert main(["preprocess", "--input", str(path), *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "a worker process died" in errors[0]
+    assert len(errors) == 1
+    assert_facts(errors[0], "worker process died", "--workers than 2", "--max-document-mb")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl"]
 
 

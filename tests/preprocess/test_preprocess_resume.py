@@ -1,4 +1,4 @@
-"""Runs that end early: whenever that is, nothing half-done is taken for a dataset, and a later run goes on."""
+"""Runs that end early: at any point, no partial output is accepted as a dataset, and a later run resumes."""
 
 import errno
 import fcntl
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy
 import pytest
+from support.messages import assert_facts, user_error
 from support.preprocess_runs import SETTINGS, files, inputs, make_inputs, run, text
 
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.blocks import Limits
 from megatron_prealign.corpus.readers import Fields
 from megatron_prealign.data.sidecar import load_sidecar
-from megatron_prealign.errors import UserError
 from megatron_prealign.preprocess import journal as module
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.preprocess.tokenise import BlockTokeniser
@@ -31,12 +31,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Killed(BaseException):
-    """Ends a run without a chance to tidy up."""
+    """Ends a run without cleanup."""
 
 
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Ends the process, as far as that can be done inside one, just before the given step that changes something on the
-    disk; gives the number of steps so far."""
+    """Simulates a kill before the given step that changes something on disk; returns a function that counts the
+    steps."""
     steps = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,12 +58,12 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
-def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
+def test_a_run_killed_at_any_step_resumes_with_the_same_bytes(
     directory: Path, tmp_path: Path, segmenter: str | None
 ) -> None:
     settings = replace(SETTINGS, segmenter=segmenter)
-    run(directory, tmp_path / "whole/x", settings)
-    expected = files(tmp_path / "whole/x")
+    run(directory, tmp_path / "complete/x", settings)
+    expected = files(tmp_path / "complete/x")
     old = tmp_path / "old/x"
     preprocess(
         [directory / "b.txt"],
@@ -88,16 +88,16 @@ def test_killed_at_any_step_it_goes_on_and_gives_the_same_bytes(
             assert count() >= step
         found = {path.name[1:]: path.read_bytes() for path in out.parent.glob("x.*") if path.is_file()}
         if ".json" in found:
-            # Whoever finds a sidecar finds the dataset it speaks of, the old or the new one.
+            # A sidecar always matches its dataset, the old or the new one.
             sidecar = load_sidecar(out)
             assert found[".bin"] in (files(old)[".bin"], expected[".bin"])
-            assert sidecar == load_sidecar(old if found[".bin"] == files(old)[".bin"] else tmp_path / "whole/x")
+            assert sidecar == load_sidecar(old if found[".bin"] == files(old)[".bin"] else tmp_path / "complete/x")
             untouched += 1
         resumed += (out.parent / "x.unfinished/journal.json").exists()
         run(directory, out, replace(settings, resume=True))
         assert files(out) == expected, step
         shutil.rmtree(out.parent)
-    # Most steps lie between the first journal and the end.
+    # Most steps are between the first journal and the end.
     assert step > 40 and resumed > 0.8 * step and untouched > 0.7 * step
 
 
@@ -117,29 +117,32 @@ def test_a_full_disk_keeps_what_was_saved(
     out = tmp_path / "x"
     with monkeypatch.context() as patch:
         patch.setattr(module.TokenWriter, "append", full)
-        with pytest.raises(UserError, match=r"x.unfinished: No space left on device") as caught:
+        with user_error(f"{out}.unfinished", "No space left on device") as caught:
             run(directory, out, SETTINGS)
-    kept = at > 2
-    assert ("documents are kept in" in str(caught.value)) == kept
-    assert (tmp_path / "x.unfinished").exists() == kept
+    is_saved = at > 2
+    assert (f"documents are saved in {out}.unfinished" in str(caught.value)) == is_saved
+    assert (tmp_path / "x.unfinished").exists() == is_saved
     assert not (tmp_path / "x.bin").exists()
     run(directory, out, replace(SETTINGS, resume=True))
     run(directory, tmp_path / "y", SETTINGS)
     assert files(out) == files(tmp_path / "y")
 
 
-def test_only_what_is_kept_is_called_kept(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reported_number_of_saved_documents(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "write_index", full)
-    # A second time, it goes on from what is kept.
+    # The second time, it resumes from what is saved.
     for resume in (False, True):
-        with pytest.raises(UserError, match="No space left") as caught:
+        with user_error("No space left on device") as caught:
             run(directory, tmp_path / "x", replace(SETTINGS, resume=resume))
         journal = json.loads((tmp_path / "x.unfinished/journal.json").read_text())
-        kept = sum(state["documents"] for state in journal["outputs"])
-        assert 0 < kept < 80 and f"({kept} documents are kept in" in str(caught.value)
+        saved = sum(state["documents"] for state in journal["outputs"])
+        assert 0 < saved < 80
+        assert_facts(str(caught.value), f"({saved} documents are saved in", "--resume")
 
 
 def interrupted(directory: Path, out: Path, monkeypatch: pytest.MonkeyPatch, settings: PreprocessSettings) -> None:
@@ -160,47 +163,49 @@ def interrupted(directory: Path, out: Path, monkeypatch: pytest.MonkeyPatch, set
     assert (out.parent / "x.unfinished").is_dir()
 
 
-def test_only_the_same_run_goes_on(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_run_with_the_same_settings_resumes(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "x"
     interrupted(directory, out, monkeypatch, SETTINGS)
-    with pytest.raises(UserError, match="an unfinished run lies here; go on from it with --resume, or remove"):
+    with user_error(f"{out}.unfinished: ", "unfinished run", "--resume", "remove"):
         run(directory, out, SETTINGS)
     same = replace(SETTINGS, resume=True)
-    for other, named in [
+    for other, fact in [
         (replace(same, language="ja"), "language was zh, is ja"),
-        (replace(same, fields=Fields(("l",))), r"text_keys was \['text'\], is \['l'\]"),
+        (replace(same, fields=Fields(("l",))), "text_keys was ['text'], is ['l']"),
         (replace(same, segmenter="support.word_cutters:KnownWords"), "segmenter was None"),
         (replace(same, use_fast_engine=True), "fast engine was False, is True"),
         (replace(same, limits=Limits(block_bytes=2501)), "block_bytes was 2500, is 2501"),
     ]:
-        with pytest.raises(UserError, match=named):
+        with user_error(f"{out}.unfinished: ", fact):
             run(directory, out, other)
-    with pytest.raises(UserError, match="inputs was"):
+    with user_error(f"{out}.unfinished: ", "inputs was"):
         preprocess([directory / "a.jsonl"], directory / "tok", out, same, show_progress=False)
     train_tokenizer([directory / "a.jsonl"], tmp_path / "tok", 271, on_error="skip", show_progress=False)
-    with pytest.raises(UserError, match="tokenizer was sha256"):
+    with user_error(f"{out}.unfinished: ", "tokenizer was sha256"):
         preprocess(inputs(directory), tmp_path / "tok", out, same, show_progress=False)
     shutil.rmtree(tmp_path / "tok")
     touched = os.stat(directory / "b.txt")
     os.utime(directory / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns + 1_000_000))
-    with pytest.raises(UserError, match="inputs was"):
+    with user_error(f"{out}.unfinished: ", "inputs was"):
         run(directory, out, same)
     os.utime(directory / "b.txt", ns=(touched.st_atime_ns, touched.st_mtime_ns))
     with open(tmp_path / "x.unfinished/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is writing"):
+        with user_error(f"{out}.unfinished: another process", str(out)):
             run(directory, out, same)
-    # Whether bad lines stop the run, and how many workers there are, changes no byte of what was done.
+    # The error policy and the number of workers do not change the output.
     result = preprocess(inputs(directory), directory / "tok", out, replace(same, workers=2), show_progress=False)
     assert 0 < result.text_bytes < result.sidecar.bytes
     run(directory, tmp_path / "y", SETTINGS)
     assert files(out) == files(tmp_path / "y")
 
 
-def test_the_lock_of_a_directory_that_is_gone_holds_nobody_off(
+def test_the_lock_of_a_removed_directory_blocks_nobody(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run opened its lock, and removed the directory before this one had locked it, too."""
+    """Another run removes the directory between opening and locking of the lock file."""
     flock, calls = fcntl.flock, []
 
     def late(lock: Any, operation: int) -> None:
@@ -208,7 +213,7 @@ def test_the_lock_of_a_directory_that_is_gone_holds_nobody_off(
         if len(calls) < 3:
             shutil.rmtree(tmp_path / "x.unfinished")
         if len(calls) == 2:
-            # And a third run has made it anew.
+            # And a third run has created it again.
             (tmp_path / "x.unfinished").mkdir()
         flock(lock, operation)
 
@@ -227,24 +232,24 @@ def test_a_file_system_without_locks(directory: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "x.bin").exists()
 
 
-def test_everything_is_on_the_disk_before_anything_says_so(
+def test_everything_is_synced_before_it_is_recorded(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a machine keeps that loses power is what was synced: files before the journal that counts on them, the
-    removal of an old sidecar before the first new name, names before the directory of the run goes."""
+    """Only synced data survives a power failure: files are synced before the journal that refers to them, the removal
+    of an old sidecar before the first rename, renames before the directory of the run is removed."""
     settings = replace(SETTINGS, segmenter="support.word_cutters:KnownWords")
     run(directory, tmp_path / "x", settings)
     synced: dict[int, int] = {}
     events: list[str] = []
-    fsync, save, move = os.fsync, module.Unfinished.save, os.replace
+    fsync, save, move = os.fsync, module.UnfinishedRun.save, os.replace
     sync_directory, rmtree = module.sync_directory, shutil.rmtree
 
-    def noted(descriptor: int) -> None:
+    def recorded(descriptor: int) -> None:
         status = os.fstat(descriptor)
         synced[status.st_ino] = status.st_size
         fsync(descriptor)
 
-    def checked(self: module.Unfinished) -> None:
+    def checked(self: module.UnfinishedRun) -> None:
         save(self)
         ends = ("bin", "lengths", "words") + (("idx", "json") if self.journal.is_complete else ())
         for writer in self.writers:
@@ -262,19 +267,19 @@ def test_everything_is_on_the_disk_before_anything_says_so(
         sync_directory(path)
 
     def removed(path: Path, **options: Any) -> None:
-        events.append("gone")
+        events.append("removed")
         rmtree(path, **options)
 
-    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "fsync", recorded)
     monkeypatch.setattr(os, "replace", moved)
-    monkeypatch.setattr(module.Unfinished, "save", checked)
+    monkeypatch.setattr(module.UnfinishedRun, "save", checked)
     monkeypatch.setattr(module, "sync_directory", directory_synced)
     monkeypatch.setattr(shutil, "rmtree", removed)
     run(directory, tmp_path / "x", settings)
-    assert events == ["sync", "x.bin", "x.idx", "x.words", "x.json", "sync", "gone"]
+    assert events == ["sync", "x.bin", "x.idx", "x.words", "x.json", "sync", "removed"]
 
 
-def test_the_command_goes_on(
+def test_the_command_resumes(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append, count = module.TokenWriter.append, 0
@@ -303,13 +308,13 @@ def test_the_command_goes_on(
         patch.setattr(module.TokenWriter, "append", interrupt)
         assert main(arguments) == 130
     assert main(arguments) == 2
-    assert "go on from it with --resume" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, f"{tmp_path / 'x'}.unfinished: ", "unfinished run", "--resume")
     assert main([*arguments, "--resume"]) == 0
     sidecar = load_sidecar(tmp_path / "x")
     assert (sidecar.documents, sidecar.engine) == (80, "tokenizers")
 
 
-def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
+def test_a_resumed_run_does_not_use_an_engine_that_was_wrong(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = BlockTokeniser.engine
@@ -348,37 +353,41 @@ def test_a_run_that_goes_on_keeps_away_from_an_engine_that_was_wrong(
         patch.setattr(module.TokenWriter, "append", interrupt)
         with pytest.raises(KeyboardInterrupt):
             preprocess([path], directory / "tok", tmp_path / "x", settings, show_progress=False)
-    asked: list[bool] = []
+    plain_calls: list[bool] = []
     call = BlockTokeniser.__call__
 
-    def noted(self: BlockTokeniser, block: Any, plain: bool) -> Any:
-        asked.append(plain)
+    def recorded(self: BlockTokeniser, block: Any, plain: bool) -> Any:
+        plain_calls.append(plain)
         return call(self, block, plain)
 
-    monkeypatch.setattr(BlockTokeniser, "__call__", noted)
+    monkeypatch.setattr(BlockTokeniser, "__call__", recorded)
     preprocess([path], directory / "tok", tmp_path / "x", replace(settings, resume=True), show_progress=False)
-    assert asked and all(asked)
+    assert plain_calls and all(plain_calls)
     assert files(tmp_path / "x") == files(tmp_path / "y")
 
 
-@pytest.mark.parametrize("damage", ["journal", "short", "version"])
-def test_a_damaged_unfinished_run_is_one_line(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+@pytest.mark.parametrize("corruption", ["journal", "short", "version"])
+def test_a_corrupt_unfinished_run_is_one_line(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corruption: str
 ) -> None:
     interrupted(directory, tmp_path / "x", monkeypatch, SETTINGS)
     journal = tmp_path / "x.unfinished/journal.json"
-    if damage == "journal":
+    if corruption == "journal":
         journal.write_text(journal.read_text()[:-5])
-    elif damage == "version":
+    elif corruption == "version":
         journal.write_text(journal.read_text().replace('"format_version": 1', '"format_version": 7'))
     else:
         os.truncate(tmp_path / "x.unfinished/0.bin", 100)
-    match = r"x.unfinished/.*(not a journal of this version|expected .* as the journal)"
-    with pytest.raises(UserError, match=match) as caught:
+    facts = {
+        "journal": (f"{journal}: cannot read journal",),
+        "version": (f"{journal}: cannot read journal", "format version 7, expected 1"),
+        "short": (f"{journal.parent}/0.bin: got 100 bytes, expected", "journal"),
+    }[corruption]
+    with user_error(*facts, "start from scratch") as caught:
         run(directory, tmp_path / "x", replace(SETTINGS, resume=True))
-    # One cannot go on from there.
+    # Resuming is impossible.
     assert "--resume" not in str(caught.value)
-    # Nothing is thrown away by that.
+    # Nothing is deleted.
     assert journal.exists()
 
 
@@ -386,25 +395,25 @@ def test_a_damaged_unfinished_run_is_one_line(
 def test_an_input_that_changes_is_noticed(directory: Path, tmp_path: Path, monkeypatch: Any, added: bytes) -> None:
     path = tmp_path / "a.jsonl"
     shutil.copy(directory / "a.jsonl", path)
-    finish = module.Unfinished.save
+    finish = module.UnfinishedRun.save
 
-    def touched(self: module.Unfinished) -> None:
+    def touched(self: module.UnfinishedRun) -> None:
         path.write_bytes(path.read_bytes() + added)
         os.utime(path, (1, 1))
         finish(self)
 
-    monkeypatch.setattr(module.Unfinished, "save", touched)
-    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read"):
+    monkeypatch.setattr(module.UnfinishedRun, "save", touched)
+    with user_error(f"{path}: ", "changed while it was read"):
         preprocess([path], directory / "tok", tmp_path / "x", SETTINGS, show_progress=False)
     assert not (tmp_path / "x.bin").exists()
 
 
 def test_read_only_output(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=f"{tmp_path}/file is a file"):
+    with user_error(f"{tmp_path}/file is a file"):
         run(directory, tmp_path / "file/x", SETTINGS)
     if os.geteuid() == 0:
         return
     (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(UserError, match=f"{tmp_path}/locked/x.unfinished: Permission denied"):
+    with user_error(f"{tmp_path}/locked/x.unfinished", "Permission denied"):
         run(directory, tmp_path / "locked/x", SETTINGS)

@@ -1,4 +1,4 @@
-"""Training a tokenizer: the directory opens, twice the same, words stay whole, and mistakes leave nothing behind."""
+"""Training a tokenizer: it loads, is reproducible, keeps words intact, and errors leave nothing behind."""
 
 import gzip
 import json
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+from support.messages import assert_facts, user_error
 from support.word_cutters import WORDS
 
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.read_errors import ReadError
-from megatron_prealign.errors import UserError
-from megatron_prealign.preprocess.tokenizer_trainers import WORD_BREAK, separate_words, train_sentencepiece
+from megatron_prealign.preprocess.tokenizer_trainers import WORD_BREAK, insert_word_breaks, train_sentencepiece
 from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, parse_segmenters, train_tokenizer
 from megatron_prealign.tokenizer.clone import CloneTokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -30,17 +30,18 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_directory_opens_in_transformers_with_the_same_ids(corpus: Path, tmp_path: Path) -> None:
+def test_directory_loads_in_transformers_with_the_same_ids(corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], tmp_path / "new/tok", 300, show_progress=False)
     names = sorted(path.name for path in (tmp_path / "new/tok").iterdir())
     assert names == ["fertility.json", "tokenizer.json", "tokenizer_config.json"]
-    ours = load_tokenizer(tmp_path / "new/tok")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new/tok")
-    assert (ours.vocab_size, ours.eod_id, theirs.eos_token, theirs.eos_token_id) == (300, 0, "<eod>", 0)
-    assert len(theirs) == 300
+    tokenizer = load_tokenizer(tmp_path / "new/tok")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "new/tok")
+    assert (tokenizer.vocab_size, tokenizer.eod_id, hf.eos_token, hf.eos_token_id) == (300, 0, "<eod>", 0)
+    assert len(hf) == 300
     for text in (*TEXT.split("\n\n")[:4], " two  spaces\n\ttab", "unseen: ελληνικά 🎉", ""):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text)) == text
+        ids = tokenizer.encode(text)
+        assert ids == hf.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == hf.decode(ids) == text
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -76,11 +77,11 @@ def test_command_with_clone(corpus: Path, tmp_path: Path, capsys: pytest.Capture
     assert isinstance(tokenizer, CloneTokenizer)
     assert tokenizer.language == "en_clone"
     assert main(command) == 2
-    assert "not empty" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, f"output {out}: ", "not empty")
 
 
 def write_chinese(directory: Path, count: int) -> Path:
-    """Documents of 8 words out of 4 without spaces, a sign and a name."""
+    """Documents of 8 words out of 4 without spaces, a punctuation mark and a name."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(WORDS[:4], k=8)) + "，RAID5" for _ in range(count)]
     path = directory / "zh.jsonl"
@@ -89,12 +90,12 @@ def write_chinese(directory: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_do_not_reach_across_words(tmp_path: Path, kind: str) -> None:
+def test_tokens_do_not_cross_word_boundaries(tmp_path: Path, kind: str) -> None:
     path = write_chinese(tmp_path, 300)
     crossing = {}
     for cut in (True, False):
         settings = TrainerSettings(kind=kind, segmenters=["zh=support.word_cutters:KnownWords"] if cut else [])
-        # Whole words are all there is to learn if no token reaches across.
+        # Without tokens across words, the vocabulary is limited to complete words.
         size = 300 if not cut else 279 if kind == "byte-bpe" else 275
         directory = tmp_path / f"{cut}"
         train_tokenizer([f"{path}:zh"], directory, size, None, ["data.text"], show_progress=False, settings=settings)
@@ -103,21 +104,21 @@ def test_tokens_do_not_reach_across_words(tmp_path: Path, kind: str) -> None:
         chinese = [token for token in tokens if "\ufffd" not in token and any(sign in "".join(WORDS) for sign in token)]
         crossing[cut] = [token for token in chinese if not any(token.strip() in word for word in WORDS)]
         assert any(len(token) > 1 for token in chinese) and not any(WORD_BREAK in token for token in tokens)
-        # Signs and digits stand apart as they would without it.
+        # Punctuation and digits are separated as without a segmenter.
         assert tokenizer.decode(tokenizer.encode("苹果，RAID5")) == "苹果，RAID5"
         if kind == "byte-bpe":
-            # No trace of it stays: other text has other words.
+            # The tokenizer itself contains no word breaks.
             assert json.loads((directory / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
     assert not crossing[True] and crossing[False]
 
 
-def test_word_breaks_stand_between_letters_only() -> None:
-    class Given:
+def test_word_breaks_are_only_inserted_between_letters() -> None:
+    class EveryCharacter:
         def word_starts(self, text: str) -> list[int]:
             return list(range(len(text) + 1))
 
-    assert separate_words(f"ab, 1c{WORD_BREAK} d", Given(), "x", "f:1") == f"a{WORD_BREAK}b, 1c d"
-    assert separate_words("", Given(), "x", "f:1") == ""
+    assert insert_word_breaks(f"ab, 1c{WORD_BREAK} d", EveryCharacter(), "x", "f:1") == f"a{WORD_BREAK}b, 1c d"
+    assert insert_word_breaks("", EveryCharacter(), "x", "f:1") == ""
 
 
 def test_segmenters_of_languages() -> None:
@@ -130,7 +131,7 @@ def test_segmenters_of_languages() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    """What is printed and written is what a count by hand finds."""
+    """The printed and written report agrees with a manual count."""
     known = [f"apple {n % 7} and pear, again" for n in range(400)]
     lines = {"en": known, "el": ["ελληνικά ν΄ άλφα"] * 50}
     for language, texts in lines.items():
@@ -147,7 +148,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -
     printed = capsys.readouterr().out
     for language, one in found["languages"].items():
         cut = one["fertility"]
-        # All documents of a language are alike but for a digit.
+        # All documents of a language are equal except for a digit.
         text = {"en": known[0], "el": lines["el"][0]}.get(language) or json.loads(zh.read_text().split("\n")[0])[
             "data"
         ]["text"]
@@ -164,11 +165,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -
         assert cut["fallback_tokens"] == parts * cut["documents"]
         assert cut["tokens_per_word"] == cut["tokens"] / cut["words"]
         assert cut["bytes_per_token"] == cut["bytes"] / cut["tokens"]
-        spared = cut["documents"] if cut["held_out"] else 0
-        assert one["sample_documents"] == one["documents"] - spared
+        held_out = cut["documents"] if cut["held_out"] else 0
+        assert one["sample_documents"] == one["documents"] - held_out
         row = next(line for line in printed.splitlines() if line.startswith(language))
         assert f"{cut['tokens_per_word']:.2f}" in row and f"{cut['bytes_per_token']:.2f}" in row
-        assert ("measured on what it learnt from" in row) == (language == "zh")
+        assert ("measured on training text" in row) == (language == "zh")
     assert found["languages"]["en"]["fertility"]["fallback_tokens"] == 0
 
 
@@ -176,12 +177,12 @@ def test_words_of_a_script_without_spaces_are_not_guessed(tmp_path: Path, capsys
     path = write_chinese(tmp_path, 50)
     train = ["train-tokenizer", "--input", f"{path}:zh", "--output", str(tmp_path / "tok"), "--vocab-size", "270"]
     assert main([*train, "--text-key", "data.text"]) == 0
-    assert "nobody (see --segmenter)" in capsys.readouterr().out
+    assert "none (see --segmenter)" in capsys.readouterr().out
     cut = json.loads((tmp_path / "tok/fertility.json").read_text())["languages"]["zh"]["fertility"]
     assert (cut["words"], cut["words_by"], cut["tokens_per_word"]) == (None, None, None)
 
 
-def test_long_lines_are_learnt_from(tmp_path: Path) -> None:
+def test_long_lines_are_used_for_training(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("long line " * 2000 + "\0 zero" + "\n\nshort\n")
     settings = TrainerSettings(kind="sentencepiece-bpe", held_out=0)
     train_tokenizer([tmp_path / "a.txt"], tmp_path / "tok", 280, show_progress=False, settings=settings)
@@ -189,82 +190,89 @@ def test_long_lines_are_learnt_from(tmp_path: Path) -> None:
     assert len(tokenizer.encode(" long line")) == 2 + 1
 
 
-def test_errors_of_reading_come_out_of_sentencepiece() -> None:
+def test_read_errors_propagate_through_sentencepiece() -> None:
     def texts() -> Iterator[str]:
         yield TEXT
         raise ReadError("a.jsonl:7", "broken")
 
-    with pytest.raises(ReadError, match="a.jsonl:7: broken"):
+    with user_error("a.jsonl:7: broken", kind=ReadError):
         train_sentencepiece(texts(), 320, "bpe", 1.0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["--vocab-size", "256"], "vocab_size is 256; expected at least 257"),
-        (["--vocab-size", "258", "--kind", "sentencepiece-bpe"], "vocab_size is 258; expected at least 259"),
-        (["--vocab-size", "5000"], "the text yields only "),
-        (["--vocab-size", "5000", "--kind", "sentencepiece-unigram"], "the text yields only "),
-        (["--vocab-size", "5000", "--kind", "sentencepiece-bpe"], "the text yields only "),
-        (["--vocab-size", "270", "--kind", "sentencepiece-bpe"], "the characters of the text alone are "),
-        (["--vocab-size", "300", "--clone-language", ""], "clone_language is empty"),
-        (["--vocab-size", "300", "--text-size", "3"], "unknown option --text-size"),
-        (["--vocab-size", "300", "--kind", "wordpiece"], "wordpiece"),
-        (["--vocab-size", "300", "--temperature", "0"], "temperature is 0.0; expected a number above 0"),
-        (["--vocab-size", "300", "--temperature", "nan"], "--temperature is nan, expected a finite number"),
-        (["--vocab-size", "300", "--temperature", "2"], "a.txt has no language; name it as "),
-        (["--vocab-size", "300", "--sample-bytes", "0"], "sample_bytes is 0; expected at least 1"),
-        (["--vocab-size", "300", "--held-out", "0.6"], "held_out is 0.6; expected a share from 0 to 0.5"),
-        (["--vocab-size", "300", "--character-coverage", "1.5"], "character_coverage is 1.5; expected"),
-        (["--vocab-size", "300", "--segmenter", "jieba"], "segmenter 'jieba': not understood; expected LANGUAGE=NAME"),
-        (["--vocab-size", "300", "--segmenter", "zh=icu"], "no input is of language zh; the languages are und, name"),
-        (["--vocab-size", "300", "--segmenter", "und=x", "und=y"], "segmenter und=y: und has one already, x"),
-        (["--vocab-size", "300", "--segmenter", "und=none"], "segmenter 'none': unknown; expected auto"),
+        (["--vocab-size", "256"], ("vocab_size is 256, expected at least 257",)),
+        (["--vocab-size", "258", "--kind", "sentencepiece-bpe"], ("vocab_size is 258, expected at least 259",)),
+        (["--vocab-size", "5000"], ("the text yields only ", "expected 5000", "--vocab-size ")),
+        (["--vocab-size", "5000", "--kind", "sentencepiece-unigram"], ("the text yields only ", "expected 5000")),
+        (["--vocab-size", "5000", "--kind", "sentencepiece-bpe"], ("the text yields only ", "expected 5000")),
+        (
+            ["--vocab-size", "270", "--kind", "sentencepiece-bpe"],
+            ("vocab_size is 270", "characters", "--character-coverage"),
+        ),
+        (["--vocab-size", "300", "--clone-language", ""], ("clone_language is empty",)),
+        (["--vocab-size", "300", "--text-size", "3"], ("--text-size",)),
+        (["--vocab-size", "300", "--kind", "wordpiece"], ("wordpiece",)),
+        (["--vocab-size", "300", "--temperature", "0"], ("temperature is 0.0, expected",)),
+        (["--vocab-size", "300", "--temperature", "nan"], ("--temperature", "nan")),
+        (["--vocab-size", "300", "--temperature", "2"], ("temperature is 2.0", "a.txt has no language", "a.txt:de")),
+        (["--vocab-size", "300", "--sample-bytes", "0"], ("sample_bytes is 0, expected at least 1",)),
+        (["--vocab-size", "300", "--held-out", "0.6"], ("held_out is 0.6, expected", "0 to 0.5")),
+        (["--vocab-size", "300", "--character-coverage", "1.5"], ("character_coverage is 1.5, expected",)),
+        (["--vocab-size", "300", "--segmenter", "jieba"], ("segmenter 'jieba', expected LANGUAGE=NAME",)),
+        (
+            ["--vocab-size", "300", "--segmenter", "zh=icu"],
+            ("segmenter zh=icu: ", "language zh", "expected one of und;"),
+        ),
+        (["--vocab-size", "300", "--segmenter", "und=x", "und=y"], ("segmenter und=y: ", "already has segmenter x")),
+        (["--vocab-size", "300", "--segmenter", "und=none"], ("unknown segmenter 'none', expected auto",)),
         (
             ["--vocab-size", "300", "--segmenter", "und=support.word_cutters:Failing"],
-            "a.txt:1: segmenter support.word_cutters:Failing",
+            ("a.txt:1: segmenter support.word_cutters:Failing",),
         ),
     ],
 )
-def test_mistakes(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+def test_errors(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], facts: tuple[str, ...]
 ) -> None:
     assert main(["train-tokenizer", "--input", str(corpus), "--output", str(tmp_path / "tok"), *arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert message in lines[0]
+    assert_facts(lines[0], *facts)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "message"),
+    ("name", "data", "fact"),
     [
         ("b.jsonl", b"", "b.jsonl: empty file"),
-        ("b.txt.gz", gzip.compress(b"x", mtime=0)[:-4], "the gzip data ends too early"),
-        ("b.parquet", b"PAR1", "damaged or cut-off parquet data"),
-        ("b.txt.zst", b"\x28\xb5\x2f\xfd no more zstd", "zstd data"),
-        ("b.jsonl", b'{"body": "x"}\n', "no key 'text'; the keys are: body"),
+        ("b.txt.gz", gzip.compress(b"x", mtime=0)[:-4], "b.txt.gz:1: truncated gzip data"),
+        ("b.parquet", b"PAR1", "b.parquet: corrupt or truncated parquet data"),
+        ("b.txt.zst", b"\x28\xb5\x2f\xfd no more zstd", "b.txt.zst:1: truncated zstd data"),
+        ("b.jsonl", b'{"body": "x"}\n', "b.jsonl:1: no key 'text'; keys: body"),
     ],
 )
 def test_bad_files(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, message: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, fact: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
     train = ["train-tokenizer", "--input", f"{corpus}:en", f"{tmp_path / name}:de", "--output", str(tmp_path / "tok")]
     train += ["--vocab-size", "300"]
     assert main(train) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0]
-    # With nothing else in its language there is nothing to learn of it.
+    assert len(errors) == 1
+    assert_facts(errors[0], fact)
+    # Its language has no other text.
     assert main([*train, "--on-error", "skip"]) == 2
-    assert f"no text in {tmp_path / name} (1 documents or files skipped in all)" in capsys.readouterr().err
+    assert_facts(capsys.readouterr().err, f"no text in {tmp_path / name} (1 documents or files skipped")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", name]
 
 
 def test_a_bad_document_stops_the_training(corpus: Path, tmp_path: Path) -> None:
     bad = tmp_path / "b.jsonl"
     bad.write_text('{"text": "x"}\n{"text": 1}\n')
-    with pytest.raises(UserError, match=r"b\.jsonl:2: the value of 'text' is a JSON number"):
+    with user_error(f"{bad}:2: value of 'text' is a JSON number"):
         train_tokenizer([corpus, bad], tmp_path / "tok", 300, show_progress=False)
     assert not (tmp_path / "tok").exists()
     report = train_tokenizer([corpus, bad], tmp_path / "tok", 300, on_error="skip", show_progress=False)

@@ -1,4 +1,4 @@
-"""The JSON schema that editors check a recipe with: it takes our own recipes and finds what `pretrain` would refuse."""
+"""The JSON schema for editors accepts the example recipes and finds the errors that `pretrain` would report."""
 
 import copy
 import json
@@ -18,18 +18,18 @@ EXAMPLES = sorted(Path("examples").glob("*/*.yaml"))
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    found = json.loads(recipe_schema())
-    jsonschema.Draft202012Validator.check_schema(found)
-    return found
+    parsed = json.loads(recipe_schema())
+    jsonschema.Draft202012Validator.check_schema(parsed)
+    return parsed
 
 
-def problems(schema: dict[str, Any], recipe: Any) -> list[str]:
+def errors_in(schema: dict[str, Any], recipe: Any) -> list[str]:
     return [each.message for each in jsonschema.Draft202012Validator(schema).iter_errors(recipe)]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=str)
-def test_the_examples_are_right(schema: dict[str, Any], path: Path) -> None:
-    assert problems(schema, yaml.safe_load(path.read_text())) == []
+def test_examples_are_valid(schema: dict[str, Any], path: Path) -> None:
+    assert errors_in(schema, yaml.safe_load(path.read_text())) == []
 
 
 def test_there_are_examples() -> None:
@@ -37,7 +37,7 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("values", "fact"),
     [
         ({"model": {"num_layer": 3}}, "num_layer"),
         ({"modle": {}}, "modle"),
@@ -48,17 +48,17 @@ def test_there_are_examples() -> None:
         ({"code_switch": {"label_mode": "input-only"}}, "input-only"),
     ],
 )
-def test_what_is_wrong_is_found(schema: dict[str, Any], change: dict[str, Any], found: str) -> None:
+def test_errors_are_found(schema: dict[str, Any], values: dict[str, Any], fact: str) -> None:
     recipe: dict[str, Any] = {}
-    for section, values in copy.deepcopy(change).items():
-        recipe.setdefault(section, {}).update(values)
-    (problem, *rest) = problems(schema, recipe)
-    assert found in problem and not rest
+    for section, fields in copy.deepcopy(values).items():
+        recipe.setdefault(section, {}).update(fields)
+    (error, *rest) = errors_in(schema, recipe)
+    assert fact in error and not rest
 
 
-def test_sections_may_lie_in_several_files_and_be_left_out(schema: dict[str, Any]) -> None:
+def test_sections_may_be_omitted(schema: dict[str, Any]) -> None:
     for recipe in ({}, {"optimizer": {"lr": 1e-3}}, {"alignment": None}, {"alignment": {"lr": 1}}):
-        assert problems(schema, recipe) == []
+        assert errors_in(schema, recipe) == []
 
 
 def test_every_field_is_described_on_one_line(schema: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""The command `evaluate`: layouts that do not fit, what is missing, other numbers of processes."""
+"""The command `evaluate`: layouts that do not fit the model, missing files, other numbers of processes."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import assert_refused
 from support.tiny import Tiny
 from support.whole_runs import run
 from support.workers import WorkerPool
@@ -14,7 +15,7 @@ from megatron_prealign import cli
 
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps; its global batch of 8 rows does not divide by 3 processes."""
+    """A run of a few steps; its global batch size of 8 is not divisible by 3 processes."""
     directory = tmp_path_factory.mktemp("trained")
     values = tiny.values(directory / "run")
     values["alignment"] = None
@@ -24,23 +25,21 @@ def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(
-    ("tensor", "message"),
+    ("tensor", "facts"),
     [
-        ("3", "model.num_attention_heads is 4, expected a multiple of parallel.tensor_model_parallel_size (3)"),
-        ("0", "parallel.tensor_model_parallel_size is 0, expected a number above 0"),
+        ("3", ("model.num_attention_heads", 4, "parallel.tensor_model_parallel_size", 3)),
+        ("0", ("parallel.tensor_model_parallel_size is 0", "expected")),
     ],
 )
-def test_layout_that_the_model_does_not_fit(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, message: str
+def test_layout_that_does_not_fit_the_model(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, facts: tuple[object, ...]
 ) -> None:
     arguments = ["evaluate", "--run", f"a={trained}", "--output", str(tmp_path), "--device", "cpu"]
-    assert cli.main([*arguments, "--tensor-model-parallel-size", tensor]) == 2
-    output = capsys.readouterr().err
-    assert len(output.splitlines()) == 1
-    assert message in output
+    status = cli.main([*arguments, "--tensor-model-parallel-size", tensor])
+    assert_refused(status, capsys.readouterr().err, *facts)
 
 
-def test_missing_metrics_are_found_before_measuring(
+def test_missing_metrics_are_found_before_evaluation(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from megatron_prealign.run import evaluate
@@ -50,11 +49,11 @@ def test_missing_metrics_are_found_before_measuring(
     (bare / "checkpoints").symlink_to(trained / "checkpoints")
 
     def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("measured before the runs were read")
+        raise AssertionError("evaluated before the runs were read")
 
     monkeypatch.setattr(evaluate, "_measure", refuse)
-    assert cli.main(["evaluate", "--run", f"a={trained}", f"b={bare}", "--output", str(tmp_path / "report")]) == 2
-    assert f"{bare}: no metrics.jsonl there" in capsys.readouterr().err
+    status = cli.main(["evaluate", "--run", f"a={trained}", f"b={bare}", "--output", str(tmp_path / "report")])
+    assert_refused(status, capsys.readouterr().err, bare, "metrics.jsonl")
 
 
 def measure(run_dir: str, output: str) -> dict[str, Any] | None:
@@ -64,11 +63,11 @@ def measure(run_dir: str, output: str) -> dict[str, Any] | None:
     return evaluate_runs({"a": Path(run_dir)}, Path(output), ParallelSection(device="cpu"), leave_process_group=True)
 
 
-def test_number_of_processes_that_no_batch_divides(trained: Path, workers: WorkerPool, tmp_path: Path) -> None:
-    alone = workers.run(1, measure, str(trained), str(tmp_path / "1"))[0]
+def test_number_of_processes_that_does_not_divide_the_batch(trained: Path, workers: WorkerPool, tmp_path: Path) -> None:
+    single = workers.run(1, measure, str(trained), str(tmp_path / "1"))[0]
     of_three = workers.run(3, measure, str(trained), str(tmp_path / "3"))
     assert of_three[1:] == [None, None]
-    for language, loss in alone["runs"]["a"]["validation_loss"].items():
+    for language, loss in single["runs"]["a"]["validation_loss"].items():
         # Sums of a few thousand float32 losses in another order.
         assert of_three[0]["runs"]["a"]["validation_loss"][language] == pytest.approx(loss, rel=1e-5)
     assert os.path.exists(tmp_path / "3" / "report.json")

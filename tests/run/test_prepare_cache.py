@@ -1,4 +1,4 @@
-"""`dataset prepare-cache`: the index that training would build, made before it, by any number of processes."""
+"""`dataset prepare-cache`: the sample index of a training run, built ahead of it by any number of processes."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import assert_refused
 from support.tiny import Tiny, recipe_of
 from support.workers import WorkerPool
 
@@ -20,7 +21,7 @@ from megatron_prealign import cli
 
 @pytest.fixture(autouse=True)
 def log() -> Iterator[None]:
-    """The command sends the package's log to standard error; later tests want it where it was."""
+    """Restores the logging configuration, which the command changes."""
     logger = logging.getLogger("megatron_prealign")
     before = logger.handlers[:], logger.level, logger.propagate
     with warnings.catch_warnings():
@@ -29,7 +30,7 @@ def log() -> Iterator[None]:
 
 
 def prepare_on_rank(values: dict[str, Any], directory: str, caches: list[str]) -> bool:
-    """Runs in a worker, each with a cache directory of its own or one for both; says whether it built."""
+    """Runs in workers with separate cache directories or a shared one; returns whether this rank built the index."""
     from megatron_prealign.run.prepare_cache import prepare_cache
 
     values["data"]["cache"] = caches[int(os.environ["RANK"])]
@@ -37,15 +38,15 @@ def prepare_on_rank(values: dict[str, Any], directory: str, caches: list[str]) -
 
 
 def train_on_nodes(values: dict[str, Any], directory: str, caches: list[str]) -> int:
-    """Runs in a worker: trains with each rank as a node of its own, and fails if anyone would build."""
+    """Runs in workers: trains with each rank as a separate node; fails if a rank builds an index."""
     from megatron_prealign.data import samples
     from megatron_prealign.run.pretrain import pretrain
 
     def refuse(*_: object) -> None:
-        raise AssertionError("training builds an index that was prepared")
+        raise AssertionError("training rebuilds a prepared index")
 
     values["data"]["cache"] = caches[int(os.environ["RANK"])]
-    # The first process of its node.
+    # First process of its node.
     os.environ["LOCAL_RANK"] = "0"
     build = samples._build_arrays
     samples._build_arrays = refuse  # type: ignore[assignment]
@@ -73,7 +74,8 @@ def arrays(directory: Path) -> dict[str, bytes]:
 
 
 def test_two_nodes(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
-    """With disks of their own both build the same; on one disk one does. Training then finds it on every node."""
+    """With separate disks both nodes build the same index; on a shared disk one does. Training finds it on every
+    node."""
     values = small(tiny, tmp_path)
     own = [str(tmp_path / "node0"), str(tmp_path / "node1")]
     shared = [str(tmp_path / "shared")] * 2
@@ -97,22 +99,21 @@ def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (cache,) = [path for path in (tmp_path / "run" / "cache").iterdir() if not path.name.endswith(".lock")]
     size = sum(path.stat().st_size for path in cache.glob("*.npy"))
     assert printed.startswith(f"wrote {cache}\nsamples  12 of 32 tokens\nindex    ")
-    assert "data.cache is not set" in printed
+    assert "data.cache" in printed
     assert 0 < int(printed.split("index")[1].split()[0].replace(",", "")) < size
     assert cli.main([*command, "--optimizer.lr", "0.5", "--parallel.tensor-model-parallel-size", "2"]) == 0
-    assert capsys.readouterr().out.startswith(f"already there: {cache}\n")
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert str(cache) in first_line and not first_line.startswith("wrote")
     assert cli.main([*command, "--training.seed", "4", "--data.cache", str(tmp_path / "other")]) == 0
     assert visible(tmp_path / "other") != [cache.name]
     (tmp_path / "file").write_text("in the way")
-    for options, message in [
-        (["--data.cache", str(tmp_path / "file" / "cache")], "cannot write the sample index cache"),
-        (["--data.tokenizer", "none"], "none: no such tokenizer"),
-        (["--data.seq_length", "1000000"], "one sample needs data.seq_length + 1"),
-        (["--data.no", "1"], "no"),
+    for options, facts in [
+        (["--data.cache", str(tmp_path / "file" / "cache")], ("cannot write", "sample index", tmp_path / "file")),
+        (["--data.tokenizer", "none"], ("none", "tokenizer")),
+        (["--data.seq_length", "1000000"], ("data.seq_length + 1",)),
+        (["--data.no", "1"], ("no",)),
     ]:
-        assert cli.main([*command, *options]) == 2
-        error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1
+        assert_refused(cli.main([*command, *options]), capsys.readouterr().err, *facts)
 
 
 KILLED = """
@@ -125,16 +126,17 @@ cli.main(sys.argv[1:])
 
 
 def test_a_killed_builder(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed with all arrays written, under a name of its own: nothing looks complete, and the next one builds."""
+    """Killed after writing all arrays under a temporary name: nothing looks complete, and the next run builds the
+    index."""
     values = small(tiny, tmp_path)
     values["data"]["cache"] = str(tmp_path / "cache")
     (tmp_path / "recipe.json").write_text(json.dumps(values))
     command = ["dataset", "prepare-cache", "--config", str(tmp_path / "recipe.json")]
     done = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, timeout=100)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    (left,) = visible(tmp_path / "cache")
-    assert left.startswith(".blend-") and ".tmp-" in left
+    (unfinished,) = visible(tmp_path / "cache")
+    assert unfinished.startswith(".blend-") and ".tmp-" in unfinished
     assert cli.main(command) == 0
     assert capsys.readouterr().out.startswith("wrote ")
-    (made,) = visible(tmp_path / "cache")
-    assert left.startswith(f".{made}.tmp-")
+    (built,) = visible(tmp_path / "cache")
+    assert unfinished.startswith(f".{built}.tmp-")

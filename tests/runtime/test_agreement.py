@@ -1,6 +1,7 @@
-"""One rank's failure reaches every rank; without one, everyone gets the result."""
+"""A failure on one rank is raised on every rank; otherwise every rank gets its result."""
 
 import pytest
+from support.messages import assert_facts
 from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.errors import UserError
@@ -39,7 +40,7 @@ def work_on_rank_zero(fail: bool) -> tuple[int | None, int]:
     return on_rank_zero("preparing the directory", work), len(calls)
 
 
-def answer_of_rank_zero(fail: bool, halves: bool) -> tuple[dict[str, float], int]:
+def result_of_rank_zero(fail: bool, halves: bool) -> tuple[dict[str, float], int]:
     import torch.distributed as dist
 
     from megatron_prealign.runtime.agreement import from_rank_zero
@@ -50,14 +51,14 @@ def answer_of_rank_zero(fail: bool, halves: bool) -> tuple[dict[str, float], int
     def work() -> dict[str, float]:
         calls.append(1)
         if fail:
-            raise UserError("the data is gone")
+            raise UserError("the data is missing")
         return {"rank": dist.get_rank() + 0.1}
 
     return from_rank_zero("measuring", work, groups[dist.get_rank() // 2 if halves else 0]), len(calls)
 
 
 def work_in_halves(failing: int) -> tuple[int | None, str | None]:
-    """Ranks 0,1 and 2,3 agree among themselves; `failing` fails in its half."""
+    """Ranks 0,1 and 2,3 form separate groups; `failing` fails in its group."""
     import torch.distributed as dist
 
     from megatron_prealign.runtime.agreement import RankError, on_every_rank, on_rank_zero
@@ -103,7 +104,8 @@ def open_a_missing_file(failing: int) -> None:
 
 
 def wait_for_rank_zero(patience_s: float | None, work_s: float) -> str:
-    """Rank 0 works for longer than the default group's timeout; the others wait over the control group, if any."""
+    """Rank 0 works for longer than the default group's timeout; the others wait over the control group, if there is
+    one."""
     import time
     from datetime import timedelta
 
@@ -111,7 +113,7 @@ def wait_for_rank_zero(patience_s: float | None, work_s: float) -> str:
 
     from megatron_prealign.runtime.agreement import on_rank_zero, open_control_group
 
-    # Gloo takes its timeout when a group is made, so the short default is one made here.
+    # Gloo fixes its timeout when a group is created, so this group stands in for a short default.
     short = dist.new_group(timeout=timedelta(seconds=1))
     if patience_s is not None:
         open_control_group(timedelta(seconds=patience_s))
@@ -126,18 +128,18 @@ def failures(caught: pytest.ExceptionInfo[WorkerError]) -> dict[int, tuple[str, 
     return {rank: (kind, message) for rank, (kind, message, _) in caught.value.failures.items()}
 
 
-def test_results_come_back_where_nothing_fails(workers: WorkerPool) -> None:
+def test_every_rank_gets_its_result(workers: WorkerPool) -> None:
     assert workers.run(2, work_on_every_rank, (), ()) == [10, 11]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_users_mistake_of_one_rank_is_everyones(workers: WorkerPool, failing: int) -> None:
+def test_user_error_of_one_rank_is_raised_on_all(workers: WorkerPool, failing: int) -> None:
     with pytest.raises(WorkerError) as caught:
         workers.run(2, work_on_every_rank, (failing,), (), timeout_s=30)
     assert failures(caught) == dict.fromkeys((0, 1), ("UserError", f"no file on rank {failing}"))
 
 
-def test_other_errors_stay_with_their_rank_and_are_told_to_the_others(workers: WorkerPool) -> None:
+def test_other_errors_are_raised_on_their_rank_and_reported_on_the_others(workers: WorkerPool) -> None:
     with pytest.raises(WorkerError) as caught:
         workers.run(2, work_on_every_rank, (), (1,), timeout_s=30)
     assert failures(caught) == {
@@ -155,55 +157,55 @@ def test_each_failing_rank_keeps_its_own_error(workers: WorkerPool) -> None:
     }
 
 
-def test_rank_zero_works_alone(workers: WorkerPool) -> None:
+def test_only_rank_zero_works(workers: WorkerPool) -> None:
     assert workers.run(2, work_on_rank_zero, False) == [(5, 1), (None, 0)]
     with pytest.raises(WorkerError) as caught:
         workers.run(2, work_on_rank_zero, True, timeout_s=30)
     assert failures(caught) == dict.fromkeys((0, 1), ("UserError", "the disk is full"))
 
 
-def test_answer_of_rank_zero_reaches_all(workers: WorkerPool) -> None:
-    assert workers.run(2, answer_of_rank_zero, False, False) == [({"rank": 0.1}, 1), ({"rank": 0.1}, 0)]
-    answers = workers.run(4, answer_of_rank_zero, False, True)
-    assert answers == [({"rank": 0.1}, 1), ({"rank": 0.1}, 0), ({"rank": 2.1}, 1), ({"rank": 2.1}, 0)]
+def test_result_of_rank_zero_is_returned_on_all_ranks(workers: WorkerPool) -> None:
+    assert workers.run(2, result_of_rank_zero, False, False) == [({"rank": 0.1}, 1), ({"rank": 0.1}, 0)]
+    results = workers.run(4, result_of_rank_zero, False, True)
+    assert results == [({"rank": 0.1}, 1), ({"rank": 0.1}, 0), ({"rank": 2.1}, 1), ({"rank": 2.1}, 0)]
     with pytest.raises(WorkerError) as caught:
-        workers.run(2, answer_of_rank_zero, True, False, timeout_s=30)
-    assert failures(caught) == dict.fromkeys((0, 1), ("UserError", "the data is gone"))
+        workers.run(2, result_of_rank_zero, True, False, timeout_s=30)
+    assert failures(caught) == dict.fromkeys((0, 1), ("UserError", "the data is missing"))
 
 
-def test_groups_agree_among_themselves(workers: WorkerPool) -> None:
-    told = "RankError: working failed on rank 1: ValueError: broken"
+def test_groups_are_independent(workers: WorkerPool) -> None:
+    reported = "RankError: working failed on rank 1: ValueError: broken"
     assert workers.run(4, work_in_halves, 3, timeout_s=60) == [
         (0, None),
         (None, None),
-        (2, told),
+        (2, reported),
         (None, "ValueError: broken"),
     ]
 
 
-def test_rank_zero_is_known_to_say_it(workers: WorkerPool) -> None:
+def test_agreed_is_true_if_rank_zero_raises_the_same_error(workers: WorkerPool) -> None:
     assert workers.run(2, agreed_errors, {1: "gone"}, timeout_s=30) == [("gone", True)] * 2
     assert workers.run(2, agreed_errors, {0: "gone", 1: "gone"}, timeout_s=30) == [("gone", True)] * 2
-    # Rank 0 says something else: rank 1 must speak for itself.
-    answers = workers.run(2, agreed_errors, {0: "gone", 1: "damaged"}, timeout_s=30)
-    assert answers == [("gone", True), ("damaged", False)]
+    # Rank 0 raises another error, so rank 1 must report its own.
+    results = workers.run(2, agreed_errors, {0: "gone", 1: "corrupt"}, timeout_s=30)
+    assert results == [("gone", True), ("corrupt", False)]
 
 
-def test_file_that_the_system_refuses_one_rank_is_everyones_mistake(workers: WorkerPool) -> None:
+def test_file_error_of_one_rank_is_a_user_error_on_all(workers: WorkerPool) -> None:
     with pytest.raises(WorkerError) as caught:
         workers.run(2, open_a_missing_file, 1, timeout_s=30)
     for kind, message in failures(caught).values():
         assert kind == "UserError"
-        assert message.startswith("/no/such/file: No such file or directory (FileNotFoundError); check this path")
+        assert_facts(message, "/no/such/file", "No such file or directory", "FileNotFoundError")
 
 
 def test_control_group_outlasts_the_timeout_of_a_collective(workers: WorkerPool) -> None:
-    # 1 s is the timeout without it; 2.5 s of work is clearly longer, 60 s of patience clearly enough.
+    # Without the control group the timeout is 1 s; 2.5 s of work is clearly longer, 60 s clearly enough.
     assert workers.run(2, wait_for_rank_zero, 60.0, 2.5, timeout_s=60) == ["done", "done"]
-    told = workers.run(2, wait_for_rank_zero, None, 2.5, timeout_s=60)[1]
-    assert told.startswith("building: another process of this run has ended or does not answer (Timed out waiting ")
+    message = workers.run(2, wait_for_rank_zero, None, 2.5, timeout_s=60)[1]
+    assert message.startswith("building: another process of this run has ended or does not respond (Timed out waiting ")
 
 
-def test_control_group_of_a_group_that_is_gone_is_not_used(workers: WorkerPool) -> None:
+def test_control_group_of_a_destroyed_group_is_not_used(workers: WorkerPool) -> None:
     workers.run(2, wait_for_rank_zero, 60.0, 0.0, timeout_s=60)
     assert workers.run(2, work_on_every_rank, (), ()) == [10, 11]

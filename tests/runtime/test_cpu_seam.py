@@ -1,4 +1,4 @@
-"""CUDA's names on a CPU, as Megatron-Core uses them."""
+"""CUDA calls redirected to the CPU, as Megatron-Core makes them."""
 
 from typing import Any
 
@@ -71,33 +71,33 @@ def random_states() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answers(workers: WorkerPool) -> dict[str, Any]:
+def results(workers: WorkerPool) -> dict[str, Any]:
     return workers.run(1, names)[0]
 
 
-def test_cuda_devices_are_the_cpu(answers: dict[str, Any]) -> None:
-    assert answers["kinds"] == dict.fromkeys(answers["kinds"], "cpu")
-    assert answers["cuda_is_itself"]
-    assert answers["dtype_of_to"] == "torch.float64"
+def test_cuda_devices_are_the_cpu(results: dict[str, Any]) -> None:
+    assert results["kinds"] == dict.fromkeys(results["kinds"], "cpu")
+    assert results["cuda_is_itself"]
+    assert results["dtype_of_to"] == "torch.float64"
 
 
-def test_type_names_are_those_the_optimizers_compare(answers: dict[str, Any]) -> None:
+def test_type_names_are_those_the_optimizers_compare(results: dict[str, Any]) -> None:
     kinds = ("Float", "Half", "BFloat16", "Double", "Long")
-    assert answers["types"] == [f"torch.cuda.{kind}Tensor" for kind in kinds]
-    assert answers["type_converts"] == "torch.float64"
+    assert results["types"] == [f"torch.cuda.{kind}Tensor" for kind in kinds]
+    assert results["type_converts"] == "torch.float64"
 
 
-def test_waiting_is_nothing(answers: dict[str, Any]) -> None:
-    assert answers["synchronize"] is None
-    assert answers["capturing"] is False
+def test_synchronisation_does_nothing(results: dict[str, Any]) -> None:
+    assert results["synchronize"] is None
+    assert results["capturing"] is False
 
 
 def test_random_states_are_the_cpu_generators(workers: WorkerPool) -> None:
     first, second = workers.run(2, random_states)
-    for answer in (first, second):
-        assert answer["same_seed"]
-        assert answer["same_state"]
-        assert answer["fork_leaves_no_trace"]
-    # Inside the fork tensor-parallel ranks draw apart, outside alike.
+    for result in (first, second):
+        assert result["same_seed"]
+        assert result["same_state"]
+        assert result["fork_leaves_no_trace"]
+    # Tensor-parallel ranks draw different values inside the fork and the same outside.
     assert first["inside"] != second["inside"]
     assert first["outside"] == second["outside"]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import assert_facts, user_error
 from support.workers import WorkerError, WorkerPool
 
-from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection
 from megatron_prealign.runtime.distributed import choose_device
 
@@ -27,23 +27,23 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, local_rank: int = 
         ("cuda", 2, 0, "cuda:0"),
     ],
 )
-def test_device_is_the_process_own(
+def test_each_process_has_its_own_device(
     monkeypatch: pytest.MonkeyPatch, wanted: str, gpus: int, local_rank: int, device: str
 ) -> None:
     pretend_gpus(monkeypatch, gpus, local_rank)
     assert str(choose_device(wanted)) == device
 
 
-def test_no_gpu_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_although_one_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"^parallel.device is cuda, but torch sees no GPU; set it to auto or cpu"):
+    with user_error("parallel.device is cuda", "no GPU", "auto or cpu"):
         choose_device("cuda")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     pretend_gpus(monkeypatch, 2, local_rank=2)
-    with pytest.raises(UserError, match=r"this node has 2 GPUs, but process 2 .* lower --nproc-per-node to at most 2"):
+    with user_error("2 GPUs", "rank 2", "--nproc-per-node to at most 2"):
         choose_device(wanted)
 
 
@@ -66,7 +66,7 @@ def start_with(tensor: int, pipeline: int) -> dict[str, Any]:
 
 
 def patience_of(checkpoint_minutes: float) -> tuple[float, str]:
-    """Minutes that ranks wait for each other to agree, and over what."""
+    """Timeout of the control group in minutes, and its backend."""
     import torch.distributed as dist
 
     from megatron_prealign.runtime import agreement
@@ -78,7 +78,7 @@ def patience_of(checkpoint_minutes: float) -> tuple[float, str]:
 
 
 def alone() -> dict[str, Any]:
-    """As without torchrun: no RANK, no process group."""
+    """Runs as without torchrun: no RANK, no process group."""
     import os
 
     import torch.distributed as dist
@@ -91,37 +91,37 @@ def alone() -> dict[str, Any]:
     start(ParallelSection(device="cpu"), seed=1)
     stop()
     gone = not dist.is_initialized()
-    answer = where()
+    result = where()
     total = torch.ones(1)
     dist.all_reduce(total)
     stop(leave_process_group=True)
-    return {**answer, "gone": gone, "left": dist.is_initialized(), "total": total.item()}
+    return {**result, "gone": gone, "left": dist.is_initialized(), "total": total.item()}
 
 
-def test_ranks_know_their_place(workers: WorkerPool) -> None:
+def test_ranks_have_their_coordinates(workers: WorkerPool) -> None:
     places = [each["place"] for each in workers.run(4, start_with, 2, 2)]
     # Tensor-parallel ranks are neighbours, pipeline stages are furthest apart.
     assert places == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
-    answers = workers.run(4, start_with, 2, 1)
-    assert [each["place"] for each in answers] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
-    assert {each["data_size"] for each in answers} == {2}
-    assert {each["ends"] for each in answers} == {(True, True)}
+    results = workers.run(4, start_with, 2, 1)
+    assert [each["place"] for each in results] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert {each["data_size"] for each in results} == {2}
+    assert {each["ends"] for each in results} == {(True, True)}
     assert [each["ends"] for each in workers.run(2, start_with, 1, 2)] == [(True, False), (False, True)]
 
 
-def test_layout_that_the_processes_do_not_fill(workers: WorkerPool) -> None:
+def test_layout_that_does_not_fit_the_number_of_processes(workers: WorkerPool) -> None:
     with pytest.raises(WorkerError) as caught:
         workers.run(2, start_with, 3, 1, timeout_s=30)
     for kind, message, _ in caught.value.failures.values():
         assert kind == "UserError"
-        assert message.startswith("the number of processes is 2, expected a multiple of")
+        assert_facts(message, "number of processes is 2", "multiple of", "parallel.tensor_model_parallel_size", "(3)")
 
 
 def test_one_process_needs_no_launcher(workers: WorkerPool) -> None:
-    answer = workers.run(1, alone)[0]
-    assert (answer["rank"], answer["world_size"], answer["total"]) == (0, 1, 1.0)
-    assert answer["gone"]
-    assert answer["left"]
+    result = workers.run(1, alone)[0]
+    assert (result["rank"], result["world_size"], result["total"]) == (0, 1, 1.0)
+    assert result["gone"]
+    assert result["left"]
 
 
 def test_ranks_wait_longer_than_one_may_work_alone(workers: WorkerPool) -> None:

@@ -1,4 +1,4 @@
-"""The schedule's length, its idle microbatches, and the learning rate."""
+"""Length of the schedule, idle microbatches, and the learning rate."""
 
 import math
 from types import SimpleNamespace
@@ -20,17 +20,17 @@ def lengths(layout: dict[str, int]) -> list[int]:
     return [schedule_length(runtime, microbatches) for microbatches in range(1, 6)]
 
 
-def what_the_schedule_gets(layout: dict[str, int], mixed_shapes: bool) -> dict[str, Any]:
-    """Runs `run_schedule` on a stand-in for Megatron-Core's schedule that writes down what it is given."""
+def arguments_of_schedule(layout: dict[str, int], mixed_shapes: bool) -> dict[str, Any]:
+    """Runs `run_schedule` with a fake of Megatron-Core's schedule; returns the arguments that it receives."""
     from megatron_prealign.runtime import engine
 
-    given: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
     def schedule(**arguments: Any) -> None:
         iterators = arguments["data_iterator"]
         iterators = iterators if isinstance(iterators, list) else [iterators]
-        given.update(arguments, data_iterator=[list(each) for each in iterators], model=len(arguments["model"]))
-        del given["forward_step_func"]
+        received.update(arguments, data_iterator=[list(each) for each in iterators], model=len(arguments["model"]))
+        del received["forward_step_func"]
 
     parallel = ParallelSection(**layout)
     config = SimpleNamespace(variable_seq_lengths=None)
@@ -41,18 +41,18 @@ def what_the_schedule_gets(layout: dict[str, int], mixed_shapes: bool) -> dict[s
             SimpleNamespace(parallel=parallel),
             chunks,
             lambda iterator, chunk: None,
-            ["words", "rows 1", "rows 2"],
+            ["words", "samples 1", "samples 2"],
             idle=lambda: "idle",
             shape=(16, 2),
             mixed_shapes=mixed_shapes,
         )
     finally:
         engine.get_forward_backward_func = real
-    return {**given, "variable": config.variable_seq_lengths}
+    return {**received, "variable": config.variable_seq_lengths}
 
 
 def rates(style: str, warmup: int, decay: int, first: int) -> list[float]:
-    """Learning rates of the steps from `first` on, moved as the trainer moves them."""
+    """Learning rates of the steps from `first` on, updated as by the trainer."""
     from megatron_prealign.runtime.optimizer import build_schedule
 
     optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.0, "wd_mult": 1.0, "lr_mult": 1.0}])
@@ -60,36 +60,36 @@ def rates(style: str, warmup: int, decay: int, first: int) -> list[float]:
         optimizer, lr=1.0, min_lr=0.1, decay_style=style, warmup_iters=warmup, decay_iters=decay, weight_decay=0.25
     )
     schedule.step(first)
-    found = []
+    result = []
     for _ in range(decay - first):
         schedule.step(1)
         assert optimizer.param_groups[0]["weight_decay"] == 0.25
-        found.append(float(optimizer.param_groups[0]["lr"]))
-    return found
+        result.append(float(optimizer.param_groups[0]["lr"]))
+    return result
 
 
-def test_interleaved_schedule_is_filled_up_to_the_pipeline_size(workers: WorkerPool) -> None:
+def test_interleaved_schedule_is_padded_to_a_multiple_of_the_pipeline_size(workers: WorkerPool) -> None:
     assert workers.run(1, lengths, INTERLEAVED)[0] == [2, 2, 4, 4, 6]
     assert workers.run(1, lengths, PLAIN)[0] == [1, 2, 3, 4, 5]
 
 
 def test_idle_microbatches_come_first(workers: WorkerPool) -> None:
-    given = workers.run(1, what_the_schedule_gets, INTERLEAVED, True)[0]
-    # The last microbatch starts the reduction of gradients, so it must be one that touches every parameter.
-    assert given["data_iterator"] == [["idle", "words", "rows 1", "rows 2"]] * 2
-    assert given["num_microbatches"] == 4
-    assert (given["seq_length"], given["micro_batch_size"]) == (16, 2)
-    assert given["forward_only"] is False
-    assert given["variable"] is True
+    received = workers.run(1, arguments_of_schedule, INTERLEAVED, True)[0]
+    # The last microbatch starts the gradient reduction, so it must touch every parameter.
+    assert received["data_iterator"] == [["idle", "words", "samples 1", "samples 2"]] * 2
+    assert received["num_microbatches"] == 4
+    assert (received["seq_length"], received["micro_batch_size"]) == (16, 2)
+    assert received["forward_only"] is False
+    assert received["variable"] is True
 
 
 def test_plain_schedule_has_no_idle_microbatch(workers: WorkerPool) -> None:
-    given = workers.run(1, what_the_schedule_gets, PLAIN, False)[0]
-    assert given["data_iterator"] == [["words", "rows 1", "rows 2"]]
-    assert given["num_microbatches"] == 3
-    assert given["variable"] is False
-    # One stage sends to nobody, so nobody has to be told shapes.
-    assert workers.run(1, what_the_schedule_gets, {}, True)[0]["variable"] is False
+    received = workers.run(1, arguments_of_schedule, PLAIN, False)[0]
+    assert received["data_iterator"] == [["words", "samples 1", "samples 2"]]
+    assert received["num_microbatches"] == 3
+    assert received["variable"] is False
+    # A single stage sends nothing, so no shapes need to be sent.
+    assert workers.run(1, arguments_of_schedule, {}, True)[0]["variable"] is False
 
 
 @pytest.mark.parametrize("first", [0, 6])
@@ -107,6 +107,6 @@ def test_learning_rate_warms_up_and_decays(workers: WorkerPool, style: str, firs
             "cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)),
         }[style]
 
-    found = workers.run(1, rates, style, warmup, decay, first)[0]
+    result = workers.run(1, rates, style, warmup, decay, first)[0]
     # Both compute in double precision; only the order of the operations differs. The first step has a rate above 0.
-    assert found == pytest.approx([expected(step) for step in range(first + 1, decay + 1)], rel=1e-9)
+    assert result == pytest.approx([expected(step) for step in range(first + 1, decay + 1)], rel=1e-9)

@@ -28,7 +28,7 @@ def run(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter], fir
         generator = torch.Generator().manual_seed(step)
         for number, tensor in enumerate(tensors):
             gradient = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-            # The last parameter is out of use for a while, as a frozen layer would be.
+            # The last parameter has no gradient at first, as in a frozen layer.
             tensor.grad = None if number == 2 and step < 5 else gradient
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * 0.97
@@ -41,14 +41,14 @@ def build(kind: type, tensors: list[torch.nn.Parameter], **options: object) -> t
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_same_weights_as_torch_adamw(fused: bool) -> None:
-    mine, theirs = parameters(), parameters()
-    run(build(FusedAdamW, mine), mine, 5, 5 + STEPS)
-    run(build(torch.optim.AdamW, theirs, fused=fused), theirs, 5, 5 + STEPS)
-    for got, expected in zip(mine, theirs, strict=True):
+    ours, reference = parameters(), parameters()
+    run(build(FusedAdamW, ours), ours, 5, 5 + STEPS)
+    run(build(torch.optim.AdamW, reference, fused=fused), reference, 5, 5 + STEPS)
+    for got, expected in zip(ours, reference, strict=True):
         if fused:
             assert torch.equal(got, expected)
         else:
-            # torch's plain form rounds in another order: a few units in the last place over 20 steps.
+            # torch's unfused implementation rounds in another order: a few units in the last place over 20 steps.
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -72,17 +72,17 @@ def test_step_is_kept_in_the_group_and_moments_in_fp32() -> None:
         assert all(moment.dtype is torch.float32 for moment in optimizer.state[tensor].values())
 
 
-def test_saved_state_goes_on_bit_for_bit() -> None:
-    whole, halved = parameters(), parameters()
-    optimizer = build(FusedAdamW, whole)
-    run(optimizer, whole, 0, STEPS)
-    first = build(FusedAdamW, halved)
-    run(first, halved, 0, STEPS // 2)
+def test_saved_state_resumes_bit_for_bit() -> None:
+    uninterrupted, resumed = parameters(), parameters()
+    optimizer = build(FusedAdamW, uninterrupted)
+    run(optimizer, uninterrupted, 0, STEPS)
+    first = build(FusedAdamW, resumed)
+    run(first, resumed, 0, STEPS // 2)
     state = copy.deepcopy(first.state_dict())
-    second = build(FusedAdamW, halved)
+    second = build(FusedAdamW, resumed)
     second.load_state_dict(state)
-    run(second, halved, STEPS // 2, STEPS)
-    for got, expected in zip(halved, whole, strict=True):
+    run(second, resumed, STEPS // 2, STEPS)
+    for got, expected in zip(resumed, uninterrupted, strict=True):
         assert torch.equal(got, expected)
 
 
@@ -92,13 +92,13 @@ def test_each_group_has_its_own_rate_and_decay() -> None:
     for tensor in (decayed, plain):
         tensor.grad = torch.zeros(2)
     optimizer.step()
-    # No gradient: what is left is the decay, lr * weight_decay of the weight, rounded once.
+    # Zero gradient: only the decay remains, lr * weight_decay of the weight, rounded once.
     assert decayed.tolist() == pytest.approx([0.95, 0.95], rel=1e-6)
     assert plain.tolist() == [1.0, 1.0]
 
 
-def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match="adam_w_mode=False"):
+def test_unsupported_arguments_are_rejected() -> None:
+    with pytest.raises(ValueError, match="adam_w_mode is False"):
         FusedAdamW(parameters(), adam_w_mode=False)
     with pytest.raises(ValueError, match="closure"):
         build(FusedAdamW, parameters()).step(lambda: 0.0)  # type: ignore[call-overload]

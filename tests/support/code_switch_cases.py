@@ -1,4 +1,4 @@
-"""Random code-switching cases, and what every implementation is held to: the oracle, and rules for any case at all."""
+"""Random code-switching cases, and checks of an implementation against the oracle and general properties."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +27,11 @@ EOD = 0
 Implementation = Callable[..., CodeSwitchOutput]
 
 if INTERPRETED and triton_version() < (3, 4):
-    # 3.2 stores 8 bytes of a 4-byte value that a scan returned, 3.3 fails on a tuple that a device function returned
+    # 3.2 stores 8 bytes of a 4-byte value returned by a scan, 3.3 fails on a tuple returned by a device function
     pytest.skip("the interpreters of triton 3.2 and 3.3 cannot run these kernels", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Small blocks make many of a short row, so that everything is carried on from one to the next.
+# Small blocks, so that a short sequence has many and state is carried from one to the next.
 BLOCK = 16 if INTERPRETED else 32
 IMPLEMENTATIONS: dict[str, Implementation] = {"reference": code_switch_reference}
 if runs_triton(torch.device(DEVICE)):
@@ -40,7 +40,7 @@ if runs_triton(torch.device(DEVICE)):
         f"{form}_kernel": partial(launch_code_switch, form=form, shape=small) for form in ("row", "blocks")
     }
 if DEVICE == "cuda":
-    # as training launches them
+    # launch configuration of training
     IMPLEMENTATIONS |= {f"{form}_launched": partial(launch_code_switch, form=form) for form in ("row", "blocks")}
 
 
@@ -59,7 +59,7 @@ class Case:
     device: str = "cpu"
 
     def arguments(self) -> dict[str, Any]:
-        """What an implementation takes."""
+        """Arguments of an implementation."""
         languages = len(self.dictionary.language_weights)
         device = self.device
         thresholds = self.thresholds or [[1 << 32] * languages] * languages
@@ -77,11 +77,11 @@ class Case:
         }
 
     def all_settings(self) -> CodeSwitchSettings:
-        given = {"seed": 7, "sequence_length": len(self.rows[0]) - 1, "label_mode": "input_only", "pad_id": EOD}
-        return CodeSwitchSettings(**{**given, **self.settings})
+        defaults = {"seed": 7, "sequence_length": len(self.rows[0]) - 1, "label_mode": "input_only", "pad_id": EOD}
+        return CodeSwitchSettings(**{**defaults, **self.settings})
 
     def but(self, **changes: Any) -> "Case":
-        """The case with other fields or, for names that are none, other settings."""
+        """The case with changed fields; names that are not fields change settings."""
         fields = {name: changes.pop(name) for name in list(changes) if name in self.__dataclass_fields__}
         return replace(self, settings={**self.settings, **changes}, **fields)
 
@@ -108,7 +108,7 @@ Run = Callable[[Case], CodeSwitchOutput]
 
 
 def assert_equals_oracle(case: Case, implementation: Implementation) -> CodeSwitchOutput:
-    """Every output, exactly, with the dtypes that are promised; returns the implementation's."""
+    """Compares every output exactly, checks the documented dtypes, and returns the implementation's output."""
     output = implementation(**case.arguments())
     expected = case.expected()
     assert (output.document_starts is None) == ("document_starts" not in expected)
@@ -127,14 +127,14 @@ def assert_equals_oracle(case: Case, implementation: Implementation) -> CodeSwit
     return output
 
 
-def random_word(generator: np.random.Generator, flags: list[int], most: int) -> tuple[int, ...]:
-    """A word that the boundary rule keeps whole: starts with a boundary, none inside, may end with one."""
+def random_word(generator: np.random.Generator, flags: list[int], max_tokens: int) -> tuple[int, ...]:
+    """A single word under the boundary rule: starts with a boundary, has none inside, may end with one."""
 
     def choose(first: bool, last: bool) -> int:
         allowed = [t for t, flag in enumerate(flags) if t != EOD and bool(flag & 1) == first and (last or not flag & 2)]
         return int(generator.choice(allowed))
 
-    length = int(generator.integers(1, most + 1))
+    length = int(generator.integers(1, max_tokens + 1))
     return tuple(choose(place == 0, place == length - 1) for place in range(length))
 
 
@@ -148,11 +148,11 @@ def random_dictionary(
         flags |= generator.choice([0, 4], vocabulary, p=[0.3, 0.7])
         flags[EOD] = 3
     weights = [float(w) for w in generator.choice([0, 1, 2, 3], languages)]
-    # a table needs a key that can be drawn
+    # a table needs a drawable candidate
     weights[1] = max(weights[1], 1.0)
     dictionary = Dictionary(flags.tolist(), weights, {(0, (1,)): [(1, (3,), 1.0)]}, forbidden=(EOD,))
     for _ in range(int(generator.integers(0, 60))):
-        word = random_word(generator, dictionary.word_boundary, most=int(generator.integers(1, longest_key + 1)))
+        word = random_word(generator, dictionary.word_boundary, max_tokens=int(generator.integers(1, longest_key + 1)))
         dictionary.keys[int(generator.integers(0, 2)), word] = [
             (
                 int(generator.integers(0, languages)),
@@ -168,7 +168,7 @@ def random_dictionary(
 def random_rows(
     generator: np.random.Generator, dictionary: Dictionary, row_languages: list[int], width: int
 ) -> list[list[int]]:
-    """Rows full of words of the dictionary, between random tokens, that begin and end anywhere."""
+    """Rows of words of the dictionary and random tokens, truncated at both ends."""
     rows = []
     for language in row_languages:
         words = [word for key_language, word in dictionary.keys if key_language == language] or [(EOD,)]
@@ -183,7 +183,7 @@ def random_rows(
 
 @strategies.composite
 def cases(draw: Any, max_rows: int = 6, max_sequence: int = 64) -> Case:
-    """Any case at all. What decides the kind of a case is drawn by Hypothesis, its tokens come from a drawn seed."""
+    """Arbitrary cases. Hypothesis draws the kind of a case and a seed for its tokens."""
     integers, booleans = strategies.integers, strategies.booleans()
     generator = np.random.default_rng(draw(integers(0, 2**32 - 1)))
     languages = draw(integers(2, 5))
@@ -215,7 +215,7 @@ def cases(draw: Any, max_rows: int = 6, max_sequence: int = 64) -> Case:
 
 
 def assert_properties(case: Case, output: CodeSwitchOutput) -> int:
-    """What must hold whatever was drawn, told from inputs and outputs alone; returns the words switched."""
+    """Checks properties of any case from its inputs and outputs only; returns the number of switched words."""
     settings, dictionary = case.all_settings(), case.dictionary
     arguments = case.arguments()
     weights = dictionary.language_weights
@@ -233,7 +233,7 @@ def assert_properties(case: Case, output: CodeSwitchOutput) -> int:
         }
         assert counts[2] in _spans_switched(row, tokens[:filled], known)
         assert counts[2] == sum(counts[5:]) <= counts[1]
-        # nothing is added to and nothing taken from the documents that reach the output
+        # documents that reach the output are neither added nor removed
         ends = [token for token in row if token == EOD]
         assert [token for token in tokens[:filled] if token == EOD] == ends[: tokens[:filled].count(EOD)]
         scored = [label for label, weight in zip(labels, mask, strict=True) if weight]
@@ -245,35 +245,35 @@ def assert_properties(case: Case, output: CodeSwitchOutput) -> int:
 
 
 def _spans_switched(row: list[int], tokens: list[int], known: dict[tuple[int, ...], set[tuple[int, ...]]]) -> set[int]:
-    """Every number of words that can have been switched: all ways in which `tokens` is the row with listed
-    translations in the places of their words. Empty if there is none."""
-    # (source position, output position) -> numbers of switched words on the ways there
-    ways: dict[tuple[int, int], set[int]] = {(0, 0): {0}}
-    found: set[int] = set()
-    while ways:
-        source, place = min(ways)
-        numbers = ways.pop((source, place))
+    """All possible numbers of switched words: over all ways to obtain `tokens` from the row by replacing words with
+    listed translations. Empty if there is none."""
+    # (source position, output position) -> possible numbers of switched words up to there
+    states: dict[tuple[int, int], set[int]] = {(0, 0): {0}}
+    possible: set[int] = set()
+    while states:
+        source, place = min(states)
+        counts = states.pop((source, place))
         if place == len(tokens):
-            found |= numbers
+            possible |= counts
             continue
         if source == len(row):
             continue
         if row[source] == tokens[place]:
-            ways.setdefault((source + 1, place + 1), set()).update(numbers)
+            states.setdefault((source + 1, place + 1), set()).update(counts)
         for length in range(1, min(8, len(row) - source) + 1):
             for translation in known.get(tuple(row[source : source + length]), ()):
                 end = min(place + len(translation), len(tokens))
                 if list(translation[: end - place]) == tokens[place:end]:
-                    ways.setdefault((source + length, end), set()).update(number + 1 for number in numbers)
-    return found
+                    states.setdefault((source + length, end), set()).update(count + 1 for count in counts)
+    return possible
 
 
-def _is_subsequence(part: list[int], whole: list[int]) -> bool:
-    rest = iter(whole)
+def _is_subsequence(part: list[int], sequence: list[int]) -> bool:
+    rest = iter(sequence)
     return all(any(each == other for other in rest) for each in part)
 
 
-# tokens that start a word (1..9) and go on (11..19); one key of every length from 1 to 9 tokens
+# tokens that start a word (1..9) and continue one (11..19); one key of every length from 1 to 9 tokens
 EDGE_FLAGS = [3] + [1] * 10 + [0] * 10
 CONTINUED = list(range(11, 19))
 

@@ -1,4 +1,4 @@
-"""Code-switching in pure Python, one token after the other: slow, obvious, and sharing nothing with what it checks."""
+"""Code-switching in pure Python, token by token: slow, simple, and sharing no code with the implementations."""
 
 import math
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Dictionary:
 
 
 def choose(weights: Sequence[float | Fraction], random: int) -> int:
-    """The first item whose cumulative share of 2^32, at least 1, is above `random`."""
+    """The first item whose cumulative probability times 2^32, at least 1, is above `random`."""
     total = sum(Fraction(weight) for weight in weights)
     running = Fraction(0)
     for index, weight in enumerate(weights[:-1]):
@@ -69,18 +69,18 @@ def choose(weights: Sequence[float | Fraction], random: int) -> int:
 
 
 def choose_candidate(candidates: list[Candidate], language_weights: list[float], random: int) -> Candidate:
-    """A language by its weight among those at hand, then a candidate by its weight in the language: in one draw."""
-    shares = []
+    """Draws a language by weight among those of the candidates, then a candidate by weight, with one random number."""
+    probabilities = []
     languages = {language for language, _, _ in candidates}
     all_languages = sum(Fraction(language_weights[language]) for language in languages)
     for language, _, weight in candidates:
         within = sum(Fraction(other) for each, _, other in candidates if each == language)
-        shares.append(Fraction(language_weights[language]) / all_languages * Fraction(weight) / within)
-    return candidates[choose(shares, random)]
+        probabilities.append(Fraction(language_weights[language]) / all_languages * Fraction(weight) / within)
+    return candidates[choose(probabilities, random)]
 
 
 def words_of(row: list[int], flags: list[int], extra: list[bool]) -> list[tuple[int, int]]:
-    """(start, end) of every word; the last one ends at None: the source cuts it."""
+    """(start, end) of every word; the end of the last one is None, since the source truncates it."""
     starts = [i for i in range(len(row)) if flags[row[i]] & 1 or extra[i] or (i > 0 and flags[row[i - 1]] & 2)]
     return [(start, end) for start, end in zip(starts, [*starts[1:], None], strict=False)]
 
@@ -94,7 +94,7 @@ def decide(
     thresholds: list[list[int]],
     seed: int,
 ) -> tuple[set[int], dict[int, tuple[int, Candidate, int]]]:
-    """Starts of the known words, and (end, candidate, label draw) of those that are replaced."""
+    """Starts of the known words, and start -> (end, candidate, label draw) of the replaced ones."""
     weights = dictionary.language_weights
     known: set[int] = set()
     replaced: dict[int, tuple[int, Candidate, int]] = {}
@@ -130,7 +130,7 @@ def switch_row(
     reset_at_eod: bool = False,
     word_starts: list[bool] | None = None,
 ) -> dict[str, list]:
-    """The outputs of one row by name."""
+    """Outputs for one sequence by name."""
     flags, weights = dictionary.word_boundary, dictionary.language_weights
     words = words_of(row, flags, word_starts or [False] * len(row))
     known, replaced = decide(row, words, language, sample_id, dictionary, thresholds, seed)
@@ -164,26 +164,26 @@ def switch_row(
         padding = j >= len(stream)
         token = pad_id if padding else stream[j][0]
         label = stream[j + 1][1] if j + 1 < len(stream) else None
-        begins = j
-        while reset_at_eod and not padding and begins > 0 and stream[begins - 1][3] == stream[j][3]:
-            begins -= 1
+        document_start = j
+        while reset_at_eod and not padding and document_start > 0 and stream[document_start - 1][3] == stream[j][3]:
+            document_start -= 1
         result["tokens"].append(token)
         scored = label is not None and not (mask_eod and token == eod_id)
         result["labels"].append(label if scored else 0)
         result["loss_mask"].append(float(scored))
-        result["position_ids"].append(j - begins if reset_at_eod else j)
+        result["position_ids"].append(j - document_start if reset_at_eod else j)
         if reset_at_eod:
-            result["document_starts"].append(begins)
+            result["document_starts"].append(document_start)
 
     reached = {source for _, _, source, _ in stream[:sequence_length]}
-    left = {source for _, _, source, _ in stream} - reached
+    truncated = {source for _, _, source, _ in stream} - reached
     letters = any(flag & 4 for flag in flags)
     counts = [0] * (5 + len(weights))
     counts[0] = sum(start in reached and (flags[row[start]] & 4 != 0 or not letters) for start, _ in words)
     counts[1] = len(known & reached)
     counts[2] = len(replaced.keys() & reached)
     counts[3] = max(0, sequence_length - len(stream))
-    counts[4] = sum(source < sequence_length for source in left)
+    counts[4] = sum(source < sequence_length for source in truncated)
     for start in replaced.keys() & reached:
         counts[5 + replaced[start][1][0]] += 1
     result["counts"] = counts

@@ -1,4 +1,4 @@
-"""Datasets for the tests of `megatron-prealign dataset`: random documents, the files written by plain means."""
+"""Datasets for the tests of `megatron-prealign dataset`: random documents and plainly written files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +15,21 @@ Documents = list[list[int]]
 
 
 def random_documents(count: int, seed: int, longest: int = 40) -> Documents:
-    """Documents of ids that are not `EOD`, each ended by it; some hold nothing else."""
+    """Documents of ids other than `EOD`, each terminated by `EOD`; some contain nothing else."""
     random = np.random.default_rng(seed)
     return [[*random.integers(EOD + 1, VOCAB_SIZE, random.integers(0, longest)).tolist(), EOD] for _ in range(count)]
 
 
 def word_bits(documents: Documents) -> np.ndarray:
-    """A bit for every token, which a plain rule gives: the first and the last of a document, and even ids."""
-    bits = [[place == 0 or token % 2 == 0 or token == EOD for place, token in enumerate(row)] for row in documents]
-    return np.array([bit for row in bits for bit in row], dtype=np.bool_)
+    """A bit per token by a simple rule: set for the first and last token of a document and for even ids."""
+    bits = [
+        place == 0 or token % 2 == 0 or token == EOD for document in documents for place, token in enumerate(document)
+    ]
+    return np.array(bits, dtype=np.bool_)
 
 
 def write_tokens(prefix: Path, documents: Documents, dtype: type = np.uint16) -> None:
-    """`.bin` and `.idx` by Megatron-Core."""
+    """Writes `.bin` and `.idx` with Megatron-Core."""
     builder = import_indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         builder.add_document(np.array(document, dtype=dtype), [len(document)])
@@ -42,9 +44,9 @@ def make_dataset(
     segmenter: str | None = None,
     checksums: Sequence[str] = ("bin", "idx", "words"),
     dtype: type = np.uint16,
-    **facts: object,
+    **fields: object,
 ) -> str:
-    """A whole dataset, its sidecar with checksums; `facts` replace fields of the sidecar."""
+    """Writes a complete dataset with checksums; `fields` replace fields of the sidecar."""
     write_tokens(prefix, documents, dtype)
     if segmenter is not None:
         np.packbits(word_bits(documents), bitorder="little").tofile(f"{prefix}.words")
@@ -62,5 +64,5 @@ def make_dataset(
         "engine": "tokenizers",
         "text_keys": ["text"],
     }
-    write_sidecar(Sidecar(**(values | facts)), sidecar_path(prefix))  # type: ignore[arg-type]
+    write_sidecar(Sidecar(**(values | fields)), sidecar_path(prefix))  # type: ignore[arg-type]
     return str(prefix)

@@ -11,18 +11,18 @@ from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, Read
 
 
 def read(path: Path, languages: str = "en-de", **options):
-    """All pairs, with the languages where a block has its own; the facts; the errors."""
-    errors, facts = ReadErrors(), FileInfo()
+    """Returns all pairs, with the languages if a block has its own, the file info and the errors."""
+    errors, info = ReadErrors(), FileInfo()
     on_error = options.pop("on_error", "stop")
     source = DictionaryInput(path=path, languages=tuple(languages.split("-")), **options)
     pairs = []
-    for block in read_entries(source, errors, on_error, facts):
+    for block in read_entries(source, errors, on_error, info):
         weights = block.weights or [1.0] * len(block.columns[0])
         pairs += [
             (*words, *((weight,) if block.weights else ()), *(block.languages or ())[1:])
             for *words, weight in zip(*block.columns, weights, strict=True)
         ]
-    return pairs, facts, errors
+    return pairs, info, errors
 
 
 def zstd(data: bytes) -> bytes:

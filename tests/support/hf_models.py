@@ -1,4 +1,4 @@
-"""Tiny models of every family as transformers itself makes and saves them."""
+"""Tiny models of every family, created and saved by transformers itself."""
 
 import copy
 import json
@@ -19,9 +19,9 @@ from transformers import (
 )
 
 TOKENS = 257
-"""Ids of `save_tokenizer`'s tokenizer."""
+"""Number of ids of `save_tokenizer`'s tokenizer."""
 ROWS = 261
-"""Rows of the embedding: some have no token, as in many published models."""
+"""Number of embedding rows: some have no token, as in many published models."""
 END = "<|endoftext|>"
 SHAPE = {
     "num_hidden_layers": 4,
@@ -66,12 +66,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def rows_of_tokens(length: int = 12) -> torch.Tensor:
+def token_batch(length: int = 12) -> torch.Tensor:
     return torch.randint(0, TOKENS, (2, length), generator=torch.Generator().manual_seed(3))
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """With random numbers everywhere, norms and biases too, so that none stands for what is left out."""
+    """A model with random values in all parameters, norms and biases too, so that a missing one changes the output."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -80,17 +80,17 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * noise)
             else:
-                # Larger than initial weights: attention is then far from uniform.
+                # Larger than initial weights, so that attention is far from uniform.
                 parameter.copy_(noise * SHAPE["hidden_size"] ** -0.5)
     return model.to(dtype)
 
 
 def train(model: Any, steps: int = 3) -> Any:
-    """A few steps with transformers' own loss."""
+    """Trains for a few steps with transformers' own loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    rows = rows_of_tokens(24)
+    batch = token_batch(24)
     for _ in range(steps):
-        loss = model(rows, labels=rows).loss
+        loss = model(batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +98,7 @@ def train(model: Any, steps: int = 3) -> Any:
 
 
 def save_tokenizer(directory: Path, extra: int = 0) -> None:
-    """A token for each byte, the end of a document, and `extra` words more; nothing is trained."""
+    """Saves an untrained tokenizer: a token per byte, an end-of-document token, and `extra` more words."""
     vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -109,14 +109,14 @@ def save_tokenizer(directory: Path, extra: int = 0) -> None:
 
 
 def save_model(model: Any, directory: Path, **options: Any) -> Path:
-    """The model and its tokenizer."""
+    """Saves the model and its tokenizer."""
     model.save_pretrained(directory, **options)
     save_tokenizer(directory)
     return directory
 
 
 def change_config(directory: Path, **values: Any) -> None:
-    """Sets fields of config.json; None removes one."""
+    """Sets fields of config.json; None removes a field."""
     file = directory / "config.json"
     config = {**json.loads(file.read_bytes()), **values}
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
@@ -124,4 +124,4 @@ def change_config(directory: Path, **values: Any) -> None:
 
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(rows_of_tokens()).logits
+        return model(token_batch()).logits

@@ -1,4 +1,4 @@
-"""Our models out of checkpoints of weights; the functions run in workers."""
+"""Megatron-Core models loaded from checkpoints of weights; the functions run in workers."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_prealign.checkpoint.state import model_identity
 
 
 def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> tuple[Any, list[Any]]:
-    """Runtime and model chunks of this process, as `pretrain --config model.yaml --config ...` makes them."""
+    """Runtime and model chunks of this rank, built as by `pretrain --config model.yaml --config ...`."""
     import tempfile
 
     import yaml
@@ -56,19 +56,19 @@ def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> 
     return runtime, [chunk.eval() for chunk in chunks]
 
 
-def logits(checkpoint: str, rows: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """`[rows, tokens, vocabulary]` of one process."""
+def logits(checkpoint: str, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits `[batch, tokens, vocabulary]`, in one process."""
     _, (chunk,) = load(checkpoint, {})
-    positions = torch.arange(rows.shape[1]).expand_as(rows)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        return chunk(rows, positions, None)[..., :vocab_size].clone()
+        return chunk(tokens, positions, None)[..., :vocab_size].clone()
 
 
 def parameters(checkpoint: str, parallel: dict[str, Any]) -> dict[str, tuple[torch.Tensor, int | None, int]]:
-    """Name with the layer's number in the whole model -> this process's part, the dimension that tensor-parallel ranks
-    share (None if each has the whole) and the tensor-parallel rank."""
+    """Name with the global layer number -> this rank's shard, its partitioned dimension (None if replicated) and the
+    tensor-parallel rank."""
     runtime, chunks = load(checkpoint, parallel)
-    found = {}
+    shards = {}
     for chunk in chunks:
         numbers = {f"decoder.layers.{index}.": layer.layer_number for index, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
@@ -76,6 +76,6 @@ def parameters(checkpoint: str, parallel: dict[str, Any]) -> dict[str, tuple[tor
                 if name.startswith(prefix):
                     name = f"layer {number} {name.removeprefix(prefix)}"
                     break
-            split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-            found[name] = (parameter.detach().clone(), split, runtime.tensor_rank)
-    return found
+            partition_dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            shards[name] = (parameter.detach().clone(), partition_dim, runtime.tensor_rank)
+    return shards

@@ -14,7 +14,7 @@ SEQ_LENGTH = 12
 
 
 def recipe_values(family: str, model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of a small model, as plain values. Files it names are never opened."""
+    """Recipe values for a small model. The files it names are never opened."""
     values: dict[str, Any] = {
         "model": {
             "family": family,
@@ -59,12 +59,12 @@ def weights(chunk: Any) -> dict[str, torch.Tensor]:
 
 
 def initial_weights(values: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """Runs in workers: every parameter of this process, by chunk."""
+    """Runs in workers: all parameters of this process, by model chunk."""
     return [weights(chunk) for chunk in build(values)[2]]
 
 
-def disturb(chunk: Any) -> None:
-    """Random norms and biases, so that no one stands for what is left out."""
+def perturb(chunk: Any) -> None:
+    """Randomises all parameters, so that a norm or bias that is left out changes the result."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in chunk.parameters():
@@ -72,7 +72,7 @@ def disturb(chunk: Any) -> None:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * noise)
             else:
-                # Larger than the initial weights: attention is then far from uniform.
+                # Larger than the initial weights, so that attention is far from uniform.
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
 
 
@@ -80,10 +80,10 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCAB_SIZE, (2, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def disturbed_logits(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Runs in a worker: weights and logits `[2, sequence, vocabulary]` of a model with random weights everywhere."""
+def perturbed_logits(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Runs in a worker: weights and logits `[2, sequence, vocabulary]` of a model with randomised parameters."""
     (chunk,) = build(values)[2]
-    disturb(chunk)
+    perturb(chunk)
     rows = tokens()
     positions = torch.arange(SEQ_LENGTH).expand_as(rows)
     with torch.no_grad():
@@ -94,35 +94,33 @@ def disturbed_logits(values: dict[str, Any]) -> tuple[dict[str, torch.Tensor], t
 def states_by_hand(
     chunk: Any, ids: torch.Tensor, positions: torch.Tensor, lengths: list[int], num_layers: int
 ) -> dict[int, torch.Tensor]:
-    """Mean state of each word at every layer, word by word from one plain forward pass, with its graph.
+    """Mean state of each word at every layer, from one plain forward pass, with the autograd graph.
 
     Args:
         ids: `[slots, tokens]`.
         positions: `[slots, tokens]`.
-        lengths: tokens of each word; 0 for an empty slot, whose mean is 0.
+        lengths: Number of tokens of each word; 0 for an empty slot, whose mean is 0.
     """
     outputs: dict[int, torch.Tensor] = {}
 
-    def keep(layer: int) -> Callable[..., None]:
+    def record(layer: int) -> Callable[..., None]:
         return lambda module, args, output: outputs.update({layer: output[0] if isinstance(output, tuple) else output})
 
-    handles = [chunk.embedding.register_forward_hook(keep(0))]
-    handles += [layer.register_forward_hook(keep(layer.layer_number)) for layer in chunk.decoder.layers]
-    # The last block's state is taken after the final norm, so this one overwrites it.
-    handles.append(chunk.decoder.final_layernorm.register_forward_hook(keep(num_layers)))
+    handles = [chunk.embedding.register_forward_hook(record(0))]
+    handles += [layer.register_forward_hook(record(layer.layer_number)) for layer in chunk.decoder.layers]
+    # The state of the last block is the one after the final norm, which overwrites the earlier one.
+    handles.append(chunk.decoder.final_layernorm.register_forward_hook(record(num_layers)))
     chunk(ids, positions, None)
     for handle in handles:
         handle.remove()
-    nothing = torch.zeros(chunk.config.hidden_size)
+    zeros = torch.zeros(chunk.config.hidden_size)
     states = {
-        layer: torch.stack(
-            [hidden[:length, slot].mean(0) if length else nothing for slot, length in enumerate(lengths)]
-        )
+        layer: torch.stack([hidden[:length, slot].mean(0) if length else zeros for slot, length in enumerate(lengths)])
         for layer, hidden in outputs.items()
     }
     rows = chunk.embedding.word_embeddings.weight if chunk.share_embeddings_and_output_weights else None
     rows = chunk.output_layer.weight if rows is None else rows
     states[num_layers + 1] = torch.stack(
-        [rows[ids[slot, :length]].mean(0) if length else nothing for slot, length in enumerate(lengths)]
+        [rows[ids[slot, :length]].mean(0) if length else zeros for slot, length in enumerate(lengths)]
     )
     return states

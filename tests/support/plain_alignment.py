@@ -1,8 +1,7 @@
-"""One step of the alignment phase in float64 and one process, without any of the product's code.
+"""One step of the alignment phase in float64 and one process, independent of the package.
 
-transformers' model with the product's weights; every word alone in a forward pass of its own, without padding. The
-gradients come out under Megatron-Core's names: the weights go to transformers' names by a linear map that autograd goes
-back through.
+Uses transformers' model with the package's weights; every word has its own forward pass without padding. Gradients have
+Megatron-Core's names: the weights are mapped to transformers' names by a linear map that autograd differentiates.
 """
 
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from support.plain_losses import contrastive_matrix, next_token_loss
 
 @dataclass(frozen=True)
 class Step:
-    """What the losses of one step are made of.
+    """Inputs of the losses of one step.
 
     Attributes:
-        words: token ids of each word; no empty ones.
-        groups: number of each word's meaning.
-        rows: token ids `[rows, sequence + 1]`, the last column is a label only; no rows leave the phase to the words.
+        words: token ids of each word, none empty.
+        groups: group of each word.
+        rows: token ids `[rows, sequence + 1]`, the last column is a label only; without rows there is no LM loss.
         eod_id: positions with this input have no next-token loss.
         layer_weights: weight of each aligned layer.
     """
@@ -39,8 +38,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Losses as numbers, gradients in float64 under Megatron-Core's names."""
+class Expected:
+    """Losses as floats, gradients in float64 under Megatron-Core's names."""
 
     loss: float
     lm_loss: float
@@ -50,7 +49,7 @@ class Answer:
 
 
 class DoubleRMSNorm(torch.nn.Module):
-    """transformers' norm without its detour through float32."""
+    """transformers' norm without the cast to float32."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -62,11 +61,11 @@ class DoubleRMSNorm(torch.nn.Module):
 
 
 class DoubleRotary(torch.nn.Module):
-    """transformers' rotary angles without its detour through float32."""
+    """transformers' rotary angles without the cast to float32."""
 
-    def __init__(self, channels: int, base: float) -> None:
+    def __init__(self, head_dim: int, base: float) -> None:
         super().__init__()
-        self.frequencies = base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+        self.frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = (position_ids[..., None].double() * self.frequencies).repeat(1, 1, 2)
@@ -86,8 +85,7 @@ def _double_llama(config: Any) -> Any:
 
 
 def word_states(forward: Any, output_rows: torch.Tensor, words: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Mean state of each word at every layer, the mean of its rows of the output embedding last; `[words, hidden]`
-    each."""
+    """Mean state of each word at every layer, then the mean of its output embeddings; `[words, hidden]` each."""
     alone = []
     for word in words:
         states = forward(torch.tensor([list(word)])).hidden_states
@@ -96,18 +94,18 @@ def word_states(forward: Any, output_rows: torch.Tensor, words: Sequence[Sequenc
 
 
 def projected(states: torch.Tensor, weights: Weights, head: str) -> torch.Tensor:
-    """What the loss looks at: the states, or what the layer's head makes of them."""
+    """Inputs of the loss: the states, or the outputs of the layer's head."""
     if f"{head}.weight_1" not in weights:
         return states
     inner = (states @ weights[f"{head}.weight_1"].t() + weights[f"{head}.bias_1"]).clamp(min=0.0)
     return inner @ weights[f"{head}.weight_2"].t() + weights[f"{head}.bias_2"]
 
 
-def plain_step(family: str, tied: bool, weights: Weights, step: Step) -> Answer:
-    """Losses and gradients of `step` for a model of the shape of `model_builds.recipe_values`.
+def plain_step(family: str, tied: bool, weights: Weights, step: Step) -> Expected:
+    """Losses and gradients of `step` for a model with the shape of `model_builds.recipe_values`.
 
     Args:
-        weights: under Megatron-Core's names; a `projection_heads.layer_N.weight_1` gives layer N a head.
+        weights: under Megatron-Core's names; layer N has a head if there is a `projection_heads.layer_N.weight_1`.
     """
     from transformers import GPT2LMHeadModel
 
@@ -137,14 +135,14 @@ def plain_step(family: str, tied: bool, weights: Weights, step: Step) -> Answer:
         inputs, labels = step.rows[:, :-1], step.rows[:, 1:]
         lm_loss = next_token_loss(forward(inputs).logits, labels, inputs != step.eod_id)
     total = step.alpha * aligned + step.gamma * penalty + step.lm_weight * lm_loss
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return Answer(
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return Expected(
         loss=total.item(),
         lm_loss=lm_loss.item(),
         alignment_loss={layer: loss.item() for layer, loss in losses.items()},
         penalty=penalty.item(),
         gradients={
             name: torch.zeros_like(leaf) if gradient is None else gradient
-            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
         },
     )

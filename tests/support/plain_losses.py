@@ -1,4 +1,4 @@
-"""The method's losses written as they are read, slowly: what tests hold the product's forms against."""
+"""Slow reference implementations of the losses, written as in their definitions."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ import torch.nn.functional as F
 def contrastive_loops(
     words: torch.Tensor, groups: list[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The contrastive loss of one layer by two loops in float64: loss, similarity penalty, ordered positive pairs.
+    """Contrastive loss of one layer by two loops in float64: loss, similarity penalty, ordered positive pairs.
 
     Args:
         words: `[slots, hidden]`.
-        groups: number of each slot's group, -1 for an empty slot.
+        groups: Group of each slot, -1 for an empty slot.
     """
     words = words.double()
     valid = [index for index, group in enumerate(groups) if group >= 0]
@@ -33,10 +33,10 @@ def contrastive_loops(
 def contrastive_matrix(
     words: torch.Tensor, groups: Sequence[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`contrastive_loops` without the loops, for more words than those can do: loss and similarity penalty.
+    """`contrastive_loops` without loops, for larger numbers of words: loss and similarity penalty.
 
     Args:
-        words: `[words, hidden]`; there are no empty slots.
+        words: `[words, hidden]`, without empty slots.
     """
     words, group = words.double(), torch.tensor(groups)
     unit = words / words.norm(dim=1, keepdim=True)
@@ -54,9 +54,9 @@ def next_token_loss(
     """Mean cross entropy in float64 over the positions where `mask` is not 0.
 
     Args:
-        logits: `[rows, sequence, vocabulary]`, padded columns included unless `vocab_size` cuts them off.
-        labels: `[rows, sequence]`.
-        mask: `[rows, sequence]`.
+        logits: `[samples, sequence, vocabulary]`, including padded columns unless `vocab_size` cuts them off.
+        labels: `[samples, sequence]`.
+        mask: `[samples, sequence]`.
     """
     logits = logits[..., :vocab_size].double()
     each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")

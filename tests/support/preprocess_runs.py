@@ -1,4 +1,4 @@
-"""Runs of preprocessing that end early: the inputs, the settings and what is written."""
+"""Preprocessing runs that end early: inputs, settings and output."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from megatron_prealign.corpus.blocks import Limits
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 
-# Small blocks and a journal behind every one or two of them.
+# Small blocks, and a save after every one or two of them.
 SETTINGS = PreprocessSettings(
     language="zh",
     on_error="skip",
@@ -25,7 +25,7 @@ def text(generator: numpy.random.Generator) -> str:
 
 
 def make_inputs(path: Path) -> Path:
-    """Writes the inputs and a tokenizer into the directory `path`; returns it."""
+    """Writes the inputs and a tokenizer to the directory `path`; returns it."""
     generator = numpy.random.default_rng(0)
     lines = [json.dumps({"text": text(generator), "l": ["zh", "de"][n % 2]}) for n in range(40)]
     (path / "a.jsonl").write_text("\n".join([*lines[:20], "no JSON", *lines[20:]]) + "\n", encoding="utf-8")
@@ -43,5 +43,5 @@ def run(directory: Path, out: Path, settings: PreprocessSettings) -> None:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Everything written for this prefix."""
+    """All output files of this prefix."""
     return {path.name[len(out.name) :]: path.read_bytes() for path in sorted(out.parent.glob(f"{out.name}*"))}

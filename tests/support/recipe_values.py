@@ -1,4 +1,4 @@
-"""A small sound recipe as plain values, for the tests of recipes to change."""
+"""A small valid recipe as plain values, modified by the tests of recipes."""
 
 import copy
 from pathlib import Path
@@ -18,8 +18,8 @@ _VALUES: dict[str, Any] = {
 }
 
 
-def sound_values(changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The values with some changed; a key is a dotted path, and None takes the field or section out."""
+def recipe_values(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the values with changes; a key is a dotted path, and None removes the field or section."""
     values = copy.deepcopy(_VALUES)
     for name, value in (changes or {}).items():
         *path, last = name.split(".")
@@ -34,7 +34,7 @@ def sound_values(changes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def write_recipe(directory: Path, changes: dict[str, Any] | None = None, name: str = "recipe.yaml") -> str:
-    """Writes the changed values as YAML; returns the path."""
+    """Writes the values with changes as YAML; returns the path."""
     path = directory / name
-    path.write_text(yaml.safe_dump(sound_values(changes), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe_values(changes), sort_keys=False), encoding="utf-8")
     return str(path)

@@ -1,4 +1,4 @@
-"""Sidecars that tests change."""
+"""Writes sidecars modified by tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A tiny real corpus, tokenizer and dictionary for tests: Python's own documentation and its English-Clone."""
+"""A tiny real corpus, tokenizer and dictionary for tests: Python's documentation and its English-Clone."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VOCAB_SIZE = 512
 
 @dataclass(frozen=True)
 class Tiny:
-    """Where the tiny files lie."""
+    """Paths of the tiny files."""
 
     directory: Path
 
@@ -34,14 +34,14 @@ class Tiny:
         return str(self.directory / "table.safetensors")
 
     def values(self, run_dir: Path) -> dict[str, Any]:
-        """A small recipe with both phases, as plain values for a test to change."""
+        """Returns a small recipe with both phases, as plain values that a test may change."""
         return {
             "model": {
                 "num_layers": 4,
                 "hidden_size": 32,
                 "num_attention_heads": 4,
                 "num_query_groups": 2,
-                # Pads the 1,024 ids, and more of them at TP2 than at TP1.
+                # Pads the 1,024 ids, with more padding at TP2 than at TP1.
                 "make_vocab_size_divisible_by": 24,
             },
             "data": {
@@ -72,9 +72,9 @@ class Tiny:
 
 
 def recipe_of(values: dict[str, Any], directory: Path) -> Recipe:
-    """Parses plain values through the same door as a user's YAML."""
+    """Parses plain values in the same way as a user's YAML."""
     directory.mkdir(parents=True, exist_ok=True)
-    # Ranks write it at the same time: each its own, or one would read what another has just emptied.
+    # One file per rank, since ranks write at the same time and one could read a file that another has truncated.
     path = directory / f"test_recipe_{os.getpid()}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     return load_recipe(["--config", str(path)])

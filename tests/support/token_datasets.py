@@ -1,4 +1,4 @@
-"""Small datasets whose every token tells where it stands, and the training blend of them rebuilt by plain means."""
+"""Small datasets with unique token ids, and a plain reconstruction of their training blend."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ Documents = list[np.ndarray]
 
 
 def make_documents(count: int, first_id: int, seed: int) -> Documents:
-    """Documents whose ids occur nowhere else: first_id, first_id + 1, ... throughout, each ending with `EOD`."""
+    """Documents with unique ids first_id, first_id + 1, ..., each terminated by `EOD`."""
     lengths = np.random.default_rng(seed).integers(0, 40, size=count)
     starts = first_id + np.concatenate([[0], np.cumsum(lengths)])
     return [np.append(np.arange(start, start + length), EOD) for start, length in zip(starts, lengths, strict=False)]
@@ -70,29 +70,30 @@ def build(data: DataSection, cache_dir: Path, num_samples: int = 40, **options) 
 
 
 def open_samples(data: DataSection, **options) -> TrainSamples:
-    """`TrainPlan.read`, then its index: what the ranks of a job do one after the other."""
+    """Reads a plan, writes its index and opens it, like the ranks of a job in sequence."""
     plan = TrainPlan.read(data, **options)
     plan.write_index()
     return plan.open()
 
 
 def source_seed(number: int, *epoch: int) -> int:
-    """Seed of a source's first epoch, or of a later one."""
+    """Seed of the first epoch of a source, or of a later one."""
     return int(np.random.SeedSequence([SEED, number, *epoch]).generate_state(1)[0])
 
 
 def plain_epoch(documents: Documents, seq_length: int, seed: int, lookahead: int = 0) -> list[np.ndarray]:
-    """One epoch by the book: shuffle documents, join them, cut windows that share one token, shuffle the windows.
+    """Plain implementation of an epoch: shuffle documents, concatenate them, cut samples that overlap by one token,
+    shuffle the samples.
 
-    With `lookahead` every window has so many more tokens of the joined documents, which go round in a circle.
+    With `lookahead`, every sample has this many more tokens of the concatenated documents, which wrap around.
     """
     random = np.random.RandomState(seed)
     order = np.arange(len(documents), dtype=np.int32)
     random.shuffle(order)
     stream = np.concatenate([documents[number] for number in order])
-    around = np.concatenate([stream, stream])
+    wrapped = np.concatenate([stream, stream])
     starts = range(0, len(stream) - seq_length, seq_length)
-    windows = [around[start : start + seq_length + 1 + lookahead] for start in starts]
-    order = np.arange(len(windows), dtype=np.uint32)
+    samples = [wrapped[start : start + seq_length + 1 + lookahead] for start in starts]
+    order = np.arange(len(samples), dtype=np.uint32)
     random.shuffle(order)
-    return [windows[number] for number in order]
+    return [samples[number] for number in order]

@@ -1,4 +1,4 @@
-"""Runs of a few steps by the real trainer, in any layout; the functions run in workers."""
+"""Trains models for a few steps with the real trainer in any layout; the functions run in workers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 from support.tiny import Tiny, recipe_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-# Less than half a unit in the last place of any weight that is not zero: a step that changes nothing.
-NOTHING = 1e-30
+# Learning rate at which a step changes no weight: updates are less than half a unit in the last place of any non-zero
+# weight.
+NO_UPDATE_LR = 1e-30
 
 
 def recipe_values(tiny: Tiny, run_dir: Path, family: str, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: run a recipe on a number of processes, read back its losses and weights."""
+"""Helpers for tests of complete runs: train a recipe on a number of processes, read its losses and weights."""
 
 import copy
 import json
@@ -15,15 +15,14 @@ from support.workers import WorkerError, WorkerPool
 
 
 def train(values: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Runs in a worker: trains as the recipe says; returns the final counters."""
+    """Runs in a worker: trains the recipe; returns the final counters."""
     from megatron_prealign.run.pretrain import pretrain
 
     return pretrain(recipe_of(values, Path(directory)), leave_process_group=True).to_dict()
 
 
 def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Runs in one worker: all tensors of a checkpoint, whole, whatever layout wrote it; padded vocabulary rows cut
-    off."""
+    """Runs in one worker: full tensors of a checkpoint saved in any layout, without padding rows of the vocabulary."""
     from megatron.core import dist_checkpointing
 
     from megatron_prealign.runtime import cpu
@@ -38,30 +37,30 @@ def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def run(workers: WorkerPool, world_size: int, values: dict[str, Any], directory: Path) -> None:
-    """Trains on `world_size` processes; the run's files lie in the recipe's run_dir."""
+    """Trains on `world_size` processes; the run's files are in the recipe's run_dir."""
     workers.run(world_size, train, values, str(directory))
 
 
 def records(run_dir: Path, kind: str = "train") -> dict[tuple[str, int], dict[str, Any]]:
-    """(phase, step) -> the last such line of metrics.jsonl."""
+    """(phase, step) -> the last matching line of metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {(line["phase"], line["step"]): line for line in lines if line["kind"] == kind}
 
 
 def weights(workers: WorkerPool, run_dir: Path, vocab_size: int, name: str | None = None) -> dict[str, torch.Tensor]:
-    """The weights of the run's newest checkpoint, or of the one called `name`."""
+    """Weights of the run's newest checkpoint, or of the one named `name`."""
     name = name or (run_dir / "checkpoints" / "latest").read_text().strip()
     return workers.run(1, read_weights, str(run_dir / "checkpoints" / name), vocab_size)[0]
 
 
 def reseal(checkpoint: Path) -> None:
-    """Makes the manifest agree with files that a test changed, as if they had been written so."""
+    """Rewrites the manifest after a test changed files, as if they had been saved that way."""
     (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint, {})
 
 
 def everything_in(checkpoint: str) -> dict[str, torch.Tensor]:
-    """Runs in a worker: all tensors of a checkpoint, the optimizer's too."""
+    """Runs in a worker: all tensors of a checkpoint, including the optimizer's."""
     from megatron.core import dist_checkpointing
 
     from megatron_prealign.runtime import cpu
@@ -71,9 +70,9 @@ def everything_in(checkpoint: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-def language_model_values(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]:
-    """Language-model training alone, five steps."""
-    values = copy.deepcopy(tiny.values(directory))
+def language_model_values(tiny: Tiny, run_dir: Path, **checkpoint: Any) -> dict[str, Any]:
+    """Recipe values of language-model training only, five steps."""
+    values = copy.deepcopy(tiny.values(run_dir))
     del values["alignment"]
     values["parallel"] = {"device": "cpu"}
     values["training"]["eval_samples"] = 2
@@ -85,8 +84,8 @@ def steps_in(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / "checkpoints").iterdir())
 
 
-def mistake(caught: pytest.ExceptionInfo[WorkerError]) -> str:
-    """The one message of a UserError that all ranks raise."""
+def user_error_message(caught: pytest.ExceptionInfo[WorkerError]) -> str:
+    """Message of the UserError that all ranks raise."""
     kinds = {kind for kind, _, _ in caught.value.failures.values()}
     messages = {message for _, message, _ in caught.value.failures.values()}
     assert kinds == {"UserError"}, caught.value
@@ -95,7 +94,7 @@ def mistake(caught: pytest.ExceptionInfo[WorkerError]) -> str:
 
 
 def refusal(workers: WorkerPool, function: Callable[..., Any], *arguments: Any) -> str:
-    """The one line with which both ranks end."""
+    """Runs `function` on two ranks; returns the one-line message of the UserError that both raise."""
     with pytest.raises(WorkerError) as caught:
         workers.run(2, function, *arguments)
     failures = {(kind, message) for kind, message, _ in caught.value.failures.values()}

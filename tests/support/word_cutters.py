@@ -1,4 +1,4 @@
-"""Segmenters of the tests' own, named on the command line as `support.word_cutters:Class`."""
+"""Custom segmenters for tests, used on the command line as `support.word_cutters:Class`."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ WORDS = ("苹果", "银行", "房子", "蓝山", "水果汁", "数据库")
 
 
 class KnownWords:
-    """Longest match from a list; every other character is a word."""
+    """Longest match from a list; any other character is a word."""
 
     def __init__(self, language: str) -> None:
         self.language = language
@@ -33,7 +33,7 @@ class Fractions(KnownWords):
 
 
 class Unreadable(KnownWords):
-    """As if its own file of words were not there."""
+    """Fails as if its word list were missing."""
 
     def __init__(self, language: str) -> None:
         raise FileNotFoundError(2, "No such file or directory", "words.txt")
@@ -54,7 +54,7 @@ class NoLanguage:
 
 
 class Slow(KnownWords):
-    """Gives a test the time to kill it."""
+    """Slow enough to be killed by a test."""
 
     def word_starts(self, text: str) -> list[int]:
         time.sleep(0.001)
@@ -62,7 +62,7 @@ class Slow(KnownWords):
 
 
 class Deadly(KnownWords):
-    """Takes its process along at one text."""
+    """Kills its process at one text."""
 
     def word_starts(self, text: str) -> list[int]:
         if text == "die now":
@@ -71,7 +71,7 @@ class Deadly(KnownWords):
 
 
 class Undisturbed(KnownWords):
-    """Fails where Ctrl-C could end the process in which its words are cut."""
+    """Fails if Ctrl-C could end its worker process."""
 
     at_start = signal.pthread_sigmask(signal.SIG_BLOCK, [])
 

@@ -1,4 +1,4 @@
-"""What the tests of drawn words share: a table whose ids tell where a word comes from, and draws as plain values."""
+"""Helpers for tests of drawn words: a table whose ids identify the group of a word, and draws as plain values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ MAX_TOKENS = 3
 
 
 def groups() -> list[list[Word]]:
-    """24 groups; group g has ids from 10 g + 10 on, so that a drawn word tells where it comes from."""
+    """24 groups; group g has ids from 10 g + 10 on, which identify the group of a drawn word."""
     made: list[list[Word]] = []
     for number in range(24):
         first = 10 * number + 10
@@ -26,17 +26,17 @@ def groups() -> list[list[Word]]:
             words.append(("zh", [first + 4, first + 5, first + 6]))
         made.append(words)
     made[5][1] = ("de", [61, 62, 63, 64])
-    # From here on nothing can be drawn: no second language, or only words that are too long.
+    # Groups 20 to 22 cannot be drawn: they have only one language, or only words that are too long.
     made[20] = [("en", [210]), ("en", [211])]
     made[21] = [("en", [220, 221, 222, 223]), ("de", [224])]
     made[22] = [("en", [230]), ("de", [231, 232, 233, 234])]
     return made
 
 
-# Index, so that group 23, the last of the table, is drawn too.
+# Group 23, the last of the table, is drawable.
 UNDRAWABLE = {20, 21, 22}
 HELD_OUT = {2, 7, 23}
-# Words that one draw of all 18 groups takes: 4 of them have two languages (3, 11, 15, 19), group 5 too.
+# Words in one draw of all 18 groups: groups 3, 5, 11, 15 and 19 have two languages, the others three.
 ALL_WORDS = 13 * 3 + 5 * 2
 
 
@@ -46,9 +46,9 @@ class Drawn:
 
     Attributes:
         words: the tokens of each word by data-parallel rank and microbatch; an empty list for an empty slot.
-        group: number of each word's group, in the order in which ranks are gathered.
-        positives, pairs: what the loss counts.
-        host_pairs, tokens: what the sampler counts.
+        group: index of each word's group, in the order in which ranks are gathered.
+        positives, pairs: counts of the loss.
+        host_pairs, tokens: counts of the sampler.
         shapes: rows and columns of each batch.
     """
 
@@ -68,7 +68,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a batch is drawn from and for."""
+    """Table, section and layout that batches are drawn for."""
 
     groups: list[list[Word]]
     languages: tuple[str, ...] = LANGUAGES
@@ -102,11 +102,11 @@ def sampler_of(setting: Setting) -> Any:
 
 
 def draw(setting: Setting, steps: Iterable[int]) -> list[Drawn]:
-    """Runs in a worker: what all ranks draw in each step."""
+    """Runs in a worker: the draws of all ranks in each step."""
     from megatron_prealign.alignment.layout import WordLayout
 
     sampler = sampler_of(setting)
-    found = []
+    drawn = []
     for step in steps:
         parts = [
             sampler.draw(
@@ -127,7 +127,7 @@ def draw(setting: Setting, steps: Iterable[int]) -> list[Drawn]:
         for part in parts[1:]:
             assert torch.equal(part.groups.group, parts[0].groups.group)
             assert (part.pairs, part.tokens) == (parts[0].pairs, parts[0].tokens)
-        found.append(
+        drawn.append(
             Drawn(
                 words=[[words_of(batch) for batch in part.batches] for part in parts],
                 group=parts[0].groups.group.tolist(),
@@ -138,36 +138,36 @@ def draw(setting: Setting, steps: Iterable[int]) -> list[Drawn]:
                 shapes=[tuple(batch.tokens.shape) for part in parts for batch in part.batches],
             )
         )
-    return found
+    return drawn
 
 
 def words_of(batch: Any) -> list[list[int]]:
-    """The words of a batch as the taps see them: tokens at their places, where there is a weight."""
+    """The words of a batch as the taps see them: the tokens at their indices where the weight is not 0."""
     rows, _ = batch.tokens.shape
-    found = []
-    for slot, (places, weights) in enumerate(zip(batch.places, batch.weights, strict=True)):
-        inside = places[weights > 0]
+    words = []
+    for slot, (indices, weights) in enumerate(zip(batch.token_indices, batch.weights, strict=True)):
+        inside = indices[weights > 0]
         tokens = batch.tokens[inside % rows, inside // rows].tolist()
         assert tokens == batch.word_tokens[slot, : len(tokens)].tolist()
-        found.append(tokens)
-    return found
+        words.append(tokens)
+    return words
 
 
 def number_of(word: list[int]) -> int:
-    """The table's group of a word."""
+    """Group of a word in the table."""
     return (word[0] - 10) // 10
 
 
 def groups_of(drawn: Drawn) -> list[int]:
-    """The table's groups in the order in which they were drawn."""
+    """Groups of the table in the order in which they were drawn."""
     return list(dict.fromkeys(number_of(word) for word in drawn.flat if word))
 
 
-def places_of(setting: Setting, number: int) -> list[tuple[str, list[list[int]]]]:
+def choices_of(setting: Setting, number: int) -> list[tuple[str, list[list[int]]]]:
     """Languages of a group and their usable words, in the table's order of languages."""
     words = setting.groups[number]
-    found = [(code, [w for c, w in words if c == code and len(w) <= MAX_TOKENS]) for code in setting.languages]
-    return [(code, choices) for code, choices in found if choices]
+    usable = [(code, [w for c, w in words if c == code and len(w) <= MAX_TOKENS]) for code in setting.languages]
+    return [(code, choices) for code, choices in usable if choices]
 
 
 def pairs_of_words(count: int) -> list[list[Word]]:

@@ -1,4 +1,4 @@
-"""A dictionary table out of a list of groups, for tests that need words whose ids they know."""
+"""Builds a dictionary table from a list of groups, for tests that need words with known ids."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def word_table(
     vocab_size: int,
     counts: Sequence[int] | None = None,
 ) -> DictionaryTable:
-    """A table of these groups; its first group's first word is its only key for code-switching."""
+    """Returns a table of these groups; its only code-switching key is the first word of the first group."""
     words = [word for group in groups for word in group]
     word_tokens, word_offsets = _ragged([tokens for _, tokens in words])
     text, text_offsets = _ragged([list(f"word{number}".encode()) for number in range(len(words))])

@@ -1,7 +1,7 @@
-"""A pool of worker processes that the multi-process tests share: importing Megatron-Core takes seconds a process.
+"""Pool of worker processes shared by multi-process tests, since importing Megatron-Core takes seconds per process.
 
-Each task joins a gloo group of as many workers as it wants through a file, runs, and leaves the group again. A task
-that does not answer in time ends the workers and fails, it never hangs the suite.
+Each task joins a gloo group of the requested size through a file, runs, and leaves the group. A task that times out
+terminates the workers and fails; it never hangs the suite.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def _run(rank: int, world_size: int, store: str, function: Callable[..., Any], a
 
 
 class WorkerError(AssertionError):
-    """A task failed in a worker. `kind` and `message` are those of the error there, per rank."""
+    """A task failed in a worker; `failures` maps each failed rank to (kind, message, traceback)."""
 
     def __init__(self, failures: dict[int, tuple[str, str, str]]) -> None:
         super().__init__("\n".join(f"[rank {rank}] {text}" for rank, (_, _, text) in sorted(failures.items())))
@@ -64,7 +64,7 @@ class WorkerError(AssertionError):
 
 
 class WorkerPool:
-    """Starts workers when they are first wanted and keeps them."""
+    """Starts workers on first use and keeps them."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -79,8 +79,8 @@ class WorkerPool:
         """Runs `function(*arguments)` on `world_size` ranks; returns each rank's result.
 
         Raises:
-            WorkerError: it failed on some rank.
-            TimeoutError: it did not end in time; the workers are then gone.
+            WorkerError: It failed on some rank.
+            TimeoutError: It did not finish in time; the workers are terminated.
         """
         while len(self._workers) < world_size:
             tasks = self._context.Queue()
@@ -94,10 +94,10 @@ class WorkerPool:
         return self._collect(world_size, timeout_s)
 
     def _collect(self, world_size: int, timeout_s: float) -> list[Any]:
-        answers: dict[int, Any] = {}
+        outputs: dict[int, Any] = {}
         failures: dict[int, tuple[str, str, str]] = {}
         deadline_s = time.monotonic() + timeout_s
-        while len(answers) + len(failures) < world_size:
+        while len(outputs) + len(failures) < world_size:
             try:
                 number, rank, ok, result = self._results.get(timeout=max(0.1, min(1.0, deadline_s - time.monotonic())))
             except queue.Empty:
@@ -105,15 +105,15 @@ class WorkerPool:
                 if dead or time.monotonic() > deadline_s:
                     self.close()
                     raise TimeoutError(
-                        f"ranks {sorted(set(range(world_size)) - set(answers) - set(failures))} did not answer within "
+                        f"ranks {sorted(set(range(world_size)) - set(outputs) - set(failures))} did not finish within "
                         f"{timeout_s} s (dead workers: {dead}); errors so far: {failures}"
                     ) from None
                 continue
             if number == self._number:
-                (answers if ok else failures)[rank] = result
+                (outputs if ok else failures)[rank] = result
         if failures:
             raise WorkerError(failures)
-        return [answers[rank] for rank in range(world_size)]
+        return [outputs[rank] for rank in range(world_size)]
 
     def close(self) -> None:
         for process, _ in self._workers:

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind: ids, words inside a sentence, word boundary flags, clones, and what is refused."""
+"""Tokenizers of every kind: ids, words inside a sentence, word boundary flags, clones, and errors."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy
 import pytest
 import sentencepiece
+from support.messages import user_error
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -27,7 +27,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 def save(tokenizer: RawTokenizer, directory: Path, eos: str | None = "<eod>") -> Path:
     directory.mkdir(parents=True)
     data = json.loads(tokenizer.to_str())
-    # The trainer takes byte pieces as special tokens only; real files have them in the vocabulary alone.
+    # The trainer accepts byte pieces only as special tokens; real files have them only in the vocabulary.
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in BYTES]
     (directory / "tokenizer.json").write_text(json.dumps(data))
     if eos is not None:
@@ -102,9 +102,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_offsets_name_the_characters_of_each_token(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+def test_offsets_cover_the_characters_of_each_token(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
-    # Characters that no tokenizer has whole (bytes or the unknown token), spaces at the ends and in rows, and nothing.
+    # Characters outside the vocabulary (bytes or the unknown token), leading, trailing and repeated spaces, no text.
     for text in [*SENTENCES[:4], "  犬犬と  𠮷龘の家 ", "犬", "a", "😀\n\nfox\t ", ""]:
         ids, spans = tokenizer.encode_with_offsets(text)
         assert ids == tokenizer.encode(text)
@@ -121,7 +121,7 @@ def test_offsets_name_the_characters_of_each_token(tokenizers: dict[str, Tokeniz
 
 
 def test_offsets_of_parts_of_characters(tokenizers: dict[str, Tokenizer]) -> None:
-    """Byte-level tokens may hold the end of one character and the start of the next: both are named."""
+    """Byte-level tokens may contain the end of one character and the start of the next: both are covered."""
     raw = RawTokenizer.from_file(str(tokenizers["byte"].path / "tokenizer.json"))
     for text in ("龘の家 𠮷野家ü 犬犬と", "家家家の犬を飛び越える"):
         ids, spans = tokenizers["byte"].encode_with_offsets(text)
@@ -139,7 +139,7 @@ def test_offsets_of_parts_of_characters(tokenizers: dict[str, Tokenizer]) -> Non
 
 
 def test_a_post_processor_does_not_trim_offsets(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    """GPT-2's files have one that takes the space in front out of a token's range."""
+    """The post-processor in GPT-2's files excludes the leading space from the range of a token."""
     plain = tokenizers["byte"]
     data = json.loads((plain.path / "tokenizer.json").read_text())
     data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -232,7 +232,7 @@ def test_names_of_special_tokens_in_a_text_are_plain_text(tokenizers: dict[str, 
         ("", 3),
     ],
 )
-def test_flags_of_whole_text(token: str, flags: int) -> None:
+def test_flags_of_complete_text(token: str, flags: int) -> None:
     assert text_flags(token) == flags
     assert bytes_flags(token.encode()) == flags
 
@@ -295,11 +295,11 @@ def test_clone(tmp_path: Path) -> None:
     assert clone._shift([[base.eod_id, ids[0]]], "en_clone") == [[base.eod_id, ids[0] + size]]
     assert numpy.array_equal(clone.word_boundaries(), numpy.tile(base.word_boundaries(), 2))
     (directory / "clone.json").write_text("{}")
-    with pytest.raises(UserError, match=r"clone\.json: no language"):
+    with user_error(f"{directory / 'clone.json'}: ", "language is missing"):
         load_tokenizer(directory)
 
 
-def test_fingerprint_follows_what_decides_ids_only(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+def test_fingerprint_depends_only_on_what_affects_ids(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
     directory = byte_level(tmp_path / "moved", add_prefix_space=False)
     assert load_tokenizer(directory).fingerprint == tokenizers["byte"].fingerprint
     assert tokenizers["byte-prefix"].fingerprint != tokenizers["byte"].fingerprint
@@ -310,7 +310,7 @@ def test_fingerprint_follows_what_decides_ids_only(tmp_path: Path, tokenizers: d
     (directory / "tokenizer.json").write_text(json.dumps(data, indent=3))
     changed = load_tokenizer(directory)
     assert changed.fingerprint == tokenizers["byte"].fingerprint
-    # Truncation and dropout of the file are off: a corpus is encoded whole and the same every time.
+    # Truncation and dropout of the file are disabled: texts are encoded completely and deterministically.
     assert changed.encode(SENTENCES[0]) == tokenizers["byte"].encode(SENTENCES[0])
     data["model"]["merges"] = data["model"]["merges"][:-1]
     (directory / "tokenizer.json").write_text(json.dumps(data))
@@ -328,45 +328,45 @@ def test_end_of_document_token(tmp_path: Path) -> None:
     named = load_tokenizer(byte_level(tmp_path / "named", add_prefix_space=False, eos=None))
     assert named.decode([named.eod_id]) == "<eod>"
     wrong = byte_level(tmp_path / "wrong", add_prefix_space=False, eos="<|end|>")
-    with pytest.raises(UserError, match=r"eos_token '<\|end\|>' .* not in the vocabulary"):
+    with user_error(f"{wrong}: ", "eos_token '<|end|>'", "not in the vocabulary"):
         load_tokenizer(wrong)
     data = json.loads((tmp_path / "named/tokenizer.json").read_text())
     data["added_tokens"] = []
     data["model"]["vocab"] = {("zz" if t == "<eod>" else t): i for t, i in data["model"]["vocab"].items()}
     (tmp_path / "named/tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match="no end-of-document token; expected eos_token"):
+    with user_error(f"{tmp_path / 'named'}: no end-of-document token", "expected eos_token"):
         load_tokenizer(tmp_path / "named")
     model = sentencepiece_model(tmp_path / "no-eos", "bpe", eos_id=-1, byte_fallback=True)
-    with pytest.raises(UserError, match="no end-of-document token; expected an EOS piece"):
+    with user_error(f"{model}: no end-of-document token", "expected an EOS piece"):
         load_tokenizer(model)
 
 
-def test_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such tokenizer"):
+def test_errors(tmp_path: Path) -> None:
+    with user_error(f"{tmp_path / 'nothing'}: tokenizer not found"):
         load_tokenizer(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no tokenizer in this directory"):
+    with user_error(f"{tmp_path / 'empty'}: ", "no tokenizer", "tokenizer.json"):
         load_tokenizer(tmp_path / "empty")
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="not a sentencepiece model"):
+    with user_error(f"{tmp_path / 'bad.model'}: not a sentencepiece model"):
         load_tokenizer(tmp_path / "bad.model")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with user_error(f"{tmp_path / 'notes.txt'}: not a tokenizer"):
         load_tokenizer(tmp_path / "notes.txt")
     for content in ("{", "[]", '{"model": {"type": "BPE"}}'):
         (tmp_path / "empty/tokenizer.json").write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer\.json: "):
+        with user_error(f"{tmp_path / 'empty/tokenizer.json'}: "):
             load_tokenizer(tmp_path / "empty")
 
 
-def test_tokenizers_that_do_not_mark_words_are_refused(tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_mark_words_are_rejected(tmp_path: Path) -> None:
     raw = RawTokenizer(models.WordPiece(unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.train_from_iterator(
         SENTENCES, trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "<eod>"], show_progress=False)
     )
-    with pytest.raises(UserError, match="does not mark the start of a word"):
+    with user_error(f"{tmp_path / 'wordpiece'}: ", "does not mark the start of words"):
         load_tokenizer(save(raw, tmp_path / "wordpiece"))
     model = sentencepiece_model(tmp_path / "suffix", "bpe", treat_whitespace_as_suffix=True, byte_fallback=True)
-    with pytest.raises(UserError, match="does not mark the start of a word"):
+    with user_error(f"{model}: ", "does not mark the start of words"):
         load_tokenizer(model)

@@ -1,4 +1,4 @@
-"""Very many words in one call: the ids of the words encoded one by one, whatever encodes them."""
+"""Batches of words: the same ids as words encoded one by one, with every encoder."""
 
 import json
 import sys
@@ -75,8 +75,8 @@ def without_gigatoken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fake_gigatoken(monkeypatch: pytest.MonkeyPatch, shift: int = 0) -> list[str]:
-    """A stand-in with the interface that is used; it is `shift` off for ids in the list's last texts."""
-    asked: list[str] = []
+    """Installs a fake with the interface in use; `shift` is added to the first id of the last text of each call."""
+    encoded: list[str] = []
 
     class Engine:
         def __init__(self, data: bytes) -> None:
@@ -87,7 +87,7 @@ def fake_gigatoken(monkeypatch: pytest.MonkeyPatch, shift: int = 0) -> list[str]
             return cls(data)
 
         def encode_batch(self, texts: list[str]) -> Any:
-            asked.extend(texts)
+            encoded.extend(texts)
             found = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
             found[-1][0] += shift
             return awkward.Array([numpy.array(row, dtype=numpy.uint32) for row in found])
@@ -95,7 +95,7 @@ def fake_gigatoken(monkeypatch: pytest.MonkeyPatch, shift: int = 0) -> list[str]
     module: Any = types.ModuleType("gigatoken")
     module.Tokenizer = Engine
     monkeypatch.setitem(sys.modules, "gigatoken", module)
-    return asked
+    return encoded
 
 
 @pytest.mark.parametrize("kind", ["byte", "prefix", "llama", "metaspace"])
@@ -108,11 +108,11 @@ def test_rows_are_those_of_single_words(tmp_path: Path, kind: str, monkeypatch: 
     for initial in (True, False):
         for words in (WORDS, WORDS[:1], [], ["fox", "", "dog"], ["a\nb", "fox"]):
             assert rows(tokenizer, words, initial) == tokenizer.encode_words(words, word_initial=initial), words
-    # Words that a line would not hold leave the way of encoding as it is.
+    # Words that cannot be encoded as lines do not change the encoder of later calls.
     assert rows(tokenizer, WORDS[:3], True) == tokenizer.encode_words(WORDS[:3])
     expected = {"byte": "tokenizers", "prefix": "tokenizers"}.get(kind, "tokenizers, word by word")
     if kind == "llama":
-        # Its pre-tokenisation joins punctuation and line breaks, so the trained tokenizer has tokens across them.
+        # Its pre-tokenisation joins punctuation and line breaks, so the tokenizer has tokens across them.
         assert any(index in tokenizer.encode(".\n") for index in tokenizer.encode("etc.\n")[-1:])
     assert tokenizer.word_encoder == expected
 
@@ -133,38 +133,38 @@ def test_a_token_across_line_breaks_is_noticed_without_the_sample(tmp_path, monk
     assert tokenizer.word_encoder == "tokenizers, word by word"
 
 
-def test_gigatoken_is_used_where_it_is_right(tmp_path, monkeypatch):
-    asked = fake_gigatoken(monkeypatch)
+def test_gigatoken_is_used_if_it_is_correct(tmp_path, monkeypatch):
+    encoded = fake_gigatoken(monkeypatch)
     tokenizer = make(tmp_path / "byte", "byte")
     for initial in (True, False):
         assert rows(tokenizer, WORDS, initial) == tokenizer.encode_words(WORDS, word_initial=initial)
-    assert tokenizer.word_encoder == "gigatoken" and len(asked) == 2
+    assert tokenizer.word_encoder == "gigatoken" and len(encoded) == 2
 
 
 def test_wrong_ids_of_gigatoken_are_noticed(tmp_path, monkeypatch):
-    asked = fake_gigatoken(monkeypatch, shift=1)
+    encoded = fake_gigatoken(monkeypatch, shift=1)
     tokenizer = make(tmp_path / "byte", "byte")
     for _ in range(2):
         assert rows(tokenizer, WORDS, True) == tokenizer.encode_words(WORDS)
-    # It is asked once and then left alone.
-    assert tokenizer.word_encoder == "tokenizers" and len(asked) == 1
+    # It is called once and then no longer used.
+    assert tokenizer.word_encoder == "tokenizers" and len(encoded) == 1
 
 
 def test_a_character_outside_ascii_is_always_in_the_sample(tmp_path, monkeypatch):
-    """A library with another Unicode version errs in single characters: one word among thousands."""
+    """A library with another Unicode version is wrong for single characters: one word among thousands."""
     monkeypatch.setattr(word_batches, "_RANDOM_WORDS", 0)
-    asked = fake_gigatoken(monkeypatch, shift=1)
+    encoded = fake_gigatoken(monkeypatch, shift=1)
     tokenizer = make(tmp_path / "byte", "byte")
     assert rows(tokenizer, ["fox"] * 999, True)[0] != tokenizer.encode_word("fox")
     # The wrong id is in the first word.
     words = ["狐", *["fox"] * 999]
     assert rows(tokenizer, words, True) == tokenizer.encode_words(words)
-    assert tokenizer.word_encoder == "tokenizers" and len(asked) == 2
+    assert tokenizer.word_encoder == "tokenizers" and len(encoded) == 2
 
 
 def test_added_tokens_are_left_to_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(word_batches, "_RANDOM_WORDS", 0)
-    asked = fake_gigatoken(monkeypatch)
+    encoded = fake_gigatoken(monkeypatch)
     directory = make(tmp_path / "byte", "byte").path
     data = json.loads((directory / "tokenizer.json").read_text())
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
@@ -173,7 +173,7 @@ def test_added_tokens_are_left_to_the_library(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(directory)
     words = ["fox", "<tool>", "<eod>"]
     assert rows(tokenizer, ["fox"], True) == tokenizer.encode_words(["fox"])
-    assert tokenizer.word_encoder == "gigatoken" and asked
+    assert tokenizer.word_encoder == "gigatoken" and encoded
     assert rows(tokenizer, words, True) == tokenizer.encode_words(words)
     assert tokenizer.decode(tokenizer.encode_word("<tool>")) == "Ġ <tool>" and tokenizer.word_encoder == "tokenizers"
 
@@ -194,7 +194,7 @@ def test_real_gigatoken(tmp_path):
     assert tokenizer.word_encoder == "gigatoken"
 
 
-def test_gigatoken_does_not_keep_every_word_for_ever(tmp_path):
+def test_the_word_cache_of_gigatoken_is_bounded(tmp_path):
     pytest.importorskip("gigatoken")
     engine = make(tmp_path / "byte", "byte").fast_engine()
     assert engine is not None
@@ -208,14 +208,14 @@ def test_gigatoken_does_not_keep_every_word_for_ever(tmp_path):
         return process.memory_info().rss
 
     before = encode_new_words(1)
-    # Left alone, it grew by more than 600 MB here.
+    # Without the limit, it grew by more than 600 MB here.
     assert encode_new_words(40) - before < 400 << 20
 
 
 @pytest.mark.parametrize("form", [awkward.Array, list])
-def test_both_forms_of_gigatokens_answer(form):
+def test_both_result_types_of_gigatoken(form):
     ids, offsets = _arrays(form([[5, 6], [], [7]]))
     assert (ids.tolist(), offsets.tolist()) == ([5, 6, 7], [0, 2, 2, 3])
-    # A part of an array shares the whole one's memory.
+    # A slice shares the memory of the complete array.
     ids, offsets = _arrays(form([[4], [5, 6], [7]])[1:])
     assert (ids.tolist(), offsets.tolist()) == ([5, 6, 7], [0, 2, 3])

@@ -1,4 +1,4 @@
-"""One alignment step in every layout against one process in float64: the loss of every layer and all gradients."""
+"""One alignment step in every layout against a single-process float64 reference: losses of all layers and gradients."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -15,11 +15,11 @@ from support.alignment_step import (
     Slot,
     blend_rows,
     drawn_slots,
+    full_tensors,
     run_cases,
     step_recipe,
-    whole_tensors,
 )
-from support.plain_alignment import Answer, Step, plain_step
+from support.plain_alignment import Expected, Step, plain_step
 from support.plain_losses import contrastive_loops, contrastive_matrix
 from support.workers import WorkerPool
 
@@ -27,20 +27,20 @@ from megatron_prealign.recipe import AlignmentGuardSection, Recipe
 
 LAYERS = 4
 WORDS_PER_STEP = 24
-# What the phase promises. One fp32 rounding is 3e-8 on average and a gradient has a hundred of them, some amplified by
+# Guaranteed accuracy. One fp32 rounding is 3e-8 on average and a gradient has a hundred of them, some amplified by
 # 1 / temperature; measured: at most 1.5e-6.
 EXACT = 1e-5
-# bf16 keeps 8 bits: a rounding is 0.0016 on average. Four blocks of about 11 forward and twice as many backward are 130
-# independent ones, together 0.018; three times that for the worst of all parameters. Measured: typical 0.015, worst
-# 0.034.
+# bf16 has 8 bits: a rounding is 0.0016 on average. Four blocks of about 11 forward and twice as many backward have 130
+# independent ones, together 0.018; three times that for the worst parameter. Measured: typical 0.015, worst 0.034.
 BF16_GRADIENTS = 0.05
-# The losses see the forward third of them, 0.01, averaged over words; measured: worst 0.0034.
+# The losses depend on the forward third of them, 0.01, averaged over words; measured: worst 0.0034.
 BF16_LOSSES = 0.01
 
 TP2, SP, PP2 = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}, {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 TP4, PP4 = {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 4}
-# Processes and `parallel`: every layout of four processes, and those of two and one. Data parallelism is what is left.
+# Number of processes and `parallel`: every layout of four processes, and those of two and one. The remaining factor is
+# data parallelism.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tp2": (2, TP2),
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2_dp2": (4, PP2),
     "vpp2_dp2": (4, VPP2),
 }
-# Family, and whether its embeddings are tied.
+# Family and whether the embeddings are tied.
 MODELS = {"llama": ("llama", False), "llama_tied": ("llama", True), "gpt2_tied": ("gpt2", True)}
 # How gradients are summed over data-parallel ranks.
 REDUCTIONS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 class Kind(NamedTuple):
-    """What a step is besides its layout."""
+    """Configuration of a step apart from its layout."""
 
     model: str
     recompute: str
@@ -98,7 +98,7 @@ class Kind(NamedTuple):
     word_microbatches: int
 
 
-# Every model with every recomputation, and the other choices spread over them.
+# Every model with every recomputation mode; the other options vary among them.
 KINDS = [
     Kind("llama", "none", "mixed", "plain", 2),
     Kind("llama", "selective", "words", "sharded", 1),
@@ -113,7 +113,7 @@ KINDS = [
 
 
 def some_words(seed: int, groups: list[int], longest: int = 5) -> list[Slot]:
-    """A word of random length for each slot of group 0 or above."""
+    """A word of random length for each slot with group 0 or above."""
     random = np.random.default_rng(seed)
     slots: list[Slot] = []
     for group in groups:
@@ -122,23 +122,23 @@ def some_words(seed: int, groups: list[int], longest: int = 5) -> list[Slot]:
     return slots
 
 
-# Four ranks have six slots each: all six, one word, none, five. Group 0 is on three of them, 1 on two, 9 and 10 have a
-# word without a partner.
+# Four ranks have six slots each: six words, one, none, five. Group 0 is on three ranks, 1 on two; groups 9 and 10 have
+# a single word without a partner.
 UNEVEN = some_words(1, [0, 0, 1, 9, 2, 2, -1, -1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 3, 3, -1, 1, 10])
 WORDS = {
     "uneven": UNEVEN,
     "one_group": some_words(2, [0] * 24),
     "pairs_apart": some_words(3, [*range(12), *range(12)]),
-    # Some are the same token, with the same meaning or another one.
+    # Some are the same token in the same group or in different ones.
     "single_tokens": some_words(4, [*range(8)] * 3, longest=1),
-    # One candidate would leave nothing to tell apart, the loss would be 0.
+    # Three words, since with a single candidate the loss would be 0.
     "one_pair": some_words(5, [-1] * 11 + [3] + [-1] * 5 + [7] + [-1] * 5 + [3]),
 }
 NO_POSITIVES = some_words(6, [*range(20), -1, -1, -1, -1])
 
 
 def recipe_of_model(which: str, layout: str, **sections: dict[str, Any]) -> Recipe:
-    """Recipe of one of `MODELS` in a layout; `sections` change further fields."""
+    """Recipe of one of `MODELS` in a layout; `sections` changes further fields."""
     family, tied = MODELS[which]
     sections["model"] = {"share_embeddings_and_output_weights": tied, **sections.get("model", {})}
     sections["parallel"] = {**LAYOUTS[layout][1], **sections.get("parallel", {})}
@@ -146,7 +146,7 @@ def recipe_of_model(which: str, layout: str, **sections: dict[str, Any]) -> Reci
 
 
 def case_of(kind: Kind, layout: str, slots: list[Slot] | None, **sections: dict[str, Any]) -> Case:
-    """A step of `slots`, or of the words that the sampler draws for None; `sections` change further fields."""
+    """A step with `slots`, or with words drawn by the sampler if None; `sections` changes further fields."""
     world_size, parallel = LAYOUTS[layout]
     stages, tensor_size = (parallel.get(f"{axis}_model_parallel_size", 1) for axis in ("pipeline", "tensor"))
     data_size = world_size // stages // tensor_size
@@ -158,7 +158,7 @@ def case_of(kind: Kind, layout: str, slots: list[Slot] | None, **sections: dict[
     sections["alignment"] = {
         **OBJECTIVES[kind.objective],
         "word_micro_batch_size": WORDS_PER_STEP // data_size // kind.word_microbatches,
-        # Two microbatches of rows, or one where a rank has a single row.
+        # Two microbatches of samples, or one where a rank has a single sample.
         "lm_micro_batch_size": max(1, 2 // data_size),
         **sections.get("alignment", {}),
     }
@@ -166,25 +166,25 @@ def case_of(kind: Kind, layout: str, slots: list[Slot] | None, **sections: dict[
 
 
 class References:
-    """Answers of the plain model, each worked out once."""
+    """Results of the plain model, each computed once."""
 
     def __init__(self, workers: WorkerPool) -> None:
         self._workers = workers
         self.weights = lru_cache(self._weights)
-        self.answer = lru_cache(self._answer)
+        self.expected = lru_cache(self._expected)
 
     def _weights(self, model: str, precision: str = "fp32") -> dict[str, torch.Tensor]:
         recipe = recipe_of_model(model, "one", training={"precision": precision})
-        result = self._workers.run(1, run_cases, [Case(recipe, UNEVEN, wants_weights=True)])[0][0]
-        return whole_tensors(result.weights, tolerance=0.0)
+        result = self._workers.run(1, run_cases, [Case(recipe, UNEVEN, return_weights=True)])[0][0]
+        return full_tensors(result.weights, tolerance=0.0)
 
-    def _answer(self, model: str, objective: str, words: str, precision: str = "fp32") -> Answer:
+    def _expected(self, model: str, objective: str, words: str, precision: str = "fp32") -> Expected:
         step = step_of(WORDS[words], OBJECTIVES[objective])
         return plain_step(*MODELS[model], self.weights(model, precision), step)
 
 
 def step_of(slots: list[Slot], section: dict[str, Any]) -> Step:
-    """What the reference makes of a recipe's section."""
+    """The reference's step for a recipe's alignment section."""
     options = dict(section)
     layers = options.pop("layers", dict.fromkeys(range(LAYERS + 2), 1.0))
     return Step(
@@ -203,62 +203,62 @@ def references(workers: WorkerPool) -> References:
 
 
 def run_steps(workers: WorkerPool, layout: str, cases: list[Case]) -> list[list[Result]]:
-    """The results of all ranks, by case."""
+    """Results of all ranks, by case."""
     return [list(results) for results in zip(*workers.run(LAYOUTS[layout][0], run_cases, cases), strict=True)]
 
 
-def relative(got: float, wanted: float) -> float:
-    """Relative error; of what should be 0 the absolute one."""
-    return abs(got - wanted) / (abs(wanted) or 1.0)
+def relative(got: float, expected: float) -> float:
+    """Relative error; absolute error if `expected` is 0."""
+    return abs(got - expected) / (abs(expected) or 1.0)
 
 
-def loss_errors(metrics: dict[str, Any], expected: Answer) -> dict[str, float]:
+def loss_errors(metrics: dict[str, Any], expected: Expected) -> dict[str, float]:
     by_layer = metrics["alignment_loss"]
     assert [layer for layer, loss in enumerate(by_layer) if loss is not None] == sorted(expected.alignment_loss)
-    found = {f"layer {layer}": relative(by_layer[layer], loss) for layer, loss in expected.alignment_loss.items()}
-    found["loss"] = relative(metrics["loss"], expected.loss)
+    errors = {f"layer {layer}": relative(by_layer[layer], loss) for layer, loss in expected.alignment_loss.items()}
+    errors["loss"] = relative(metrics["loss"], expected.loss)
     assert (metrics["lm_loss"] is None) == (expected.lm_loss == 0.0)
-    return found | {"lm_loss": relative(metrics["lm_loss"] or 0.0, expected.lm_loss)}
+    return errors | {"lm_loss": relative(metrics["lm_loss"] or 0.0, expected.lm_loss)}
 
 
-def gradient_errors(results: list[Result], expected: Answer, copies: float) -> dict[str, float]:
-    """Norm of the difference by the norm, of each parameter.
+def gradient_errors(results: list[Result], expected: Expected, copies: float) -> dict[str, float]:
+    """Norm of the difference divided by the norm, for each parameter.
 
-    Not element by element: one can be the small rest of large terms that cancel, and has the rounding of those.
+    Not element by element: an element can be a small difference of large terms and has their rounding error.
 
     Args:
-        copies: how far ranks that hold the same gradient may differ.
+        copies: Tolerance between ranks that have the same gradient.
     """
-    gradients = whole_tensors([part for result in results for part in result.gradients], copies)
+    gradients = full_tensors([part for result in results for part in result.gradients], copies)
     assert gradients.keys() == expected.gradients.keys()
-    found = {}
-    for name, wanted in expected.gradients.items():
-        assert gradients[name].shape == wanted.shape, name
-        # Where nothing may be, nothing is.
-        assert wanted.any() or not gradients[name].any(), name
-        found[name] = ((gradients[name] - wanted).norm() / (wanted.norm() or 1.0)).item()
-    return found
+    errors = {}
+    for name, reference in expected.gradients.items():
+        assert gradients[name].shape == reference.shape, name
+        # Gradients that must be zero are exactly zero.
+        assert reference.any() or not gradients[name].any(), name
+        errors[name] = ((gradients[name] - reference).norm() / (reference.norm() or 1.0)).item()
+    return errors
 
 
 def assert_exact(
-    results: list[Result], expected: Answer, gradients: float, *, losses: float = EXACT, of: Any = None
+    results: list[Result], expected: Expected, gradients: float, *, losses: float = EXACT, of: Any = None
 ) -> None:
-    """Every rank's losses and the gradients of all are those expected, within relative tolerances."""
+    """Fails unless every rank's losses and all gradients are as expected within relative tolerances."""
     errors = gradient_errors(results, expected, gradients)
     wrong: dict[Any, float] = {name: error for name, error in errors.items() if not error <= gradients}
     for rank, result in enumerate(results):
-        found = loss_errors(result.metrics, expected)
-        wrong |= {(rank, name): error for name, error in found.items() if not error <= losses}
+        by_loss = loss_errors(result.metrics, expected)
+        wrong |= {(rank, name): error for name, error in by_loss.items() if not error <= losses}
     assert not wrong, (of, wrong)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_exact(workers: WorkerPool, references: References, layout: str) -> None:
-    # The llamas have two key/value heads, too few for TP4.
+    # The Llama models have two key/value heads, too few for TP4.
     kinds = [kind for kind in KINDS if "tp4" not in layout or kind.model == "gpt2_tied"]
     results = run_steps(workers, layout, [case_of(kind, layout, UNEVEN) for kind in kinds])
     for kind, result in zip(kinds, results, strict=True):
-        expected = references.answer(kind.model, kind.objective, "uneven")
+        expected = references.expected(kind.model, kind.objective, "uneven")
         assert_exact(result, expected, EXACT, of=kind)
 
 
@@ -267,18 +267,18 @@ def test_every_batch_of_words_is_exact(workers: WorkerPool, references: Referenc
     kind = Kind("llama", "none", "mixed", "sharded", 2)
     results = run_steps(workers, layout, [case_of(kind, layout, slots) for slots in WORDS.values()])
     for words, result in zip(WORDS, results, strict=True):
-        expected = references.answer("llama", "mixed", words)
+        expected = references.expected("llama", "mixed", words)
         assert all(loss > 0 for loss in expected.alignment_loss.values())
         assert_exact(result, expected, EXACT, of=words)
 
 
 @pytest.mark.parametrize("layout", ["vpp2_dp2", "sp_tp2_dp2"])
-def test_without_positives_only_the_rows_count(workers: WorkerPool, references: References, layout: str) -> None:
-    """The words are skipped, penalty included; without rows there is nothing to learn from."""
+def test_without_positives_only_the_samples_count(workers: WorkerPool, references: References, layout: str) -> None:
+    """The words are skipped, including the penalty; without samples all gradients are zero."""
     kinds = [Kind("llama", "full", objective, "overlapped", 2) for objective in ("mixed", "words")]
     mixed, words = run_steps(workers, layout, [case_of(kind, layout, NO_POSITIVES) for kind in kinds])
-    rows_alone = replace(step_of([], OBJECTIVES["mixed"]), layer_weights={})
-    expected = plain_step(*MODELS["llama"], references.weights("llama"), rows_alone)
+    samples_only = replace(step_of([], OBJECTIVES["mixed"]), layer_weights={})
+    expected = plain_step(*MODELS["llama"], references.weights("llama"), samples_only)
     aligned = dict.fromkeys(OBJECTIVES["mixed"]["layers"], 0.0)
     assert_exact(mixed, replace(expected, alignment_loss=aligned), EXACT)
     for result in words:
@@ -288,7 +288,7 @@ def test_without_positives_only_the_rows_count(workers: WorkerPool, references: 
 
 @pytest.mark.parametrize("layout", ["tp2_pp2", "sp_tp2_dp2"])
 def test_drawn_words_are_exact(workers: WorkerPool, references: References, layout: str) -> None:
-    """The sampler's own words, of which each rank takes its part."""
+    """Words drawn by the sampler, of which each rank takes its part."""
     kind = Kind("llama", "none", "words", "sharded", 2)
     slots = workers.run(1, drawn_slots, case_of(kind, "one", None).recipe)[0]
     assert len(slots) == WORDS_PER_STEP
@@ -300,7 +300,7 @@ def test_drawn_words_are_exact(workers: WorkerPool, references: References, layo
 
 @pytest.mark.parametrize("layout", ["tp2_pp2", "vpp2_dp2"])
 def test_guarded_steps_are_exact(workers: WorkerPool, references: References, layout: str) -> None:
-    """A step of language-model training that carries words: its rows count in full."""
+    """A step of language-model training with words: its samples have full weight."""
     kind = Kind("gpt2_tied", "full", "mixed", "overlapped", 2)
     training = {"global_batch_size": 4, "micro_batch_size": 1}
     case = case_of(kind, layout, UNEVEN, training=training)
@@ -308,18 +308,18 @@ def test_guarded_steps_are_exact(workers: WorkerPool, references: References, la
     (result,) = run_steps(workers, layout, [guarded])
     step = step_of(UNEVEN, {**OBJECTIVES["mixed"], "lm_weight": 1.0})
     expected = plain_step(*MODELS["gpt2_tied"], references.weights("gpt2_tied"), step)
-    # The phase logs the loss of the rows as its loss.
+    # The phase reports the loss of the samples as its loss.
     assert_exact(result, replace(expected, loss=expected.lm_loss), EXACT)
 
 
 @pytest.mark.parametrize("layout", ["sp_tp2_dp2", "vpp2_dp2"])
 def test_projection_heads_are_exact(workers: WorkerPool, layout: str) -> None:
-    """Losses, gradients of the model, and those that moved the heads."""
+    """Losses, gradients of the model and gradients of the heads."""
     kinds = [Kind("llama", "full", "mixed", "sharded", 2), Kind("llama", "none", "mixed", "overlapped", 1)]
-    # Unclipped, or the heads would move along shorter gradients.
+    # Without clipping, which would scale the gradients of the heads.
     sections = {"alignment": {"projection_size": 12}, "optimizer": {"clip_grad": 0.0}}
-    alone = replace(case_of(kinds[0], "one", UNEVEN, **sections), wants_weights=True)
-    weights = whole_tensors(run_steps(workers, "one", [alone])[0][0].weights, tolerance=0.0)
+    alone = replace(case_of(kinds[0], "one", UNEVEN, **sections), return_weights=True)
+    weights = full_tensors(run_steps(workers, "one", [alone])[0][0].weights, tolerance=0.0)
     assert sum(name.startswith("projection_heads.") for name in weights) == 4 * len(OBJECTIVES["mixed"]["layers"])
     expected = plain_step(*MODELS["llama"], weights, step_of(UNEVEN, OBJECTIVES["mixed"]))
     results = run_steps(workers, layout, [case_of(kind, layout, UNEVEN, **sections) for kind in kinds])
@@ -333,7 +333,7 @@ def test_frozen_blocks_have_no_gradient_and_change_no_other(
 ) -> None:
     kind = Kind("llama", "full", "mixed", "sharded", 2)
     cases = [case_of(kind, layout, UNEVEN, alignment={"freeze": half}) for half in ("lower", "upper")]
-    expected = references.answer("llama", "mixed", "uneven")
+    expected = references.expected("llama", "mixed", "uneven")
     for frozen, result in zip(((0, 1), (2, 3)), run_steps(workers, layout, cases), strict=True):
         blocks = tuple(f"decoder.layers.{block}." for block in frozen)
         gradients = {
@@ -344,8 +344,8 @@ def test_frozen_blocks_have_no_gradient_and_change_no_other(
 
 
 @pytest.mark.parametrize("layout", ["one", "sp_tp2", "vpp2_dp2"])
-def test_bf16_is_as_near_as_its_roundings_allow(workers: WorkerPool, references: References, layout: str) -> None:
-    """Against float64 with the same weights, those of bf16."""
+def test_bf16_is_accurate_within_its_rounding(workers: WorkerPool, references: References, layout: str) -> None:
+    """Against float64 with the same (bf16) weights."""
     kinds = [
         Kind("llama", "none", "mixed", "sharded", 2),
         Kind("llama_tied", "full", "words", "plain", 1),
@@ -353,12 +353,12 @@ def test_bf16_is_as_near_as_its_roundings_allow(workers: WorkerPool, references:
     ]
     cases = [case_of(kind, layout, UNEVEN, training={"precision": "bf16"}) for kind in kinds]
     for kind, result in zip(kinds, run_steps(workers, layout, cases), strict=True):
-        expected = references.answer(kind.model, kind.objective, "uneven", "bf16")
+        expected = references.expected(kind.model, kind.objective, "uneven", "bf16")
         assert_exact(result, expected, BF16_GRADIENTS, losses=BF16_LOSSES, of=kind)
 
 
 def test_the_plain_losses_agree() -> None:
-    """Two ways to write the contrastive loss down, both float64."""
+    """Two reference implementations of the contrastive loss, both float64."""
     words = torch.randn(len(UNEVEN), 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     groups = [group for group, _ in UNEVEN]
     valid = [at for at, group in enumerate(groups) if group >= 0]

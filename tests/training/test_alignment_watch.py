@@ -1,4 +1,4 @@
-"""The alignment watch: when it measures, whom it tells, and that training does not notice it."""
+"""The alignment watch: when it measures, what it reports, and that it does not affect training."""
 
 import copy
 import json
@@ -10,13 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.messages import assert_facts, user_error
 from support.tiny import Tiny, recipe_of
 from support.whole_runs import records, run
 from support.workers import WorkerError, WorkerPool
 
-from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation import watch as module
-from megatron_prealign.evaluation.measures import MEASURES
+from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
@@ -24,30 +24,30 @@ from megatron_prealign.run.validate import validate
 from megatron_prealign.training.progress_log import MetricsFile
 from megatron_prealign.training.tensorboard import TensorBoard
 
-PAIRS = [WordPairs.of(("en", "de"), [((1,), (2,)), ((3,), (2,)), ((4,), (5,))])]
+PAIRS = [WordPairs.from_pairs(("en", "de"), [((1,), (2,)), ((3,), (2,)), ((4,), (5,))])]
 BY_LAYER = {"en-de": [0.5, 0.25], "de-en": [1.0, 0.5]}
 STEPS, BORDER = 10, 5
 
 
-def made_up() -> dict[str, dict[str, list[float]]]:
-    """Two layers; the cosine of other pairs is unknown."""
+def fake_retrieval() -> dict[str, dict[str, list[float]]]:
+    """Metrics of two layers; the cosine of other pairs is NaN."""
     return {
-        direction: {name: [math.nan] * 2 if name == "negative_cosine" else values for name in MEASURES}
+        direction: {name: [math.nan] * 2 if name == "negative_cosine" else values for name in METRICS}
         for direction, values in BY_LAYER.items()
     }
 
 
 class Stage:
-    """A trainer without a model, and what its phase was told."""
+    """A trainer without a model that records the calls of its phase's `on_alignment_watch`."""
 
     def __init__(self, step: int = 0) -> None:
-        self.told: list[tuple[int, Any]] = []
+        self.received: list[tuple[int, Any]] = []
         self.over = False
         self.state = SimpleNamespace(step=step, tokens=10 * step, seconds=1.2345678, stop_requested=False)
         self.phase = SimpleNamespace(
             name="language_model",
             is_over=lambda state: self.over,
-            saw_alignment=lambda state, measured: self.told.append((state.step, measured)),
+            on_alignment_watch=lambda state, measured: self.received.append((state.step, measured)),
         )
         self.recipe = SimpleNamespace(model=SimpleNamespace(num_layers=0))
         self.runtime, self.chunks = None, []
@@ -55,15 +55,15 @@ class Stage:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Measures nothing; gives the list of what was asked for."""
-    asked: list[Any] = []
+    """Replaces the measurement by fake metrics; returns the list of requested pairs."""
+    requested: list[Any] = []
 
     def measure(runtime: Any, chunks: Any, pairs: Any, *, num_layers: int) -> Any:
-        asked.append(pairs)
-        return made_up()
+        requested.append(pairs)
+        return fake_retrieval()
 
     monkeypatch.setattr(module, "measure_retrieval", measure)
-    return asked
+    return requested
 
 
 def watching(directory: Path, interval: int, *, tensorboard: bool = False) -> AlignmentWatch:
@@ -90,11 +90,11 @@ def test_measures_at_the_start_and_at_multiples_of_the_interval(measured: list[A
     watch, stage = watching(tmp_path, 3), Stage()
     watch.on_start(stage)
     steps_through(watch, stage, 8)
-    assert [step for step, _ in stage.told] == [0, 3, 6]
+    assert [step for step, _ in stage.received] == [0, 3, 6]
     assert [line["step"] for line in written(tmp_path)] == [0, 3, 6]
     assert measured == [PAIRS] * 3
     watch.on_phase_end(stage)
-    assert [step for step, _ in stage.told] == [0, 3, 6, 8]
+    assert [step for step, _ in stage.received] == [0, 3, 6, 8]
 
 
 def test_a_resumed_run_does_not_measure_at_its_start(measured: list[Any], tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_resumed_run_does_not_measure_at_its_start(measured: list[Any], tmp_pa
     watch.on_start(stage)
     assert measured == []
     steps_through(watch, stage, 6)
-    assert [step for step, _ in stage.told] == [6]
+    assert [step for step, _ in stage.received] == [6]
 
 
 def test_the_last_step_of_a_phase_is_measured_once(measured: list[Any], tmp_path: Path) -> None:
@@ -111,28 +111,30 @@ def test_the_last_step_of_a_phase_is_measured_once(measured: list[Any], tmp_path
     watch.on_step(stage)
     assert measured == []
     watch.on_phase_end(stage)
-    assert [step for step, _ in stage.told] == [6]
-    # A phase that the measurement itself ends: it is over only after `on_step`.
+    assert [step for step, _ in stage.received] == [6]
+    # A phase ended by the measurement itself is over only after `on_step`.
     stage.over = False
     steps_through(watch, stage, 9)
     stage.over = True
     watch.on_phase_end(stage)
-    assert [step for step, _ in stage.told] == [6, 9]
+    assert [step for step, _ in stage.received] == [6, 9]
 
 
-def test_a_run_that_was_asked_to_stop_does_not_measure(measured: list[Any], tmp_path: Path) -> None:
+def test_a_run_does_not_measure_after_a_stop_request(measured: list[Any], tmp_path: Path) -> None:
     watch, stage = watching(tmp_path, 3), Stage(step=2)
     stage.state.stop_requested = True
     steps_through(watch, stage, 4)
     assert measured == []
 
 
-def test_what_is_written_told_and_logged(measured: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_written_reported_and_logged(
+    measured: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     watch, stage = watching(tmp_path, 7), Stage()
     with caplog.at_level(logging.INFO):
         watch.on_start(stage)
     (line,) = written(tmp_path)
-    # JSON has no word for what is not a number.
+    # JSON has no NaN.
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert line == {
         "kind": "alignment_watch",
@@ -143,22 +145,22 @@ def test_what_is_written_told_and_logged(measured: list[Any], tmp_path: Path, ca
         "groups": "held_out",
         "words": {"en-de": 3, "de-en": 2},
         "pairs": {
-            direction: {name: [None] * 2 if name == "negative_cosine" else values for name in MEASURES}
+            direction: {name: [None] * 2 if name == "negative_cosine" else values for name in METRICS}
             for direction, values in BY_LAYER.items()
         },
     }
-    ((_, told),) = stage.told
-    assert told.keys() == BY_LAYER.keys()
-    assert told["de-en"]["mrr"] == BY_LAYER["de-en"]
-    assert [message for message in caplog.messages if "step" in message] == [
-        "alignment watch at step 0: en-de, mean over layers: P@1 0.38 (back 0.75), by CSLS 0.38 (0.75), "
-        "cosine 0.38 of translations, nan of others"
-    ]
-    assert "alignment watch: pairs of held-out words: en-de 3" in caplog.messages
+    ((_, received),) = stage.received
+    assert received.keys() == BY_LAYER.keys()
+    assert received["de-en"]["mrr"] == BY_LAYER["de-en"]
+    (message,) = (message for message in caplog.messages if "step" in message)
+    assert (message.count("0.38"), message.count("0.75")) == (3, 2)
+    assert_facts(message, "step 0", "en-de", "P@1 0.38", "0.75", "CSLS", "cosine 0.38", "nan")
+    (message,) = (message for message in caplog.messages if "step" not in message)
+    assert_facts(message, "alignment watch", "held-out", "en-de 3")
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_tensorboard_gets_every_layer_and_the_mean(measured: list[Any], tmp_path: Path) -> None:
+def test_tensorboard_has_every_layer_and_the_mean(measured: list[Any], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     watch, stage = watching(tmp_path, 2, tensorboard=True), Stage()
@@ -167,11 +169,11 @@ def test_tensorboard_gets_every_layer_and_the_mean(measured: list[Any], tmp_path
     watch._tensorboard.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
-    # Five measures that are numbers, two directions, two layers and their mean.
+    # Five metrics that are not NaN, two directions, two layers and their mean.
     assert len(tags) == 5 * 2 * 3
-    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    assert found["alignment_watch_p_at_1/de-en/0"] == [(0, 1.0), (2, 1.0)]
-    assert found["alignment_watch_mrr/en-de/mean"] == [(0, 0.375), (2, 0.375)]
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    assert scalars["alignment_watch_p_at_1/de-en/0"] == [(0, 1.0), (2, 1.0)]
+    assert scalars["alignment_watch_mrr/en-de/mean"] == [(0, 0.375), (2, 0.375)]
 
 
 def values_for(tiny: Tiny, directory: Path, watch: dict[str, Any] | None, **parallel: Any) -> dict[str, Any]:
@@ -196,25 +198,25 @@ def one(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_run_is_watched_through_both_phases(one: Path) -> None:
-    found = records(one, "alignment_watch")
-    assert list(found) == [
+    actual = records(one, "alignment_watch")
+    assert list(actual) == [
         *(("alignment", step) for step in (0, 4, BORDER)),
         *(("language_model", step) for step in (8, STEPS)),
     ]
     trained = records(one)
-    for (phase, step), line in found.items():
+    for (phase, step), line in actual.items():
         assert line["pairs"].keys() == line["words"].keys() == {"en-en_clone", "en_clone-en"}
         for by_name in line["pairs"].values():
-            assert list(by_name) == list(MEASURES)
+            assert list(by_name) == list(METRICS)
             assert all(len(values) == 6 for values in by_name.values())
         assert line["groups"] == "trained"
         assert line["words"] == {"en-en_clone": 40, "en_clone-en": 40}
         if step:
-            # Measured where training stands, and not a second of it is training.
+            # Measured at the current training step, and its time does not count as training time.
             assert line["tokens"] == trained[phase, step]["tokens"]
             assert line["seconds"] == trained[phase, step]["seconds"]
-    cosine = [line["pairs"]["en-en_clone"]["positive_cosine"] for line in found.values()]
-    # Alignment brings translations together at every layer; a measure of something else would not rise.
+    cosine = [line["pairs"]["en-en_clone"]["positive_cosine"] for line in actual.values()]
+    # Alignment brings translations together at every layer; an unrelated metric would not rise.
     assert all(after > before for before, after in zip(cosine[0], cosine[2], strict=True))
 
 
@@ -225,7 +227,7 @@ def test_it_measures_what_an_evaluation_measures(workers: WorkerPool, tiny: Tiny
     values["code_switch"] = None
     run(workers, 1, values, tmp_path)
     watched, evaluated = records(tmp_path, "alignment_watch"), records(tmp_path, "evaluation")
-    # Without an alignment phase, too: a joint baseline.
+    # Also without an alignment phase, as in a joint baseline.
     assert list(watched) == [("language_model", 0), ("language_model", 3)]
     last = watched["language_model", 3]
     held_out = evaluated["language_model", 3]["word_retrieval_p_at_1_held_out"]
@@ -238,17 +240,17 @@ def test_it_measures_what_an_evaluation_measures(workers: WorkerPool, tiny: Tiny
 def test_training_is_the_same_without_the_watch(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
-    found = []
+    runs = []
     for name, watch in (("with", {**WATCH, "interval": 1}), ("without", None)):
         values = values_for(tiny, tmp_path / name, watch, **layout)
-        # Random numbers that the watch drew, or a model it left without dropout, would show.
+        # Detects random numbers drawn by the watch and a model left in eval mode.
         values["model"].update(hidden_dropout=0.1, attention_dropout=0.1)
         run(workers, 2, values, tmp_path / name)
-        found.append(records(tmp_path / name))
-    assert len(found[0]) == STEPS
-    for key, line in found[0].items():
+        runs.append(records(tmp_path / name))
+    assert len(runs[0]) == STEPS
+    for key, line in runs[0].items():
         for name in ("loss", "lm_loss", "grad_norm", "alignment_loss", "switched_words", "tokens"):
-            assert line.get(name) == found[1][key].get(name), (key, name)
+            assert line.get(name) == runs[1][key].get(name), (key, name)
 
 
 LAYOUTS = {
@@ -262,42 +264,40 @@ LAYOUTS = {
 def test_layouts_agree(workers: WorkerPool, tiny: Tiny, tmp_path: Path, one: Path, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     run(workers, world_size, values_for(tiny, tmp_path, WATCH, **parallel), tmp_path)
-    found, expected = records(tmp_path, "alignment_watch"), records(one, "alignment_watch")
-    assert found.keys() == expected.keys()
+    actual, expected = records(tmp_path, "alignment_watch"), records(one, "alignment_watch")
+    assert actual.keys() == expected.keys()
     for key, line in expected.items():
-        assert found[key]["words"] == line["words"]
+        assert actual[key]["words"] == line["words"]
         for direction, by_name in line["pairs"].items():
             for name, values in by_name.items():
-                # Weights differ by rounding (1e-4 after ten steps); a near tie may then fall the other way, which is
+                # Weights differ by rounding (1e-4 after ten steps); a near tie may be resolved differently, which is
                 # one word of forty.
                 tolerance = 2e-4 if "cosine" in name else 0.026
-                assert found[key]["pairs"][direction][name] == pytest.approx(values, abs=tolerance), (key, name)
+                assert actual[key]["pairs"][direction][name] == pytest.approx(values, abs=tolerance), (key, name)
 
 
-def test_a_resumed_run_goes_on_where_the_records_end(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, one: Path
-) -> None:
+def test_a_resumed_run_continues_the_records(workers: WorkerPool, tiny: Tiny, tmp_path: Path, one: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(one / "checkpoints" / "step_00000004", checkpoints / "step_00000004")
     (checkpoints / "latest").write_text("step_00000004")
     run(workers, 1, values_for(tiny, tmp_path, WATCH), tmp_path)
-    found, whole = records(tmp_path, "alignment_watch"), records(one, "alignment_watch")
-    assert list(found) == [("alignment", BORDER), ("language_model", 8), ("language_model", STEPS)]
-    for key, line in found.items():
-        assert line["pairs"] == whole[key]["pairs"]
+    actual, uninterrupted = records(tmp_path, "alignment_watch"), records(one, "alignment_watch")
+    assert list(actual) == [("alignment", BORDER), ("language_model", 8), ("language_model", STEPS)]
+    for key, line in actual.items():
+        assert line["pairs"] == uninterrupted[key]["pairs"]
 
 
-def test_words_that_the_table_lacks_end_the_run_before_it_starts(
+def test_too_few_words_in_the_table_end_the_run_before_it_starts(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path
 ) -> None:
     values = values_for(tiny, tmp_path, {"interval": 1})
     values["dictionary"]["held_out_fraction"] = 1e-9
-    expected = "alignment_watch.groups is held_out, but of these 0 word groups of"
-    with pytest.raises(UserError, match=expected):
+    facts = ("alignment_watch.groups is held_out", "these 0 ")
+    with user_error(*facts):
         validate(recipe_of(values, tmp_path))
     with pytest.raises(WorkerError) as caught:
         run(workers, 1, values, tmp_path)
     kind, message, _ = caught.value.failures[0]
     assert kind == "UserError"
-    assert message.startswith(expected)
+    assert_facts(message, *facts)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -1,4 +1,4 @@
-"""What callbacks take from the process they give back; whole runs seen through a callback."""
+"""Callbacks restore the process state that they change; complete runs observed through a callback."""
 
 import copy
 import gc
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.messages import assert_facts
 from support.tiny import Tiny, recipe_of
 from support.whole_runs import records
 from support.workers import WorkerError, WorkerPool
@@ -15,8 +16,8 @@ from support.workers import WorkerError, WorkerPool
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Rows of the alignment phase and of a step of language-model training, and the length of a row.
-ALIGNMENT_ROWS, ROWS, SEQ_LENGTH = 4, 8, 32
+# Samples of an alignment step and of a step of language-model training, and the sequence length.
+ALIGNMENT_SAMPLES, SAMPLES, SEQ_LENGTH = 4, 8, 32
 
 
 def trainer_at(step: int) -> Any:
@@ -28,11 +29,11 @@ NO_SAVES: Any = SimpleNamespace(failed=False, in_progress=False, longest_s=0.0)
 
 @pytest.fixture
 def collections(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Counts full collections that are asked for; leaves the collector as it was."""
-    made: list[int] = []
-    monkeypatch.setattr(gc, "collect", lambda *args: made.append(1) or 0)
+    """Counts requested full collections; restores the collector."""
+    requested: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda *args: requested.append(1) or 0)
     was_enabled = gc.isenabled()
-    yield made
+    yield requested
     (gc.enable if was_enabled else gc.disable)()
 
 
@@ -52,7 +53,7 @@ def test_garbage_is_collected_at_the_interval_only(collections: list[int]) -> No
     assert gc.isenabled()
 
 
-def test_garbage_collection_off_is_left_off(collections: list[int]) -> None:
+def test_disabled_garbage_collection_stays_disabled(collections: list[int]) -> None:
     gc.disable()
     callback = GarbageCollection(3)
     callback.on_start(trainer_at(0))
@@ -71,31 +72,35 @@ def test_interval_0_leaves_the_collector_alone(collections: list[int]) -> None:
     assert gc.isenabled()
 
 
-def test_signal_handlers_are_put_back_and_a_second_signal_is_answered(capfd: pytest.CaptureFixture[str]) -> None:
-    def mine(number: int, frame: Any) -> None: ...
+def test_signal_handlers_are_restored_and_a_second_signal_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    def handler_before(number: int, frame: Any) -> None: ...
 
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
-        signal.signal(signal.SIGTERM, mine)
+        signal.signal(signal.SIGTERM, handler_before)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         callback = StopOnRequest(NO_SAVES)
         callback.on_start(trainer_at(0))
         assert all(signal.getsignal(number) == callback._receive for number in SIGNALS)
-        # Now signals only leave notes.
+        # Signals are now only recorded and reported in one line.
         signal.raise_signal(signal.SIGTERM)
-        assert capfd.readouterr().err == "SIGTERM received: the run saves after this step and ends\n"
+        output = capfd.readouterr().err
+        assert_facts(output, "SIGTERM", "saving", "stopping")
+        assert output.count("\n") == 1 and "SIGKILL" not in output
         signal.raise_signal(signal.SIGUSR1)
-        assert capfd.readouterr().err.startswith("SIGUSR1 again: the run is about to save and ends after that; SIGKILL")
+        output = capfd.readouterr().err
+        assert_facts(output, "SIGUSR1 received again", "saving", "SIGKILL")
+        assert output.count("\n") == 1
         callback.on_close(trainer_at(0))
-        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGTERM) is handler_before
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
 
-class Watch(Callback):
-    """Writes down what a run does; fails at a step if told to."""
+class Recorder(Callback):
+    """Records what a run does; optionally fails at a step."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.events: list[str] = []
@@ -133,24 +138,24 @@ class Watch(Callback):
         self.events.append("close")
 
 
-def watched(values: dict[str, Any], directory: str, fail_at: int | None) -> dict[str, Any]:
+def recorded(values: dict[str, Any], directory: str, fail_at: int | None) -> dict[str, Any]:
     """Runs in a worker."""
     from megatron_prealign.run.pretrain import pretrain
 
     gc.enable()
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    watch, error, final = Watch(fail_at), None, None
+    recorder, error, final = Recorder(fail_at), None, None
     try:
-        state = pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[watch])
+        state = pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[recorder])
         final = state.to_dict()
     except ZeroDivisionError as caught:
         error = str(caught)
     return {
-        "events": watch.events,
-        "steps": watch.steps,
+        "events": recorder.events,
+        "steps": recorder.steps,
         "error": error,
         "state": final,
-        "handlers_back": handlers == [signal.getsignal(number) for number in SIGNALS],
+        "handlers_restored": handlers == [signal.getsignal(number) for number in SIGNALS],
         "collecting": gc.isenabled(),
     }
 
@@ -173,8 +178,8 @@ def two_phases(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPat
         optimizer={"lr_decay_style": "cosine", "lr_warmup_iters": 2},
         training={"eval_interval": 2},
     )
-    answer = workers.run(1, watched, values, str(directory), None)[0]
-    return {**answer, "directory": directory}
+    result = workers.run(1, recorded, values, str(directory), None)[0]
+    return {**result, "directory": directory}
 
 
 def test_phases_follow_each_other(two_phases: dict[str, Any]) -> None:
@@ -191,7 +196,7 @@ def test_phases_follow_each_other(two_phases: dict[str, Any]) -> None:
         *(("alignment", number) for number in range(1, 6)),
         *(("language_model", number) for number in range(1, 6)),
     ]
-    # Also after an evaluation in between.
+    # Also after an evaluation.
     assert all(step["training"] for step in steps)
     assert not any(step["collecting"] for step in steps)
 
@@ -200,48 +205,49 @@ def test_each_phase_has_its_own_learning_rate_and_a_fresh_optimizer(two_phases: 
     steps = two_phases["steps"]
     decayed = [1e-3 - 9e-4 * done / 3 for done in (1, 2, 3)]
     cosine = [1e-3 * 0.75, 1e-3 * 0.25, 0.0]
-    # 5 steps each: two of warm-up, three of decay. Double precision, in another order.
+    # 5 steps each: two of warm-up, three of decay. Double precision, in another order of operations.
     expected = [5e-4, 1e-3, *decayed, 5e-4, 1e-3, *cosine]
     assert [step["lr"] for step in steps] == pytest.approx(expected, rel=1e-9, abs=1e-15)
     assert [step["adam_step"] for step in steps] == [1, 2, 3, 4, 5] * 2
 
 
-def test_samples_and_tokens_are_counted_through(two_phases: dict[str, Any]) -> None:
+def test_samples_and_tokens_are_counted_across_phases(two_phases: dict[str, Any]) -> None:
     steps = two_phases["steps"]
-    consumed = [ALIGNMENT_ROWS * number for number in range(1, 6)]
-    # The second phase goes on where the first one stopped: no row comes twice.
-    assert [step["consumed"] for step in steps] == consumed + [consumed[-1] + ROWS * number for number in range(1, 6)]
+    consumed = [ALIGNMENT_SAMPLES * number for number in range(1, 6)]
+    # The second phase continues where the first one stopped: no sample repeats.
+    later = [consumed[-1] + SAMPLES * number for number in range(1, 6)]
+    assert [step["consumed"] for step in steps] == consumed + later
     grown = [after["tokens"] - before["tokens"] for before, after in zip(steps, steps[1:], strict=False)]
-    assert all(each >= ALIGNMENT_ROWS * SEQ_LENGTH + 16 * 2 for each in grown[:4])
-    assert grown[4:] == [ROWS * SEQ_LENGTH] * 5
+    assert all(each >= ALIGNMENT_SAMPLES * SEQ_LENGTH + 16 * 2 for each in grown[:4])
+    assert grown[4:] == [SAMPLES * SEQ_LENGTH] * 5
     state = two_phases["state"]
     assert state["phase_start_tokens"] == steps[4]["tokens"]
     assert (state["phase"], state["phase_step"], state["step"]) == (1, 5, 10)
 
 
-def test_evaluations_come_at_the_interval_and_at_each_end(two_phases: dict[str, Any]) -> None:
-    found = [line for line in records(two_phases["directory"], "evaluation")]
-    assert found == [("alignment", step) for step in (2, 4, 5)] + [("language_model", step) for step in (7, 9, 10)]
+def test_evaluations_happen_at_the_interval_and_at_each_end(two_phases: dict[str, Any]) -> None:
+    evaluated = list(records(two_phases["directory"], "evaluation"))
+    assert evaluated == [("alignment", step) for step in (2, 4, 5)] + [("language_model", step) for step in (7, 9, 10)]
 
 
-def test_process_is_given_back(two_phases: dict[str, Any]) -> None:
-    assert two_phases["handlers_back"]
+def test_process_state_is_restored(two_phases: dict[str, Any]) -> None:
+    assert two_phases["handlers_restored"]
     assert two_phases["collecting"]
 
 
-def test_process_is_given_back_after_an_error(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    answer = workers.run(1, watched, values_for(tiny, tmp_path), str(tmp_path), 2)[0]
-    assert answer["error"] == "on purpose"
-    assert answer["events"] == ["start", "close"]
-    assert answer["handlers_back"]
-    assert answer["collecting"]
+def test_process_state_is_restored_after_an_error(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    result = workers.run(1, recorded, values_for(tiny, tmp_path), str(tmp_path), 2)[0]
+    assert result["error"] == "on purpose"
+    assert result["events"] == ["start", "close"]
+    assert result["handlers_restored"]
+    assert result["collecting"]
 
 
 def test_optimizer_may_be_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(
         tiny, tmp_path, alignment={"keep_optimizer": True, "train_iters": 2}, training={"train_iters": 2}
     )
-    steps = workers.run(1, watched, values, str(tmp_path), None)[0]["steps"]
+    steps = workers.run(1, recorded, values, str(tmp_path), None)[0]["steps"]
     assert [step["adam_step"] for step in steps] == [1, 2, 3, 4]
 
 
@@ -249,16 +255,16 @@ def test_alignment_stops_at_its_goal(workers: WorkerPool, tiny: Tiny, tmp_path: 
     values = values_for(
         tiny, tmp_path, alignment={"stop_at_p_at_1": 1e-6}, training={"eval_interval": 2, "train_iters": 2}
     )
-    answer = workers.run(1, watched, values, str(tmp_path), None)[0]
-    assert answer["events"][1:3] == ["end of alignment at 2", "end of language_model at 4"]
+    result = workers.run(1, recorded, values, str(tmp_path), None)[0]
+    assert result["events"][1:3] == ["end of alignment at 2", "end of language_model at 4"]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    # The evaluation that ended the phase is the one of its end.
+    # The evaluation that ended the phase is also the one at its end.
     assert sum('"evaluation"' in line and '"alignment"' in line for line in lines) == 1
-    # The goal was that phase's own.
-    assert not answer["state"]["phase_done"]
+    # The goal applies to that phase only.
+    assert not result["state"]["phase_done"]
 
 
-def test_goal_that_is_not_reached_stops_nothing(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+def test_unreached_goal_does_not_stop_the_phase(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(
         tiny,
         tmp_path,
@@ -266,27 +272,25 @@ def test_goal_that_is_not_reached_stops_nothing(workers: WorkerPool, tiny: Tiny,
         optimizer={"lr_warmup_iters": 0},
         training={"eval_interval": 1, "train_iters": 1},
     )
-    answer = workers.run(1, watched, values, str(tmp_path), None)[0]
-    assert answer["events"][1] == "end of alignment at 5"
+    result = workers.run(1, recorded, values, str(tmp_path), None)[0]
+    assert result["events"][1] == "end of alignment at 5"
 
 
-def test_total_of_tokens_is_spent_and_not_passed(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    step = ROWS * SEQ_LENGTH
+def test_token_budget_is_used_and_not_exceeded(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    step = SAMPLES * SEQ_LENGTH
     values = values_for(tiny, tmp_path, training={"train_iters": None, "train_tokens": 9 * step})
-    state = workers.run(1, watched, values, str(tmp_path), None)[0]["state"]
+    state = workers.run(1, recorded, values, str(tmp_path), None)[0]["state"]
     assert 8 * step < state["tokens"] <= 9 * step
-    # The words of the alignment phase count: its five steps are more than the 2.5 steps their rows are.
-    assert state["phase_start_tokens"] > 5 * ALIGNMENT_ROWS * SEQ_LENGTH
+    # The words of the alignment phase count: its five steps have more tokens than their samples (2.5 steps).
+    assert state["phase_start_tokens"] > 5 * ALIGNMENT_SAMPLES * SEQ_LENGTH
     assert state["phase_step"] == (9 * step - state["phase_start_tokens"]) // step
 
 
-def test_nothing_left_for_language_model_training_is_the_users_mistake(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path
-) -> None:
-    needed = (5 * ALIGNMENT_ROWS + ROWS) * SEQ_LENGTH
-    values = values_for(tiny, tmp_path, training={"train_iters": None, "train_tokens": needed})
+def test_no_budget_for_language_model_training_is_a_user_error(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    budget = (5 * ALIGNMENT_SAMPLES + SAMPLES) * SEQ_LENGTH
+    values = values_for(tiny, tmp_path, training={"train_iters": None, "train_tokens": budget})
     with pytest.raises(WorkerError) as caught:
-        workers.run(1, watched, values, str(tmp_path), None)
+        workers.run(1, recorded, values, str(tmp_path), None)
     kind, message, _ = caught.value.failures[0]
     assert kind == "UserError"
-    assert message.startswith(f"training.train_tokens is {needed}, of which the alignment phase took ")
+    assert_facts(message, f"training.train_tokens is {budget}", "alignment phase", f"{SAMPLES} x {SEQ_LENGTH} tokens")

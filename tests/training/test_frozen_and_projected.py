@@ -1,4 +1,4 @@
-"""The alignment phase with half of the blocks frozen, and with projection heads: what moves, and resuming."""
+"""The alignment phase with half of the blocks frozen and with projection heads: changed parameters, and resuming."""
 
 import copy
 import shutil
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import assert_facts
 from support.tiny import VOCAB_SIZE, Tiny
 from support.whole_runs import records, run, weights
 from support.workers import WorkerError, WorkerPool
@@ -31,20 +32,20 @@ def values_for(tiny: Tiny, directory: Path, parallel: dict[str, Any], **alignmen
     return values
 
 
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, set[int]]:
-    """For every parameter the blocks in which it moved; -1 where it belongs to no block.
+def changed_blocks(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, set[int]]:
+    """Maps every parameter to the blocks in which it changed; -1 if it belongs to no block.
 
-    A checkpoint holds a parameter of all blocks as one tensor, whose first dimension counts them from 0.
+    A checkpoint stores a parameter of all blocks as one tensor, with the block as its first dimension.
     """
-    found = {}
+    changed = {}
     for name, tensor in before.items():
         differ = after[name] != tensor
         blocks = {index for index in range(len(tensor)) if differ[index].any()}
-        found[name] = blocks if ".layers." in name else {-1} if differ.any() else set()
-    return found
+        changed[name] = blocks if ".layers." in name else {-1} if differ.any() else set()
+    return changed
 
 
-# The upper half in one process: what a rank marks does not depend on which half it is.
+# The upper half only in one process, since marking on a rank does not depend on the half.
 @pytest.mark.parametrize(("freeze", "layout"), [("upper", "one"), *[("lower", layout) for layout in LAYOUTS]])
 def test_half_of_the_blocks_stays_bit_for_bit(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, freeze: str, layout: str
@@ -53,7 +54,7 @@ def test_half_of_the_blocks_stays_bit_for_bit(
     world_size, parallel = LAYOUTS[layout]
     run(workers, world_size, values_for(tiny, tmp_path, parallel, freeze=freeze), tmp_path)
     first, last, end = (weights(workers, tmp_path, 2 * VOCAB_SIZE, f"step_{step:08d}") for step in (1, 5, 10))
-    in_phase, later = moved(first, last), moved(last, end)
+    in_phase, later = changed_blocks(first, last), changed_blocks(last, end)
     assert any(".layers." in name for name in in_phase)
     for name, blocks in in_phase.items():
         if ".layers." in name:
@@ -67,23 +68,23 @@ def test_half_of_the_blocks_stays_bit_for_bit(
 @pytest.mark.parametrize(
     ("parallel", "layers"),
     [({}, "all"), ({"pipeline_model_parallel_size": 2}, [4, 5])],
-    # The first stage has no head then.
+    # In the second case the first stage has no head.
     ids=["dp2", "pp2_heads_on_the_last_stage"],
 )
-def test_frozen_run_goes_on_where_it_stopped(
+def test_frozen_run_resumes_where_it_stopped(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, parallel: dict[str, Any], layers: Any
 ) -> None:
-    values = values_for(tiny, tmp_path / "whole", parallel, freeze="lower", projection_size=8, layers=layers)
-    run(workers, 2, values, tmp_path / "whole")
+    values = values_for(tiny, tmp_path / "uninterrupted", parallel, freeze="lower", projection_size=8, layers=layers)
+    run(workers, 2, values, tmp_path / "uninterrupted")
     for step in (2, 7):
         directory = tmp_path / f"from_{step}"
         (directory / "checkpoints").mkdir(parents=True)
         name = f"step_{step:08d}"
-        shutil.copytree(tmp_path / "whole" / "checkpoints" / name, directory / "checkpoints" / name)
+        shutil.copytree(tmp_path / "uninterrupted" / "checkpoints" / name, directory / "checkpoints" / name)
         (directory / "checkpoints" / "latest").write_text(name)
         values["logging"]["run_dir"] = str(directory)
         run(workers, 2, values, directory)
-        got, expected = records(directory), records(tmp_path / "whole")
+        got, expected = records(directory), records(tmp_path / "uninterrupted")
         assert len(got) == 10 - step
         for key, line in got.items():
             for value in ("loss", "grad_norm", "alignment_loss"):
@@ -91,7 +92,7 @@ def test_frozen_run_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("change", [{"freeze": "upper"}, {"projection_size": 16}, {"layers": [0, 1]}])
-def test_resuming_with_another_setting_is_refused(
+def test_resuming_with_another_setting_is_rejected(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     values = values_for(tiny, tmp_path, {}, freeze="lower", projection_size=8)
@@ -101,19 +102,18 @@ def test_resuming_with_another_setting_is_refused(
     with pytest.raises(WorkerError) as caught:
         run(workers, 1, values, tmp_path)
     kind, message, _ = caught.value.failures[0]
-    field, now = {
+    field, current = {
         "freeze": ("alignment.freeze lower", "upper"),
         "projection_size": ("alignment.projection_size and layers", "{'size': 16, 'layers': [0, 1, 2, 3, 4, 5]}"),
         "layers": ("alignment.projection_size and layers", "{'size': 8, 'layers': [0, 1]}"),
     }[next(iter(change))]
     assert kind == "UserError"
-    assert f"{field} " in message
-    assert f"(recipe: {now})" in message
+    assert_facts(message, field, f"(recipe: {current})")
 
 
 @pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_plain"])
 def test_heads_are_the_same_in_every_layout(workers: WorkerPool, tiny: Tiny, tmp_path: Path, layout: str) -> None:
-    """Losses of later steps look through heads that earlier steps have moved."""
+    """Losses of later steps depend on heads that earlier steps have updated."""
     settings: dict[str, Any] = {"projection_size": 8, "layers": [0, 2, 4, 5]}
     run(workers, 1, values_for(tiny, tmp_path / "one", {}, **settings), tmp_path / "one")
     world_size, parallel = LAYOUTS[layout]
@@ -123,11 +123,11 @@ def test_heads_are_the_same_in_every_layout(workers: WorkerPool, tiny: Tiny, tmp
     expected = records(tmp_path / "one")
     for key, line in records(tmp_path / "more").items():
         if line["phase"] == "alignment":
-            got, wanted = (
+            got, reference = (
                 [loss for loss in each["alignment_loss"] if loss is not None] for each in (line, expected[key])
             )
-            assert len(wanted) == 4
-            assert got == pytest.approx(wanted, rel=TOLERANCE), key
+            assert len(reference) == 4
+            assert got == pytest.approx(reference, rel=TOLERANCE), key
     first = ("alignment", 1)
     assert expected[first]["alignment_loss"][0] != pytest.approx(
         records(tmp_path / "plain")[first]["alignment_loss"][0], rel=1e-2

@@ -1,5 +1,5 @@
-"""Sums over steps, data-parallel ranks and pipeline stages; tensor-parallel ranks count once, unless they share a value
-out."""
+"""Sums over steps, data-parallel ranks and pipeline stages; tensor-parallel ranks count once, unless a value is split
+over them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from support.workers import WorkerPool
 
 
 def drained(layout: dict[str, int]) -> list[dict[str, list[float]]]:
-    """Runs in workers: two drains, each rank adding what tells its data-parallel rank and stage apart."""
+    """Runs in workers: two drains; each rank adds a value that identifies its data-parallel rank and stage."""
     from megatron_prealign.recipe import ParallelSection
     from megatron_prealign.runtime.distributed import start
     from megatron_prealign.training.meter import Meter
@@ -48,7 +48,7 @@ def test_sums_over_ranks(workers: WorkerPool, ranks: int, layout: dict[str, Any]
         assert first == {
             "loss": [float(total)],
             "layers": [0.0, adders * split, float(total)],
-            # Whole numbers stay whole far above what fp32 holds.
+            # Integers are exact far above the range of fp32.
             "counts": [float(total), float(adders * 2**40)],
         }
         assert second == {"loss": [0.0], "layers": [float(adders), 0.0, 0.0], "counts": [0.0, 0.0]}

@@ -1,4 +1,4 @@
-"""The same run under every parallel layout: same losses, same alignment losses per layer, same final weights."""
+"""The same run in every parallel layout: same losses, same alignment losses per layer, same final weights."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from support.workers import WorkerPool
 
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
-# Sums run in another order under another layout; in fp32 five steps of Adam at lr 1e-3 stay well inside this.
+# Sums have another order in another layout; in fp32 five steps of Adam at lr 1e-3 differ by much less.
 TOLERANCE = 1e-4
 
 LAYOUTS = {
@@ -30,12 +30,12 @@ LAYOUTS = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2_tied": {"family": "gpt2", "share_embeddings_and_output_weights": True, "num_query_groups": 4},
-    # The stretching reaches the 32 positions of a row.
+    # The RoPE scaling affects the 32 positions of a sequence.
     "qwen2": {
         "family": "qwen2",
         "rope_scaling": {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16},
     },
-    # Each rank of a tensor-parallel group has other heads, and all of them the norms of query and key.
+    # Each rank of a tensor-parallel group has different heads, and all have the norms of query and key.
     "qwen3": {"family": "qwen3", "kv_channels": 12},
 }
 
@@ -52,16 +52,16 @@ def reference(
     workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[dict[Any, Any], dict[str, torch.Tensor]]]:
     """Each family trained in one process."""
-    found = {}
+    runs = {}
     for family, model in FAMILIES.items():
         directory = tmp_path_factory.mktemp(f"one_{family}")
         run(workers, 1, values_for(tiny, directory, model, {}), directory)
-        found[family] = (directory, weights(workers, directory, 2 * VOCAB_SIZE))
-    return found
+        runs[family] = (directory, weights(workers, directory, 2 * VOCAB_SIZE))
+    return runs
 
 
 def assert_same_run(directory: Path, reference_directory: Path) -> None:
-    """Losses of every step, alignment losses of every layer, and the evaluations."""
+    """Compares losses of every step, alignment losses of every layer, and the evaluations."""
     got, expected = records(directory), records(reference_directory)
     assert got.keys() == expected.keys()
     assert len(got) == 10
@@ -74,7 +74,7 @@ def assert_same_run(directory: Path, reference_directory: Path) -> None:
     for step, line in records(reference_directory, "evaluation").items():
         evaluation = records(directory, "evaluation")[step]
         assert evaluation["validation_loss"] == pytest.approx(line["validation_loss"], rel=TOLERANCE)
-        # A near tie may fall the other way: one word of fifty.
+        # A near tie may be resolved differently: one word of fifty.
         for pair, values in line["word_retrieval_p_at_1"].items():
             assert evaluation["word_retrieval_p_at_1"][pair] == pytest.approx(values, abs=0.021)
 
@@ -124,7 +124,7 @@ def test_recomputation_changes_nothing(
 
 
 def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    """Every stage makes the mask of its own, and recomputation hands it back; here of lines as documents."""
+    """Every stage builds its own mask, and recomputation reuses it; each line is a document here."""
     texts = [json.loads(text)["text"] for text in (tiny.directory / "corpus.jsonl").read_text("utf-8").splitlines()]
     lines = [json.dumps({"text": line}) for text in texts for line in text.splitlines() if line]
     corpus = tmp_path / "lines.jsonl"
@@ -146,8 +146,8 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
     expected = trained("one", 1, True, {})
     world_size, parallel = LAYOUTS["tp2_pp2"]
     directory = trained("four", world_size, True, parallel, recompute_granularity="full")
-    # Not the weights: one of them has a gradient so near 0 that Adam's step for it is rounding alone (measured: 1.1e-4
-    # apart after ten steps, every other one less than 2e-5, the losses less than 1e-6).
+    # Not the weights: the gradient of one is so close to 0 that its Adam step is only rounding (measured: difference of
+    # 1.1e-4 after ten steps, less than 2e-5 for every other one, less than 1e-6 for the losses).
     assert_same_run(directory, expected)
     got, together = records(directory), records(trained("together", 1, False, {}))
     last = max(got)
@@ -157,12 +157,12 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
 def test_overlapped_parameter_gather_saves_what_the_optimizer_wrote(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """A save between two evaluations meets parameters that only their owners have updated yet."""
-    found = {}
+    """A save between two evaluations must gather parameters that only their owners have updated so far."""
+    saved = {}
     for layout in ("dp2", "dp2_overlap"):
         values = values_for(tiny, tmp_path / layout, {}, LAYOUTS[layout][1])
         values["training"]["train_iters"] = 3
         values["checkpoint"] = {"save_interval": 1, "keep": 10}
         run(workers, 2, values, tmp_path / layout)
-        found[layout] = weights(workers, tmp_path / layout, 2 * VOCAB_SIZE, "step_00000007")
-    assert_same_weights(found["dp2_overlap"], found["dp2"])
+        saved[layout] = weights(workers, tmp_path / layout, 2 * VOCAB_SIZE, "step_00000007")
+    assert_same_weights(saved["dp2_overlap"], saved["dp2"])

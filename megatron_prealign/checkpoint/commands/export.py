@@ -1,4 +1,4 @@
-"""Takes the weights out of a checkpoint: a checkpoint of its own without the optimizer, by one process."""
+"""Exports the weights of a checkpoint, without the optimizer, to a checkpoint of only weights, in one process."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import torch
 from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER, complete_weights
 from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
-from megatron_prealign.checkpoint.single_process.weights import converted, is_stacked, is_weight
+from megatron_prealign.checkpoint.single_process.weights import cast_tensor, is_stacked, is_weight
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
 from megatron_prealign.checkpoint.state import (
     identity_of,
@@ -32,13 +32,16 @@ _CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written."""
+    """Size and dtype of an exported checkpoint."""
 
     tensors: int
+    """Number of tensors."""
     parameters: int
-    """Numbers in them, rows that pad the vocabulary included."""
+    """Number of parameters, padding rows of the vocabulary included."""
     bytes: int
+    """Size of the tensors in bytes."""
     dtype: str
+    """dtype of the tensors, such as bfloat16; several are joined by "and"."""
 
 
 def export_weights(
@@ -49,31 +52,33 @@ def export_weights(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
-    """Writes the weights of a checkpoint as one that `pretrain --checkpoint.load` takes. Its files are compared with
-    the manifest by their sizes alone. Memory: the largest tensor or layer, twice if its type changes.
+    """Writes the weights of a checkpoint as a checkpoint for `pretrain --checkpoint.load`.
+
+    Only the sizes of the input files are compared with the manifest. Memory: the largest tensor or layer, twice if its
+    dtype changes.
 
     Args:
-        checkpoint: Its directory.
-        output: Directory to write.
-        dtype: bf16 or fp32; None leaves the weights as they are.
-        overwrite: Replace a checkpoint that is there.
-        progress: Told the bytes read so far and in all.
+        checkpoint: Checkpoint directory.
+        output: Output directory.
+        dtype: bf16 or fp32; None keeps the dtype of the weights.
+        overwrite: Replace an existing checkpoint of weights.
+        progress: Called with the bytes read so far and the total.
 
     Raises:
-        UserError: the checkpoint is damaged, or the output cannot be written.
+        UserError: the checkpoint is corrupt, or the output cannot be written.
     """
     problems = find_problems(checkpoint)
     if problems:
-        raise UserError(f"{checkpoint} is damaged ({'; '.join(problems[:5])}); use another checkpoint")
+        raise UserError(f"{checkpoint} is corrupt ({'; '.join(problems[:5])}); use another checkpoint")
     summary = read_state(checkpoint)
     check_output(checkpoint, output, overwrite=overwrite)
     with ShardReader(checkpoint) as reader:
         keys = [key for key in reader.tensors if is_weight(key)]
         if not keys:
-            raise UserError(f"{checkpoint} holds no weights of a model; use another checkpoint")
+            raise UserError(f"{checkpoint} contains no model weights; use another checkpoint")
         with new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint) as working:
             with ShardWriter(working) as writer:
-                written = _copy(checkpoint, reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
+                result = _copy(checkpoint, reader, writer, keys, None if dtype is None else _DTYPES[dtype], progress)
                 records = writer.close()
             shutil.copytree(checkpoint / TOKENIZER, working / TOKENIZER)
             complete_weights(
@@ -82,17 +87,17 @@ def export_weights(
                 config=_config(checkpoint, dtype),
                 records=records,
             )
-    return written
+    return result
 
 
 def check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
-    """Looks whether `export_weights` may write there, before a long look at the checkpoint.
+    """Checks that `export_weights` may write to `output`, before the checkpoint is read.
 
     Raises:
-        UserError: it may not.
+        UserError: the output exists and may not be replaced, or is the checkpoint.
     """
     if output.resolve() == checkpoint.resolve():
-        raise UserError(f"--output is {output}, the checkpoint itself; choose another path")
+        raise UserError(f"--output {output} is the checkpoint itself; choose another path")
     check_new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint)
 
 
@@ -107,24 +112,24 @@ def _copy(
     sizes = {key: math.prod(reader.tensors[key].shape) for key in keys}
     total = sum(sizes[key] * reader.tensors[key].dtype.itemsize for key in keys)
     done = written = 0
-    kinds = set()
+    dtypes = set()
     for key in keys:
         layers = reader.tensors[key].shape[0] if is_stacked(key) else None
         for layer in range(layers) if layers is not None else (None,):
             tensor = reader.read(key, layer)
             done += tensor.nbytes
             if dtype is not None:
-                tensor = converted(checkpoint, key, tensor, dtype)
+                tensor = cast_tensor(checkpoint, key, tensor, dtype)
             writer.add(key, tensor, layer=layer, num_layers=layers)
             written += tensor.nbytes
-            kinds.add(str(tensor.dtype).removeprefix("torch."))
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
             if progress is not None:
                 progress(done, total)
-    return ExportResult(len(keys), sum(sizes.values()), written, " and ".join(sorted(kinds)))
+    return ExportResult(len(keys), sum(sizes.values()), written, " and ".join(sorted(dtypes)))
 
 
 def _source(checkpoint: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights come from. Of weights that were no run's, what they say themselves."""
+    """Origin of the weights: the run, or the recorded source of a checkpoint of only weights."""
     if not is_run(summary):
         return dict(summary.get("source") or {})
     state = summary["train_state"]
@@ -143,13 +148,13 @@ def _source(checkpoint: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(checkpoint: Path, dtype: str | None) -> dict[str, Any] | None:
-    """config.json for Hugging Face, with the type that the weights have now."""
+    """Hugging Face config.json with the dtype of the exported weights; None if the checkpoint has none."""
     try:
         config = json.loads((checkpoint / CONFIG).read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{checkpoint / CONFIG} is damaged ({error}); use another checkpoint") from error
+        raise UserError(f"{checkpoint / CONFIG} is corrupt ({error}); use another checkpoint") from error
     if dtype is not None:
         for name in {"dtype", "torch_dtype"} & config.keys():
             config[name] = _CONFIG_DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""Everything that a checkpoint says about itself, without loading its tensors."""
+"""Metadata of a checkpoint, without loading its tensors."""
 
 import math
 from pathlib import Path
@@ -12,10 +12,10 @@ from megatron_prealign.checkpoint.state import is_run, read_state
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:
-    """The facts, as plain values for JSON. Files are compared by their sizes alone.
+    """Metadata of a checkpoint, as plain values for JSON. Only the sizes of its files are checked.
 
     Raises:
-        UserError: its state.json or its `.metadata` is damaged.
+        UserError: `state.json` or `.metadata` is corrupt.
     """
     from megatron_prealign.checkpoint.single_process.reader import ShardReader
 
@@ -24,14 +24,14 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
     with ShardReader(directory) as reader:
         tensors = {
             key: {
-                "shape": list(facts.shape),
-                "dtype": str(facts.dtype).removeprefix("torch."),
-                "bytes": math.prod(facts.shape) * facts.dtype.itemsize,
+                "shape": list(info.shape),
+                "dtype": str(info.dtype).removeprefix("torch."),
+                "bytes": math.prod(info.shape) * info.dtype.itemsize,
             }
-            for key, facts in sorted(reader.tensors.items())
+            for key, info in sorted(reader.tensors.items())
         }
     run = is_run(summary)
-    facts: dict[str, Any] = {
+    report: dict[str, Any] = {
         "checkpoint": str(directory),
         "kind": "run" if run else "weights",
         "problems": problems,
@@ -40,7 +40,7 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "versions": summary.get("versions"),
         "parameters": _count_parameters(tensors, summary["vocab_size"]),
         "weights": _part(tensors, True),
-        "beside_the_weights": _part(tensors, False),
+        "other_tensors": _part(tensors, False),
         "model": summary["model"],
         "vocab_size": summary["vocab_size"],
         "padded_vocab_size": summary["padded_vocab_size"],
@@ -49,52 +49,53 @@ def inspect_checkpoint(directory: Path) -> dict[str, Any]:
         "layout": summary["layout"],
     }
     names = ("phase", "train_state", "metrics", "run", "consumed_samples_per_source", "blend") if run else ("source",)
-    return {**facts, **{name: summary.get(name) for name in names}, "tensors": tensors}
+    return {**report, **{name: summary.get(name) for name in names}, "tensors": tensors}
 
 
-def render(facts: dict[str, Any], tensors: bool) -> list[str]:
-    """What a person wants to know of `inspect_checkpoint`'s facts, a line each.
+def render(report: dict[str, Any], tensors: bool) -> list[str]:
+    """Human-readable lines of the result of `inspect_checkpoint`.
 
     Args:
         tensors: List every tensor.
     """
-    lines = [f"{facts['checkpoint']}: {'damaged' if facts['problems'] else 'complete'}"]
-    lines += [f"  wrong: {problem}" for problem in facts["problems"]]
+    lines = [f"{report['checkpoint']}: {'corrupt' if report['problems'] else 'complete'}"]
+    lines += [f"  problem: {problem}" for problem in report["problems"]]
     rows = {
-        "kind": "of a run" if facts["kind"] == "run" else "weights alone",
-        "saved": facts["saved_at"],
-        "size": f"{readable_bytes(facts['bytes'])}, weights {readable_bytes(facts['weights']['bytes'])}",
-        "parameters": f"{facts['parameters']:,} ({facts['weights']['dtype']})",
-        "model": _model_line(facts["model"]),
-        "vocabulary": f"{facts['vocab_size']:,} ids, padded to {facts['padded_vocab_size']:,}",
-        "tokenizer": ", ".join(facts["tokenizer_files"]) or "none",
-        "layout": _layout_line(facts["layout"]),
-        "versions": _plain(facts["versions"]),
-        **(_run_rows(facts) if facts["kind"] == "run" else {"source": _plain(facts["source"])}),
+        "kind": "run" if report["kind"] == "run" else "weights only",
+        "saved": report["saved_at"],
+        "size": f"{readable_bytes(report['bytes'])}, weights {readable_bytes(report['weights']['bytes'])}",
+        "parameters": f"{report['parameters']:,} ({report['weights']['dtype']})",
+        "model": _model_line(report["model"]),
+        "vocabulary": f"{report['vocab_size']:,} ids, padded to {report['padded_vocab_size']:,}",
+        "tokenizer": ", ".join(report["tokenizer_files"]) or "none",
+        "layout": _layout_line(report["layout"]),
+        "versions": _plain(report["versions"]),
+        **(_run_rows(report) if report["kind"] == "run" else {"source": _plain(report["source"])}),
     }
     lines += [f"{name:<12}  {text}" for name, text in rows.items() if text]
     if tensors:
-        width = max((len(name) for name in facts["tensors"]), default=0)
-        lines += [f"{name:<{width}}  {each['dtype']:<9} {each['shape']}" for name, each in facts["tensors"].items()]
+        width = max((len(name) for name in report["tensors"]), default=0)
+        lines += [f"{name:<{width}}  {each['dtype']:<9} {each['shape']}" for name, each in report["tensors"].items()]
     return lines
 
 
 def _count_parameters(tensors: dict[str, Any], vocab_size: int) -> int:
-    """Numbers of the model, without rows that only pad the vocabulary."""
+    """Number of parameters of the model, without padding rows of the vocabulary."""
     count = 0
-    for key, facts in tensors.items():
+    for key, tensor in tensors.items():
         if is_weight(key):
-            rows = min(vocab_size, facts["shape"][0]) if is_vocabulary(key) else None
-            count += math.prod(facts["shape"]) if rows is None else rows * math.prod(facts["shape"][1:])
+            rows = min(vocab_size, tensor["shape"][0]) if is_vocabulary(key) else None
+            count += math.prod(tensor["shape"]) if rows is None else rows * math.prod(tensor["shape"][1:])
     return count
 
 
 def _part(tensors: dict[str, Any], weights: bool) -> dict[str, Any]:
-    chosen = [facts for key, facts in tensors.items() if is_weight(key) is weights]
+    """Number, bytes and dtype of the model weights, or of all other tensors."""
+    selected = [tensor for key, tensor in tensors.items() if is_weight(key) is weights]
     return {
-        "tensors": len(chosen),
-        "bytes": sum(facts["bytes"] for facts in chosen),
-        "dtype": " and ".join(sorted({facts["dtype"] for facts in chosen})),
+        "tensors": len(selected),
+        "bytes": sum(tensor["bytes"] for tensor in selected),
+        "dtype": " and ".join(sorted({tensor["dtype"] for tensor in selected})),
     }
 
 
@@ -114,15 +115,15 @@ def _layout_line(layout: dict[str, Any]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
 
 
-def _run_rows(facts: dict[str, Any]) -> dict[str, str]:
-    state, run = facts["train_state"], facts["run"]
-    consumed = facts["consumed_samples_per_source"]
+def _run_rows(report: dict[str, Any]) -> dict[str, str]:
+    state, run = report["train_state"], report["run"]
+    consumed = report["consumed_samples_per_source"]
     sources = run.get("sources") if isinstance(run.get("sources"), list) else []
     return {
-        "step": f"{state.get('step', '?')}, phase {facts['phase']} (step {state.get('phase_step', '?')} of it)",
+        "step": f"{state.get('step', '?')}, phase {report['phase']} (step {state.get('phase_step', '?')} of the phase)",
         "tokens": f"{state.get('tokens', '?'):,}" if isinstance(state.get("tokens"), int) else "?",
         "training": f"seq_length {run.get('seq_length')}, {run.get('precision')}, seed {run.get('seed')}",
-        "measures": _plain(facts["metrics"]),
+        "metrics": _plain(report["metrics"]),
         "data": "; ".join(
             f"{source.get('path')} ({source.get('language')}) x {source.get('weight')}"
             for source in sources
@@ -133,7 +134,7 @@ def _run_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _plain(values: Any) -> str:
-    """Names and values in a line, tables and lists among the values aside; empty if there are none."""
+    """Names and values in one line, without nested tables and lists; empty if there are none."""
     if not isinstance(values, dict):
         return "" if values is None else str(values)
     return ", ".join(

@@ -1,5 +1,4 @@
-"""What lies in a directory of checkpoints, told from their small files. Imports no torch: a thousand of them are a
-matter of a second."""
+"""Lists the checkpoints of a directory from their small files. Imports no torch: a thousand take about a second."""
 
 import json
 import os
@@ -14,27 +13,27 @@ from megatron_prealign.checkpoint.manifest import MANIFEST, find_problems
 from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.errors import UserError
 
-_COLUMNS = ("checkpoint", "status", "kind", "saved", "size", "phase", "tokens", "measures")
+_COLUMNS = ("checkpoint", "status", "kind", "saved", "size", "phase", "tokens", "metrics")
 
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """One directory, as far as its small files and the sizes of the others tell."""
+    """One checkpoint directory, from its small files and the sizes of the others."""
 
     name: str
     latest: bool
-    """Whether `latest` names it."""
+    """Whether `latest` names this checkpoint."""
     problems: tuple[str, ...]
-    """Empty for a complete checkpoint; its files are not read for this."""
+    """Problems found without reading the large files; empty for a complete checkpoint."""
     complete: bool
-    """Whether it was ever completed."""
+    """Whether the save completed."""
     kind: str | None
-    """run or weights; None if its state.json cannot be read, as for what follows."""
+    """run or weights; None, as for the following fields, if state.json cannot be read."""
     step: int | None
     saved_at: str | None
-    """ISO time."""
+    """Time of the save in ISO 8601."""
     bytes: int
-    """Of all files, as they are."""
+    """Current size of all files."""
     phase: str | None
     tokens: int | None
     metrics: dict[str, float]
@@ -45,52 +44,54 @@ class ListedCheckpoint:
 
 
 def checkpoint_directories(path: Path) -> list[Path]:
-    """The directories of checkpoints at `path` by step, then by name, complete or not: a run's directory, a directory
-    of checkpoints, or one checkpoint.
+    """Checkpoint directories at `path` by step, then by name, complete or not.
+
+    Args:
+        path: Run directory, directory of checkpoints, or one checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
-    # `.` has no name of its own.
+    # `.` has no name.
     path = path if path.name not in ("", "..") else path.resolve()
     if _is_checkpoint(path):
         return [path]
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     try:
-        found = [each for each in directory.iterdir() if each.is_dir() and _is_checkpoint(each)]
+        checkpoints = [each for each in directory.iterdir() if each.is_dir() and _is_checkpoint(each)]
     except OSError as error:
         raise UserError(
-            f"{directory}: cannot be read ({error.strerror}); expected a directory of checkpoints or a run's directory"
+            f"cannot read {directory}: {error.strerror}; expected a directory of checkpoints or a run directory"
         ) from error
-    if not found:
-        raise UserError(f"{directory} holds no checkpoints; expected step_* directories, as pretrain writes them")
-    return sorted(found, key=lambda each: (_step_in(each) is None, _step_in(each) or 0, each.name))
+    if not checkpoints:
+        raise UserError(f"{directory}: no checkpoints found; expected step_* directories written by pretrain")
+    return sorted(checkpoints, key=lambda each: (_step_in(each) is None, _step_in(each) or 0, each.name))
 
 
 def list_checkpoints(path: Path) -> list[ListedCheckpoint]:
-    """Every checkpoint at `path`, in the order of `checkpoint_directories`.
+    """All checkpoints at `path`, in the order of `checkpoint_directories`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     directories = checkpoint_directories(path)
     latest = _latest_name(directories[0].parent)
-    return [_look_at(directory, directory.name == latest) for directory in directories]
+    return [_summarise(directory, directory.name == latest) for directory in directories]
 
 
-def find_pointer_problem(path: Path) -> str | None:
-    """What is wrong with the file `latest` at `path`, in words; None when all is well or there is none."""
+def find_latest_problem(path: Path) -> str | None:
+    """Problem of the file `latest` at `path`; None if it is valid or missing."""
     directory = checkpoint_directories(path)[0].parent
     name = _latest_name(directory)
     if name is None or (name and (directory / name / STATE).exists()):
         return None
-    return f"{directory / LATEST} names {name!r}, which is no checkpoint there"
+    return f"{directory / LATEST} names {name!r}, which is not a checkpoint in this directory"
 
 
 def directory_bytes(directory: Path) -> int:
-    """Size of all files in it, but for those that a save or a removal takes away meanwhile."""
+    """Size of all files below a directory in bytes, except files that are removed meanwhile."""
     total = 0
-    # Unlike rglob it passes over directories that are gone.
+    # Unlike rglob, os.walk skips directories that no longer exist.
     for parent, _, names in os.walk(directory):
         for name in names:
             with suppress(OSError):
@@ -99,9 +100,9 @@ def directory_bytes(directory: Path) -> int:
 
 
 def render(listed: Sequence[ListedCheckpoint]) -> list[str]:
-    """A table with a line for each checkpoint; what is wrong with one follows below it."""
+    """Lines of a table with one row for each checkpoint, followed by its problems."""
     rows = [list(_COLUMNS), *(_row(each) for each in listed)]
-    # Measures are the last column, of any width.
+    # The metrics are the last column, of any width.
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS) - 1)]
     lines = []
     for row, checkpoint in zip(rows, [None, *listed], strict=True):
@@ -115,7 +116,7 @@ def render(listed: Sequence[ListedCheckpoint]) -> list[str]:
 
 
 def readable_bytes(count: int) -> str:
-    """Such as 1.5 GB."""
+    """Human-readable size, such as 1.5 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
@@ -125,7 +126,7 @@ def readable_bytes(count: int) -> str:
 
 
 def _latest_name(directory: Path) -> str | None:
-    """The first 200 characters of what is in `latest`; None if there is no such file."""
+    """First 200 characters of the file `latest`; None if it cannot be read."""
     try:
         with (directory / LATEST).open(encoding="utf-8", errors="replace") as pointer:
             return pointer.read(200).strip()
@@ -139,12 +140,11 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _step_in(directory: Path) -> int | None:
-    """The step in the name of a directory that a save or a damage gave another one: .step_X.incomplete,
-    step_X.damaged."""
+    """Step in the name of an unfinished or renamed checkpoint: .step_X.incomplete, step_X.damaged."""
     return step_of(Path(directory.name.lstrip(".").split(".")[0]))
 
 
-def _look_at(directory: Path, latest: bool) -> ListedCheckpoint:
+def _summarise(directory: Path, latest: bool) -> ListedCheckpoint:
     problems, complete = find_problems(directory), (directory / MANIFEST).exists()
     summary: dict[str, Any] = {}
     try:
@@ -152,9 +152,9 @@ def _look_at(directory: Path, latest: bool) -> ListedCheckpoint:
     except UserError as error:
         problems = [*problems, *([str(error).split(";")[0]] if complete else [])]
     if directory.name.startswith("."):
-        problems, complete = ["a save that did not come to its end, or is under way"], False
+        problems, complete = ["the save is in progress or was interrupted"], False
     elif ".damaged" in directory.name:
-        problems = problems or ["it was found damaged by a start"]
+        problems = problems or ["found corrupt when a run started"]
     state = summary.get("train_state")
     state = state if isinstance(state, dict) else {}
     metrics = summary.get("metrics")
@@ -174,7 +174,7 @@ def _look_at(directory: Path, latest: bool) -> ListedCheckpoint:
 
 
 def _row(checkpoint: ListedCheckpoint) -> list[str]:
-    measures = [
+    metrics = [
         f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {json.dumps(value)}"
         for name, value in sorted(checkpoint.metrics.items())
     ]
@@ -186,5 +186,5 @@ def _row(checkpoint: ListedCheckpoint) -> list[str]:
         readable_bytes(checkpoint.bytes),
         checkpoint.phase or "-",
         "-" if checkpoint.tokens is None else f"{checkpoint.tokens:,}",
-        ", ".join(measures) or "-",
+        ", ".join(metrics) or "-",
     ]

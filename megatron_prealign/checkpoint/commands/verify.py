@@ -1,4 +1,4 @@
-"""Reads checkpoints whole and compares every file with the manifest."""
+"""Reads all files of checkpoints and compares them with their manifests."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,24 +21,27 @@ from megatron_prealign.errors import UserError
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What reading a checkpoint found."""
+    """Result of verifying a checkpoint."""
 
     directory: Path
     problems: list[str]
-    """A line for each damaged file; empty if all is well."""
+    """One line for each corrupt file; empty if the checkpoint is intact."""
     unknown: list[str]
-    """Files that the manifest does not know; they do no harm."""
+    """Files that are not in the manifest; they are harmless."""
     files: int
+    """Number of files in the manifest."""
     bytes: int
-    """Of the files that were compared."""
+    """Size of these files in bytes."""
 
 
 def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
-    """The newest checkpoint at `path`, or all that were not put aside. The newest is what `latest` names, where that is
-    there, complete or not.
+    """Returns the checkpoint that `latest` names at `path` if it exists, complete or not, else the newest one.
+
+    Args:
+        everything: Return all checkpoints instead, except unfinished ones and those renamed to `.damaged`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     if (path / MANIFEST).exists() or (path / STATE).exists():
         return [path]
@@ -49,16 +52,16 @@ def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
         if named is not None and not any(is_complete(each) for each in step_directories(named.parent)):
             return []
         return [resolve_checkpoint(path)]
-    found = [
+    checkpoints = [
         each for each in checkpoint_directories(path) if not each.name.startswith(".") and ".damaged" not in each.name
     ]
-    if not found:
-        raise UserError(f"{path} holds no checkpoint but unfinished and damaged ones")
-    return found
+    if not checkpoints:
+        raise UserError(f"{path} contains only unfinished and damaged checkpoints")
+    return checkpoints
 
 
-def find_lost(path: Path) -> str | None:
-    """What is said of a directory that `latest` at `path` names and that is not there; None if all is well."""
+def find_missing_latest(path: Path) -> str | None:
+    """Problem of `latest` at `path` if the directory that it names is missing, else None."""
     named = _named_at(path)
     if named is None or named.is_dir():
         return None
@@ -66,12 +69,12 @@ def find_lost(path: Path) -> str | None:
 
 
 def _named_at(path: Path) -> Path | None:
-    found = (named_latest(directory) for directory in (path, path / "checkpoints"))
-    return next((named for named in found if named is not None), None)
+    pointers = (named_latest(directory) for directory in (path, path / "checkpoints"))
+    return next((named for named in pointers if named is not None), None)
 
 
 def bytes_to_read(directories: Sequence[Path]) -> int:
-    """What `verify_checkpoint` will tell its progress in all, if nothing is damaged."""
+    """Total bytes that `verify_checkpoint` will report as progress if nothing is corrupt."""
     total = 0
     for directory in directories:
         try:
@@ -85,9 +88,9 @@ def verify_checkpoint(directory: Path, *, workers: int, progress: Callable[[int]
     """Reads every file of a checkpoint.
 
     Args:
-        directory: The checkpoint.
-        workers: Files read at the same time; reading and hashing let go of Python's lock.
-        progress: Told the bytes as they are read, by one thread at a time.
+        directory: Checkpoint directory.
+        workers: Number of files read in parallel; reading and hashing release the GIL.
+        progress: Called with the number of bytes of each read, from one thread at a time.
     """
     try:
         records = read_manifest(directory)
@@ -100,22 +103,22 @@ def verify_checkpoint(directory: Path, *, workers: int, progress: Callable[[int]
             with lock:
                 progress(amount)
 
-    def look_at(name: str) -> list[str]:
+    def check(name: str) -> list[str]:
         return find_damage(directory, records, checksums=True, names=[name], progress=count)
 
-    # The largest first, so that no thread is left alone with one at the end.
+    # Largest first, so that no single thread is left with a large file at the end.
     names = sorted(records, key=lambda name: -records[name].bytes)
     with ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(names, pool.map(look_at, names), strict=True))
-    problems = [problem for name in sorted(records) for problem in found[name]]
+        by_name = dict(zip(names, pool.map(check, names), strict=True))
+    problems = [problem for name in sorted(records) for problem in by_name[name]]
     problems += _unreadable_state(directory, problems)
     unknown = [name for name in list_files(directory) if name not in records]
     return VerifyResult(directory, problems, unknown, len(records), sum(record.bytes for record in records.values()))
 
 
 def _unreadable_state(directory: Path, problems: Sequence[str]) -> list[str]:
-    """A file that is as it was written and still says nothing: written by something else."""
-    if any(problem.startswith(STATE) for problem in problems):
+    """Problem of a `state.json` that matches its checksum and is still invalid."""
+    if any(problem.startswith((STATE, f"cannot read {STATE}")) for problem in problems):
         return []
     try:
         read_state(directory)

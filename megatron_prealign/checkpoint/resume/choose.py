@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one whose files are what they were when they were written."""
+"""Chooses the checkpoint that a run resumes from: the newest one that is intact."""
 
 import logging
 import os
@@ -16,58 +16,55 @@ from megatron_prealign.runtime.log import warn_once
 logger = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"
-"""Ending of the name of a directory that was set aside; nothing reads or removes it."""
+"""Suffix of the name of a corrupt checkpoint after it was renamed; nothing reads or removes it."""
 
-RESTORE = "restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new directory to begin anew"
-"""What to do where a run has checkpoints and none of them is good."""
-RESTORE_OR_NAME_ANOTHER = "restore it, or name another checkpoint"
-"""What to do about a checkpoint that was named."""
+RESTORE = (
+    "restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new directory to start from scratch"
+)
+"""Advice if all checkpoints of a run are corrupt."""
+RESTORE_OR_USE_ANOTHER = "restore it or use another checkpoint"
+"""Advice if the requested checkpoint is corrupt."""
 
 FindProblems = Callable[[Path], list[str]]
-"""What is wrong with the files of a checkpoint, a line each; empty when all is well."""
+"""Function that returns the problems of a checkpoint's files, one line each; empty if it is intact."""
 
 
 @dataclass(frozen=True)
 class CheckpointChoice:
-    """A good checkpoint, and the damaged ones that are newer."""
+    """An intact checkpoint, and the newer corrupt ones."""
 
     checkpoint: Path
     damaged: dict[Path, list[str]] = field(default_factory=dict)
-    """Directory -> what is wrong with it."""
+    """Directory of each corrupt checkpoint -> its problems."""
 
 
 def candidates(directory: Path) -> list[Path]:
-    """The directories of checkpoints that a run may go on from, the best first: the one that `latest` names and those
-    before it, or all if it names none. Complete or not: a directory that lacks its manifest is a damaged one.
+    """Checkpoint directories that a run may resume from, preferred first: the one that `latest` names and those before
+    it, or all if it names none. Incomplete ones are included: a directory without a manifest is corrupt.
 
-    Steps behind `latest` belong to a branch that was left when the run was rolled back.
+    Steps after `latest` belong to a branch that was abandoned when the run was rolled back.
 
     Raises:
-        UserError: there are none but such that were set aside as damaged, or `latest` names one and all are gone.
+        UserError: all checkpoints were renamed as corrupt, or `latest` names one and none exists.
     """
     directories = step_directories(directory)
     named = named_latest(directory)
     if named in directories:
         return directories[directories.index(named) :: -1]
     if directories:
-        told = "there is no such file" if named is None else f"it names {named.name}, which is not there"
-        warn_once(
-            logger,
-            "%s should name the newest checkpoint, but %s: looking at all step_* directories",
-            directory / LATEST,
-            told,
-        )
+        reason = "is missing or does not name a step" if named is None else f"names {named.name}, which does not exist"
+        warn_once(logger, "%s %s; checking all step_* directories", directory / LATEST, reason)
     elif directory.is_dir():
-        aside = sorted(path.name for path in directory.glob(f"step_*{DAMAGED}*"))
-        if aside:
+        renamed = sorted(path.name for path in directory.glob(f"step_*{DAMAGED}*"))
+        if renamed:
             raise UserError(
-                f"{directory} holds damaged checkpoints alone ({', '.join(aside)}), expected a good one; restore one, "
-                "or set checkpoint.directory (or logging.run_dir) to a new directory to begin anew"
+                f"{directory} contains only corrupt checkpoints ({', '.join(renamed)}); restore one, or set "
+                "checkpoint.directory (or logging.run_dir) to a new directory to start from scratch"
             )
         if named is not None:
             raise UserError(
-                f"{directory / LATEST} names {named.name}, but neither that nor any other checkpoint is there; restore "
-                f"one, or remove {LATEST} (or choose a new directory) to begin anew"
+                f"{directory / LATEST} names {named.name}, but no checkpoint exists; restore one, or remove {LATEST} "
+                "(or use a new directory) to start from scratch"
             )
     return directories[::-1]
 
@@ -78,14 +75,14 @@ def choose(
     on_damage: Literal["fail", "fall_back"],
     advice: str = RESTORE,
 ) -> CheckpointChoice:
-    """The first good one of `directories`, which are not empty. Every process that calls it with the same arguments
-    gets the same answer.
+    """Chooses the first intact checkpoint. All processes get the same result for the same arguments.
 
     Args:
-        advice: What else to do when none is good.
+        directories: Candidates, not empty.
+        advice: What to do if none is intact.
 
     Raises:
-        UserError: the first is damaged and `on_damage` is fail, or all are damaged.
+        UserError: the first is corrupt and `on_damage` is fail, or all are corrupt.
     """
     damaged: dict[Path, list[str]] = {}
     for directory in directories:
@@ -95,35 +92,35 @@ def choose(
         damaged[directory] = problems
         if on_damage == "fail" and len(directories) > 1:
             raise UserError(
-                f"{directory} is damaged: {shortened(problems, 3)}; restore it, or go on from an older checkpoint with "
-                "checkpoint.on_damage fall_back"
+                f"{directory} is corrupt: {shortened(problems, 3)}; restore it, or set checkpoint.on_damage to "
+                "fall_back to resume from an older checkpoint"
             )
     if len(damaged) == 1:
-        raise UserError(f"{directories[0]} is damaged: {shortened(damaged[directories[0]], 3)}; {advice}")
-    told = "; ".join(f"{directory.name}: {shortened(problems, 3)}" for directory, problems in damaged.items())
-    raise UserError(f"{directories[0].parent} holds no good checkpoint ({told}); {advice}")
+        raise UserError(f"{directories[0]} is corrupt: {shortened(damaged[directories[0]], 3)}; {advice}")
+    reasons = "; ".join(f"{directory.name}: {shortened(problems, 3)}" for directory, problems in damaged.items())
+    raise UserError(f"all checkpoints in {directories[0].parent} are corrupt ({reasons}); {advice}")
 
 
-def shares(records: dict[str, FileRecord], parts: int) -> list[list[str]]:
-    """The files of a manifest in `parts` shares of about equal size, the same whoever asks."""
-    filled = [0] * parts
+def partition_files(records: dict[str, FileRecord], parts: int) -> list[list[str]]:
+    """Partitions the files of a manifest into `parts` lists of about equal bytes; the same on all ranks."""
+    sizes = [0] * parts
     names: list[list[str]] = [[] for _ in range(parts)]
     for name in sorted(records, key=lambda name: (-records[name].bytes, name)):
-        smallest = filled.index(min(filled))
-        # A file costs a little whatever its size.
-        filled[smallest] += records[name].bytes + 4096
+        smallest = sizes.index(min(sizes))
+        # Every file has a small fixed cost.
+        sizes[smallest] += records[name].bytes + 4096
         names[smallest].append(name)
     return names
 
 
-def warn_of_fallback(choice: CheckpointChoice) -> None:
-    """A line for each checkpoint that is passed over, with what going on from an older one costs."""
+def warn_about_fallback(choice: CheckpointChoice) -> None:
+    """Logs a warning for each corrupt checkpoint that is skipped, with the number of steps to repeat."""
     for directory, problems in choice.damaged.items():
-        step, good = step_of(directory), step_of(choice.checkpoint)
-        lost = f", {step - good:,} steps are done again" if step is not None and good is not None else ""
+        step, chosen = step_of(directory), step_of(choice.checkpoint)
+        lost = f", repeating {step - chosen:,} steps" if step is not None and chosen is not None else ""
         warn_once(
             logger,
-            "%s is damaged (%s): going on from %s instead%s",
+            "%s is corrupt (%s): resuming from %s instead%s",
             directory,
             shortened(problems, 3),
             choice.checkpoint.name,
@@ -131,11 +128,11 @@ def warn_of_fallback(choice: CheckpointChoice) -> None:
         )
 
 
-def set_aside(choice: CheckpointChoice) -> None:
-    """Points `latest` at the good checkpoint and renames the damaged ones, so that nothing takes them for good.
+def rename_damaged(choice: CheckpointChoice) -> None:
+    """Points `latest` at the chosen checkpoint and appends `.damaged` to the names of the corrupt ones.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: a file cannot be written or renamed.
     """
     directory = choice.checkpoint.parent
     if named_latest(directory) != choice.checkpoint:
@@ -146,5 +143,5 @@ def set_aside(choice: CheckpointChoice) -> None:
             number += 1
             target = damaged.with_name(f"{damaged.name}{DAMAGED}-{number}")
         os.rename(damaged, target)
-        logger.warning("%s was renamed to %s; remove it when you no longer need it", damaged, target.name)
+        logger.warning("renamed %s to %s; remove it when it is no longer needed", damaged, target.name)
     sync_directory(directory)

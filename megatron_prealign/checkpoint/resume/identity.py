@@ -1,4 +1,4 @@
-"""What a run and its checkpoint must agree on, so that going on repeats nothing and skips nothing."""
+"""Compatibility of a run with its checkpoint: resuming must neither repeat nor skip data."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
 
-# What only says how to compute or how to lay out does not have to agree.
+# Fields that only affect computation or layout may differ.
 _FREE_MODEL_FIELDS = {
     "hidden_dropout",
     "attention_dropout",
@@ -26,7 +26,7 @@ _FREE_MODEL_FIELDS = {
     "recompute_granularity",
     "recompute_num_layers",
 }
-# Fields of code_switch that choose the words which code-switching knows, and so the share of them in the data.
+# Fields of code_switch that select the words that can be switched, and so the coverage of the data.
 _WORD_FIELDS = ("source_languages", "min_word_length", "max_word_length", "case")
 _SWITCHING_FIELDS = {"table": str, "digest": str, "settings": dict, "coverage": dict | None}
 _RUN_FIELDS = (
@@ -53,8 +53,8 @@ _BUDGET_FIELDS = {
 }
 _SOURCE_FIELDS = {"key", "path", "language", "weight", "segmenter"}
 _NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
-OTHER_WEIGHTS = "name another checkpoint in checkpoint.load"
-"""What to do about weights that were only to be loaded."""
+OTHER_WEIGHTS = "set checkpoint.load to another checkpoint"
+"""Advice if only weights were to be loaded."""
 
 
 def resume_fingerprint(
@@ -65,12 +65,12 @@ def resume_fingerprint(
     segmenters: Sequence[str | None],
     switching: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What decides a run's course besides its model and its blend, as plain values for `state.json`.
+    """Settings that determine a run besides its model and its blend, as plain values for `state.json`.
 
     Args:
-        num_samples: Rows of the whole run.
-        keys: The number of each source in the run's blend.
-        segmenters: Who marked the words of each source, as its sidecar says.
+        num_samples: Number of samples of the complete run.
+        keys: Key of each source in the run's blend.
+        segmenters: Segmenter that marked the words of each source, from its sidecar.
         switching: `code_switch_fingerprint`; None without code-switching.
     """
     return {
@@ -106,7 +106,7 @@ def resume_fingerprint(
 
 
 def _projection(recipe: Recipe) -> dict[str, Any] | None:
-    """Which projection heads there are."""
+    """Size and layers of the projection heads; None without heads."""
     section = recipe.alignment
     if section is None or section.projection_size is None:
         return None
@@ -115,25 +115,25 @@ def _projection(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def code_switch_fingerprint(
-    table: str, section: CodeSwitchSection, *, digest: str, coverage: Mapping[str, float] | None
+    table: str, section: CodeSwitchSection, *, fingerprint: str, coverage: Mapping[str, float] | None
 ) -> dict[str, Any]:
-    """What decides which words are switched, as plain values.
+    """Settings that determine which words are switched, as plain values.
 
     Args:
-        table: The dictionary's file.
-        digest: Of the table without the held-out groups (`DictionaryTable.switching_digest`).
-        coverage: Share of running words that the table knows, per language; None where the ratio does not ask for it.
+        table: Path of the dictionary table.
+        fingerprint: Hash of the table without the held-out groups (`DictionaryTable.switching_fingerprint`).
+        coverage: Fraction of running words that the table covers, per language; None if the ratio does not need it.
     """
     return {
         "table": table,
-        "digest": digest,
+        "digest": fingerprint,
         "settings": asdict(section),
         "coverage": None if coverage is None else dict(coverage),
     }
 
 
 def find_switching_problem(run: dict[str, Any]) -> str | None:
-    """What is wrong with the facts of a damaged checkpoint, in words; None when all is well or there are none."""
+    """Problem of the code-switching fingerprint in a checkpoint; None if it is valid or absent."""
     switching = run["switching"]
     if switching is None:
         return None
@@ -144,163 +144,164 @@ def find_switching_problem(run: dict[str, Any]) -> str | None:
             return f"run.switching.{name} is {switching.get(name, 'missing')!r}"
     missing = sorted({field.name for field in fields(CodeSwitchSection)} - switching["settings"].keys())
     if missing:
-        return f"run.switching.settings lacks {', '.join(missing)}"
-    for language, share in (switching["coverage"] or {}).items():
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            return f"run.switching.coverage.{language} is {share!r}, expected a number from 0 to 1"
+        return f"run.switching.settings is missing {', '.join(missing)}"
+    for language, fraction in (switching["coverage"] or {}).items():
+        if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+            return f"run.switching.coverage.{language} is {fraction!r}, expected a number from 0 to 1"
     return None
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint that a run can go on from.
+    """Reads `state.json` of a checkpoint that a run can resume from.
 
     Raises:
-        UserError: the file is damaged, or the checkpoint holds weights alone.
+        UserError: the file is corrupt, or the checkpoint contains only weights.
     """
     summary = read_state(checkpoint)
     if not is_run(summary):
         raise UserError(
-            f"{checkpoint} holds weights alone, a run cannot go on from it; name it in checkpoint.load, with "
-            "checkpoint.load_parts weights"
+            f"cannot resume from {checkpoint}: it contains only weights; set checkpoint.load to it and "
+            "checkpoint.load_parts to weights"
         )
     try:
-        _check_facts(summary["run"])
+        _check_run_fields(summary["run"])
         TrainState.from_dict(summary["train_state"])
         SavedBlend.from_state(checkpoint, summary)
     except ValueError as error:
-        raise UserError(f"{checkpoint / STATE} is damaged ({error}); use another checkpoint") from error
+        raise UserError(f"{checkpoint / STATE} is corrupt ({error}); use another checkpoint") from error
     return summary
 
 
-def _check_facts(run: dict[str, Any]) -> None:
+def _check_run_fields(run: dict[str, Any]) -> None:
     missing = [name for name in _RUN_FIELDS if name not in run]
     if missing:
-        raise ValueError(f"run lacks {', '.join(missing)}")
+        raise ValueError(f"run is missing {', '.join(missing)}")
     if not isinstance(run["budget"], dict) or not run["budget"].keys() >= _BUDGET_FIELDS:
         raise ValueError(f"run.budget is {run['budget']!r}, expected {', '.join(sorted(_BUDGET_FIELDS))}")
     for source in run["sources"]:
         if not isinstance(source, dict) or not source.keys() >= _SOURCE_FIELDS:
-            raise ValueError(f"run.sources holds {source!r}, expected {', '.join(sorted(_SOURCE_FIELDS))}")
+            raise ValueError(f"run.sources contains {source!r}, expected {', '.join(sorted(_SOURCE_FIELDS))}")
     problem = find_switching_problem(run)
     if problem:
         raise ValueError(problem)
 
 
-def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, digest: str) -> dict[str, float] | None:
-    """The coverage that a checkpoint was trained with; None where it has none, or one of other words.
+def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, fingerprint: str) -> dict[str, float] | None:
+    """Coverage that a checkpoint was trained with; None if it has none, or if other words can be switched now.
 
     Args:
         summary: The checkpoint's `state.json`.
-        section: The recipe's section now.
-        digest: Of the table now.
+        section: The recipe's current section.
+        fingerprint: Hash of the current table.
     """
     saved = summary["run"]["switching"]
-    if saved is None or saved["digest"] != digest:
+    if saved is None or saved["digest"] != fingerprint:
         return None
     before, now = saved["settings"], asdict(section)
     same = all(before[name] == now[name] for name in _WORD_FIELDS)
-    # A language that is never drawn takes the words along that have translations in it alone.
+    # Words that only have translations into a language without weight cannot be switched.
     same &= set(before["language_weights"]) == set(section.language_weights)
     return saved["coverage"] if same else None
 
 
-def check_model(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any], *, advice: str = _NEW_RUN) -> None:
-    """Checks that the weights fit.
+def check_model(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any], *, advice: str = _NEW_RUN) -> None:
+    """Checks that a checkpoint has the model and tokenizer of the run.
 
     Args:
         summary: The checkpoint's `state.json`.
-        mine: The run's `vocab_size`, `tokenizer_fingerprint` and `model`.
-        advice: What else to do than to change the recipe.
+        current: The run's `vocab_size`, `tokenizer_fingerprint` and `model`.
+        advice: Alternative to changing the recipe.
 
     Raises:
-        UserError: they are of another model or tokenizer.
+        UserError: the checkpoint is of another model or tokenizer.
     """
     saved = {**summary["model"], "vocab_size": summary["vocab_size"], "tokenizer": summary["tokenizer_fingerprint"]}
-    wanted = {**mine["model"], "vocab_size": mine["vocab_size"], "tokenizer": mine["tokenizer_fingerprint"]}
+    wanted = {**current["model"], "vocab_size": current["vocab_size"], "tokenizer": current["tokenizer_fingerprint"]}
     different = [
-        f"{name} {saved.get(name)} (recipe: {value})"
+        _difference(name, saved.get(name), value)
         for name, value in wanted.items()
         if name not in _FREE_MODEL_FIELDS and saved.get(name) != value
     ]
     if different:
-        raise UserError(f"{checkpoint} is of another model: {', '.join(different)}; make the recipe agree, or {advice}")
+        raise UserError(f"{checkpoint} has another model: {', '.join(different)}; change the recipe, or {advice}")
 
 
-def check_run(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> int:
-    """Checks that the run can go on from the checkpoint; returns the number of the saved phase in the run's list.
+def check_run(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any]) -> int:
+    """Checks that the run can resume from a checkpoint; returns the index of the saved phase in the run's list.
 
     Args:
         summary: The checkpoint's `state.json`.
-        mine: `resume_fingerprint` of the run that wants to go on.
+        current: `resume_fingerprint` of the run.
 
     Raises:
-        UserError: the phase is not in the run, or another sequence length, way to keep documents apart, precision,
-            kind of optimizer, order of the data, segmenter or dictionary.
+        UserError: the run does not have the phase, or differs in sequence length, attention across documents,
+            precision, distributed optimizer, data order, segmenter or dictionary.
     """
     saved = summary["run"]
-    if summary["phase"] not in mine["phases"]:
+    if summary["phase"] not in current["phases"]:
         raise UserError(
-            f"{checkpoint} was saved in phase {summary['phase']}, which the recipe does not have (it has "
-            f"{', '.join(mine['phases'])}); give the recipe its section {summary['phase']} again, or {_NEW_RUN}"
+            f"cannot resume from {checkpoint}: it was saved in phase {summary['phase']}, expected one of the recipe's "
+            f"phases {', '.join(current['phases'])}; add the section {summary['phase']} to the recipe, or {_NEW_RUN}"
         )
-    # What a position sees is as much a part of the trained model as its weights.
-    state = [
-        _difference(field, saved[name], mine[name])
+    # The attention span is as much a part of the trained model as its weights.
+    different = [
+        _difference(field, saved[name], current[name])
         for name, field in (
             ("seq_length", "data.seq_length"),
             ("reset_position_ids", "data.reset_position_ids"),
             ("reset_attention_mask", "data.reset_attention_mask"),
             ("precision", "training.precision"),
             ("use_distributed_optimizer", "parallel.use_distributed_optimizer"),
-            # The optimizer's state is laid out by what is frozen, and the heads' is saved beside it.
+            # The layout of the optimizer's state depends on what is frozen; the heads have state of their own.
             ("freeze", "alignment.freeze"),
             ("projection", "alignment.projection_size and layers"),
         )
-        if saved[name] != mine[name]
+        if saved[name] != current[name]
     ]
-    if state:
+    if different:
         raise UserError(
-            f"{checkpoint} cannot go on with this recipe: {', '.join(state)}; make the recipe agree, or {_NEW_RUN} and "
-            "checkpoint.load to this one"
+            f"cannot resume from {checkpoint} with this recipe: {', '.join(different)}; change the recipe, or "
+            f"{_NEW_RUN} and checkpoint.load to this checkpoint"
         )
-    _check_order(checkpoint, summary, mine)
-    _check_budget(checkpoint, summary, mine)
-    if mine["code_switch"]:
-        _check_words(checkpoint, saved, mine)
-    return int(mine["phases"].index(summary["phase"]))
+    _check_order(checkpoint, summary, current)
+    _check_budget(checkpoint, summary, current)
+    if current["code_switch"]:
+        _check_words(checkpoint, saved, current)
+    return int(current["phases"].index(summary["phase"]))
 
 
-def _check_order(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
+def _check_order(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any]) -> None:
+    """Checks that the order of the data is unchanged."""
     saved = summary["run"]
-    if saved["seed"] != mine["seed"]:
-        rows = summary["train_state"]["consumed_samples"]
+    if saved["seed"] != current["seed"]:
+        samples = summary["train_state"]["consumed_samples"]
         raise UserError(
-            f"{checkpoint} cannot go on with this recipe, the order of the data would change and rows be repeated or "
-            f"skipped after the first {rows:,}: {_difference('training.seed', saved['seed'], mine['seed'])}; make the "
-            f"recipe agree, or {_NEW_RUN}"
+            f"cannot resume from {checkpoint} with this recipe: "
+            f"{_difference('training.seed', saved['seed'], current['seed'])}; the data order would change, repeating "
+            f"or skipping samples after the first {samples:,}; change the recipe, or {_NEW_RUN}"
         )
 
 
-def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any]) -> None:
-    """A run may become longer or shorter, but not shorter than it is."""
+def _check_budget(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any]) -> None:
+    """Checks that the run is not shorter than what is done; logs a warning if its length changed."""
     saved, state = summary["run"], TrainState.from_dict(summary["train_state"])
-    budget = mine["budget"]
+    budget = current["budget"]
     done = {"alignment.train_iters": state.phase_step} if summary["phase"] == ALIGNMENT else {}
     if summary["phase"] == LANGUAGE_MODEL:
-        rows = state.consumed_samples - state.phase_start_samples
+        samples = state.consumed_samples - state.phase_start_samples
         done = {
             "training.train_iters": state.phase_step,
-            "training.train_tokens": state.phase_start_tokens + rows * mine["seq_length"],
+            "training.train_tokens": state.phase_start_tokens + samples * current["seq_length"],
         }
     short = [
-        f"{name} is {budget[name]:,}, of which {used:,} are done"
+        f"{name} is {budget[name]:,}, but {used:,} are already done"
         for name, used in done.items()
         if budget[name] is not None and budget[name] < used
     ]
     if short:
         raise UserError(
-            f"{checkpoint} cannot go on with this recipe: {short[0]}; raise it, or name an older checkpoint in "
-            f"{checkpoint.parent / LATEST}"
+            f"cannot resume from {checkpoint} with this recipe: {short[0]}; increase it, or write the name of an older "
+            f"checkpoint to {checkpoint.parent / LATEST}"
         )
     changed = [
         f"{name} {saved['budget'].get(name)} -> {value}"
@@ -310,42 +311,43 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], mine: dict[str, Any
     if changed:
         warn_once(
             logger,
-            "%s since %s was saved: steps and the learning-rate schedule are counted anew, data goes on where it stood",
+            "%s since %s was saved: the number of steps and the learning-rate schedule are recomputed, the data "
+            "continues at its saved position",
             ", ".join(changed),
             checkpoint,
         )
 
 
-def _check_words(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Another segmenter finds other words in the same tokens, and another dictionary knows others."""
+def _check_words(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Checks that the same words are switched: they depend on the segmenters and the dictionary."""
     segmenters = {source["key"]: source["segmenter"] for source in saved["sources"]}
-    for now in mine["sources"]:
-        segmenter = segmenters.get(now["key"], now["segmenter"])
-        if segmenter != now["segmenter"]:
+    for source in current["sources"]:
+        segmenter = segmenters.get(source["key"], source["segmenter"])
+        if segmenter != source["segmenter"]:
             raise UserError(
-                f"{checkpoint} cannot go on with {now['path']}, in which other words would be switched: its segmenter "
-                f"was {segmenter or 'none'}, now it is {now['segmenter'] or 'none'}; preprocess the text as it was, or "
-                f"{_NEW_RUN}"
+                f"cannot resume from {checkpoint} with {source['path']}: its segmenter was {segmenter or 'none'}, now "
+                f"it is {source['segmenter'] or 'none'}, which would switch other words; preprocess the text with the "
+                f"original segmenter, or {_NEW_RUN}"
             )
-    before, now = saved["switching"], mine["switching"]
+    before, now = saved["switching"], current["switching"]
     if before is None or now is None:
         # Trained without code-switching so far, or checked before the table was read (`pretrain --validate`).
         return
     if before["digest"] != now["digest"]:
         raise UserError(
-            f"{checkpoint} cannot go on with the dictionary table {now['table']}, with which other words would be "
-            f"switched: the digest of its words and translations without the held-out ones was {before['digest']}, now "
-            f"it is {now['digest']}; give dictionary.table and dictionary.held_out_fraction as they were, or {_NEW_RUN}"
+            f"cannot resume from {checkpoint} with the dictionary table {now['table']}: the hash of its words and "
+            f"translations without the held-out ones was {before['digest']}, now it is {now['digest']}, which would "
+            f"switch other words; restore the original dictionary.table and dictionary.held_out_fraction, or {_NEW_RUN}"
         )
     changed = [f"code_switch.{name}" for name, value in now["settings"].items() if before["settings"][name] != value]
     if changed:
         warn_once(
             logger,
-            "%s changed since %s was saved: words are switched otherwise from here on",
+            "%s changed since %s was saved: code-switching uses the new settings from here on",
             ", ".join(changed),
             checkpoint,
         )
 
 
-def _difference(field: str, saved: Any, mine: Any) -> str:
-    return f"{field} {saved} (recipe: {mine})"
+def _difference(field: str, saved: Any, current: Any) -> str:
+    return f"{field} {saved} (recipe: {current})"

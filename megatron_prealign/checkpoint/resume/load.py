@@ -1,4 +1,4 @@
-"""Checkpoints read again: a run that goes on, and weights taken from another one."""
+"""Loads a checkpoint: everything to resume a run, or only the weights."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ from megatron_prealign.runtime.log import warn_once
 
 logger = logging.getLogger(__name__)
 
-_ADVICE = "start again with checkpoint.verify checksums, which finds the damaged file and what to go on from"
+_ADVICE = "rerun with checkpoint.verify set to checksums, which finds the corrupt file and a checkpoint to resume from"
 
 
 def resume(
@@ -49,26 +49,26 @@ def resume(
     *,
     identity: dict[str, Any],
     run: dict[str, Any],
-    beside: AuxiliaryState | None = None,
+    auxiliary: AuxiliaryState | None = None,
 ) -> TrainState:
-    """Loads all of the checkpoint that a run goes on from. Takes part: all ranks.
+    """Loads the checkpoint that a run resumes from. Collective: call on all ranks.
 
     Args:
-        start: Of the kind resume or continue.
+        start: Start of kind resume or continue.
         identity: `state.model_identity`.
-        run: `resume.identity.resume_fingerprint`; the state's `phase` is a position in its phases.
-        beside: What is resumed beside the model and its optimizer; None for nothing.
+        run: `resume.identity.resume_fingerprint`; `phase` of the result is an index in its phases.
+        auxiliary: State to load besides the model and its optimizer; None for none.
 
     Raises:
-        UserError: it is of another model, tokenizer, phase, number format, order of the data or dictionary, or
-            damaged.
+        UserError: the checkpoint differs in model, tokenizer, phases, precision, data order or dictionary, or is
+            corrupt.
     """
     checkpoint, summary = start.checkpoint, start.summary
     assert summary is not None
     check_model(checkpoint, summary, identity)
     phase = check_run(checkpoint, summary, run)
     _check_tensors(chunks, checkpoint)
-    _reading(checkpoint, lambda: _load_all(chunks, optimizer, runtime, beside, checkpoint, summary["layout"]))
+    _load(checkpoint, lambda: _load_all(chunks, optimizer, runtime, auxiliary, checkpoint, summary["layout"]))
     logger.info("resumed from %s", checkpoint)
     return TrainState.from_dict({**summary["train_state"], "phase": phase})
 
@@ -80,60 +80,60 @@ def load_weights(
     *,
     identity: dict[str, Any],
 ) -> None:
-    """Takes the weights alone from a checkpoint of any run, or from one that holds nothing else. Takes part: all ranks.
+    """Loads only the weights of a checkpoint, of a run or of weights. Collective: call on all ranks.
 
     Args:
-        optimizer: Takes the weights over as its own; None if there is none.
-        checkpoint: Its files were verified.
+        optimizer: Optimizer whose master weights are set to the loaded ones; None if there is none.
+        checkpoint: Checkpoint directory whose files are verified.
         identity: `state.model_identity`.
 
     Raises:
-        UserError: it is of another model or tokenizer, or damaged.
+        UserError: the checkpoint is of another model or tokenizer, or corrupt.
     """
     check_model(checkpoint, read_state(checkpoint), identity, advice=OTHER_WEIGHTS)
     _check_tensors(chunks, checkpoint)
-    _reading(checkpoint, lambda: load_model_state(chunks, load_sharded(model_state(chunks), checkpoint)))
+    _load(checkpoint, lambda: load_model_state(chunks, load_sharded(model_state(chunks), checkpoint)))
     if optimizer is not None:
         optimizer.reload_model_params()
-    logger.info("took the weights of %s", checkpoint)
+    logger.info("loaded weights from %s", checkpoint)
 
 
 def _check_tensors(chunks: Sequence[torch.nn.Module], checkpoint: Path) -> None:
-    """Checks that the checkpoint has the tensors of the model and no others. Takes part: all ranks.
+    """Checks that the checkpoint has exactly the tensors of the model. Collective: call on all ranks.
 
     Raises:
-        UserError: a tensor is missing, too many or of another shape; all are named.
+        UserError: tensors are missing, unexpected or of another shape; the message lists them.
     """
 
     def read() -> tuple[dict[str, tuple[int, ...] | None], dict[str, tuple[int, ...]]]:
         with read_errors_as_user_errors(checkpoint, _ADVICE):
-            # The checkpoint may be somebody else's, and Megatron-Core reads its pickles without looking.
+            # The checkpoint may be untrusted, and Megatron-Core unpickles anything.
             metadata = read_metadata(checkpoint / METADATA)
             check_files(checkpoint, metadata)
             return tensor_shapes(model_state(chunks)), saved_shapes(metadata)
 
     own, saved = on_every_rank(f"reading {checkpoint}", read)
-    # Each stage of a pipeline knows its own tensors.
-    each: list[dict[str, tuple[int, ...] | None]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(each, own, group=control_group())
-    wanted = {key: shape for shapes in each for key, shape in shapes.items()}
-    extra = sorted(key for key in saved if is_weight(key) and key not in wanted)
-    problems = [f"{key} is missing" for key in sorted(wanted) if key not in saved]
-    problems += [f"{key} is there and not in the model" for key in extra]
+    # Each pipeline stage has only its own tensors.
+    by_rank: list[dict[str, tuple[int, ...] | None]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, own, group=control_group())
+    expected = {key: shape for shapes in by_rank for key, shape in shapes.items()}
+    extra = sorted(key for key in saved if is_weight(key) and key not in expected)
+    problems = [f"{key} is missing" for key in sorted(expected) if key not in saved]
+    problems += [f"{key} is not in the model" for key in extra]
     problems += [
         f"{key} is {list(saved[key])}, expected {list(shape)}"
-        for key, shape in sorted(wanted.items())
+        for key, shape in sorted(expected.items())
         if shape is not None and key in saved and saved[key] != shape
     ]
     if problems:
-        raise UserError(f"{checkpoint} does not have the tensors of the model: {shortened(problems)}; {OTHER_WEIGHTS}")
+        raise UserError(f"tensors of {checkpoint} do not match the model: {shortened(problems)}; {OTHER_WEIGHTS}")
 
 
 def _load_all(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     runtime: Runtime,
-    beside: AuxiliaryState | None,
+    auxiliary: AuxiliaryState | None,
     checkpoint: Path,
     saved_layout: dict[str, Any],
 ) -> None:
@@ -142,23 +142,27 @@ def _load_all(
         **model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=OPTIMIZER_METADATA),
     }
-    if beside is not None:
-        content["beside"] = beside.sharded_state_dict()
+    if auxiliary is not None:
+        content["auxiliary"] = auxiliary.sharded_state_dict()
     same_layout = saved_layout == layout_of(runtime)
     if same_layout:
         content["random_state"] = random_state_of(runtime)
     else:
-        warn_once(logger, "the layout changed since %s: dropout draws anew, everything else continues", checkpoint)
+        warn_once(
+            logger,
+            "the parallel layout changed since %s: dropout restarts its random numbers, all other state is restored",
+            checkpoint,
+        )
     loaded = load_sharded(content, checkpoint)
     load_model_state(chunks, loaded)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
-        if beside is not None:
-            beside.load_state_dict(loaded["beside"])
+        if auxiliary is not None:
+            auxiliary.load_state_dict(loaded["auxiliary"])
     if same_layout:
         random_state.restore(loaded["random_state"])
 
 
-def _reading(checkpoint: Path, work: Callable[[], None]) -> None:
+def _load(checkpoint: Path, work: Callable[[], None]) -> None:
     with read_errors_as_user_errors(checkpoint, _ADVICE):
         work()

@@ -1,5 +1,5 @@
-"""Where a run starts: at a checkpoint of its own, at one of another run, or anew. Imports no torch, so that a recipe is
-checked without it."""
+"""Where a run starts: from its own checkpoint, from one of another run, or from scratch. Imports no torch, so that
+recipes are validated without it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,11 @@ from typing import Any, Literal
 from megatron_prealign.checkpoint.directory import is_complete, resolve_checkpoint
 from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.resume.choose import (
-    RESTORE_OR_NAME_ANOTHER,
+    RESTORE_OR_USE_ANOTHER,
     CheckpointChoice,
     candidates,
     choose,
-    warn_of_fallback,
+    warn_about_fallback,
 )
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.train_state import TrainState
@@ -22,43 +22,44 @@ from megatron_prealign.recipe import CheckpointSection, Recipe
 
 @dataclass(frozen=True)
 class StartPoint:
-    """What a run starts from."""
+    """Where a run starts."""
 
     kind: Literal["resume", "continue", "weights", "fresh"]
-    """resume: its own checkpoint; continue: all of another run's; weights: those alone."""
+    """resume: the run's own checkpoint; continue: another run's; weights: only the weights of one; fresh: none."""
     choice: CheckpointChoice | None = None
-    """None for a fresh start."""
+    """Chosen checkpoint; None for a fresh start."""
     summary: dict[str, Any] | None = None
-    """`state.json` of a checkpoint to go on from; None if nothing but weights is taken."""
+    """`state.json` of the checkpoint to resume from; None if at most its weights are loaded."""
 
     @property
     def checkpoint(self) -> Path:
+        """Directory of the chosen checkpoint."""
         assert self.choice is not None
         return self.choice.checkpoint
 
     @property
     def blend(self) -> SavedBlend | None:
-        """The blend to go on with; None for a run that begins."""
+        """Blend to continue with; None if the run does not resume."""
         return None if self.summary is None else SavedBlend.from_state(self.checkpoint, self.summary)
 
     @property
     def state(self) -> TrainState | None:
-        """The counters to go on from; their phase is a position in the saved run's list."""
+        """Counters to continue from; None if the run does not resume. The phase is an index in the saved run's list."""
         return None if self.summary is None else TrainState.from_dict(self.summary["train_state"])
 
     @property
     def phase(self) -> str | None:
-        """Name of the phase to go on in."""
+        """Name of the phase to continue in; None if the run does not resume."""
         return None if self.summary is None else self.summary["phase"]
 
     def describe(self) -> str:
-        """One line for people."""
+        """Human-readable description; continues the words "the run"."""
         if self.choice is None:
-            return "starts anew"
+            return "starts from scratch"
         if self.summary is None:
-            return f"takes the weights of {self.checkpoint}"
+            return f"starts from the weights of {self.checkpoint}"
         state = self.summary["train_state"]
-        what = "resumes from" if self.kind == "resume" else "goes on from another run's"
+        what = "resumes from" if self.kind == "resume" else "continues another run from"
         return f"{what} {self.checkpoint} (phase {self.phase}, step {state['step']:,}, {state['tokens']:,} tokens)"
 
 
@@ -66,10 +67,10 @@ FRESH = StartPoint("fresh")
 
 
 def preview_start(recipe: Recipe) -> StartPoint:
-    """What `agree.choose_start` would find, as far as one process sees it without reading large files.
+    """Result that `agree.choose_start` would have, in one process and without reading large files.
 
     Raises:
-        UserError: the checkpoint is damaged and none may take its place.
+        UserError: the checkpoint is corrupt and no other may replace it.
     """
     section = recipe.checkpoint
     problems = find_problems
@@ -78,17 +79,17 @@ def preview_start(recipe: Recipe) -> StartPoint:
         return start_from("resume", choose(directories, problems, section.on_damage))
     if section.load is None:
         return FRESH
-    choice = choose(checkpoints_to_load(section), problems, section.on_damage, RESTORE_OR_NAME_ANOTHER)
+    choice = choose(checkpoints_to_load(section), problems, section.on_damage, RESTORE_OR_USE_ANOTHER)
     return start_from(kind_of_load(section), choice)
 
 
 def kind_of_load(section: CheckpointSection) -> Literal["continue", "weights"]:
-    """What checkpoint.load_parts asks for."""
+    """Kind of start that checkpoint.load_parts selects."""
     return "continue" if section.load_parts == "all" else "weights"
 
 
 def checkpoints_to_load(section: CheckpointSection) -> list[Path]:
-    """What checkpoint.load names, and, if that is a directory of checkpoints, the older ones behind it."""
+    """Checkpoint that checkpoint.load names, followed by older ones if it is a directory of checkpoints."""
     assert section.load is not None
     path = Path(section.load)
     if is_complete(path):
@@ -98,10 +99,10 @@ def checkpoints_to_load(section: CheckpointSection) -> list[Path]:
 
 
 def start_from(kind: Literal["resume", "continue", "weights"], choice: CheckpointChoice) -> StartPoint:
-    """The start at a checkpoint that was chosen.
+    """Start from the chosen checkpoint.
 
     Raises:
-        UserError: its `state.json` is damaged, or it holds weights alone and a run was to go on from it.
+        UserError: its `state.json` is corrupt, or it contains only weights and `kind` is not weights.
     """
-    warn_of_fallback(choice)
+    warn_about_fallback(choice)
     return StartPoint(kind, choice, None if kind == "weights" else read_run(choice.checkpoint))

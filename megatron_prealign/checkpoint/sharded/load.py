@@ -1,4 +1,4 @@
-"""Reads sharded state that `save` wrote, in any layout."""
+"""Loads sharded state written by `save`, in any layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +17,20 @@ from megatron_prealign.errors import UserError
 
 
 def check_files(directory: Path, metadata: Metadata) -> None:
-    """Checks that the files of a checkpoint are there, readable and as long as they were written. Needs no other rank.
+    """Checks that the files of a checkpoint exist, are readable and have their expected lengths. Not collective.
 
-    `load_sharded` would find out only between collectives, where an error on one rank leaves the others waiting.
+    `load_sharded` would fail between collectives, where an error on one rank leaves the others waiting.
 
     Args:
-        metadata: What `.metadata` of the checkpoint holds.
+        metadata: Content of `.metadata` of the checkpoint.
 
     Raises:
-        Exception: what reading them raises, of many kinds; a ValueError that names the file that is too short.
+        Exception: any error from reading the files; a ValueError names a file that is too short.
     """
     load_common(directory)
     ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for chunk in metadata.storage_data.values():
+        ends[chunk.relative_path] = max(ends.get(chunk.relative_path, 0), chunk.offset + chunk.length)
     for file, end in sorted(ends.items()):
         size = (directory / file).stat().st_size
         if size < end:
@@ -38,8 +38,8 @@ def check_files(directory: Path, metadata: Metadata) -> None:
 
 
 def tensor_shapes(state: Any) -> dict[str, tuple[int, ...] | None]:
-    """Key -> whole shape of the sharded tensors in `state`; None where the checkpoint's may be another, as that of a
-    vocabulary with other padding."""
+    """Key -> global shape of each sharded tensor in `state`; None if the checkpoint may have another shape, as for a
+    vocabulary with different padding."""
     shapes: dict[str, tuple[int, ...] | None] = {}
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor):
@@ -50,46 +50,46 @@ def tensor_shapes(state: Any) -> dict[str, tuple[int, ...] | None]:
 
 
 def saved_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Key -> whole shape of every tensor of a checkpoint."""
+    """Key -> global shape of every tensor of a checkpoint."""
     entries = metadata.state_dict_metadata
     return {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 @contextmanager
 def read_errors_as_user_errors(directory: Path, advice: str) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint raises into one line that names it and ends with `advice`."""
+    """Turns any error from a corrupt checkpoint into a one-line `UserError` with its path, ending in `advice`."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, CheckpointException) as error:
-        # torch's own exception is no `Exception`, and its text is a traceback of every rank.
+        # CheckpointException is not an `Exception`, and its text is a traceback of every rank.
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:
             cause = error.failures[min(error.failures)][0]
         first_line = (str(cause).strip().splitlines() or ["no message"])[0]
         raise UserError(
-            f"{directory} cannot be read ({type(cause).__name__}: {first_line}); it is damaged or incomplete, {advice}"
+            f"cannot read {directory}: {type(cause).__name__}: {first_line}; it is corrupt or incomplete, {advice}"
         ) from error
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Fills `state` (built for this run's layout) from a directory written by `save_sharded` in any layout.
+    """Loads a directory written by `save` in any layout into `state`, which is built for this run's layout.
 
-    Takes part: all ranks. Call `check_files` before it.
+    Collective: call on all ranks, after `check_files`.
     """
     return dist_checkpointing.load(state, str(directory))
 
 
 def load_common(directory: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint, without its tensors. Needs no other rank.
+    """Loads the plain values of a checkpoint, without its tensors. Not collective.
 
     Raises:
-        FileNotFoundError: they are not there.
-        UnpicklingError: they are no plain values, but name code to be run.
+        FileNotFoundError: the file is missing.
+        UnpicklingError: the file contains something other than plain values, such as code to run.
     """
     if not (directory / COMMON_FILE).is_file():
         raise FileNotFoundError(f"{COMMON_FILE} is missing")
-    # Megatron-Core's own reader runs whatever the file names.
+    # Megatron-Core's own reader unpickles without `weights_only`, which runs any code in the file.
     content: dict[str, Any] = torch.load(directory / COMMON_FILE, map_location="cpu", weights_only=True)
     return content

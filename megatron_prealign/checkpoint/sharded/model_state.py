@@ -1,4 +1,4 @@
-"""The sharded state of a run in the form that `dist_checkpointing` saves and loads."""
+"""Sharded state dicts of a run, for `dist_checkpointing`."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from megatron_prealign.runtime.engine import unwrap
 
 
 def layout_of(runtime: Runtime) -> dict[str, Any]:
-    """How a run is laid out, as plain values for `state.json`."""
+    """Parallel layout of a run, as plain values for `state.json`."""
     return layout(
         runtime.parallel.tensor_model_parallel_size,
         runtime.parallel.pipeline_model_parallel_size,
@@ -24,17 +24,17 @@ def layout_of(runtime: Runtime) -> dict[str, Any]:
 
 
 def random_state_of(runtime: Runtime) -> ShardedObject:
-    """This rank's random states; one object per rank, since dropout differs between ranks."""
+    """Random states of this rank; one object per rank, since dropout differs between ranks."""
     shape = (runtime.groups.pp.size(), runtime.groups.tp.size(), runtime.data_size)
     rank = (runtime.pipeline_rank, runtime.tensor_rank, runtime.data_rank)
     return ShardedObject("random_state", random_state.capture(), shape, rank, replica_id=0)
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """The weights of this rank's chunks.
+    """Sharded weights of this rank's model chunks.
 
-    Without `_extra_state`, which Transformer Engine has for number formats that no recipe can ask for: checkpoints of
-    either layer implementation load into the other.
+    Without `_extra_state`, which Transformer Engine has for dtypes that no recipe can select, so checkpoints of either
+    layer implementation load into the other.
     """
     return {
         f"model{index}": {
@@ -45,16 +45,16 @@ def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Copies what was loaded for `model_state` into the chunks.
+    """Copies the loaded `model_state` into the chunks.
 
     Raises:
-        ValueError: a tensor is missing or too many.
+        ValueError: a tensor is missing or unexpected.
     """
     for index, chunk in enumerate(chunks):
-        different = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
-        names = [name for name in (*different.missing_keys, *different.unexpected_keys) if not _is_extra(name)]
+        result = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        names = [name for name in (*result.missing_keys, *result.unexpected_keys) if not _is_extra(name)]
         if names:
-            raise ValueError(f"the model and its checkpoint differ in {', '.join(names)}")
+            raise ValueError(f"tensors {', '.join(names)} are missing or unexpected")
 
 
 def _is_extra(name: str) -> bool:
@@ -62,7 +62,7 @@ def _is_extra(name: str) -> bool:
 
 
 class AuxiliaryState(Protocol):
-    """State of a run beside its model and optimizer, in the form of `dist_checkpointing`."""
+    """State of a run besides its model and optimizer, as a sharded state dict."""
 
     def sharded_state_dict(self) -> dict[str, Any]: ...
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint is written, and what is said when the disk there fails."""
+"""Paths of a checkpoint that is being written, and error messages for its file system."""
 
 import os
 import queue
@@ -16,66 +16,65 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Target:
-    """Where a checkpoint is written and what messages say of it."""
+    """Paths of a checkpoint that is being written."""
 
     working: Path
-    """Where it lies until it is complete."""
+    """Directory until the checkpoint is complete."""
     final: Path
-    """Where it will lie then."""
+    """Directory of the complete checkpoint."""
     previous: str | None
-    """Name of the newest complete checkpoint, which stays if this one fails."""
+    """Name of the newest complete checkpoint, which is kept if this save fails; None if there is none."""
 
     @contextmanager
     def disk_errors_as_user_errors(self) -> Iterator[None]:
-        """Turns what a full, read-only or broken disk raises while the checkpoint is written into a `UserError`."""
+        """Turns errors of a full, read-only or broken disk into a `UserError`."""
         try:
             yield
         except (OSError, RuntimeError) as error:
             reason = _disk_error(error)
             if reason is None:
                 raise
-            raise UserError(self.failure(reason)) from error
+            raise UserError(self.failure_message(reason)) from error
 
-    def answer(self, work: Callable[[], Result], timeout_s: float) -> Result:
-        """What `work` on the disk returns, in a thread that may be left behind: a disk may never answer.
+    def run_with_timeout(self, work: Callable[[], Result], timeout_s: float) -> Result:
+        """Runs file system work in a thread and returns its result; the thread is abandoned on timeout.
 
         Raises:
-            UserError: the disk refused, or did not answer within `timeout_s`.
+            UserError: the work failed with a disk error, or did not finish within `timeout_s` seconds.
         """
-        answers: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
+        results: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                answers.put((work(), None))
+                results.put((work(), None))
             except Exception as error:
-                answers.put((None, error))
+                results.put((None, error))
 
         threading.Thread(target=run, name="checkpoint-disk", daemon=True).start()
         try:
-            result, error = answers.get(timeout=timeout_s)
+            result, error = results.get(timeout=timeout_s)
         except queue.Empty:
-            raise UserError(self.late("the file system did not answer", timeout_s)) from None
+            raise UserError(self.timeout_message("the file system did not respond", timeout_s)) from None
         with self.disk_errors_as_user_errors():
             if error is not None:
                 raise error
         return result  # type: ignore[return-value]
 
-    def late(self, what: str, timeout_s: float) -> str:
-        """The line about a save that took too long."""
-        return self.failure(f"{what} within {timeout_s:.0f} s (checkpoint.timeout_minutes)")
+    def timeout_message(self, what: str, timeout_s: float) -> str:
+        """Error message of a save that took too long."""
+        return self.failure_message(f"{what} within {timeout_s:.0f} s (checkpoint.timeout_minutes)")
 
-    def failure(self, reason: str) -> str:
-        """The line about a save that failed."""
-        kept = "there is none before it" if self.previous is None else f"{self.previous} is the newest complete one"
+    def failure_message(self, reason: str) -> str:
+        """Error message of a save that failed."""
         return (
-            f"checkpoint {self.final} cannot be written: {reason}; {kept}; mend the disk or choose another "
-            "checkpoint.directory and start the same command again"
+            f"cannot write checkpoint {self.final}: {reason}; last complete checkpoint: {self.previous or 'none'}; fix "
+            "the disk or set checkpoint.directory, then rerun the same command"
         )
 
 
 def _disk_error(error: BaseException | None) -> str | None:
-    """The reason, if `error` comes from the disk. torch reports a short write as a RuntimeError of its own."""
-    short_write = "the disk took only a part of a file (is it full?)" if "PytorchStreamWriter" in str(error) else None
+    """Reason of a disk error; None if `error` is something else. torch reports a short write as a RuntimeError."""
+    short_write = "a file was written only in part (is the disk full?)" if "PytorchStreamWriter" in str(error) else None
     number = system_errno(error)
     if number is not None:
         return os.strerror(number)

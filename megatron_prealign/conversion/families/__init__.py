@@ -1,4 +1,4 @@
-"""A declarative table for each family of models."""
+"""One declarative table per model family."""
 
 from megatron_prealign.conversion.families import gpt2, llama, mistral, qwen2, qwen3
 from megatron_prealign.conversion.family import Family

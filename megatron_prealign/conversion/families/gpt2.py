@@ -1,23 +1,23 @@
-"""GPT-2: LayerNorm, biases, learned positions; transformers keeps its matrices as input x output."""
+"""GPT-2: LayerNorm, biases, learned positions; transformers stores its matrices as input x output."""
 
-from megatron_prealign.conversion.family import Direct, Family, FusedQKV, Weight
+from megatron_prealign.conversion.family import Direct, Family, FusedQKV, ParamMapping
 
 ATTENTION = "decoder.layers.self_attention."
 MLP = "decoder.layers.mlp."
 
 
-def _norm(mcore: str, hf: str, ours_ends: tuple[str, str]) -> tuple[Weight, ...]:
-    ends = zip(ours_ends, ("weight", "bias"), strict=True)
-    return tuple(Direct(f"{mcore}{end}", f"{hf}.{kind}", ("hidden",)) for end, kind in ends)
+def _norm(mcore_prefix: str, hf_prefix: str, mcore_names: tuple[str, str]) -> tuple[ParamMapping, ...]:
+    names = zip(mcore_names, ("weight", "bias"), strict=True)
+    return tuple(Direct(f"{mcore_prefix}{mcore}", f"{hf_prefix}.{hf}", ("hidden",)) for mcore, hf in names)
 
 
-FUSED = ("layer_norm_weight", "layer_norm_bias")
+FUSED_NORM = ("layer_norm_weight", "layer_norm_bias")
 
 FAMILY = Family(
     name="gpt2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
-    base="transformer.",
+    base_prefix="transformer.",
     fields={
         "n_embd": "hidden_size",
         "n_inner": "ffn_hidden_size",
@@ -31,7 +31,7 @@ FAMILY = Family(
         "attn_pdrop": "attention_dropout",
         "tie_word_embeddings": "share_embeddings_and_output_weights",
     },
-    needed=frozenset({"n_embd", "n_layer", "n_head", "n_positions", "vocab_size"}),
+    required=frozenset({"n_embd", "n_layer", "n_head", "n_positions", "vocab_size"}),
     defaults={
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
@@ -47,7 +47,7 @@ FAMILY = Family(
         "reorder_and_upcast_attn": False,
         "add_cross_attention": False,
     },
-    # n_ctx is an older name of n_positions that transformers does not read; the others are of other heads.
+    # n_ctx is an older name of n_positions that transformers does not read; the rest configures other heads.
     ignored=frozenset(
         {
             "n_ctx",
@@ -61,23 +61,29 @@ FAMILY = Family(
     ),
     rope=False,
     first=(
-        Direct("embedding.word_embeddings.weight", "transformer.wte.weight", ("vocabulary", "hidden"), shared=0),
+        Direct("embedding.word_embeddings.weight", "transformer.wte.weight", ("vocab", "hidden"), partition_dim=0),
         Direct("embedding.position_embeddings.weight", "transformer.wpe.weight", ("positions", "hidden")),
     ),
     layer=(
-        *_norm(f"{ATTENTION}linear_qkv.", "ln_1", FUSED),
+        *_norm(f"{ATTENTION}linear_qkv.", "ln_1", FUSED_NORM),
         FusedQKV(f"{ATTENTION}linear_qkv.weight", "attn.c_attn.weight"),
         FusedQKV(f"{ATTENTION}linear_qkv.bias", "attn.c_attn.bias", bias=True),
-        Direct(f"{ATTENTION}linear_proj.weight", "attn.c_proj.weight", ("hidden", "query"), shared=1, transposed=True),
+        Direct(
+            f"{ATTENTION}linear_proj.weight",
+            "attn.c_proj.weight",
+            ("hidden", "query"),
+            partition_dim=1,
+            transposed=True,
+        ),
         Direct(f"{ATTENTION}linear_proj.bias", "attn.c_proj.bias", ("hidden",)),
-        *_norm(f"{MLP}linear_fc1.", "ln_2", FUSED),
-        Direct(f"{MLP}linear_fc1.weight", "mlp.c_fc.weight", ("width", "hidden"), shared=0, transposed=True),
-        Direct(f"{MLP}linear_fc1.bias", "mlp.c_fc.bias", ("width",), shared=0),
-        Direct(f"{MLP}linear_fc2.weight", "mlp.c_proj.weight", ("hidden", "width"), shared=1, transposed=True),
+        *_norm(f"{MLP}linear_fc1.", "ln_2", FUSED_NORM),
+        Direct(f"{MLP}linear_fc1.weight", "mlp.c_fc.weight", ("ffn", "hidden"), partition_dim=0, transposed=True),
+        Direct(f"{MLP}linear_fc1.bias", "mlp.c_fc.bias", ("ffn",), partition_dim=0),
+        Direct(f"{MLP}linear_fc2.weight", "mlp.c_proj.weight", ("hidden", "ffn"), partition_dim=1, transposed=True),
         Direct(f"{MLP}linear_fc2.bias", "mlp.c_proj.bias", ("hidden",)),
     ),
     last=_norm("decoder.final_layernorm.", "transformer.ln_f", ("weight", "bias")),
-    output=Direct("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0),
-    layer_name="transformer.h.{}.",
-    buffers=(".attn.bias", ".attn.masked_bias"),
+    output=Direct("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), partition_dim=0),
+    layer_prefix="transformer.h.{}.",
+    buffer_suffixes=(".attn.bias", ".attn.masked_bias"),
 )

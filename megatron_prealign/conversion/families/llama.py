@@ -1,6 +1,6 @@
-"""Llama 2 and 3: RMSNorm, gated MLP, rotary positions, grouped queries, no biases."""
+"""Llama 2 and 3: RMSNorm, gated MLP, rotary positions, grouped-query attention, no biases."""
 
-from megatron_prealign.conversion.family import QKV, Direct, Family, GatedMLP, Weight
+from megatron_prealign.conversion.family import QKV, Direct, Family, GatedMLP, ParamMapping
 
 FIELDS = {
     "hidden_size": "hidden_size",
@@ -15,7 +15,7 @@ FIELDS = {
     "attention_dropout": "attention_dropout",
     "tie_word_embeddings": "share_embeddings_and_output_weights",
 }
-NEEDED = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"})
+REQUIRED = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"})
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
@@ -25,32 +25,32 @@ DEFAULTS = {
 }
 ATTENTION = "decoder.layers.self_attention."
 MLP = "decoder.layers.mlp."
-FIRST: tuple[Weight, ...] = (
-    Direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocabulary", "hidden"), shared=0),
+FIRST: tuple[ParamMapping, ...] = (
+    Direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), partition_dim=0),
 )
 QUERY_KEY_VALUE = QKV(
     f"{ATTENTION}linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"
 )
-LAYER: tuple[Weight, ...] = (
+LAYER: tuple[ParamMapping, ...] = (
     Direct(f"{ATTENTION}linear_qkv.layer_norm_weight", "input_layernorm.weight", ("hidden",)),
     QUERY_KEY_VALUE,
-    Direct(f"{ATTENTION}linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "query"), shared=1),
+    Direct(f"{ATTENTION}linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "query"), partition_dim=1),
     Direct(f"{MLP}linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ("hidden",)),
     GatedMLP(f"{MLP}linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    Direct(f"{MLP}linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "width"), shared=1),
+    Direct(f"{MLP}linear_fc2.weight", "mlp.down_proj.weight", ("hidden", "ffn"), partition_dim=1),
 )
-LAST: tuple[Weight, ...] = (Direct("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),)
-OUTPUT = Direct("output_layer.weight", "lm_head.weight", ("vocabulary", "hidden"), shared=0)
-LAYER_NAME = "model.layers.{}."
-BUFFERS = ("rotary_emb.inv_freq",)
+LAST: tuple[ParamMapping, ...] = (Direct("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),)
+OUTPUT = Direct("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), partition_dim=0)
+LAYER_PREFIX = "model.layers.{}."
+BUFFER_SUFFIXES = ("rotary_emb.inv_freq",)
 
 FAMILY = Family(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
-    base="model.",
+    base_prefix="model.",
     fields=FIELDS,
-    needed=NEEDED,
+    required=REQUIRED,
     defaults={**DEFAULTS, "max_position_embeddings": 2048},
     fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     rope=True,
@@ -58,6 +58,6 @@ FAMILY = Family(
     layer=LAYER,
     last=LAST,
     output=OUTPUT,
-    layer_name=LAYER_NAME,
-    buffers=BUFFERS,
+    layer_prefix=LAYER_PREFIX,
+    buffer_suffixes=BUFFER_SUFFIXES,
 )

@@ -1,4 +1,4 @@
-"""Mistral: Llama's tensors, and a sliding window."""
+"""Mistral: Llama's tensors, with a sliding window."""
 
 from megatron_prealign.conversion.families import llama
 from megatron_prealign.conversion.family import Family
@@ -7,10 +7,10 @@ FAMILY = Family(
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
-    base="model.",
+    base_prefix="model.",
     fields={**llama.FIELDS, "sliding_window": "sliding_window"},
-    needed=llama.NEEDED,
-    # Absent and null differ: the first is transformers' default, the second no window.
+    required=llama.REQUIRED,
+    # A missing sliding_window is transformers' default, null means no window.
     defaults={
         **llama.DEFAULTS,
         "max_position_embeddings": 131072,
@@ -23,6 +23,6 @@ FAMILY = Family(
     layer=llama.LAYER,
     last=llama.LAST,
     output=llama.OUTPUT,
-    layer_name=llama.LAYER_NAME,
-    buffers=llama.BUFFERS,
+    layer_prefix=llama.LAYER_PREFIX,
+    buffer_suffixes=llama.BUFFER_SUFFIXES,
 )

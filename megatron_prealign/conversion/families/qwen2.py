@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's tensors, and biases of query, key and value."""
+"""Qwen2 and Qwen2.5: Llama's tensors, with query, key and value biases."""
 
 from megatron_prealign.conversion.families import llama
 from megatron_prealign.conversion.family import QKV, Family
@@ -15,18 +15,18 @@ FAMILY = Family(
     name="qwen2",
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    base="model.",
+    base_prefix="model.",
     fields={hf: mcore for hf, mcore in llama.FIELDS.items() if hf != "head_dim"},
-    needed=llama.NEEDED,
+    required=llama.REQUIRED,
     defaults={**llama.DEFAULTS, "max_position_embeddings": 32768, "num_key_value_heads": 32},
     fixed={"hidden_act": "silu", "use_sliding_window": False},
-    # They mean something only with use_sliding_window.
+    # Used only with use_sliding_window.
     ignored=frozenset({"sliding_window", "max_window_layers", "use_mrope"}),
     rope=True,
     first=llama.FIRST,
     layer=(*llama.LAYER, BIAS),
     last=llama.LAST,
     output=llama.OUTPUT,
-    layer_name=llama.LAYER_NAME,
-    buffers=llama.BUFFERS,
+    layer_prefix=llama.LAYER_PREFIX,
+    buffer_suffixes=llama.BUFFER_SUFFIXES,
 )

@@ -1,1 +1,1 @@
-"""The actions of `megatron-prealign dataset`: each works on finished token files."""
+"""Implementations of the `megatron-prealign dataset` actions, which operate on preprocessed datasets."""

@@ -1,4 +1,4 @@
-"""What is in a preprocessed dataset: counts, lengths, frequent tokens and samples of its text, in bounded memory."""
+"""Summarises a preprocessed dataset in bounded memory: counts, lengths, frequent tokens and sample documents."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,14 +14,14 @@ from megatron_prealign.errors import UserError
 if TYPE_CHECKING:
     from megatron_prealign.tokenizer.base import Tokenizer
 
-# Documents looked at at a time.
+# Number of documents processed at a time.
 _CHUNK = 1 << 18
-# Lengths below twice this count exactly; above, this many steps between powers of two: an error below 0.1 %.
+# Lengths below twice this value are exact; above, this many buckets per power of two: an error below 0.1 %.
 _STEPS = 1024
-# Tokens are counted in this many stretches spread evenly over the file.
-_STRETCHES = 64
+# Tokens are counted in this many ranges spread evenly over the file.
+_RANGES = 64
 _FREQUENT = 10
-# Enough tokens for the characters of a sample that are shown.
+# Enough tokens for the displayed characters of a sample.
 _SAMPLE_TOKENS = 200
 _SAMPLE_CHARACTERS = 200
 _BAR = 40
@@ -29,7 +29,7 @@ _BAR = 40
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens per document."""
+    """Statistics of tokens per document."""
 
     min: int
     median: int
@@ -38,40 +38,40 @@ class Lengths:
     p99: int
     max: int
     histogram: list[tuple[int, int, int]]
-    """(shortest, longest, documents) of each power of two from the shortest to the longest document."""
+    """(min, max, documents) of each power of two, from the shortest to the longest document."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The beginning of one document."""
+    """The start of a document."""
 
     document: int
-    """Its number, from 0."""
+    """Number of the document, from 0."""
     tokens: int
-    """Its length."""
+    """Length of the document."""
     text: str | None
-    """What it says; None without a tokenizer."""
+    """Decoded text; None without a tokenizer."""
     ids: list[int]
-    """Its first ids."""
+    """First token ids."""
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How often tokens occur, in a sample."""
+    """Token frequencies in a sample of the dataset."""
 
     tokens: int
-    """Tokens that were counted."""
+    """Number of counted tokens."""
     distinct: int
-    """Different ids among them."""
+    """Number of distinct ids."""
     outside: int
-    """How many were no ids of the tokenizer."""
+    """Number of tokens outside the vocabulary."""
     frequent: list[tuple[int, int, str | None]]
-    """(id, count, text), the most frequent first."""
+    """(id, count, text), most frequent first."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything about one dataset."""
+    """Summary of a dataset."""
 
     prefix: str
     documents: int
@@ -80,11 +80,11 @@ class Inspection:
     dtype: str
     bin_bytes: int
     sidecar: dict[str, Any] | None
-    """The whole of PREFIX.json; None if there is none."""
+    """Content of PREFIX.json; None if it does not exist."""
     tokenizer: str | None
-    """Path of the tokenizer that decoded."""
+    """Path of the tokenizer used for decoding."""
     note: str | None
-    """Why nothing was decoded."""
+    """Reason why no text was decoded."""
     lengths: Lengths | None
     """None for a dataset without documents."""
     counts: TokenCounts
@@ -94,17 +94,16 @@ class Inspection:
 def inspect_dataset(
     prefix: str, *, tokenizer: str | None = None, samples: int = 3, count_tokens: int = 10_000_000
 ) -> Inspection:
-    """Looks at a dataset. The lengths of all documents are streamed from the index, tokens are sampled: memory does not
-    depend on the size.
+    """Summarises a dataset. Document lengths are streamed and tokens are sampled: memory does not depend on the size.
 
     Args:
-        prefix: path without ending; `PREFIX.json` may be missing.
-        tokenizer: the tokenizer that made the ids; by default the one that the sidecar names, if it is still there.
-        samples: documents to show, spread evenly from the first on.
-        count_tokens: tokens to count for the most frequent ones.
+        prefix: Path without extension; `PREFIX.json` may be missing.
+        tokenizer: Tokenizer that produced the ids; by default the one named in the sidecar, if it still exists.
+        samples: Number of documents to show, evenly spaced from the first on.
+        count_tokens: Number of tokens to count for the most frequent ones.
 
     Raises:
-        UserError: the dataset is missing or damaged, or the tokenizer is another one.
+        UserError: The dataset is missing or corrupt, or the tokenizer does not match.
     """
     dataset = open_dataset(prefix, sidecar=sidecar_path(prefix).exists())
     index = dataset.index
@@ -127,28 +126,30 @@ def inspect_dataset(
 
 
 def _open_tokenizer(dataset: Dataset, path: str | None) -> "tuple[Tokenizer | None, str | None]":
-    """The tokenizer, or why there is none."""
+    """Returns the tokenizer, or the reason why there is none."""
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     if path is None and dataset.sidecar is None:
-        return None, f"{sidecar_path(dataset.prefix).name} is missing; give --tokenizer to see text"
+        return None, f"{sidecar_path(dataset.prefix).name} is missing; use --tokenizer to show text"
     named = dataset.sidecar.tokenizer.path if dataset.sidecar is not None else ""
     try:
         opened = load_tokenizer(path or named)
     except UserError as error:
         if path is not None:
             raise
-        return None, f"the tokenizer that the sidecar names cannot be opened ({error}); give --tokenizer to see text"
+        return None, f"cannot load the tokenizer named in the sidecar ({error}); use --tokenizer to show text"
     if dataset.sidecar is not None and opened.fingerprint != dataset.sidecar.tokenizer.fingerprint:
-        message = f"the tokenizer {path or named} is another one than that which made {dataset.prefix} ({named})"
         if path is not None:
-            raise UserError(f"{message}; give the right --tokenizer")
-        return None, f"{message}, it has changed; give --tokenizer to see text"
+            raise UserError(
+                f"--tokenizer {path} does not match {dataset.prefix}, which was preprocessed with {named}; pass that "
+                "tokenizer"
+            )
+        return None, f"tokenizer {named} has changed since {dataset.prefix} was made; use --tokenizer to show text"
     return opened, None
 
 
 def document_lengths(index: Index) -> Iterator[np.ndarray]:
-    """Tokens of every document, int64, in pieces."""
+    """Yields the number of tokens of every document, int64, in chunks."""
     for start in range(0, index.documents, _CHUNK):
         bounds = index.boundaries[start : min(start + _CHUNK, index.documents) + 1]
         if (np.diff(bounds) == 1).all():
@@ -158,27 +159,30 @@ def document_lengths(index: Index) -> Iterator[np.ndarray]:
 
 
 def measure_lengths(index: Index) -> Lengths:
-    """Statistics of all documents, at least one. Quantiles are exact below 2,048 tokens and to 0.1 % above."""
+    """Computes statistics over all documents, at least one. Quantiles are exact below 2,048 tokens, to 0.1 % above."""
     counts = np.zeros(1, dtype=np.int64)
     shortest, longest = 2**63 - 1, 0
     for lengths in document_lengths(index):
-        found = np.bincount(_bucket(lengths))
-        if len(found) > len(counts):
-            counts = np.pad(counts, (0, len(found) - len(counts)))
-        counts[: len(found)] += found
+        added = np.bincount(_bucket(lengths))
+        if len(added) > len(counts):
+            counts = np.pad(counts, (0, len(added) - len(counts)))
+        counts[: len(added)] += added
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
     ends = np.cumsum(counts)
 
-    def quantile(share: float) -> int:
-        # The smallest length that this share of the documents does not exceed.
-        bucket = int(np.searchsorted(ends, max(int(np.ceil(share * index.documents)), 1)))
+    def quantile(fraction: float) -> int:
+        # The smallest length that this fraction of the documents does not exceed.
+        bucket = int(np.searchsorted(ends, max(int(np.ceil(fraction * index.documents)), 1)))
         return min(max(_lowest(bucket), shortest), longest)
 
-    rows: dict[int, int] = {}
+    by_power: dict[int, int] = {}
     for bucket in np.flatnonzero(counts).tolist():
         power = _lowest(bucket).bit_length()
-        rows[power] = rows.get(power, 0) + int(counts[bucket])
-    histogram = [(2**power // 2, max(2**power - 1, 0), rows.get(power, 0)) for power in range(min(rows), max(rows) + 1)]
+        by_power[power] = by_power.get(power, 0) + int(counts[bucket])
+    histogram = [
+        (2**power // 2, max(2**power - 1, 0), by_power.get(power, 0))
+        for power in range(min(by_power), max(by_power) + 1)
+    ]
     return Lengths(
         min=shortest,
         median=quantile(0.5),
@@ -191,28 +195,28 @@ def measure_lengths(index: Index) -> Lengths:
 
 
 def _bucket(lengths: np.ndarray) -> np.ndarray:
-    """The bucket of each length: its number below 2,048, then 1,024 of equal width for each power of two."""
+    """Bucket of each length: the length itself below 2,048, then 1,024 equal buckets per power of two."""
     exponent = np.maximum(np.frexp(lengths.astype(np.float64))[1].astype(np.int64) - _STEPS.bit_length(), 0)
     return exponent * _STEPS + (lengths >> exponent)
 
 
 def _lowest(bucket: int) -> int:
-    """The smallest length of a bucket."""
+    """Smallest length in a bucket."""
     exponent = max(bucket // _STEPS - 1, 0)
     return (bucket - exponent * _STEPS) << exponent
 
 
 def _count(dataset: Dataset, tokens: np.ndarray, limit: int, tokenizer: "Tokenizer | None") -> TokenCounts:
-    """Counts the ids of up to `limit` tokens."""
-    part = max(-(-min(limit, len(tokens)) // _STRETCHES), 1)
-    starts = np.unique(np.linspace(0, max(len(tokens) - part, 0), _STRETCHES).astype(np.int64))
+    """Counts ids in up to `limit` tokens."""
+    part = max(-(-min(limit, len(tokens)) // _RANGES), 1)
+    starts = np.unique(np.linspace(0, max(len(tokens) - part, 0), _RANGES).astype(np.int64))
     if len(tokens) <= limit:
-        stretches = [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]
+        ranges = [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]
     else:
-        stretches = [tokens[start : start + part] for start in starts.tolist()]
+        ranges = [tokens[start : start + part] for start in starts.tolist()]
     seen: dict[int, int] = {}
-    for stretch in stretches:
-        ids, counts = np.unique(stretch, return_counts=True)
+    for part_tokens in ranges:
+        ids, counts = np.unique(part_tokens, return_counts=True)
         for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
             seen[token] = seen.get(token, 0) + count
     vocab_size = None
@@ -248,61 +252,63 @@ def _decoded(tokenizer: "Tokenizer | None", ids: list[int]) -> str | None:
     return tokenizer.decode([token for token in ids if 0 <= token < tokenizer.vocab_size])
 
 
-def render(found: Inspection) -> list[str]:
-    """The lines that a person reads."""
-    facts = found.sidecar
+def render(inspection: Inspection) -> list[str]:
+    """Formats the summary as human-readable lines."""
+    sidecar = inspection.sidecar
     lines = [
-        f"{found.prefix}",
-        f"documents     {found.documents:,}"
-        + ("" if found.sequences == found.documents else f" in {found.sequences:,} sequences"),
-        f"tokens        {found.tokens:,} as {found.dtype}, {found.bin_bytes:,} bytes",
+        f"{inspection.prefix}",
+        f"documents     {inspection.documents:,}"
+        + ("" if inspection.sequences == inspection.documents else f" in {inspection.sequences:,} sequences"),
+        f"tokens        {inspection.tokens:,} as {inspection.dtype}, {inspection.bin_bytes:,} bytes",
     ]
-    lines += ["sidecar       none: made by other tools, training needs one"] if facts is None else _fact_lines(facts)
-    if found.lengths is not None:
-        lines += _length_lines(found.lengths)
-    counts = found.counts
-    lines += ["", f"most frequent tokens, of {counts.distinct:,} different ones among {counts.tokens:,}:"]
+    lines += (
+        ["sidecar       none (made by other tools); training needs one"] if sidecar is None else _sidecar_lines(sidecar)
+    )
+    if inspection.lengths is not None:
+        lines += _length_lines(inspection.lengths)
+    counts = inspection.counts
+    lines += ["", f"most frequent tokens ({counts.distinct:,} distinct among {counts.tokens:,} counted):"]
     for token, count, text in counts.frequent:
         shown = "" if text is None else f"  {text!r}"
         lines.append(f"  {token:>8}  {count / counts.tokens:7.2%}{shown}")
     if counts.outside:
         lines.append(
-            f"  {counts.outside:,} of them are no ids of the tokenizer: megatron-prealign dataset verify says more"
+            f"  {counts.outside:,} tokens are outside the vocabulary; run megatron-prealign dataset verify for details"
         )
-    if found.samples:
+    if inspection.samples:
         lines += ["", "samples:"]
-    for sample in found.samples:
+    for sample in inspection.samples:
         lines.append(f"  document {sample.document:,}, {sample.tokens:,} tokens:")
         lines.append(f"    {' '.join(map(str, sample.ids[:20])) if sample.text is None else repr(sample.text)}")
-    if found.note is not None:
-        lines.append(f"note: {found.note}")
+    if inspection.note is not None:
+        lines.append(f"note: {inspection.note}")
     return lines
 
 
-def _fact_lines(facts: dict[str, Any]) -> list[str]:
-    tokenizer = facts["tokenizer"]
-    ends = f"every document ends with {facts['eod_id']}" if facts["append_eod"] else "no end-of-document tokens"
+def _sidecar_lines(sidecar: dict[str, Any]) -> list[str]:
+    tokenizer = sidecar["tokenizer"]
+    ends = f"every document ends with {sidecar['eod_id']}" if sidecar["append_eod"] else "no end-of-document tokens"
     lines = [
-        f"language      {facts['language']}",
+        f"language      {sidecar['language']}",
         f"tokenizer     {tokenizer['path']}, {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:19]}...",
-        f"documents     {ends}{', starts with BOS' if facts['bos'] else ''}",
-        f"text          {facts['bytes']:,} bytes, {facts['bytes'] / max(facts['tokens'], 1):.2f} a token"
-        if facts["bytes"]
-        else "text          of unknown size",
-        f"words         {'not marked' if facts['segmenter'] is None else 'marked by ' + facts['segmenter']}",
+        f"documents     {ends}{', starts with BOS' if sidecar['bos'] else ''}",
+        f"text          {sidecar['bytes']:,} bytes, {sidecar['bytes'] / max(sidecar['tokens'], 1):.2f} per token"
+        if sidecar["bytes"]
+        else "text          size unknown",
+        f"words         {'not marked' if sidecar['segmenter'] is None else 'marked by ' + sidecar['segmenter']}",
     ]
-    if facts["shard"] is not None:
-        lines.append(f"shard         {facts['shard']}")
-    if facts["engine"]:
-        lines.append(f"encoded by    {facts['engine']}")
-    inputs = facts["inputs"]
+    if sidecar["shard"] is not None:
+        lines.append(f"shard         {sidecar['shard']}")
+    if sidecar["engine"]:
+        lines.append(f"encoded by    {sidecar['engine']}")
+    inputs = sidecar["inputs"]
     lines.append(f"inputs        {len(inputs):,}, {sum(each['bytes'] for each in inputs):,} bytes")
     lines += [f"  {each['path']}" for each in inputs[:5]]
     lines += [f"  ... {len(inputs) - 5:,} more"] if len(inputs) > 5 else []
-    lines.append(f"skipped       {facts['skipped_count']:,}")
-    lines += [f"  {each['where']}: {each['why']}" for each in facts["skipped"][:5]]
-    lines += [f"  ... {facts['skipped_count'] - 5:,} more"] if facts["skipped_count"] > 5 else []
-    lines.append(f"checksums     {', '.join(facts['checksums']) or 'none'}")
+    lines.append(f"skipped       {sidecar['skipped_count']:,}")
+    lines += [f"  {each['where']}: {each['why']}" for each in sidecar["skipped"][:5]]
+    lines += [f"  ... {sidecar['skipped_count'] - 5:,} more"] if sidecar["skipped_count"] > 5 else []
+    lines.append(f"checksums     {', '.join(sidecar['checksums']) or 'none'}")
     return lines
 
 

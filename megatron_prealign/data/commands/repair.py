@@ -1,4 +1,4 @@
-"""Makes the index and the sidecar's counts of a dataset again from its tokens, where documents end with one id."""
+"""Rebuilds the index and the sidecar counts of a dataset from its tokens and end-of-document ids."""
 
 import filecmp
 import os
@@ -30,26 +30,26 @@ _MAX_DOCUMENT_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Repair:
-    """What a repair did."""
+class RepairResult:
+    """Result of a repair."""
 
     changed: bool
-    """False if all was well and nothing was written."""
+    """False if there was nothing to repair and nothing was written."""
     sidecar: Sidecar
-    """The facts as they are now."""
-    kept: list[Path]
-    """Where what was there before lies now: old files, and the tokens that were cut off."""
+    """The current sidecar."""
+    backups: list[Path]
+    """Backups of replaced files, and the file of removed trailing tokens."""
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the tokens tell."""
+    """Result of reading all tokens."""
 
     documents: int
     tokens: int
-    """Those of whole documents."""
+    """Number of tokens of complete documents."""
     checksum: str
-    """Of the bytes of whole documents."""
+    """Checksum of the complete documents."""
 
 
 def repair(
@@ -63,118 +63,120 @@ def repair(
     force: bool = False,
     workers: int = 1,
     show_progress: bool = True,
-) -> Repair:
-    """Writes `PREFIX.idx` and the counts and checksums in `PREFIX.json` again, each document being what ends with an
-    end-of-document id. Nothing is lost: older files are kept beside the new ones. Killed at any moment, it can be run
-    again.
+) -> RepairResult:
+    """Rewrites `PREFIX.idx` and the counts and checksums in `PREFIX.json`; documents end at end-of-document ids.
 
-    Memory: about 100 MiB; the lengths of the documents go through a temporary file in the dataset's directory.
+    Replaced files are kept as backups. If the process is killed, the command can be run again.
+
+    Memory: about 100 MiB; document lengths are written to a temporary file in the directory of the dataset.
 
     Args:
-        prefix: path without ending.
-        tokenizer: the tokenizer that made the ids, for a dataset without a sidecar.
-        language: its language code, for a dataset without a sidecar.
-        dtype: how the tokens are stored; auto goes by the old index, else by the size that the sidecar tells, else by
-            the vocabulary.
-        cut_tail: move what lies behind the last whole document into `PREFIX.bin.tail`.
-        drop_words: leave the marks of words out if they cannot be kept.
-        force: work also if all is well, or if the tokens have changed since their checksum was taken.
-        workers: threads that check.
-        show_progress: whether to write a progress bar to standard error.
+        prefix: Path without extension.
+        tokenizer: Tokenizer that produced the ids, for a dataset without a sidecar.
+        language: Language code, for a dataset without a sidecar.
+        dtype: Token dtype; "auto" takes it from the old index, else from the token count in the sidecar and the file
+            size, else from the vocabulary size.
+        cut_tail: Move bytes after the last complete document to `PREFIX.bin.tail`.
+        drop_words: Drop the word bitmap if it cannot be kept.
+        force: Rewrite even if there is nothing to repair, or if the tokens do not match their checksum.
+        workers: Number of threads for verification.
+        show_progress: Whether to write a progress bar to standard error.
 
     Raises:
-        UserError: the tokens cannot be right, or what the sidecar must say is not known.
+        UserError: The tokens are invalid, or the content of a missing sidecar is unknown.
     """
     check_workers(workers)
     tokens = bin_path(prefix)
     if not tokens.is_file():
-        raise UserError(f"{tokens}: no such file; without tokens there is nothing to make an index of")
-    facts, is_new = _facts(prefix, tokenizer, language)
+        raise UserError(f"{tokens}: file not found; the index can only be rebuilt from the tokens")
+    sidecar, is_new = _load_or_create_sidecar(prefix, tokenizer, language)
     if not is_new and not force:
-        found = verify(prefix, workers=workers, show_progress=show_progress)
-        wanted = {"bin", "idx"} if facts.segmenter is None else {"bin", "idx", "words"}
-        if not found.problems and wanted <= facts.checksums.keys():
-            return Repair(False, facts, [])
-    item = _item_type(prefix, facts, dtype)
+        verified = verify(prefix, workers=workers, show_progress=show_progress)
+        required = {"bin", "idx"} if sidecar.segmenter is None else {"bin", "idx", "words"}
+        if not verified.problems and required <= sidecar.checksums.keys():
+            return RepairResult(False, sidecar, [])
+    stored = _resolve_dtype(prefix, sidecar, dtype)
     if not force:
-        _check_unchanged(tokens, facts, item, workers)
-    # What lies on the disk as if by itself goes away by itself, also if the process is killed.
+        _check_unchanged(tokens, sidecar, stored, workers)
+    # An unnamed temporary file disappears even if the process is killed.
     with TemporaryFile(dir=tokens.parent) as lengths:
-        scan = _scan(tokens, item, facts, lengths, cut_tail, show_progress)
-        words = _words_to_write(prefix, facts, scan.tokens, drop_words)
-        same = (facts.documents, facts.tokens) == (scan.documents, scan.tokens)
-        facts = replace(
-            facts,
+        scan = _scan(tokens, stored, sidecar, lengths, cut_tail, show_progress)
+        cut_words = _must_cut_words(prefix, sidecar, scan.tokens, drop_words)
+        same = (sidecar.documents, sidecar.tokens) == (scan.documents, scan.tokens)
+        sidecar = replace(
+            sidecar,
             documents=scan.documents,
             tokens=scan.tokens,
-            bytes=facts.bytes if same else 0,
-            segmenter=None if drop_words else facts.segmenter,
+            bytes=sidecar.bytes if same else 0,
+            segmenter=None if drop_words else sidecar.segmenter,
             checksums={"bin": scan.checksum},
         )
-        return Repair(*_write(prefix, item, facts, lengths, words))
+        return RepairResult(*_write(prefix, stored, sidecar, lengths, cut_words))
 
 
-def _facts(prefix: str, tokenizer: str | None, language: str | None) -> tuple[Sidecar, bool]:
-    """What the sidecar says, or what it would if there were one; and whether there is none."""
+def _load_or_create_sidecar(prefix: str, tokenizer: str | None, language: str | None) -> tuple[Sidecar, bool]:
+    """Returns the existing sidecar or a new one, and whether it is new."""
     from megatron_prealign.tokenizer.load import load_tokenizer
 
     path = sidecar_path(prefix)
-    problem = f"{path}: no such file"
+    problem = f"{path}: file not found"
     if path.exists():
         try:
-            facts = load_sidecar(prefix)
+            sidecar = load_sidecar(prefix)
         except UserError as error:
             problem = str(error)
         else:
-            if language is not None and language != facts.language:
-                raise UserError(f"{path}: language is {facts.language}, --language {language}; correct one of them")
-            if tokenizer is not None and load_tokenizer(tokenizer).fingerprint != facts.tokenizer.fingerprint:
-                raise UserError(f"{path}: made with another tokenizer than {tokenizer}; leave --tokenizer out")
-            if not facts.append_eod:
-                raise UserError(f"{path}: its documents do not end with an id, so they cannot be told apart")
-            return facts, False
+            if language is not None and language != sidecar.language:
+                raise UserError(f"{path}: language is {sidecar.language}, but --language is {language}; correct one")
+            if tokenizer is not None and load_tokenizer(tokenizer).fingerprint != sidecar.tokenizer.fingerprint:
+                raise UserError(f"{path}: preprocessed with another tokenizer than {tokenizer}; omit --tokenizer")
+            if not sidecar.append_eod:
+                raise UserError(f"{path}: append_eod is false, so document ends cannot be found; preprocess again")
+            return sidecar, False
     if tokenizer is None or language is None:
-        raise UserError(f"{problem}: give --tokenizer and --language, for a new one to be written")
+        raise UserError(f"{problem}; use --tokenizer and --language to write a new one")
     opened = load_tokenizer(tokenizer)
     record = TokenizerRecord(tokenizer, opened.fingerprint, opened.vocab_size)
     return Sidecar(language=language, tokenizer=record, eod_id=opened.eod_id, documents=0, tokens=0, bytes=0), True
 
 
-def _item_type(prefix: str, facts: Sidecar, given: TokenType) -> np.dtype:
-    """How the tokens are stored: as the old index says, or as the sidecar's count makes the size, or as preprocess
-    stores this vocabulary."""
-    if given != "auto":
-        item = np.dtype(given)
+def _resolve_dtype(prefix: str, sidecar: Sidecar, requested: TokenType) -> np.dtype:
+    """Token dtype: the requested one, else that of the old index, else the one for which the file size matches the
+    token count of the sidecar, else the one that preprocess uses for the vocabulary."""
+    if requested != "auto":
+        dtype = np.dtype(requested)
     else:
-        item = np.dtype(token_dtype(facts.tokenizer.vocab_size))
+        dtype = np.dtype(token_dtype(sidecar.tokenizer.vocab_size))
         size = bin_path(prefix).stat().st_size
-        fitting = [each for each in ("uint16", "int32") if size == facts.tokens * np.dtype(each).itemsize]
+        fitting = [each for each in ("uint16", "int32") if size == sidecar.tokens * np.dtype(each).itemsize]
         if len(fitting) == 1:
-            item = np.dtype(fitting[0])
+            dtype = np.dtype(fitting[0])
         with suppress(UserError, OSError):
-            item = index_dtype(idx_path(prefix))
-    if item.kind not in "iu" or facts.tokenizer.vocab_size - 1 > np.iinfo(item.name).max:
+            dtype = index_dtype(idx_path(prefix))
+    if dtype.kind not in "iu" or sidecar.tokenizer.vocab_size - 1 > np.iinfo(dtype.name).max:
         raise UserError(
-            f"{bin_path(prefix)}: the tokenizer has {facts.tokenizer.vocab_size:,} ids, {item} cannot hold them all; "
-            "preprocess again, or say --dtype if the tokens are stored otherwise"
+            f"{bin_path(prefix)}: the tokenizer has {sidecar.tokenizer.vocab_size:,} ids, which {dtype} cannot "
+            "represent; preprocess again, or set --dtype if the tokens have another dtype"
         )
-    return item
+    return dtype
 
 
-def _check_unchanged(tokens: Path, facts: Sidecar, item: np.dtype, workers: int) -> None:
-    """Refuses to take changed tokens for good; tokens of another length are what a repair is for."""
-    expected = facts.checksums.get("bin")
-    if expected is None or tokens.stat().st_size != facts.tokens * item.itemsize:
+def _check_unchanged(tokens: Path, sidecar: Sidecar, dtype: np.dtype, workers: int) -> None:
+    """Rejects tokens whose content has changed; a changed number of tokens can be repaired."""
+    expected = sidecar.checksums.get("bin")
+    if expected is None or tokens.stat().st_size != sidecar.tokens * dtype.itemsize:
         return
-    found = file_checksum(tokens, workers)
-    if found != expected:
+    checksum = file_checksum(tokens, workers)
+    if checksum != expected:
         raise UserError(
-            f"{tokens}: its checksum is {found}, expected {expected} as the sidecar says: tokens have changed, which a "
-            "new index does not mend; copy or make it again, or give --force to take it as it is"
+            f"{tokens}: checksum is {checksum}, expected {expected} from the sidecar; a new index does not restore "
+            "changed tokens: copy or make the file again, or use --force to accept its content"
         )
 
 
-def _scan(path: Path, item: np.dtype, facts: Sidecar, lengths: IO[bytes], cut_tail: bool, show_progress: bool) -> _Scan:
+def _scan(
+    path: Path, dtype: np.dtype, sidecar: Sidecar, lengths: IO[bytes], cut_tail: bool, show_progress: bool
+) -> _Scan:
     """Reads all tokens and writes the length of every document to `lengths`, int32."""
     size = path.stat().st_size
     checksum = Checksum()
@@ -183,49 +185,51 @@ def _scan(path: Path, item: np.dtype, facts: Sidecar, lengths: IO[bytes], cut_ta
         path.open("rb") as file,
         Progress("repair", size, unit="B", unit_scale=True, enabled=show_progress) as progress,
     ):
-        for start in range(0, size // item.itemsize, _READ_BYTES // item.itemsize):
-            data = file.read(min(_READ_BYTES, size // item.itemsize * item.itemsize - start * item.itemsize))
+        for start in range(0, size // dtype.itemsize, _READ_BYTES // dtype.itemsize):
+            data = file.read(min(_READ_BYTES, size // dtype.itemsize * dtype.itemsize - start * dtype.itemsize))
             checksum.update(data)
-            ids = np.frombuffer(data, dtype=item)
-            _check_ids(path, ids, start, item, facts)
-            ends = np.flatnonzero(ids == facts.eod_id) + (start + 1)
+            ids = np.frombuffer(data, dtype=dtype)
+            _check_ids(path, ids, start, dtype, sidecar)
+            ends = np.flatnonzero(ids == sidecar.eod_id) + (start + 1)
             if len(ends):
                 sizes = np.diff(ends, prepend=last_end)
                 if sizes.max() > _MAX_DOCUMENT_TOKENS:
                     raise UserError(
-                        f"{path}: a document of {int(sizes.max()):,} tokens, at most {_MAX_DOCUMENT_TOKENS:,} fit"
+                        f"{path}: got a document of {int(sizes.max()):,} tokens, at most {_MAX_DOCUMENT_TOKENS:,} are "
+                        "supported"
                     )
                 lengths.write(sizes.astype(np.int32).tobytes())
                 documents, last_end = documents + len(ends), int(ends[-1])
             progress.update(len(data))
-    tail = size - last_end * item.itemsize
+    tail = size - last_end * dtype.itemsize
     if documents == 0:
         raise UserError(
-            f"{path}: has no end-of-document id {facts.eod_id} in {size:,} bytes of {item}; is it of this tokenizer, "
-            "and are its tokens stored so (--dtype)?"
+            f"{path}: no end-of-document id {sidecar.eod_id} found in {size:,} bytes of {dtype}; check --tokenizer and "
+            "--dtype"
         )
     if tail and not cut_tail:
-        why = f"{size:,} bytes are no whole number of tokens of {item}" if size % item.itemsize else "it has no end"
+        partial = f"{size:,} bytes are not a multiple of {dtype}"
+        reason = partial if size % dtype.itemsize else "no end-of-document id"
         raise UserError(
-            f"{path}: {tail:,} bytes lie behind the last whole document ({why}); copy it again, or give --cut-tail to "
-            "move them into a file of their own"
+            f"{path}: {tail:,} bytes after the last complete document ({reason}); copy the file again, or use "
+            "--cut-tail to move them to a separate file"
         )
     return _Scan(documents, last_end, _checksum_of(path, size - tail) if tail else checksum.hexdigest())
 
 
-def _check_ids(path: Path, ids: np.ndarray, start: int, item: np.dtype, facts: Sidecar) -> None:
-    vocab_size = facts.tokenizer.vocab_size
-    wrong = ids >= vocab_size if item.kind == "u" else (ids < 0) | (ids >= vocab_size)
-    if wrong.any():
-        at = int(np.argmax(wrong))
+def _check_ids(path: Path, ids: np.ndarray, start: int, dtype: np.dtype, sidecar: Sidecar) -> None:
+    vocab_size = sidecar.tokenizer.vocab_size
+    invalid = ids >= vocab_size if dtype.kind == "u" else (ids < 0) | (ids >= vocab_size)
+    if invalid.any():
+        at = int(np.argmax(invalid))
         raise UserError(
-            f"{path}: token {start + at:,} is {int(ids[at])}, the tokenizer has {vocab_size:,} ids; is it of this "
-            f"tokenizer, and are its tokens stored as {item} (--dtype)?"
+            f"{path}: token {start + at:,} is {int(ids[at])}, but the tokenizer has {vocab_size:,} ids (read as "
+            f"{dtype}); check --tokenizer and --dtype"
         )
-    # Read as 16 bits, every second half of a small 32-bit number is 0.
-    if start == 0 and item.itemsize == 2 and len(ids) >= 64 and not ids[1::2].any():
+    # The upper halves of small int32 values, read as uint16, are 0.
+    if start == 0 and dtype.itemsize == 2 and len(ids) >= 64 and not ids[1::2].any():
         raise UserError(
-            f"{path}: every second token is 0, as if they were stored as int32; say --dtype int32 or uint16"
+            f"{path}: every second token is 0, as in int32 tokens read as uint16; set --dtype to int32 or uint16"
         )
 
 
@@ -237,47 +241,48 @@ def _checksum_of(path: Path, size: int) -> str:
     return checksum.hexdigest()
 
 
-def _words_to_write(prefix: str, facts: Sidecar, tokens: int, drop_words: bool) -> bool:
-    """Whether the bitmap must become shorter.
+def _must_cut_words(prefix: str, sidecar: Sidecar, tokens: int, drop_words: bool) -> bool:
+    """Whether the word bitmap must be truncated.
 
     Raises:
-        UserError: it is missing or already too short.
+        UserError: It is missing or too short.
     """
-    if facts.segmenter is None or drop_words:
+    if sidecar.segmenter is None or drop_words:
         return False
     path = words_path(prefix)
-    found = path.stat().st_size if path.is_file() else 0
-    if found < -(-tokens // 8):
+    size = path.stat().st_size if path.is_file() else 0
+    expected = -(-tokens // 8)
+    if size < expected:
         raise UserError(
-            f"{path}: {found:,} bytes, {tokens:,} tokens need {-(-tokens // 8):,}; copy it again, or give --drop-words "
-            "to go without it"
+            f"{path}: got {size:,} bytes, expected {expected:,} for {tokens:,} tokens; copy it again, or use "
+            "--drop-words to continue without it"
         )
-    return found > -(-tokens // 8) or tokens != facts.tokens
+    return size > expected or tokens != sidecar.tokens
 
 
 def _write(
-    prefix: str, item: np.dtype, facts: Sidecar, lengths: IO[bytes], words: bool
+    prefix: str, dtype: np.dtype, sidecar: Sidecar, lengths: IO[bytes], cut_words: bool
 ) -> tuple[bool, Sidecar, list[Path]]:
     lengths.flush()
     targets = {"idx": idx_path(prefix)}
-    if words:
+    if cut_words:
         targets["words"] = words_path(prefix)
-    kept: list[Path] = []
+    backups: list[Path] = []
     with write_all_atomically([*targets.values(), sidecar_path(prefix)]) as temporary:
         files = dict(zip(targets, temporary, strict=False))
-        write_index(files["idx"], item.type, np.memmap(lengths, np.int32, "r", shape=(facts.documents,)))
-        if words:
-            _cut_words(words_path(prefix), files["words"], facts.tokens)
-        checksums = facts.checksums | {name: file_checksum(path) for name, path in files.items()}
-        if facts.segmenter is not None and not words:
+        write_index(files["idx"], dtype.type, np.memmap(lengths, np.int32, "r", shape=(sidecar.documents,)))
+        if cut_words:
+            _cut_words(words_path(prefix), files["words"], sidecar.tokens)
+        checksums = sidecar.checksums | {name: file_checksum(path) for name, path in files.items()}
+        if sidecar.segmenter is not None and not cut_words:
             checksums["words"] = file_checksum(words_path(prefix))
-        facts = replace(facts, checksums=checksums)
-        write_sidecar(facts, temporary[-1])
+        sidecar = replace(sidecar, checksums=checksums)
+        write_sidecar(sidecar, temporary[-1])
         for old, new in zip([*targets.values(), sidecar_path(prefix)], temporary, strict=True):
             if old.exists() and not filecmp.cmp(old, new, shallow=False):
-                kept.append(_keep(old))
-        kept += _cut_tokens(bin_path(prefix), facts.tokens * item.itemsize)
-    return True, facts, kept
+                backups.append(_back_up(old))
+        backups += _cut_tokens(bin_path(prefix), sidecar.tokens * dtype.itemsize)
+    return True, sidecar, backups
 
 
 def _cut_words(old: Path, new: Path, tokens: int) -> None:
@@ -294,10 +299,10 @@ def _cut_words(old: Path, new: Path, tokens: int) -> None:
 
 
 def _cut_tokens(path: Path, size: int) -> list[Path]:
-    """Moves what lies behind `size` bytes into a file of its own; gives its path if there is anything."""
+    """Moves the bytes after the first `size` to a separate file and returns its path; nothing if there are none."""
     if path.stat().st_size == size:
         return []
-    tail = _free(path.with_name(f"{path.name}.tail"))
+    tail = _unused(path.with_name(f"{path.name}.tail"))
     with path.open("rb") as file, write_atomically(tail) as temporary, temporary.open("wb") as target:
         file.seek(size)
         shutil.copyfileobj(file, target, _READ_BYTES)
@@ -306,23 +311,23 @@ def _cut_tokens(path: Path, size: int) -> list[Path]:
     return [tail]
 
 
-def _keep(path: Path) -> Path:
-    """A second name for a file that is about to be replaced."""
-    backup = _free(path.with_name(f"{path.name}.bak"))
+def _back_up(path: Path) -> Path:
+    """Links or copies a file that is about to be replaced."""
+    backup = _unused(path.with_name(f"{path.name}.bak"))
     try:
         os.link(path, backup)
     except OSError:
-        # A file system without hard links.
+        # The file system does not support hard links.
         with write_atomically(backup) as temporary:
             shutil.copyfile(path, temporary)
     return backup
 
 
-def _free(path: Path) -> Path:
-    """The path, or the first of it with a number that is not there yet."""
+def _unused(path: Path) -> Path:
+    """Returns `path`, or the first numbered variant of it that does not exist."""
     number = 1
-    free = path
-    while free.exists():
+    candidate = path
+    while candidate.exists():
         number += 1
-        free = path.with_name(f"{path.name}{number}")
-    return free
+        candidate = path.with_name(f"{path.name}{number}")
+    return candidate

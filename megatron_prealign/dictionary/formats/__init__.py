@@ -1,1 +1,1 @@
-"""One module a file format: each turns a file into blocks of word pairs."""
+"""One module per file format; each converts a file into blocks of word pairs."""

@@ -1,8 +1,8 @@
-"""Finds the translations in an article of a dictionary, which is text for people.
+"""Extracts translations from dictionary articles, which are written for human readers.
 
-An article is taken line by line. Numbers, grammar, pronunciation and notes in brackets go; what is left of a line is
-split at commas and semicolons. Lines that begin with a label (`Synonym:`) or a quotation mark (examples) are passed
-over, and so is what is too long to be a word or a short phrase.
+Articles are parsed line by line. Numbering, grammar labels, pronunciation and notes in brackets are removed; the rest
+of a line is split at commas and semicolons. Lines that start with a label (`Synonym:`) or a quotation mark (examples)
+are skipped, and so are parts that are too long to be a word or a short phrase.
 """
 
 import html
@@ -11,7 +11,7 @@ import re
 MAX_WORDS = 6
 MAX_CHARACTERS = 60
 
-# Their content is no translation: pronunciation, headword, examples, comments, references.
+# Elements without translations: pronunciation, headword, examples, comments, references.
 _NO_TRANSLATION = re.compile(
     r"<(k|tr|ex|co|kref|iref|rref|script|style|head|nu|opt|sup|abr|abbr|gr)\b[^>]*>.*?</\1\s*>",
     re.DOTALL | re.IGNORECASE,
@@ -20,7 +20,7 @@ _BREAK = re.compile(
     r"<\s*/?\s*(br|p|div|li|ol|ul|dd|dt|dl|tr|td|table|h\d|def|dtrn|ar|blockquote)\b[^>]*>", re.IGNORECASE
 )
 _TAG = re.compile(r"<[^<>]*>")
-# What is told to be plain text often is HTML.
+# Articles declared as plain text often contain HTML.
 _IS_HTML = re.compile(r"<\s*br\b|</\w+\s*>|<\w+\s*/>|&(?:#\d+|lt|gt|amp|quot|nbsp);", re.IGNORECASE)
 _WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
 _WIKI_QUOTES = re.compile(r"'{2,}")
@@ -38,16 +38,16 @@ _QUOTES = '"“„«»”‘`'
 _EDGES = " \t\u00a0.:=*~-‐–—→?!¿¡"
 
 
-def is_about(headword: str) -> bool:
-    """Whether the article tells about the dictionary: dictd's own name for such, which conversions carry along."""
+def is_metadata(headword: str) -> bool:
+    """Whether the article describes the dictionary itself: dictd's reserved headwords, which conversions preserve."""
     return headword.startswith(("00database", "00-database"))
 
 
-def plain(text: str, kind: str = "m") -> str:
-    """The text of an article without its markup.
+def strip_markup(text: str, kind: str = "m") -> str:
+    """Returns the text of an article without its markup.
 
     Args:
-        kind: `m` plain, `h` HTML or like it (Pango, XDXF, XML), `w` wiki text.
+        kind: `m` plain text, `h` HTML or similar (Pango, XDXF, XML), `w` wiki text.
     """
     if kind == "m" and _IS_HTML.search(text):
         kind = "h"
@@ -60,7 +60,7 @@ def plain(text: str, kind: str = "m") -> str:
 
 
 def without_brackets(text: str) -> str:
-    """`text` without what stands in brackets, brackets in brackets included."""
+    """Removes everything in brackets from `text`, nested brackets included."""
     while True:
         shorter = _BRACKETS.sub(" ", text)
         if shorter == text:
@@ -69,33 +69,34 @@ def without_brackets(text: str) -> str:
 
 
 def translations_of(article: str, headword: str) -> tuple[str, list[str]]:
-    """The headword as the article writes it, and its translations in the article's order, each once.
+    """Returns the headword as spelled in the article and its unique translations, in the article's order.
 
-    Indexes are often in small letters; where the first line is the headword in other letters, that spelling counts.
+    Indexes are often lower-cased; if the first line is the headword in another spelling, that spelling is used.
     """
-    found: dict[str, None] = {}
+    translations: dict[str, None] = {}
     lines = [line for line in map(str.strip, article.split("\n")) if line]
     if lines:
         headword, lines[0] = _headword(lines[0], headword)
     for number, line in enumerate(lines):
         if number and _PRONUNCIATION.search(line) and _letters(_without_notes(line)) == _letters(headword):
-            # The headword again, with its pronunciation: some indexes put several articles into one.
+            # The headword repeated with its pronunciation: some indexes merge several articles into one.
             continue
         for text in _line_translations(line):
-            found.setdefault(text)
-    return headword, list(found)
+            translations.setdefault(text)
+    return headword, list(translations)
 
 
 def _headword(line: str, headword: str) -> tuple[str, str]:
-    """The headword as the first line writes it, and what follows it; the whole line where it begins with another."""
-    alone = _without_notes(line)
-    if _letters(alone) == _letters(headword):
-        return alone, ""
+    """Splits the first line into the headword as spelled there and the rest; the rest is the full line if it does not
+    start with the headword."""
+    spelling = _without_notes(line)
+    if _letters(spelling) == _letters(headword):
+        return spelling, ""
     size = len(headword)
-    begins = line[:size]
-    if begins.casefold() != headword.casefold() or line[size : size + 1].isalnum():
+    prefix = line[:size]
+    if prefix.casefold() != headword.casefold() or line[size : size + 1].isalnum():
         return headword, line
-    return begins, line[size:].lstrip(_EDGES)
+    return prefix, line[size:].lstrip(_EDGES)
 
 
 def _without_notes(line: str) -> str:
@@ -103,7 +104,7 @@ def _without_notes(line: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """What indexes keep of a headword."""
+    """Case-folded letters and digits of `text`, which is what indexes keep of a headword."""
     return "".join(filter(str.isalnum, text.casefold()))
 
 

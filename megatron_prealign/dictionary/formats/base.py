@@ -1,4 +1,4 @@
-"""What all formats share: an input and its entries, what is left out, and files in blocks of whole lines."""
+"""Shared by all formats: inputs, entries, read errors, and reading files in blocks of complete lines."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ FileFormat = Literal[
 OnError = Literal["stop", "skip"]
 
 MAX_LISTED_ERRORS = 100
-# What a 32-bit float holds with room to add many.
+# Within the range of a 32-bit float, with headroom for sums of many weights.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
 BLOCK_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 26
-# Entries that readers of whole articles hand over at a time.
-ENTRIES_AT_ONCE = 1 << 16
+# Entries per block yielded by readers that parse complete articles.
+BLOCK_ENTRIES = 1 << 16
 
 _MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -46,11 +46,11 @@ class DictionaryInput:
     """One word list.
 
     Attributes:
-        path: the file, plain or compressed, or one of several that belong together; for PanLex the directory.
-        languages: language code of every column; the first is that of the headwords.
-        format: `auto` looks at the name and the content; the others force one format.
-        licence: name of the list's licence, kept in the table where the file does not tell its own ("" if not told).
-        weights: whether lists in columns have one more, the weight of the pair.
+        path: file, plain or compressed; any one file of a multi-file dictionary; for PanLex also the directory.
+        languages: language code of every column, headwords first.
+        format: `auto` detects the format from name and content; other values force one.
+        licence: licence of the list, stored in the table if the file does not state one; "" if unknown.
+        weights: whether lists in columns have an extra last column with the weight of the pair.
     """
 
     path: Path
@@ -65,9 +65,9 @@ class Entries:
     """Entries of a file, column by column.
 
     Attributes:
-        columns: the words of each language, equally many, as they stand in the file.
-        weights: weight of each entry; None where all are 1.
-        languages: of the columns, where they are not those of the input.
+        columns: one list of raw words per language, all of the same length.
+        weights: weight of each entry; None if all are 1.
+        languages: languages of the columns, if they differ from those of the input.
     """
 
     columns: list[list[str]]
@@ -77,7 +77,7 @@ class Entries:
 
 @dataclass
 class ReadErrors:
-    """Lines that could not be read; only the first ones are listed."""
+    """Lines that could not be read: their number and the first messages."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -90,54 +90,55 @@ class ReadErrors:
 
 @dataclass
 class FileInfo:
-    """What reading a file showed beside its entries."""
+    """Metadata collected while reading a file."""
 
     format: str = ""
     title: str = ""
     licence: str = ""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Rule -> how often the reader itself passed something over."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Rule -> number of items that the reader skipped."""
 
 
 @dataclass
 class Reading:
-    """One file being read."""
+    """State of reading one file."""
 
     source: DictionaryInput
     errors: ReadErrors
     on_error: OnError
-    facts: FileInfo
+    info: FileInfo
 
-    def bad(self, place: int | str, why: str, cause: Exception | None = None) -> None:
-        """Counts a bad line or entry, or stops at it.
+    def bad_entry(self, location: int | str, reason: str, cause: Exception | None = None) -> None:
+        """Counts a bad line or entry, or raises.
 
         Args:
-            place: number of the line, or what names the entry.
+            location: line number, or a name of the entry.
 
         Raises:
-            UserError: bad lines are not to be skipped.
+            UserError: `on_error` is `stop`.
         """
-        message = f"{self.source.path}:{place}: {why}"
+        message = f"{self.source.path}:{location}: {reason}"
         if self.on_error == "stop":
-            raise UserError(f"{message}; mend the line, or leave such lines out with --on-error skip") from cause
+            raise UserError(f"{message}; fix the line, or use --on-error skip to skip such lines") from cause
         self.errors.add(message)
 
-    def two_languages(self) -> None:
-        """Checks that the input is of two languages, as a format has it.
+    def check_two_languages(self) -> None:
+        """Checks that the input has two languages, as the format requires.
 
         Raises:
-            UserError: it is of more.
+            UserError: the input has more than two languages.
         """
         languages = self.source.languages
         if len(languages) != 2:
             raise UserError(
-                f"{self.source.path}: languages {'-'.join(languages)}, expected two for this format "
-                f"({self.facts.format}), headwords first, such as {languages[0]}-{languages[1]}"
+                f"{self.source.path}: got languages {'-'.join(languages)}, expected two for format {self.info.format}, "
+                f"headwords first, such as {languages[0]}-{languages[1]}"
             )
 
 
 def compression_of(path: Path) -> str:
-    """`""`, `"gz"`, `"zst"` or `"bz2"`, by the content: files are often renamed without being recompressed.
+    """Returns `""`, `"gz"`, `"zst"` or `"bz2"`, detected from the content: files are often renamed without being
+    recompressed.
 
     Raises:
         UserError: the file cannot be read.
@@ -147,13 +148,13 @@ def compression_of(path: Path) -> str:
             start = stream.read(4)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be opened ({error.strerror}); check the path of this dictionary file and its permissions"
+            f"cannot open dictionary file {path}: {error.strerror}; check the path and its permissions"
         ) from error
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def read_start(path: Path, size: int = 1 << 16) -> bytes:
-    """The first bytes of a file, decompressed, as far as they can be read.
+    """Returns the first decompressed bytes of a file, or b"" if they cannot be decompressed.
 
     Raises:
         UserError: the file cannot be opened.
@@ -162,15 +163,15 @@ def read_start(path: Path, size: int = 1 << 16) -> bytes:
     try:
         return next(chunks, (b"", 0))[0]
     except ReadError:
-        # Whoever reads on says where the damage is.
+        # The reader of the file reports the location of the error.
         return b""
 
 
-def read_whole(path: Path, limit: int) -> bytes:
-    """The decompressed content up to `limit` bytes and a piece.
+def read_file(path: Path, limit: int) -> bytes:
+    """Returns the decompressed content; stops after the chunk that exceeds `limit` bytes.
 
     Raises:
-        UserError: the file cannot be opened, or its compressed data is damaged or cut off.
+        UserError: the file cannot be opened, or its compressed data is corrupt or truncated.
     """
     parts, size = [], 0
     for data, _ in read_chunks(str(path), compression_of(path)):
@@ -182,70 +183,70 @@ def read_whole(path: Path, limit: int) -> bytes:
 
 
 def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, many at a time, with the number of the first, from 1.
+    """Yields blocks of complete lines with the number of their first line, counted from 1.
 
     Raises:
-        UserError: the file cannot be opened, is UTF-16 or has an endless line, or its compressed data is damaged (the
-            message names the last line before that).
+        UserError: the file cannot be opened, is UTF-16, has a line of more than 64 MiB, or its compressed data is
+            corrupt (the message names the last readable line).
     """
-    number, begun = 1, b""
+    number, pending = 1, b""
     chunks = read_chunks(str(path), compression_of(path), BLOCK_BYTES)
     while True:
         try:
             data = next(chunks, (b"", 0))[0]
         except ReadError as error:
-            last = number + begun.count(b"\n")
+            last = number + pending.count(b"\n")
             raise UserError(f"{path}:{last}: {error.why}") from error
-        if number == 1 and not begun and data.startswith(_UTF16):
-            raise UserError(f"{path}:1: the text is UTF-16, expected UTF-8; convert it, for example with iconv")
-        begun += data
-        if data and len(begun) < BLOCK_BYTES:
+        if number == 1 and not pending and data.startswith(_UTF16):
+            raise UserError(f"{path}:1: got UTF-16, expected UTF-8; convert the file, for example with iconv")
+        pending += data
+        if data and len(pending) < BLOCK_BYTES:
             continue
-        end = begun.rfind(b"\n") + 1 if data else len(begun)
-        block, begun = begun[:end], begun[end:]
+        end = pending.rfind(b"\n") + 1 if data else len(pending)
+        block, pending = pending[:end], pending[end:]
         if block:
             yield number, block
             number += block.count(b"\n")
         if not data:
             return
-        if len(begun) > MAX_LINE_BYTES:
+        if len(pending) > MAX_LINE_BYTES:
             raise UserError(
-                f"{path}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB, expected one entry a line; check "
-                "that this is a word list"
+                f"{path}:{number}: got a line of more than {MAX_LINE_BYTES >> 20} MiB, expected one entry per line; "
+                "check that the file is a word list"
             )
 
 
 def read_lines(reading: Reading) -> Iterator[tuple[int, str]]:
-    """Lines of UTF-8 with their numbers, without their ends; those that are something else are bad lines.
+    """Yields numbered UTF-8 lines without line endings; lines that do not decode are bad entries.
 
     Raises:
         UserError: see `read_blocks`; the file is empty.
     """
-    seen = False
+    has_text = False
     for first, block in read_blocks(reading.source.path):
         for number, raw in enumerate(block.split(b"\n"), start=first):
             try:
                 line = decode_line(number, raw)
             except UnicodeDecodeError as error:
-                reading.bad(number, f"not valid UTF-8 ({error})", error)
+                reading.bad_entry(number, f"not valid UTF-8 ({error})", error)
                 continue
-            seen = seen or bool(line.strip())
+            has_text = has_text or bool(line.strip())
             yield number, line
-    if not seen:
-        raise empty(reading.source.path)
+    if not has_text:
+        raise empty_file_error(reading.source.path)
 
 
 def decode_line(number: int, raw: bytes) -> str:
-    """A line without its end; utf-8-sig on the first alone: elsewhere U+FEFF is dirt inside a word, for cleaning."""
+    """Decodes a line and strips its ending; utf-8-sig only for line 1, since U+FEFF elsewhere is left to cleaning."""
     return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
 
 
-def empty(path: Path) -> UserError:
-    return UserError(f"{path}: the file is empty, expected one entry a line")
+def empty_file_error(path: Path) -> UserError:
+    return UserError(f"{path}: the file is empty, expected one entry per line")
 
 
-class Collector:
-    """Gathers pairs and hands them over many at a time."""
+class PairBuffer:
+    """Buffers pairs and yields them in blocks."""
 
     def __init__(self) -> None:
         self._sources: list[str] = []
@@ -256,13 +257,13 @@ class Collector:
         self._sources += [source] * len(targets)
         self._targets += targets
 
-    def full(self) -> Iterator[Entries]:
-        """What has been gathered, if it is enough."""
-        if len(self._sources) >= ENTRIES_AT_ONCE:
-            yield from self.rest()
+    def flush_if_full(self) -> Iterator[Entries]:
+        """Yields the buffered pairs once there are enough of them."""
+        if len(self._sources) >= BLOCK_ENTRIES:
+            yield from self.flush()
 
-    def rest(self) -> Iterator[Entries]:
-        """What has been gathered."""
+    def flush(self) -> Iterator[Entries]:
+        """Yields the buffered pairs, if any."""
         if self._sources:
             yield Entries([self._sources, self._targets], None)
             self._sources, self._targets = [], []

@@ -1,14 +1,14 @@
-"""CSV: a column for each language and, if told, one more for the weight; comma or semicolon, quotes where needed.
+"""CSV: one column per language and an optional weight column, separated by commas or semicolons, with optional quotes.
 
-A first row that is the codes or English names of the languages names the columns; they may then stand in another order
-and among others.
+A first row with the codes or English names of the languages is a header; the columns may then be in any order and
+among others.
 """
 
 import csv
 from collections.abc import Iterator
 
-from megatron_prealign.dictionary.formats.base import ENTRIES_AT_ONCE, Entries, Reading, read_lines
-from megatron_prealign.dictionary.formats.language_codes import language_called, same_language
+from megatron_prealign.dictionary.formats.base import BLOCK_ENTRIES, Entries, Reading, read_lines
+from megatron_prealign.dictionary.formats.language_codes import parse_language, same_language
 from megatron_prealign.dictionary.formats.lines import count_columns, parse_weight
 from megatron_prealign.errors import UserError
 
@@ -16,90 +16,90 @@ _WEIGHT = "weight"
 
 
 def read(reading: Reading) -> Iterator[Entries]:
-    """Entries in the order of the file.
+    """Yields entries in file order.
 
     Raises:
-        UserError: see `read_lines`; a quote that never ends; a first row of other languages; with `stop` also a row of
-            other columns.
+        UserError: see `read_lines`; an unclosed quote; a header with other languages; with `stop` also a row with the
+            wrong number of columns.
     """
     source = reading.source
     names = [*source.languages, *([_WEIGHT] if source.weights else [])]
-    places, width = list(range(len(names))), len(names)
+    indices, width = list(range(len(names))), len(names)
     columns: list[list[str]] = [[] for _ in source.languages]
     weights: list[float] = []
     first = True
     for number, row in _rows(reading):
-        named = _places(row, names, len(source.languages)) if first else None
-        if first and named is None:
+        header = _header_indices(row, names, len(source.languages)) if first else None
+        if first and header is None:
             _check_languages(reading, number, row)
         first = False
-        if named is not None:
-            places, width = named, len(row)
+        if header is not None:
+            indices, width = header, len(row)
             continue
         try:
             if len(row) != width:
                 raise ValueError(f"got {count_columns(len(row))}, expected {width} ({', '.join(names)})")
-            weight = parse_weight(row[places[-1]]) if source.weights else 1.0
+            weight = parse_weight(row[indices[-1]]) if source.weights else 1.0
         except ValueError as error:
-            reading.bad(number, str(error), error)
+            reading.bad_entry(number, str(error), error)
             continue
-        for column, place in zip(columns, places, strict=False):
-            column.append(row[place])
+        for column, index in zip(columns, indices, strict=False):
+            column.append(row[index])
         weights.append(weight)
-        if len(weights) == ENTRIES_AT_ONCE:
+        if len(weights) == BLOCK_ENTRIES:
             yield Entries(columns, weights if source.weights else None)
             columns, weights = [[] for _ in source.languages], []
     if weights:
         yield Entries(columns, weights if source.weights else None)
 
 
-def _places(row: list[str], names: list[str], languages: int) -> list[int] | None:
-    """The column of each name, of which the first `languages` are codes; None where the row is no header."""
+def _header_indices(row: list[str], names: list[str], languages: int) -> list[int] | None:
+    """Column index of each name, the first `languages` of which are language codes; None if the row is not a header."""
     cells = [cell.strip().lower() for cell in row]
     wanted = [name.lower() for name in names]
     if set(cells) >= set(wanted):
         return [cells.index(name) for name in wanted]
-    called = [language_called(cell)[0] for cell in cells]
-    places = []
+    cell_codes = [parse_language(cell)[0] for cell in cells]
+    indices = []
     for name in wanted[:languages]:
         codes = same_language(name)
-        places.append(next((place for place, language in enumerate(called) if codes & language), -1))
-    places += [cells.index(name) if name in cells else -1 for name in wanted[languages:]]
-    return places if -1 not in places and len(set(places)) == len(places) else None
+        indices.append(next((index for index, other in enumerate(cell_codes) if codes & other), -1))
+    indices += [cells.index(name) if name in cells else -1 for name in wanted[languages:]]
+    return indices if -1 not in indices and len(set(indices)) == len(indices) else None
 
 
 def _check_languages(reading: Reading, number: int, row: list[str]) -> None:
-    """Refuses a header of other languages than those declared.
+    """Raises if the row is a header with languages other than the declared ones.
 
-    Codes alone may be words (`to,zu` of an English-German list): one of them has to be a language of the list.
+    Codes can also be words (`to,zu` in an English-German list), so at least one must be a language of the list.
     """
     languages = reading.source.languages
     cells = [cell.strip() for cell in row]
     if reading.source.weights:
         cells = [cell for cell in cells if cell.lower() != _WEIGHT]
-    called = [language_called(cell) for cell in cells]
-    codes = [codes for codes, _ in called]
+    parsed = [parse_language(cell) for cell in cells]
+    codes = [codes for codes, _ in parsed]
     if len(cells) < 2 or not all(codes) or len(set(codes)) < len(codes):
         return
     declared = frozenset().union(*map(same_language, languages))
-    if all(is_name for _, is_name in called) or any(each & declared for each in codes):
+    if all(is_name for _, is_name in parsed) or any(each & declared for each in codes):
         raise UserError(
-            f"{reading.source.path}:{number}: the first row names the columns {', '.join(cells)}, but the list was "
-            f"declared as {'-'.join(languages)}; declare the languages of the columns, or, if that row is words, put a "
-            f"row {','.join(languages)} before it"
+            f"{reading.source.path}:{number}: got a header with columns {', '.join(cells)}, expected languages "
+            f"{'-'.join(languages)}; declare the languages of the columns, or add a header row {','.join(languages)} "
+            "if this row contains words"
         )
 
 
 def _rows(reading: Reading) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, with the number of their last line."""
-    # Line numbers of the file: those that do not decode are left out, so that the parser's own would be too small.
-    place = 0
+    """Yields non-blank rows with the number of their last line."""
+    # csv.reader's own line number would be too small, because lines that do not decode are skipped before it.
+    line_number = 0
     delimiter = ""
 
     def lines() -> Iterator[str]:
-        nonlocal place, delimiter
+        nonlocal line_number, delimiter
         for number, line in read_lines(reading):
-            place = number
+            line_number = number
             delimiter = delimiter or (_delimiter(line) if line.strip() else "")
             yield f"{line}\n"
 
@@ -119,17 +119,17 @@ def _rows(reading: Reading) -> Iterator[tuple[int, list[str]]]:
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise UserError(
-                    f"{reading.source.path}:{place}: a quotation mark is never closed; write it twice inside quotes"
+                    f"{reading.source.path}:{line_number}: unclosed quotation mark; write it twice inside quotes"
                 ) from error
-            reading.bad(place, f"no CSV ({error})", error)
+            reading.bad_entry(line_number, f"not valid CSV ({error})", error)
             continue
         if row is None:
             return
         if any(map(str.strip, row)):
-            yield place, row
+            yield line_number, row
 
 
 def _delimiter(line: str) -> str:
-    """Comma or semicolon, whichever the first row has more of outside quotes."""
+    """Comma or semicolon, whichever is more frequent outside quotes in the first row."""
     outside = "".join(line.split('"')[::2])
     return ";" if outside.count(";") > outside.count(",") else ","

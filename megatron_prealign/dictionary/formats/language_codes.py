@@ -1,6 +1,6 @@
 """ISO 639: which two- and three-letter codes name the same language."""
 
-# Two letters and three letters of each language.
+# Two- and three-letter codes of each language.
 _CODES = """
 aa aar ab abk af afr ak aka am amh ar ara an arg as asm av ava ae ave ay aym az aze ba bak bm bam be bel bn ben bi bis
 bo bod bs bos br bre bg bul ca cat cs ces ch cha ce che cu chu cv chv kw cor co cos cr cre cy cym da dan de deu dv div
@@ -15,12 +15,12 @@ ty tah ta tam tt tat te tel tg tgk tl tgl th tha ti tir to ton tn tsn ts tso tk 
 uz uzb ve ven vi vie vo vol wa wln wo wol xh xho yi yid yo yor za zha zh zho zu zul
 """
 _PAIRS = _CODES.split()
-# What lists of single languages have in place of the code of a group of them.
+# Codes of individual languages that lists use instead of the macrolanguage code.
 _MEMBERS = {"zh": "cmn", "ar": "arb", "fa": "pes", "ms": "zsm", "et": "ekk", "lv": "lvs", "sq": "als", "sw": "swh"}
 _MEMBERS |= {"ne": "npi", "or": "ory", "mn": "khk", "uz": "uzn", "az": "azj", "no": "nob", "ku": "kmr", "yi": "ydd"}
 
 TRADITIONAL = frozenset({"zh_hant", "zh_tw", "zh_hk", "zh_mo"})
-"""Codes of Chinese in traditional characters."""
+"""Codes of Chinese written in traditional characters."""
 
 _SAME: dict[str, frozenset[str]] = {}
 for _two, _three in zip(_PAIRS[::2], _PAIRS[1::2], strict=True):
@@ -29,7 +29,7 @@ for _two, _three in zip(_PAIRS[::2], _PAIRS[1::2], strict=True):
         _SAME[_code] = _SAME.get(_code, frozenset()) | _codes
 
 
-# English name and code of each language that a header is likely to name.
+# English names and codes of languages that are likely to occur in a header.
 _NAMES = """
 arabic ar armenian hy azerbaijani az basque eu belarusian be bengali bn bulgarian bg burmese my catalan ca
 chinese zh croatian hr czech cs danish da dutch nl english en esperanto eo estonian et finnish fi french fr
@@ -44,16 +44,16 @@ _NAMED = _NAMES.split()
 _CODE_OF_NAME = dict(zip(_NAMED[::2], _NAMED[1::2], strict=True))
 
 
-def language_called(text: str) -> tuple[frozenset[str], bool]:
-    """All codes of the language that a code or an English name stands for, none for any other text; and whether it is a
-    name."""
+def parse_language(text: str) -> tuple[frozenset[str], bool]:
+    """Returns all codes of the language given by a code or an English name (empty for other text), and whether `text`
+    is a name."""
     text = text.strip().lower()
     code = _CODE_OF_NAME.get(text, text)
     return (same_language(code) if code.partition("_")[0] in _SAME else frozenset()), text in _CODE_OF_NAME
 
 
 def same_language(code: str) -> frozenset[str]:
-    """All codes of the language of `code`, in small letters; what follows an underscore (a script, a country) is left
-    out."""
+    """Returns all codes of the language of `code`, in lower case; an underscore suffix (script or country) is
+    ignored."""
     base = code.lower().partition("_")[0]
     return _SAME.get(base, frozenset({base}))

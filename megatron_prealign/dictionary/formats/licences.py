@@ -1,4 +1,4 @@
-"""Finds the licence in what a dictionary's header tells about it."""
+"""Finds the licence statement in a dictionary's header."""
 
 import re
 
@@ -7,20 +7,20 @@ _LICENCE = re.compile(r"licen[cs]|copyright|public domain|creative commons|\bGPL
 _SENTENCE_END = re.compile(r"(?<=[.!])\s+(?=[A-Z])")
 
 
-def licence_in(text: str) -> str:
-    """What the first paragraph of `text` that speaks of a licence says of it, at most 300 characters; "" if none does.
+def find_licence(text: str) -> str:
+    """Returns the licence sentences of the first paragraph that has any, at most 300 characters; "" if none does.
 
-    A person must read the licence itself; this is to tell which one.
+    This only identifies the licence; the licence itself must be read by a person.
     """
     for paragraph in re.split(r"\n\s*\n", text):
         sentences = _SENTENCE_END.split(" ".join(paragraph.split()))
-        found = [sentence for sentence in sentences if _LICENCE.search(sentence)]
-        if found:
-            return shorten(" ".join(found))
+        matches = [sentence for sentence in sentences if _LICENCE.search(sentence)]
+        if matches:
+            return shorten(" ".join(matches))
     return ""
 
 
 def shorten(text: str) -> str:
-    """`text` on one line, cut at 300 characters."""
+    """Returns `text` on one line, truncated to 300 characters."""
     text = " ".join(text.split())
     return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"

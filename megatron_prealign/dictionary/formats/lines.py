@@ -1,4 +1,4 @@
-"""Word lists with one entry a line: two JSON forms, columns separated by tabs, words separated by spaces."""
+"""Word lists with one entry per line: two JSON forms, tab-separated columns, space-separated words."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from megatron_prealign.dictionary.formats.base import (
     Entries,
     Reading,
     decode_line,
-    empty,
+    empty_file_error,
     read_blocks,
 )
 
@@ -22,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read(reading: Reading) -> Iterator[Entries]:
-    """Entries of a file of lines, many lines at a time.
+    """Yields the entries of a line-based file in blocks.
 
     Raises:
         UserError: see `readers.read_entries`.
@@ -32,42 +32,40 @@ def read(reading: Reading) -> Iterator[Entries]:
         entries = reader.read_columns(number, block) or reader.read_lines(number, block)
         if entries.columns[0]:
             yield entries
-    if not reader.seen:
-        raise empty(reading.source.path)
+    if not reader.num_lines:
+        raise empty_file_error(reading.source.path)
 
 
 def parse_weight(value: object) -> float:
-    """A weight as a number or a text.
+    """Parses a weight given as a number or as text.
 
     Raises:
-        ValueError: it is no number above 0.
+        ValueError: the weight is not a number above 0 or out of range.
     """
     try:
         number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else 0.0
     except (ValueError, OverflowError):
         number = 0.0
     if not SMALLEST_WEIGHT <= number <= LARGEST_WEIGHT:
-        raise ValueError(
-            f"the weight is {value!r}, expected a number above 0 ({SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g})"
-        )
+        raise ValueError(f"got weight {value!r}, expected a number above 0 ({SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g})")
     return number
 
 
-def _split_columns(columns: list[str], languages: int, weights: bool, how: str) -> tuple[list[str], float]:
+def _split_columns(columns: list[str], languages: int, weights: bool, layout: str) -> tuple[list[str], float]:
     expected = languages + weights
     if len(columns) != expected:
-        raise ValueError(f"got {count_columns(len(columns))}, expected {expected} {how}")
+        raise ValueError(f"got {count_columns(len(columns))}, expected {expected} {layout}")
     return columns[:languages], parse_weight(columns[languages]) if weights else 1.0
 
 
 def _parse_tsv(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
-    how = "separated by one tab each, the last a weight" if weights else "separated by one tab"
-    return _split_columns(line.split("\t"), languages, weights, how)
+    layout = "separated by one tab each, the last a weight" if weights else "separated by one tab"
+    return _split_columns(line.split("\t"), languages, weights, layout)
 
 
 def _parse_space(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
-    how = "words separated by a space" if not weights else "separated by a space, words and a weight"
-    return _split_columns(line.split(), languages, weights, f"{how} (by a tab if a word contains spaces)")
+    layout = "words separated by a space" if not weights else "separated by a space, words and a weight"
+    return _split_columns(line.split(), languages, weights, f"{layout} (by a tab if a word contains spaces)")
 
 
 def count_columns(count: int) -> str:
@@ -78,37 +76,39 @@ def _parse_json(line: str) -> dict[str, object]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        record = _parse_json_slowly(line)
+        record = _parse_json_fallback(line)
     if not isinstance(record, dict):
         raise ValueError(f"got a JSON {type(record).__name__}, expected an object")
     return record
 
 
-def _parse_json_slowly(line: str) -> object:
-    """JSON as Python takes it, NaN and half a \\u pair included, so that the message can name them."""
+def _parse_json_fallback(line: str) -> object:
+    """Parses with Python's json, which accepts NaN and lone surrogates, so that the error message can name them."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno}), expected one JSON object a line") from error
+        raise ValueError(
+            f"not valid JSON ({error.msg} at column {error.colno}), expected one JSON object per line"
+        ) from error
 
 
 def _text_of(record: dict[str, object], key: str) -> str:
     if key not in record:
         raise ValueError(
-            f'no "{key}" among the keys {sorted(record)}, expected {{"src_text", "tgt_text"}} or {{"words"}}'
+            f'key "{key}" is missing, got {sorted(record)}, expected {{"src_text", "tgt_text"}} or {{"words"}}'
         )
     value = record[key]
     if not isinstance(value, str):
         raise ValueError(f'"{key}" is {value!r}, expected a string')
     if _SURROGATE.search(value):
-        raise ValueError(f'"{key}" is {value!r}, which holds half of a \\u pair and is no text')
+        raise ValueError(f'"{key}" is {value!r}, which contains a lone surrogate (half of a \\u pair)')
     return value
 
 
 def _weight_of(record: dict[str, object]) -> float:
     value = record.get("weight", 1.0)
     if isinstance(value, str):
-        raise ValueError(f"the weight is {value!r}, expected a number without quotes")
+        raise ValueError(f"got weight {value!r}, expected a number without quotes")
     return parse_weight(value)
 
 
@@ -122,7 +122,7 @@ def _parse_words(line: str, languages: int, weights: bool) -> tuple[list[str], f
     return _text_of(record, "words").split(WORDS_SEPARATOR), _weight_of(record)
 
 
-# Format -> (line, number of languages, whether columns have a weight) -> words and weight.
+# Format -> parser: (line, number of languages, whether there is a weight column) -> (words, weight).
 PARSERS: dict[str, Callable[[str, int, bool], tuple[list[str], float]]] = {
     "pairs": _parse_pairs,
     "words": _parse_words,
@@ -132,7 +132,7 @@ PARSERS: dict[str, Callable[[str, int, bool], tuple[list[str], float]]] = {
 
 
 def detect_format(line: str, columns: int = 2) -> str:
-    """Format of a file from its first line that is not blank; `columns`: of a list in columns, with the weight."""
+    """Detects the format from the first non-blank line; `columns` is the expected number, including the weight."""
     if line.lstrip().startswith("{"):
         try:
             record = json.loads(line)
@@ -143,20 +143,20 @@ def detect_format(line: str, columns: int = 2) -> str:
 
 
 class _LineReader:
-    """Reads blocks of one file; its first line decides the format."""
+    """Reads blocks of one file; the first line determines the format."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading, self._source = reading, reading.source
-        self._format: str = reading.facts.format
+        self._format: str = reading.info.format
         self._columns = len(reading.source.languages) + reading.source.weights
-        self.seen = 0
-        """Lines that were not blank."""
+        self.num_lines = 0
+        """Number of non-blank lines read."""
 
-    def _settle(self, format: str) -> None:
-        self._format = self._reading.facts.format = format
+    def _set_format(self, format: str) -> None:
+        self._format = self._reading.info.format = format
 
     def read_columns(self, number: int, block: bytes) -> Entries | None:
-        """A block of tab-separated lines without anything odd, all at once; None for any other."""
+        """Parses a regular block of tab-separated lines at once; None if the block needs line-by-line parsing."""
         languages, width = len(self._source.languages), self._columns
         text = _decode_block(number, block)
         if text is None:
@@ -164,14 +164,14 @@ class _LineReader:
         if self._format == "auto":
             first = text.partition("\n")[0]
             if first.strip():
-                self._settle(detect_format(first, width))
+                self._set_format(detect_format(first, width))
         if self._format != "tsv" or not _is_regular(text, width):
             return None
         fields = text.replace("\n", "\t").split("\t")
-        # Behind the last line break.
+        # The empty string after the last line break.
         fields.pop()
-        columns = [fields[place::width] for place in range(languages)]
-        # A line of white space is no entry but a blank line.
+        columns = [fields[index::width] for index in range(languages)]
+        # A line of white space counts as blank.
         if not all(map(str.strip, columns[0])):
             return None
         weights = None
@@ -180,11 +180,11 @@ class _LineReader:
                 weights = [parse_weight(field) for field in fields[languages::width]]
             except ValueError:
                 return None
-        self.seen += len(columns[0])
+        self.num_lines += len(columns[0])
         return Entries(columns, weights)
 
     def read_lines(self, first: int, block: bytes) -> Entries:
-        """A block line by line."""
+        """Parses a block line by line."""
         columns: list[list[str]] = [[] for _ in self._source.languages]
         weights: list[float] = []
         lines = block.split(b"\n")
@@ -192,10 +192,10 @@ class _LineReader:
             try:
                 entry = self._read_line(number, raw)
             except ValueError as error:
-                why = f"not valid UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
-                # A line that does not decode still shows that the file is not empty.
-                self.seen += isinstance(error, UnicodeDecodeError)
-                self._reading.bad(number, why, error)
+                reason = f"not valid UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
+                # A line that does not decode still means that the file is not empty.
+                self.num_lines += isinstance(error, UnicodeDecodeError)
+                self._reading.bad_entry(number, reason, error)
                 continue
             if entry is not None:
                 for column, word in zip(columns, entry[0], strict=True):
@@ -207,10 +207,10 @@ class _LineReader:
         line = decode_line(number, raw)
         if not line.strip():
             return None
-        self.seen += 1
+        self.num_lines += 1
         weights, languages = self._source.weights, self._source.languages
         if self._format == "auto":
-            self._settle(detect_format(line, self._columns))
+            self._set_format(detect_format(line, self._columns))
         words, weight = PARSERS[self._format](line, len(languages), weights)
         if len(words) != len(languages):
             raise ValueError(f"got {len(words)} words, expected {len(languages)} ({'-'.join(languages)})")
@@ -218,7 +218,7 @@ class _LineReader:
 
 
 def _decode_block(number: int, block: bytes) -> str | None:
-    """The text of a block, its lines ending in a line break alone; None where lines have to be looked at one by one."""
+    """Returns the text of a block with \\n line endings; None if the block needs line-by-line parsing."""
     block = block.replace(b"\r\n", b"\n")
     if b"\r" in block:
         return None

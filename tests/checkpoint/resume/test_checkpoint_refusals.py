@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint or its disk, every rank ends with one line, and the run that is there stays."""
+"""Corrupt or incompatible checkpoints: every rank ends with the same one-line error and changes nothing."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import assert_facts
 from support.tiny import Tiny
 from support.whole_runs import language_model_values, records, refusal, reseal, run, train
 from support.workers import WorkerPool
@@ -18,7 +19,7 @@ STEPS = 2
 
 
 def values_for(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]:
-    """Language-model training alone, two steps."""
+    """Two steps of language-model training, without alignment."""
     values = language_model_values(tiny, directory, **{"save_interval": 1, "keep": 9, **checkpoint})
     values["training"]["train_iters"] = STEPS
     return values
@@ -26,7 +27,7 @@ def values_for(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two processes that has a checkpoint of step 1 as its newest. Tests copy it."""
+    """A run on two processes whose newest checkpoint is of step 1. Tests copy it."""
     directory = tmp_path_factory.mktemp("trained")
     run(workers, 2, values_for(tiny, directory), directory)
     shutil.rmtree(directory / "checkpoints" / "step_00000002")
@@ -45,10 +46,10 @@ def zeros_from(file: Path, start: int) -> None:
     file.write_bytes(data[:start] + bytes(len(data) - start))
 
 
-def damage_data(checkpoint: Path) -> str:
+def zero_data(checkpoint: Path) -> str:
     for file in checkpoint.glob("*.distcp"):
         zeros_from(file, 0)
-    return "cannot be read ("
+    return "incomplete"
 
 
 def cut_data(checkpoint: Path) -> str:
@@ -66,16 +67,16 @@ def drop_common(checkpoint: Path) -> str:
 def cut_metadata(checkpoint: Path) -> str:
     file = checkpoint / ".metadata"
     file.write_bytes(file.read_bytes()[:100])
-    return "cannot be read ("
+    return "incomplete"
 
 
 def clear_metadata(checkpoint: Path) -> str:
     (checkpoint / ".metadata").write_bytes(b"")
-    return "cannot be read ("
+    return "incomplete"
 
 
 class Harmful:
-    """Pickled, it asks for a directory to be made where it is read."""
+    """Its pickle creates a directory when it is loaded."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._target = str(checkpoint / "harm")
@@ -86,7 +87,7 @@ class Harmful:
 
 def harmful_metadata(checkpoint: Path) -> str:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(checkpoint)))
-    return "which no checkpoint holds"
+    return f"{os.mkdir.__module__}.mkdir"
 
 
 def harmful_common(checkpoint: Path) -> str:
@@ -96,50 +97,45 @@ def harmful_common(checkpoint: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_data, cut_data, drop_common, cut_metadata, clear_metadata, harmful_metadata, harmful_common],
+    [zero_data, cut_data, drop_common, cut_metadata, clear_metadata, harmful_metadata, harmful_common],
 )
-def test_damage_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, damage: Callable[[Path], str]) -> None:
-    """What no manifest tells, since it was written so, or since only the sizes were looked at."""
+def test_corruption_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, damage: Callable[[Path], str]) -> None:
+    """Corruption that the manifest does not show: it was written this way, or only the sizes were compared."""
     checkpoint = copied / "checkpoints" / "step_00000001"
     expected = damage(checkpoint)
     reseal(checkpoint)
     message = refusal(workers, train, values_for(tiny, copied, verify="sizes"), str(copied))
-    assert message.startswith(f"{checkpoint} cannot be read (")
-    assert expected in message
+    assert_facts(message, f"cannot read {checkpoint}", expected, "checkpoint.verify", "checksums")
     assert not (checkpoint / "harm").exists()
-    assert message.endswith(
-        "start again with checkpoint.verify checksums, which finds the damaged file and what to go on from"
-    )
 
 
 def without(name: str) -> Callable[[dict[str, Any]], Any]:
     return lambda state: {key: value for key, value in state.items() if key != name}
 
 
-STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "empty": (lambda state: {}, "kind is 'missing', expected run or weights"),
-    "no model": (without("model"), "model is 'missing', expected dict"),
-    "no run": (lambda state: {**state, "run": {}}, "run lacks phases, code_switch, switching, seq_length"),
-    "sources": (lambda state: {**state, "run": {**state["run"], "sources": [1]}}, "run.sources holds 1"),
-    "budget": (lambda state: {**state, "run": {**state["run"], "budget": {}}}, "run.budget is {}"),
-    "blend": (lambda state: {**state, "blend": {}}, "blend is damaged (KeyError: 'start')"),
-    "counters": (lambda state: {**state, "train_state": {"step": 1}}, "phase_step"),
+STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
+    "empty": (lambda state: {}, ("kind", "'missing'", "run or weights")),
+    "no model": (without("model"), ("model", "'missing'", "expected dict")),
+    "no run": (lambda state: {**state, "run": {}}, ("run", "phases, code_switch, switching, seq_length")),
+    "sources": (lambda state: {**state, "run": {**state["run"], "sources": [1]}}, ("run.sources", "1, expected")),
+    "budget": (lambda state: {**state, "run": {**state["run"], "budget": {}}}, ("run.budget is {}",)),
+    "blend": (lambda state: {**state, "blend": {}}, ("blend", "KeyError: 'start'")),
+    "counters": (lambda state: {**state, "train_state": {"step": 1}}, ("train_state", "phase_step")),
     "text": (
         lambda state: {**state, "train_state": {**state["train_state"], "tokens": "9"}},
-        "train_state.tokens is '9'",
+        ("train_state.tokens is '9'",),
     ),
 }
 
 
 @pytest.mark.parametrize("case", STATES)
-def test_damaged_state_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, case: str) -> None:
+def test_corrupt_state_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path, case: str) -> None:
     file = copied / "checkpoints" / "step_00000001" / "state.json"
-    change, expected = STATES[case]
+    change, facts = STATES[case]
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     reseal(file.parent)
     message = refusal(workers, train, values_for(tiny, copied), str(copied))
-    assert message.startswith(f"{file} is damaged (")
-    assert expected in message
+    assert_facts(message, f"{file} is corrupt", *facts)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +147,7 @@ def test_damaged_state_is_one_line(workers: WorkerPool, tiny: Tiny, copied: Path
         ("data", "seq_length", 16, "data.seq_length 32 (recipe: 16)"),
     ],
 )
-def test_other_recipe_is_refused_and_not_written_down(
+def test_another_recipe_is_refused_and_not_recorded(
     workers: WorkerPool, tiny: Tiny, copied: Path, section: str, field: str, value: object, expected: str
 ) -> None:
     (copied / "versions.json").write_text("{}")
@@ -160,17 +156,17 @@ def test_other_recipe_is_refused_and_not_written_down(
     values[section][field] = value
     assert expected in refusal(workers, train, values, str(copied))
     assert {name: (copied / name).read_bytes() for name in before} == before
-    # The recipe that wrote it goes on.
+    # The original recipe resumes.
     run(workers, 2, values_for(tiny, copied), copied)
     assert [step for _, step in records(copied)] == [2]
     assert (copied / "versions.json").read_text() != "{}"
 
 
 def test_alignment_added_later_does_not_shift_the_phase(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
-    """With train_tokens the blend keeps its rows when an alignment section comes."""
+    """With train_tokens the blend keeps its samples when an alignment section is added."""
     values = values_for(tiny, tmp_path)
     del values["training"]["train_iters"]
-    # Room for 5 steps of alignment with 4 rows and 3 of language modelling with 8, 32 tokens each.
+    # Enough for 5 alignment steps of 4 samples and 3 language-model steps of 8, with 32 tokens each.
     values["training"]["train_tokens"] = (5 * 4 + 3 * 8) * 32
     run(workers, 2, values, tmp_path)
     last = max(step for _, step in records(tmp_path))
@@ -182,9 +178,7 @@ def test_alignment_added_later_does_not_shift_the_phase(workers: WorkerPool, tin
     assert list(records(tmp_path)) == [("language_model", last)]
 
 
-def test_steps_of_a_branch_that_was_left_do_not_push_out_the_new_one(
-    workers: WorkerPool, tiny: Tiny, copied: Path
-) -> None:
+def test_steps_of_an_abandoned_branch_do_not_displace_new_ones(workers: WorkerPool, tiny: Tiny, copied: Path) -> None:
     checkpoints = copied / "checkpoints"
     for name in ("step_00000002", "step_00000008", ".step_00000099.incomplete"):
         shutil.copytree(checkpoints / "step_00000001", checkpoints / name)
@@ -194,7 +188,7 @@ def test_steps_of_a_branch_that_was_left_do_not_push_out_the_new_one(
     assert state["train_state"]["step"] == 2
 
 
-def test_only_the_tokenizers_own_files_are_copied(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+def test_only_tokenizer_files_are_copied(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     directory = tmp_path / "tokenizer_and_model"
     shutil.copytree(tiny.tokenizer, directory)
     own = {file.name for file in directory.iterdir()} - {"fertility.json"}
@@ -208,19 +202,19 @@ def test_only_the_tokenizers_own_files_are_copied(workers: WorkerPool, tiny: Tin
 
 
 def test_device_is_part_of_the_layout(workers: WorkerPool, tiny: Tiny, copied: Path) -> None:
-    """A GPU's random states cannot go on on a CPU: such a checkpoint counts as one of another layout."""
+    """Random states of a GPU cannot be restored on a CPU: such a checkpoint counts as one of another layout."""
     file = copied / "checkpoints" / "step_00000001" / "state.json"
     state = json.loads(file.read_text())
     assert state["layout"]["device"] == "cpu"
     state["layout"]["device"] = "cuda"
     file.write_text(json.dumps(state))
     reseal(file.parent)
-    [(random_states_read, step), _] = workers.run(2, train_and_watch, values_for(tiny, copied), str(copied))
+    [(random_states_read, step), _] = workers.run(2, train_and_count_restores, values_for(tiny, copied), str(copied))
     assert (random_states_read, step) == (0, 2)
 
 
-def train_and_watch(values: dict[str, Any], directory: str) -> tuple[int, int]:
-    """Runs in workers: how often random states were restored, and the last step."""
+def train_and_count_restores(values: dict[str, Any], directory: str) -> tuple[int, int]:
+    """Runs in workers: number of times that random states were restored, and the last step."""
     from megatron_prealign.runtime import random_state
 
     real, restored = random_state.restore, []

@@ -1,4 +1,4 @@
-"""Which checkpoint is found, and which one is gone on from when files are damaged."""
+"""Which checkpoint is found, and which one a run resumes from when files are corrupt."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -6,17 +6,23 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support.messages import assert_facts, user_error
 
 from megatron_prealign.checkpoint.directory import latest_checkpoint, resolve_checkpoint, step_name
 from megatron_prealign.checkpoint.manifest import FileRecord, find_problems, read_manifest, write_manifest
-from megatron_prealign.checkpoint.resume.choose import candidates, choose, set_aside, shares, warn_of_fallback
-from megatron_prealign.errors import UserError
+from megatron_prealign.checkpoint.resume.choose import (
+    candidates,
+    choose,
+    partition_files,
+    rename_damaged,
+    warn_about_fallback,
+)
 
 BY_CHECKSUM = partial(find_problems, checksums=True)
 
 
 def make(directory: Path, *steps: int, latest: int | str | None = None) -> Path:
-    """Checkpoints of these steps; `latest` names the last or what is given."""
+    """Makes checkpoints of these steps; `latest` names the last one or the given one."""
     for step in steps:
         checkpoint = directory / step_name(step)
         checkpoint.mkdir(parents=True)
@@ -32,7 +38,7 @@ def names(directories: Iterable[Path]) -> list[int]:
     return [int(directory.name.removeprefix("step_")) for directory in directories]
 
 
-def test_found_by_itself_its_directory_or_its_run(tmp_path: Path) -> None:
+def test_found_by_its_path_its_directory_or_its_run(tmp_path: Path) -> None:
     directory = make(tmp_path / "checkpoints", 3, 5)
     newest = directory / "step_00000005"
     assert latest_checkpoint(directory) == newest
@@ -40,45 +46,39 @@ def test_found_by_itself_its_directory_or_its_run(tmp_path: Path) -> None:
     assert resolve_checkpoint(directory / "step_00000003") == directory / "step_00000003"
 
 
-def test_none_there(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     assert candidates(tmp_path) == candidates(tmp_path / "not_there") == []
     (tmp_path / "step_00000001").mkdir()
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_why_there_is_none(tmp_path: Path) -> None:
-    def said(path: Path) -> str:
-        with pytest.raises(UserError) as caught:
+def test_reason_why_no_checkpoint_is_found(tmp_path: Path) -> None:
+    def assert_none(path: Path, *facts: str) -> None:
+        with user_error(path, "no complete checkpoint", *facts):
             resolve_checkpoint(path)
-        assert str(caught.value).startswith(f"{path} holds no complete checkpoint") and "\n" not in str(caught.value)
-        return str(caught.value).removeprefix(f"{path} holds no complete checkpoint")
 
-    expected = "; expected a step_* directory, a directory with `latest`, or a run's directory"
-    assert said(tmp_path) == expected
-    assert said(tmp_path / "gone") == f": there is no such directory{expected}"
+    expected = ("expected a step_* directory", "`latest`", "run directory")
+    assert_none(tmp_path, *expected)
+    assert_none(tmp_path / "gone", "does not exist", *expected)
     (tmp_path / "file").write_text("x")
-    assert said(tmp_path / "file") == f": it is a file{expected}"
+    assert_none(tmp_path / "file", "is a file", *expected)
     unfinished = tmp_path / "one" / "checkpoints" / "step_00000001"
     unfinished.mkdir(parents=True)
-    reason = "step_00000001 has no manifest.json, so that its save never came to its end; use another checkpoint"
     for directory in (unfinished, unfinished.parent, tmp_path / "one"):
-        assert said(directory) == f": {reason}"
+        assert_none(directory, "step_00000001", "manifest.json is missing")
     make(tmp_path / "two" / "checkpoints", 3)
     make(tmp_path / "three", 4)
-    assert said(tmp_path) == " itself, but directories with some: name one of three, two"
+    assert_none(tmp_path, "use one of three, two")
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).write_text("{}")
-    assert (
-        "it is a Hugging Face model directory; make a checkpoint of it with `megatron-prealign convert from-hf"
-        in said(tmp_path / "model")
-    )
+    assert_none(tmp_path / "model", "Hugging Face", f"`megatron-prealign convert from-hf --model {tmp_path / 'model'}")
 
 
-def test_checkpoints_that_are_all_gone_are_no_new_run(tmp_path: Path) -> None:
+def test_missing_checkpoints_are_no_new_run(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_00000009\n")
-    with pytest.raises(UserError, match="names step_00000009, but neither that nor any other checkpoint is there"):
+    with user_error(tmp_path / "latest", "step_00000009", "no checkpoint exists"):
         candidates(tmp_path)
     (tmp_path / "latest").unlink()
     assert candidates(tmp_path) == []
@@ -94,13 +94,15 @@ def test_latest_that_names_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert latest_checkpoint(directory) == directory / "step_00000005"
         assert names(candidates(directory)) == [5, 3]
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith(f"{tmp_path / 'latest'} should name the newest checkpoint, but ")
-    assert second.startswith(f"{tmp_path / 'latest'} should name the newest checkpoint, but ")
+    assert_facts(first, tmp_path / "latest", directory / "step_00000005")
+    assert_facts(second, tmp_path / "latest", "all step_* directories")
+    for message in (first, second):
+        assert_facts(message, "step_00000009" if latest == "step_00000009" else "does not name a step")
 
 
-def test_steps_of_a_branch_that_was_left_are_no_candidates(tmp_path: Path) -> None:
+def test_steps_of_an_abandoned_branch_are_no_candidates(tmp_path: Path) -> None:
     assert names(candidates(make(tmp_path, 2, 4, 6, 8, latest=6))) == [6, 4, 2]
-    # Numbers decide, not names.
+    # The order is by number, not by name.
     assert names(candidates(make(tmp_path, 100_000_001, 99_999_999, latest=100_000_001)))[:2] == [
         100_000_001,
         99_999_999,
@@ -111,42 +113,39 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def swap_a_bit(file: Path) -> None:
+def flip_a_bit(file: Path) -> None:
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "cut": (cut, "__0_0.distcp", "__0_0.distcp has 16 bytes, expected 17"),
-    "bit": (swap_a_bit, "__0_0.distcp", "__0_0.distcp has another checksum than when it was written"),
+    "bit": (flip_a_bit, "__0_0.distcp", "__0_0.distcp does not match its checksum"),
     "gone": (Path.unlink, ".metadata", ".metadata is missing"),
-    "state": (swap_a_bit, "state.json", "state.json has another checksum than when it was written"),
-    "manifest": (cut, "manifest.json", "manifest.json is damaged ("),
-    "no manifest": (Path.unlink, "manifest.json", "manifest.json is missing: the checkpoint was never completed"),
+    "state": (flip_a_bit, "state.json", "state.json does not match its checksum"),
+    "manifest": (cut, "manifest.json", "manifest.json is corrupt"),
+    "no manifest": (Path.unlink, "manifest.json", "manifest.json is missing"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named_and_an_older_one_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
+def test_corruption_is_reported_and_an_older_checkpoint_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
     directory = make(tmp_path, 2, 4, 6)
-    damage, file, told = DAMAGE[case]
+    damage, file, problem = DAMAGE[case]
     damage(directory / "step_00000006" / file)
     directories = candidates(directory)
-    with pytest.raises(UserError) as caught:
+    with user_error(directory / "step_00000006", problem, "checkpoint.on_damage", "fall_back"):
         choose(directories, BY_CHECKSUM, "fail")
-    assert str(caught.value).startswith(f"{directory / 'step_00000006'} is damaged: {told}")
-    assert str(caught.value).endswith(
-        "; restore it, or go on from an older checkpoint with checkpoint.on_damage fall_back"
-    )
     choice = choose(directories, BY_CHECKSUM, "fall_back")
     assert choice.checkpoint == directory / "step_00000004"
     with caplog.at_level(logging.WARNING):
-        warn_of_fallback(choice)
+        warn_about_fallback(choice)
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{directory / 'step_00000006'} is damaged ({told}")
-    assert record.getMessage().endswith("): going on from step_00000004 instead, 2 steps are done again")
-    # Nothing moves before the run really goes on.
+    assert_facts(record.getMessage(), directory / "step_00000006", problem, "from step_00000004", "2 steps")
+    # Nothing is renamed before the run has resumed.
     assert names(candidates(directory)) == [6, 4, 2]
-    set_aside(choice)
+    rename_damaged(choice)
     assert sorted(path.name for path in directory.iterdir()) == [
         "latest",
         "step_00000002",
@@ -157,44 +156,43 @@ def test_damage_is_named_and_an_older_one_taken(tmp_path: Path, caplog: pytest.L
     assert choose(candidates(directory), BY_CHECKSUM, "fail").damaged == {}
 
 
-def test_a_swapped_bit_is_no_matter_of_size(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_by_its_checksum_only(tmp_path: Path) -> None:
     directory = make(tmp_path, 1) / "step_00000001"
-    swap_a_bit(directory / "__0_0.distcp")
+    flip_a_bit(directory / "__0_0.distcp")
     assert find_problems(directory, checksums=False) == []
     assert len(find_problems(directory, checksums=True)) == 1
 
 
-def test_no_good_one_left_is_refused(tmp_path: Path) -> None:
+def test_only_corrupt_checkpoints_are_refused(tmp_path: Path) -> None:
     directory = make(tmp_path, 2, 4)
     for step in (2, 4):
         cut(directory / step_name(step) / "state.json")
     for on_damage in ("fail", "fall_back"):
-        with pytest.raises(UserError) as caught:
+        with user_error(
+            directory / "step_00000002",
+            "state.json has 14 bytes, expected 15",
+            "checkpoint.directory",
+            "logging.run_dir",
+        ):
             choose(candidates(directory)[1:], BY_CHECKSUM, on_damage)  # type: ignore[arg-type]
-        assert str(caught.value) == (
-            f"{directory / 'step_00000002'} is damaged: state.json has 14 bytes, expected 15; restore a "
-            "checkpoint, or set checkpoint.directory (or logging.run_dir) to a new directory to begin anew"
-        )
-    with pytest.raises(UserError) as caught:
+    problem = "state.json has 14 bytes, expected 15"
+    with user_error(directory, f"step_00000004: {problem}", f"step_00000002: {problem}", "checkpoint.directory"):
         choose(candidates(directory), BY_CHECKSUM, "fall_back")
-    assert str(caught.value).startswith(
-        f"{directory} holds no good checkpoint (step_00000004: state.json has 14 bytes, expected 15; step_00000002: "
-    )
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000002", "step_00000004"]
 
 
-def test_damaged_ones_alone_are_no_reason_to_begin_anew(tmp_path: Path) -> None:
+def test_only_renamed_checkpoints_are_no_new_run(tmp_path: Path) -> None:
     directory = make(tmp_path, 4)
     (directory / "step_00000004").rename(directory / "step_00000004.damaged")
-    with pytest.raises(UserError, match=r"holds damaged checkpoints alone \(step_00000004\.damaged\)"):
+    with user_error(directory, "step_00000004.damaged", "checkpoint.directory", "logging.run_dir"):
         candidates(directory)
 
 
-def test_a_directory_that_was_set_aside_before_is_kept(tmp_path: Path) -> None:
+def test_a_directory_that_was_renamed_before_is_kept(tmp_path: Path) -> None:
     directory = make(tmp_path, 2, 4)
     (directory / "step_00000004.damaged").mkdir()
     cut(directory / "step_00000004" / "state.json")
-    set_aside(choose(candidates(directory), BY_CHECKSUM, "fall_back"))
+    rename_damaged(choose(candidates(directory), BY_CHECKSUM, "fall_back"))
     assert sorted(path.name for path in directory.iterdir()) == [
         "latest",
         "step_00000002",
@@ -204,8 +202,8 @@ def test_a_directory_that_was_set_aside_before_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dies_at", ["latest", "step_00000004.damaged"])
-def test_killed_while_setting_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str) -> None:
-    """Whatever was renamed, the next start finds the good one."""
+def test_killed_while_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str) -> None:
+    """The next start finds the intact checkpoint, whatever was renamed."""
     import os
 
     directory = make(tmp_path, 2, 4)
@@ -223,17 +221,17 @@ def test_killed_while_setting_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in real:
         monkeypatch.setattr(os, name, dying(name))
     with pytest.raises(KeyboardInterrupt):
-        set_aside(choose(candidates(directory), BY_CHECKSUM, "fall_back"))
+        rename_damaged(choose(candidates(directory), BY_CHECKSUM, "fall_back"))
     monkeypatch.undo()
     assert choose(candidates(directory), BY_CHECKSUM, "fall_back").checkpoint == directory / "step_00000002"
 
 
-def test_shares_are_every_file_once_and_about_even(tmp_path: Path) -> None:
+def test_partitions_contain_every_file_once_and_are_about_even(tmp_path: Path) -> None:
     records = {f"file_{number}": FileRecord(10_000 * number, "") for number in range(1, 40)}
     for parts in (1, 2, 7, 60):
-        split = shares(records, parts)
+        split = partition_files(records, parts)
         assert sorted(name for each in split for name in each) == sorted(records)
         loads = [sum(records[name].bytes for name in each) for each in split]
-        # No share is larger than the smallest by more than one file.
+        # No part is larger than the smallest by more than one file.
         assert max(loads) - min(loads) <= 390_000
     assert read_manifest(make(tmp_path, 1) / "step_00000001").keys() == {"state.json", "__0_0.distcp", ".metadata"}

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout loads in any other: the same state bit for bit, and the same losses from there on."""
+"""A checkpoint of any layout loads in any other: bitwise equal state, and the same losses afterwards."""
 
 import copy
 import json
@@ -51,8 +51,8 @@ def values_for(tiny: Tiny, directory: Path, layout: str) -> dict[str, Any]:
     return values
 
 
-class SaveAtOnce(Callback):
-    """Saves into another directory what was loaded, before the first step."""
+class SaveAtStart(Callback):
+    """Saves the loaded state to another directory before the first step."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -61,23 +61,23 @@ class SaveAtOnce(Callback):
         from megatron_prealign.checkpoint.store import CheckpointStore
 
         recipe = replace(trainer.recipe, checkpoint=replace(trainer.recipe.checkpoint, directory=str(self._directory)))
-        facts: dict[str, Any] = {"model": {}}
-        store = CheckpointStore(recipe, trainer.runtime, identity=facts, run={}, huggingface={}, versions={})
+        identity: dict[str, Any] = {"model": {}}
+        store = CheckpointStore(recipe, trainer.runtime, identity=identity, run={}, huggingface={}, versions={})
         store.save(trainer.chunks, trainer.optimizer, trainer.state, phase="", consumed={}, blend={}, metrics={})
         store.finish()
 
 
-def go_on(values: dict[str, Any], directory: str, again: str | None) -> int:
-    """Runs in workers: trains to the end; saves at once what it began with."""
+def train_to_end(values: dict[str, Any], directory: str, again: str | None) -> int:
+    """Runs in workers: trains to the end; saves the initial state to `again` first."""
     from megatron_prealign.run.pretrain import pretrain
 
-    callbacks = [] if again is None else [SaveAtOnce(Path(again))]
+    callbacks = [] if again is None else [SaveAtStart(Path(again))]
     return pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=callbacks).step
 
 
-def whole_state(checkpoint: str) -> dict[str, Any]:
-    """Runs in one worker: every tensor of a checkpoint whole, without rows of padded vocabulary, and the steps that
-    the optimizer counts."""
+def full_state(checkpoint: str) -> dict[str, Any]:
+    """Runs in one worker: all full tensors of a checkpoint, without padding rows of the vocabulary, and the step
+    counters of the optimizer."""
     from megatron.core import dist_checkpointing
 
     from megatron_prealign.runtime import cpu
@@ -87,22 +87,24 @@ def whole_state(checkpoint: str) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(checkpoint)
     groups = common["optimizer"]
     groups = groups.get("optimizer", groups)["param_groups"]
-    found = {
+    full = {
         name: tensor[: 2 * VOCAB_SIZE] if name.endswith(("word_embeddings.weight", "output_layer.weight")) else tensor
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor)
     }
-    return {"tensors": found, "steps": sorted(int(group["step"]) for group in groups if "step" in group)}
+    return {"tensors": full, "steps": sorted(int(group["step"]) for group in groups if "step" in group)}
 
 
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each layout that is moved from."""
+    """A run of each source layout."""
     directories = {}
     for layout in dict.fromkeys(source for source, _ in MOVES):
         directories[layout] = tmp_path_factory.mktemp(layout)
         world_size = LAYOUTS[layout][0]
-        workers.run(world_size, go_on, values_for(tiny, directories[layout], layout), str(directories[layout]), None)
+        workers.run(
+            world_size, train_to_end, values_for(tiny, directories[layout], layout), str(directories[layout]), None
+        )
     return directories
 
 
@@ -116,9 +118,9 @@ def test_layout_changes_nothing(
     (checkpoints / "latest").write_text(name)
     again = tmp_path / "again"
     world_size = LAYOUTS[target][0]
-    workers.run(world_size, go_on, values_for(tiny, tmp_path, target), str(tmp_path), str(again))
-    before = workers.run(1, whole_state, str(checkpoints / name))[0]
-    after = workers.run(1, whole_state, str(again / name))[0]
+    workers.run(world_size, train_to_end, values_for(tiny, tmp_path, target), str(tmp_path), str(again))
+    before = workers.run(1, full_state, str(checkpoints / name))[0]
+    after = workers.run(1, full_state, str(again / name))[0]
     tensors = {key: value for key, value in before["tensors"].items() if not key.startswith("random_state")}
     assert sum(".exp_avg." in key for key in tensors) == sum(".exp_avg_sq." in key for key in tensors) > 8
     assert tensors.keys() == {key for key in after["tensors"] if not key.startswith("random_state")}
@@ -129,10 +131,10 @@ def test_layout_changes_nothing(
     expected, got = records(trained[source]), records(tmp_path)
     assert [step for _, step in got] == list(range(SAVED_AT + 1, STEPS + 1))
     for step, line in got.items():
-        for measure in ("loss", "grad_norm"):
-            # Another layout adds in another order: fp32 rounding over two steps.
-            assert line[measure] == pytest.approx(expected[step][measure], rel=1e-5), (step, measure)
-        # What is switched is decided by integers.
+        for metric in ("loss", "grad_norm"):
+            # Another layout sums in another order: fp32 rounding over two steps.
+            assert line[metric] == pytest.approx(expected[step][metric], rel=1e-5), (step, metric)
+        # Switching is decided in integer arithmetic.
         assert line["switched_words"] == expected[step]["switched_words"]
     state = json.loads((checkpoints / f"step_{STEPS:08d}" / "state.json").read_text())
     saved = json.loads((trained[source] / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())

@@ -1,4 +1,4 @@
-"""A run that stopped and went on ends bit for bit where the run that never stopped ends."""
+"""A resumed run ends bitwise equal to an uninterrupted run."""
 
 import copy
 import json
@@ -32,18 +32,20 @@ def values_for(tiny: Tiny, run_dir: Path, precision: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
-def whole(
+def uninterrupted(
     request: pytest.FixtureRequest, workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
-    """A run that never stopped, with a checkpoint after every step."""
-    directory = tmp_path_factory.mktemp(f"whole_{request.param}")
+    """An uninterrupted run with a checkpoint after every step."""
+    directory = tmp_path_factory.mktemp(f"uninterrupted_{request.param}")
     run(workers, WORLD_SIZE, values_for(tiny, directory, request.param), directory)
     return request.param, directory, weights(workers, directory, 2 * VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("step", [2, BORDER, 8])
-def test_resumed_run_is_bit_equal(workers: WorkerPool, tiny: Tiny, tmp_path: Path, whole: Any, step: int) -> None:
-    precision, directory, expected = whole
+def test_resumed_run_is_bit_equal(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, uninterrupted: Any, step: int
+) -> None:
+    precision, directory, expected = uninterrupted
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     name = f"step_{step:08d}"
@@ -67,7 +69,7 @@ def without_switching(values: dict[str, Any]) -> None:
 
 
 def with_guard(values: dict[str, Any]) -> None:
-    """Words in every second step of language-model training too, over stages; four microbatches a step."""
+    """Alignment words in every second language-model step, over pipeline stages; four microbatches per step."""
     values["alignment_guard"] = {"interval": 2}
     values["parallel"]["pipeline_model_parallel_size"] = 2
 
@@ -96,7 +98,7 @@ def test_resumed_run_is_bit_equal_in_other_layouts(
 
 
 class SignalAt(Callback):
-    """Sends this process a signal after a step, as a batch system would."""
+    """Sends this process a signal after a step, like a batch system."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -119,7 +121,7 @@ def test_signal_on_one_rank_saves_and_ends_all_ranks(workers: WorkerPool, tiny: 
     ends = workers.run(2, train_until_signal, values, str(tmp_path), 6)
     assert ends[0] == ends[1]
     assert ends[0]["stopped"]
-    # The flag is read one step after it was sent round.
+    # The flag is read one step after it was communicated.
     assert 7 <= ends[0]["step"] <= 8
     state = json.loads((tmp_path / "checkpoints" / f"step_{ends[0]['step']:08d}" / "state.json").read_text())
     assert state["train_state"]["step"] == ends[0]["step"]
@@ -128,15 +130,15 @@ def test_signal_on_one_rank_saves_and_ends_all_ranks(workers: WorkerPool, tiny: 
     assert max(number for _, number in records(tmp_path)) == STEPS
 
 
-def test_finished_run_does_nothing_more(workers: WorkerPool, tiny: Tiny, tmp_path: Path, whole: Any) -> None:
-    precision, directory, _ = whole
+def test_finished_run_does_nothing_more(workers: WorkerPool, tiny: Tiny, tmp_path: Path, uninterrupted: Any) -> None:
+    precision, directory, _ = uninterrupted
     before = (directory / "metrics.jsonl").read_text()
     run(workers, WORLD_SIZE, values_for(tiny, directory, precision), directory)
     assert (directory / "metrics.jsonl").read_text() == before
 
 
-def test_checkpoint_of_another_model_is_refused(workers: WorkerPool, tiny: Tiny, whole: Any) -> None:
-    precision, directory, _ = whole
+def test_checkpoint_of_another_model_is_refused(workers: WorkerPool, tiny: Tiny, uninterrupted: Any) -> None:
+    precision, directory, _ = uninterrupted
     values = values_for(tiny, directory, precision)
     values["model"]["hidden_size"] = 64
     with pytest.raises(WorkerError) as caught:

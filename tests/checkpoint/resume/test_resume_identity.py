@@ -1,4 +1,4 @@
-"""A run goes on only from a checkpoint of the same phases, numbers and order of data."""
+"""A run resumes only from a checkpoint with the same phases, precision and data order."""
 
 import copy
 import logging
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import assert_facts, user_error
 from support.tiny import Tiny, recipe_of
 
 from megatron_prealign.checkpoint.resume.identity import (
@@ -17,7 +18,6 @@ from megatron_prealign.checkpoint.resume.identity import (
     saved_coverage,
 )
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection
 
 CHECKPOINT = Path("run/checkpoints/step_00000007")
@@ -25,45 +25,42 @@ PHASES = ["alignment", "language_model"]
 
 
 @pytest.fixture
-def facts(tmp_path: Path) -> dict[str, Any]:
+def fingerprint(tmp_path: Path) -> dict[str, Any]:
     recipe = recipe_of(Tiny(tmp_path).values(tmp_path), tmp_path)
     assert recipe.code_switch is not None
-    switching = code_switch_fingerprint("table", recipe.code_switch, digest="d1", coverage={"en": 0.5})
+    switching = code_switch_fingerprint("table", recipe.code_switch, fingerprint="d1", coverage={"en": 0.5})
     return resume_fingerprint(recipe, num_samples=60, keys=[0, 1], segmenters=[None, "jieba"], switching=switching)
 
 
-def summary_of(facts: dict[str, Any], phase: str = "language_model", **counters: int) -> dict[str, Any]:
+def summary_of(run: dict[str, Any], phase: str = "language_model", **counters: int) -> dict[str, Any]:
     state = TrainState(consumed_samples=24, **counters).to_dict()
-    return {"run": copy.deepcopy(facts), "phase": phase, "train_state": state}
+    return {"run": copy.deepcopy(run), "phase": phase, "train_state": state}
 
 
 @pytest.mark.parametrize(
-    ("saved", "mine", "phase", "position"),
+    ("saved", "current", "phase", "position"),
     [
         (PHASES, PHASES, "alignment", 0),
         (PHASES, PHASES, "language_model", 1),
-        # With train_tokens the rows stay the same when the section comes or goes.
+        # With train_tokens the samples stay the same when the section is added or removed.
         (["language_model"], PHASES, "language_model", 1),
         (PHASES, ["language_model"], "language_model", 0),
     ],
 )
 def test_phase_is_found_by_its_name(
-    facts: dict[str, Any], saved: list[str], mine: list[str], phase: str, position: int
+    fingerprint: dict[str, Any], saved: list[str], current: list[str], phase: str, position: int
 ) -> None:
-    summary = summary_of({**facts, "phases": saved}, phase)
-    assert check_run(CHECKPOINT, summary, {**facts, "phases": mine}) == position
+    summary = summary_of({**fingerprint, "phases": saved}, phase)
+    assert check_run(CHECKPOINT, summary, {**fingerprint, "phases": current}) == position
 
 
-def test_phase_that_the_recipe_lacks_is_refused(facts: dict[str, Any]) -> None:
-    with pytest.raises(UserError) as caught:
-        check_run(CHECKPOINT, summary_of(facts, "alignment"), {**facts, "phases": ["language_model"]})
-    assert str(caught.value).startswith(
-        f"{CHECKPOINT} was saved in phase alignment, which the recipe does not have (it has language_model); "
-    )
+def test_phase_that_the_recipe_lacks_is_refused(fingerprint: dict[str, Any]) -> None:
+    with user_error(CHECKPOINT, "phase alignment", "language_model", "section alignment"):
+        check_run(CHECKPOINT, summary_of(fingerprint, "alignment"), {**fingerprint, "phases": ["language_model"]})
 
 
 @pytest.mark.parametrize(
-    ("name", "saved", "mine", "expected"),
+    ("name", "saved", "current", "expected"),
     [
         ("seq_length", 32, 64, "data.seq_length 32 (recipe: 64)"),
         ("reset_position_ids", False, True, "data.reset_position_ids False (recipe: True)"),
@@ -73,17 +70,13 @@ def test_phase_that_the_recipe_lacks_is_refused(facts: dict[str, Any]) -> None:
         ("seed", 3, 4, "training.seed 3 (recipe: 4)"),
     ],
 )
-def test_difference_is_named_with_both_values(
-    facts: dict[str, Any], name: str, saved: object, mine: object, expected: str
+def test_difference_is_reported_with_both_values(
+    fingerprint: dict[str, Any], name: str, saved: object, current: object, expected: str
 ) -> None:
-    assert facts[name] == saved
-    with pytest.raises(UserError) as caught:
-        check_run(CHECKPOINT, summary_of(facts), {**facts, name: mine})
-    message = str(caught.value)
-    assert message.startswith(f"{CHECKPOINT} cannot go on with this recipe")
-    assert expected in message
-    assert message.count("(recipe:") == 1
-    assert "\n" not in message
+    assert fingerprint[name] == saved
+    with user_error(CHECKPOINT, expected) as caught:
+        check_run(CHECKPOINT, summary_of(fingerprint), {**fingerprint, name: current})
+    assert str(caught.value).count("(recipe:") == 1
 
 
 @pytest.mark.parametrize(
@@ -95,115 +88,108 @@ def test_difference_is_named_with_both_values(
     ],
 )
 def test_a_run_may_become_longer_or_shorter(
-    facts: dict[str, Any], caplog: pytest.LogCaptureFixture, field: str, value: int, expected: str
+    fingerprint: dict[str, Any], caplog: pytest.LogCaptureFixture, field: str, value: int, expected: str
 ) -> None:
-    mine = copy.deepcopy(facts)
-    mine["budget"][field] = value
+    current = copy.deepcopy(fingerprint)
+    current["budget"][field] = value
     with caplog.at_level(logging.WARNING):
-        assert check_run(CHECKPOINT, summary_of(facts, phase_step=3), mine) == 1
+        assert check_run(CHECKPOINT, summary_of(fingerprint, phase_step=3), current) == 1
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{expected} since {CHECKPOINT} was saved: steps and the learning-rate ")
+    assert_facts(record.getMessage(), expected, CHECKPOINT, "learning-rate schedule")
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        ({"training.train_iters": 2}, "training.train_iters is 2, of which 3 are done; "),
-        # 16 rows of 32 tokens in this phase, behind 100 tokens of the one before it.
+        ({"training.train_iters": 2}, ("training.train_iters is 2", "3 are already done")),
+        # 16 samples of 32 tokens in this phase, after 100 tokens of the previous one.
         (
             {"training.train_iters": None, "training.train_tokens": 611},
-            "training.train_tokens is 611, of which 612 are done; ",
+            ("training.train_tokens is 611", "612 are already done"),
         ),
     ],
 )
-def test_a_run_does_not_become_shorter_than_it_is(facts: dict[str, Any], budget: dict[str, int], expected: str) -> None:
-    mine = copy.deepcopy(facts)
-    mine["budget"].update(budget)
-    summary = summary_of(facts, phase_step=3, phase_start_samples=8, phase_start_tokens=100)
-    with pytest.raises(UserError) as caught:
-        check_run(CHECKPOINT, summary, mine)
-    assert str(caught.value).startswith(f"{CHECKPOINT} cannot go on with this recipe: {expected}raise it")
-    for name, value in budget.items():
-        mine["budget"][name] = None if value is None else value + 1
-    assert check_run(CHECKPOINT, summary, mine) == 1
-
-
-def test_the_alignment_phase_does_not_become_shorter_than_it_is(
-    facts: dict[str, Any], caplog: pytest.LogCaptureFixture
+def test_a_run_cannot_become_shorter_than_what_is_done(
+    fingerprint: dict[str, Any], budget: dict[str, int], expected: tuple[str, ...]
 ) -> None:
-    mine = copy.deepcopy(facts)
-    mine["budget"]["alignment.train_iters"] = 2
-    with pytest.raises(UserError) as caught:
-        check_run(CHECKPOINT, summary_of(facts, "alignment", phase_step=3), mine)
-    assert str(caught.value).startswith(
-        f"{CHECKPOINT} cannot go on with this recipe: alignment.train_iters is 2, of which 3 are done; raise it"
-    )
+    current = copy.deepcopy(fingerprint)
+    current["budget"].update(budget)
+    summary = summary_of(fingerprint, phase_step=3, phase_start_samples=8, phase_start_tokens=100)
+    with user_error(CHECKPOINT, *expected, CHECKPOINT.parent / "latest"):
+        check_run(CHECKPOINT, summary, current)
+    for name, value in budget.items():
+        current["budget"][name] = None if value is None else value + 1
+    assert check_run(CHECKPOINT, summary, current) == 1
+
+
+def test_the_alignment_phase_cannot_become_shorter_than_what_is_done(
+    fingerprint: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    current = copy.deepcopy(fingerprint)
+    current["budget"]["alignment.train_iters"] = 2
+    with user_error(CHECKPOINT, "alignment.train_iters is 2", "3 are already done", CHECKPOINT.parent / "latest"):
+        check_run(CHECKPOINT, summary_of(fingerprint, "alignment", phase_step=3), current)
     with caplog.at_level(logging.WARNING):
-        # Behind its end it does not matter.
-        assert check_run(CHECKPOINT, summary_of(facts, phase_step=3), mine) == 1
+        # After the end of the phase it does not matter.
+        assert check_run(CHECKPOINT, summary_of(fingerprint, phase_step=3), current) == 1
         assert caplog.text == ""
-        assert check_run(CHECKPOINT, summary_of(facts, "alignment", phase_step=2), mine) == 0
-    saved = facts["budget"]["alignment.train_iters"]
-    assert f"alignment.train_iters {saved} -> 2 since {CHECKPOINT} was saved" in caplog.text
+        assert check_run(CHECKPOINT, summary_of(fingerprint, "alignment", phase_step=2), current) == 0
+    saved = fingerprint["budget"]["alignment.train_iters"]
+    assert_facts(caplog.text, f"alignment.train_iters {saved} -> 2", CHECKPOINT)
 
 
-def test_order_of_the_sources_does_not_confuse_their_segmenters(facts: dict[str, Any]) -> None:
-    mine = copy.deepcopy(facts)
-    mine["sources"].reverse()
-    assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
-    # A source that is new has no segmenter to keep.
-    mine["sources"].append({"key": 2, "path": "new", "language": "zh", "weight": 1.0, "segmenter": "jieba"})
-    assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
+def test_segmenters_are_compared_in_any_order_of_the_sources(fingerprint: dict[str, Any]) -> None:
+    current = copy.deepcopy(fingerprint)
+    current["sources"].reverse()
+    assert check_run(CHECKPOINT, summary_of(fingerprint), current) == 1
+    # A new source has no segmenter to keep.
+    current["sources"].append({"key": 2, "path": "new", "language": "zh", "weight": 1.0, "segmenter": "jieba"})
+    assert check_run(CHECKPOINT, summary_of(fingerprint), current) == 1
 
 
 @pytest.mark.parametrize(
     ("source", "segmenter", "expected"),
     [
-        (0, "jieba", "its segmenter was none, now it is jieba; "),
-        (1, None, "its segmenter was jieba, now it is none; "),
-        (1, "icu", "its segmenter was jieba, now it is icu; "),
+        (0, "jieba", "was none, now it is jieba"),
+        (1, None, "was jieba, now it is none"),
+        (1, "icu", "was jieba, now it is icu"),
     ],
 )
-def test_other_words_are_refused(facts: dict[str, Any], source: int, segmenter: str | None, expected: str) -> None:
-    mine = copy.deepcopy(facts)
-    mine["sources"][source]["segmenter"] = segmenter
-    with pytest.raises(UserError) as caught:
-        check_run(CHECKPOINT, summary_of(facts), mine)
-    message = str(caught.value)
-    assert message.startswith(f"{CHECKPOINT} cannot go on with {mine['sources'][source]['path']}, ")
-    assert expected in message
-    # Where no words are switched it does not matter.
-    assert check_run(CHECKPOINT, summary_of(facts), {**mine, "code_switch": False}) == 1
+def test_another_segmenter_is_refused(
+    fingerprint: dict[str, Any], source: int, segmenter: str | None, expected: str
+) -> None:
+    current = copy.deepcopy(fingerprint)
+    current["sources"][source]["segmenter"] = segmenter
+    with user_error(CHECKPOINT, current["sources"][source]["path"], "segmenter", expected):
+        check_run(CHECKPOINT, summary_of(fingerprint), current)
+    # Without code-switching it does not matter.
+    assert check_run(CHECKPOINT, summary_of(fingerprint), {**current, "code_switch": False}) == 1
 
 
-def test_other_dictionary_is_refused(facts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    mine = copy.deepcopy(facts)
-    # Another path is the same dictionary, moved.
-    mine["switching"].update(table="elsewhere", coverage=None)
+def test_another_dictionary_is_refused(fingerprint: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    current = copy.deepcopy(fingerprint)
+    # A moved dictionary is the same.
+    current["switching"].update(table="elsewhere", coverage=None)
     with caplog.at_level(logging.WARNING):
-        assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
+        assert check_run(CHECKPOINT, summary_of(fingerprint), current) == 1
     assert caplog.text == ""
-    mine["switching"]["digest"] = "d2"
-    with pytest.raises(UserError) as caught:
-        check_run(CHECKPOINT, summary_of(facts), mine)
-    message = str(caught.value)
-    assert message.startswith(f"{CHECKPOINT} cannot go on with the dictionary table elsewhere, ")
-    assert "was d1, now it is d2; give dictionary.table and" in message
-    assert "\n" not in message
-    # Where no words are switched it does not matter.
-    assert check_run(CHECKPOINT, summary_of(facts), {**mine, "switching": None, "code_switch": False}) == 1
+    current["switching"]["digest"] = "d2"
+    options = ("dictionary.table", "dictionary.held_out_fraction")
+    with user_error(CHECKPOINT, "dictionary table elsewhere", "was d1, now it is d2", *options):
+        check_run(CHECKPOINT, summary_of(fingerprint), current)
+    # Without code-switching it does not matter.
+    assert check_run(CHECKPOINT, summary_of(fingerprint), {**current, "switching": None, "code_switch": False}) == 1
 
 
-def test_changed_settings_of_code_switching_are_named(facts: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    mine = copy.deepcopy(facts)
-    mine["switching"]["settings"].update(ratio=0.4, label_mode="mix")
+def test_changed_settings_of_code_switching_are_logged(
+    fingerprint: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    current = copy.deepcopy(fingerprint)
+    current["switching"]["settings"].update(ratio=0.4, label_mode="mix")
     with caplog.at_level(logging.WARNING):
-        assert check_run(CHECKPOINT, summary_of(facts), mine) == 1
+        assert check_run(CHECKPOINT, summary_of(fingerprint), current) == 1
     (record,) = caplog.records
-    assert record.getMessage() == (
-        f"code_switch.ratio, code_switch.label_mode changed since {CHECKPOINT} was saved: words are switched otherwise "
-        "from here on"
-    )
+    assert_facts(record.getMessage(), "code_switch.ratio, code_switch.label_mode", CHECKPOINT)
 
 
 @pytest.mark.parametrize(
@@ -219,27 +205,32 @@ def test_changed_settings_of_code_switching_are_named(facts: dict[str, Any], cap
         ({"language_weights": {"de": 1.0, "fr": 1.0}}, False),
     ],
 )
-def test_coverage_holds_for_the_same_words(facts: dict[str, Any], change: dict[str, Any], kept: bool) -> None:
+def test_coverage_is_kept_for_the_same_words(fingerprint: dict[str, Any], change: dict[str, Any], kept: bool) -> None:
     section = CodeSwitchSection(ratio=0.3, language_weights={"de": 1.0})
-    switching = code_switch_fingerprint("table", section, digest="d1", coverage={"en": 0.5})
-    summary = summary_of({**facts, "switching": switching})
+    switching = code_switch_fingerprint("table", section, fingerprint="d1", coverage={"en": 0.5})
+    summary = summary_of({**fingerprint, "switching": switching})
     assert saved_coverage(summary, replace(section, **change), "d1") == ({"en": 0.5} if kept else None)
     assert saved_coverage(summary, section, "d2") is None
-    assert saved_coverage(summary_of({**facts, "switching": None}), section, "d1") is None
+    assert saved_coverage(summary_of({**fingerprint, "switching": None}), section, "d1") is None
 
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ({"digest": 1}, "run.switching.digest is 1"),
-        ({"settings": None}, "run.switching.settings is None"),
-        ({"settings": {"ratio": 0.1}}, "run.switching.settings lacks candidate_weights, case, "),
-        ({"coverage": {"en": "x"}}, "run.switching.coverage.en is 'x', expected a number from 0 to 1"),
+        ({"digest": 1}, ("run.switching.digest", "1")),
+        ({"settings": None}, ("run.switching.settings", "None")),
+        ({"settings": {"ratio": 0.1}}, ("run.switching.settings", "candidate_weights, case, ")),
+        ({"coverage": {"en": "x"}}, ("run.switching.coverage.en", "'x'", "from 0 to 1")),
     ],
 )
-def test_damaged_switching_is_named(facts: dict[str, Any], damage: dict[str, Any], expected: str) -> None:
-    assert find_switching_problem(facts) is None
-    problem = find_switching_problem({**facts, "switching": {**facts["switching"], **damage}})
-    assert problem is not None and problem.startswith(expected)
-    assert find_switching_problem({"switching": 3}) == "run.switching is 3, expected an object"
+def test_invalid_switching_is_reported(
+    fingerprint: dict[str, Any], damage: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    assert find_switching_problem(fingerprint) is None
+    problem = find_switching_problem({**fingerprint, "switching": {**fingerprint["switching"], **damage}})
+    assert problem is not None
+    assert_facts(problem, *expected)
+    problem = find_switching_problem({"switching": 3})
+    assert problem is not None
+    assert_facts(problem, "run.switching", "3")
     assert find_switching_problem({"switching": None}) is None

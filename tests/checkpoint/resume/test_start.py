@@ -1,4 +1,4 @@
-"""Where a run starts: behind a damaged checkpoint, at another run's, with other weights, data or batch size."""
+"""Where a run starts: before a corrupt checkpoint, from another run, with other weights, data or batch size."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.messages import assert_facts
 from support.tiny import VOCAB_SIZE, Tiny
 from support.whole_runs import records, refusal, reseal, run, train, weights
 from support.workers import WorkerPool
@@ -30,7 +31,7 @@ def values_for(tiny: Tiny, directory: Path, **checkpoint: Any) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def trained(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two processes with a checkpoint of every step. Tests copy it."""
+    """A run on two processes with a checkpoint after every step. Tests copy it."""
     directory = tmp_path_factory.mktemp("trained")
     run(workers, 2, values_for(tiny, directory), directory)
     return directory
@@ -42,7 +43,7 @@ def expected(workers: WorkerPool, trained: Path) -> dict[str, torch.Tensor]:
 
 
 def copied(trained: Path, directory: Path, newest: int) -> Path:
-    """The checkpoints as they were after step `newest`; returns their directory."""
+    """Copies the checkpoints up to step `newest`; returns their directory."""
     checkpoints = directory / "checkpoints"
     for step in range(1, newest + 1):
         shutil.copytree(trained / "checkpoints" / f"step_{step:08d}", checkpoints / f"step_{step:08d}")
@@ -51,7 +52,7 @@ def copied(trained: Path, directory: Path, newest: int) -> Path:
 
 
 def flip_a_bit(checkpoint: Path) -> str:
-    """Damages the largest file, whose size stays; returns its name."""
+    """Corrupts the largest file without changing its size; returns its name."""
     file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -65,7 +66,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], tensor), name
 
 
-def test_damaged_newest_is_left_for_the_one_before(
+def test_older_checkpoint_is_used_if_the_newest_is_corrupt(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
     checkpoints = copied(trained, tmp_path, newest=4)
@@ -73,11 +74,9 @@ def test_damaged_newest_is_left_for_the_one_before(
     shutil.rmtree(checkpoints / "step_00000003" / "tokenizer")
     before = sorted(path.name for path in checkpoints.iterdir())
     message = refusal(workers, train, values_for(tiny, tmp_path, on_damage="fail"), str(tmp_path))
-    assert message == (
-        f"{checkpoints / 'step_00000004'} is damaged: {file} has another checksum than when it was written; restore "
-        "it, or go on from an older checkpoint with checkpoint.on_damage fall_back"
-    )
-    # A run that is refused sets nothing aside.
+    facts = (f"{file} does not match its checksum", "checkpoint.on_damage", "fall_back")
+    assert_facts(message, checkpoints / "step_00000004", *facts)
+    # A refused run renames nothing.
     other = values_for(tiny, tmp_path)
     other["training"]["seed"] = 4
     assert "training.seed 3 (recipe: 4)" in refusal(workers, train, other, str(tmp_path))
@@ -98,30 +97,33 @@ def test_damaged_newest_is_left_for_the_one_before(
 
 
 def is_agreed(values: dict[str, Any], directory: str) -> bool:
-    """Runs in workers: whether the first process tells of a refusal for all."""
+    """Runs in workers: whether rank 0 reports the error for all ranks."""
     with pytest.raises(UserError) as caught:
         train(values, directory)
     return caught.value.agreed
 
 
-def test_refusal_of_a_checkpoint_is_told_once(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+def test_refusal_of_a_checkpoint_is_reported_once(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
     flip_a_bit(copied(trained, tmp_path, newest=1) / "step_00000001")
     assert workers.run(2, is_agreed, values_for(tiny, tmp_path), str(tmp_path)) == [True, True]
 
 
-def test_no_good_one_left_does_not_begin_anew(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+def test_only_corrupt_checkpoints_do_not_start_from_scratch(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
+) -> None:
     checkpoints = copied(trained, tmp_path, newest=2)
     for step in (1, 2):
         (checkpoints / f"step_{step:08d}" / "common.pt").unlink()
     message = refusal(workers, train, values_for(tiny, tmp_path), str(tmp_path))
-    assert message.startswith(
-        f"{checkpoints} holds no good checkpoint (step_00000002: common.pt is missing; step_00000001: common.pt is "
-        "missing); restore a checkpoint, or set checkpoint.directory"
-    )
+    problem = "common.pt is missing"
+    facts = (f"step_00000002: {problem}", f"step_00000001: {problem}", "checkpoint.directory")
+    assert_facts(message, checkpoints, *facts)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_all_of_another_run_goes_on_in_a_directory_of_its_own(
+def test_another_run_continues_in_a_new_directory(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
     source = trained / "checkpoints" / "step_00000003"
@@ -131,17 +133,17 @@ def test_all_of_another_run_goes_on_in_a_directory_of_its_own(
     assert [step for _, step in records(tmp_path)] == [4, 5]
     assert_equal(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == before
-    # Now it resumes from its own.
+    # Then it resumes from its own checkpoint.
     values["training"]["train_iters"] = STEPS + 1
     run(workers, 2, values, tmp_path)
     assert [step for _, step in records(tmp_path)] == [4, 5, 6]
-    # What a resume refuses, this does too.
+    # The same differences are refused as for a resume.
     other = values_for(tiny, tmp_path / "other", load=str(source), load_parts="all")
     other["training"]["precision"] = "bf16"
     assert "training.precision fp32 (recipe: bf16)" in refusal(workers, train, other, str(tmp_path / "other"))
 
 
-def test_weights_move_to_a_vocabulary_with_other_padding(
+def test_weights_load_into_a_vocabulary_with_different_padding(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
     """Saved with 1,032 rows for 1,024 ids, loaded with 1,056 over two ranks and with 1,200 in one."""
@@ -155,14 +157,14 @@ def test_weights_move_to_a_vocabulary_with_other_padding(
         values["training"].update(train_iters=1)
         values["optimizer"] = {"lr": 1e-12}
         run(workers, world_size, values, directory)
-        found = weights(workers, directory, 2 * VOCAB_SIZE)
+        loaded = weights(workers, directory, 2 * VOCAB_SIZE)
         for name, tensor in expected.items():
-            # The rate moves a weight by 1e-12 at most.
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+            # With this learning rate a weight changes by at most 1e-12.
+            torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=1e-9)
 
 
-def test_tensors_that_do_not_fit_are_named(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
-    """A checkpoint that says it is of this model and holds the tensors of another one."""
+def test_mismatched_tensors_are_listed(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
+    """A checkpoint whose state.json describes this model and whose tensors are of another one."""
     checkpoints = copied(trained, tmp_path / "source", newest=1)
     state = json.loads((checkpoints / "step_00000001" / "state.json").read_text())
     values = values_for(tiny, tmp_path, load=str(checkpoints))
@@ -171,16 +173,17 @@ def test_tensors_that_do_not_fit_are_named(workers: WorkerPool, tiny: Tiny, tmp_
     (checkpoints / "step_00000001" / "state.json").write_text(json.dumps(state))
     reseal(checkpoints / "step_00000001")
     message = refusal(workers, train, values, str(tmp_path))
-    assert message.startswith(
-        f"{checkpoints / 'step_00000001'} does not have the tensors of the model: "
+    assert_facts(
+        message,
+        checkpoints / "step_00000001",
         "decoder.layers.self_attention.k_layernorm.weight is missing, "
         "decoder.layers.self_attention.q_layernorm.weight is missing, "
-        "decoder.layers.mlp.linear_fc1.weight is [4, "
+        "decoder.layers.mlp.linear_fc1.weight is [4, ",
+        "checkpoint.load",
     )
-    assert message.endswith("name another checkpoint in checkpoint.load")
 
 
-def test_blend_and_batch_size_change_while_the_run_goes_on(
+def test_blend_and_batch_size_change_between_resumes(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:
     checkpoints = copied(trained, tmp_path, newest=3)
@@ -193,23 +196,24 @@ def test_blend_and_batch_size_change_while_the_run_goes_on(
     state = json.loads((checkpoints / "step_00000006" / "state.json").read_text())
     assert state["train_state"]["consumed_samples"] == 3 * 8 + 3 * 16
     before, after = saved["consumed_samples_per_source"], state["consumed_samples_per_source"]
-    # Half of the 48 rows behind the change for each source.
+    # Each source gives half of the 48 samples after the change.
     assert after == {path: count + 24 for path, count in before.items()}
     assert state["blend"]["start"] == 24
     assert list(state["blend"]["consumed_at_start"].values()) == list(before.values())
-    # A resume behind the change finds the same order: it ends where the run that was not stopped ended.
+    # A resume after the change has the same order: it ends bitwise equal to the uninterrupted run.
     expected = weights(workers, tmp_path, 2 * VOCAB_SIZE)
     for step in (5, 6):
         shutil.rmtree(checkpoints / f"step_{step:08d}")
     (checkpoints / "latest").write_text("step_00000004\n")
     run(workers, 1, values, tmp_path)
     assert_equal(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
-    # A shorter run than what is done is refused.
+    # A run shorter than what is done is refused.
     values["training"]["train_iters"] = 2
-    assert "training.train_iters is 2, of which 6 are done" in refusal(workers, train, values, str(tmp_path))
+    message = refusal(workers, train, values, str(tmp_path))
+    assert_facts(message, checkpoints, "training.train_iters is 2", "6 are already done")
 
 
-def test_a_kind_of_checkpoint_without_a_run_gives_its_weights_alone(
+def test_a_checkpoint_of_weights_cannot_be_resumed(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:
     checkpoints = copied(trained, tmp_path / "source", newest=1)
@@ -220,15 +224,15 @@ def test_a_kind_of_checkpoint_without_a_run_gives_its_weights_alone(
     reseal(checkpoints / "step_00000001")
     values = values_for(tiny, tmp_path, load=str(checkpoints), load_parts="all")
     message = refusal(workers, train, values, str(tmp_path))
-    assert message.startswith(f"{checkpoints / 'step_00000001'} holds weights alone, a run cannot go on from it")
+    assert_facts(message, checkpoints / "step_00000001", "only weights", "checkpoint.load_parts")
     values["checkpoint"]["load_parts"] = "weights"
     values["training"]["train_iters"] = 2
     run(workers, 2, values, tmp_path)
     assert [step for _, step in records(tmp_path)] == [1, 2]
 
 
-def look_with_another_disk(directory: str, problem: str) -> None:
-    """Runs in workers: verifies a checkpoint, of whose files rank 1 sees something else than rank 0."""
+def verify_on_another_disk(directory: str, problem: str) -> None:
+    """Runs in workers: verifies a checkpoint; rank 1 finds a problem that rank 0 does not."""
     import torch.distributed as dist
 
     from megatron_prealign.checkpoint.resume import agree
@@ -243,12 +247,11 @@ def look_with_another_disk(directory: str, problem: str) -> None:
         agree.find_damage = real
 
 
-def test_what_one_process_alone_does_not_see_is_no_damage(workers: WorkerPool, trained: Path) -> None:
+def test_a_file_missing_on_one_rank_only_is_no_corruption(workers: WorkerPool, trained: Path) -> None:
     checkpoint = trained / "checkpoints" / "step_00000001"
-    assert refusal(workers, look_with_another_disk, str(checkpoint), ".metadata is missing") == (
-        f"{checkpoint}: process 1 does not see files that process 0 sees (.metadata is missing); checkpoint.directory "
-        "must lie on a disk that all nodes share"
-    )
-    assert refusal(workers, look_with_another_disk, str(checkpoint), "common.pt has another checksum") == (
-        f"{checkpoint} is damaged: common.pt has another checksum; restore it, or name another checkpoint"
-    )
+    message = refusal(workers, verify_on_another_disk, str(checkpoint), ".metadata is missing")
+    assert_facts(message, checkpoint, "rank 1", "rank 0", ".metadata is missing", "checkpoint.directory")
+    problem = "common.pt does not match its checksum"
+    message = refusal(workers, verify_on_another_disk, str(checkpoint), problem)
+    assert_facts(message, f"{checkpoint} is corrupt", problem)
+    assert "rank 1" not in message

@@ -1,4 +1,4 @@
-"""A run that cannot start: every rank learns why at once, and the processes stay usable."""
+"""A run that cannot start: every rank raises the error at once, and the processes stay usable."""
 
 import os
 from pathlib import Path
@@ -9,19 +9,19 @@ from support.tiny import Tiny, recipe_of
 from support.whole_runs import train
 from support.workers import WorkerError, WorkerPool
 
-# A rank that waits for one that failed would sit there for parallel.distributed_timeout_minutes, 10; what is tested
-# takes a second, the rest is for a busy machine.
+# A rank that waited for a failed one would block for parallel.distributed_timeout_minutes, 10; the tests take a second,
+# the rest is for a busy machine.
 PROMPT_S = 60.0
 
 
 def train_with_other_values(values: list[dict[str, Any]], directory: str) -> Any:
-    """Each rank reads a recipe of its own, as if a disk of its own lacked a file."""
+    """Each rank has its own recipe, as if a file were missing on its local disk."""
     rank = int(os.environ["RANK"])
     return train(values[rank], f"{directory}/{rank}")
 
 
-def fail_and_look(values: dict[str, Any], directory: str, leave: bool) -> dict[str, bool]:
-    """What is left of the process groups when a run fails."""
+def fail_and_check_groups(values: dict[str, Any], directory: str, leave: bool) -> dict[str, bool]:
+    """Which process groups exist after a run fails."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -38,7 +38,7 @@ def failures(caught: pytest.ExceptionInfo[WorkerError]) -> dict[int, tuple[str, 
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "table", "source", "cache"])
-def test_file_that_one_rank_lacks(tiny: Tiny, workers: WorkerPool, tmp_path: Path, what: str) -> None:
+def test_file_missing_on_one_rank(tiny: Tiny, workers: WorkerPool, tmp_path: Path, what: str) -> None:
     values = [tiny.values(tmp_path / "run") for _ in range(2)]
     gone = str(tmp_path / "gone")
     broken = 1
@@ -55,18 +55,18 @@ def test_file_that_one_rank_lacks(tiny: Tiny, workers: WorkerPool, tmp_path: Pat
         values[broken]["data"]["cache"] = f"{gone}/cache"
     with pytest.raises(WorkerError) as caught:
         workers.run(2, train_with_other_values, values, str(tmp_path), timeout_s=PROMPT_S)
-    found = failures(caught)
-    assert found[0] == found[1]
-    assert found[0][0] == "UserError"
-    assert gone in found[0][1]
+    errors = failures(caught)
+    assert errors[0] == errors[1]
+    assert errors[0][0] == "UserError"
+    assert gone in errors[0][1]
 
 
 @pytest.mark.parametrize("leave", [True, False])
 def test_failed_run_leaves_the_process_group(tiny: Tiny, workers: WorkerPool, tmp_path: Path, leave: bool) -> None:
-    # Another rank may be in a collective of it: taking it down would wait for that rank under NCCL.
+    # Another rank may be in a collective: with NCCL, destroying the group would wait for that rank.
     values = tiny.values(tmp_path / "run")
     values["data"]["tokenizer"] = str(tmp_path / "gone")
-    left = workers.run(1, fail_and_look, values, str(tmp_path), leave)
+    left = workers.run(1, fail_and_check_groups, values, str(tmp_path), leave)
     assert left == [{"group": True, "megatron": False}]
 
 
@@ -77,10 +77,10 @@ def test_tensorboard_directory_that_is_a_file(tiny: Tiny, workers: WorkerPool, t
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     with pytest.raises(WorkerError) as caught:
         workers.run(2, train, values, str(tmp_path), timeout_s=PROMPT_S)
-    found = failures(caught)
-    assert found[0] == found[1]
-    assert found[0][0] == "UserError"
-    assert str(tmp_path / "run" / "tensorboard") in found[0][1]
+    errors = failures(caught)
+    assert errors[0] == errors[1]
+    assert errors[0][0] == "UserError"
+    assert str(tmp_path / "run" / "tensorboard") in errors[0][1]
 
 
 def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tm
 
 
 def check_directories(values: dict[str, Any], directory: str, other: str | None) -> None:
-    """Runs in a worker: the check of the run's directories, while another run makes one of its own beside them."""
+    """Runs in a worker: checks the run's directories while another run creates its own next to them."""
     from megatron_prealign.files import directories
     from megatron_prealign.run.directory import check_run_directory
 
@@ -112,14 +112,14 @@ def check_directories(values: dict[str, Any], directory: str, other: str | None)
         directories.TemporaryFile = probe
 
 
-def test_checking_the_directories_leaves_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+def test_checking_the_directories_keeps_those_of_another_run(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
     values = tiny.values(tmp_path / "runs" / "new")
     other = tmp_path / "runs" / "other"
     workers.run(1, check_directories, values, str(tmp_path / "recipe"), str(other))
     assert [each.name for each in (tmp_path / "runs").iterdir()] == ["other"]
 
 
-def test_directories_that_cannot_be_written_leave_nothing_either(
+def test_directories_that_cannot_be_written_leave_nothing_behind(
     tiny: Tiny, workers: WorkerPool, tmp_path: Path
 ) -> None:
     values = tiny.values(tmp_path / "runs" / "new")

@@ -1,4 +1,4 @@
-"""Training starts from a model of transformers, and from the weights of a run alone, in another layout each time."""
+"""Training starts from a transformers model, and from only the weights of a run, in another layout each time."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ CONFIG = {
         "original_max_position_embeddings": 16,
     },
 }
-# A step of this size moves no weight by more.
+# A step with this learning rate changes no weight by more.
 LR = 1e-9
 
 
@@ -46,7 +46,7 @@ def weights_of(directory: Path, vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def one_step(tiny: Tiny, checkpoint: Path, run_dir: Path, **parallel: Any) -> dict[str, Any]:
-    """A recipe whose model is the checkpoint's `model.yaml`."""
+    """Recipe values whose model is the checkpoint's `model.yaml`."""
     values = tiny.values(run_dir)
     for section in ("dictionary", "alignment", "code_switch"):
         del values[section]
@@ -60,16 +60,16 @@ def one_step(tiny: Tiny, checkpoint: Path, run_dir: Path, **parallel: Any) -> di
 
 @pytest.mark.timeout(200)
 def test_from_hugging_face_to_a_run_to_its_weights_to_a_run(tiny: Tiny, tmp_path: Path, workers: WorkerPool) -> None:
-    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "theirs")
-    # 1,024 ids, of which the model knows 1,000.
-    done = from_huggingface(tmp_path / "theirs", tmp_path / "ours", tokenizer=Path(tiny.tokenizer))
-    assert done.added_rows == 24
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "hf")
+    # 1,024 ids; the model has embeddings for 1,000.
+    result = from_huggingface(tmp_path / "hf", tmp_path / "mcore", tokenizer=Path(tiny.tokenizer))
+    assert result.added_rows == 24
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    run(workers, 4, one_step(tiny, tmp_path / "ours", tmp_path / "first", **layout), tmp_path)
+    run(workers, 4, one_step(tiny, tmp_path / "mcore", tmp_path / "first", **layout), tmp_path)
     trained = weights(workers, tmp_path / "first", 1024)
-    begun = weights_of(tmp_path / "ours", 1024)
-    assert begun.keys() == trained.keys()
-    for key, tensor in begun.items():
+    initial = weights_of(tmp_path / "mcore", 1024)
+    assert initial.keys() == trained.keys()
+    for key, tensor in initial.items():
         torch.testing.assert_close(trained[key], tensor, rtol=0, atol=2 * LR)
 
     export_weights(resolve_checkpoint(tmp_path / "first"), tmp_path / "exported")

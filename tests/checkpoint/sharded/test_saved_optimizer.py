@@ -1,4 +1,4 @@
-"""The optimizer's state is saved from where it lies: the same tensors that Megatron-Core saves after gathering them."""
+"""The optimizer's state is saved without a gather: the same tensors that Megatron-Core saves after gathering them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from support.workers import WorkerPool
 
 
 def train_with_gathered_state(values: dict[str, Any], directory: str) -> None:
-    """Runs in workers: the optimizer's state goes Megatron-Core's own way into the checkpoints."""
+    """Runs in workers: the optimizer's state is saved in Megatron-Core's own way."""
     from megatron_prealign.checkpoint import store
     from megatron_prealign.checkpoint.sharded.optimizer_state import OPTIMIZER_METADATA
     from megatron_prealign.run.pretrain import pretrain
@@ -37,7 +37,7 @@ def train_with_gathered_state(values: dict[str, Any], directory: str) -> None:
         (4, {"pipeline_model_parallel_size": 2}, {"share_embeddings_and_output_weights": True}, "fp32"),
     ],
 )
-def test_nothing_is_gathered_and_nothing_is_lost(
+def test_state_saved_without_a_gather_is_complete(
     workers: WorkerPool,
     tiny: Tiny,
     tmp_path: Path,
@@ -46,7 +46,7 @@ def test_nothing_is_gathered_and_nothing_is_lost(
     model: dict[str, Any],
     precision: str,
 ) -> None:
-    found = []
+    saved = []
     for name in ("own", "gathered"):
         values = language_model_values(tiny, tmp_path / name)
         values["parallel"] |= parallel
@@ -57,8 +57,8 @@ def test_nothing_is_gathered_and_nothing_is_lost(
         else:
             workers.run(world_size, train_with_gathered_state, values, str(tmp_path / name))
         checkpoint = tmp_path / name / "checkpoints" / "step_00000002"
-        found.append(workers.run(1, everything_in, str(checkpoint))[0])
-    own, gathered = found
+        saved.append(workers.run(1, everything_in, str(checkpoint))[0])
+    own, gathered = saved
     assert own.keys() == gathered.keys()
     moments = [key for key in own if key.startswith("optimizer.state.exp_avg_sq.")]
     assert len(moments) > 5

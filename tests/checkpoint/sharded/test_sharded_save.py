@@ -1,5 +1,4 @@
-"""Sharded files: written without helper processes while tensors go on changing, and every failure reaches every
-rank."""
+"""Sharded saves: written without helper processes while tensors change; every failure is raised on every rank."""
 
 import json
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import assert_facts
 from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.errors import UserError
@@ -19,7 +19,7 @@ ROWS = 4
 
 
 def sharded(rank: int, world_size: int, *, filled: bool) -> dict[str, Any]:
-    """A tensor split over ranks, a part of a larger memory, an object of each rank, and a plain value."""
+    """A tensor sharded over ranks, a view of larger memory, an object of each rank, and a plain value."""
     import torch
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
@@ -42,16 +42,16 @@ def started() -> tuple[int, int]:
     return runtime.rank, runtime.world_size
 
 
-def begin(
+def start_save(
     state: dict[str, Any], directory: str, *, timeout_s: float = 60, copy: bool = True, completed: Any = None
 ) -> Any:
-    """Stages `state` and starts to write it; `completed` is given the facts of the files."""
+    """Stages `state` and starts writing it; `completed` is called with the records of the files."""
     from megatron_prealign.checkpoint.sharded.save import BackgroundSave, HostBuffers, stage
     from megatron_prealign.checkpoint.sharded.target import Target
 
     target = Target(Path(directory), Path(directory).with_name("final"), "step_00000001")
     staged = stage(state, target, buffers=HostBuffers(), timeout_s=timeout_s, copy=copy)
-    return BackgroundSave(staged, timeout_s=timeout_s, complete=completed or (lambda facts: None))
+    return BackgroundSave(staged, timeout_s=timeout_s, complete=completed or (lambda records: None))
 
 
 def save_and_load(directory: str, copy: bool) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def save_and_load(directory: str, copy: bool) -> dict[str, Any]:
     process = psutil.Process()
     before = {child.pid for child in process.children(recursive=True)}
     during: list[set[int]] = []
-    facts: dict[str, tuple[int, str]] = {}
+    records: dict[str, tuple[int, str]] = {}
 
     def watch(real: Callable[..., Any], *args: Any) -> Any:
         during.append({child.pid for child in process.children(recursive=True)})
@@ -73,7 +73,7 @@ def save_and_load(directory: str, copy: bool) -> dict[str, Any]:
 
     state = sharded(rank, world_size, filled=True)
     with replaced_write_file(watch):
-        writing = begin(state, directory, copy=copy, completed=facts.update)
+        writing = start_save(state, directory, copy=copy, completed=records.update)
         if copy:
             # What training does next.
             state["tensor"].data.fill_(-1)
@@ -92,10 +92,10 @@ def save_and_load(directory: str, copy: bool) -> dict[str, Any]:
         "new_children": sorted((after | set().union(*during)) - before),
         "writes": len(during),
         "files": files,
-        "facts": facts,
-        "true_facts": {
+        "records": records,
+        "expected_records": {
             name: FileRecord(Path(directory, name).stat().st_size, file_checksum(Path(directory, name)))
-            for name in facts
+            for name in records
         },
         "largest": max(path.stat().st_size for path in Path(directory).glob("*.distcp")),
     }
@@ -103,7 +103,7 @@ def save_and_load(directory: str, copy: bool) -> dict[str, Any]:
 
 @contextmanager
 def replaced_write_file(around: Callable[..., Any]) -> Iterator[None]:
-    """Puts a function around the writer of one file."""
+    """Wraps the function that writes one file."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
 
     real = sharded_save._write_file
@@ -124,23 +124,23 @@ def save_where_one_rank_fails(directory: str, failing: int, receipts: bool) -> N
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    real_receipt = BackgroundSave._leave_receipt
+    real_receipt = BackgroundSave._write_receipt
     if not receipts:
 
         def silent(self: Any, content: Any, *, quietly: bool = False) -> None:
             if rank != failing:
                 real_receipt(self, content, quietly=quietly)
 
-        BackgroundSave._leave_receipt = silent  # type: ignore[method-assign]
+        BackgroundSave._write_receipt = silent  # type: ignore[method-assign]
     try:
         with replaced_write_file(full):
-            begin(sharded(rank, world_size, filled=True), directory).finish()
+            start_save(sharded(rank, world_size, filled=True), directory).finish()
     finally:
-        BackgroundSave._leave_receipt = real_receipt  # type: ignore[method-assign]
+        BackgroundSave._write_receipt = real_receipt  # type: ignore[method-assign]
 
 
-def receipt_tells_the_first_rank(directory: str) -> str:
-    """What rank 0 finds out by itself, without an agreement."""
+def wait_where_one_rank_fails(directory: str) -> str:
+    """Returns the error that each rank raises without communication."""
     import torch.distributed as dist
 
     rank, world_size = started()
@@ -150,20 +150,20 @@ def receipt_tells_the_first_rank(directory: str) -> str:
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    answer = ""
+    message = ""
     with replaced_write_file(full):
-        writing = begin(sharded(rank, world_size, filled=True), directory)
+        writing = start_save(sharded(rank, world_size, filled=True), directory)
         try:
             writing.wait()
         except UserError as error:
-            answer = str(error)
-        assert writing.failed and writing.is_over
+            message = str(error)
+        assert writing.failed and writing.is_done
     dist.barrier()
-    return answer
+    return message
 
 
-def wait_for_one_that_is_gone(directory: str) -> str:
-    """What the first process says when another one leaves no receipt but that of an earlier save."""
+def wait_for_a_missing_receipt(directory: str) -> str:
+    """Returns the error of rank 0 when rank 1 has only the receipt of an earlier save."""
     import torch.distributed as dist
 
     from megatron_prealign.checkpoint.sharded import save as sharded_save
@@ -181,8 +181,8 @@ def wait_for_one_that_is_gone(directory: str) -> str:
     dist.barrier()
     real, sharded_save._OTHERS_WITHIN_S = sharded_save._OTHERS_WITHIN_S, 0.1
     try:
-        # Without end: the test would run into its own limit.
-        sharded_save.BackgroundSave(staged, timeout_s=1e6, complete=lambda facts: None).wait_after_error()
+        # With this timeout the test would run into its own limit.
+        sharded_save.BackgroundSave(staged, timeout_s=1e6, complete=lambda records: None).wait_after_error()
     except UserError as error:
         return str(error)
     finally:
@@ -201,31 +201,31 @@ def save_where_one_rank_is_stuck(directory: str, stuck: int) -> None:
 
     try:
         with replaced_write_file(wait):
-            writing = begin(sharded(rank, world_size, filled=True), directory, timeout_s=0.5)
+            writing = start_save(sharded(rank, world_size, filled=True), directory, timeout_s=0.5)
             writing.finish()
     finally:
         release.set()
 
 
-def save_where_disks_are_apart(directory: str) -> None:
-    """Each rank has a directory of its own by the same name, as on nodes with disks of their own."""
+def save_on_local_disks(directory: str) -> None:
+    """Each rank has its own directory, as on nodes with local disks."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
 
     rank, world_size = started()
     own = Path(directory) / str(rank)
     own.mkdir()
     if rank:
-        # Left there by an earlier try.
+        # Left by an earlier attempt.
         (own / sharded_save._TOKEN).write_text("another")
     real, sharded_save._VISIBLE_WITHIN_S = sharded_save._VISIBLE_WITHIN_S, 0.2
     try:
-        begin(sharded(rank, world_size, filled=True), str(own))
+        start_save(sharded(rank, world_size, filled=True), str(own))
     finally:
         sharded_save._VISIBLE_WITHIN_S = real
 
 
-def save_where_the_disk_does_not_answer(directory: str, stuck: int) -> None:
-    """Before anything is planned."""
+def save_where_the_disk_does_not_respond(directory: str, stuck: int) -> None:
+    """The file system blocks before the save is planned."""
     from megatron_prealign.checkpoint.sharded import save as sharded_save
 
     rank, world_size = started()
@@ -238,13 +238,13 @@ def save_where_the_disk_does_not_answer(directory: str, stuck: int) -> None:
 
     sharded_save._read_token = wait
     try:
-        begin(sharded(rank, world_size, filled=True), directory, timeout_s=0.5)
+        start_save(sharded(rank, world_size, filled=True), directory, timeout_s=0.5)
     finally:
         sharded_save._read_token = real
         release.set()
 
 
-# A file system that never answers must not keep the process alive after the error.
+# A file system that never responds must not keep the process alive after the error.
 STUCK = """
 import sys, threading
 from pathlib import Path
@@ -267,7 +267,7 @@ except sharded_save.UserError as error:
 
 
 @pytest.mark.parametrize(("world_size", "copy"), [(1, True), (2, True), (2, False)])
-def test_saved_state_comes_back_and_no_process_is_started(
+def test_saved_state_is_loaded_and_no_process_is_started(
     workers: WorkerPool, tmp_path: Path, world_size: int, copy: bool
 ) -> None:
     results = workers.run(world_size, save_and_load, str(tmp_path), copy)
@@ -279,19 +279,19 @@ def test_saved_state_comes_back_and_no_process_is_started(
         assert result["plain"] == result["common"] == {"step": 7, "settings": [1, 2]}
         assert result["writes"] > 0
         assert result["new_children"] == []
-        # Neither the token nor a receipt is left.
+        # The token and the receipts are removed.
         others = {name for name in result["files"] if not name.endswith(".distcp")}
         assert others == {".metadata", "common.pt", "metadata.json"}
-        # A view is written without the memory it looks into, which is 200,000 bytes.
+        # A view is written without its complete storage, which has 200,000 bytes.
         assert result["largest"] < 50_000
-    facts = results[0]["facts"]
-    assert facts == results[0]["true_facts"]
-    assert facts.keys() == results[0]["files"] - {".metadata"}
+    records = results[0]["records"]
+    assert records == results[0]["expected_records"]
+    assert records.keys() == results[0]["files"] - {".metadata"}
 
 
-def test_process_that_is_gone_is_not_waited_for_until_the_timeout(workers: WorkerPool, tmp_path: Path) -> None:
-    answer, _ = workers.run(2, wait_for_one_that_is_gone, str(tmp_path), timeout_s=60)
-    assert "cannot be written: process 1 did not say that its part is written; there is none before it" in answer
+def test_missing_receipt_is_an_error_before_the_timeout(workers: WorkerPool, tmp_path: Path) -> None:
+    message, _ = workers.run(2, wait_for_a_missing_receipt, str(tmp_path), timeout_s=60)
+    assert_facts(message, "checkpoint final", "rank 1", "last complete checkpoint: none")
 
 
 @pytest.mark.parametrize("receipts", [True, False])
@@ -299,7 +299,7 @@ def test_process_that_is_gone_is_not_waited_for_until_the_timeout(workers: Worke
 def test_failed_write_on_one_rank_is_an_error_on_all(
     workers: WorkerPool, tmp_path: Path, failing: int, receipts: bool
 ) -> None:
-    """Also when the full disk takes no receipt: long before the timeout of a minute."""
+    """Also if the full disk has no space for the receipt: long before the timeout of a minute."""
     directory = tmp_path / "working"
     directory.mkdir()
     with pytest.raises(WorkerError) as caught:
@@ -307,19 +307,18 @@ def test_failed_write_on_one_rank_is_an_error_on_all(
     errors = {rank: (kind, message) for rank, (kind, message, _) in caught.value.failures.items()}
     assert set(errors) == {0, 1}
     assert errors[0] == errors[1]
-    assert errors[0] == (
-        "UserError",
-        f"checkpoint {tmp_path / 'final'} cannot be written: No space left on device; step_00000001 is the newest "
-        "complete one; mend the disk or choose another checkpoint.directory and start the same command again",
-    )
-    # Without this file nothing takes the directory for a checkpoint.
+    kind, message = errors[0]
+    assert kind == "UserError"
+    facts = ("No space left on device", "last complete checkpoint: step_00000001", "checkpoint.directory")
+    assert_facts(message, tmp_path / "final", *facts)
+    # Without this file the directory is not accepted as a checkpoint.
     assert not (directory / "metadata.json").exists()
 
 
-def test_first_rank_learns_of_a_failure_from_the_receipt(workers: WorkerPool, tmp_path: Path) -> None:
-    answers = workers.run(2, receipt_tells_the_first_rank, str(tmp_path), timeout_s=40)
-    assert answers[0] == answers[1]
-    assert "No space left on device" in answers[0]
+def test_rank_0_reads_a_failure_from_the_receipt(workers: WorkerPool, tmp_path: Path) -> None:
+    messages = workers.run(2, wait_where_one_rank_fails, str(tmp_path), timeout_s=40)
+    assert messages[0] == messages[1]
+    assert "No space left on device" in messages[0]
 
 
 @pytest.mark.parametrize("stuck", [0, 1])
@@ -330,28 +329,26 @@ def test_stuck_write_on_one_rank_times_out_on_all(workers: WorkerPool, tmp_path:
     assert set(errors) == {0, 1}
     for kind, message in errors.values():
         assert kind == "UserError"
-        assert "the file system did not take the checkpoint within 0 s (checkpoint.timeout_minutes)" in message
+        assert_facts(message, tmp_path.with_name("final"), "writing", "within 0 s", "checkpoint.timeout_minutes")
 
 
-def test_disk_that_does_not_answer_before_the_copy_times_out(workers: WorkerPool, tmp_path: Path) -> None:
+def test_disk_that_does_not_respond_before_the_copy_times_out(workers: WorkerPool, tmp_path: Path) -> None:
     with pytest.raises(WorkerError) as caught:
-        workers.run(2, save_where_the_disk_does_not_answer, str(tmp_path), 1, timeout_s=30)
+        workers.run(2, save_where_the_disk_does_not_respond, str(tmp_path), 1, timeout_s=30)
     [(kind, message)] = {(kind, message) for kind, message, _ in caught.value.failures.values()}
     assert kind == "UserError"
-    assert "the file system did not answer within 0 s (checkpoint.timeout_minutes)" in message
+    assert_facts(message, tmp_path.with_name("final"), "respond", "within 0 s", "checkpoint.timeout_minutes")
 
 
 def test_disks_that_are_not_shared_are_refused(workers: WorkerPool, tmp_path: Path) -> None:
     with pytest.raises(WorkerError) as caught:
-        workers.run(2, save_where_disks_are_apart, str(tmp_path), timeout_s=30)
+        workers.run(2, save_on_local_disks, str(tmp_path), timeout_s=30)
     [(kind, message)] = {(kind, message) for kind, message, _ in caught.value.failures.values()}
     assert kind == "UserError"
-    assert f"process 1 does not see what process 0 wrote into {tmp_path}" in message
-    assert message.endswith("checkpoint.directory must lie on a disk that all nodes share")
+    assert_facts(message, "rank 1", "rank 0", tmp_path, "checkpoint.directory", "nodes share")
 
 
 def test_process_with_a_stuck_write_can_end(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("UserError: checkpoint final cannot be written: the file system did not take the")
-    assert "there is none before it" in done.stdout
+    assert_facts(done.stdout, "UserError: ", "checkpoint final", "writing", "last complete checkpoint: none")

@@ -1,4 +1,4 @@
-"""Any bytes at all as an .idx file: either it opens and every row can be read, or it is one clear line."""
+"""Arbitrary bytes as an .idx file: either every sequence can be read, or the error is one line."""
 
 import struct
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.messages import assert_refused
 
 from megatron_prealign import cli
 from megatron_prealign.data.indexed import check_indexed, open_indexed, write_index
@@ -17,8 +18,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 QUICK = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def verdict(prefix: Path) -> bool:
-    """Whether the files open. Then Megatron-Core reads every row of them; if not, the reason is one line."""
+def opens(prefix: Path) -> bool:
+    """Whether the files open: then Megatron-Core must read every sequence, otherwise the error must be one line."""
     try:
         check_indexed(prefix)
     except UserError as error:
@@ -39,7 +40,7 @@ def verdict(prefix: Path) -> bool:
 def test_any_bytes(tmp_path: Path, index: bytes, tokens: bytes) -> None:
     (tmp_path / "a.idx").write_bytes(index)
     (tmp_path / "a.bin").write_bytes(tokens)
-    assert not verdict(tmp_path / "a")
+    assert not opens(tmp_path / "a")
 
 
 @QUICK
@@ -60,7 +61,7 @@ def test_any_header(
 ) -> None:
     (tmp_path / "a.idx").write_bytes(HEADER.pack(MAGIC, version, code, sequences, boundaries) + body)
     (tmp_path / "a.bin").write_bytes(bytes(tokens))
-    verdict(tmp_path / "a")
+    opens(tmp_path / "a")
 
 
 @QUICK
@@ -71,26 +72,25 @@ def test_any_header(
     value=st.binary(min_size=1, max_size=8),
     cut=st.integers(0, 3),
 )
-def test_a_damaged_index(tmp_path: Path, lengths: list[int], dtype: type, offset: int, value: bytes, cut: int) -> None:
+def test_a_corrupt_index(tmp_path: Path, lengths: list[int], dtype: type, offset: int, value: bytes, cut: int) -> None:
     write_index(tmp_path / "a.idx", dtype, np.array(lengths, dtype=np.int32))
     np.arange(sum(lengths), dtype=dtype).tofile(tmp_path / "a.bin")
     good = (tmp_path / "a.idx").read_bytes()
-    assert verdict(tmp_path / "a") == (sum(lengths) > 0)
+    assert opens(tmp_path / "a") == (sum(lengths) > 0)
     bad = bytearray(good)
     bad[offset : offset + len(value)] = value[: max(len(good) - offset, 0)]
     bad = bad[: len(bad) - cut]
     (tmp_path / "a.idx").write_bytes(bad)
-    # Only what the damage cannot change, or what it made again, opens.
-    assert verdict(tmp_path / "a") <= (len(bad) == len(good))
+    # Only an index of the same size may still open.
+    assert opens(tmp_path / "a") <= (len(bad) == len(good))
 
 
 @pytest.mark.parametrize("action", ["verify", "inspect"])
 @pytest.mark.parametrize("content", [b"", b"\0", b"garbage" * 20, MAGIC, MAGIC + bytes(25)])
-def test_commands_say_it_in_one_line(
+def test_command_errors_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str, content: bytes
 ) -> None:
     (tmp_path / "a.idx").write_bytes(content)
     (tmp_path / "a.bin").write_bytes(content)
-    assert cli.main(["dataset", action, "--input", str(tmp_path / "a")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    status = cli.main(["dataset", action, "--input", str(tmp_path / "a")])
+    assert_refused(status, capsys.readouterr().err, "error: ")
