@@ -12,6 +12,7 @@ import yaml
 
 from megatron_prealign import __version__
 from megatron_prealign.checkpoint.state import is_run
+from megatron_prealign.conversion.families import FAMILIES
 from megatron_prealign.recipe import ModelSection
 from megatron_prealign.recipe.phases import ALIGNMENT
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from megatron_prealign.conversion.tokenizer import TokenizerExport
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
-_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT-2"}
 _MAX_EVALUATIONS = 12
 
 
@@ -127,7 +127,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 def _architecture(summary: Mapping[str, Any], model: ModelSection, seq_length: int, result: "ConvertResult") -> str:
     rows = [
-        ("architecture", _FAMILIES.get(model.family, model.family)),
+        ("architecture", FAMILIES[model.family].title),
         ("parameters", f"{result.parameters:,}"),
         ("layers", f"{model.num_layers:,}"),
         ("hidden size", f"{model.hidden_size:,}"),

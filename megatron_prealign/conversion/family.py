@@ -223,6 +223,8 @@ class Family:
 
     name: FamilyName
     """`model.family` of a recipe."""
+    title: str
+    """Name in a model card."""
     model_type: str
     """`model_type` in config.json."""
     architecture: str

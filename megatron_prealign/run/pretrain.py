@@ -233,7 +233,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     # Only now, since a rejected run must not overwrite the records of an existing run.
     on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
     logger.info(
-        "%d processes on %s, %.1f million parameters on rank 0, vocabulary size %d (padded to %d)",
+        "world size %d on %s, %.1f million parameters on rank 0, vocabulary size %d (padded to %d)",
         runtime.world_size,
         runtime.device,
         count_parameters(models) / 1e6,

@@ -15,6 +15,7 @@ FUSED_NORM = ("layer_norm_weight", "layer_norm_bias")
 
 FAMILY = Family(
     name="gpt2",
+    title="GPT-2",
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     base_prefix="transformer.",

@@ -46,6 +46,7 @@ BUFFER_SUFFIXES = ("rotary_emb.inv_freq",)
 
 FAMILY = Family(
     name="llama",
+    title="Llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
     base_prefix="model.",

@@ -5,6 +5,7 @@ from megatron_prealign.conversion.family import Family
 
 FAMILY = Family(
     name="mistral",
+    title="Mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
     base_prefix="model.",

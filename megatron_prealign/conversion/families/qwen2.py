@@ -13,6 +13,7 @@ BIAS = QKV(
 
 FAMILY = Family(
     name="qwen2",
+    title="Qwen2",
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     base_prefix="model.",

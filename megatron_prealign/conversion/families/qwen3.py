@@ -5,6 +5,7 @@ from megatron_prealign.conversion.family import Direct, Family
 
 FAMILY = Family(
     name="qwen3",
+    title="Qwen3",
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     base_prefix="model.",
