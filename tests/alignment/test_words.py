@@ -279,5 +279,5 @@ def test_too_few_words_are_a_user_error(workers: WorkerPool) -> None:
     kind, message, _ = caught.value.failures[0]
     assert kind == "UserError"
     assert "\n" not in message
-    assert_facts(message, "alignment.words_per_step", ALL_WORDS + 1, ALL_WORDS, "24 groups", 18)
-    assert_facts(message, "alignment.max_word_tokens", 3)
+    assert_facts(message, f"alignment.words_per_step is {ALL_WORDS + 1}", f"at most {ALL_WORDS}", "18 of 24 groups")
+    assert_facts(message, "alignment.max_word_tokens = 3")

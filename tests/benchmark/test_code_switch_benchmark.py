@@ -288,7 +288,7 @@ def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa
         Path(f"{prefix}{ending}").write_bytes(Path(f"{tiny.directory}/en{ending}").read_bytes())
     sidecar = dataclasses.replace(load_sidecar(f"{tiny.directory}/en"), segmenter="mine")
     save_sidecar(sidecar, prefix)
-    with user_error(words_path(prefix)):
+    with user_error(f"{words_path(prefix)}: file not found"):
         dataset_workload(tiny.table, str(prefix))
     bits = np.random.default_rng(SEED).random(sidecar.tokens) < 0.3
     words_path(prefix).write_bytes(np.packbits(bits, bitorder="little").tobytes())
@@ -310,8 +310,8 @@ def test_word_bitmap_of_a_dataset(tiny: "Tiny", tmp_path: Path) -> None:  # noqa
         (["--seed", "-1"], ("--seed is -1", "0 to 2^64-1")),
         (["--table", "x"], ("--table requires --data",)),
         (["--data", "x"], ("--data requires --table",)),
-        (["--table", "no/table", "--data", "x"], ("no/table", "dictionary table")),
-        (["--table", "x", "--data", "x", "--keys", "5"], ("--keys", "--table")),
+        (["--table", "no/table", "--data", "x"], ("dictionary table no/table", "does not exist")),
+        (["--table", "x", "--data", "x", "--keys", "5"], ("--keys cannot be combined with --table",)),
         (["--output", "no/directory/x.csv"], ("--output no/directory/x.csv", "no/directory is not an existing")),
         (["--output", "."], ("--output . is a directory",)),
         (["--l2", "hot"], ("--l2 is hot", "one of cold, warm, both")),

@@ -123,7 +123,7 @@ def test_kernels_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (["--threads", "0"], ("--threads is 0", "at least 1")),
         (["--seed", "-1"], ("--seed is -1", "0 to 2^63-1")),
         (["--repeats", "0"], ("--repeats is 0", "at least 1")),
-        (["--largest"], ("--largest", "GPU")),
+        (["--largest"], ("--largest requires a GPU",)),
         (["--output", "no/directory/x.csv"], ("--output no/directory/x.csv", "no/directory is not an existing")),
         (["--dtype", "float16"], ("--dtype is float16", "one of float32, bfloat16, both")),
     ],

@@ -110,7 +110,7 @@ def test_a_dead_process_is_one_line(
         (["--document-bytes", "10"], ("--document-bytes is 10,", "two numbers")),
         (["--document-bytes", "20", "10"], ("--document-bytes is 20 10",)),
         (["--directory", "/nowhere"], ("--directory is /nowhere", "existing directory")),
-        (["--input", "missing.jsonl"], ("missing.jsonl",)),
+        (["--input", "missing.jsonl"], ("missing.jsonl: file not found",)),
     ],
 )
 def test_invalid_options(arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,7 +258,7 @@ def test_process_that_dies_while_saving_ends_the_other_with_an_error(tiny: Tiny,
     assert processes[0].returncode == 2, stderr
     last = stderr.splitlines()[-1]
     assert last.startswith("error: "), stderr
-    assert_facts(last, "another process")
+    assert_facts(last, "another process of this run has ended")
     assert "Traceback" not in stderr
     assert steps_in(tmp_path) == [".step_00000001.incomplete"]
 

@@ -43,7 +43,7 @@ def test_a_run_does_not_start_below_the_floor() -> None:
     [
         ({"below_floor": 1}, ("train_state.below_floor is 1", "bool")),
         ({"below_floor": None}, ("train_state.below_floor is None", "bool")),
-        ({"above": 1}, ("train_state", "above")),
+        ({"above": 1}, ("train_state: counters above",)),
     ],
 )
 def test_invalid_counters(changes: dict[str, Any], facts: tuple[str, ...]) -> None:
@@ -54,7 +54,7 @@ def test_invalid_counters(changes: dict[str, Any], facts: tuple[str, ...]) -> No
 def test_a_missing_counter_is_reported() -> None:
     saved = STATE.to_dict()
     del saved["tokens"]
-    with user_error("train_state", "tokens", kind=ValueError):
+    with user_error("train_state: counters tokens", kind=ValueError):
         TrainState.from_dict(saved)
 
 

@@ -240,7 +240,7 @@ def test_ratio_of_words(material: Material, caplog: pytest.LogCaptureFixture) ->
     preview = material.preview(num_samples=30, ratio=0.95, ratio_of="words")
     assert preview.switched == preview.known
     (message,) = (record.getMessage() for record in caplog.records if record.name.endswith("code_switch.switcher"))
-    assert_facts(message, "code_switch.ratio", 0.95, "en")
+    assert_facts(message, "code_switch.ratio", "0.95 of the running words", "in en;")
     assert "0.95 of the running words, input_only" in "\n".join(render_preview(preview, TextStyle()))
 
 

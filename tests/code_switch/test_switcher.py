@@ -137,11 +137,11 @@ def test_dropped_groups_are_not_switched(table: DictionaryTable) -> None:
 
 
 def test_languages_that_the_table_lacks(table: DictionaryTable) -> None:
-    with user_error("language_weights", "fi, sv", "en, de, zh"):
+    with user_error("language_weights has fi, sv,", ": en, de, zh;"):
         switcher(table, 3, language_weights={"fi": 1.0, "de": 1.0, "sv": 1.0})
-    with user_error("language_ratios", "fi"):
+    with user_error("language_ratios has fi,"):
         switcher(table, 3, language_ratios={"fi": 0.1})
-    with user_error(" en", "de, zh", "data"):
+    with user_error("no word would be switched", "words of en,", "data is in de, zh;"):
         switcher(table, 3, languages=("de", "zh"))
 
 
@@ -231,7 +231,7 @@ def test_coverage_of_the_language_of_the_sequence(table: DictionaryTable) -> Non
 def test_ratio_of_words_above_the_coverage_is_logged(table: DictionaryTable, caplog) -> None:
     switcher(table, 4, ratio=0.2, ratio_of="words", coverage={"en": 0.1})
     (message,) = caplog.messages
-    assert_facts(message, "code_switch.ratio", "0.2 of the running words", "10.0%", "en")
+    assert_facts(message, "code_switch.ratio", "0.2 of the running words", "10.0%", "in en;")
     caplog.clear()
     # German is not a source language: none of its words would be switched anyway
     switcher(table, 4, languages=("en", "de"), ratio=0.2, ratio_of="words", coverage={"en": 0.2, "de": 0.0})

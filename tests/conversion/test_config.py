@@ -230,10 +230,13 @@ def test_an_ignored_field_is_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "facts"),
     [
-        ({"family": "gpt2", "num_query_groups": 2}, ("model.num_query_groups", "2", "null", "gpt2")),
-        ({"family": "qwen2", "kv_channels": 6}, ("model.kv_channels", "6", "null", "qwen2")),
-        ({"sliding_window": 8}, ("model.sliding_window", "8", "null", "mistral", "llama")),
-        ({"family": "gpt2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ("model.rope_scaling", "gpt2")),
+        ({"family": "gpt2", "num_query_groups": 2}, ("model.num_query_groups is 2", "null", "gpt2")),
+        ({"family": "qwen2", "kv_channels": 6}, ("model.kv_channels is 6", "null", "qwen2")),
+        ({"sliding_window": 8}, ("model.sliding_window is 8", "null", "mistral", "llama")),
+        (
+            {"family": "gpt2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            ("model.rope_scaling is set", "null", "gpt2"),
+        ),
     ],
 )
 def test_a_recipe_refuses_models_that_no_other_software_supports(

@@ -182,7 +182,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / SECOND).unlink()
     text = error_of(tmp_path)
-    assert_facts(text, INDEX, "missing", SECOND)
+    assert_facts(text, INDEX, f"missing: {SECOND}")
     assert FIRST not in text
 
 
@@ -223,7 +223,7 @@ def test_no_name_points_outside_the_directory(tmp_path: Path, name: str) -> None
     single(tmp_path)
     directory = sharded(tmp_path / "model")
     write_index(directory, {**read_index(directory), "a.weight": name})
-    assert_facts(error_of(directory), directory / INDEX, "outside", name)
+    assert_facts(error_of(directory), directory / INDEX, f"outside the directory: {name};")
 
 
 def test_no_link_points_outside_the_directory(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_no_link_points_outside_the_directory(tmp_path: Path) -> None:
     directory = sharded(tmp_path / "model")
     (directory / FIRST).unlink()
     (directory / FIRST).symlink_to(elsewhere / "model.safetensors")
-    assert_facts(error_of(directory), directory / FIRST, "outside", elsewhere / "model.safetensors")
+    assert_facts(error_of(directory), directory / FIRST, "outside its directory", elsewhere / "model.safetensors")
     (directory / FIRST).unlink()
     (directory / FIRST).symlink_to(directory / FIRST)
     assert_facts(error_of(directory), "cannot read", directory / FIRST)
@@ -260,10 +260,10 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     content = file.read_bytes()
     for length in (0, 5, 8, 30, len(content) - 1):
         file.write_bytes(content[:length])
-        assert_facts(error_of(tmp_path), file, "corrupt")
+        assert_facts(error_of(tmp_path), f"{file} is corrupt")
     last = max(opened.tensors, key=lambda name: opened.tensors[name].offset if name in SHAPES else -1)
     file.write_bytes(content[: opened.tensors[last].offset])
-    with user_error(file, "truncated"):
+    with user_error(f"{file}: truncated while it was read"):
         opened.read(last)
 
 

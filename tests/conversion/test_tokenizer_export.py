@@ -237,7 +237,7 @@ def test_unsupported_sentencepiece_models_are_refused(tmp_path: Path, change: st
         proto.trainer_spec.model_type = 3
     path = sentencepiece_directory(tmp_path / "tokenizer", proto.SerializeToString())
     (tmp_path / "out").mkdir()
-    fact = {"unused": "unused", "symbols": "user-defined", "word": "word"}[change]
+    fact = {"unused": "1 unused pieces", "symbols": "user-defined symbols", "word": "model type word"}[change]
     with user_error(path / "tokenizer.model", fact, "--tokenizer copy"):
         export_tokenizer(path, tmp_path / "out", family="llama", max_length=8)
 

@@ -25,7 +25,7 @@ def test_build_and_coverage(tokenizer, tmp_path, make_dataset, capsys):
 
     assert main([*arguments, "--on-error", "skip"]) == 0
     printed = capsys.readouterr().out
-    assert f"skipped {tmp_path}/de.tsv:3: " in printed and "           1  lines skipped\n" in printed
+    assert f"skipped {tmp_path}/de.tsv:3: got 1 column" in printed and "           1  lines skipped\n" in printed
     assert "           2  groups\n" in printed and "          12  keys\n" in printed
     assert "(en): 60.0% (3 of 5 running words" in printed
     table = load_table(output)

@@ -71,10 +71,10 @@ def test_bad_lines_name_file_and_line(tmp_path, bad, facts):
 @pytest.mark.parametrize(
     ("line", "facts"),
     [
-        ("not json", ("JSON", "Expecting value at column 1")),
-        ('{"source": "apple"}', ('"src_text"', "['source']")),
+        ("not json", ("not valid JSON", "Expecting value at column 1")),
+        ('{"source": "apple"}', ('"src_text" is missing', "['source']")),
         ('{"src_text": "apple", "tgt_text": 3}', ('"tgt_text" is 3', "expected a string")),
-        (r'{"src_text": "a\ud83d", "tgt_text": "b"}', (r"""'a\ud83d'""", "surrogate")),
+        (r'{"src_text": "a\ud83d", "tgt_text": "b"}', (r""""src_text" is 'a\ud83d'""", "surrogate")),
         ('["apple"]', ("JSON list", "expected an object")),
     ],
 )
@@ -96,11 +96,11 @@ def test_missing_empty_and_truncated_files(tmp_path):
     with user_error(tmp_path / "none.tsv", "No such file"):
         read(tmp_path / "none.tsv")
     (tmp_path / "empty.tsv").write_text("\n \n")
-    with user_error(tmp_path / "empty.tsv", "empty"):
+    with user_error(f"{tmp_path / 'empty.tsv'}: the file is empty"):
         read(tmp_path / "empty.tsv")
     truncated = tmp_path / "cut.tsv.gz"
     truncated.write_bytes(gzip.compress(b"apple\tApfel\n" * 50_000)[:-20])
-    with user_error(f"{truncated}:", "gzip") as caught:
+    with user_error(f"{truncated}:", "truncated gzip data") as caught:
         read(truncated, on_error="skip")
     assert str(caught.value).removeprefix(f"{truncated}:").partition(":")[0].isdigit()
 

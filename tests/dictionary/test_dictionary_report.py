@@ -177,7 +177,7 @@ def test_report_command(built, tokenizer, tmp_path, make_dataset, capsys):
     status = main([*arguments, "--output", str(tmp_path / "file")])
     assert_refused(status, capsys.readouterr().err, f"{tmp_path}/file is a file")
     status = main([*arguments, "--output", str(tmp_path / "r"), "--tokenizer", str(tmp_path / "none")])
-    assert_refused(status, capsys.readouterr().err, tmp_path / "none", "tokenizer")
+    assert_refused(status, capsys.readouterr().err, f"{tmp_path / 'none'}: tokenizer not found")
 
 
 def test_corpora_of_languages_without_keys(tokenizer, tmp_path, make_dataset, capsys):
@@ -186,7 +186,7 @@ def test_corpora_of_languages_without_keys(tokenizer, tmp_path, make_dataset, ca
         no_keys_message(corpus, language, ["en", "ru"]) + "\n"
         for corpus, language in zip(corpora, ("de", "es"), strict=True)
     ]
-    assert_facts(lines[0], corpora[0], "(de)", "en, ru")
+    assert_facts(lines[0], f"{corpora[0]} (de)", "en, ru")
     lists = {"a.tsv:en-de": "apple\tApfel\n", "b.tsv:ru-de": "дом\tHaus\n"}
     capsys.readouterr()
     inputs = []
@@ -204,7 +204,7 @@ def test_corpora_of_languages_without_keys(tokenizer, tmp_path, make_dataset, ca
         assert main(["dictionary", action, *arguments]) == 0
         printed = capsys.readouterr().out
         assert "".join(lines) in printed and "%" not in printed and "lines skipped" not in printed
-    assert_facts(no_keys_message("data/x", "en", []), "data/x (en)", "none")
+    assert_facts(no_keys_message("data/x", "en", []), "data/x (en)", "only for none")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [corpus["coverage"] for corpus in report["corpora"]] == [0.0, 0.0]
 
@@ -262,7 +262,7 @@ def test_a_list_that_is_a_symlink_loop(tokenizer, tmp_path, capsys):
         (["--source", "fr"], ("--source is fr", "de, en")),
         (["--max-words", "0"], ("--max-words is 0", "1 or more")),
         (["--min-count", "-1"], ("--min-count is -1", "0 or more")),
-        (["--format", "excel"], ("format", "excel")),
+        (["--format", "excel"], ("--format is excel", "stardict")),
         (["--output", "{}/none.tsv"], ("--output", "none.tsv", "overwrite")),
     ],
 )

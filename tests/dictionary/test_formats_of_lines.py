@@ -226,7 +226,7 @@ def test_csv_with_weights_and_languages(tmp_path):
         ("apple,Apfel\na,b,c,d,e,f,g\n", ("list.csv:2: ", "7 columns", "expected 2")),
         ('apple,Apfel\nhouse,"Ha"us\n', ("list.csv:2: ", "not valid CSV")),
         ('apple,Apfel\nhouse,"Haus\n', ("list.csv:", "unclosed quotation mark")),
-        ("", ("list.csv: ", "empty")),
+        ("", ("list.csv: the file is empty",)),
     ],
 )
 def test_broken_csv(tmp_path, text, facts):

@@ -266,5 +266,5 @@ def test_word_weights_are_checked(tokenizer, tmp_path):
     assert table.word_weight is not None
     for weights in (table.word_weight[:-1], -table.word_weight, table.word_weight.astype(np.float64)):
         replace(table, word_weight=weights).save(tmp_path / "t")
-        with user_error(tmp_path / "t", "word_weight"):
+        with user_error(tmp_path / "t", "table of format 2: word_weight "):
             load_table(tmp_path / "t")

@@ -102,7 +102,7 @@ def changed(array: np.ndarray, index: int, value: int) -> np.ndarray:
         ("key_language", 0, 2, "from 0 to 2, expected 0 to 1"),
         ("key_group", 0, 99, "to 99"),
         ("candidate_weight", 0, 0, "above 0"),
-        ("group_count", 0, -1, "-1"),
+        ("group_count", 0, -1, "-1, expected 0 or more"),
         ("key_form", 0, 3, "expected 0, 1, 2, 4, 5 or 6"),
         ("key_form", 0, 8, "expected 0, 1, 2, 4, 5 or 6"),
     ],

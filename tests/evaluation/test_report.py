@@ -278,7 +278,7 @@ def test_hostile_names_and_values_stay_text(runs: dict, tmp_path: Path) -> None:
 
 def test_output_that_is_a_file_is_a_user_error_and_is_kept(runs: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with user_error(tmp_path / "file", "file"):
+    with user_error(f"{tmp_path / 'file'} is a file"):
         write_report(runs, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
 

@@ -113,7 +113,7 @@ def test_file_system_without_locks_is_a_warning(
     with caplog.at_level(logging.WARNING), locked_directories([tmp_path]):
         assert list(tmp_path.iterdir()) == []
     (message,) = caplog.messages
-    assert_facts(message, tmp_path, "locks", f"[Errno {number}] {os.strerror(number)}")
+    assert_facts(message, tmp_path, "not support locks", f"[Errno {number}] {os.strerror(number)}")
 
 
 def test_a_run_can_start_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

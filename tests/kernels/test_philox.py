@@ -56,7 +56,7 @@ def test_every_output_bit_is_fair() -> None:
 
 
 def test_key_out_of_range() -> None:
-    with user_error("key", 1 << 32, "2^32-1", kind=ValueError):
+    with user_error("key words", 1 << 32, "2^32-1", kind=ValueError):
         run(([0], [0], [0], [0]), (1 << 32, 0))
 
 

@@ -160,6 +160,6 @@ def test_unsupported_arguments_are_refused(workers: WorkerPool) -> None:
     messages = workers.run(1, error_messages)[0]
     assert len(messages) == 4
     assert_facts(messages[0], "attn_mask_type", "padding", "causal")
-    assert_facts(messages[1], "context_parallel_size", 2)
+    assert_facts(messages[1], "context_parallel_size is 2")
     assert_facts(messages[2], "packed sequences", "attention bias")
     assert_facts(messages[3], "boolean mask", "document_mask")

@@ -194,8 +194,8 @@ def test_bad_inputs_end_with_status_2_and_one_line(
         (["--output", "{tmp}/x.words"], ("x.words", ".bin, .idx, .json")),
         (["--output", "{tmp}"], ("{tmp}", "is a directory")),
         (["--tokenizer", "{tmp}/none"], ("{tmp}/none: tokenizer", "not found")),
-        (["--on-error", "ignore"], ("--on-error", "ignore", "stop, skip")),
-        (["--inputs", "x"], ("inputs",)),
+        (["--on-error", "ignore"], ("--on-error is ignore", "stop, skip")),
+        (["--inputs", "x"], ("unknown option --inputs",)),
     ],
 )
 def test_bad_options(

@@ -286,7 +286,7 @@ BAD = [
         ("a.jsonl: ", "'a' in b_c and 'a_b' in c", "x_a_b_c"),
     ),
     (["--language", "de", "--max-document-mb", "0"], "{}", ("--max-document-mb is 0, expected",)),
-    (["--language", "de", "--max-document-mb", "inf"], "{}", ("--max-document-mb", "inf")),
+    (["--language", "de", "--max-document-mb", "inf"], "{}", ("--max-document-mb is inf",)),
     (
         ["--language", "de", "--max-document-mb", "0.0001"],
         '{"text": "%s"}' % ("x" * 200),

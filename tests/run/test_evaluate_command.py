@@ -27,12 +27,12 @@ def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(
     ("tensor", "facts"),
     [
-        ("3", ("model.num_attention_heads", 4, "parallel.tensor_model_parallel_size", 3)),
-        ("0", ("parallel.tensor_model_parallel_size is 0", "expected")),
+        ("3", ("model.num_attention_heads is 4", "parallel.tensor_model_parallel_size (3)")),
+        ("0", ("parallel.tensor_model_parallel_size is 0", "positive")),
     ],
 )
 def test_layout_that_does_not_fit_the_model(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, facts: tuple[object, ...]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, facts: tuple[str, ...]
 ) -> None:
     arguments = ["evaluate", "--run", f"a={trained}", "--output", str(tmp_path), "--device", "cpu"]
     status = cli.main([*arguments, "--tensor-model-parallel-size", tensor])
@@ -53,7 +53,7 @@ def test_missing_metrics_are_found_before_evaluation(
 
     monkeypatch.setattr(evaluate, "_measure", refuse)
     status = cli.main(["evaluate", "--run", f"a={trained}", f"b={bare}", "--output", str(tmp_path / "report")])
-    assert_refused(status, capsys.readouterr().err, bare, "metrics.jsonl")
+    assert_refused(status, capsys.readouterr().err, bare / "metrics.jsonl", "does not exist")
 
 
 def measure(run_dir: str, output: str) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.messages import assert_refused
+from support.messages import assert_facts, assert_refused
 from support.tiny import Tiny, recipe_of
 from support.workers import WorkerPool
 
@@ -99,7 +99,7 @@ def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (cache,) = [path for path in (tmp_path / "run" / "cache").iterdir() if not path.name.endswith(".lock")]
     size = sum(path.stat().st_size for path in cache.glob("*.npy"))
     assert printed.startswith(f"wrote {cache}\nsamples  12 of 32 tokens\nindex    ")
-    assert "data.cache" in printed
+    assert_facts(printed.splitlines()[-1], "data.cache", "logging.run_dir")
     assert 0 < int(printed.split("index")[1].split()[0].replace(",", "")) < size
     assert cli.main([*command, "--optimizer.lr", "0.5", "--parallel.tensor-model-parallel-size", "2"]) == 0
     first_line = capsys.readouterr().out.splitlines()[0]
@@ -109,9 +109,9 @@ def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "file").write_text("in the way")
     for options, facts in [
         (["--data.cache", str(tmp_path / "file" / "cache")], ("cannot write", "sample index", tmp_path / "file")),
-        (["--data.tokenizer", "none"], ("none", "tokenizer")),
-        (["--data.seq_length", "1000000"], ("data.seq_length + 1",)),
-        (["--data.no", "1"], ("no",)),
+        (["--data.tokenizer", "none"], ("none: tokenizer not found",)),
+        (["--data.seq_length", "1000000"], ("data.seq_length + 1 = 1000001",)),
+        (["--data.no", "1"], ("unknown option --data.no",)),
     ]:
         assert_refused(cli.main([*command, *options]), capsys.readouterr().err, *facts)
 

@@ -120,7 +120,7 @@ def test_the_current_directory(
     monkeypatch.chdir(original)
     status, text = run_command(capsys, "export-weights", "--checkpoint", ".", "--output", ".", "--overwrite")
     assert status == 2
-    assert_facts(text, "error: .", "name", "new directory")
+    assert_facts(text, "error: . is not", "new directory")
 
 
 def test_a_directory_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +278,7 @@ def test_existing_output_is_kept(original: Path, tmp_path: Path, capsys: pytest.
     for flags in ([], ["--overwrite"]):
         status, text = run_command(capsys, *options, mine, *flags)
         assert status == 2
-        assert_facts(text, mine, "other", "choose another path")
+        assert_facts(text, mine, "contains other files", "choose another path")
     assert os.listdir(mine) == ["thesis.tex"]
     status, text = run_command(capsys, *options, mine / "thesis.tex")
     assert status == 2
@@ -286,7 +286,7 @@ def test_existing_output_is_kept(original: Path, tmp_path: Path, capsys: pytest.
     of_a_run = make_checkpoint(tmp_path / "of_a_run", 4)
     status, text = run_command(capsys, *options, of_a_run, "--overwrite")
     assert status == 2 and (of_a_run / "recipe.yaml").exists()
-    assert_facts(text, of_a_run, "other", "choose another path")
+    assert_facts(text, of_a_run, "contains other files", "choose another path")
     older = make_checkpoint(tmp_path / "older", 3, kind="weights")
     status, text = run_command(capsys, *options, older)
     assert status == 2

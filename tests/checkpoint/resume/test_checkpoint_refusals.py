@@ -49,7 +49,7 @@ def zeros_from(file: Path, start: int) -> None:
 def zero_data(checkpoint: Path) -> str:
     for file in checkpoint.glob("*.distcp"):
         zeros_from(file, 0)
-    return "incomplete"
+    return "UnpicklingError"
 
 
 def cut_data(checkpoint: Path) -> str:
@@ -67,12 +67,12 @@ def drop_common(checkpoint: Path) -> str:
 def cut_metadata(checkpoint: Path) -> str:
     file = checkpoint / ".metadata"
     file.write_bytes(file.read_bytes()[:100])
-    return "incomplete"
+    return "UnpicklingError: pickle data was truncated"
 
 
 def clear_metadata(checkpoint: Path) -> str:
     (checkpoint / ".metadata").write_bytes(b"")
-    return "incomplete"
+    return "EOFError"
 
 
 class Harmful:

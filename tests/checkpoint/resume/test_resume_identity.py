@@ -217,10 +217,10 @@ def test_coverage_is_kept_for_the_same_words(fingerprint: dict[str, Any], change
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ({"digest": 1}, ("run.switching.digest", "1")),
-        ({"settings": None}, ("run.switching.settings", "None")),
-        ({"settings": {"ratio": 0.1}}, ("run.switching.settings", "candidate_weights, case, ")),
-        ({"coverage": {"en": "x"}}, ("run.switching.coverage.en", "'x'", "from 0 to 1")),
+        ({"digest": 1}, ("run.switching.digest is 1",)),
+        ({"settings": None}, ("run.switching.settings is None",)),
+        ({"settings": {"ratio": 0.1}}, ("run.switching.settings is missing candidate_weights, case, ",)),
+        ({"coverage": {"en": "x"}}, ("run.switching.coverage.en is 'x'", "from 0 to 1")),
     ],
 )
 def test_invalid_switching_is_reported(
@@ -232,5 +232,5 @@ def test_invalid_switching_is_reported(
     assert_facts(problem, *expected)
     problem = find_switching_problem({"switching": 3})
     assert problem is not None
-    assert_facts(problem, "run.switching", "3")
+    assert_facts(problem, "run.switching is 3", "object")
     assert find_switching_problem({"switching": None}) is None

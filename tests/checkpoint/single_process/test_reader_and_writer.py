@@ -96,7 +96,7 @@ def test_views_and_odd_tensors_of_torch_are_read(tmp_path: Path) -> None:
 
 def test_an_invalid_split_or_layer_is_a_value_error(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, tensor_parallel=4)
-    with user_error("output_layer.weight", "dimension 0", "(6, 2)", "4", kind=ValueError):
+    with user_error("output_layer.weight", "dimension 0", "(6, 2)", "divisible by 4", kind=ValueError):
         writer.add("output_layer.weight", torch.zeros(6, 2), split=0)
     writer.add("decoder.layers.x", torch.zeros(2), layer=0, num_layers=2)
     with user_error("decoder.layers.x", "(2, 3)", "(2, 2)", kind=ValueError):
@@ -126,10 +126,10 @@ def test_a_missing_or_truncated_file_is_reported(checkpoint: Path, tmp_path: Pat
     directory = copy_of(checkpoint, tmp_path)
     shard = directory / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-3000])
-    with user_error(directory, "__0_0.distcp"):
+    with user_error(f"{directory} is corrupt", f"__0_0.distcp has {shard.stat().st_size:,} bytes, expected"):
         read_all(directory)
     shard.unlink()
-    with user_error(directory, "__0_0.distcp", "No such file"):
+    with user_error(f"{directory} is corrupt", "__0_0.distcp", "No such file"):
         read_all(directory)
     (directory / METADATA).unlink()
     with user_error(directory, METADATA, "expected a checkpoint directory"):

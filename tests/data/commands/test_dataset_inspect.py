@@ -110,9 +110,9 @@ def test_a_tokenizer_that_does_not_match(tmp_path, tokenizer):
     found = inspect_dataset(prefix)
     assert_facts(found.note or "", "no/such/tokenizer", "--tokenizer")
     assert found.samples[0].text is None and found.samples[0].ids[-1] in (EOD, *range(EOD, VOCAB_SIZE))
-    with user_error(tokenizer, prefix, "no/such/tokenizer"):
+    with user_error(f"--tokenizer {tokenizer} does not match {prefix}", "no/such/tokenizer"):
         inspect_dataset(prefix, tokenizer=tokenizer)
-    with user_error(tmp_path / "none"):
+    with user_error(f"{tmp_path / 'none'}: tokenizer not found"):
         inspect_dataset(prefix, tokenizer=str(tmp_path / "none"))
     changed = make_text(tmp_path / "b", tokenizer)
     opened = load_tokenizer(tokenizer)

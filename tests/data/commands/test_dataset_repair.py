@@ -162,7 +162,7 @@ def test_a_tokenizer_without_an_end_token(tmp_path, tiny, capsys):
         ([7, EOD], {"tokenizer": BIG}, {}, ("a.bin", "70,000 ids", "uint16", "--dtype")),
         ([7, EOD], {"tokenizer": BIG}, {"dtype": "uint16"}, ("a.bin", "70,000 ids", "uint16", "--dtype")),
         ([7, EOD], {}, {"workers": 0}, ("workers is 0",)),
-        ([7, EOD], {}, {"tokenizer": "none"}, ("none", "tokenizer")),
+        ([7, EOD], {}, {"tokenizer": "none"}, ("none: tokenizer not found",)),
     ],
 )
 def test_what_cannot_be_repaired(tmp_path, tokens, fields, options, facts):
@@ -212,7 +212,7 @@ def test_missing_tokens(tmp_path, capsys):
     os.symlink(tmp_path / "b.bin", tmp_path / "b.bin")
     for name in ("a", "b"):
         status = cli.main(["dataset", "repair", "--input", str(tmp_path / name)])
-        assert_refused(status, capsys.readouterr().err, f"{name}.bin: file not found", "tokens")
+        assert_refused(status, capsys.readouterr().err, f"{name}.bin: file not found", "from the tokens")
 
 
 def test_a_killed_repair_can_be_run_again(tmp_path):

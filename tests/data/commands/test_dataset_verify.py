@@ -207,9 +207,9 @@ def test_tokenizer_and_options(tmp_path, tiny, capsys):
     ]
     assert_facts(found[2], "a.json", "eod_id is 3", tiny.tokenizer)
     assert problems(str(tiny.directory / "en"), tokenizer=tiny.tokenizer) == []
-    with user_error("none", "tokenizer"):
+    with user_error("none: tokenizer not found"):
         problems(prefix, tokenizer="none")
-    for arguments, fact in ((["--input"], "--input"), (["--input", prefix, "--workers", "0"], "workers is 0")):
+    for arguments, fact in ((["--input"], "--input is empty"), (["--input", prefix, "--workers", "0"], "workers is 0")):
         status = cli.main(["dataset", "verify", *arguments])
         assert_refused(status, capsys.readouterr().err, fact)
     write_tokens(tmp_path / "plain", [[1]])
