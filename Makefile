@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make install  create .venv (PYTHON=python3.12 chooses another Python)"
-	@echo "make demo     English and English-Clone, joint training and PreAlign, to runs/demo/report.html"
-	@echo "make test     all tests"
-	@echo "make checks   format, lint, types, documentation, tests: what CI runs"
-	@echo "make docs     documentation with command, recipe and API reference, to site/index.html"
+	@echo "make demo     run the English-Clone demo; writes runs/demo/report.html"
+	@echo "make test     run all tests"
+	@echo "make checks   check format, lint, types, documentation, tests: what CI runs"
+	@echo "make docs     build the documentation with command, recipe and API reference, to site/index.html"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv, caches and build output (runs/ stays)"
 

@@ -16,7 +16,7 @@ PYGLOSSARY = ["pyglossary>=4.6,<5.3; python_version < '3.12'", "pyglossary>=4.6;
 setup(
     name="megatron-prealign",
     version=VERSION,
-    description="Alignment initialisation and in-batch code-switching for multilingual pretraining on Megatron-Core",
+    description="Alignment phase and input-only code-switching for multilingual pretraining on Megatron-Core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

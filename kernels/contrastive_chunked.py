@@ -18,7 +18,7 @@ from megatron_prealign.kernels.contrastive_interface import LOG2_E, Similarities
 _CHUNK_BYTES = 4 << 20
 """Size of each of the three tensors of a chunk; half or twice as much is as fast."""
 _MIN_CHUNK_ROWS = 128
-"""With 32 or 64 the matrix products take longer, since every chunk reads all columns again."""
+"""Minimum rows of a chunk. With 32 or 64 the matrix products take longer, since every chunk reads all columns again."""
 _MASKED = -1e30
 """Logit of masked candidates. 2 to this power is 0, and 0 times it is not NaN as it would be with -inf."""
 

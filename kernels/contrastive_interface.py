@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 """Supported dtypes of the words. bfloat16 is computed in float32."""
 LOG2_E = math.log2(math.e)
 _MAX_WORDS = 1 << 21
-"""float32 can count up to this, and a CUDA grid can have that many blocks of 64."""
+"""Maximum number of words: counts stay exact in float32, and blocks of 64 words fit a CUDA grid."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ _MIN_SCRATCH_BYTES = 64 << 20
 _COLUMN_MULTIPLE = 64
 """The number of columns of the weights is padded to a multiple of this, so that programs need no bounds checks."""
 _FLOAT16_SCALE = 2.0**13
-"""Four times this is well within the range of float16."""
+"""Scale of weights in float16; scaled weights are below four times this value, well within the range of float16."""
 
 
 def choose_tile(itemsize: int, rows: int, columns: int, layers: int) -> Tile:

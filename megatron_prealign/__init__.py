@@ -1,4 +1,4 @@
-"""Multilingual pretraining on Megatron-Core: alignment initialisation and in-batch code-switching.
+"""Multilingual pretraining on Megatron-Core: alignment phase and input-only code-switching.
 
 Importing the package imports neither torch nor Megatron-Core, which keeps `--help` and recipe validation fast.
 """

@@ -30,7 +30,7 @@ class InspectOptions:
     """Shows the metadata of a checkpoint: model, layout, run."""
 
     path: PathText
-    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
+    """Checkpoint, or a checkpoint directory or run directory, whose newest checkpoint is used."""
     tensors: bool = False
     """List every tensor with its dtype and shape."""
     json: bool = False
@@ -45,7 +45,7 @@ class VerifyOptions:
     """
 
     path: PathText
-    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
+    """Checkpoint, or a checkpoint directory or run directory, whose newest checkpoint is used."""
     all: bool = False
     """Verify all checkpoints in the directory."""
     workers: int | None = None
@@ -60,7 +60,7 @@ class ExportOptions:
     """
 
     checkpoint: PathText
-    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
+    """Checkpoint, or a checkpoint directory or run directory, whose newest checkpoint is used."""
     output: PathText
     """Output directory."""
     dtype: Literal["bf16", "fp32"] | None = None
@@ -132,7 +132,7 @@ def verify(argv: Sequence[str]) -> int:
             for problem in result.problems:
                 print(f"corrupt: {directory}: {problem}")
             for name in result.unknown:
-                print(f"unknown: {directory}: {name} is not in the manifest")
+                print(f"extra file: {directory / name} is not in the manifest")
             if not result.problems:
                 print(f"{directory}: {result.files} files, {readable_bytes(result.bytes)}, all intact")
             corrupt += bool(result.problems)

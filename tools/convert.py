@@ -31,7 +31,7 @@ class ToHfOptions:
     """
 
     checkpoint: PathText
-    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
+    """Checkpoint, or a checkpoint directory or run directory, whose newest checkpoint is used."""
     output: PathText
     """Output directory; it appears under this name only when complete."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
@@ -58,7 +58,7 @@ class FromHfOptions:
     """Converts a Hugging Face model directory to a checkpoint of weights, which pretrain --checkpoint.load loads in any
     parallel layout.
 
-    Runs in one process on a CPU. model.yaml in the checkpoint is the section `model` of a recipe for it.
+    Runs in one process on a CPU. The output contains model.yaml, the matching `model` section of a recipe.
     """
 
     model: PathText
@@ -182,7 +182,7 @@ class VerifyOptions:
     """
 
     checkpoint: PathText
-    """Checkpoint, or a directory of checkpoints or run directory, whose newest checkpoint is used."""
+    """Checkpoint, or a checkpoint directory or run directory, whose newest checkpoint is used."""
     model: PathText
     """Hugging Face model directory."""
     text: PathText | None = None
@@ -190,8 +190,7 @@ class VerifyOptions:
     tolerance: float = 1e-4
     """Tolerance of hidden states and logits, relative to their largest value."""
     logits: bool = True
-    """Run both models to compare hidden states and logits; --no-logits compares only tensors and tokenizers, in little
-    memory."""
+    """Run both models and compare hidden states and logits; needs memory for one model in fp32."""
     ignore_config_field: list[str] = field(default_factory=list)
     """Unknown fields of config.json to ignore; use only for fields that do not affect the computation."""
     output: PathText | None = None

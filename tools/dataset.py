@@ -63,7 +63,7 @@ class VerifyOptions:
     input: list[PrefixText]
     """Prefixes or .bin files of the datasets."""
     tokenizer: PathText | None = None
-    """Tokenizer to compare with."""
+    """Tokenizer whose fingerprint, vocabulary size and end-of-document id PREFIX.json must match."""
     workers: int | None = None
     """Number of reader threads; default: available CPU cores."""
 
@@ -118,7 +118,7 @@ def merge(argv: Sequence[str]) -> int:
     if sidecar is not None:
         extensions += [".json"] if sidecar.segmenter is None else [f".words (by {sidecar.segmenter})", ".json"]
     print(f"wrote {options.output}{', '.join(extensions[:-1])} and {extensions[-1]}")
-    print(f"parts      {len(result.parts):,}: {', '.join(result.parts[:8])}{', ...' if len(result.parts) > 8 else ''}")
+    print(f"inputs     {len(result.parts):,}: {', '.join(result.parts[:8])}{', ...' if len(result.parts) > 8 else ''}")
     print(f"documents  {result.documents:,}")
     print(f"tokens     {result.tokens:,}")
     print(f"copied     {result.bytes:,} bytes, {result.bytes / result.seconds / 1e6:,.0f} MB/s")
@@ -145,7 +145,7 @@ def inspect(argv: Sequence[str]) -> int:
 def verify(argv: Sequence[str]) -> int:
     options = parse_options(VerifyOptions, "dataset verify", argv, positional="input")
     if not options.input:
-        raise UserError("--input is empty, expected the prefixes of datasets")
+        raise UserError("--input is empty, expected at least one dataset prefix")
 
     from megatron_prealign.data.commands.verify import verify as verify_dataset
 

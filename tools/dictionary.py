@@ -62,7 +62,8 @@ class BuildOptions:
     source: LanguageText | None = None
     """Language whose words are replaced. Lists that have it in another column are reversed."""
     pivot: LanguageText | None = None
-    """Join lists over this pivot language: de-en and en-ru become de-ru. The pairs of the pivot itself are dropped."""
+    """Join lists through this pivot language: de-en and en-ru become de-ru. The pairs of the pivot itself are
+    dropped."""
     pivot_ambiguous: Literal["drop", "keep"] = "drop"
     """Whether to drop or keep joined pairs that are supported by only one ambiguous pivot word."""
     pivot_bridge: bool = False

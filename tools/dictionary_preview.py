@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli.options import parse_options
+from megatron_prealign.cli.options import errors_of_section, parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
 from megatron_prealign.recipe.describe import PathText, PrefixText
@@ -53,11 +53,11 @@ class PreviewOptions:
     label_mode: Literal["input_only", "codeswitch", "no_predict", "mix"] | None = None
     """Effect of replaced words on the labels."""
     language_weights: dict[str, float] | None = None
-    """Sampling weight of each target language, as --language_weights.de 2 or '{"de": 2}'."""
+    """Sampling weights of target languages, such as de=2 fr=1."""
     language_ratios: dict[str, float] | None = None
-    """Ratio of individual target languages."""
+    """Ratios of individual target languages, such as de=0.1."""
     source_languages: list[str] | None = None
-    """Languages whose sequences are switched."""
+    """Languages whose samples are switched."""
     candidate_weights: Literal["table", "uniform"] | None = None
     """Weights for drawing a translation among those of one language."""
     min_word_length: int | None = None
@@ -132,8 +132,6 @@ def _recipe(options: PreviewOptions) -> Recipe | None:
 
 
 def _section(options: PreviewOptions, recipe: Recipe | None) -> CodeSwitchSection:
-    from megatron_prealign.recipe.load import as_user_error
-
     if recipe is not None and recipe.code_switch is not None:
         values = asdict(recipe.code_switch)
     else:
@@ -142,7 +140,7 @@ def _section(options: PreviewOptions, recipe: Recipe | None) -> CodeSwitchSectio
         values |= {"schedule": "constant", "final_ratio": None, "schedule_tokens": None}
     names = {field.name for field in fields(CodeSwitchSection)}
     values |= {name: value for name, value in vars(options).items() if name in names and value is not None}
-    with as_user_error("dictionary preview"):
+    with errors_of_section("code_switch"):
         return CodeSwitchSection(**values)
 
 

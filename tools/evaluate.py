@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.cli.options import parse_options
+from megatron_prealign.cli.options import errors_of_section, parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import PathText
 
@@ -38,10 +38,9 @@ def main(argv: Sequence[str]) -> int:
     log.configure()
     from megatron_prealign.evaluation.report import report_table
     from megatron_prealign.recipe import ParallelSection
-    from megatron_prealign.recipe.load import as_user_error
     from megatron_prealign.run.evaluate import evaluate_runs
 
-    with as_user_error("megatron-prealign evaluate"):
+    with errors_of_section("parallel"):
         parallel = ParallelSection(
             tensor_model_parallel_size=options.tensor_model_parallel_size,
             pipeline_model_parallel_size=options.pipeline_model_parallel_size,

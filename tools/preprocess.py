@@ -43,21 +43,22 @@ class PreprocessOptions:
     on_error: Literal["stop", "skip"] = "stop"
     """Action for bad documents and corrupt files; skipped ones are listed in PREFIX.json."""
     segmenter: str | None = None
-    """Segmenter for scripts without spaces: jieba (Chinese), sudachi (Japanese), newmm (Thai) or icu (any), all in the
-    extra megatron-prealign[segmenters], auto (by language), or module:Class for a custom one; default: none."""
+    """Segmenter for scripts without spaces: jieba (Chinese), sudachi (Japanese), newmm (Thai), icu (any), auto
+    (selected by language) or module:Class (custom); default: none. The named ones require
+    megatron-prealign[segmenters]."""
     workers: int | None = None
     """Number of tokenising processes; default: one per available CPU core."""
     shard: str | None = None
     """Read only part I of N equal parts, as I/N; `megatron-prealign dataset merge` joins the outputs."""
     resume: bool = False
-    """Continue an unfinished run with the same options; keep a finished one."""
+    """Resume an interrupted run with the same options; a complete dataset is left unchanged."""
     overwrite: bool = False
     """Overwrite an existing dataset."""
     engine: Literal["auto", "plain"] = "auto"
     """Encoder: auto uses gigatoken if it supports the tokenizer and produces the same ids on samples, otherwise the
     tokenizer's own library; plain always uses the latter."""
     max_document_mb: float = 16
-    """Maximum document length in MiB of the file; a longer document is an error."""
+    """Maximum size of a document in MiB; a larger one is an error, or skipped with --on-error skip."""
     save_every_mb: float = 256
     """MiB of text between two saves for --resume."""
 
@@ -127,7 +128,7 @@ def _print(result: "PreprocessResult") -> None:
     if result.seconds and all(sidecar.segmenter is None for sidecar in result.outputs.values()):
         print(f"tokens per word  {result.tokens_per_word:.2f} (words split at white space, in a sample)")
     if not result.outputs:
-        print("no documents in this shard; no dataset written because their language is unknown")
+        print("no documents in this shard; with --language-key no dataset is written (merge with --allow-missing)")
         return
     prefix, sidecar = next(iter(result.outputs.items()))
     print(f"skipped          {sidecar.skipped_count:,}")

@@ -15,7 +15,7 @@ class PretrainOptions:
     validate: bool = False
     """Check the recipe and its files, print a summary and exit. Needs no torch and no GPU."""
     world_size: int | None = None
-    """Number of processes of the run to check the recipe for, with --validate."""
+    """World size to check the recipe for, with --validate."""
     schema: bool = False
     """Print the JSON schema of a recipe, for completion and validation in editors, and exit."""
 

@@ -37,7 +37,7 @@ class TrainTokenizerOptions:
     seed: int = 0
     """Seed for sampling documents."""
     segmenter: list[str] = field(default_factory=list)
-    """LANGUAGE=NAME each, or auto. Prevent tokens across word boundaries in languages without spaces.
+    """Keep tokens within words in languages without spaces: LANGUAGE=NAME for each language, or auto.
 
     NAME is a segmenter as in preprocess (jieba, sudachi, newmm, icu, module:Class); auto selects one for all inputs
     that need it.
@@ -45,7 +45,8 @@ class TrainTokenizerOptions:
     character_coverage: float = 0.9995
     """sentencepiece: fraction of character occurrences that get their own tokens; the others become bytes."""
     clone_language: LanguageText | None = None
-    """Write a clone tokenizer with twice the ids, the upper half for this language code (English-Clone study)."""
+    """Add an artificial clone language with this code (English-Clone study); its ids are shifted by the size of the
+    vocabulary."""
     text_key: list[str] = field(default_factory=lambda: ["text"])
     """Keys of the text in each JSON object or row, nested with dots (data.text). Several keys are joined by a line
     break."""
@@ -92,7 +93,7 @@ def _print_languages(report: "TrainingReport") -> None:
     width = max(8, *(len(language) for language in report.languages))
     print(
         f"{'language':<{width}}  {'text MB':>10}  {'trained on':>11}  {'share':>6}  {'tokens/word':>11}  "
-        f"{'bytes/token':>11}  {'fallback':>8}  words by"
+        f"{'bytes/token':>11}  {'fallback':>8}  segmentation"
     )
     total = sum(one.sample.bytes for one in report.languages.values())
     for language, one in report.languages.items():

@@ -16,14 +16,14 @@ from megatron_prealign.runtime.engine import LossFunction, run_schedule, unwrap
 
 @dataclass(frozen=True)
 class WordLayout:
-    """Data-parallel rank d has the d-th part of the words, split into microbatches; of each microbatch, tensor-parallel
-    rank t gets the t-th part back from the taps.
+    """Partitioning of a step's words: over data-parallel ranks, then into microbatches. The taps return the t-th part
+    of a microbatch to tensor-parallel rank t.
 
     Attributes:
         data_size, tensor_size: data- and tensor-parallel size.
         data_rank: data-parallel rank of this process.
-        packed: whether several words share a row.
-        multiple: row lengths are padded to a multiple of this.
+        packed: whether a sequence may have several words.
+        multiple: sequence lengths are padded to a multiple of this.
         dtype: dtype of the activations.
         device: device of the batches.
     """
@@ -38,7 +38,7 @@ class WordLayout:
 
     @classmethod
     def of(cls, runtime: Runtime, chunks: Sequence[torch.nn.Module]) -> "WordLayout":
-        """Layout of a run. Words share rows if the model's attention can mask them from each other."""
+        """Layout of a run. Sequences have several words if the model's attention can mask them from each other."""
         tensor_size = runtime.parallel.tensor_model_parallel_size
         models = [unwrap(chunk) for chunk in chunks]
         return cls(

@@ -47,7 +47,7 @@ class _AttachLoss(torch.autograd.Function):
 
 
 class _NoLoss(torch.autograd.Function):
-    """A zero that depends on its argument: ends the graph of the last stage when it has attached losses only."""
+    """Zero loss connected to the graph, for a last stage whose only losses are attached to layers."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
@@ -104,8 +104,8 @@ class LayerTaps:
 
         Args:
             layers: layers to observe; None for all.
-            needs_graph: skip forward passes without a graph: with full recomputation a loss belongs to the second
-                pass.
+            needs_graph: skip forward passes without a graph; with full recomputation, losses are attached in the
+                recomputed pass.
         """
         handles = []
         self._observer, self._needs_graph = observer, needs_graph

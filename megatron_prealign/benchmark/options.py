@@ -49,8 +49,7 @@ class CodeSwitchOptions:
     l2: Literal["cold", "warm", "both"] = "cold"
     """GPU: state of the L2 cache. cold writes a large buffer before every repeat to evict everything else."""
     python_loop: bool = True
-    """Also measure the Python loop; --no-python-loop skips it. With a million keys its dictionary takes 1 GB and about
-    20 seconds to build."""
+    """Also measure the Python loop. With a million keys, its dictionary takes 1 GB and about 20 seconds to build."""
     output: PathText | None = None
     """CSV file to write, one row per measurement."""
 
@@ -98,7 +97,7 @@ class ContrastiveOptions:
     threads: int = 1
     """CPU: number of PyTorch threads."""
     compiled: bool = True
-    """Also measure torch.compile of the eager code, which requires a C++ compiler on a CPU; --no-compiled skips it."""
+    """Also measure torch.compile of the eager code, which requires a C++ compiler on a CPU."""
     largest: bool = False
     """GPU: also double the number of words until each implementation runs out of memory."""
     seed: int = 1234

@@ -80,8 +80,8 @@ class PythonLoop:
         sequence: int,
         threshold: int,
         word_starts: Tensor | None = None,
-        whether: Draw = _random_bits,
-        which: Draw = _random_bits,
+        switch_draw: Draw = _random_bits,
+        translation_draw: Draw = _random_bits,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Collates a batch.
 
@@ -90,8 +90,8 @@ class PythonLoop:
             sequence: Length of the output sequences.
             threshold: `ratio_threshold` of the ratio.
             word_starts: Bool [B, W] or None.
-            whether: Draws whether a word is switched.
-            which: Draws the translation.
+            switch_draw: Draws whether a word is switched.
+            translation_draw: Draws the translation.
 
         Returns:
             tokens (int64), labels (int64), loss mask (float32) and position ids (int64), [B, sequence] each.
@@ -100,7 +100,9 @@ class PythonLoop:
         marks = None if word_starts is None else word_starts.tolist()
         for number, row in enumerate(tokens.tolist()):
             row_marks = marks and marks[number]
-            stream, target = self._switch(number, row, sequence + 1, threshold, row_marks, whether, which)
+            stream, target = self._switch(
+                number, row, sequence + 1, threshold, row_marks, switch_draw, translation_draw
+            )
             missing = sequence + 1 - len(stream)
             stream += [self._pad_id] * missing
             target += [NOT_SCORED] * missing
@@ -118,8 +120,8 @@ class PythonLoop:
         min_tokens: int,
         threshold: int,
         marks: list[bool] | None,
-        whether: Draw,
-        which: Draw,
+        switch_draw: Draw,
+        translation_draw: Draw,
     ) -> tuple[list[int], list[int]]:
         """Returns the switched tokens of a row (at least `min_tokens`, if the row suffices) and their targets."""
         before, after, entries = self._before, self._after, self._entries
@@ -132,8 +134,8 @@ class PythonLoop:
                 continue
             word = row[start:position]
             entry = entries.get(tuple(word)) if starts_word and len(word) <= MAX_NGRAM else None
-            if entry is not None and whether(number, start) < threshold:
-                translation = entry.tokens[bisect_left(entry.last, which(number, start))]
+            if entry is not None and switch_draw(number, start) < threshold:
+                translation = entry.tokens[bisect_left(entry.last, translation_draw(number, start))]
                 stream += translation
                 target.append(word[0])
                 target += [NOT_SCORED] * (len(translation) - 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_prealign.checkpoint.manifest import MANIFEST
 from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.sync import sync_directory, sync_file
-from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ def latest_checkpoint(directory: Path) -> Path | None:
     if not complete:
         return None
     reason = "is missing or does not name a step" if named is None else f"names {named.name}, which is not complete"
-    warn_once(logger, "%s %s; using the newest complete checkpoint %s", directory / LATEST, reason, complete[-1])
+    warn_on_rank_zero(
+        logger, "%s %s; using the newest complete checkpoint %s", directory / LATEST, reason, complete[-1]
+    )
     return complete[-1]
 
 

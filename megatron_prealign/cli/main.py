@@ -19,7 +19,7 @@ COMMANDS = {
     "preprocess": ("megatron_prealign.tools.preprocess", "tokenise text files into .bin/.idx datasets"),
     "dataset": (
         "megatron_prealign.tools.dataset",
-        "merge, inspect, verify and repair datasets, build the index caches of a run",
+        "merge, inspect, verify and repair datasets, build the sample index of a run",
     ),
     "dictionary": ("megatron_prealign.tools.dictionary", "build, merge, measure and preview word-translation tables"),
     "pretrain": ("megatron_prealign.tools.pretrain", "train a model from a recipe (single process or torchrun)"),
@@ -29,7 +29,7 @@ COMMANDS = {
     ),
     "convert": (
         "megatron_prealign.tools.convert",
-        "convert checkpoints to and from Hugging Face, verify that both agree",
+        "convert checkpoints to and from Hugging Face, verify the result",
     ),
     "evaluate": ("megatron_prealign.tools.evaluate", "evaluate trained runs and write report.json and report.html"),
     "benchmark": (

@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from megatron_prealign.cli import help
 from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.checks import RecipeValueError
 from megatron_prealign.recipe.describe import FieldDescription, describe
 
 Options = TypeVar("Options")
@@ -98,6 +101,20 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+@contextmanager
+def errors_of_section(section: str) -> Iterator[None]:
+    """Turns an error about a field of a recipe's section into one about the option with the same name.
+
+    Raises:
+        UserError: the block raised a `RecipeValueError`.
+    """
+    try:
+        yield
+    except RecipeValueError as error:
+        message = re.sub(rf"\b{section}\.(\w+)", lambda match: option_name(match[1]), str(error))
+        raise UserError(message) from error
+
+
 def unknown_argument(command: str, argument: str, known: Sequence[str]) -> UserError:
     """Returns the error for an argument that a command does not take."""
     if not argument.startswith("-"):
@@ -178,7 +195,7 @@ def _help(options: type, command: str, positional: str | None) -> str:
         help.rows("required", ((_syntax(each, each.name == positional), each.help) for each in required.values())),
         help.rows(
             "options",
-            ((_syntax(each, False), each.help if each.type is bool else help.with_default(each)) for each in optional),
+            ((_syntax(each, False), help.with_default(each)) for each in optional),
         ),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -193,5 +210,6 @@ def _syntax(field: FieldDescription, positional: bool) -> str:
     if positional:
         return value
     if field.type is bool:
-        return option_name(f"no_{field.name}" if field.default else field.name)
+        name = option_name(field.name)
+        return f"{name}, {option_name(f'no_{field.name}')}" if field.default else name
     return f"{option_name(field.name)} {value}"

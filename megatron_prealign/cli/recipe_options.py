@@ -5,6 +5,7 @@ from typing import TypeVar, get_type_hints
 
 from megatron_prealign.cli import help
 from megatron_prealign.cli.options import build_options, option_name, read_options, unknown_argument, with_underscores
+from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import FieldDescription, describe, section_of, walk
 from megatron_prealign.recipe.load import load_recipe
@@ -90,8 +91,13 @@ def _is_inside(name: str, known: dict[str, FieldDescription]) -> bool:
 def _help(command: str, options: type, topic: str) -> str:
     hints = get_type_hints(Recipe)
     sections = {name: kind for name, hint in hints.items() if (kind := section_of(hint)) is not None}
-    if topic in sections:
-        return _section(topic, sections[topic])
+    section = topic.removeprefix("--").partition(".")[0].replace("-", "_")
+    if section in sections:
+        return _section(section, sections[section])
+    if topic and topic != "all" and not topic.startswith("-"):
+        raise UserError(
+            f"--help: unknown section {topic}{suggestion(topic, sections)}; expected one of {', '.join(sections)}"
+        )
     described = describe(options)
     rows = [
         (option_name(name) + ("" if field.type is bool else f" {field.metavar}"), help.with_default(field))
@@ -108,13 +114,20 @@ def _help(command: str, options: type, topic: str) -> str:
     return "\n\n".join(parts)
 
 
+def _syntax(path: str, field: FieldDescription) -> str:
+    name, separator, value = field.metavar.partition("=")
+    if separator and name == "NAME":
+        # jsonargparse sets entries of a mapping as `--code_switch.language_weights.de 2`.
+        return f"{option_name(path)}.NAME {value}"
+    return f"{option_name(path)} {field.metavar}{'...' if field.is_list else ''}"
+
+
 def _section(name: str, kind: type) -> str:
     """Formats the fields of a section."""
     required: list[help.Row] = []
     optional: list[help.Row] = []
     for path, field in walk(kind, f"{name}."):
-        row = (f"{option_name(path)} {field.metavar}{'...' if field.is_list else ''}", help.with_default(field))
-        (required if field.required else optional).append(row)
+        (required if field.required else optional).append((_syntax(path, field), help.with_default(field)))
     parts = [
         f"{name}: {help.paragraph(kind.__doc__ or '')}",
         help.rows("required", required),

@@ -33,7 +33,7 @@ def render_page(preview: Preview) -> str:
     body = (
         "<h1>Code-switching preview</h1>\n"
         "<p>Left: text of the dataset. Right: model input. Hover over a coloured word to see its counterpart. "
-        "The labels depend on the label mode; with input_only they are always the left side.</p>\n"
+        "The labels depend on the label mode; with input_only they are the text on the left.</p>\n"
         f"<h2>Totals</h2>\n{page.table([], totals, text=True)}\n<h2>Samples</h2>\n{samples}"
     )
     return page.render("Code-switching preview", body, style=_STYLE, colours=_LIGHTNESS)

@@ -271,7 +271,7 @@ def totals_table(preview: Preview) -> list[tuple[str, str, str]]:
         remark = f"{before:.2f} before, {after:.2f} after"
         table.append(("tokens per switched word", f"{after - before:+.2f}", remark))
     table.append(("padded", f"{preview.padded:,}", f"{_share(preview.padded, preview.positions)} of the positions"))
-    remark = f"{_share(preview.truncated, preview.positions)} of the positions, no longer fit into their samples"
+    remark = f"{_share(preview.truncated, preview.positions)} of the positions; they no longer fit into their samples"
     table.append(("truncated tokens", f"{preview.truncated:,}", remark))
     return table
 

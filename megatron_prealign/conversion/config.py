@@ -205,11 +205,15 @@ def model_values(config: Mapping[str, Any], name: str, *, ignore: Collection[str
     if problems:
         raise UserError(f"{name}: {'; '.join(problems)}")
     values: dict[str, Any] = {"family": family.name}
+    source: dict[str, str] = {}
     for hf, mcore in family.fields.items():
         value = config.get(hf, family.defaults.get(hf))
+        source.setdefault(mcore, hf)
         if values.setdefault(mcore, value) != value:
             raise UserError(
-                f"{name}: {hf} is {value}, another field for model.{mcore} is {values[mcore]}; set both to one value"
+                f"{name}: conflicting values for model.{mcore}: {hf} is {value}, {source[mcore]} is {values[mcore]}; "
+                "set "
+                "both to the same value"
             )
     values["vocab_size"] = config["vocab_size"]
     if family.rope:
@@ -353,4 +357,6 @@ def _check_values(values: Mapping[str, Any], name: str) -> None:
         hf_names = {mcore: hf for hf, mcore in FAMILIES[values["family"]].fields.items() if hf != mcore}
         named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in hf_names]
         renamed = ", ".join(f"model.{field} is {hf_names[field]} in config.json" for field in dict.fromkeys(named))
-        raise UserError(f"{name}: invalid as a recipe: {error}{f' ({renamed})' if renamed else ''}") from error
+        raise UserError(
+            f"{name}: describes an unsupported model: {error}{f' ({renamed})' if renamed else ''}"
+        ) from error

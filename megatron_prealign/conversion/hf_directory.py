@@ -16,8 +16,8 @@ from megatron_prealign.conversion.safetensors_header import (
     HeaderError,
     StoredTensor,
     parse_json,
+    quoted,
     read_header,
-    shown,
 )
 from megatron_prealign.errors import UserError, shortened
 
@@ -76,15 +76,15 @@ class HuggingFaceDirectory:
             UserError: tensors are missing, unexpected, of another shape or not of a floating-point dtype; up to 20 are
                 listed.
         """
-        problems = [f"{shown(name)} is missing" for name in expected if name not in self.tensors]
+        problems = [f"{quoted(name)} is missing" for name in expected if name not in self.tensors]
         for name, tensor in self.tensors.items():
             if name not in expected:
                 if not optional(name):
-                    problems.append(f"{shown(name)} is unexpected")
+                    problems.append(f"{quoted(name)} is unexpected")
             elif tensor.shape != tuple(expected[name]):
-                problems.append(f"{shown(name)} has shape {list(tensor.shape)}, expected {list(expected[name])}")
+                problems.append(f"{quoted(name)} has shape {list(tensor.shape)}, expected {list(expected[name])}")
             elif tensor.dtype not in _DTYPES:
-                problems.append(f"{shown(name)} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
+                problems.append(f"{quoted(name)} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
         if problems:
             raise UserError(
                 f"{self.path}: tensors do not match config.json: {shortened(problems, separator='; ')}; "
@@ -178,12 +178,12 @@ class HuggingFaceDirectory:
         outside = [file for file in missing if os.path.isabs(file) or ".." in file.split("/")]
         if outside:
             raise UserError(
-                f"{self.path / name}: lists files outside the directory: {shortened(map(shown, outside))}; get the "
+                f"{self.path / name}: lists files outside the directory: {shortened(map(quoted, outside))}; get the "
                 "model from another source"
             )
         if missing:
             raise UserError(
-                f"{self.path}: files listed in {name} are missing: {shortened(map(shown, missing))}; copy them too"
+                f"{self.path}: files listed in {name} are missing: {shortened(map(quoted, missing))}; copy them too"
             )
         return index
 
@@ -192,7 +192,7 @@ class HuggingFaceDirectory:
         if extra:
             what = f"not listed in {main_file}{_INDEX}" if has_index else f"next to {main_file} without an index"
             raise UserError(
-                f"{self.path}: files {what}: {shortened(map(shown, extra))}; copy the directory again, or move away "
+                f"{self.path}: files {what}: {shortened(map(quoted, extra))}; copy the directory again, or move away "
                 "files that are not part of the model"
             )
 
@@ -240,13 +240,13 @@ class HuggingFaceDirectory:
         for file, header in headers.items():
             for name, tensor in header.items():
                 if name in tensors:
-                    problems.append(f"{shown(name)} is in both {shown(tensors[name].file.name)} and {shown(file)}")
+                    problems.append(f"{quoted(name)} is in both {quoted(tensors[name].file.name)} and {quoted(file)}")
                 elif index is not None and name not in index:
-                    problems.append(f"{shown(name)} in {shown(file)} is not in the index")
+                    problems.append(f"{quoted(name)} in {quoted(file)} is not in the index")
                 tensors.setdefault(name, tensor)
         for name, file in (index or {}).items():
             if name not in headers[file]:
-                problems.append(f"{shown(name)} is in the index but not in {shown(file)}")
+                problems.append(f"{quoted(name)} is in the index but not in {quoted(file)}")
         if problems:
             raise UserError(
                 f"{self.path}: index and files do not match: {shortened(problems, separator='; ')}; copy the directory "
@@ -279,7 +279,7 @@ class HuggingFaceDirectory:
         except Exception as error:  # torch raises many types for files it cannot load.
             # torch's own message for what weights_only refuses suggests loading without it.
             refused = _PICKLE_GLOBAL.search(str(error))
-            reason = f"it calls {shown(refused[1])}" if refused else type(error).__name__
+            reason = f"it calls {quoted(refused[1])}" if refused else type(error).__name__
             raise UserError(
                 f"cannot load {file} with weights_only: {reason}; it is corrupt or contains more than tensors, save "
                 "the model again as safetensors"

@@ -85,7 +85,7 @@ class ImportPlan:
             and load_tokenizer(target).fingerprint != self.tokenizer.fingerprint
         ):
             raise UserError(
-                f"{self.tokenizer.path}: token ids depend on more than the tokenizer's own files; save it with "
+                f"{self.tokenizer.path}: a copy of the tokenizer's files does not reproduce its ids; save it with "
                 "transformers' save_pretrained, which writes tokenizer.json, and pass that with --tokenizer"
             )
 

@@ -97,7 +97,7 @@ def parse_json(text: bytes, *, unique: bool = False) -> Any:
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             duplicate = next(name for name in names if names.count(name) > 1)
-            raise HeaderError(f"{shown(duplicate)} appears twice")
+            raise HeaderError(f"{quoted(duplicate)} appears twice")
         return content
 
     try:
@@ -110,7 +110,7 @@ def parse_json(text: bytes, *, unique: bool = False) -> Any:
         raise HeaderError(f"not valid JSON ({error})") from error
 
 
-def shown(name: str) -> str:
+def quoted(name: str) -> str:
     """A name from a file, shortened and escaped for a one-line message."""
     name = name if len(name) <= 100 else f"{name[:100]}..."
     return name if name.isprintable() and name else repr(name)
@@ -118,19 +118,19 @@ def shown(name: str) -> str:
 
 def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise HeaderError(f"entry of {shown(name)} is not an object with dtype, shape and data_offsets")
+        raise HeaderError(f"entry of {quoted(name)} is not an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
-        raise HeaderError(f"{shown(name)} has dtype {shown(str(dtype))}, expected one of {', '.join(_ITEM_BITS)}")
+        raise HeaderError(f"{quoted(name)} has dtype {quoted(str(dtype))}, expected one of {', '.join(_ITEM_BITS)}")
     if not _is_counts(shape):
-        raise HeaderError(f"shape of {shown(name)} is not a list of non-negative integers")
+        raise HeaderError(f"shape of {quoted(name)} is not a list of non-negative integers")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HeaderError(f"data_offsets of {shown(name)} are not [begin, end]")
+        raise HeaderError(f"data_offsets of {quoted(name)} are not [begin, end]")
     begin, end = offsets
     bits = math.prod(shape) * _ITEM_BITS[dtype]
     if bits != 8 * (end - begin):
         raise HeaderError(
-            f"{shown(name)} has {end - begin:,} bytes, expected {-(-bits // 8):,} for {dtype} {shown(str(shape))}"
+            f"{quoted(name)} has {end - begin:,} bytes, expected {-(-bits // 8):,} for {dtype} {quoted(str(shape))}"
         )
     return StoredTensor(file, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -148,7 +148,8 @@ def _check_offsets(tensors: Mapping[str, StoredTensor], data_start: int, size: i
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)):
         if tensor.offset != end:
             raise HeaderError(
-                f"{shown(name)} starts at byte {tensor.offset:,} of the file, expected {end:,}, where the previous one "
+                f"{quoted(name)} starts at byte {tensor.offset:,} of the file, expected {end:,}, where the previous "
+                "one "
                 "ends"
             )
         end += tensor.bytes

@@ -279,7 +279,7 @@ def _write_tokenizer(
 ) -> tuple[TokenizerExport, list[str]]:
     """Writes tokenizer, config.json and generation_config.json, and checks that transformers can load them."""
     directory, vocab_size = source.directory / TOKENIZER, source.summary["vocab_size"]
-    mode = settings.tokenizer or ("copy" if came_from_huggingface(source.summary) else "convert")
+    mode = settings.tokenizer or ("copy" if is_imported(source.summary) else "convert")
     if mode == "copy":
         exported = export_unchanged(directory, working)
     else:
@@ -288,7 +288,7 @@ def _write_tokenizer(
         source.model, vocab_size=vocab_size, seq_length=source.seq_length, dtype=dtype, eod_id=exported.eod_id
     )
     generation: dict[str, Any] = {"bos_token_id": exported.eod_id, "eos_token_id": exported.eod_id}
-    if came_from_huggingface(source.summary):
+    if is_imported(source.summary):
         own = _hf_token_roles(source.directory)
         config |= own
         generation |= own
@@ -340,7 +340,7 @@ def _policy_notes(summary: dict[str, Any]) -> list[str]:
     return notes
 
 
-def came_from_huggingface(summary: dict[str, Any]) -> bool:
+def is_imported(summary: dict[str, Any]) -> bool:
     """Whether the weights were imported with their own tokenizer and not trained since; its policy is then kept."""
     source = {} if is_run(summary) else summary["source"]
     return source.get("format") == "huggingface" and bool(source["own_tokenizer"])

@@ -221,8 +221,8 @@ def own_class_notes(path: Path, family: str) -> list[str]:
     if family not in _OWN_CLASS or (path.is_dir() and read_config(path).get("tokenizer_class") in _OWN_CLASS[family]):
         return []
     return [
-        f"transformers 5 loads every {family} directory with its own class ({_OWN_CLASS[family][0]}), which uses only "
-        "the vocabulary of this tokenizer and may give other ids than training here, which uses all of it; use convert "
+        f"transformers 5 loads every {family} directory with its own class ({_OWN_CLASS[family][0]}), which reads only "
+        "the vocabulary of this tokenizer and may produce different ids than training; use convert "
         "to-hf --tokenizer convert to write a directory that keeps the ids"
     ]
 
@@ -303,7 +303,7 @@ def compare_tokenizer(
     unigram = type(getattr(getattr(hf, "backend_tokenizer", None), "model", None)).__name__ == "Unigram"
     if not unigram or len(different) > _UNIGRAM_TOLERANCE * len(texts):
         return (
-            f"transformers gives other ids than training here for {len(different)} of {len(texts)} test texts, first "
+            f"transformers produces different ids than training for {len(different)} of {len(texts)} test texts, first "
             f"for {first!r}"
         ), []
     return "", [f"ids of {len(different)} of {len(texts)} test texts differ from sentencepiece's, first for {first!r}"]

@@ -10,13 +10,13 @@ import torch
 
 from megatron_prealign.checkpoint.commit import TOKENIZER
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
-from megatron_prealign.conversion.both_models import StateDifference, compare, hf_states, mcore_states
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
+from megatron_prealign.conversion.hidden_states import StateDifference, compare, hf_states, mcore_states
 from megatron_prealign.conversion.to_hf import (
     SourceCheckpoint,
-    came_from_huggingface,
     check_manifest,
+    is_imported,
     open_checkpoint,
     read_weights,
 )
@@ -62,9 +62,9 @@ class VerifyReport:
     """Difference of the tokenizers on the text; empty if the ids are equal."""
     tokens: int = 0
     """Number of tokens of the text, up to the context length; 0 if the models were not run."""
-    places: list[StateDifference] = field(default_factory=list)
+    states: list[StateDifference] = field(default_factory=list)
     """Differences of the embedding, every layer, the final norm and the logits."""
-    same_choice: float = math.nan
+    top1_agreement: float = math.nan
     """Fraction of the tokens for which both models have the same most probable next token."""
 
     @property
@@ -74,7 +74,7 @@ class VerifyReport:
     @property
     def first_different(self) -> str | None:
         """Name of the first state whose difference exceeds the tolerance."""
-        return next((each.name for each in self.places if not each.relative <= self.tolerance), None)
+        return next((each.name for each in self.states if not each.relative <= self.tolerance), None)
 
     @property
     def agrees(self) -> bool:
@@ -83,10 +83,10 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         values = asdict(self)
-        values["places"] = [asdict(each) | {"relative": each.relative} for each in self.places]
+        values["states"] = [asdict(each) | {"relative": each.relative} for each in self.states]
         values |= {"agrees": self.agrees, "first_different": self.first_different}
-        if math.isnan(self.same_choice):
-            values["same_choice"] = None
+        if math.isnan(self.top1_agreement):
+            values["top1_agreement"] = None
         return values
 
 
@@ -133,8 +133,8 @@ def verify(
         hf = hf_states(model, ids, source.model.num_layers)
         dtype, master_dtype = _dtypes(directory)
         mcore = mcore_states(source, ids, dtype, master_dtype, leave_process_group=leave_process_group)
-        report.places, report.tokens = compare(mcore, hf), len(ids)
-        report.same_choice = float((mcore["logits"].argmax(-1) == hf["logits"].argmax(-1)).float().mean())
+        report.states, report.tokens = compare(mcore, hf), len(ids)
+        report.top1_agreement = float((mcore["logits"].argmax(-1) == hf["logits"].argmax(-1)).float().mean())
     return report
 
 
@@ -223,7 +223,7 @@ def _compare_tokenizers(source: SourceCheckpoint, model: Path, text: str, report
         # Only a warning about long texts depends on it.
         tokenizer.model_max_length = 1 << 40
         # Special tokens that an imported tokenizer adds to a text are its own policy, not a difference.
-        hf = list(tokenizer(text, add_special_tokens=not came_from_huggingface(source.summary)).input_ids)
+        hf = list(tokenizer(text, add_special_tokens=not is_imported(source.summary)).input_ids)
     except Exception as error:  # transformers raises many types.
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         report.tokenizer = f"transformers cannot load it: {reason}"
@@ -252,15 +252,15 @@ def render(report: VerifyReport) -> list[str]:
     if len(different) > _MAX_SHOWN:
         lines.append(f"    and {len(different) - _MAX_SHOWN} more")
     lines.append(f"tokenizer   {report.tokenizer or 'same ids on the text'}")
-    if report.places:
-        width = max(len(each.name) for each in report.places)
+    if report.states:
+        width = max(len(each.name) for each in report.states)
         lines.append(f"on {report.tokens:,} tokens, largest difference and largest value:")
         lines += [
             f"    {each.name:<{width}}  {each.difference:.3e}  {each.scale:.3e}"
             + ("" if each.relative <= report.tolerance else "  differs")
-            for each in report.places
+            for each in report.states
         ]
-        lines.append(f"    same most probable next token: {report.same_choice:.1%}")
+        lines.append(f"    same most probable next token: {report.top1_agreement:.1%}")
         first = report.first_different
         lines.append(f"    first layer above the tolerance: {first or 'none'}")
     else:

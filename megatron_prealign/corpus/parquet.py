@@ -246,7 +246,7 @@ def _rows_between(
                 batch = next(steps, None)
             if batch is None:
                 raise ReadError(
-                    f"{path}:{at + 1}", "corrupt parquet data (fewer rows than the footer says); download it again"
+                    f"{path}:{at + 1}", "corrupt parquet data (fewer rows than the footer declares); download it again"
                 )
             low, high = max(first_row - at, 0), min(stop_row - at, batch.num_rows)
             at += batch.num_rows

@@ -102,7 +102,7 @@ def _read_members(file: BinaryIO, compression: str, chunk_bytes: int) -> Iterato
             if piece:
                 yield piece
             data = member.rest
-            if not data and not member.ended and member.hungry:
+            if not data and not member.ended and member.needs_input:
                 data = file.read(_READ_BYTES)
                 if not data:
                     raise _CorruptDataError(_TRUNCATED.format(member.name))
@@ -124,12 +124,12 @@ class _GzipMember:
 
     def __init__(self) -> None:
         self._decompressor = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        self.hungry = True
+        self.needs_input = True
 
     def decompress(self, data: bytes, limit: int) -> bytes:
         piece = self._decompressor.decompress(data, limit)
         # After a piece of full size, output may be pending even if all input was consumed.
-        self.hungry = len(piece) < limit
+        self.needs_input = len(piece) < limit
         return piece
 
     @property
@@ -155,7 +155,7 @@ class _Bz2Member:
         return self._decompressor.eof
 
     @property
-    def hungry(self) -> bool:
+    def needs_input(self) -> bool:
         return self._decompressor.needs_input
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_prealign.data.sources import OpenSource
 from megatron_prealign.errors import UserError
-from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ def _warn_moved(
         if match is not None and known[match].path != now.path
     ]
     if moved:
-        warn_once(
+        warn_on_rank_zero(
             logger,
             "data.sources moved since %s was saved, identified by their content: %s",
             checkpoint,
@@ -277,7 +277,7 @@ def _log_changes(before: Blend, now: Blend, checkpoint: Path) -> None:
         change = f"weight {source.weight:g}" if old is None else f"weight {old.weight:g} -> {source.weight:g}"
         new = ", new" if old is None and source.consumed_at_start == 0 else ""
         parts.append(f"{source.path} ({change}, {source.consumed_at_start:,} samples consumed{new})")
-    warn_once(
+    warn_on_rank_zero(
         logger,
         "the blend changed since %s was saved; from sample %s on, each source continues where it stopped: %s",
         checkpoint,
@@ -287,7 +287,7 @@ def _log_changes(before: Blend, now: Blend, checkpoint: Path) -> None:
     for source in now.dropped:
         if source.key in earlier:
             remaining = -source.consumed_at_start % source.samples_per_epoch
-            warn_once(
+            warn_on_rank_zero(
                 logger,
                 "%s is no longer in data.sources: %s of its %s samples in the current epoch were not consumed",
                 source.path,

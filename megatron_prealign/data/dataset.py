@@ -101,14 +101,17 @@ def check_output_prefix(output: str) -> None:
     """
     if output.endswith((".bin", ".idx", ".words", ".json")):
         raise UserError(
-            f"output {output}: expected a path without extension; .bin, .idx, .json and, with a segmenter, .words are "
+            f"--output {output}: expected a path without extension; .bin, .idx, .json and, with a segmenter, .words "
+            "are "
             "appended"
         )
     if output.endswith("/") or Path(output).is_dir():
-        raise UserError(f"output {output} is a directory; expected a path inside it, for example {Path(output) / 'de'}")
+        raise UserError(
+            f"--output {output} is a directory; expected a path inside it, for example {Path(output) / 'de'}"
+        )
 
 
 def check_workers(workers: int) -> None:
     """Raises `UserError` if `workers` is below 1."""
     if workers < 1:
-        raise UserError(f"workers is {workers}, expected at least 1")
+        raise UserError(f"--workers is {workers}, expected at least 1")

@@ -34,8 +34,8 @@ _DTYPES = {code: numpy.dtype(name) for name, code in _CODES.items()}
 _INDEX_CHUNK = 1 << 18
 # Megatron-Core stores ids of vocabularies below this size in 16 bits.
 _UINT16_VOCAB_LIMIT = 65_500
-_AGAIN = "make the dataset again with megatron-prealign preprocess"
-_REPAIR = "run megatron-prealign dataset repair if its .bin is intact, or make it again with preprocess"
+_AGAIN = "recreate the dataset with megatron-prealign preprocess"
+_REPAIR = "run megatron-prealign dataset repair if its .bin is intact, or recreate the dataset with preprocess"
 
 
 def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
@@ -187,9 +187,11 @@ def _check_is_file(path: Path, prefix: str) -> None:
         return
     if path.is_symlink():
         raise UserError(f"{path}: broken symbolic link to {os.readlink(path)}; fix the link")
-    hint = _REPAIR if path.suffix == ".idx" and bin_path(prefix).is_file() else _AGAIN
+    hint = "check the path, or create the dataset with megatron-prealign preprocess"
+    if path.suffix == ".idx" and bin_path(prefix).is_file():
+        hint = _REPAIR
     if prefix.endswith((".bin", ".idx", ".json")) or "*" in prefix:
-        hint = "pass the prefix without extension, and leave patterns unquoted for the shell"
+        hint = "pass the prefix without extension; do not quote patterns, so that the shell expands them"
     raise UserError(f"{path}: file not found; {hint}")
 
 

@@ -257,7 +257,8 @@ class TrainSamples:
 
 
 class ValidationSamples:
-    """Held-out text per language: samples in file order that score every token after the first exactly once."""
+    """Held-out text per language: samples in file order, in which every token after the first is a label exactly
+    once."""
 
     def __init__(self, streams: Mapping[str, "_Stream"], *, seq_length: int, max_samples: int) -> None:
         self._seq_length = seq_length

@@ -99,7 +99,7 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: file not found; make the dataset with megatron-prealign preprocess, or, if its .bin exists, "
+            f"{path}: file not found; create the dataset with megatron-prealign preprocess, or, if its .bin exists, "
             "restore the missing files with megatron-prealign dataset repair"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -107,12 +107,12 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
             f"{path}: not a readable JSON file ({error}); restore it with megatron-prealign dataset repair"
         ) from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object; make the dataset again with megatron-prealign preprocess")
+        raise UserError(f"{path}: expected a JSON object; recreate the dataset with megatron-prealign preprocess")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}; "
-            "make the dataset again with this version of megatron-prealign preprocess"
+            "recreate the dataset with this version of megatron-prealign preprocess"
         )
     return Sidecar(
         **{
@@ -126,7 +126,7 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
 
 def _nested(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise UserError(f"{where}: {data!r} is not a JSON object; make the dataset again")
+        raise UserError(f"{where}: {data!r} is not a JSON object; recreate the dataset")
     return kind(**_typed(kind, data, where))
 
 
@@ -136,7 +136,7 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
     for item in fields(kind):
         optional = item.type == (str | None)
         if item.name not in data:
-            raise UserError(f"{where}: field {item.name!r} is missing; make the dataset again")
+            raise UserError(f"{where}: field {item.name!r} is missing; recreate the dataset")
         value = data[item.name]
         if value is None and optional:
             values[item.name] = value
@@ -149,13 +149,13 @@ def _typed(kind: type, data: dict[str, Any], where: str) -> dict[str, Any]:
             expected = dict
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise UserError(
-                f"{where}: field {item.name!r} is {value!r}, expected {expected.__name__}; make the dataset again"
+                f"{where}: field {item.name!r} is {value!r}, expected {expected.__name__}; recreate the dataset"
             )
         if item.type in (dict[str, str], list[str]):
             parts = value.values() if expected is dict else value
             if not all(isinstance(part, str) for part in parts):
                 raise UserError(
-                    f"{where}: field {item.name!r} is {value!r}, expected only strings; make the dataset again"
+                    f"{where}: field {item.name!r} is {value!r}, expected only strings; recreate the dataset"
                 )
         values[item.name] = value
     return values

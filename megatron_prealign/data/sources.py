@@ -157,7 +157,7 @@ def check_token_range(tokens: np.ndarray, sources: Sequence[OpenSource], source_
     sample, position = np.argwhere((tokens < 0) | (tokens >= vocab_size))[0]
     raise UserError(
         f"{sources[source_of_sample[sample]].path}.bin: got token id {tokens[sample, position]}, expected ids from 0 "
-        f"to {vocab_size - 1} as in its sidecar; make the dataset again with megatron-prealign preprocess"
+        f"to {vocab_size - 1} as in its sidecar; recreate the dataset with megatron-prealign preprocess"
     )
 
 

@@ -105,7 +105,7 @@ def check_words(prefix: str | Path, tokens: int, segmenter: str) -> None:
     """
     path = words_path(prefix)
     expected = -(-tokens // 8)
-    again = f"make the dataset again with megatron-prealign preprocess --segmenter {segmenter}"
+    again = f"recreate the dataset with megatron-prealign preprocess --segmenter {segmenter}"
     if not path.is_file():
         raise UserError(
             f"{path}: file not found, but {Path(f'{prefix}.json').name} lists word starts by segmenter {segmenter}; "

@@ -22,17 +22,17 @@ from megatron_prealign.progress import Progress
 from megatron_prealign.resources import gc_disabled
 from megatron_prealign.tokenizer.base import Tokenizer
 
-UNKNOWN = "pairs with a word the tokenizer does not know"
+UNKNOWN = "pairs with a word that the tokenizer cannot encode"
 LONG_SOURCE = f"pairs with a source of more than {MAX_KEY_TOKENS} tokens"
 LONG_TARGET = "pairs with a translation of too many tokens"
-IDENTICAL = "pairs whose words are the same tokens"
-SURPLUS = "pairs beyond the translations of one language"
+IDENTICAL = "pairs with identical tokens"
+SURPLUS = "pairs beyond --max-translations"
 KEPT = "pairs kept"
-SPLIT_KEY = "case variants that are several words or more than 8 tokens to the tokenizer"
-MARKED_KEY = "case variants found without their space, which is a token of its own"
+SPLIT_KEY = "case variants of several words or more than 8 tokens"
+MARKED_KEY = "case variants covered by the key without the space, a separate token"
 EMPTY_KEY = "case variants without a usable translation"
-TAKEN_KEY = "case variants that another word has already"
-KEYLESS = "groups without a key (for alignment alone)"
+TAKEN_KEY = "case variants with the tokens of an earlier key"
+KEYLESS = "groups without a key (used only by alignment)"
 
 
 @dataclass(frozen=True, kw_only=True)

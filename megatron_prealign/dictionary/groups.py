@@ -31,15 +31,15 @@ from megatron_prealign.errors import UserError
 # Rule names are printed and stored in the table, in the order in which the rules apply.
 READ = "pairs read"
 EMPTY = "pairs without a word on one side"
-MULTI_WORD_SOURCE = "pairs with a source of several words"
+MULTI_WORD_SOURCE = "pairs with a multi-word source"
 WITHOUT_LETTER = "pairs with a word without a letter"
 WRONG_SCRIPT = "pairs with a word in none of its language's scripts"
 SHORT = "pairs with a word of too few characters"
 LONG = "pairs with a word of too many characters"
 MANY_WORDS = "pairs with a translation of too many words"
-DUPLICATE = "pairs given before"
+DUPLICATE = "duplicate pairs"
 CLEANED = "words cleaned (Unicode NFC, spaces, invisible characters)"
-NOTES = "words without their notes in brackets and markup"
+NOTES = "words stripped of notes in brackets and markup"
 _RULES = (READ, EMPTY, MULTI_WORD_SOURCE, WITHOUT_LETTER, WRONG_SCRIPT, SHORT, LONG, MANY_WORDS, DUPLICATE)
 
 

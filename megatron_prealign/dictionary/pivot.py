@@ -18,11 +18,11 @@ from megatron_prealign.errors import UserError
 
 MOST_TRANSLATIONS = 50
 
-BRIDGE = "pairs that served as a bridge of the pivot"
-WIDE = f"steps over a pivot word with more than {MOST_TRANSLATIONS} translations on one side"
-JOINED = "pairs joined over the pivot"
-AMBIGUOUS = "joined pairs that only one pivot word of several meanings supports"
-KNOWN = "joined pairs that are there without the pivot"
+BRIDGE = "pairs of the pivot language, used only for joining"
+WIDE = f"joins through a pivot word with more than {MOST_TRANSLATIONS} translations on one side"
+JOINED = "pairs joined through the pivot"
+AMBIGUOUS = "joined pairs supported by a single ambiguous pivot word"
+KNOWN = "joined pairs that the lists already contain"
 
 
 def join_over(
@@ -44,10 +44,10 @@ def join_over(
     source, target = groups.source[groups.pair_group].astype(np.int64), groups.pair_target.astype(np.int64)
     weight = groups.pair_weight.astype(np.float64)
     from_pivot, to_pivot = (groups.text_language[texts] == pivot for texts in (source, target))
-    for side, example, verb in ((to_pivot, f"xx-{language}", "ends in"), (from_pivot, f"{language}-xx", "starts with")):
+    for side, example, role in ((to_pivot, f"xx-{language}", "target"), (from_pivot, f"{language}-xx", "source")):
         if not side.any():
             raise UserError(
-                f"--pivot {language}: no pair of the lists {verb} {language} ({example}); add such a list, or reverse "
+                f"--pivot {language}: no list has {language} as its {role} ({example}); add such a list, or reverse "
                 "one with --source"
             )
     left, right = np.flatnonzero(to_pivot), np.flatnonzero(from_pivot)

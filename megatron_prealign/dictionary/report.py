@@ -35,11 +35,12 @@ DEFINITIONS = {
     "vocabulary": "Coverage of distinct words: each counts once, regardless of frequency and case.",
     "switch rate": "Percentage of all running words that code-switching replaces at this ratio: ratio times coverage. "
     "For a word with translations in several languages, the language is drawn with equal probability.",
-    "tokens a word": "Mean tokens of the known running words and of their translations, weighted by the probability of "
+    "tokens per word": "Mean tokens of the known running words and of their translations, weighted by the probability "
+    "of "
     "being drawn.",
     "growth": "Change in the number of tokens of the corpus by switching at this ratio. A sequence that grows is "
     "truncated.",
-    "translations a word": "Mean number of translations of a known running word in that language, and the percentage "
+    "translations per word": "Mean number of translations of a known running word in that language, and the percentage "
     "of known running words with more than one.",
 }
 

@@ -42,8 +42,8 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 def _corpora_table(corpora: Sequence[Mapping[str, Any]]) -> str:
     header = [
-        *("corpus", "target", "coverage", "vocabulary", "switch rate", "tokens a word", "growth"),
-        *("translations a word", "more than one"),
+        *("corpus", "target", "coverage", "vocabulary", "switch rate", "tokens per word", "growth"),
+        *("translations per word", "more than one"),
     ]
     rows: list[list[str]] = []
     for corpus in corpora:

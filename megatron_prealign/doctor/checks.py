@@ -300,7 +300,7 @@ def check_shared_memory() -> Finding:
     usage = shutil.disk_usage(path)
     found = f"{_gib(usage.free)} free of {_gib(usage.total)}"
     if usage.free < GIB:
-        fix = "start the container with --shm-size=8g: data workers and NCCL use it to share memory on one machine"
+        fix = "start the container with --shm-size=8g: NCCL uses it for communication between processes of one machine"
         return Finding("/dev/shm", "warn", found, fix)
     return Finding("/dev/shm", "ok", found)
 
@@ -345,7 +345,7 @@ def run_checks(checks: dict[str, Check] | None = None, deadline_s: float = DEADL
     for thread in threads:
         thread.start()
     timed_out = f"timed out after {deadline_s:g} s"
-    fix = "look for a stuck file system or driver, then run the doctor again"
+    fix = "check for a hanging file system or driver, then run megatron-prealign doctor again"
     for part, thread in zip(checks, threads, strict=True):
         thread.join(max(0.0, end - time.monotonic()))
         yield findings.get(part) or Finding(part, "fail", timed_out, fix)

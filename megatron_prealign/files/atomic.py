@@ -104,8 +104,6 @@ def check_new_directory(output: Path, *, overwrite: bool, replaceable: Callable[
     if not any(output.iterdir()):
         return
     if not replaceable(output):
-        raise UserError(
-            f"{output} exists and contains other files than this command writes; not overwritten, choose another path"
-        )
+        raise UserError(f"{output} exists and contains files that this command does not write; choose another path")
     if not overwrite:
         raise UserError(f"{output} already exists; choose another path, or replace it with --overwrite")

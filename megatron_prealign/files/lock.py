@@ -127,4 +127,4 @@ def _holder(path: Path) -> str:
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         # The holder has locked the file but not yet written its name.
-        return "process unknown"
+        return "unknown process"

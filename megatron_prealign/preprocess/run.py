@@ -353,7 +353,8 @@ class _Run:
                 listed = journal.problems.listed
                 first = f"{listed[0].where}: {listed[0].why}" if listed else "they contain only white space"
                 raise UserError(
-                    f"no documents in {len(self.sources)} inputs ({journal.problems.count} skipped); first: {first}"
+                    f"no documents in {len(self.sources)} inputs ({journal.problems.count} skipped, first: {first}); "
+                    "check --input and --text-key"
                 )
             if settings.language is not None:
                 # A shard may be empty; merging the shards requires its files.
@@ -424,4 +425,4 @@ class _Run:
             return plain
         if self.tokenise.engine(language) is None:
             return plain
-        return "gigatoken" if plain_from is None else f"gigatoken, {plain} from {plain_from} on, where the ids differed"
+        return "gigatoken" if plain_from is None else f"gigatoken up to {plain_from}, then {plain} (ids differed)"

@@ -48,8 +48,8 @@ def check_settings(settings: PreprocessSettings) -> None:
     check_workers(settings.workers)
     if (settings.language is None) == (fields.language_key is None):
         raise UserError(
-            "expected either --language (a code such as en or de for all documents) or --language-key (the key of the "
-            f"code in each document), got {'both' if settings.language is not None else 'neither'}"
+            "set either --language (a code such as en or de for all documents) or --language-key (the key of the "
+            f"code in each document); got {'both' if settings.language is not None else 'neither'}"
         )
     if settings.language is not None and not settings.language.strip():
         raise UserError("--language is empty, expected a code such as en or de, as in the dictionary")

@@ -190,7 +190,7 @@ def _training_error(reason: str, vocab_size: int) -> UserError:
     match = re.search(r"smaller than required_chars.*?vs (\d+)", reason)
     if match:
         return UserError(
-            f"vocab_size is {vocab_size}, but the characters of the text require {match[1]} tokens; increase "
+            f"--vocab-size is {vocab_size}, but the characters of the text require {match[1]} tokens; increase "
             "--vocab-size or lower --character-coverage"
         )
     return UserError(f"cannot train sentencepiece: {' '.join(reason.split())}; use more or different text")

@@ -60,14 +60,14 @@ class TrainerSettings:
     def check(self) -> None:
         """Raises a UserError if a value is out of range."""
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature is {self.temperature}, expected a number above 0 (1 for no change)")
+            raise UserError(f"--temperature is {self.temperature}, expected a number above 0 (1 for no change)")
         if self.sample_bytes is not None and self.sample_bytes < 1:
-            raise UserError(f"sample_bytes is {self.sample_bytes}, expected at least 1")
+            raise UserError(f"--sample-bytes is {self.sample_bytes}, expected at least 1")
         if not 0 <= self.held_out <= 0.5:
-            raise UserError(f"held_out is {self.held_out}, expected a fraction from 0 to 0.5")
+            raise UserError(f"--held-out is {self.held_out}, expected a fraction from 0 to 0.5")
         if not 0 < self.character_coverage <= 1:
             raise UserError(
-                f"character_coverage is {self.character_coverage}, expected a fraction above 0 and at most 1"
+                f"--character-coverage is {self.character_coverage}, expected a fraction above 0 and at most 1"
             )
 
 
@@ -126,24 +126,24 @@ def train_tokenizer(
     settings.check()
     least = MINIMUM_VOCABULARY[settings.kind]
     if vocab_size < least:
-        raise UserError(f"vocab_size is {vocab_size}, expected at least {least} (256 bytes and the special tokens)")
+        raise UserError(f"--vocab-size is {vocab_size}, expected at least {least} (256 bytes and the special tokens)")
     if clone_language is not None and not clone_language.strip():
-        raise UserError("clone_language is empty, expected a code such as en_clone; omit it for a plain tokenizer")
+        raise UserError("--clone-language is empty, expected a code such as en_clone; omit it for a plain tokenizer")
     target = Path(output)
     if target.exists() and not target.is_dir():
-        raise UserError(f"output {target}: not a directory, expected the path of a new directory")
+        raise UserError(f"--output {target}: not a directory, expected the path of a new directory")
     if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"output {target}: directory is not empty; remove it or choose a new one")
+        raise UserError(f"--output {target}: directory is not empty; remove it or choose a new one")
     corpus = Corpus.open(inputs, text_keys, on_error)
     if settings.temperature != 1 and UNDETERMINED in corpus.languages:
         name = next(one.name for one, language in corpus.inputs if language == UNDETERMINED)
         raise UserError(
-            f"temperature is {settings.temperature}, but input {name} has no language; specify one, such as {name}:de"
+            f"--temperature is {settings.temperature}, but input {name} has no language; specify one, such as {name}:de"
         )
     names = parse_segmenters(settings.segmenters, corpus.languages)
     segmenters = {language: open_segmenter(name, language) for language, name in names.items()}
     # Fail before a large corpus is read for hours.
-    check_writable(target.parent, f"output {target}")
+    check_writable(target.parent, f"--output {target}")
     counts = corpus.count(show_progress)
     budget = settings.sample_bytes or DEFAULT_SAMPLE_BYTES[settings.kind]
     sampling = plan_sampling(counts, settings.temperature, budget, settings.held_out)
@@ -179,15 +179,16 @@ def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str
         if text == AUTO:
             continue
         if not equals or not language or not name:
-            raise UserError(f"invalid segmenter {text!r}, expected LANGUAGE=NAME such as ja=sudachi, or auto")
+            raise UserError(f"--segmenter {text}: expected LANGUAGE=NAME such as ja=sudachi, or auto")
         if language not in languages:
             raise UserError(
-                f"segmenter {text}: no input has language {language}, expected one of {', '.join(languages)}; set the "
+                f"--segmenter {text}: no input has language {language}, expected one of {', '.join(languages)}; set "
+                "the "
                 f"language of an input with FILE:{language}"
             )
         if language in named:
             raise UserError(
-                f"segmenter {text}: {language} already has segmenter {named[language]}; use one per language"
+                f"--segmenter {text}: {language} already has segmenter {named[language]}; use one per language"
             )
         named[language] = name
     segmenters = {}

@@ -21,8 +21,8 @@ class AlignmentSection:
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the phase; not used if lr_decay_style is constant."""
-    lr_decay_style: str = "constant"
-    """Shape of the decay from lr to min_lr: constant (no decay), linear or cosine."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay from lr to min_lr."""
     lr_warmup_iters: int = 0
     """Optimizer steps of linear learning-rate warm-up."""
     alpha: float = 1.0

@@ -37,11 +37,12 @@ class DataSection:
     tokenizer: str
     """Path of a Hugging Face tokenizer directory or a sentencepiece model file."""
     sources: list[DataSource]
-    """Datasets of the training blend."""
+    """Datasets of the training blend: a list of {path, language, weight}."""
     seq_length: int
     """Tokens per training sample."""
     validation: list[ValidationSource] = field(default_factory=list)
-    """Separate validation datasets; if empty, the last documents of each source are held out."""
+    """Separate validation datasets, a list of {path, language}; if empty, the last documents of each source are held
+    out."""
     validation_fraction: float = 0.01
     """Fraction of each source's documents to hold out if validation is empty."""
     eod_mask_loss: bool = False

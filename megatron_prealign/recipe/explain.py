@@ -68,6 +68,8 @@ def _rephrase(leaf: str, field: str) -> str:
     if match := re.match(r"Unexpected config:(.*)", leaf):
         text = match[1].strip() or "an empty file"
         return f"got {text}, expected sections such as `model:` and `data:`"
+    if leaf.startswith("File does not exist"):
+        return "file not found; check the path"
     for pattern in _NO_SECTION:
         if match := re.match(pattern, leaf):
             return f"{field} is {match[1]}, expected {_SECTION}"

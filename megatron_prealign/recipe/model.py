@@ -66,8 +66,8 @@ class ModelSection:
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary positions; null means no scaling."""
     sliding_window: int | None = None
-    """Attention window in tokens, including the token itself (mistral only); null means no window. data.seq_length must
-    fit into the window, so that it has no effect during training."""
+    """Attention window in tokens, including the token itself (mistral only); null means no window. Must be
+    at least data.seq_length, because training does not support attention windows."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of RMSNorm and LayerNorm."""
     init_method_std: float = 0.02

@@ -179,7 +179,7 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
         running(
             recipe.parallel,
             seed=recipe.training.seed,
-            patience_minutes=recipe.checkpoint.timeout_minutes,
+            control_timeout_minutes=recipe.checkpoint.timeout_minutes,
             leave_process_group=leave_process_group,
         ) as runtime,
         ExitStack() as locks,

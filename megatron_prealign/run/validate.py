@@ -35,7 +35,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     for path, sidecar in sidecars.items():
         if sidecar.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"{path}: built with another tokenizer ({sidecar.tokenizer.path}), expected data.tokenizer "
+                f"{path}: preprocessed with another tokenizer ({sidecar.tokenizer.path}), expected data.tokenizer "
                 f"({recipe.data.tokenizer}); preprocess it again or fix data.tokenizer"
             )
     vocab_size = recipe.model.vocab_size

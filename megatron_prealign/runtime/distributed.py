@@ -71,8 +71,9 @@ def choose_device(wanted: str) -> torch.device:
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"this node has {torch.cuda.device_count()} GPUs, but local rank {local_rank} needs a separate one; lower "
-            f"--nproc-per-node to at most {torch.cuda.device_count()}"
+            f"no GPU for local rank {local_rank}: this node has {torch.cuda.device_count()} GPUs and each process "
+            "needs one; "
+            f"lower --nproc-per-node to at most {torch.cuda.device_count()}"
         )
     return torch.device("cuda", local_rank)
 
@@ -90,14 +91,14 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 @contextmanager
 def running(
-    parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0, leave_process_group: bool = False
+    parallel: ParallelSection, *, seed: int, control_timeout_minutes: float = 0.0, leave_process_group: bool = False
 ) -> Iterator[Runtime]:
     """Calls `start`, and `stop` when the block succeeds.
 
     After an error only Megatron-Core's groups are destroyed: other ranks may wait in a collective that this one will
     never join, and destroying the process group would wait for them under NCCL instead of reporting the error.
     """
-    runtime = start(parallel, seed=seed, patience_minutes=patience_minutes)
+    runtime = start(parallel, seed=seed, control_timeout_minutes=control_timeout_minutes)
     try:
         yield runtime
     except BaseException:
@@ -106,15 +107,15 @@ def running(
     stop(leave_process_group=leave_process_group)
 
 
-def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0) -> Runtime:
+def start(parallel: ParallelSection, *, seed: int, control_timeout_minutes: float = 0.0) -> Runtime:
     """Joins the process group, builds Megatron-Core's groups for `parallel` and seeds the random states.
 
     Under torchrun it uses the environment's RANK and WORLD_SIZE, otherwise a single-process group. Call `stop` before
     calling it again with another layout in the same processes.
 
     Args:
-        patience_minutes: Longest time that one rank may work alone (`checkpoint.timeout_minutes`) while the others
-            wait for it; the collectives of training keep `parallel.distributed_timeout_minutes`.
+        control_timeout_minutes: Longest time that one rank may work alone (`checkpoint.timeout_minutes`) while the
+            others wait for it; the collectives of training keep `parallel.distributed_timeout_minutes`.
 
     Raises:
         UserError: No GPU although one is requested, or the world size is not a multiple of the model-parallel size.
@@ -135,7 +136,7 @@ def start(parallel: ParallelSection, *, seed: int, patience_minutes: float = 0.0
             f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size})"
         )
     # A minute more than the work may take, so that the rank whose time is up reports the error.
-    patience = max(parallel.distributed_timeout_minutes, patience_minutes, _PATIENCE_MINUTES) + 1.0
+    patience = max(parallel.distributed_timeout_minutes, control_timeout_minutes, _PATIENCE_MINUTES) + 1.0
     open_control_group(timedelta(minutes=patience))
     if device.type == "cpu":
         from megatron_prealign.runtime import cpu

@@ -43,7 +43,7 @@ def configure(rank: int | None = None) -> None:
         warnings.filterwarnings("ignore", message=re.escape(message))
 
 
-def warn_once(source: logging.Logger, message: str, *values: object) -> None:
+def warn_on_rank_zero(source: logging.Logger, message: str, *values: object) -> None:
     """Logs a warning that applies to all ranks on rank 0 only."""
     if int(os.environ.get("RANK", "0")) == 0:
         source.warning(message, *values)

@@ -78,16 +78,16 @@ def test_files_are_the_same_for_every_layout(trained: Trained, tmp_path: Path) -
 
 def test_both_models_are_the_same(trained: Trained, workers: WorkerPool) -> None:
     (report,) = workers.run(1, verify, str(trained.run), str(trained.model), {"tolerance": TOLERANCE})
-    assert report.agrees and report.same_choice == 1.0
-    assert [place.name for place in report.places] == [
+    assert report.agrees and report.top1_agreement == 1.0
+    assert [state.name for state in report.states] == [
         "embedding",
         *(f"layer {number}" for number in range(1, 5)),
         "final norm",
         "logits",
     ]
-    assert max(place.difference for place in report.places) < TOLERANCE
+    assert max(state.difference for state in report.states) < TOLERANCE
     # States of zeros would match, too.
-    assert min(place.scale for place in report.places) > 0.01
+    assert min(state.scale for state in report.states) > 0.01
 
 
 def test_transformers_loads_and_generates(trained: Trained, tiny: Tiny) -> None:

@@ -72,7 +72,7 @@ def patience_of(checkpoint_minutes: float) -> tuple[float, str]:
     from megatron_prealign.runtime import agreement
     from megatron_prealign.runtime.distributed import start
 
-    start(ParallelSection(device="cpu"), seed=1, patience_minutes=checkpoint_minutes)
+    start(ParallelSection(device="cpu"), seed=1, control_timeout_minutes=checkpoint_minutes)
     assert agreement._control is not None
     return agreement._control[2].total_seconds() / 60, dist.get_backend(agreement.control_group())
 

@@ -40,7 +40,7 @@ class ListedCheckpoint:
 
     @property
     def status(self) -> str:
-        return ("damaged" if self.complete else "incomplete") if self.problems else "complete"
+        return ("corrupt" if self.complete else "incomplete") if self.problems else "complete"
 
 
 def checkpoint_directories(path: Path) -> list[Path]:
@@ -154,7 +154,7 @@ def _summarise(directory: Path, latest: bool) -> ListedCheckpoint:
     if directory.name.startswith("."):
         problems, complete = ["the save is in progress or was interrupted"], False
     elif ".damaged" in directory.name:
-        problems = problems or ["found corrupt when a run started"]
+        problems = problems or ["renamed by a run that found it corrupt"]
     state = summary.get("train_state")
     state = state if isinstance(state, dict) else {}
     metrics = summary.get("metrics")

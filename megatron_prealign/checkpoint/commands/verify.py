@@ -56,7 +56,7 @@ def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
         each for each in checkpoint_directories(path) if not each.name.startswith(".") and ".damaged" not in each.name
     ]
     if not checkpoints:
-        raise UserError(f"{path} contains only unfinished and damaged checkpoints")
+        raise UserError(f"{path} contains only incomplete and damaged checkpoints")
     return checkpoints
 
 

@@ -11,7 +11,7 @@ from megatron_prealign.checkpoint.directory import LATEST, named_latest, point_l
 from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.sync import sync_directory
-from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def candidates(directory: Path) -> list[Path]:
         return directories[directories.index(named) :: -1]
     if directories:
         reason = "is missing or does not name a step" if named is None else f"names {named.name}, which does not exist"
-        warn_once(logger, "%s %s; checking all step_* directories", directory / LATEST, reason)
+        warn_on_rank_zero(logger, "%s %s; checking all step_* directories", directory / LATEST, reason)
     elif directory.is_dir():
         renamed = sorted(path.name for path in directory.glob(f"step_*{DAMAGED}*"))
         if renamed:
@@ -118,7 +118,7 @@ def warn_about_fallback(choice: CheckpointChoice) -> None:
     for directory, problems in choice.damaged.items():
         step, chosen = step_of(directory), step_of(choice.checkpoint)
         lost = f", repeating {step - chosen:,} steps" if step is not None and chosen is not None else ""
-        warn_once(
+        warn_on_rank_zero(
             logger,
             "%s is corrupt (%s): resuming from %s instead%s",
             directory,
@@ -143,5 +143,7 @@ def rename_damaged(choice: CheckpointChoice) -> None:
             number += 1
             target = damaged.with_name(f"{damaged.name}{DAMAGED}-{number}")
         os.rename(damaged, target)
-        logger.warning("renamed %s to %s; remove it when it is no longer needed", damaged, target.name)
+        logger.warning(
+            "renamed corrupt checkpoint %s to %s; remove it when it is no longer needed", damaged, target.name
+        )
     sync_directory(directory)

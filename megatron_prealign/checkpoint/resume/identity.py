@@ -12,7 +12,7 @@ from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, CodeSwitchSection, Recipe
-from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,9 @@ def check_model(checkpoint: Path, summary: dict[str, Any], current: dict[str, An
         if name not in _FREE_MODEL_FIELDS and saved.get(name) != value
     ]
     if different:
-        raise UserError(f"{checkpoint} has another model: {', '.join(different)}; change the recipe, or {advice}")
+        raise UserError(
+            f"{checkpoint} is of a different model or tokenizer: {', '.join(different)}; change the recipe, or {advice}"
+        )
 
 
 def check_run(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any]) -> int:
@@ -309,12 +311,12 @@ def _check_budget(checkpoint: Path, summary: dict[str, Any], current: dict[str, 
         if saved["budget"][name] != value and (name in done or not name.startswith(ALIGNMENT))
     ]
     if changed:
-        warn_once(
+        warn_on_rank_zero(
             logger,
-            "%s since %s was saved: the number of steps and the learning-rate schedule are recomputed, the data "
-            "continues at its saved position",
-            ", ".join(changed),
+            "changed since %s was saved: %s; the number of steps and the learning-rate schedule are recomputed, the "
+            "data continues at its saved position",
             checkpoint,
+            ", ".join(changed),
         )
 
 
@@ -325,8 +327,9 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
         segmenter = segmenters.get(source["key"], source["segmenter"])
         if segmenter != source["segmenter"]:
             raise UserError(
-                f"cannot resume from {checkpoint} with {source['path']}: its segmenter was {segmenter or 'none'}, now "
-                f"it is {source['segmenter'] or 'none'}, which would switch other words; preprocess the text with the "
+                f"cannot resume from {checkpoint} with {source['path']}: its segmenter is "
+                f"{source['segmenter'] or 'none'}, expected {segmenter or 'none'}; code-switching would replace "
+                "different words; preprocess the text with the "
                 f"original segmenter, or {_NEW_RUN}"
             )
     before, now = saved["switching"], current["switching"]
@@ -335,13 +338,15 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
         return
     if before["digest"] != now["digest"]:
         raise UserError(
-            f"cannot resume from {checkpoint} with the dictionary table {now['table']}: the hash of its words and "
-            f"translations without the held-out ones was {before['digest']}, now it is {now['digest']}, which would "
-            f"switch other words; restore the original dictionary.table and dictionary.held_out_fraction, or {_NEW_RUN}"
+            f"cannot resume from {checkpoint} with the dictionary table {now['table']}: the fingerprint of its words "
+            "and "
+            f"translations without the held-out ones is {now['digest']}, expected {before['digest']}; code-switching "
+            f"would replace different words; restore the original dictionary.table and dictionary.held_out_fraction, "
+            f"or {_NEW_RUN}"
         )
     changed = [f"code_switch.{name}" for name, value in now["settings"].items() if before["settings"][name] != value]
     if changed:
-        warn_once(
+        warn_on_rank_zero(
             logger,
             "%s changed since %s was saved: code-switching uses the new settings from here on",
             ", ".join(changed),

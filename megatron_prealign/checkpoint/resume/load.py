@@ -34,7 +34,7 @@ from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.runtime import random_state
 from megatron_prealign.runtime.agreement import control_group, on_every_rank
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.runtime.log import warn_once
+from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,10 @@ def _load_all(
     if same_layout:
         content["random_state"] = random_state_of(runtime)
     else:
-        warn_once(
+        warn_on_rank_zero(
             logger,
-            "the parallel layout changed since %s: dropout restarts its random numbers, all other state is restored",
+            "the parallel layout changed since %s: the random states of dropout are seeded again, all other state is "
+            "restored",
             checkpoint,
         )
     loaded = load_sharded(content, checkpoint)

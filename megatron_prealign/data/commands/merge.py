@@ -308,8 +308,8 @@ def _check_checksum(path: Path, checksum: str, expected: str | None) -> None:
     """Raises `UserError` if the checksum differs from the one in the sidecar, if any."""
     if expected is not None and checksum != expected:
         raise UserError(
-            f"{path}: checksum is {checksum}, expected {expected} from the sidecar; the content has changed, copy or "
-            "make it again"
+            f"{path}: checksum is {checksum}, expected {expected} from the sidecar; the content has changed, "
+            "copy the file again or recreate the dataset"
         )
 
 

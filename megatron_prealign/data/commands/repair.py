@@ -129,7 +129,7 @@ def _load_or_create_sidecar(prefix: str, tokenizer: str | None, language: str | 
             if language is not None and language != sidecar.language:
                 raise UserError(f"{path}: language is {sidecar.language}, but --language is {language}; correct one")
             if tokenizer is not None and load_tokenizer(tokenizer).fingerprint != sidecar.tokenizer.fingerprint:
-                raise UserError(f"{path}: preprocessed with another tokenizer than {tokenizer}; omit --tokenizer")
+                raise UserError(f"{path}: preprocessed with a tokenizer other than {tokenizer}; omit --tokenizer")
             if not sidecar.append_eod:
                 raise UserError(f"{path}: append_eod is false, so document ends cannot be found; preprocess again")
             return sidecar, False
@@ -170,7 +170,7 @@ def _check_unchanged(tokens: Path, sidecar: Sidecar, dtype: np.dtype, workers: i
     if checksum != expected:
         raise UserError(
             f"{tokens}: checksum is {checksum}, expected {expected} from the sidecar; a new index does not restore "
-            "changed tokens: copy or make the file again, or use --force to accept its content"
+            "changed tokens: copy the file again, recreate the dataset, or use --force to accept its content"
         )
 
 

@@ -21,7 +21,7 @@ from megatron_prealign.progress import Progress
 _READ_BYTES = 4 * 1024 * 1024
 # Number of documents checked at a time.
 _CHUNK = 1 << 18
-_AGAIN = "make the dataset again with megatron-prealign preprocess"
+_AGAIN = "recreate the dataset with megatron-prealign preprocess"
 
 T = TypeVar("T")
 
@@ -118,8 +118,8 @@ def _check_checksum(
     result.checked.append(f"checksum of .{name}")
     if checksum != expected:
         result.problems.append(
-            f"{path}: checksum is {checksum}, expected {expected} from the sidecar; the content has changed, copy or "
-            "make it again"
+            f"{path}: checksum is {checksum}, expected {expected} from the sidecar; the content has changed, "
+            "copy the file again or recreate the dataset"
         )
 
 

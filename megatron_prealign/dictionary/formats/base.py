@@ -38,7 +38,7 @@ BLOCK_ENTRIES = 1 << 16
 _MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
-NO_TRANSLATION = "entries without a translation that can be read"
+NO_TRANSLATION = "entries without a readable translation"
 
 
 @dataclass(frozen=True, kw_only=True)
