@@ -351,10 +351,11 @@ class _Run:
         if not unfinished.writers:
             if settings.shard is None:
                 listed = journal.problems.listed
-                first = f"{listed[0].where}: {listed[0].why}" if listed else "they contain only white space"
+                reason = "only white space"
+                if listed:
+                    reason = f"{journal.problems.count} skipped, first: {listed[0].where}: {listed[0].why}"
                 raise UserError(
-                    f"no documents in {len(self.sources)} inputs ({journal.problems.count} skipped, first: {first}); "
-                    "check --input and --text-key"
+                    f"no documents in the inputs ({len(self.sources)}): {reason}; check --input and --text-key"
                 )
             if settings.language is not None:
                 # A shard may be empty; merging the shards requires its files.
@@ -425,4 +426,4 @@ class _Run:
             return plain
         if self.tokenise.engine(language) is None:
             return plain
-        return "gigatoken" if plain_from is None else f"gigatoken up to {plain_from}, then {plain} (ids differed)"
+        return "gigatoken" if plain_from is None else f"gigatoken, then {plain} from {plain_from} on (ids differed)"

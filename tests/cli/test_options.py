@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import pytest
-from support.messages import user_error
+from support.messages import assert_refused, user_error
 
 from megatron_prealign import cli
 from megatron_prealign.cli.options import parse_options
@@ -34,7 +34,7 @@ class Options:
     force: bool = False
     """Overwrite existing output."""
     check: bool = True
-    """Verify the copy; --no-check skips it."""
+    """Verify the copy."""
 
 
 def parse(*arguments: str) -> Options:
@@ -138,7 +138,7 @@ def test_help_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         "  --weights NAME=NUMBER...  Weight by name.\n"
         "  --names TEXT...           Several names. (default: a b)\n"
         "  --force                   Overwrite existing output.\n"
-        "  --no-check                Verify the copy; --no-check skips it.\n"
+        "  --check, --no-check       Verify the copy. (default: true)\n"
     )
 
 
@@ -199,3 +199,15 @@ def test_recipe_fields_are_options(arguments: list[str], recipe_arguments: list[
 def test_unknown_recipe_option_is_reported_with_a_suggestion(arguments: list[str], facts: tuple[str, ...]) -> None:
     with user_error(*facts):
         parse_recipe_arguments("pretrain", TrainOptions, arguments)
+
+
+def test_unknown_section_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(cli.main(["pretrain", "--help", "optimiser"]), capsys.readouterr().err, "optimiser", "optimizer")
+
+
+@pytest.mark.parametrize("topic", ["code-switch", "code_switch.language_weights", "--code-switch.ratio"])
+def test_help_of_a_field_shows_its_section(topic: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of("pretrain", "--help", topic, capsys=capsys)
+    assert "--code-switch.ratio NUMBER" in text
+    # Entries of a mapping are set one by one.
+    assert "--code-switch.language-weights.NAME NUMBER" in text

@@ -321,7 +321,7 @@ def test_the_worked_example_of_the_method(tmp_path: Path) -> None:
         "into xx                       1  100.00% of the switched words",
         "tokens per switched word  +1.00  2.00 before, 3.00 after",
         "padded                        0  0.00% of the positions",
-        "truncated tokens              1  16.67% of the positions, no longer fit into their samples",
+        "truncated tokens              1  16.67% of the positions; they no longer fit into their samples",
     ]
     coloured = list(render_preview(preview, TextStyle(color=True), labels=True))
     assert coloured[1] == "  original  The \x1b[1;32mcat\x1b[0m sat."

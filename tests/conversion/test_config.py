@@ -191,7 +191,7 @@ CHANGES = [
     # transformers takes null for false: attention that is not scaled.
     ("gpt2", {"scale_attn_weights": None}, ("scale_attn_weights is None", "True")),
     ("gpt2", {"activation_function": "relu"}, ("activation_function is 'relu'", "'gelu_new'")),
-    ("gpt2", {"resid_pdrop": 0.0}, ("embd_pdrop is 0.1", "0.0")),
+    ("gpt2", {"resid_pdrop": 0.0}, ("model.hidden_dropout", "embd_pdrop is 0.1", "resid_pdrop is 0.0")),
     ("gpt2", {"add_cross_attention": True}, ("add_cross_attention is True",)),
 ]
 

@@ -250,7 +250,7 @@ def test_differing_ids_are_detected(tmp_path: Path) -> None:
     data = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["merges"] = data["model"]["merges"][:-50]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    with user_error(source, "other ids", "test texts", "--tokenizer copy"):
+    with user_error(source, "different ids", "test texts", "--tokenizer copy"):
         check_tokenizer(source, output, 600)
     with user_error(source, "600 tokens", "599", "--tokenizer copy"):
         check_tokenizer(source, output, 599)
@@ -271,7 +271,7 @@ def test_added_tokens_in_every_text_do_not_hide_differing_ids(tmp_path: Path) ->
     vocabulary = data["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (output / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    with user_error(source, "other ids", "test texts"):
+    with user_error(source, "different ids", "test texts"):
         check_tokenizer(source, output, rows)
 
 

@@ -121,9 +121,9 @@ def test_pivot_words_with_very_many_translations():
 
 
 def test_a_pivot_without_lists():
-    with user_error("--pivot en", "starts with en", "en-xx"):
+    with user_error("--pivot en", "en as its source", "en-xx"):
         join_over(groups_of(("de-en", DE_EN)), "en", Counter())
-    with user_error("--pivot fr", "ends in fr", "xx-fr"):
+    with user_error("--pivot fr", "fr as its target", "xx-fr"):
         join_over(groups_of(("de-en", DE_EN)), "fr", Counter())
 
 

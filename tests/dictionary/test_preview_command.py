@@ -138,7 +138,7 @@ def test_fewer_samples_than_requested(inputs: list[str], capsys: pytest.CaptureF
         ({"--seq-length": "1000000"}, "--seq-length + 1 = 1000001; lower --seq-length"),
         ({"--language-weights": "fr=1"}, "code_switch.language_weights has fr, expected languages of"),
         ({"--label-mode": "none"}, "--label-mode is none, expected one of input_only, codeswitch, "),
-        ({"--max-word-length": "0"}, "code_switch.max_word_length is 0, expected null or at least"),
+        ({"--max-word-length": "0"}, "--max-word-length is 0, expected null or at least"),
         ({"--html": "."}, "--html . is a directory"),
     ],
     ids=str,

@@ -80,7 +80,7 @@ def test_non_empty_directories_are_kept(tmp_path: Path) -> None:
 def test_holder_that_has_not_written_its_name(tmp_path: Path) -> None:
     with (tmp_path / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with user_error(f"{tmp_path} is in use", "process unknown"), locked_directories([tmp_path]):
+        with user_error(f"{tmp_path} is in use", "unknown process"), locked_directories([tmp_path]):
             raise AssertionError("two runs in one directory")
 
 

@@ -164,7 +164,7 @@ BAD_FILES = {
     "not a string": ("bad.jsonl", b'{"text": ["a"]}\n', ":1: value of 'text' is a JSON array"),
     "not UTF-8": ("bad.txt", b"caf\xe9\n", ":1: not UTF-8"),
     "empty": ("bad.jsonl", b"", ": empty file"),
-    "only blank": ("bad.txt", b"\n \n", "no documents in 1 inputs (0 skipped)"),
+    "only blank": ("bad.txt", b"\n \n", "only white space"),
     "cut gzip": ("bad.txt.gz", gzip.compress(b"text " * 5000)[:-20], ":1: truncated gzip data"),
     "unknown extension": ("bad.csv", b"a,b", "bad.csv: unsupported file type"),
 }

@@ -175,7 +175,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
 def test_config_that_is_not_a_file(tmp_path: Path) -> None:
     assert "is not a file" in error_of(["--config", str(tmp_path)])
     missing = error_of(["--config", str(tmp_path / "missing.yaml")])
-    assert "does not exist" in missing
+    assert "file not found" in missing
     assert "missing.yaml" in missing
     assert "--config: expected one argument" in error_of(["--config"])
 

@@ -28,7 +28,7 @@ def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFa
     ("tensor", "facts"),
     [
         ("3", ("model.num_attention_heads is 4", "parallel.tensor_model_parallel_size (3)")),
-        ("0", ("parallel.tensor_model_parallel_size is 0", "positive")),
+        ("0", ("--tensor-model-parallel-size is 0", "positive")),
     ],
 )
 def test_layout_that_does_not_fit_the_model(

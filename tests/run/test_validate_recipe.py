@@ -173,7 +173,7 @@ def test_weights_to_load_of_another_model(
     write_checkpoint(values, tmp_path, checkpoint, model={**model, "hidden_size": 7})
     values["checkpoint"] = {"load": str(checkpoint)}
     assert_invalid(
-        values, tmp_path, capsys, checkpoint, "another model", "hidden_size 7 (recipe: 32)", "checkpoint.load"
+        values, tmp_path, capsys, checkpoint, "different model", "hidden_size 7 (recipe: 32)", "checkpoint.load"
     )
 
 

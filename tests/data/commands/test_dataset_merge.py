@@ -177,7 +177,7 @@ def test_inconsistent_shards(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     some = ["--input", prefixes[3], prefixes[1], "--output", str(tmp_path / "out" / "all")]
     assert cli.main(["dataset", "merge", *some, "--allow-missing"]) == 0
-    assert f"parts      2: {prefixes[1]}, {prefixes[3]}\n" in capsys.readouterr().out
+    assert f"inputs     2: {prefixes[1]}, {prefixes[3]}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_language_and_drop_words_options(tmp_path, capsys):
         cli.main(["dataset", "merge", "--input", a, f"{b}.bin", "--output", out, "--drop-words", "--language", "mul"])
         == 0
     )
-    assert f"wrote {out}.bin, .idx and .json\nparts      2: {a}, {b}\ndocuments  6\n" in capsys.readouterr().out
+    assert f"wrote {out}.bin, .idx and .json\ninputs     2: {a}, {b}\ndocuments  6\n" in capsys.readouterr().out
     sidecar = load_sidecar(out)
     assert (sidecar.language, sidecar.segmenter, sidecar.engine) == ("mul", None, "tokenizers; gigatoken")
     assert sidecar.text_keys == ["text", "body"]
