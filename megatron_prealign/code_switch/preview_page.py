@@ -32,8 +32,8 @@ def render_page(preview: Preview) -> str:
     samples = "\n".join(_sample(sample, number, hues) for number, sample in enumerate(preview.samples, start=1))
     body = (
         "<h1>Code-switching preview</h1>\n"
-        "<p>Left: text of the dataset. Right: model input. Hover over a coloured word to see its counterpart. "
-        "The labels depend on the label mode; with input_only they are the text on the left.</p>\n"
+        "<p>First: text of the dataset. Second: model input. Hover over a coloured word to see its counterpart. "
+        "The labels depend on the label mode; with input_only they are the text of the dataset.</p>\n"
         f"<h2>Totals</h2>\n{page.table([], totals, text=True)}\n<h2>Samples</h2>\n{samples}"
     )
     return page.render("Code-switching preview", body, style=_STYLE, colours=_LIGHTNESS)

@@ -330,7 +330,7 @@ def test_existing_directories_are_kept(saved: dict[str, Path], tmp_path: Path) -
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine", encoding="utf-8")
     text = refusal(saved["llama"], tmp_path / "mine", overwrite=True)
-    assert_facts(text, tmp_path / "mine", "contains other files", "choose another path")
+    assert_facts(text, tmp_path / "mine", "contains files that", "choose another path")
     assert "--overwrite" not in text
     assert os.listdir(tmp_path / "mine") == ["notes"]
     from_huggingface(saved["llama"], tmp_path / "mcore")
@@ -339,7 +339,7 @@ def test_existing_directories_are_kept(saved: dict[str, Path], tmp_path: Path) -
     assert read_state(tmp_path / "mcore")["model"]["family"] == "gpt2"
     # A Hugging Face model directory is not replaced.
     text = refusal(saved["llama"], saved["llama"], overwrite=True)
-    assert_facts(text, saved["llama"], "contains other files", "choose another path")
+    assert_facts(text, saved["llama"], "contains files that", "choose another path")
     assert "--overwrite" not in text
 
 

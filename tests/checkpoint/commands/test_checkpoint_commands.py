@@ -84,9 +84,9 @@ def test_list_shows_problems(run_dir: Path, capsys: pytest.CaptureFixture[str]) 
         "base",
     ]
     assert listed["step_00000010"].status == "incomplete"
-    assert listed["step_00000020"].status == listed["step_00000030.damaged"].status == "damaged"
+    assert listed["step_00000020"].status == listed["step_00000030.damaged"].status == "corrupt"
     assert len(listed["step_00000020"].problems) == 2
-    assert listed["step_00000100"].status == "damaged" and listed["step_00000100"].step == 100
+    assert listed["step_00000100"].status == "corrupt" and listed["step_00000100"].step == 100
     assert listed[".step_00000110.incomplete"].status == "incomplete"
     assert (listed["base"].status, listed["base"].kind) == ("complete", "weights")
     _, text = run_command(capsys, "list", run_dir)
@@ -186,7 +186,7 @@ def test_verify_reads_everything(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert status == 1
     assert "step_00000020: __1_0.distcp does not match its checksum" in text
     assert "step_00000020: tokenizer/tokenizer.json is missing" in text
-    assert "step_00000100: notes.txt is not in the manifest" in text
+    assert "step_00000100/notes.txt is not in the manifest" in text
     assert "1 of 3 checkpoints is corrupt" in text
     assert run_command(capsys, "verify", directory / "step_00000100")[0] == 0
     assert run_command(capsys, "verify", directory / "step_00000020")[0] == 1
@@ -278,7 +278,7 @@ def test_existing_output_is_kept(original: Path, tmp_path: Path, capsys: pytest.
     for flags in ([], ["--overwrite"]):
         status, text = run_command(capsys, *options, mine, *flags)
         assert status == 2
-        assert_facts(text, mine, "contains other files", "choose another path")
+        assert_facts(text, mine, "contains files that", "choose another path")
     assert os.listdir(mine) == ["thesis.tex"]
     status, text = run_command(capsys, *options, mine / "thesis.tex")
     assert status == 2
@@ -286,7 +286,7 @@ def test_existing_output_is_kept(original: Path, tmp_path: Path, capsys: pytest.
     of_a_run = make_checkpoint(tmp_path / "of_a_run", 4)
     status, text = run_command(capsys, *options, of_a_run, "--overwrite")
     assert status == 2 and (of_a_run / "recipe.yaml").exists()
-    assert_facts(text, of_a_run, "contains other files", "choose another path")
+    assert_facts(text, of_a_run, "contains files that", "choose another path")
     older = make_checkpoint(tmp_path / "older", 3, kind="weights")
     status, text = run_command(capsys, *options, older)
     assert status == 2

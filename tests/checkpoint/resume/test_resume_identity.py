@@ -150,9 +150,9 @@ def test_segmenters_are_compared_in_any_order_of_the_sources(fingerprint: dict[s
 @pytest.mark.parametrize(
     ("source", "segmenter", "expected"),
     [
-        (0, "jieba", "was none, now it is jieba"),
-        (1, None, "was jieba, now it is none"),
-        (1, "icu", "was jieba, now it is icu"),
+        (0, "jieba", "is jieba, expected none"),
+        (1, None, "is none, expected jieba"),
+        (1, "icu", "is icu, expected jieba"),
     ],
 )
 def test_another_segmenter_is_refused(
@@ -175,7 +175,7 @@ def test_another_dictionary_is_refused(fingerprint: dict[str, Any], caplog: pyte
     assert caplog.text == ""
     current["switching"]["digest"] = "d2"
     options = ("dictionary.table", "dictionary.held_out_fraction")
-    with user_error(CHECKPOINT, "dictionary table elsewhere", "was d1, now it is d2", *options):
+    with user_error(CHECKPOINT, "dictionary table elsewhere", "is d2, expected d1", *options):
         check_run(CHECKPOINT, summary_of(fingerprint), current)
     # Without code-switching it does not matter.
     assert check_run(CHECKPOINT, summary_of(fingerprint), {**current, "switching": None, "code_switch": False}) == 1
