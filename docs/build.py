@@ -143,12 +143,12 @@ def _recipe() -> Iterator[str]:
 
 
 def _fields(section: type, prefix: str = "") -> Iterator[str]:
-    from megatron_prealign.recipe.describe import section_of, walk
+    from megatron_prealign.recipe.describe import section_of, walk, yaml_syntax
 
     for path, field in walk(section, prefix):
         default = "required" if field.required else f"default `{_yaml(field.default)}`"
-        kind = ("list of " if field.is_list else "") + field.metavar.replace(",", ", ")
-        yield f"`{path}` {kind}, {default}\n: {field.help}\n"
+        kind = yaml_syntax(field).replace("|", " | ") if "|" not in yaml_syntax(field) else yaml_syntax(field)
+        yield f"`{path}` `{kind}`, {default}\n: {field.help}\n"
         item = section_of(field.type)
         if field.is_list and item is not None:
             yield from _fields(item, f"{path}[].")

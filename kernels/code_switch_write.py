@@ -26,7 +26,6 @@ _MAX_SIZE = tl.constexpr(layout.MAX_CANDIDATE_TOKENS)
 # Number of columns before the languages in the counts; label modes in the order of LABEL_MODES.
 COUNTS = tl.constexpr(LANGUAGES_FROM)
 _INPUT_ONLY = tl.constexpr(0)
-_CODESWITCH = tl.constexpr(1)
 _NO_PREDICT = tl.constexpr(2)
 _MIX = tl.constexpr(3)
 

@@ -136,7 +136,7 @@ def resources(argv: Sequence[str]) -> int:
 
     from megatron_prealign.benchmark.kernel_resources import measure_resources
     from megatron_prealign.benchmark.machine import describe_machine
-    from megatron_prealign.benchmark.report import align
+    from megatron_prealign.text import align
 
     rows = list(measure_resources(options.capability))
     # The compiled kernels depend only on these.

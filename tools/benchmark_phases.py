@@ -6,9 +6,9 @@ Run it under torchrun to measure the parallel layout of a recipe, or in a single
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_prealign.benchmark.options import check_output
 from megatron_prealign.cli.recipe_options import parse_recipe
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.directories import check_output_file
 from megatron_prealign.recipe.describe import PathText
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--steps is {values.steps} and --warmup is {values.warmup}, expected at least 1 and at least 0"
         )
-    check_output(values.output)
+    check_output_file(values.output)
 
     from megatron_prealign.runtime import log
 
@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
 
     from megatron_prealign.benchmark.machine import describe_machine
     from megatron_prealign.benchmark.phases import measure_phases
-    from megatron_prealign.benchmark.report import align, write_csv
+    from megatron_prealign.benchmark.report import write_csv
     from megatron_prealign.runtime.distributed import choose_device, running
+    from megatron_prealign.text import align
 
     machine = describe_machine(choose_device(recipe.parallel.device))
     with running(recipe.parallel, seed=recipe.training.seed) as runtime:

@@ -112,7 +112,6 @@ def verify(argv: Sequence[str]) -> int:
     if workers < 1:
         raise UserError(f"--workers: got {workers}, expected a number above 0")
 
-    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.commands.verify import (
         bytes_to_read,
         checkpoints_to_verify,
@@ -120,6 +119,7 @@ def verify(argv: Sequence[str]) -> int:
         verify_checkpoint,
     )
     from megatron_prealign.progress import Progress
+    from megatron_prealign.text import readable_bytes
 
     missing = find_missing_latest(Path(options.path))
     if missing:
@@ -147,9 +147,9 @@ def export_weights(argv: Sequence[str]) -> int:
 
     from megatron_prealign.checkpoint.commands.export import check_output
     from megatron_prealign.checkpoint.commands.export import export_weights as export
-    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.progress import Progress
+    from megatron_prealign.text import readable_bytes
 
     checkpoint = resolve_checkpoint(options.checkpoint)
     # Before the checkpoint is read, which may take hours.

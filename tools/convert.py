@@ -88,8 +88,8 @@ class FromHfOptions:
 def from_hf(argv: Sequence[str]) -> int:
     options = parse_options(FromHfOptions, "convert from-hf", argv)
 
-    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.conversion.from_hf import from_huggingface
+    from megatron_prealign.text import readable_bytes
 
     with _ReadProgress("read weights") as progress:
         result = from_huggingface(
@@ -149,9 +149,9 @@ def to_hf(argv: Sequence[str]) -> int:
     options = parse_options(ToHfOptions, "convert to-hf", argv)
     shard_bytes = parse_size(options.shard_size, "--shard-size")
 
-    from megatron_prealign.checkpoint.commands.list import readable_bytes
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
+    from megatron_prealign.text import readable_bytes
 
     settings = ConvertSettings(
         dtype=options.dtype,
@@ -209,12 +209,12 @@ def verify(argv: Sequence[str]) -> int:
     from megatron_prealign.runtime import log
 
     log.configure()
-    from megatron_prealign.benchmark.options import check_output
     from megatron_prealign.conversion.verify import DEFAULT_TEXT, render
     from megatron_prealign.conversion.verify import verify as compare
     from megatron_prealign.files.atomic import write_atomically
+    from megatron_prealign.files.directories import check_output_file
 
-    check_output(options.output)
+    check_output_file(options.output)
     if options.output is not None and not options.overwrite and Path(options.output).exists():
         raise UserError(f"--output {options.output} already exists; choose another path or use --overwrite")
     report = compare(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
+from megatron_prealign.dictionary.formats.base import FileFormat
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.tools.dictionary_preview import preview
@@ -38,21 +39,7 @@ class BuildOptions:
     """Table file to write. An existing table is overwritten, other files are not."""
     languages: str | None = None
     """Languages of the columns (en-de, or en-de-fr for three columns) for inputs without a language suffix."""
-    format: Literal[
-        "auto",
-        "pairs",
-        "words",
-        "tsv",
-        "csv",
-        "space",
-        "dictd",
-        "stardict",
-        "cedict",
-        "wiktextract",
-        "wiktextract-glosses",
-        "panlex",
-        "pyglossary",
-    ] = "auto"
+    format: FileFormat = "auto"
     """Format of the inputs; auto detects the format of each file.
 
     pairs is one JSON {"src_text", "tgt_text"} per line, words one JSON {"words": "a $ b $ c"} per line. tsv, csv and

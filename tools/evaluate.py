@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
     report = evaluate_runs(runs, Path(options.output), parallel)
     if report is not None:
         print(report_table(report))
-        print(f"wrote {Path(options.output) / 'report.json'}, report.html and report.png")
+        output = Path(options.output)
+        plot = " and report.png" if (output / "report.png").exists() else ""
+        print(f"wrote {output / 'report.json'}, report.html{plot}")
     return 0
 
 

@@ -6,22 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.directories import check_output_file
 from megatron_prealign.recipe.describe import PathText, PrefixText
-
-
-def check_output(output: str | None) -> None:
-    """Checks that the output file can be created, before minutes of measuring.
-
-    Raises:
-        UserError: its directory does not exist, or it is a directory.
-    """
-    if output is None:
-        return
-    path = Path(output)
-    if path.is_dir():
-        raise UserError(f"--output {output} is a directory, expected a file; choose another path")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {output}: {path.parent} is not an existing directory; choose another path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +52,7 @@ class CodeSwitchOptions:
             raise UserError(f"{option} requires {missing}; add {missing}")
         if self.table is not None and self.keys is not None:
             raise UserError("--keys cannot be combined with --table; remove --keys")
-        check_output(self.output)
+        check_output_file(self.output)
 
     def shapes(self) -> list[tuple[int, int]]:
         """Returns the cases as (rows, sequence); empty for the default cases."""
@@ -116,7 +102,7 @@ class ContrastiveOptions:
         _require(self.threads >= 1, "--threads", self.threads, "at least 1")
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
         _require(self.repeats is None or self.repeats >= 1, "--repeats", self.repeats, "at least 1")
-        check_output(self.output)
+        check_output_file(self.output)
 
     def check_device(self, kind: str) -> None:
         """Checks the options that depend on the device type, `cuda` or `cpu`.
@@ -173,7 +159,7 @@ class PreprocessOptions:
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
         directory = self.directory
         _require(directory is None or Path(directory).is_dir(), "--directory", directory, "an existing directory")
-        check_output(self.output)
+        check_output_file(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +188,7 @@ class ConvertOptions:
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "0 to 2^63-1")
         directory = self.directory
         _require(directory is None or Path(directory).is_dir(), "--directory", directory, "an existing directory")
-        check_output(self.output)
+        check_output_file(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +203,7 @@ class ResourcesOptions:
     def __post_init__(self) -> None:
         for capability in self.capability:
             _require(80 <= capability <= 121, "--capability", capability, "80 (A100) to 121, for example 90 (H200)")
-        check_output(self.output)
+        check_output_file(self.output)
 
 
 def _require(condition: bool, option: str, value: object, expected: str) -> None:

@@ -10,6 +10,7 @@ from megatron_prealign.benchmark.contrastive import ContrastiveMeasurement
 from megatron_prealign.benchmark.convert import ConvertMeasurement
 from megatron_prealign.benchmark.preprocess import PreprocessMeasurement
 from megatron_prealign.files.atomic import write_atomically
+from megatron_prealign.text import align
 
 _DIGITS = 6
 _HEADINGS = (
@@ -167,18 +168,6 @@ def _scaled(value: float | None, unit: float) -> float | None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.2f}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Formats rows as lines with aligned columns, the first column left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

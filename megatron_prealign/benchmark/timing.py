@@ -4,7 +4,6 @@ On a GPU a call is captured in a CUDA graph, which excludes host time, and its r
 replays are queued without synchronising, so the GPU never waits for the host.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_prealign.resources import gc_disabled
 
 WARM_UP = 3
 """Calls before the first measured call."""
@@ -80,7 +81,7 @@ def _time_with_host_clock(call: Callable[[], Any], repeats: int, device: torch.d
     for _ in range(WARM_UP):
         call()
     seconds: list[float] = []
-    with _no_garbage_collection():
+    with gc_disabled():
         while len(seconds) < repeats:
             if len(seconds) >= MIN_REPEATS and time.perf_counter() - measurement_start > LIMIT_S:
                 break
@@ -91,18 +92,6 @@ def _time_with_host_clock(call: Callable[[], Any], repeats: int, device: torch.d
                 wait()
             seconds.append(time.perf_counter() - start)
     return summarise(seconds)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Disables garbage collection, as `timeit` does: it could hit any call and depends on everything else in memory."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _nothing() -> None:

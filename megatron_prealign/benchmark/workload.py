@@ -111,12 +111,10 @@ def _ragged(columns: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDA
     return kept.astype(np.int32), np.append(0, np.cumsum(lengths))
 
 
-def _random_words(
-    count: int, length: int, random: np.random.Generator, first_limit: int = _FIRST_INNER
-) -> NDArray[np.int64]:
+def _random_words(count: int, length: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Draws words of `length` tokens [count, length]: one that starts a word, then ones that continue it."""
     words = random.integers(_FIRST_INNER, _FIRST_MARK, (count, length))
-    words[:, 0] = random.integers(_FIRST_START, first_limit, count)
+    words[:, 0] = random.integers(_FIRST_START, _FIRST_INNER, count)
     return words
 
 

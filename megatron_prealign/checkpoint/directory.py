@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_prealign.checkpoint.manifest import MANIFEST
@@ -128,3 +129,14 @@ def _explain_not_found(path: Path) -> str:
 def _contains_checkpoint(path: Path) -> bool:
     steps = [*step_directories(path), *step_directories(path / "checkpoints")]
     return is_complete(path) or any(is_complete(each) for each in steps)
+
+
+def directory_bytes(directory: Path) -> int:
+    """Size of all files below a directory in bytes, except files that are removed meanwhile."""
+    total = 0
+    # Unlike rglob, os.walk skips directories that no longer exist.
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total

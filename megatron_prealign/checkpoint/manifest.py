@@ -17,6 +17,8 @@ from megatron_prealign.files.checksum import Checksum, file_checksum
 from megatron_prealign.files.sync import sync_file
 
 MANIFEST = "manifest.json"
+IS_MISSING = "is missing"
+"""End of the description of a problem: the file does not exist."""
 _FORMAT_VERSION = 1
 
 
@@ -176,7 +178,7 @@ def find_damage(
             elif checksums and file_checksum(path, progress=progress) != record.checksum:
                 problems.append(f"{name} does not match its checksum")
         except FileNotFoundError:
-            problems.append(f"{name} is missing")
+            problems.append(f"{name} {IS_MISSING}")
         except OSError as error:
             problems.append(f"cannot read {name}: {error.strerror}")
         except UserError as error:

@@ -149,7 +149,7 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads `state.json` of a checkpoint; the values of its run are checked by `resume.identity.check_run`.
+    """Reads `state.json` of a checkpoint; the values of its run are checked by `resume.identity.read_run`.
 
     Raises:
         UserError: the file is corrupt.

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_prealign.checkpoint.commands.list import directory_bytes
 from megatron_prealign.checkpoint.commit import RunFiles, commit, remove_obsolete, write_run_files
-from megatron_prealign.checkpoint.directory import is_complete, named_latest, step_name, working_name
+from megatron_prealign.checkpoint.directory import directory_bytes, is_complete, named_latest, step_name, working_name
 from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.checkpoint.sharded.model_state import AuxiliaryState, layout_of, model_state, random_state_of

@@ -111,7 +111,12 @@ def errors_of_section(section: str) -> Iterator[None]:
     try:
         yield
     except RecipeValueError as error:
-        message = re.sub(rf"\b{section}\.(\w+)", lambda match: option_name(match[1]), str(error))
+        # `code_switch.language_weights.de` is an entry of a mapping, written `--language-weights de=2`.
+        message = re.sub(
+            rf"\b{section}\.(\w+)(\.(\w+))?",
+            lambda match: option_name(match[1]) + (f" {match[3]}" if match[3] else ""),
+            str(error),
+        )
         raise UserError(message) from error
 
 

@@ -7,7 +7,7 @@ from megatron_prealign.cli import help
 from megatron_prealign.cli.options import build_options, option_name, read_options, unknown_argument, with_underscores
 from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe.describe import FieldDescription, describe, section_of, walk
+from megatron_prealign.recipe.describe import FieldDescription, describe, section_of, walk, yaml_syntax
 from megatron_prealign.recipe.load import load_recipe
 from megatron_prealign.recipe.recipe import Recipe
 
@@ -59,6 +59,13 @@ def _check_arguments(command: str, arguments: Sequence[str], own: Sequence[str])
         name, equals, _ = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             if not takes_value:
+                list_option = arguments[number - 2] if number > 1 else ""
+                field = known.get(list_option.removeprefix("--"))
+                if field is not None and yaml_syntax(field) != field.metavar:
+                    raise UserError(
+                        f"unexpected argument {argument!r}; write the value of {option_name(list_option[2:])} as "
+                        f"{yaml_syntax(field)!r}"
+                    )
                 raise UserError(
                     f"unexpected argument {argument!r}; did you mean --config {argument}? "
                     f"See megatron-prealign {command} --help"
@@ -115,11 +122,8 @@ def _help(command: str, options: type, topic: str) -> str:
 
 
 def _syntax(path: str, field: FieldDescription) -> str:
-    name, separator, value = field.metavar.partition("=")
-    if separator and name == "NAME":
-        # jsonargparse sets entries of a mapping as `--code_switch.language_weights.de 2`.
-        return f"{option_name(path)}.NAME {value}"
-    return f"{option_name(path)} {field.metavar}{'...' if field.is_list else ''}"
+    value = yaml_syntax(field)
+    return f"{option_name(path)} {value if value == field.metavar else repr(value)}"
 
 
 def _section(name: str, kind: type) -> str:

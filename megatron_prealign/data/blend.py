@@ -19,7 +19,8 @@ from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
-_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
+NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
+"""Advice if a run cannot resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +248,7 @@ def _check_unchanged(
             advice = "restore the dataset, or move the new one to another path, where it counts as a new source"
         raise UserError(
             f"cannot resume from {checkpoint}: {now.path} changed after {before.consumed_at_start:,} of its samples "
-            f"were read (got {got}, expected {expected}): samples would be repeated or skipped; {advice}, or {_NEW_RUN}"
+            f"were read (got {got}, expected {expected}): samples would be repeated or skipped; {advice}, or {NEW_RUN}"
         )
 
 

@@ -32,6 +32,9 @@ LIBRARIES = {
     "PyYAML": "5.0",
     "safetensors": "0.4",
     "orjson": "3.9",
+    "pyarrow": "14",
+    "zstandard": "0.21",
+    "xxhash": "3.2",
     "tqdm": "4.66",
     "tensorboard": "2.14",
     "matplotlib": "3.8",
@@ -201,23 +204,6 @@ def check_apex() -> Finding:
     return Finding("Apex", "ok", "NVIDIA Apex with FusedAdam")
 
 
-def check_deepspeed() -> Finding:
-    if not is_importable("deepspeed"):
-        return Finding("DeepSpeed", "ok", "not installed (optional, only for the ZeRO engine)")
-    try:
-        version = str(probe("import deepspeed; result(version=deepspeed.__version__)")["version"])
-    except ProbeError as error:
-        return Finding(
-            "DeepSpeed",
-            "warn",
-            f"installed but cannot be imported: {error}",
-            'pip install "deepspeed>=0.15", or uninstall it',
-        )
-    if release(version) < (0, 15):
-        return Finding("DeepSpeed", "warn", f"{version}, expected 0.15 or later", 'pip install "deepspeed>=0.15"')
-    return Finding("DeepSpeed", "ok", version)
-
-
 def check_gpus() -> Finding:
     listed = _nvidia_gpus()
     info = probe(
@@ -319,7 +305,6 @@ CHECKS: dict[str, Check] = {
     "C compiler": check_compiler,
     "Transformer Engine": check_transformer_engine,
     "Apex": check_apex,
-    "DeepSpeed": check_deepspeed,
     "disk": check_disk,
     "/dev/shm": check_shared_memory,
 }

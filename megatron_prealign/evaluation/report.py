@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation import plots
 from megatron_prealign.evaluation.plots import Runs, mean_over_pairs
 from megatron_prealign.evaluation.report_page import render_page
+from megatron_prealign.evaluation.retrieval_metrics import mean
 from megatron_prealign.evaluation.run_record import EvaluationPoint, Measurement, RunRecord
 from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.files.directories import writing
+from megatron_prealign.text import align, duration
 
 FORMAT_VERSION = 1
 
@@ -81,7 +83,8 @@ def build_report(runs: Runs) -> dict[str, Any]:
 
 
 def write_report(runs: dict[str, tuple[RunRecord, Measurement]], output: Path) -> dict[str, Any]:
-    """Writes report.json, report.html and report.png to the directory `output`, all or none.
+    """Writes report.json, report.html and, if there is something to plot, report.png to the directory `output`, all or
+    none.
 
     Args:
         runs: Name -> record of the run and measurement of its final model; the others are compared with the first.
@@ -129,14 +132,14 @@ def report_table(report: dict[str, Any]) -> str:
                 name,
                 *(_decimal(run["validation_loss"].get(language), 3) for language in languages),
                 _decimal(p_at_1[0] if p_at_1 else None, 2),
-                _decimal(_mean(p_at_1), 2),
+                _decimal(mean(p_at_1), 2),
                 _decimal(p_at_1[-1] if p_at_1 else None, 2),
-                *([_decimal(_mean(held_out_p_at_1), 2)] if held_out else []),
+                *([_decimal(mean(held_out_p_at_1), 2)] if held_out else []),
                 plots.short_count(run["tokens"]),
-                _duration(run["seconds"]),
+                duration(run["seconds"]),
             ]
         )
-    lines = _align([header, *rows])
+    lines = align([header, *rows])
     lines.insert(1, "-" * len(lines[0]))
     first = next(iter(runs))
     for name, change in report["differences"].items():
@@ -163,7 +166,7 @@ def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
             if language in base["validation_loss"]
         }
         p_at_1, base_p_at_1 = run["word_retrieval_p_at_1"], base["word_retrieval_p_at_1"]
-        mean, base_mean = _mean(p_at_1), _mean(base_p_at_1)
+        own_mean, base_mean = mean(p_at_1), mean(base_p_at_1)
         result[name] = {
             "validation_loss": loss,
             "perplexity_ratio": {language: _exponential(delta) for language, delta in loss.items()},
@@ -173,7 +176,7 @@ def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
                 if len(p_at_1) == len(base_p_at_1)
                 else None
             ),
-            "word_retrieval_p_at_1_mean": None if mean is None or base_mean is None else mean - base_mean,
+            "word_retrieval_p_at_1_mean": None if own_mean is None or base_mean is None else own_mean - base_mean,
             "tokens": run["tokens"] - base["tokens"],
             "seconds": run["seconds"] - base["seconds"],
         }
@@ -241,11 +244,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
 def _exponential(value: float) -> float:
     try:
         return math.exp(value)
@@ -259,22 +257,3 @@ def _decimal(value: float | None, digits: int) -> str:
 
 def _signed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:+.{digits}f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

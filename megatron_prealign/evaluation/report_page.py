@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from megatron_prealign import page
 from megatron_prealign.evaluation.plots import css_variables, layer_names, short_count
+from megatron_prealign.evaluation.retrieval_metrics import mean
+from megatron_prealign.text import duration
 
 CAPTIONS = {
     "validation-loss": (
@@ -87,7 +89,7 @@ def _lead(report: Mapping[str, Any]) -> str:
             continue
         sentence = f"<b>{escape(name)}</b> vs. <b>{escape(first)}</b>: validation loss {', '.join(parts)}"
         if change["word_retrieval_p_at_1_mean"] is not None:
-            p_at_1, base = (_mean(runs[run]["word_retrieval_p_at_1"]) for run in (name, first))
+            p_at_1, base = (mean(runs[run]["word_retrieval_p_at_1"]) for run in (name, first))
             sentence += f"; word-retrieval P@1, mean over layers, {page.decimal(p_at_1, 2)} vs. {page.decimal(base, 2)}"
         sentences.append(f'<p class="lead">{sentence}.</p>')
     if len(runs) == 1:
@@ -117,11 +119,11 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
                 page.decimal(math.exp(loss), 1) if loss is not None and loss < 700 else "–",
             ]
         p_at_1 = run["word_retrieval_p_at_1"]
-        cells += [page.decimal(p_at_1[0] if p_at_1 else None, 2), page.decimal(_mean(p_at_1), 2)]
+        cells += [page.decimal(p_at_1[0] if p_at_1 else None, 2), page.decimal(mean(p_at_1), 2)]
         cells += [page.decimal(p_at_1[-1] if p_at_1 else None, 2)]
         if held_out:
-            cells.append(page.decimal(_mean(run["word_retrieval_p_at_1_held_out"]), 2))
-        rows.append([*cells, short_count(run["tokens"]), _duration(run["seconds"])])
+            cells.append(page.decimal(mean(run["word_retrieval_p_at_1_held_out"]), 2))
+        rows.append([*cells, short_count(run["tokens"]), duration(run["seconds"])])
     return page.table(header, rows)
 
 
@@ -150,7 +152,7 @@ def _differences_table(report: Mapping[str, Any]) -> str:
         cells.append(_difference(change["word_retrieval_p_at_1_mean"], 2, lower_is_better=False))
         sign = "-" if change["tokens"] < 0 else "+"
         cells.append("0" if change["tokens"] == 0 else sign + short_count(abs(change["tokens"])))
-        cells.append(("-" if change["seconds"] < 0 else "+") + _duration(abs(change["seconds"])))
+        cells.append(("-" if change["seconds"] < 0 else "+") + duration(abs(change["seconds"])))
         rows.append(cells)
     return f"<h2>Differences from {escape(names[0])}</h2>\n{page.table(header, rows)}"
 
@@ -171,7 +173,7 @@ def _watch_table(runs: Mapping[str, Any]) -> str:
         last = run["alignment_watch"][-1]
         kind = last["groups"].replace("_", "-")
         for direction, by_name in last["pairs"].items():
-            cells = [page.decimal(_mean(by_name[metric]), 2) for metric in metrics]
+            cells = [page.decimal(mean(by_name[metric]), 2) for metric in metrics]
             rows.append(
                 [f"{_run_name(name, index)}, {escape(direction)}", f"{last['words'][direction]} {escape(kind)}", *cells]
             )
@@ -203,7 +205,7 @@ def _pairs_table(runs: Mapping[str, Any]) -> str:
     rows = [
         [
             _run_name(name, index),
-            *(page.decimal(_mean(run["word_retrieval_p_at_1_by_pair"].get(pair, [])), 2) for pair in pairs),
+            *(page.decimal(mean(run["word_retrieval_p_at_1_by_pair"].get(pair, [])), 2) for pair in pairs),
         ]
         for index, (name, run) in enumerate(runs.items())
     ]
@@ -253,16 +255,3 @@ def _difference(value: float | None, digits: int, *, lower_is_better: bool, unit
 
 def _yaml_value(value: Any) -> str:
     return escape(json.dumps(value, ensure_ascii=False))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"

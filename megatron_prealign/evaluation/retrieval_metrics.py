@@ -6,7 +6,7 @@ close to everything, from being the nearest neighbour of every word.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -146,3 +146,9 @@ def _mean_cosines(source: torch.Tensor, target: torch.Tensor, link_cosine: torch
     others = len(source) * len(target) - len(link_cosine)
     other_mean = (total - linked_sum) / others if others else torch.full_like(total, math.nan)
     return [linked_sum / len(link_cosine), other_mean]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are not None; None without such values."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None

@@ -30,11 +30,6 @@ class TrainPoint:
     lm_loss: float | None
     alignment_loss: tuple[float, ...]
     """Contrastive loss per layer, NaN for layers that are not aligned; empty if no step had words."""
-    learning_rate: float
-    grad_norm: float
-    tokens_per_second: float
-    switched_word_rate: float | None
-    memory_gb: float | None
 
 
 @dataclass(frozen=True)
@@ -206,11 +201,6 @@ def _train_point(values: Mapping[str, Any]) -> TrainPoint:
         loss=_number(values["loss"]),
         lm_loss=_optional(values.get("lm_loss")),
         alignment_loss=tuple(_number(loss) for loss in values.get("alignment_loss") or ()),
-        learning_rate=_number(values["learning_rate"]),
-        grad_norm=_number(values["grad_norm"]),
-        tokens_per_second=_number(values["tokens_per_second"]),
-        switched_word_rate=_optional(values.get("switched_word_rate")),
-        memory_gb=_optional(values.get("memory_gb")),
     )
 
 

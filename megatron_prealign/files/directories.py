@@ -96,3 +96,18 @@ def _concerns_other_path(error: OSError, output: Path) -> bool:
         return False
     above, file = output.absolute().parent, Path(os.fsdecode(error.filename)).absolute()
     return not (above in file.parents or file == above or file in above.parents)
+
+
+def check_output_file(output: str | None) -> None:
+    """Checks that the output file can be created, before minutes of measuring.
+
+    Raises:
+        UserError: its directory does not exist, or it is a directory.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"--output {output} is a directory, expected a file; choose another path")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: {path.parent} is not an existing directory; choose another path")

@@ -90,6 +90,21 @@ def walk(kind: type, prefix: str = "") -> Iterator[tuple[str, FieldDescription]]
             yield from walk(section, f"{prefix}{name}.")
 
 
+def yaml_syntax(field: FieldDescription) -> str:
+    """Value of a recipe's field as YAML and options take it: `INT`, `[TEXT, ...]` for lists, `{NAME: NUMBER}` for
+    mappings, alternatives separated by ` | `."""
+    if field.is_list:
+        return f"[{field.metavar}, ...]"
+    if field.metavar.startswith("{"):
+        return field.metavar
+    parts = []
+    for part in field.metavar.split("|"):
+        name, equals, value = part.partition("=")
+        item = part.removesuffix("...")
+        parts.append(f"{{{name}: {value}}}" if equals else f"[{item}, ...]" if item != part else part)
+    return " | ".join(parts)
+
+
 def is_union(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
 

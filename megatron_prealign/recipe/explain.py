@@ -68,6 +68,8 @@ def _rephrase(leaf: str, field: str) -> str:
     if match := re.match(r"Unexpected config:(.*)", leaf):
         text = match[1].strip() or "an empty file"
         return f"got {text}, expected sections such as `model:` and `data:`"
+    if match := re.match(r"argument (--\S+): expected one argument", leaf):
+        return f"{match[1].replace('_', '-')} needs a value"
     if leaf.startswith("File does not exist"):
         return "file not found; check the path"
     for pattern in _NO_SECTION:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe.checks import RecipeValueError
+from megatron_prealign.recipe.checks import RecipeValueError, require
 from megatron_prealign.recipe.explain import explain
 from megatron_prealign.recipe.recipe import Recipe
 
@@ -58,7 +58,16 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
     """
     parser = recipe_parser(command)
     with as_user_error(recipe_name(arguments)):
-        values = parser.instantiate(parser.parse_args(list(arguments)))
+        parsed = parser.parse_args(list(arguments))
+        for name, hint in get_type_hints(Recipe).items():
+            # jsonargparse passes the null of an empty `parallel:` on to the section's class.
+            require(
+                parsed[name] is not None or not is_dataclass(hint),
+                name,
+                "null",
+                "fields; add some or remove the section",
+            )
+        values = parser.instantiate(parsed)
         return Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
 
 

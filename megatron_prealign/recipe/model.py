@@ -1,7 +1,8 @@
 """Recipe section `model`: the architecture, with Megatron-Core's field names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_prealign.recipe.checks import require
 
@@ -176,3 +177,24 @@ class ModelSection:
     def qk_layernorm(self) -> bool:
         """Whether query and key are normalised."""
         return self.family == "qwen3"
+
+
+def resolved_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of a section `model`, with the sizes that null stands for, so that equal models have equal values.
+
+    Leaves out max_position_embeddings of rotary positions, which does not affect the computation. Values that are not a
+    valid section are returned unchanged.
+    """
+    try:
+        section = ModelSection(**{**values, "rope_scaling": None})
+    except (TypeError, ValueError):
+        return dict(values)
+    sizes = {
+        "num_query_groups": section.query_groups,
+        "ffn_hidden_size": section.mlp_width,
+        "kv_channels": section.head_dim,
+    }
+    resolved = {**values, **sizes}
+    if section.is_rotary:
+        resolved.pop("max_position_embeddings", None)
+    return resolved

@@ -17,21 +17,18 @@ def recipe_schema() -> str:
     schema = json.loads(recipe_parser("pretrain").get_completion_script("jsonschema"))
     schema["title"] = "megatron-prealign recipe"
     schema["description"] = "Recipe of a megatron-prealign run. Sections may be split over several files."
-    for part in (schema, *schema["properties"].values(), *_optional_sections(schema)):
-        part.pop("required", None)
+    _without_required(schema, schema["$defs"])
     _tidy(schema)
     return json.dumps(schema, indent=2, ensure_ascii=False)
 
 
-def _optional_sections(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """Definitions of the sections that may be null."""
-    names = [
-        choice["$ref"].removeprefix("#/$defs/")
-        for section in schema["properties"].values()
-        for choice in section.get("anyOf", [])
-        if "$ref" in choice
-    ]
-    return [schema["$defs"][name] for name in names]
+def _without_required(section: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Makes all fields of a section and of the sections in it optional. Items of lists keep their required fields."""
+    section.pop("required", None)
+    for field in section.get("properties", {}).values():
+        for choice in (field, *field.get("anyOf", [])):
+            name = choice.get("$ref", "").removeprefix("#/$defs/")
+            _without_required(definitions[name] if name else choice, definitions)
 
 
 def _tidy(part: Any) -> None:

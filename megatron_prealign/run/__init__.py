@@ -1,5 +1,5 @@
-"""Entry points that combine the packages, one module per command: `pretrain`, `evaluate`, `pretrain --validate`,
-`prepare-cache`.
+"""Entry points that combine the packages: `pretrain`, `evaluate`, `pretrain --validate` and `dataset prepare-cache`.
+They share inputs, dictionary and run directory.
 
 `pretrain.py` runs in this order, on all ranks: join the process group and lock the run directory; choose and verify the
 checkpoint to resume from, because the blend depends on it; open tokenizer, dictionary and data, and build the sample

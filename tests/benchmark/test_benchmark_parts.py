@@ -9,9 +9,10 @@ from support.messages import assert_refused
 
 from megatron_prealign import __version__
 from megatron_prealign.benchmark import kernel_resources, machine, timing
-from megatron_prealign.benchmark.report import align, write_csv
+from megatron_prealign.benchmark.report import write_csv
 from megatron_prealign.cli import main
 from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED
+from megatron_prealign.text import align
 
 CPU = torch.device("cpu")
 

@@ -209,5 +209,21 @@ def test_unknown_section_of_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_field_shows_its_section(topic: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of("pretrain", "--help", topic, capsys=capsys)
     assert "--code-switch.ratio NUMBER" in text
-    # Entries of a mapping are set one by one.
-    assert "--code-switch.language-weights.NAME NUMBER" in text
+    assert "--code-switch.language-weights '{NAME: NUMBER}'" in text
+
+
+def test_values_of_list_fields_are_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of("pretrain", "--help", "all", capsys=capsys)
+    assert "--code-switch.source-languages '[TEXT, ...]'" in text
+    assert "--code-switch.language-weights '{NAME: NUMBER}'" in text
+    assert "--alignment.layers 'TEXT | [INT, ...] | {NAME: NUMBER}'" in text
+    assert "--model.family {llama," in text
+    arguments = ["pretrain", "--code-switch.source-languages", "en", "de"]
+    assert_refused(
+        cli.main(arguments), capsys.readouterr().err, "'de'", "--code-switch.source-languages", "[TEXT, ...]"
+    )
+
+
+def test_option_of_the_recipe_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["pretrain", "--training.train-iters"]
+    assert_refused(cli.main(arguments), capsys.readouterr().err, "--training.train-iters needs a value")

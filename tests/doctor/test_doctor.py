@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,10 +152,8 @@ def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int, status: str) 
 
 def test_optional_packages_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_module(tmp_path, "transformer_engine", "raise OSError('libcudart.so.12 is missing')", monkeypatch)
-    add_module(tmp_path, "deepspeed", "raise RuntimeError('no CUDA_HOME')", monkeypatch)
     engine = checks.check_transformer_engine()
     assert engine.status == "fail" and "libcudart.so.12 is missing" in engine.found
-    assert checks.check_deepspeed().status == "warn"
 
 
 def test_a_gpu_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,3 +255,22 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "--json" in result.stdout
+
+
+def test_libraries_are_those_of_setup() -> None:
+    setup = (Path(__file__).parents[2] / "setup.py").read_text(encoding="utf-8")
+    required = setup.partition("install_requires=[")[2].partition("extras_require")[0]
+    own_checks = {
+        "torch",
+        "megatron-core",
+        "psutil",
+        "triton",
+        "sentencepiece",
+        "protobuf",
+        "tokenizers",
+        "transformers",
+    }
+    found = {name.lower(): minimum for name, minimum in re.findall(r'"([\w-]+)(?:[>=]=([\d.]+))?', required)}
+    assert {name.lower() for name in checks.LIBRARIES} == set(found) - own_checks
+    for name, minimum in checks.LIBRARIES.items():
+        assert found[name.lower()] in ("", minimum), name

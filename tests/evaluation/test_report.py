@@ -310,8 +310,8 @@ def test_a_single_run_needs_no_comparison(runs: dict) -> None:
 def test_the_table_is_aligned_and_complete(runs: dict) -> None:
     lines = report_table(build_report(runs)).splitlines()
     assert " ".join(lines[0].split()) == "run loss en loss de P@1 emb P@1 mean P@1 out held-out mean tokens time"
-    assert lines[2].split() == ["joint", "5.000", "6.000", "0.40", "0.30", "0.20", "-", "1k", "0m01s"]
-    assert lines[3].split() == ["aligned", "4.500", "5.000", "0.90", "0.70", "0.50", "0.10", "4k", "0m40s"]
+    assert lines[2].split() == ["joint", "5.000", "6.000", "0.40", "0.30", "0.20", "-", "1k", "1", "s"]
+    assert lines[3].split() == ["aligned", "4.500", "5.000", "0.90", "0.70", "0.50", "0.10", "4k", "40", "s"]
     assert len(lines[0]) == len(lines[1]) == len(lines[2]) == len(lines[3])
     assert lines[4].startswith("aligned vs. joint: ")
     assert_facts(lines[4], "loss en -0.500", "loss de -1.000", "P@1 mean +0.40")

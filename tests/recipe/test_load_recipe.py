@@ -177,7 +177,7 @@ def test_config_that_is_not_a_file(tmp_path: Path) -> None:
     missing = error_of(["--config", str(tmp_path / "missing.yaml")])
     assert "file not found" in missing
     assert "missing.yaml" in missing
-    assert "--config: expected one argument" in error_of(["--config"])
+    assert "--config needs a value" in error_of(["--config"])
 
 
 @pytest.mark.parametrize(
@@ -247,3 +247,12 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "--config", write_recipe(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("section", ["parallel", "checkpoint"])
+def test_an_empty_section_with_defaults(tmp_path: Path, section: str) -> None:
+    """As if all fields of the section were commented out."""
+    empty = tmp_path / "empty.yaml"
+    empty.write_text(f"{section}:\noptimizer: {{lr: 0.1}}\n")
+    message = error_of(["--config", write_recipe(tmp_path), "--config", str(empty)])
+    assert_facts(message, "empty.yaml", f"{section} is null", "remove the section")

@@ -41,6 +41,7 @@ def test_there_are_examples() -> None:
     [
         ({"model": {"num_layer": 3}}, "num_layer"),
         ({"modle": {}}, "modle"),
+        ({"data": {"sources": [{"path": "data/en"}]}}, "language"),
         ({"model": {"family": "lama"}}, "lama"),
         ({"training": {"seed": "x"}}, "'x' is not of type 'integer'"),
         ({"data": {"sources": [{"path": "p"}]}}, "'language' is a required property"),
@@ -57,7 +58,13 @@ def test_errors_are_found(schema: dict[str, Any], values: dict[str, Any], fact: 
 
 
 def test_sections_may_be_omitted(schema: dict[str, Any]) -> None:
-    for recipe in ({}, {"optimizer": {"lr": 1e-3}}, {"alignment": None}, {"alignment": {"lr": 1}}):
+    for recipe in (
+        {},
+        {"optimizer": {"lr": 1e-3}},
+        {"alignment": None},
+        {"alignment": {"lr": 1}},
+        {"model": {"rope_scaling": {"factor": 2}}},
+    ):
         assert errors_in(schema, recipe) == []
 
 

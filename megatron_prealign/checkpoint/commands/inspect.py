@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.commands.list import directory_bytes, readable_bytes
 from megatron_prealign.checkpoint.commit import TOKENIZER
+from megatron_prealign.checkpoint.directory import directory_bytes
 from megatron_prealign.checkpoint.manifest import find_problems
 from megatron_prealign.checkpoint.single_process.weights import is_vocabulary, is_weight
 from megatron_prealign.checkpoint.state import is_run, read_state
+from megatron_prealign.text import readable_bytes
 
 
 def inspect_checkpoint(directory: Path) -> dict[str, Any]:

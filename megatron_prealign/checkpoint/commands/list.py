@@ -1,17 +1,16 @@
 """Lists the checkpoints of a directory from their small files. Imports no torch: a thousand take about a second."""
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.directory import LATEST, step_of
+from megatron_prealign.checkpoint.directory import LATEST, directory_bytes, step_of
 from megatron_prealign.checkpoint.manifest import MANIFEST, find_problems
 from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import readable_bytes
 
 _COLUMNS = ("checkpoint", "status", "kind", "saved", "size", "phase", "tokens", "metrics")
 
@@ -88,17 +87,6 @@ def find_latest_problem(path: Path) -> str | None:
     return f"{directory / LATEST} names {name!r}, which is not a checkpoint in this directory"
 
 
-def directory_bytes(directory: Path) -> int:
-    """Size of all files below a directory in bytes, except files that are removed meanwhile."""
-    total = 0
-    # Unlike rglob, os.walk skips directories that no longer exist.
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            with suppress(OSError):
-                total += os.stat(os.path.join(parent, name)).st_size
-    return total
-
-
 def render(listed: Sequence[ListedCheckpoint]) -> list[str]:
     """Lines of a table with one row for each checkpoint, followed by its problems."""
     rows = [list(_COLUMNS), *(_row(each) for each in listed)]
@@ -113,16 +101,6 @@ def render(listed: Sequence[ListedCheckpoint]) -> list[str]:
         if checkpoint is not None and len(checkpoint.problems) > 3:
             lines.append(f"    and {len(checkpoint.problems) - 3} more")
     return lines
-
-
-def readable_bytes(count: int) -> str:
-    """Human-readable size, such as 1.5 GB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _latest_name(directory: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_prealign.checkpoint.manifest import FileRecord, ManifestError, find_damage, read_manifest
+from megatron_prealign.checkpoint.manifest import IS_MISSING, FileRecord, ManifestError, find_damage, read_manifest
 from megatron_prealign.checkpoint.resume.choose import (
     RESTORE_OR_USE_ANOTHER,
     CheckpointChoice,
@@ -102,7 +102,9 @@ def _check_shared_file_system(directory: Path, records: dict[str, FileRecord], b
 
     def check() -> None:
         if other and not by_rank[0] and not find_damage(directory, records, checksums=False, names=other):
-            missing = {rank: problems for rank, problems in enumerate(by_rank) if any("missing" in p for p in problems)}
+            missing = {
+                rank: problems for rank, problems in enumerate(by_rank) if any(p.endswith(IS_MISSING) for p in problems)
+            }
             if missing:
                 rank = min(missing)
                 raise UserError(

@@ -57,10 +57,7 @@ def candidates(directory: Path) -> list[Path]:
     elif directory.is_dir():
         renamed = sorted(path.name for path in directory.glob(f"step_*{DAMAGED}*"))
         if renamed:
-            raise UserError(
-                f"{directory} contains only corrupt checkpoints ({', '.join(renamed)}); restore one, or set "
-                "checkpoint.directory (or logging.run_dir) to a new directory to start from scratch"
-            )
+            raise UserError(f"{directory} contains only corrupt checkpoints ({', '.join(renamed)}); {RESTORE}")
         if named is not None:
             raise UserError(
                 f"{directory / LATEST} names {named.name}, but no checkpoint exists; restore one, or remove {LATEST} "

@@ -9,9 +9,10 @@ from typing import Any
 from megatron_prealign.checkpoint.directory import LATEST
 from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.checkpoint.train_state import TrainState
-from megatron_prealign.data.blend import SavedBlend
+from megatron_prealign.data.blend import NEW_RUN, SavedBlend
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, CodeSwitchSection, Recipe
+from megatron_prealign.recipe.model import resolved_model
 from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ _BUDGET_FIELDS = {
     "alignment.train_iters",
 }
 _SOURCE_FIELDS = {"key", "path", "language", "weight", "segmenter"}
-_NEW_RUN = "set checkpoint.directory (or logging.run_dir) to a new directory"
 OTHER_WEIGHTS = "set checkpoint.load to another checkpoint"
 """Advice if only weights were to be loaded."""
 
@@ -204,7 +204,7 @@ def saved_coverage(summary: dict[str, Any], section: CodeSwitchSection, fingerpr
     return saved["coverage"] if same else None
 
 
-def check_model(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any], *, advice: str = _NEW_RUN) -> None:
+def check_model(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any], *, advice: str = NEW_RUN) -> None:
     """Checks that a checkpoint has the model and tokenizer of the run.
 
     Args:
@@ -215,8 +215,16 @@ def check_model(checkpoint: Path, summary: dict[str, Any], current: dict[str, An
     Raises:
         UserError: the checkpoint is of another model or tokenizer.
     """
-    saved = {**summary["model"], "vocab_size": summary["vocab_size"], "tokenizer": summary["tokenizer_fingerprint"]}
-    wanted = {**current["model"], "vocab_size": current["vocab_size"], "tokenizer": current["tokenizer_fingerprint"]}
+    saved = {
+        **resolved_model(summary["model"]),
+        "vocab_size": summary["vocab_size"],
+        "tokenizer": summary["tokenizer_fingerprint"],
+    }
+    wanted = {
+        **resolved_model(current["model"]),
+        "vocab_size": current["vocab_size"],
+        "tokenizer": current["tokenizer_fingerprint"],
+    }
     different = [
         _difference(name, saved.get(name), value)
         for name, value in wanted.items()
@@ -243,7 +251,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any]
     if summary["phase"] not in current["phases"]:
         raise UserError(
             f"cannot resume from {checkpoint}: it was saved in phase {summary['phase']}, expected one of the recipe's "
-            f"phases {', '.join(current['phases'])}; add the section {summary['phase']} to the recipe, or {_NEW_RUN}"
+            f"phases {', '.join(current['phases'])}; add the section {summary['phase']} to the recipe, or {NEW_RUN}"
         )
     # The attention span is as much a part of the trained model as its weights.
     different = [
@@ -263,7 +271,7 @@ def check_run(checkpoint: Path, summary: dict[str, Any], current: dict[str, Any]
     if different:
         raise UserError(
             f"cannot resume from {checkpoint} with this recipe: {', '.join(different)}; change the recipe, or "
-            f"{_NEW_RUN} and checkpoint.load to this checkpoint"
+            f"{NEW_RUN} and checkpoint.load to this checkpoint"
         )
     _check_order(checkpoint, summary, current)
     _check_budget(checkpoint, summary, current)
@@ -280,7 +288,7 @@ def _check_order(checkpoint: Path, summary: dict[str, Any], current: dict[str, A
         raise UserError(
             f"cannot resume from {checkpoint} with this recipe: "
             f"{_difference('training.seed', saved['seed'], current['seed'])}; the data order would change, repeating "
-            f"or skipping samples after the first {samples:,}; change the recipe, or {_NEW_RUN}"
+            f"or skipping samples after the first {samples:,}; change the recipe, or {NEW_RUN}"
         )
 
 
@@ -330,7 +338,7 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
                 f"cannot resume from {checkpoint} with {source['path']}: its segmenter is "
                 f"{source['segmenter'] or 'none'}, expected {segmenter or 'none'}; code-switching would replace "
                 "different words; preprocess the text with the "
-                f"original segmenter, or {_NEW_RUN}"
+                f"original segmenter, or {NEW_RUN}"
             )
     before, now = saved["switching"], current["switching"]
     if before is None or now is None:
@@ -342,7 +350,7 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
             "and "
             f"translations without the held-out ones is {now['digest']}, expected {before['digest']}; code-switching "
             f"would replace different words; restore the original dictionary.table and dictionary.held_out_fraction, "
-            f"or {_NEW_RUN}"
+            f"or {NEW_RUN}"
         )
     changed = [f"code_switch.{name}" for name, value in now["settings"].items() if before["settings"][name] != value]
     if changed:
@@ -355,4 +363,5 @@ def _check_words(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any
 
 
 def _difference(field: str, saved: Any, current: Any) -> str:
-    return f"{field} {saved} (recipe: {current})"
+    shown = ("null" if value is None else value for value in (saved, current))
+    return "{} {} (recipe: {})".format(field, *shown)

@@ -16,12 +16,14 @@ from support.checkpoint_directories import LAYERS, STACKED, make_checkpoint, mak
 from support.messages import assert_facts, user_error
 
 from megatron_prealign.checkpoint.commands.export import export_weights
-from megatron_prealign.checkpoint.commands.list import directory_bytes, list_checkpoints, readable_bytes
+from megatron_prealign.checkpoint.commands.list import list_checkpoints
+from megatron_prealign.checkpoint.directory import directory_bytes
 from megatron_prealign.checkpoint.manifest import find_damage, read_manifest
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.cli import main
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import readable_bytes
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from support.messages import assert_facts, user_error
 from support.tiny import Tiny, recipe_of
 
 from megatron_prealign.checkpoint.resume.identity import (
+    check_model,
     check_run,
     code_switch_fingerprint,
     find_switching_problem,
@@ -19,6 +20,7 @@ from megatron_prealign.checkpoint.resume.identity import (
 )
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import CodeSwitchSection
+from megatron_prealign.recipe.model import ModelSection
 
 CHECKPOINT = Path("run/checkpoints/step_00000007")
 PHASES = ["alignment", "language_model"]
@@ -234,3 +236,28 @@ def test_invalid_switching_is_reported(
     assert problem is not None
     assert_facts(problem, "run.switching is 3", "object")
     assert find_switching_problem({"switching": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "written"),
+    [
+        ("llama", {"num_query_groups": 4, "kv_channels": 16, "ffn_hidden_size": 192, "max_position_embeddings": 4096}),
+        ("gpt2", {"num_query_groups": 4, "kv_channels": 16, "ffn_hidden_size": 256}),
+    ],
+)
+def test_null_is_the_size_it_stands_for(family: str, written: dict[str, Any]) -> None:
+    others = {"vocab_size": 10, "tokenizer_fingerprint": "t"}
+    plain = asdict(ModelSection(num_layers=2, hidden_size=64, num_attention_heads=4, family=family))
+    for saved, current in ((plain, plain | written), (plain | written, plain)):
+        check_model(Path("step"), {**others, "model": saved}, {**others, "model": current})
+    with user_error("step", "ffn_hidden_size", "(recipe: 320)"):
+        check_model(Path("step"), {**others, "model": plain}, {**others, "model": plain | {"ffn_hidden_size": 320}})
+
+
+def test_learned_positions_belong_to_the_model() -> None:
+    others = {"vocab_size": 10, "tokenizer_fingerprint": "t"}
+    plain = asdict(ModelSection(num_layers=2, hidden_size=64, num_attention_heads=4, family="gpt2"))
+    with user_error("step", "max_position_embeddings null (recipe: 64)"):
+        check_model(
+            Path("step"), {**others, "model": plain}, {**others, "model": plain | {"max_position_embeddings": 64}}
+        )
