@@ -14,6 +14,8 @@ from megatron_prealign.runtime.log import warn_on_rank_zero
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
+DAMAGED = ".damaged"
+"""Suffix of the name of a corrupt checkpoint after it was renamed; nothing reads or removes it."""
 
 _STEP = re.compile(r"step_(\d+)")
 _MAX_LISTED = 10
@@ -92,9 +94,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """Returns the checkpoint at a path: a checkpoint, a directory of checkpoints or a run directory.
 
     Raises:
-        UserError: no complete checkpoint was found.
+        UserError: no complete checkpoint was found, or it was renamed because it is corrupt.
     """
     path = Path(path)
+    if DAMAGED in path.resolve().name:
+        raise UserError(f"{path}: renamed by a run that found it corrupt; use another checkpoint")
     if is_complete(path):
         return path
     for directory in (path, path / "checkpoints"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.checkpoint.directory import LATEST, directory_bytes, step_of
+from megatron_prealign.checkpoint.directory import DAMAGED, LATEST, directory_bytes, step_of
 from megatron_prealign.checkpoint.manifest import MANIFEST, find_problems
 from megatron_prealign.checkpoint.state import STATE, is_run, read_state
 from megatron_prealign.errors import UserError
@@ -131,7 +131,7 @@ def _summarise(directory: Path, latest: bool) -> ListedCheckpoint:
         problems = [*problems, *([str(error).split(";")[0]] if complete else [])]
     if directory.name.startswith("."):
         problems, complete = ["the save is in progress or was interrupted"], False
-    elif ".damaged" in directory.name:
+    elif DAMAGED in directory.name:
         problems = problems or ["renamed by a run that found it corrupt"]
     state = summary.get("train_state")
     state = state if isinstance(state, dict) else {}

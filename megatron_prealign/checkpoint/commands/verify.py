@@ -8,6 +8,7 @@ from threading import Lock
 
 from megatron_prealign.checkpoint.commands.list import checkpoint_directories
 from megatron_prealign.checkpoint.directory import (
+    DAMAGED,
     LATEST,
     is_complete,
     named_latest,
@@ -53,7 +54,7 @@ def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
             return []
         return [resolve_checkpoint(path)]
     checkpoints = [
-        each for each in checkpoint_directories(path) if not each.name.startswith(".") and ".damaged" not in each.name
+        each for each in checkpoint_directories(path) if not each.name.startswith(".") and DAMAGED not in each.name
     ]
     if not checkpoints:
         raise UserError(f"{path} contains only incomplete and damaged checkpoints")

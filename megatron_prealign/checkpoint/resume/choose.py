@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.checkpoint.directory import LATEST, named_latest, point_latest, step_directories, step_of
+from megatron_prealign.checkpoint.directory import (
+    DAMAGED,
+    LATEST,
+    named_latest,
+    point_latest,
+    step_directories,
+    step_of,
+)
 from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.sync import sync_directory
 from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
-
-DAMAGED = ".damaged"
-"""Suffix of the name of a corrupt checkpoint after it was renamed; nothing reads or removes it."""
 
 RESTORE = (
     "restore a checkpoint, or set checkpoint.directory (or logging.run_dir) to a new directory to start from scratch"

@@ -235,3 +235,12 @@ def test_partitions_contain_every_file_once_and_are_about_even(tmp_path: Path) -
         # No part is larger than the smallest by more than one file.
         assert max(loads) - min(loads) <= 390_000
     assert read_manifest(make(tmp_path, 1) / "step_00000001").keys() == {"state.json", "__0_0.distcp", ".metadata"}
+
+
+@pytest.mark.parametrize("suffix", ["", "-2"])
+def test_a_renamed_checkpoint_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Its files may have the right sizes, so a reader that compares only sizes would use corrupt weights."""
+    newest = make(tmp_path / "checkpoints", 3) / "step_00000003"
+    renamed = newest.rename(newest.with_name(f"{newest.name}.damaged{suffix}"))
+    with user_error(renamed, "found it corrupt", "use another checkpoint"):
+        resolve_checkpoint(renamed)
