@@ -147,8 +147,7 @@ def _fields(section: type, prefix: str = "") -> Iterator[str]:
 
     for path, field in walk(section, prefix):
         default = "required" if field.required else f"default `{_yaml(field.default)}`"
-        kind = yaml_syntax(field).replace("|", " | ") if "|" not in yaml_syntax(field) else yaml_syntax(field)
-        yield f"`{path}` `{kind}`, {default}\n: {field.help}\n"
+        yield f"`{path}` `{yaml_syntax(field)}`, {default}\n: {field.help}\n"
         item = section_of(field.type)
         if field.is_list and item is not None:
             yield from _fields(item, f"{path}[].")

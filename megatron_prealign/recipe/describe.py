@@ -92,7 +92,7 @@ def walk(kind: type, prefix: str = "") -> Iterator[tuple[str, FieldDescription]]
 
 def yaml_syntax(field: FieldDescription) -> str:
     """Value of a recipe's field as YAML and options take it: `INT`, `[TEXT, ...]` for lists, `{NAME: NUMBER}` for
-    mappings, alternatives separated by ` | `."""
+    mappings, alternatives separated by a vertical bar."""
     if field.is_list:
         return f"[{field.metavar}, ...]"
     if field.metavar.startswith("{"):
