@@ -41,9 +41,17 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"megatron-prealign {__version__}", "", "usage: megatron-prealign COMMAND [options]", "", "commands:"]
+    lines = [
+        f"megatron-prealign {__version__}",
+        "",
+        "usage: megatron-prealign COMMAND [options] | --version",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "Run megatron-prealign COMMAND --help for the options of a command."])
+    return "\n".join(
+        [*lines, "", "Run megatron-prealign COMMAND --help for the options of a command, --version for the version."]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,13 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(__version__)
         return 0
     command = arguments[0]
+    if command.startswith("-"):
+        hint = suggestion(command, ("--help", "--version")) or "; expected a command, --help or --version"
+        raise UserError(f"unknown option {command}{hint}")
     if command not in COMMANDS:
         hint = suggestion(command, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command}{hint}")

@@ -102,9 +102,8 @@ def _help(command: str, options: type, topic: str) -> str:
     if section in sections:
         return _section(section, sections[section])
     if topic and topic != "all" and not topic.startswith("-"):
-        raise UserError(
-            f"--help: unknown section {topic}{suggestion(topic, sections)}; expected one of {', '.join(sections)}"
-        )
+        hint = suggestion(topic, sections) or f"; expected one of {', '.join(sections)}"
+        raise UserError(f"--help: unknown section {topic}{hint}")
     described = describe(options)
     rows = [
         (option_name(name) + ("" if field.type is bool else f" {field.metavar}"), help.with_default(field))

@@ -72,6 +72,10 @@ def _rephrase(leaf: str, field: str) -> str:
         return f"{match[1].replace('_', '-')} needs a value"
     if leaf.startswith("File does not exist"):
         return "file not found; check the path"
+    if leaf.startswith("Path is not a file"):
+        return "it is a directory, expected a YAML file"
+    if "codec can't decode" in leaf:
+        return "it is not UTF-8 text, expected a YAML file"
     for pattern in _NO_SECTION:
         if match := re.match(pattern, leaf):
             return f"{field} is {match[1]}, expected {_SECTION}"

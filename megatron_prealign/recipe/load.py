@@ -56,6 +56,8 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
     Raises:
         UserError: a file is missing, a key is unknown, a type is wrong or values are inconsistent.
     """
+    if not arguments:
+        raise UserError(f"no recipe given; use --config FILE, see megatron-prealign {command} --help")
     parser = recipe_parser(command)
     with as_user_error(recipe_name(arguments)):
         parsed = parser.parse_args(list(arguments))

@@ -85,6 +85,27 @@ def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]
         assert_refused(status, output.err, "error: unknown command", typed, expected)
 
 
+@pytest.mark.parametrize(("typed", "fact"), [("--verison", "--version?"), ("-V", "--help or --version")])
+def test_unknown_option_before_a_command(typed: str, fact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(cli.main([typed]), capsys.readouterr().err, "unknown option", typed, fact)
+
+
+def test_help_is_also_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    assert "usage: megatron-prealign COMMAND" in capsys.readouterr().out
+
+
+def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
+    for path, fact in (
+        (tmp_path, "directory"),
+        (tmp_path / "picture.png", "not UTF-8"),
+        (tmp_path / "no", "not found"),
+    ):
+        assert_refused(cli.main(["pretrain", "--config", str(path)]), capsys.readouterr().err, path, fact)
+    assert_refused(cli.main(["pretrain"]), capsys.readouterr().err, "--config FILE")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -173,7 +173,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_config_that_is_not_a_file(tmp_path: Path) -> None:
-    assert "is not a file" in error_of(["--config", str(tmp_path)])
+    assert_facts(error_of(["--config", str(tmp_path)]), tmp_path, "is a directory")
     missing = error_of(["--config", str(tmp_path / "missing.yaml")])
     assert "file not found" in missing
     assert "missing.yaml" in missing
@@ -196,9 +196,10 @@ def test_messages_about_options(tmp_path: Path, options: list[str], facts: tuple
 
 
 def test_empty_recipe_names_every_required_field() -> None:
-    message = error_of([])
+    message = error_of(["--training.precision", "fp32"])
     required = ("model.num_layers", "data.sources", "optimizer.lr", "training.seed", "logging.run_dir")
     assert_facts(message, *required, "required")
+    assert_facts(error_of([]), "no recipe", "--config FILE")
 
 
 @pytest.mark.parametrize(
