@@ -22,7 +22,7 @@ class MergeOptions:
     input: list[PrefixText]
     """Prefixes or .bin files of the datasets, in document order; shards in any order."""
     output: PrefixText
-    """PREFIX: path of the output files, without extension."""
+    """Path of the output files, without extension."""
     workers: int | None = None
     """Number of copy threads; default: available CPU cores."""
     language: LanguageText | None = None
