@@ -14,7 +14,7 @@ from megatron_prealign.dictionary.formats.articles import strip_markup, translat
 from megatron_prealign.dictionary.formats.language_codes import same_language
 from megatron_prealign.dictionary.readers import detect_file
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "dictionaries"
+LANGUAGES = Path(__file__).parents[1] / "data" / "languages"
 
 
 @pytest.mark.parametrize("ending", COMPRESSIONS)
@@ -85,22 +85,45 @@ def test_dictd(tmp_path, name):
     assert sum(info.skipped.values()) == 1
 
 
-def test_real_dictd_matches_its_list():
-    """FreeDict's English-Russian dictionary, compared with a list that was derived from it independently."""
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} does not exist")
-    pairs, info, errors = read(REAL / "freedict-eng-rus.index", "en-ru")
-    expected, _, _ = read(REAL / "en-ru.tsv.gz", "en-ru")
+FREEDICT = """00-database-dictfmt-1.13.0
+English-Russian FreeDict Dictionary
 
-    def letters(pair):
-        return tuple("".join(filter(str.isalnum, word.casefold())) for word in pair)
+Maintainer: [up for grabs]
 
-    # The list has the headwords of the index, without punctuation.
-    assert len(expected) == 1896 and {letters(pair) for pair in expected} <= {letters(pair) for pair in pairs}
-    # The additional headwords of the dictionary are mostly phrases.
-    listed = {letters(pair) for pair in expected}
-    additional = [pair for pair in pairs if letters(pair) not in listed]
-    assert sum(" " in source for source, _ in additional) > 0.9 * len(additional)
+Edition: 0.3.1
+Size: 110 headwords
+
+Availability:
+
+    Copyright (C) 1999-2017 by various authors listed below.
+    Available under the terms of the GNU General Public License ver. 2.0 and
+  any later version.
+
+Source(s):
+
+  Home: http://freedict.org/ [http://freedict.org/] This Database was
+  generated from ergane.
+
+Changelog:
+
+ * 2017-12-03 ver. 0.3.1:
+   * update licencing stanza
+"""
+
+
+def test_dictd_of_freedict_has_the_pairs_of_its_list(tmp_path):
+    """A list written in the form of FreeDict's files, with pronunciations, is read as the list itself."""
+    expected, _, _ = read(LANGUAGES / "en-ru.tsv", "en-ru")
+    translations: dict[str, list[str]] = {}
+    for source, target in expected:
+        translations.setdefault(source, []).append(target)
+    articles = {
+        source.casefold(): f"{source} /{source[:2]}/\n{', '.join(dict.fromkeys(targets))}\n"
+        for source, targets in translations.items()
+    }
+    head = {"00databaseinfo": FREEDICT, "00databaseshort": "English-Russian FreeDict Dictionary\n"}
+    pairs, info, errors = read(write_dictd(tmp_path, head | articles), "en-ru")
+    assert pairs == list(dict.fromkeys(expected)) and len(pairs) > 100
     assert errors.count == 0 and "English-Russian FreeDict" in info.title and "GNU General Public" in info.licence
 
 

@@ -11,9 +11,6 @@ import pytest
 from support.dictionary_files import COMPRESSIONS, read
 from support.messages import user_error
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "dictionaries"
-
-
 # CC-CEDICT
 
 CEDICT = """# CC-CEDICT

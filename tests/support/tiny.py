@@ -1,8 +1,7 @@
-"""A tiny real corpus, tokenizer and dictionary for tests: Python's documentation and its English-Clone."""
+"""A tiny corpus, tokenizer and dictionary for tests: English sentences and their English-Clone."""
 
 import json
 import os
-import pydoc_data.topics
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 from megatron_prealign.recipe import Recipe, load_recipe
 from megatron_prealign.tokenizer.load import load_tokenizer
+from support.english import english_texts
 
 VOCAB_SIZE = 512
 
@@ -82,7 +82,7 @@ def recipe_of(values: dict[str, Any], directory: Path) -> Recipe:
 
 def make_tiny(directory: Path) -> Tiny:
     """Writes the corpus, trains the tokenizer, preprocesses both languages and builds the table."""
-    texts = [text for _, text in sorted(pydoc_data.topics.topics.items())][:60]
+    texts = english_texts(107)
     corpus = directory / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     tiny = Tiny(directory)

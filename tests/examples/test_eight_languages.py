@@ -1,7 +1,6 @@
-"""From raw files to a training batch, with real text in eight languages and five real dictionaries, by the commands
-that a user types. The files lie beside the repository and are no part of it."""
+"""From raw files to a training batch, with text in eight languages and five word lists, by the commands that a user
+types."""
 
-import gzip
 import importlib.util
 import json
 import re
@@ -22,14 +21,15 @@ from megatron_prealign.run.inputs import open_plan, open_vocabulary
 from megatron_prealign.run.pretrain import build_sequence_format
 from megatron_prealign.tokenizer.load import load_tokenizer
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
+FILES = Path(__file__).parents[1] / "data" / "languages"
 LANGUAGES = ("ar", "de", "en", "es", "fr", "ja", "ru", "zh")
 DICTIONARIES = ("ar", "de", "es", "ja", "ru")
+SEQ_LENGTH = 64
 RECIPE = """
 model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 4}}
 data:
   tokenizer: {directory}/tokenizer
-  seq_length: 256
+  seq_length: {seq_length}
   cache: {directory}/cache
   validation_fraction: 0.05
   sources:
@@ -48,31 +48,27 @@ def command(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not (REAL / "corpus").is_dir():
-        pytest.skip("the real corpora are not beside this checkout (../shared/data)")
-    path = tmp_path_factory.mktemp("real")
-    corpora = [f"{REAL}/corpus/{language}.jsonl.gz:{language}" for language in LANGUAGES]
-    # A third of the text makes the trainer quick; the temperature gives small languages their share.
-    command("train-tokenizer", "--input", *corpora, "--output", path / "tokenizer", "--vocab-size", 6000,
-            "--temperature", 2, "--sample-bytes", 2_000_000)  # fmt: skip
+    path = tmp_path_factory.mktemp("languages")
+    corpora = [f"{FILES}/{language}.txt:{language}" for language in LANGUAGES]
+    command("train-tokenizer", "--input", *corpora, "--output", path / "tokenizer", "--vocab-size", 800,
+            "--temperature", 2)  # fmt: skip
     for language in LANGUAGES:
         needs = {"zh": "jieba", "ja": "sudachipy"}.get(language)
         segmenter = ["--segmenter", "auto"] if needs and importlib.util.find_spec(needs) else []
-        command("preprocess", "--input", REAL / "corpus" / f"{language}.jsonl.gz", "--tokenizer", path / "tokenizer",
+        command("preprocess", "--input", FILES / f"{language}.txt", "--tokenizer", path / "tokenizer",
                 "--output", path / language, "--language", language, "--workers", 1, *segmenter)  # fmt: skip
-    lists = [f"{REAL}/dictionaries/en-{language}.tsv.gz:en-{language}" for language in DICTIONARIES]
+    lists = [f"{FILES}/en-{language}.tsv:en-{language}" for language in DICTIONARIES]
     command("dictionary", "build", "--input", *lists, "--tokenizer", path / "tokenizer",
-            "--output", path / "table.safetensors", "--corpus", path / "en", "--on-error", "skip")  # fmt: skip
+            "--output", path / "table.safetensors", "--corpus", path / "en")  # fmt: skip
     sources = [f"    - {{path: {path}/{language}, language: {language}, weight: 1.0}}" for language in LANGUAGES]
-    (path / "recipe.yaml").write_text(RECIPE.format(directory=path, sources="\n".join(sources)))
+    (path / "recipe.yaml").write_text(RECIPE.format(directory=path, seq_length=SEQ_LENGTH, sources="\n".join(sources)))
     return path
 
 
 def test_the_token_files_hold_the_text(directory: Path) -> None:
     tokenizer = load_tokenizer(directory / "tokenizer")
     for language in LANGUAGES:
-        with gzip.open(REAL / "corpus" / f"{language}.jsonl.gz") as lines:
-            texts = [json.loads(line)["text"] for line in lines]
+        texts = (FILES / f"{language}.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\n")
         dataset, sidecar = open_indexed(directory / language), load_sidecar(directory / language)
         assert (len(dataset), sidecar.documents, sidecar.language) == (len(texts), len(texts), language)
         assert sidecar.bytes == sum(len(text.encode()) for text in texts)
@@ -97,11 +93,11 @@ def test_a_training_batch(directory: Path) -> None:
         languages=recipe.data.languages, device=torch.device("cpu"), coverage=None,
     )  # fmt: skip
     batch = switcher(rows.tokens, rows.language, rows.sample_id, 0, rows.word_starts)
-    assert batch.tokens.shape == batch.labels.shape == (64, 256)
+    assert batch.tokens.shape == batch.labels.shape == (64, SEQ_LENGTH)
     english = rows.language == recipe.data.languages.index("en")
-    changed = (batch.tokens != rows.tokens[:, :256]).any(dim=1)
+    changed = (batch.tokens != rows.tokens[:, :SEQ_LENGTH]).any(dim=1)
     # The lists have English words alone on their left side.
-    assert changed[english].all() and not changed[~english].any()
+    assert changed[english].float().mean() > 0.7 and not changed[~english].any()
     # What the model is asked for is text, never a translation; where a row was switched, part of it is not asked for.
     scored = batch.loss_mask.bool()
     assert scored[~english].float().mean() > 0.99 and 0.3 < scored[english].float().mean() < 0.99
@@ -116,13 +112,13 @@ def test_what_the_dictionaries_know(directory: Path, capsys: pytest.CaptureFixtu
             "--output", directory / "report")  # fmt: skip
     table = load_table(directory / "table.safetensors")
     assert set(table.languages) == {"en", *DICTIONARIES}
-    assert table.num_groups > 50_000
+    assert table.num_groups > 100
     report = json.loads((directory / "report/report.json").read_text(encoding="utf-8"))
     (corpus,) = report["corpora"]
     measured = measure_coverage(table, directory / "en")
     assert (corpus["running_words"], corpus["known_words"]) == (measured.running_words, measured.known_words)
-    # A handbook in plain English, and 125,000 words.
-    assert 0.9 < corpus["coverage"] < 1
+    # The lists know the words of the text apart from articles, pronouns and verbs.
+    assert 0.3 < corpus["coverage"] < 0.7
     assert len(corpus["unknown_words"]) == 50 and len(corpus["samples"]) == 20
     page = (directory / "report/report.html").read_text(encoding="utf-8")
     assert f"{corpus['coverage']:.1%}" in page
