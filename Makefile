@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test checks lint types docs format clean
+.PHONY: help install demo test test-all test-rest checks lint types docs format clean
 
 help:
 	@echo "make install  create .venv (PYTHON=python3.12 chooses another Python)"
 	@echo "make demo     run the English-Clone demo; writes runs/demo/report.html"
-	@echo "make test     run all tests"
+	@echo "make test     run the tests, in a few minutes"
+	@echo "make test-all run all tests, also those marked slow"
 	@echo "make checks   check format, lint, types, documentation, tests: what CI runs"
 	@echo "make docs     build the documentation with command, recipe and API reference, to site/index.html"
 	@echo "make format   format the code"
@@ -28,11 +29,20 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/english_clone/run.py
 
+# A file runs in one process, which makes its fixtures once; the longest files first (tests/support/longest_first.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Triton decides at its first import whether kernels are interpreted, so those tests need processes of their own.
-TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/kernels
+	$(PYTEST) -m "not slow"
+	$(INTERPRETED) -m "not slow"
+
+test-rest: $(STAMP)
+	$(PYTEST) -m slow
+	$(INTERPRETED) -m slow
+
+test-all: test test-rest
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -45,7 +55,7 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/build.py site
 
-checks: lint types docs test
+checks: lint types docs test-all
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["support.longest_first"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell without job control starts background commands with SIGINT ignored; processes started by tests inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

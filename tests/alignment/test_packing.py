@@ -64,6 +64,7 @@ def word_positions(batch: dict[str, torch.Tensor], lengths: list[int]) -> list[l
     return [[where[token] for token in word] for word in tokens_of(lengths)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8])
 @pytest.mark.parametrize("case", LENGTHS)
 def test_words_are_complete_and_in_order(workers: WorkerPool, case: str, multiple: int) -> None:

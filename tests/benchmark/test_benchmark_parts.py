@@ -74,6 +74,7 @@ def test_table_and_csv(tmp_path: Path) -> None:
     assert (tmp_path / "x.csv").read_text() == 'name,value,none,count\n"a, b",1234.57,,12345678\n'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton's compiler")
 def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "resources.csv"

@@ -24,6 +24,7 @@ from megatron_prealign.kernels import contrastive_loss
 SMALL = ["benchmark", "contrastive", "--device", "cpu", "--no-compiled", "--repeats", "1"]
 
 
+@pytest.mark.slow
 def test_command_writes_the_documented_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "figures.csv"
     cases = ["--words", "40", "70", "--hidden", "16", "24", "--layers", "2", "--dtype", "both"]

@@ -15,6 +15,7 @@ from megatron_prealign.cli import main
 SLACK_BYTES = 16 << 20
 
 
+@pytest.mark.slow
 def test_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out.csv"
     arguments = ["--parameters", "30000000", "--repeats", "1", "--shard-bytes", "4000000", "--directory", str(tmp_path)]

@@ -65,6 +65,7 @@ def test_a_recipe_without_alignment_is_a_user_error(workers: WorkerPool, tiny: T
     assert_facts(message, "alignment is null", "section alignment")
 
 
+@pytest.mark.slow
 def test_command_writes_a_row_per_phase(tiny: Tiny, tmp_path: Path) -> None:
     output, recipe = tmp_path / "phases.csv", tmp_path / "recipe.yaml"
     values = values_for(tiny, tmp_path / "run")

@@ -18,6 +18,7 @@ def run(*arguments: str) -> int:
     return main(["benchmark", "preprocess", "--workers", "1", *arguments])
 
 
+@pytest.mark.slow
 def test_synthetic_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out.csv"
     assert run("--mb", "0.4", "--megatron-mb", "0.1", "--directory", str(tmp_path), "--output", str(output)) == 0
@@ -69,6 +70,7 @@ def test_different_tokens_are_a_user_error(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_different_tokens_of_megatron_are_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

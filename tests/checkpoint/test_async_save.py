@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_except
 from support.messages import assert_facts
 from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 from support.whole_runs import everything_in, language_model_values, records, run, steps_in, user_error_message, weights
@@ -58,7 +59,7 @@ def train_while_saving(values: dict[str, Any], directory: str, blocked: int, unt
     return save.steps_while_blocked
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("distributed", slow_except([False, True], True))
 def test_training_continues_and_the_checkpoint_is_of_the_requested_step(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, distributed: bool
 ) -> None:
@@ -89,6 +90,7 @@ def test_training_continues_and_the_checkpoint_is_of_the_requested_step(
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_its_metrics_and_the_best_one_is_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = language_model_values(
         tiny, tmp_path, save_interval=1, keep=2, keep_best="validation_loss/en", keep_every=3
@@ -163,6 +165,7 @@ def train_on_a_disk_that_fills(values: dict[str, Any], directory: str, step: int
         sharded_save._write_file = real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "rank", "last"),
     [
@@ -214,6 +217,7 @@ def fail_while_saving(values: dict[str, Any], directory: str) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_run_that_fails_waits_for_the_save_in_progress(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = language_model_values(tiny, tmp_path, save_interval=2)
     [saved] = workers.run(1, fail_while_saving, values, str(tmp_path), timeout_s=60)
@@ -233,6 +237,7 @@ sys.exit(cli.main(["pretrain", "--config", sys.argv[2]]))
 """
 
 
+@pytest.mark.slow
 def test_process_that_dies_while_saving_ends_the_other_with_an_error(tiny: Tiny, tmp_path: Path) -> None:
     # checkpoint.timeout_minutes is 30: the other process must not wait that long for a dead one.
     values = language_model_values(tiny, tmp_path, save_interval=1)
@@ -289,7 +294,10 @@ def train_until_signal(
 
 @pytest.mark.parametrize(
     ("number", "rank", "step", "phase"),
-    [(signal.SIGUSR1, 1, 2, "alignment"), (signal.SIGINT, 0, 6, "language_model")],
+    slow_except(
+        [(signal.SIGUSR1, 1, 2, "alignment"), (signal.SIGINT, 0, 6, "language_model")],
+        (signal.SIGINT, 0, 6, "language_model"),
+    ),
 )
 def test_signals_save_and_end_the_run_in_both_phases(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, number: int, rank: int, step: int, phase: str
@@ -311,6 +319,7 @@ def test_signals_save_and_end_the_run_in_both_phases(
     assert max(number for _, number in records(tmp_path)) == 10
 
 
+@pytest.mark.slow
 def test_time_limit_saves_and_ends_and_the_same_command_resumes(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -354,6 +363,7 @@ def test_time_limit_leaves_room_for_two_steps_and_the_save(
     assert callback._is_late() == late
 
 
+@pytest.mark.slow
 def test_second_run_in_one_directory_is_refused(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = language_model_values(tiny, tmp_path / "run", directory=str(tmp_path / "checkpoints"))
     with locked_directories([tmp_path / "checkpoints"]), pytest.raises(WorkerError) as caught:
@@ -364,6 +374,7 @@ def test_second_run_in_one_directory_is_refused(workers: WorkerPool, tiny: Tiny,
     assert steps_in(tmp_path) == ["latest", "step_00000005"]
 
 
+@pytest.mark.slow
 def test_overlapped_parameters_are_gathered_before_the_copy(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     """Until the next forward pass each rank has only its own part of the updated parameters."""
     results = []

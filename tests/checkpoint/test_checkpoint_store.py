@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_except
 from support.messages import assert_facts
 from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 from support.whole_runs import language_model_values, records, reseal, run, steps_in, user_error_message, weights
@@ -31,7 +32,7 @@ def copied(trained: Path, directory: Path, newest: int | None = None) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", slow_except([1, 2], 2))
 def test_only_the_newest_are_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path, keep: int) -> None:
     run(workers, 1, language_model_values(tiny, tmp_path, save_interval=1, keep=keep), tmp_path)
     assert steps_in(tmp_path) == ["latest", *(f"step_{step:08d}" for step in range(6 - keep, 6))]
@@ -85,6 +86,7 @@ def test_checkpoint_of_another_tokenizer_is_refused(
     assert_facts(user_error_message(caught), path.parent, "tokenizer sha256:other (recipe: sha256:")
 
 
+@pytest.mark.slow
 def test_unfinished_directories_are_ignored(workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path) -> None:
     copied(trained, tmp_path, newest=3)
     checkpoints = tmp_path / "checkpoints"
@@ -121,6 +123,7 @@ def run_until_the_disk_is_full(values: dict[str, Any], directory: str, step: int
         sharded_save._write_file = real
 
 
+@pytest.mark.slow
 def test_failed_save_keeps_the_previous_checkpoint(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_start_from_the_weights_of_another_run(
         torch.testing.assert_close(tensor, rounded, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_own_checkpoint_takes_precedence_over_weights_of_another_run(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:

@@ -215,6 +215,7 @@ def write_with_a_limit(values: dict[str, Any], root: str, limit: int) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("branch", "keep"), [(False, 1), (True, 2)])
 def test_killed_at_any_change_of_the_disk(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, branch: bool, keep: int

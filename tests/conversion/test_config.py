@@ -263,6 +263,7 @@ JSON = st.recursive(
 FIELDS = sorted({key for config in CONFIGS.values() for key in config.to_dict()} | {"rope_scaling", "type"})
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),

@@ -342,6 +342,7 @@ def assert_opened_or_refused(directory: Path, **options: Any) -> None:
             assert opened.read(name).shape == SHAPES[name]
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=BYTES, name=st.sampled_from(["config.json", INDEX, FIRST]))
 def test_any_bytes_in_a_file(tmp_path: Path, data: bytes, name: str) -> None:
@@ -349,6 +350,7 @@ def test_any_bytes_in_a_file(tmp_path: Path, data: bytes, name: str) -> None:
     assert_opened_or_refused(tmp_path)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(weight_map=st.dictionaries(st.sampled_from([*TENSORS, "x", "\ud800", "\n"]), JSON, max_size=6))
 def test_any_index(tmp_path: Path, weight_map: dict[str, Any]) -> None:
@@ -372,6 +374,7 @@ HEADER_ENTRY = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=400)
 @given(
     header=st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), HEADER_ENTRY, max_size=3),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.marks import slow_except
 from support.messages import assert_facts, assert_refused, user_error
 from support.tiny import Tiny
 from support.trained_models import FAMILIES, NO_UPDATE_LR, recipe_values, train, verify
@@ -47,7 +48,7 @@ def convert(source: Path, output: Path, **options: Any) -> Any:
     return to_huggingface(source, output, ConvertSettings(**options), show_progress=False)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_except(FAMILIES, "llama"))
 def trained(
     request: pytest.FixtureRequest, tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:

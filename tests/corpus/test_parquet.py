@@ -167,6 +167,7 @@ def test_a_column_name_that_is_not_utf8(tmp_path: Path) -> None:
         list(read_batches(str(path), ["text"], 0, 2, 100))
 
 
+@pytest.mark.slow
 def test_any_corruption_is_a_read_error(path: str, tmp_path: Path) -> None:
     data, broken, generator = Path(path).read_bytes(), tmp_path / "a.parquet", random.Random(3)
     rejected = 0

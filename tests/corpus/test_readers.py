@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from support.marks import slow_except
 from support.messages import assert_facts, user_error
 
 from megatron_prealign.corpus import parquet as parquet_module
@@ -129,7 +130,7 @@ def test_no_row_is_lost_or_duplicated_by_wrong_footer_sizes(
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "txt", "jsonl.gz", "txt.zst", "txt.bz2", "parquet"])
-@pytest.mark.parametrize("block_bytes", [1, 40, 300, 10**9])
+@pytest.mark.parametrize("block_bytes", slow_except([1, 40, 300, 10**9], 40, 10**9))
 def test_blocks_contain_complete_documents_and_reading_can_resume_after_any(
     tmp_path: Path, ending: str, block_bytes: int
 ) -> None:
@@ -294,6 +295,7 @@ def test_maximum_document_length(tmp_path: Path, block_bytes: int, ending: str, 
         assert [problem.where for problem in skipped] == ([] if is_good else [f"{path}:1"])
 
 
+@pytest.mark.slow
 def test_a_file_with_only_bad_lines(tmp_path: Path) -> None:
     # Recounting the bytes before each line would take minutes.
     path = write(tmp_path / "a.jsonl", b'{"text": ""}\n' * 150 + b"x\n" * 60_000)
@@ -389,6 +391,7 @@ def test_an_empty_file_is_a_problem(tmp_path: Path, name: str) -> None:
     assert blocks_of(empty, Limits(), position=block.next_position) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.zst", "txt.bz2"])
 @pytest.mark.parametrize("corruption", ["cut", "flipped"])
 def test_corrupt_archives(tmp_path: Path, corruption: str, ending: str) -> None:

@@ -108,6 +108,7 @@ def test_data_before_a_truncation_is_read(tmp_path: Path, compression: str) -> N
     assert found.startswith(TEXT) and error is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", NAMES)
 def test_corrupt_data_is_never_an_end(tmp_path: Path, compression: str) -> None:
     data, path = PACK[compression](TEXT) if compression != "zst" else zst(TEXT, write_checksum=True), tmp_path / "a"
@@ -134,6 +135,7 @@ def test_random_bytes_after_a_valid_start(tmp_path: Path) -> None:
                 assert read(path, compression)[1] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", NAMES)
 def test_memory_does_not_depend_on_the_decompressed_size(tmp_path: Path, compression: str) -> None:
     path, size = tmp_path / "a", 64 << 20

@@ -265,6 +265,7 @@ def test_corrupt_counts_are_reported(directory: Path, tmp_path: Path, case: str)
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_source_of_few_samples_and_many_epochs(tmp_path: Path) -> None:
     """Three samples per epoch, a thousand epochs: reading can start in the middle of any of them."""
     path = write_dataset(tmp_path / "small", make_documents(6, 1, seed=9), "en")

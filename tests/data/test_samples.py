@@ -415,6 +415,7 @@ def build_on_rank(rank: int, directory: Path, results: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(directory, tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=build_on_rank, args=(rank, directory, tmp_path)) for rank in range(2)]

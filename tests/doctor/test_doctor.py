@@ -176,6 +176,7 @@ def test_a_broken_nvidia_smi_counts_as_no_gpu(tmp_path: Path, monkeypatch: pytes
     assert checks.check_gpus().status == "warn"
 
 
+@pytest.mark.slow
 def test_gloo_on_a_missing_interface_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchif0")
     finding = checks.check_gloo()
@@ -209,6 +210,7 @@ def test_a_failing_probe_names_the_reason(code: str, fact: str) -> None:
         probe(code)
 
 
+@pytest.mark.slow
 def test_a_hanging_probe_is_killed_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     code = (

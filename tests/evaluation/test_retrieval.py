@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.marks import slow_except
 from support.messages import user_error
 from support.model_builds import build, recipe_values
 from support.plain_retrieval import plain_metrics
@@ -198,20 +199,24 @@ def expected(workers: WorkerPool) -> dict[str, list[dict[str, float]]]:
     return metrics
 
 
+# Ranks, layout, words of a microbatch.
+LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
+    (1, {}, 256),
+    (1, {}, 5),
+    (2, {}, 256),
+    (2, {}, 4),
+    (2, {"pipeline_model_parallel_size": 2}, 16),
+    (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 16),
+    (2, {"tensor_model_parallel_size": 2}, 256),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 256),
+    (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8),
+    (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 8),
+]
+
+
 @pytest.mark.parametrize(
     ("ranks", "parallel", "microbatch"),
-    [
-        (1, {}, 256),
-        (1, {}, 5),
-        (2, {}, 256),
-        (2, {}, 4),
-        (2, {"pipeline_model_parallel_size": 2}, 16),
-        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, 16),
-        (2, {"tensor_model_parallel_size": 2}, 256),
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 256),
-        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8),
-        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 8),
-    ],
+    slow_except(LAYOUTS, *LAYOUTS[1:7:2]),
     ids=["one", "microbatches", "dp2", "dp2_microbatches", "pp2", "vpp2", "tp2", "sp_tp2", "tp2_pp2", "sp_tp2_dp2"],
 )
 def test_metrics_of_every_layer_and_direction(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_except
 from support.tiny import Tiny, recipe_of
 from support.workers import WorkerPool
 
@@ -106,12 +107,16 @@ def expected(workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [
+    slow_except(
+        [
+            (1, {}),
+            (2, {}),
+            (2, {"pipeline_model_parallel_size": 2}),
+            (2, {"tensor_model_parallel_size": 2}),
+        ],
         (1, {}),
-        (2, {}),
         (2, {"pipeline_model_parallel_size": 2}),
-        (2, {"tensor_model_parallel_size": 2}),
-    ],
+    ),
     ids=["one", "dp2", "pp2", "tp2"],
 )
 def test_loss_is_the_mean_over_all_text(
@@ -122,6 +127,7 @@ def test_loss_is_the_mean_over_all_text(
         assert losses == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_documents_are_separated_as_in_training(workers: WorkerPool, tiny: Tiny, tmp_path: Path, family: str) -> None:
     values = values_for(tiny, tmp_path)

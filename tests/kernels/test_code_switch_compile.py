@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.code_switch_cases import EOD
 from support.code_switch_oracle import Dictionary
+from support.marks import slow_except
 
 from megatron_prealign.kernels import CodeSwitchBatch, CodeSwitchSettings, build_ngram_table
 from megatron_prealign.kernels._triton import HAS_TRITON, INTERPRETED, triton_version
@@ -44,7 +45,7 @@ def arguments(longest_key: int, everything: bool, label_mode: str, dtype: torch.
     }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", slow_except([80, 90, 100], 90))
 @pytest.mark.parametrize(
     ("longest_key", "everything", "label_mode", "dtype"),
     [(8, True, "mix", torch.int64), (8, False, "input_only", torch.int64), (2, False, "input_only", torch.int32)],

@@ -332,6 +332,7 @@ def part_of_rank(
     return part.cpu(), gradient.cpu(), total.cpu(), wanted[:, own].cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo gathers from the CPU; NCCL needs one GPU per rank")
 @pytest.mark.parametrize("dtype", GRADIENT_BOUND)
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import transformers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from support.marks import slow_except
 from support.messages import assert_facts, assert_refused, user_error
 
 from megatron_prealign.cli import main
@@ -66,7 +67,12 @@ def bytes_of(prefix: Path) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "vocabulary"), [("huggingface", None), ("huggingface", 65_600), ("sentencepiece", None)]
+    ("kind", "vocabulary"),
+    slow_except(
+        [("huggingface", None), ("huggingface", 65_600), ("sentencepiece", None)],
+        ("huggingface", None),
+        ("sentencepiece", None),
+    ),
 )
 def test_the_bytes_are_those_of_megatrons_tool(
     directory: Path, tmp_path: Path, kind: str, vocabulary: int | None
@@ -219,6 +225,7 @@ def test_wrong_ids_of_the_fast_engine_are_noticed(
     assert [row.tolist() for row in open_indexed(tmp_path / "plain")] == [[*tokenizer.encode(t), 0] for t in texts]
 
 
+@pytest.mark.slow
 def test_the_engine_change_depends_only_on_the_text(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.marks import slow_except
 from support.messages import assert_facts, user_error
 from support.preprocess_runs import SETTINGS, files, make_inputs, run
 
@@ -34,6 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("resume"))
 
 
+@pytest.mark.slow
 def test_killed_with_workers(directory: Path, tmp_path: Path) -> None:
     big = tmp_path / "big.jsonl"
     lines = (directory / "a.jsonl").read_text(encoding="utf-8").splitlines()
@@ -72,7 +74,10 @@ def test_killed_with_workers(directory: Path, tmp_path: Path) -> None:
     assert files(out) == files(tmp_path / "y")
 
 
-@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", "1"), ("SIGTERM", "2"), ("SIGHUP", "1"), ("SIGINT", "2")])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    slow_except([("SIGTERM", "1"), ("SIGTERM", "2"), ("SIGHUP", "1"), ("SIGINT", "2")], ("SIGTERM", "1")),
+)
 def test_a_signal_reports_what_is_saved(directory: Path, tmp_path: Path, name: str, workers: str) -> None:
     path = tmp_path / "big.jsonl"
     path.write_text('{"text": "我们"}\n' * 2_000, encoding="utf-8")

@@ -57,6 +57,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
 def test_a_run_killed_at_any_step_resumes_with_the_same_bytes(
     directory: Path, tmp_path: Path, segmenter: str | None

@@ -63,6 +63,7 @@ def measure(run_dir: str, output: str) -> dict[str, Any] | None:
     return evaluate_runs({"a": Path(run_dir)}, Path(output), ParallelSection(device="cpu"), leave_process_group=True)
 
 
+@pytest.mark.slow
 def test_number_of_processes_that_does_not_divide_the_batch(trained: Path, workers: WorkerPool, tmp_path: Path) -> None:
     single = workers.run(1, measure, str(trained), str(tmp_path / "1"))[0]
     of_three = workers.run(3, measure, str(trained), str(tmp_path / "3"))

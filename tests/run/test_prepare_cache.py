@@ -73,6 +73,7 @@ def arrays(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(cache.iterdir())}
 
 
+@pytest.mark.slow
 def test_two_nodes(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
     """With separate disks both nodes build the same index; on a shared disk one does. Training finds it on every
     node."""
@@ -125,6 +126,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_builder(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed after writing all arrays under a temporary name: nothing looks complete, and the next run builds the
     index."""

@@ -199,6 +199,7 @@ def test_file_error_of_one_rank_is_a_user_error_on_all(workers: WorkerPool) -> N
         assert_facts(message, "/no/such/file", "No such file or directory", "FileNotFoundError")
 
 
+@pytest.mark.slow
 def test_control_group_outlasts_the_timeout_of_a_collective(workers: WorkerPool) -> None:
     # Without the control group the timeout is 1 s; 2.5 s of work is clearly longer, 60 s clearly enough.
     assert workers.run(2, wait_for_rank_zero, 60.0, 2.5, timeout_s=60) == ["done", "done"]

@@ -219,6 +219,7 @@ def test_bits_from_text_to_file(directory: Path, tokenizer: Tokenizer, tmp_path:
     assert inside > 20
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_bits(directory: Path, tmp_path: Path) -> None:
     need("jieba")
     bad = tmp_path / "bad.jsonl"

@@ -194,6 +194,7 @@ def test_real_gigatoken(tmp_path):
     assert tokenizer.word_encoder == "gigatoken"
 
 
+@pytest.mark.slow
 def test_the_word_cache_of_gigatoken_is_bounded(tmp_path):
     pytest.importorskip("gigatoken")
     engine = make(tmp_path / "byte", "byte").fast_engine()

@@ -236,6 +236,7 @@ def test_it_measures_what_an_evaluation_measures(workers: WorkerPool, tiny: Tiny
     assert last["groups"] == "held_out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"overlap_grad_reduce": True, "overlap_param_gather": True}])
 def test_training_is_the_same_without_the_watch(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, layout: dict[str, Any]
@@ -260,6 +261,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(workers: WorkerPool, tiny: Tiny, tmp_path: Path, one: Path, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
@@ -276,6 +278,7 @@ def test_layouts_agree(workers: WorkerPool, tiny: Tiny, tmp_path: Path, one: Pat
                 assert actual[key]["pairs"][direction][name] == pytest.approx(values, abs=tolerance), (key, name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_records(workers: WorkerPool, tiny: Tiny, tmp_path: Path, one: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(one / "checkpoints" / "step_00000004", checkpoints / "step_00000004")

@@ -243,6 +243,7 @@ def test_process_state_is_restored_after_an_error(workers: WorkerPool, tiny: Tin
     assert result["collecting"]
 
 
+@pytest.mark.slow
 def test_optimizer_may_be_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(
         tiny, tmp_path, alignment={"keep_optimizer": True, "train_iters": 2}, training={"train_iters": 2}
@@ -264,6 +265,7 @@ def test_alignment_stops_at_its_goal(workers: WorkerPool, tiny: Tiny, tmp_path: 
     assert not result["state"]["phase_done"]
 
 
+@pytest.mark.slow
 def test_unreached_goal_does_not_stop_the_phase(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(
         tiny,

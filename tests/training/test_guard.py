@@ -19,6 +19,7 @@ SAMPLE_TOKENS = 256
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+OVERLAP = {"overlap_grad_reduce": True}
 
 
 def guarded(tiny: Tiny, run_dir: Path, **guard: Any) -> dict[str, Any]:
@@ -257,11 +258,10 @@ def three_gradients(
     }
 
 
-@pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    [(1, {}), (2, {}), (2, PP2), (2, VPP2), (2, TP2), (2, {"overlap_grad_reduce": True})],
-    ids=["one", "dp2", "pp2", "vpp2", "tp2", "overlapped"],
+    ("ranks", "parallel", "size"),
+    [(1, {}, 4), (2, {}, None), (2, PP2, 4), (2, VPP2, None), (2, VPP2, 4), (2, TP2, None), (2, OVERLAP, 4)],
+    ids=["one", "dp2", "pp2", "vpp2", "vpp2_microbatches", "tp2", "overlapped"],
 )
 def test_gradients_are_the_sum_of_both_losses(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, ranks: int, parallel: dict[str, Any], size: int | None
@@ -299,6 +299,7 @@ def measured_means(run_dir: Path) -> dict[int, float]:
     return means
 
 
+@pytest.mark.slow
 def test_complete_runs_are_guarded_and_resume_bit_for_bit(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     """Without an alignment phase; the watch measures before the first step and after every second one."""
     steps = 8

@@ -2,11 +2,14 @@
 
 import copy
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_except
 from support.tiny import VOCAB_SIZE, Tiny
 from support.whole_runs import records, run, weights
 from support.workers import WorkerPool
@@ -15,6 +18,9 @@ from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 
 # Sums have another order in another layout; in fp32 five steps of Adam at lr 1e-3 differ by much less.
 TOLERANCE = 1e-4
+# Norm of the difference over the norm of the parameter; measured: at most 1.4e-4, since an Adam step of an element
+# whose gradient is nearly 0 is only rounding. A single missed step changes a matrix by 8e-2.
+WEIGHT_TOLERANCE = 1e-3
 
 LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
@@ -39,32 +45,57 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3", "kv_channels": 12},
 }
 
+# Every layout once; every family and both recomputations among them. `test_alignment_exactness.py` compares the
+# gradients of the other combinations.
+RUNS = [
+    ("tp2", "qwen3", None),
+    ("pp2", "gpt2_tied", "full"),
+    ("tp2_pp2", "qwen2", None),
+    ("dp2", "llama", None),
+    ("dp2_plain_optimizer", "llama", None),
+    ("dp2_overlap", "llama", None),
+    ("vpp2", "llama", "full"),
+    ("sp_tp2", "gpt2_tied", "selective"),
+    ("sp_tp2_dp2", "qwen3", None),
+]
+# Between two evaluations, which gather parameters that under overlap only their owners have updated.
+SAVED_AT = 7
+
 
 def values_for(tiny: Tiny, directory: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(tiny.values(directory))
     values["model"].update(model)
     values["parallel"] = {"device": "cpu", **parallel}
+    values["checkpoint"] = {"save_interval": SAVED_AT, "keep": 9}
     return values
+
+
+def all_weights(workers: WorkerPool, directory: Path) -> list[dict[str, torch.Tensor]]:
+    """Of every checkpoint of a run."""
+    names = sorted(path.name for path in (directory / "checkpoints").glob("step_*"))
+    return [weights(workers, directory, 2 * VOCAB_SIZE, name) for name in names]
 
 
 @pytest.fixture(scope="module")
 def reference(
     workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[dict[Any, Any], dict[str, torch.Tensor]]]:
-    """Each family trained in one process."""
-    runs = {}
-    for family, model in FAMILIES.items():
+) -> Callable[[str], tuple[Path, list[dict[str, torch.Tensor]]]]:
+    """Trains a family in one process, once."""
+
+    @cache
+    def trained(family: str) -> tuple[Path, list[dict[str, torch.Tensor]]]:
         directory = tmp_path_factory.mktemp(f"one_{family}")
-        run(workers, 1, values_for(tiny, directory, model, {}), directory)
-        runs[family] = (directory, weights(workers, directory, 2 * VOCAB_SIZE))
-    return runs
+        run(workers, 1, values_for(tiny, directory, FAMILIES[family], {}), directory)
+        return directory, all_weights(workers, directory)
+
+    return trained
 
 
-def assert_same_run(directory: Path, reference_directory: Path) -> None:
+def assert_same_run(directory: Path, reference_directory: Path, steps: int = 10) -> None:
     """Compares losses of every step, alignment losses of every layer, and the evaluations."""
     got, expected = records(directory), records(reference_directory)
     assert got.keys() == expected.keys()
-    assert len(got) == 10
+    assert len(got) == steps
     for step, line in expected.items():
         for name in ("loss", "lm_loss", "grad_norm"):
             assert got[step][name] == pytest.approx(line[name], rel=TOLERANCE), (step, name)
@@ -82,47 +113,36 @@ def assert_same_run(directory: Path, reference_directory: Path) -> None:
 def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        difference = (got[name] - tensor).abs().max().item()
-        assert difference <= TOLERANCE * max(1.0, tensor.abs().max().item()), (name, difference)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree_with_one_process(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], layout: str
-) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    run(workers, world_size, values_for(tiny, tmp_path, {}, parallel), tmp_path)
-    directory, expected = reference["llama"]
-    assert_same_run(tmp_path, directory)
-    assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
+        error = ((got[name] - tensor).norm() / tensor.norm().clamp(min=1e-30)).item()
+        assert error <= WEIGHT_TOLERANCE, (name, error)
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"),
-    [("gpt2_tied", "pp2"), ("gpt2_tied", "sp_tp2"), ("qwen2", "tp2_pp2"), ("qwen3", "tp2"), ("qwen3", "sp_tp2")],
+    ("layout", "family", "recompute"),
+    slow_except(RUNS, *(each for each in RUNS if each[0] in ("pp2", "dp2_overlap", "vpp2", "sp_tp2"))),
+    ids=[layout for layout, _, _ in RUNS],
 )
-def test_other_families_agree_with_one_process(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], family: str, layout: str
+def test_layouts_agree_with_one_process(
+    workers: WorkerPool,
+    tiny: Tiny,
+    tmp_path: Path,
+    reference: Callable[[str], tuple[Path, list[dict[str, torch.Tensor]]]],
+    layout: str,
+    family: str,
+    recompute: str | None,
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    run(workers, world_size, values_for(tiny, tmp_path, FAMILIES[family], parallel), tmp_path)
-    directory, expected = reference[family]
+    model = {**FAMILIES[family], "recompute_granularity": recompute}
+    run(workers, world_size, values_for(tiny, tmp_path, model, parallel), tmp_path)
+    directory, expected = reference(family)
     assert_same_run(tmp_path, directory)
-    assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
+    saved = all_weights(workers, tmp_path)
+    assert len(saved) == len(expected) == 3
+    for got, tensors in zip(saved, expected, strict=True):
+        assert_same_weights(got, tensors)
 
 
-@pytest.mark.parametrize(("recompute", "layout"), [("full", "pp2"), ("full", "vpp2"), ("selective", "sp_tp2")])
-def test_recomputation_changes_nothing(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, reference: dict[str, Any], recompute: str, layout: str
-) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    values = values_for(tiny, tmp_path, {"recompute_granularity": recompute}, parallel)
-    run(workers, world_size, values, tmp_path)
-    directory, expected = reference["llama"]
-    assert_same_run(tmp_path, directory)
-    assert_same_weights(weights(workers, tmp_path, 2 * VOCAB_SIZE), expected)
-
-
+@pytest.mark.slow
 def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     """Every stage builds its own mask, and recomputation reuses it; each line is a document here."""
     texts = [json.loads(text)["text"] for text in (tiny.directory / "corpus.jsonl").read_text("utf-8").splitlines()]
@@ -140,6 +160,8 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
         for source in values["data"]["sources"]:
             source["path"] = str(tmp_path / source["language"])
         values["data"].update(reset_position_ids=resets, reset_attention_mask=resets)
+        for phase in ("alignment", "training"):
+            values[phase]["train_iters"] = 2
         run(workers, world_size, values, directory)
         return directory
 
@@ -148,21 +170,7 @@ def test_documents_are_kept_apart_in_every_layout(workers: WorkerPool, tiny: Tin
     directory = trained("four", world_size, True, parallel, recompute_granularity="full")
     # Not the weights: the gradient of one is so close to 0 that its Adam step is only rounding (measured: difference of
     # 1.1e-4 after ten steps, less than 2e-5 for every other one, less than 1e-6 for the losses).
-    assert_same_run(directory, expected)
+    assert_same_run(directory, expected, steps=4)
     got, together = records(directory), records(trained("together", 1, False, {}))
     last = max(got)
     assert got[last]["grad_norm"] != pytest.approx(together[last]["grad_norm"], rel=10 * TOLERANCE)
-
-
-def test_overlapped_parameter_gather_saves_what_the_optimizer_wrote(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path
-) -> None:
-    """A save between two evaluations must gather parameters that only their owners have updated so far."""
-    saved = {}
-    for layout in ("dp2", "dp2_overlap"):
-        values = values_for(tiny, tmp_path / layout, {}, LAYOUTS[layout][1])
-        values["training"]["train_iters"] = 3
-        values["checkpoint"] = {"save_interval": 1, "keep": 10}
-        run(workers, 2, values, tmp_path / layout)
-        saved[layout] = weights(workers, tmp_path / layout, 2 * VOCAB_SIZE, "step_00000007")
-    assert_same_weights(saved["dp2_overlap"], saved["dp2"])

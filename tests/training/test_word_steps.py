@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.marks import slow_except
 from support.messages import assert_facts
 from support.phase_steps import open_run, step
 from support.tiny import Tiny
@@ -15,6 +16,25 @@ from support.workers import WorkerPool
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
+# Ranks, layout, samples of a step: the schedules of a pipeline depend on whether there are samples.
+MICROBATCHES: list[tuple[int, dict[str, Any], int]] = [
+    (1, {}, 4),
+    (2, {}, 0),
+    (2, PP2, 4),
+    (2, VPP2, 4),
+    (2, VPP2, 0),
+    (2, {**TP2, "sequence_parallel": False}, 4),
+    (2, {**TP2, "sequence_parallel": True}, 0),
+]
+# Ranks, layout, samples of a step, words of a microbatch.
+NO_PAIRS: list[tuple[int, dict[str, Any], int, int | None]] = [
+    (1, {}, 0, None),
+    (1, {}, 4, 4),
+    (2, VPP2, 0, 4),
+    (2, VPP2, 4, None),
+    (2, {"overlap_grad_reduce": True}, 0, None),
+    (2, {"overlap_grad_reduce": True}, 4, 4),
+]
 
 
 def steps_in_microbatches(
@@ -46,18 +66,10 @@ def losses_of(metrics: dict[str, Any]) -> list[float]:
     return [loss for loss in losses if loss is not None]
 
 
-@pytest.mark.parametrize("samples", [0, 4])
 @pytest.mark.parametrize(
-    ("ranks", "parallel"),
-    [
-        (1, {}),
-        (2, {}),
-        (2, PP2),
-        (2, VPP2),
-        (2, {**TP2, "sequence_parallel": False}),
-        (2, {**TP2, "sequence_parallel": True}),
-    ],
-    ids=["one", "dp2", "pp2", "vpp2", "tp2", "sp"],
+    ("ranks", "parallel", "samples"),
+    slow_except(MICROBATCHES, MICROBATCHES[0], MICROBATCHES[3]),
+    ids=["one", "dp2", "pp2", "vpp2", "vpp2_words_only", "tp2", "sp"],
 )
 def test_words_in_several_microbatches_are_one_batch(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, ranks: int, parallel: dict[str, Any], samples: int
@@ -142,10 +154,10 @@ def spoiled_steps(values: dict[str, Any], directory: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", [None, 4])
-@pytest.mark.parametrize("samples", [0, 4])
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(1, {}), (2, VPP2), (2, {"overlap_grad_reduce": True})], ids=["one", "vpp2", "dp2"]
+    ("ranks", "parallel", "samples", "size"),
+    slow_except(NO_PAIRS, *NO_PAIRS[:2]),
+    ids=["one_words_only", "one", "vpp2_words_only", "vpp2", "dp2_words_only", "dp2"],
 )
 def test_words_without_a_pair_are_skipped_with_a_warning(
     workers: WorkerPool,

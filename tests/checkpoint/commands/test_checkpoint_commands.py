@@ -346,6 +346,7 @@ def test_overflow_of_the_output_dtype_is_refused(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == ["step_00000001"]
 
 
+@pytest.mark.slow
 def test_a_disk_error_leaves_nothing_behind(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each call that changes the disk: either the old directory or the new one is intact."""
     calls = {"count": 0, "fail_at": 0}
@@ -391,6 +392,7 @@ def test_what_a_killed_export_left_is_removed(original: Path, tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_bytes_in_the_small_files(original: Path, tmp_path: Path, data: st.DataObject) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_except
 from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 from support.whole_runs import records, run, weights
 from support.workers import WorkerError, WorkerPool
@@ -31,7 +32,7 @@ def values_for(tiny: Tiny, run_dir: Path, precision: str) -> dict[str, Any]:
     return values
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=slow_except(["fp32", "bf16"], "fp32"))
 def uninterrupted(
     request: pytest.FixtureRequest, workers: WorkerPool, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
@@ -41,7 +42,7 @@ def uninterrupted(
     return request.param, directory, weights(workers, directory, 2 * VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("step", [2, BORDER, 8])
+@pytest.mark.parametrize("step", slow_except([2, BORDER, 8], BORDER))
 def test_resumed_run_is_bit_equal(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, uninterrupted: Any, step: int
 ) -> None:
@@ -74,6 +75,7 @@ def with_guard(values: dict[str, Any]) -> None:
     values["parallel"]["pipeline_model_parallel_size"] = 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "step"), [(without_switching, 3), (without_switching, BORDER), (with_guard, 8)])
 def test_resumed_run_is_bit_equal_in_other_layouts(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, change: Any, step: int

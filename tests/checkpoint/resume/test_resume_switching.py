@@ -64,6 +64,7 @@ def roll_back(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "checkpoints" / "step_00000001" / "state.json").read_text())
 
 
+@pytest.mark.slow
 def test_coverage_is_measured_once_and_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = words_values(tiny, tmp_path)
     (first, thresholds), (second, same) = workers.run(2, train_with_coverage, values, str(tmp_path), COVERAGE)
@@ -85,6 +86,7 @@ def test_coverage_is_measured_once_and_kept(workers: WorkerPool, tiny: Tiny, tmp
     assert moved[0][1] == pytest.approx(0.1 / 0.875 * 2**32, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_another_dictionary_is_refused(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(tiny, tmp_path)
     workers.run(2, train, values, str(tmp_path))

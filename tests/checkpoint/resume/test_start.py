@@ -123,6 +123,7 @@ def test_only_corrupt_checkpoints_do_not_start_from_scratch(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_another_run_continues_in_a_new_directory(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
@@ -143,6 +144,7 @@ def test_another_run_continues_in_a_new_directory(
     assert "training.precision fp32 (recipe: bf16)" in refusal(workers, train, other, str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_weights_load_into_a_vocabulary_with_different_padding(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
@@ -183,6 +185,7 @@ def test_mismatched_tensors_are_listed(workers: WorkerPool, tiny: Tiny, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_blend_and_batch_size_change_between_resumes(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:
@@ -213,6 +216,7 @@ def test_blend_and_batch_size_change_between_resumes(
     assert_facts(message, checkpoints, "training.train_iters is 2", "6 are already done")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_weights_cannot_be_resumed(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path
 ) -> None:

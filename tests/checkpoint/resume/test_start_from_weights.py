@@ -58,6 +58,7 @@ def one_step(tiny: Tiny, checkpoint: Path, run_dir: Path, **parallel: Any) -> di
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_from_hugging_face_to_a_run_to_its_weights_to_a_run(tiny: Tiny, tmp_path: Path, workers: WorkerPool) -> None:
     LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "hf")

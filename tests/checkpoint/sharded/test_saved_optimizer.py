@@ -24,6 +24,7 @@ def train_with_gathered_state(values: dict[str, Any], directory: str) -> None:
         store.optimizer_state = real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "parallel", "model", "precision"),
     [

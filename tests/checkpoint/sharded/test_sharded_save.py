@@ -348,6 +348,7 @@ def test_disks_that_are_not_shared_are_refused(workers: WorkerPool, tmp_path: Pa
     assert_facts(message, "rank 1", "rank 0", tmp_path, "checkpoint.directory", "nodes share")
 
 
+@pytest.mark.slow
 def test_process_with_a_stuck_write_can_end(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ def opens(prefix: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 @QUICK
 @given(index=st.binary(max_size=120), tokens=st.binary(max_size=16))
 @example(b"", b"")
@@ -43,6 +44,7 @@ def test_any_bytes(tmp_path: Path, index: bytes, tokens: bytes) -> None:
     assert not opens(tmp_path / "a")
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     version=st.sampled_from([1, 1, 1, 0, 2, 2**64 - 1]),
@@ -64,6 +66,7 @@ def test_any_header(
     opens(tmp_path / "a")
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8),

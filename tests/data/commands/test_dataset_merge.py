@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dataset_parts import VOCAB_SIZE, make_dataset, random_documents, word_bits, write_tokens
+from support.marks import slow_except
 from support.messages import assert_refused, user_error
 from support.sidecars import save_sidecar
 
@@ -136,7 +137,7 @@ def test_shards_are_sorted(tmp_path):
     assert (sidecar.shard, sidecar.skipped_count, len(sidecar.skipped)) == (None, 660, 100)
 
 
-@pytest.mark.parametrize("segmenter", [None, "support.word_cutters:KnownWords"])
+@pytest.mark.parametrize("segmenter", slow_except([None, "support.word_cutters:KnownWords"], None))
 def test_shards_of_a_real_run(tmp_path, tiny, segmenter):
     """Byte-identical to the run without --shard, including empty shards."""
     (tmp_path / "more.txt").write_text("苹果和梨 are fruit.\n\nA second document.\n")

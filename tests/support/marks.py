@@ -1,0 +1,16 @@
+"""Marks of tests and of some of their parameters."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_except(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Parameters for `parametrize`, all marked `slow` except `fast`; tuples are values of several arguments."""
+    cases = list(cases)
+    assert all(case in cases for case in fast), fast
+    return [
+        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
