@@ -74,6 +74,8 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "jsonschema>=4.18",
+            # Drives the system's Chromium; its own browsers are not downloaded.
+            "playwright>=1.49",
             # The segmenter of the tests; tests of the others are skipped if these are not installed.
             "jieba>=0.42.1",
             "gigatoken>=0.10",

@@ -17,9 +17,9 @@ _STYLE = """
 :root { --font: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 68rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 var(--font) }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; overflow-wrap: anywhere }
-h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; overflow-wrap: anywhere }
+  font: 16px/1.55 var(--font); overflow-wrap: anywhere }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem }
 p { max-width: 46rem; margin: .5rem 0 } .lead { font-size: 1.08rem }
 .note, figcaption { color: var(--muted); font-size: .9rem } figcaption { max-width: 46rem }
@@ -27,11 +27,11 @@ p { max-width: 46rem; margin: .5rem 0 } .lead { font-size: 1.08rem }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .8rem .4rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top;
   white-space: nowrap }
-th { font-weight: 600; color: var(--muted); white-space: normal; vertical-align: bottom }
-th:first-child, td:first-child, th.text, td.text { text-align: left }
-td.text { white-space: normal; overflow-wrap: anywhere }
-figure { margin: 1.25rem 0 2rem } svg { display: block; width: 100%; height: auto }
-figure.narrow svg { max-width: 46rem }
+th { font-weight: 600; color: var(--muted); white-space: normal; overflow-wrap: break-word;
+  vertical-align: bottom }
+th:first-child, td:first-child, th.text, td.text { text-align: left; white-space: normal; min-width: 7rem }
+figure { margin: 1.25rem 0 2rem } svg { display: block; width: 100%; height: auto; min-width: 52rem }
+figure.narrow svg { min-width: 40rem; max-width: 46rem }
 sub { color: var(--muted); font-size: .7em }
 dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
 """.strip()
@@ -75,7 +75,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = 
 
 
 def figure(title: str, svg: str, caption: str, *, level: int, narrow: bool = False) -> str:
-    """Renders a plot with title and caption.
+    """Renders a plot with title and caption; on narrow screens it scrolls instead of shrinking its text.
 
     Args:
         title: Text without HTML markup.
@@ -86,7 +86,8 @@ def figure(title: str, svg: str, caption: str, *, level: int, narrow: bool = Fal
     """
     kind = ' class="narrow"' if narrow else ""
     labelled = svg.replace("<svg ", f'<svg aria-label="{title}" ', 1)
-    return f"<h{level}>{title}</h{level}>\n<figure{kind}>\n{labelled}\n<figcaption>{caption}</figcaption>\n</figure>"
+    plot = f'<div class="scroll">{labelled}</div>'
+    return f"<h{level}>{title}</h{level}>\n<figure{kind}>\n{plot}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
 def definitions(items: Mapping[str, str]) -> str:

@@ -15,6 +15,14 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def shorten(text: str, length: int) -> str:
+    """`text` with its middle replaced by an ellipsis if it is longer than `length` characters."""
+    if len(text) <= length:
+        return text
+    head = length // 2
+    return f"{text[:head]}…{text[len(text) - (length - head - 1) :]}"
+
+
 def readable_bytes(count: int) -> str:
     """Human-readable size, such as 1.5 GB."""
     size = float(count)

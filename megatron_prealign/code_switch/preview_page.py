@@ -12,12 +12,12 @@ _HUES = (150, 265, 25, 205, 325, 85, 60, 235)
 
 _STYLE = """
 body { max-width: 84rem }
-td.text:last-child { color: var(--muted) } td.text:nth-child(2) { text-align: right; white-space: nowrap }
+td.text:last-child { color: var(--muted) } td.text:nth-child(2) { text-align: right; white-space: nowrap;
+  min-width: 0 }
 figure { margin: 1.25rem 0 }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: .35rem }
 @media (max-width: 50rem) { .sides { grid-template-columns: 1fr } }
-.sides div { background: var(--panel); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap;
-  overflow-wrap: anywhere }
+.sides div { background: var(--panel); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap }
 mark { color: hsl(var(--hue) 70% var(--text)); background: hsl(var(--hue) 60% var(--mark)); border-radius: 3px;
   padding: .05em .2em; font-weight: 600; cursor: help }
 sub { line-height: 0; margin-left: .15em }

@@ -5,19 +5,21 @@ from html import escape
 from typing import Any
 
 from megatron_prealign import page
+from megatron_prealign.text import shorten
 
 _STYLE = """
 svg text { fill: var(--ink); font-size: 13px } svg .muted { fill: var(--muted) }
 svg .first { fill: var(--first) } svg .second { fill: var(--second) } svg .track { fill: var(--panel) }
 .words { columns: 14rem; font-size: .92rem; padding-left: 1.4rem } .words span { color: var(--muted) }
 .samples { list-style: none; padding: 0 } .samples li { background: var(--panel); padding: .6rem .9rem;
-  border-radius: 6px; margin: .5rem 0; overflow-wrap: anywhere }
+  border-radius: 6px; margin: .5rem 0 }
 del { color: var(--muted) } ins { background: var(--mark); text-decoration: none; font-weight: 600; padding: .05em .2em;
   border-radius: 3px }
 """
 _COLOURS = {"--first": ("#0072b2", "#58a6e0"), "--second": ("#d55e00", "#ff8c42"), "--mark": ("#fff3c4", "#574a10")}
 
 _BAR_HEIGHT, _ROW_HEIGHT, _WIDTH, _LABEL_WIDTH, _VALUE_WIDTH = 14, 22, 720, 190, 70
+_MAX_LABEL_LENGTH = 24
 
 
 def render_page(report: Mapping[str, Any]) -> str:
@@ -176,7 +178,7 @@ def _bars(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
         top = number * _ROW_HEIGHT + (_ROW_HEIGHT - _BAR_HEIGHT) / 2
         width = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH * len(values)
         middle = top + _BAR_HEIGHT - 2
-        lines.append(f'<text x="0" y="{middle:g}">{escape(label)}</text>')
+        lines.append(f'<text x="0" y="{middle:g}">{escape(shorten(label, _MAX_LABEL_LENGTH))}</text>')
         lines.append(
             f'<rect class="track" x="{_LABEL_WIDTH}" y="{top:g}" width="{width}" height="{_BAR_HEIGHT}" rx="2"/>'
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_prealign import page
 from megatron_prealign.evaluation.run_record import ALIGNMENT, Measurement, RunRecord
+from megatron_prealign.text import shorten
 
 Runs = Mapping[str, tuple[RunRecord, Measurement]]
 # [(tokens, one value per layer)]
@@ -19,18 +20,20 @@ INK, MUTED, GRID = page.INK[0], page.MUTED[0], page.GRID[0]
 # One colour per run, distinguishable with colour blindness; dark mode uses the colour at the same index.
 RUN_COLOURS = ("#0072b2", "#d55e00", "#00835f", "#b8578a", "#8c6d1f", "#3b97cb", "#6a3d9a", "#707070")
 RUN_COLOURS_DARK = ("#58a6e0", "#ff8c42", "#3fca9b", "#e59ac5", "#d6b656", "#8fd0f5", "#b08ce0", "#a8a8a8")
-# First to last layer: ten steps of matplotlib's plasma, without the ends that are invisible on white or on black.
+# First to last layer: ten steps of the part of matplotlib's plasma whose contrast with the ground is at least 3:1.
 LAYER_COLOURS = (
-    *("#1b068d", "#43039e", "#6600a7", "#8606a6", "#a31e9a"),
-    *("#bd3786", "#d14e72", "#e3685f", "#f1834c", "#fb9f3a"),
+    *("#20068f", "#3f049c", "#5c01a6", "#7701a8", "#8f0da4"),
+    *("#a62098", "#bb3488", "#cc4778", "#da5b69", "#e76f5a"),
 )
 LAYER_COLOURS_DARK = (
-    *("#9613a1", "#ae2892", "#c23c81", "#d45270", "#e26660"),
-    *("#ef7e50", "#f89540", "#fdb130", "#fccd25", "#f4ed27"),
+    *("#ac2694", "#be3885", "#ce4b75", "#dd5e66", "#e97158"),
+    *("#f3874a", "#fa9e3b", "#fdb52e", "#fcd025", "#f4ed27"),
 )
 MAX_POINTS = 400
 MAX_COLUMNS = 2
 MAX_LAYER_LABELS = 8
+# Longer names of runs and languages would run over the next panel.
+MAX_TITLE_LENGTH, MAX_LEGEND_LENGTH = 34, 40
 
 
 def mean_over_pairs(by_pair: Mapping[str, Sequence[float]]) -> list[float]:
@@ -117,7 +120,7 @@ def _legend(figure: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     # matplotlib hides labels that start with an underscore.
-    labels = [f" {label}" if label.startswith("_") else label for label in entries]
+    labels = [shorten(f" {label}" if label.startswith("_") else label, MAX_LEGEND_LENGTH) for label in entries]
     handles = [Line2D([], [], **style) for style in entries.values()]
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 11 / (6 + max(map(len, labels), default=1)))))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=9)
@@ -163,7 +166,7 @@ def _draw_loss_panels(axes: Sequence[Any], runs: Runs, languages: Sequence[str])
                 axis.plot(*zip(*curve, strict=True), **styles[name])
         _fit_late_values(axis, curves)
         aligned = _alignment_ends(axis, runs, styles) or aligned
-        axis.set_title(f"Validation loss: {language}")
+        axis.set_title(shorten(f"Validation loss: {language}", MAX_TITLE_LENGTH))
         axis.set_ylabel("nats per token")
         _tokens_axis(axis)
     return aligned
@@ -268,7 +271,7 @@ def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
         depth = _depth(curves.values())
         for axis, (name, curve) in zip(axes, curves.items(), strict=True):
             _draw_layers(axis, curve, depth, runs[name][0].alignment_end_tokens)
-            axis.set_title(name)
+            axis.set_title(shorten(name, MAX_TITLE_LENGTH))
             axis.set_ylabel("P@1")
             axis.set_ylim(-0.03, 1.03)
         _legend(figure, _layer_entries(depth))
@@ -382,7 +385,7 @@ def draw_watch_by_layer(runs: Runs) -> Any | None:
             end = runs[name][0].alignment_end_tokens
             _draw_layers(left, retrieval, depth, end)
             _draw_layers(right, margin, depth, end)
-            left.set_title(name)
+            left.set_title(shorten(name, MAX_TITLE_LENGTH))
             left.set_ylabel("P@1")
             left.set_ylim(-0.03, 1.03)
             right.set_ylabel("cosine margin over other pairs")
@@ -441,15 +444,21 @@ def to_svg(figure: Any, prefix: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = text.replace("xlink:href=", "href=")
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'href="#', f'href="#{prefix}-', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
-    for variable, (light, _) in css_variables().items():
-        text = re.sub(f"{light}(?![0-9a-f])", f"var({variable})", text)
+    # Only in tags and style sheets: the name of a run may look like any of these.
+    text = re.sub(r"<style.*?</style>|<[^>]*>", lambda match: _embedded(match[0], prefix), text, flags=re.DOTALL)
     return re.sub(r"<svg [^>]*?viewBox", '<svg role="img" class="plot" viewBox', text, count=1)
+
+
+def _embedded(tag: str, prefix: str) -> str:
+    tag = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag)
+    tag = tag.replace("xlink:href=", "href=")
+    tag = re.sub(r'\bid="', f'id="{prefix}-', tag)
+    tag = re.sub(r'href="#', f'href="#{prefix}-', tag)
+    tag = re.sub(r"url\(#", f"url(#{prefix}-", tag)
+    tag = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", tag)
+    for variable, (light, _) in css_variables().items():
+        tag = re.sub(f"{light}(?![0-9a-f])", f"var({variable})", tag)
+    return tag
 
 
 def css_variables() -> dict[str, tuple[str, str]]:

@@ -266,9 +266,11 @@ def test_hostile_names_and_values_stay_text(runs: dict, tmp_path: Path) -> None:
     record, measurement = runs["aligned"]
     record = replace(record, recipe={"note": "</pre><script>alert(1)</script>"})
     odd = replace(measurement, validation_loss={"<i>": math.nan, "en": 2000.0})
-    report = write_report({"_$x^{<b>": (record, odd), "名前": runs["joint"]}, tmp_path)
+    like_a_plot = 'id="a" #0072b2 url(#b)'
+    report = write_report({"_$x^{<b>": (record, odd), f"名前 {like_a_plot}": runs["joint"]}, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>" not in text and "<i>" not in text and "{<b>" not in text
+    assert f"名前 {like_a_plot}</text>" in text
     assert report["runs"]["_$x^{<b>"]["validation_loss"] == {"<i>": None, "en": 2000.0}
     assert "NaN" not in (tmp_path / "report.json").read_text()
     page = Page()
