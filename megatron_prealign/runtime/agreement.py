@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prealign.errors import UserError, to_user_error
+from megatron_prealign.runtime import heartbeat
 
 Result = TypeVar("Result")
 
@@ -96,8 +97,10 @@ def lost_ranks_as_user_errors(what: str) -> Iterator[None]:
 
 
 def _lost_rank_message(what: str, error: RuntimeError) -> str:
-    # gloo messages start with a location in its source code.
-    reason = re.sub(r"^\[.*?\] ", "", (str(error).splitlines() or [type(error).__name__])[0])
+    # gloo messages start with a location in its source code and end with advice.
+    reason = re.sub(r"^\[.*?\] |\. .*", "", (str(error).splitlines() or [type(error).__name__])[0])
+    if lost := heartbeat.lost_ranks():
+        return f"{what}: {lost} ({reason}); rerun the same command"
     return (
         f"{what}: another process of this run has ended or does not respond ({reason}); check its output for the "
         "cause, then rerun the same command"

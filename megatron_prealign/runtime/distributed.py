@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection
+from megatron_prealign.runtime import heartbeat
 from megatron_prealign.runtime.agreement import open_control_group
+from megatron_prealign.runtime.launcher import watch_launcher
 
 # On CUDA, cuBLAS must be configured before its first use to be deterministic, which bit-exact resume relies on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -120,6 +122,7 @@ def start(parallel: ParallelSection, *, seed: int, control_timeout_minutes: floa
     Raises:
         UserError: No GPU although one is requested, or the world size is not a multiple of the model-parallel size.
     """
+    watch_launcher()
     device = choose_device(parallel.device)
     if parallel.tensor_model_parallel_size > 1:
         # Lets Megatron-Core's tensor-parallel communication start before the kernel it overlaps with. CUDA reads it
@@ -135,6 +138,7 @@ def start(parallel: ParallelSection, *, seed: int, control_timeout_minutes: floa
             f"the number of processes is {world_size}, expected a multiple of "
             f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size})"
         )
+    heartbeat.start(dist.get_rank(), world_size, timeout_s=timeout.total_seconds())
     # A minute more than the work may take, so that the rank whose time is up reports the error.
     patience = max(parallel.distributed_timeout_minutes, control_timeout_minutes, _PATIENCE_MINUTES) + 1.0
     open_control_group(timedelta(minutes=patience))
@@ -150,7 +154,7 @@ def start(parallel: ParallelSection, *, seed: int, control_timeout_minutes: floa
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + 100 * stage)
@@ -170,6 +174,7 @@ def stop(*, leave_process_group: bool = False) -> None:
     """Destroys Megatron-Core's groups and, unless `leave_process_group`, the process group."""
     from megatron.core import parallel_state
 
+    heartbeat.stop()
     parallel_state.destroy_model_parallel()
     if not leave_process_group and dist.is_initialized():
         dist.destroy_process_group()

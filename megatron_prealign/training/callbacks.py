@@ -1,6 +1,7 @@
 """Callbacks for periodic work: called at the start of a run, after each step, at the end of each phase and of the
 run."""
 
+import contextlib
 import gc
 import logging
 import math
@@ -117,8 +118,9 @@ class StopOnRequest(Callback):
             text = (
                 f"{name} received again: still saving a checkpoint before stopping; SIGKILL would lose the last steps"
             )
-        # Not through the logger, whose lock the interrupted code may hold.
-        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+        # Not through the logger, whose lock the interrupted code may hold. The reader of the output may have died.
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
     def on_step(self, trainer: "Trainer") -> None:
         if self._pending is not None:

@@ -1,0 +1,213 @@
+"""Signs of life of all ranks, so that the error of a lost rank names that rank.
+
+A collective only reports that a peer has closed its connection or is late. Therefore a thread of every rank writes a
+counter into the store of the launcher, and a rank whose collective failed looks for counters that stand still. The
+same thread watches the next rank and warns when it is silent for long, which also names a rank that hangs where the
+backend ends the process itself, as NCCL does.
+"""
+
+import atexit
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from megatron_prealign.runtime.launcher import launcher_has_ended
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+# Several intervals, since a thread waits for the interpreter while other threads hold it.
+SILENCE_S = 4.0
+_UNKNOWN = "does not respond"
+
+_current: "Heartbeat | None" = None
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a rank writes into the store."""
+
+    host: str
+    pid: int
+    started: float
+    """Start time of the process; a later process may have the same id."""
+    count: int = 0
+    ended: bool = False
+    """Whether the rank reported its own end."""
+
+    @classmethod
+    def of(cls, pid: int) -> "Pulse":
+        """The pulse of a process of this host."""
+        return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
+
+    def condition(self) -> str:
+        """Why the process is silent, as far as this host can see."""
+        if self.host != socket.gethostname():
+            return _UNKNOWN
+        try:
+            process = psutil.Process(self.pid)
+            status = process.status() if process.create_time() == self.started else psutil.STATUS_DEAD
+        except psutil.NoSuchProcess:
+            status = psutil.STATUS_DEAD
+        if status in (psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE):
+            return "was killed (SIGKILL, out of memory?)"
+        return "is stopped (SIGSTOP)" if status == psutil.STATUS_STOPPED else _UNKNOWN
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this host sees that the process is stopped or has ended without a report."""
+        return not self.ended and self.condition() != _UNKNOWN
+
+
+class StoreEndedError(Exception):
+    """The store of the launcher cannot be reached any more."""
+
+
+class Heartbeat:
+    """Writes the pulse of this rank from a thread and reads those of the others."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        *,
+        warn_after_s: float,
+        interval_s: float = INTERVAL_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        """
+        Args:
+            store: Store that all ranks use, through a connection of this object's own.
+            warn_after_s: Silence of the next rank after which this one logs a warning.
+            interval_s: Time between two pulses.
+            silence_s: Silence after which a rank counts as lost once a collective has failed.
+        """
+        self._store = store
+        self._rank, self._world_size = rank, world_size
+        self._warn_after_s, self._interval_s, self._silence_s = warn_after_s, interval_s, silence_s
+        self._pulse = Pulse.of(os.getpid())
+        self._lock = threading.Lock()
+        self._store_has_ended = False
+        self._stopped = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Reports that this rank ends by itself."""
+        self._stopped.set()
+        self._thread.join()
+        self._pulse = replace(self._pulse, ended=True)
+        with suppress(StoreEndedError):
+            self._write()
+
+    def lost_ranks(self) -> str:
+        """Describes the ranks that are silent although they did not report their end; empty if there are none.
+
+        Takes up to `silence_s` seconds.
+        """
+        try:
+            before = self._read()
+            lost = {rank: pulse for rank, pulse in before.items() if pulse.is_lost}
+            if not lost:
+                time.sleep(self._silence_s)
+                after = self._read()
+                lost = {rank: pulse for rank, pulse in after.items() if not pulse.ended and pulse == before.get(rank)}
+        except StoreEndedError:
+            return ""
+        return "; ".join(_described(rank, pulse) for rank, pulse in sorted(lost.items()) if rank != self._rank)
+
+    def _run(self) -> None:
+        next_rank = (self._rank + 1) % self._world_size
+        seen: Pulse | None = None
+        seen_s = time.monotonic()
+        warned = False
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._write()
+                pulse = self._read([next_rank]).get(next_rank)
+            except StoreEndedError:
+                return
+            if pulse is None or pulse.ended or pulse != seen:
+                seen, seen_s, warned = pulse, time.monotonic(), False
+            elif not warned and time.monotonic() - seen_s > self._warn_after_s:
+                silent_s = time.monotonic() - seen_s
+                logger.warning("no sign of life for %.0f s: %s", silent_s, _described(next_rank, pulse))
+                warned = True
+
+    def _write(self) -> None:
+        self._pulse = replace(self._pulse, count=self._pulse.count + 1)
+        with self._reachable_store() as store:
+            store.set(_key(self._rank), json.dumps(asdict(self._pulse)))
+
+    def _read(self, ranks: list[int] | None = None) -> Mapping[int, Pulse]:
+        """Pulses of the ranks that have begun; by default of all."""
+        ranks = list(range(self._world_size)) if ranks is None else ranks
+        with self._reachable_store() as store:
+            # Reading a missing key would block. One request for all ranks, unless some have not begun.
+            begun = ranks
+            if not store.check([_key(rank) for rank in ranks]):
+                begun = [rank for rank in ranks if store.check([_key(rank)])]
+            values = store.multi_get([_key(rank) for rank in begun])
+            return {rank: Pulse(**json.loads(value)) for rank, value in zip(begun, values, strict=True)}
+
+    @contextmanager
+    def _reachable_store(self) -> Iterator[dist.Store]:
+        # The store ends with the launcher, and torch prints a trace of every attempt to reach it then.
+        with self._lock:
+            if self._store_has_ended or launcher_has_ended():
+                raise StoreEndedError
+            try:
+                yield self._store
+            except RuntimeError as error:
+                self._store_has_ended = True
+                raise StoreEndedError from error
+
+
+def _key(rank: int) -> str:
+    return f"megatron_prealign/pulse/{rank}"
+
+
+def _described(rank: int, pulse: Pulse) -> str:
+    return f"rank {rank} on {pulse.host} (process {pulse.pid}) {pulse.condition()}"
+
+
+def start(rank: int, world_size: int, *, timeout_s: float) -> None:
+    """Starts the heartbeat of this process if the launcher named a store and there are several ranks.
+
+    Args:
+        timeout_s: Timeout of collectives; the warning comes after half of it.
+    """
+    global _current
+    if _current is not None or world_size < 2 or "MASTER_ADDR" not in os.environ:
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A connection of its own: an operation of another thread on the same one could block for minutes.
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+    _current = Heartbeat(store, rank, world_size, warn_after_s=timeout_s / 2)
+    # An exit that Python takes part in is no silent death, whatever the error.
+    atexit.register(stop)
+
+
+def stop() -> None:
+    """Reports the end of this rank to the others."""
+    global _current
+    if _current is not None:
+        _current.close()
+        _current = None
+
+
+def lost_ranks() -> str:
+    """`Heartbeat.lost_ranks` of this process; empty without a heartbeat."""
+    return "" if _current is None else _current.lost_ranks()

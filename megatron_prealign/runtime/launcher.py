@@ -1,0 +1,47 @@
+"""Ends the processes of a launcher that has died, which would otherwise train on as orphans and lock the run."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+_INTERVAL_S = 1.0
+_launcher: int | None = None
+
+
+def watch_launcher(interval_s: float = _INTERVAL_S) -> None:
+    """Sends SIGTERM to this process when torchrun, which started it, has died.
+
+    Training then saves a checkpoint and stops on all ranks as on any SIGTERM; anything else ends at once.
+
+    Does nothing in a process that torchrun did not start: the parent of such a process may end for good reasons
+    (`nohup`, a closed shell). Polls instead of using Linux's PR_SET_PDEATHSIG, which reports the end of the parent's
+    thread.
+
+    Args:
+        interval_s: Time between two checks.
+    """
+    global _launcher
+    parent = os.getppid()
+    # Process 1 is the launcher only in a container, which ends with it.
+    if _launcher is not None or "TORCHELASTIC_RUN_ID" not in os.environ or parent == 1:
+        return
+    _launcher = parent
+    threading.Thread(target=_watch, args=(parent, interval_s), name="launcher", daemon=True).start()
+
+
+def launcher_has_ended() -> bool:
+    """Whether the watched launcher has died; False without one."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
+def _watch(parent: int, interval_s: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(interval_s)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        # The launcher may have been the reader of this output.
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"torchrun (process {parent}) has ended; stopping its ranks\n".encode())
+    os.kill(os.getpid(), signal.SIGTERM)

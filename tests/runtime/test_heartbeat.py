@@ -1,0 +1,119 @@
+"""A rank that is killed, stopped or silent is named by the others; one that reported its end is not."""
+
+import json
+import logging
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import psutil
+import pytest
+import torch.distributed as dist
+from support.messages import assert_facts
+
+from megatron_prealign.runtime.heartbeat import Heartbeat, Pulse
+
+
+@pytest.fixture
+def other() -> Iterator[subprocess.Popen[bytes]]:
+    """Another process of this host."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+
+
+@pytest.fixture
+def beating() -> Iterator[tuple[dist.Store, Heartbeat]]:
+    """The heartbeat of rank 0 of three, and its store."""
+    store = dist.HashStore()
+    heartbeat = Heartbeat(store, 0, 3, warn_after_s=0.1, interval_s=0.01, silence_s=0.2)
+    yield store, heartbeat
+    heartbeat.close()
+
+
+def publish(store: dist.Store, rank: int, pulse: Pulse) -> None:
+    store.set(f"megatron_prealign/pulse/{rank}", json.dumps(asdict(pulse)))
+
+
+def wait_for_status(process: subprocess.Popen[bytes], status: str) -> None:
+    while psutil.Process(process.pid).status() != status:
+        time.sleep(0.01)
+
+
+def test_the_condition_of_a_process(other: subprocess.Popen[bytes]) -> None:
+    pulse = Pulse.of(other.pid)
+    assert pulse.condition() == "does not respond" and not pulse.is_lost
+    assert "does not respond" in replace(pulse, host="another-host").condition()
+    other.send_signal(signal.SIGSTOP)
+    wait_for_status(other, psutil.STATUS_STOPPED)
+    assert "SIGSTOP" in pulse.condition() and pulse.is_lost
+    other.kill()
+    wait_for_status(other, psutil.STATUS_ZOMBIE)
+    assert "SIGKILL" in pulse.condition() and pulse.is_lost
+    assert not replace(pulse, ended=True).is_lost
+    other.wait()
+    assert pulse.is_lost
+    # Another process has got its id.
+    assert replace(Pulse.of(psutil.Process().pid), started=0.0).is_lost
+
+
+def test_a_killed_rank_is_named_with_host_and_reason(
+    beating: tuple[dist.Store, Heartbeat], other: subprocess.Popen[bytes]
+) -> None:
+    store, heartbeat = beating
+    pulse = Pulse.of(other.pid)
+    publish(store, 2, pulse)
+    other.kill()
+    other.wait()
+    lost = heartbeat.lost_ranks()
+    assert_facts(lost, "rank 2", pulse.host, str(other.pid), "SIGKILL")
+    assert "rank 1" not in lost and "\n" not in lost
+
+
+def test_only_silent_ranks_are_lost(beating: tuple[dist.Store, Heartbeat]) -> None:
+    store, heartbeat = beating
+    # Rank 1 goes on, rank 2 is silent on another host.
+    alive = Heartbeat(store, 1, 3, warn_after_s=60, interval_s=0.01)
+    silent = replace(Pulse.of(psutil.Process().pid), host="another-host")
+    publish(store, 2, silent)
+    lost = heartbeat.lost_ranks()
+    assert_facts(lost, "rank 2 on another-host", "does not respond")
+    assert "rank 1" not in lost and "rank 0" not in lost
+    alive.close()
+    publish(store, 2, replace(silent, ended=True))
+    # Both have reported their end.
+    assert heartbeat.lost_ranks() == ""
+
+
+def test_the_previous_rank_warns_once_of_a_long_silence(
+    beating: tuple[dist.Store, Heartbeat], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, _ = beating
+    with caplog.at_level(logging.WARNING):
+        publish(store, 1, replace(Pulse.of(psutil.Process().pid), host="another-host"))
+        time.sleep(0.4)
+    (record,) = caplog.records
+    assert_facts(record.getMessage(), "rank 1 on another-host", "does not respond")
+
+
+def test_the_store_of_a_launcher_that_has_ended_is_left_alone(
+    beating: tuple[dist.Store, Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, heartbeat = beating
+    monkeypatch.setattr("megatron_prealign.runtime.heartbeat.launcher_has_ended", lambda: True)
+    heartbeat.close()
+    last = store.get("megatron_prealign/pulse/0")
+    assert not json.loads(last)["ended"] and heartbeat.lost_ranks() == ""
+
+
+def test_a_store_that_has_ended_names_no_rank_and_raises_nothing() -> None:
+    class Ended(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("connection closed")
+
+    heartbeat = Heartbeat(Ended(), 0, 2, warn_after_s=60, interval_s=0.01)
+    assert heartbeat.lost_ranks() == ""
+    heartbeat.close()

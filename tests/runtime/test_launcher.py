@@ -1,0 +1,68 @@
+"""Processes that torchrun started end with it; others outlive their parents."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+# The launcher starts a rank that watches it and waits; the rank saves first if it handles SIGTERM.
+RANK = """
+import pathlib, signal, sys, time
+from megatron_prealign.runtime.launcher import watch_launcher
+if sys.argv[2] == "saves":
+    signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1], "saved").touch(), sys.exit(0)))
+watch_launcher(interval_s=0.05)
+watch_launcher(interval_s=0.05)
+pathlib.Path(sys.argv[1], "watching").touch()
+time.sleep(60)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()"
+
+
+def killed_launcher(directory: Path, kind: str, **environment: str) -> tuple[psutil.Process, int]:
+    """Kills the launcher of a rank that watches it; returns the rank and the id of the launcher."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    with (directory / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "-c", RANK, str(directory), kind],
+            env=inherited | environment,
+            stdout=log,
+            stderr=log,
+        )
+    while not (directory / "watching").exists():
+        assert launcher.poll() is None, (directory / "log").read_text()
+        time.sleep(0.01)
+    (rank,) = psutil.Process(launcher.pid).children()
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    return rank, launcher.pid
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["ends", "saves"])
+def test_a_rank_ends_with_its_launcher_and_may_save_first(tmp_path: Path, kind: str) -> None:
+    rank, launcher = killed_launcher(tmp_path, kind, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
+    rank.wait(timeout=20)
+    assert (tmp_path / "saved").exists() == (kind == "saves")
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "torchrun" in line and str(launcher) in line
+
+
+@pytest.mark.timeout(30)
+def test_one_rank_of_a_host_reports_it(tmp_path: Path) -> None:
+    rank, _ = killed_launcher(tmp_path, "ends", TORCHELASTIC_RUN_ID="1", LOCAL_RANK="1")
+    rank.wait(timeout=20)
+    assert (tmp_path / "log").read_text() == ""
+
+
+@pytest.mark.timeout(30)
+def test_a_process_without_torchrun_outlives_its_parent(tmp_path: Path) -> None:
+    rank, _ = killed_launcher(tmp_path, "ends")
+    with pytest.raises(psutil.TimeoutExpired):
+        rank.wait(timeout=0.4)
+    rank.kill()
