@@ -1,8 +1,11 @@
 """The `megatron-prealign` command: dispatches to sub-commands and prints user errors as one line, exit status 2."""
 
+import contextlib
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from megatron_prealign import __version__
@@ -103,4 +106,16 @@ def _report(error: UserError) -> int:
     elif not error.agreed:
         # Rank 0 does not print this error.
         print(f"error: rank {rank}: {error}", file=sys.stderr)
+    _report_to_torchrun(error)
     return error.exit_status
+
+
+def _report_to_torchrun(error: UserError) -> None:
+    """Writes the error file of torch.distributed.elastic, so that torchrun's own report, which comes last, contains the
+    error."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    extra = {"py_callstack": f"error: {error}", "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": str(error), "extraInfo": extra}}, file)

@@ -158,6 +158,22 @@ def test_error_of_all_ranks_is_printed_once(
     assert capsys.readouterr().err == printed
 
 
+def test_the_report_of_torchrun_contains_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def main(argv: Sequence[str]) -> int:
+        raise UserError("file is missing")
+
+    with_command(monkeypatch, main)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert cli.main(["probe"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert "error: file is missing" in str(ChildFailedError("probe", {0: failure}))
+    # A directory that torchrun has removed changes nothing.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert cli.main(["probe"]) == 2
+
+
 def test_system_error_about_a_file_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

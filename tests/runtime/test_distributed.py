@@ -77,6 +77,15 @@ def patience_of(checkpoint_minutes: float) -> tuple[float, str]:
     return agreement._control[2].total_seconds() / 60, dist.get_backend(agreement.control_group())
 
 
+def timeout_of_the_engine(minutes: float) -> float:
+    """Timeout of Megatron-Core's data-parallel group, in seconds."""
+    from megatron_prealign.runtime.distributed import start
+
+    runtime = start(ParallelSection(device="cpu", distributed_timeout_minutes=minutes), seed=1)
+    options = runtime.groups.dp._get_backend(torch.device("cpu")).options
+    return float(options._timeout.total_seconds())
+
+
 def alone() -> dict[str, Any]:
     """Runs as without torchrun: no RANK, no process group."""
     import os
@@ -96,6 +105,10 @@ def alone() -> dict[str, Any]:
     dist.all_reduce(total)
     stop(leave_process_group=True)
     return {**result, "gone": gone, "left": dist.is_initialized(), "total": total.item()}
+
+
+def test_the_timeout_may_be_a_fraction_of_a_minute(workers: WorkerPool) -> None:
+    assert workers.run(2, timeout_of_the_engine, 0.25) == [15.0, 15.0]
 
 
 def test_ranks_have_their_coordinates(workers: WorkerPool) -> None:
