@@ -55,15 +55,20 @@ def measure_phases(recipe: Recipe, runtime: Runtime, *, steps: int, warmup: int)
     with _shared_directory() as directory:
         trainer = _build_trainer(_shorten(recipe, directory, steps + warmup), runtime)
         schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
+        states = [TrainState() for _ in trainer.phases]
         seconds: list[list[float]] = [[] for _ in trainer.phases]
         tokens: list[list[int]] = [[] for _ in trainer.phases]
         for _ in range(warmup + steps):
             for number, phase in enumerate(trainer.phases):
+                # Each phase continues where it was, so that it finds what it has read ahead.
+                trainer.state = states[number]
                 before = trainer.state.tokens
                 start_s = _synchronised_time_s(runtime)
                 trainer.step(phase, schedules[number])
                 seconds[number].append(_synchronised_time_s(runtime) - start_s)
                 tokens[number].append(trainer.state.tokens - before)
+        for phase in trainer.phases:
+            phase.end()
     speeds = [
         _speed(phase, runtime, times[warmup:], counts[warmup:])
         for phase, times, counts in zip(trainer.phases, seconds, tokens, strict=True)

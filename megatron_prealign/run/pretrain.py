@@ -64,7 +64,7 @@ def build_phases(recipe: Recipe, runtime: Runtime, inputs: RunInputs, words: Wor
     Args:
         words: Word part of alignment steps; None without the section `alignment`.
     """
-    reader = partial(SampleReader, inputs.train, runtime)
+    reader = partial(SampleReader, inputs.train, runtime, every_stage=recipe.data.reset_attention_mask)
     phases: list[Phase] = []
     for plan in recipe.phases:
         if plan.name == ALIGNMENT:

@@ -12,7 +12,7 @@ from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction
 from megatron_prealign.runtime.optimizer import zero_frozen_gradients
 from megatron_prealign.training.meter import Meter
-from megatron_prealign.training.microbatches import SampleMicrobatch, SampleReader, lm_loss_sum
+from megatron_prealign.training.microbatches import SampleMicrobatch, SampleReader, StepSamples, lm_loss_sum
 from megatron_prealign.training.phase import AlignmentMetrics, Phase, ScheduleSettings
 from megatron_prealign.training.word_steps import WordSteps
 
@@ -48,12 +48,27 @@ class AlignmentPhase(Phase):
         )
 
     def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
+        last = state.phase_step + 1 >= self.total_iters(state)
+        self._words.draw(state.step, chunks, following=None if last else state.step + 1)
         samples: list[SampleMicrobatch] = []
         if self._section.lm_global_batch_size:
-            samples, _ = self._reader.read(state.consumed_samples, self._section.lm_global_batch_size, 0)
-        self._words.run(state.step, chunks, samples, self._lm_step, next_step=state.step + 1)
+            following = self.following(state)
+            samples, _ = self._reader.read(
+                self._samples_of(state), following=None if following is None else self._samples_of(following)
+            )
+        self._words.run(chunks, samples, self._lm_step)
         if self._section.freeze != "none":
             zero_frozen_gradients(chunks)
+
+    def _samples_of(self, state: TrainState) -> StepSamples:
+        return StepSamples(state.consumed_samples, self._section.lm_global_batch_size, consumed_tokens=0)
+
+    def drain_waited_s(self) -> float:
+        return self._words.drain_waited_s() + self._reader.drain_waited_s()
+
+    def end(self) -> None:
+        self._words.close()
+        self._reader.close()
 
     def _lm_step(
         self, chunk: torch.nn.Module, samples: SampleMicrobatch, microbatches: int

@@ -33,13 +33,28 @@ class GuardedLanguageModelPhase(LanguageModelPhase):
         self._words = words
         self._with_words = False
 
-    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch]) -> None:
-        due = (state.phase_step + 1) % self._guard.interval == 0
+    def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
+        interval = self._guard.interval
+        due = (state.phase_step + 1) % interval == 0
         self._with_words = due and (self._guard.floor is None or state.below_floor)
         if self._with_words:
-            self._words.run(state.step, chunks, samples, self._lm_step, next_step=state.step + self._guard.interval)
+            # First, because the schedule position of the next step, read ahead, includes the tokens of these words.
+            last = state.phase_step + interval >= self.total_iters(state)
+            self._words.draw(state.step, chunks, following=None if last else state.step + interval)
+        super().forward_backward(state, chunks)
+
+    def _run(self, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch]) -> None:
+        if self._with_words:
+            self._words.run(chunks, samples, self._lm_step)
         else:
-            super()._run(state, chunks, samples)
+            super()._run(chunks, samples)
+
+    def drain_waited_s(self) -> float:
+        return super().drain_waited_s() + self._words.drain_waited_s()
+
+    def end(self) -> None:
+        super().end()
+        self._words.close()
 
     def advance(self, state: TrainState) -> None:
         super().advance(state)

@@ -12,7 +12,13 @@ from megatron_prealign.recipe import LANGUAGE_MODEL, Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, run_schedule, schedule_length
 from megatron_prealign.training.meter import Meter
-from megatron_prealign.training.microbatches import SampleMicrobatch, SampleReader, idle_microbatch, lm_loss_sum
+from megatron_prealign.training.microbatches import (
+    SampleMicrobatch,
+    SampleReader,
+    StepSamples,
+    idle_microbatch,
+    lm_loss_sum,
+)
 from megatron_prealign.training.phase import Phase, ScheduleSettings
 
 
@@ -68,18 +74,31 @@ class LanguageModelPhase(Phase):
         )
 
     def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
-        training = self._recipe.training
+        following = self.following(state)
         batches, counts = self._reader.read(
-            state.consumed_samples, training.global_batch_size, state.tokens - state.phase_start_tokens
+            self._samples_of(state), following=None if following is None else self._samples_of(following)
         )
-        # Whether there are counts depends only on the ratio, so all ranks agree.
+        # Rank 0, which reports the counts, is in the first stage.
         self._counted_steps += counts is not None
-        # Every stage reads the same samples; only the last one adds their counts.
+        # The first and the last stage read the same samples; only the last one adds their counts.
         if counts is not None and self._runtime.is_last_stage:
             self._meter.add("counts", counts)
-        self._run(state, chunks, batches)
+        self._run(chunks, batches)
 
-    def _run(self, state: TrainState, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch]) -> None:
+    def _samples_of(self, state: TrainState) -> StepSamples:
+        return StepSamples(
+            state.consumed_samples,
+            self._recipe.training.global_batch_size,
+            consumed_tokens=state.tokens - state.phase_start_tokens,
+        )
+
+    def drain_waited_s(self) -> float:
+        return self._reader.drain_waited_s()
+
+    def end(self) -> None:
+        self._reader.close()
+
+    def _run(self, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch]) -> None:
         """Forward and backward pass over the samples of a step."""
         microbatches = schedule_length(self._runtime, len(samples))
 

@@ -8,6 +8,13 @@ import torch.distributed as dist
 from megatron_prealign.runtime.distributed import Runtime
 
 
+def max_over_ranks(value: float, runtime: Runtime) -> float:
+    """Largest value of all ranks. Collective: call on all ranks (one collective, one host sync)."""
+    largest = torch.tensor(value, dtype=torch.float64, device=runtime.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 class Meter:
     """Named sums in one float64 vector on the device.
 

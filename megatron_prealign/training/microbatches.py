@@ -11,6 +11,7 @@ from megatron_prealign.data.samples import SampleBatch, TrainSamples
 from megatron_prealign.model.attention import document_mask
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import unwrap
+from megatron_prealign.runtime.read_ahead import ReadAhead
 from megatron_prealign.runtime.transfer import to_device
 
 # (samples on the device, tokens consumed in the phase so far) -> model inputs, labels and masks.
@@ -35,47 +36,83 @@ class SampleMicrobatch:
     document_starts: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class StepSamples:
+    """Which samples of the blend a step uses, over all ranks."""
+
+    first: int
+    """Position of the first one in the blend."""
+    count: int
+    """Number of samples."""
+    consumed_tokens: int
+    """Tokens consumed in the phase before this step."""
+
+
 class SampleReader:
-    """Reads this rank's samples of a step as microbatches."""
+    """Reads this rank's samples of a step as microbatches, one step ahead."""
 
     def __init__(
-        self, samples: TrainSamples, runtime: Runtime, *, micro_batch_size: int, make_batch: MakeBatch
+        self,
+        samples: TrainSamples,
+        runtime: Runtime,
+        *,
+        micro_batch_size: int,
+        make_batch: MakeBatch,
+        every_stage: bool = False,
     ) -> None:
+        """
+        Args:
+            every_stage: Whether the stages between the first and the last one need the samples, to mask attention.
+        """
+        self._needed = every_stage or runtime.is_first_stage or runtime.is_last_stage
         self._samples = samples
         self._runtime = runtime
         self._micro_batch_size = micro_batch_size
         self._make_batch = make_batch
+        self._ahead = ReadAhead("samples", self._read, runtime.device)
 
     def read(
-        self, first_sample: int, num_samples: int, consumed_tokens: int
+        self, step: StepSamples, *, following: StepSamples | None
     ) -> tuple[list[SampleMicrobatch], torch.Tensor | None]:
-        """Returns this rank's microbatches of a step of `num_samples` samples, and the sum of their code-switching
-        counts (None without code-switching).
+        """Returns this rank's microbatches of a step and the sum of their code-switching counts (None without
+        code-switching), and starts reading those of the step that follows.
 
         Collective: call on all ranks of the data-parallel group (one small all-reduce).
 
-        Args:
-            first_sample: Index of the step's first sample in the blend.
-            num_samples: Number of samples over all ranks.
-            consumed_tokens: Tokens consumed in the phase before this step.
+        Raises:
+            UserError: A token id of the step's samples is outside the vocabulary.
         """
-        runtime, size = self._runtime, self._micro_batch_size
-        per_round = size * runtime.data_size
-        batches, counts = [], None
-        for first in range(first_sample, first_sample + num_samples, per_round):
-            own = first + runtime.data_rank * size
-            samples = self._samples.batch(range(own, own + size))
-            batch = self._make_batch(samples_to_device(samples, runtime.device), consumed_tokens)
-            batches.append(batch)
-            if batch.counts is not None:
-                counts = batch.counts if counts is None else counts + batch.counts
+        if not self._needed:
+            microbatches = step.count // (self._micro_batch_size * self._runtime.data_size)
+            return [idle_microbatch(self._runtime)] * microbatches, None
+        batches = self._ahead.take(step, following=following)
+        counts = [batch.counts for batch in batches if batch.counts is not None]
+        # Here and not in the thread, because collectives of two threads would interleave.
         scored = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
-        dist.all_reduce(scored, group=runtime.groups.dp)
+        dist.all_reduce(scored, group=self._runtime.groups.dp)
         scored.clamp_(min=1.0)
         return [
             SampleMicrobatch(b.tokens, b.labels, b.loss_mask, b.position_ids, scored, b.document_starts)
             for b in batches
-        ], counts
+        ], torch.stack(counts).sum(0) if counts else None
+
+    def _read(self, step: StepSamples) -> list[SwitchedBatch]:
+        """Reads and code-switches this rank's microbatches."""
+        runtime, size = self._runtime, self._micro_batch_size
+        batches = []
+        for first in range(step.first, step.first + step.count, size * runtime.data_size):
+            own = first + runtime.data_rank * size
+            samples = self._samples.batch(range(own, own + size))
+            batches.append(self._make_batch(samples_to_device(samples, runtime.device), step.consumed_tokens))
+        return batches
+
+    def drain_waited_s(self) -> float:
+        """Returns the seconds that this process has waited for samples since the last call."""
+        return self._ahead.drain_waited_s()
+
+    def close(self) -> None:
+        """Drops the samples that were read ahead."""
+        self._ahead.close()
 
 
 def samples_to_device(samples: SampleBatch, device: torch.device) -> SampleBatch:

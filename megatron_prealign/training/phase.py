@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,9 +50,26 @@ class Phase(ABC):
     def advance(self, state: TrainState) -> None:
         """Adds the samples and tokens of the step to the counters in `state`."""
 
+    def finish_step(self, state: TrainState) -> None:
+        """Advances all counters in `state` by one step."""
+        self.advance(state)
+        state.phase_step += 1
+        state.step += 1
+
+    def following(self, state: TrainState) -> TrainState | None:
+        """Counters after the step that starts at `state`, to read its successor ahead; None if there is none in this
+        phase, as far as is known before the step."""
+        later = replace(state)
+        self.finish_step(later)
+        return None if self.is_over(later) else later
+
     @abstractmethod
     def metrics(self, steps: int) -> dict[str, Any]:
         """Returns the metrics of the last `steps` steps for a log line. Collective: call on all ranks."""
+
+    def drain_waited_s(self) -> float:
+        """Returns the seconds that this process has waited for data since the last call."""
+        return 0.0
 
     def begin(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
         """Called before the first step of the phase in this process."""

@@ -13,6 +13,7 @@ from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.recipe.phases import ALIGNMENT
 from megatron_prealign.training.callbacks import Callback
+from megatron_prealign.training.meter import max_over_ranks
 from megatron_prealign.training.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class ProgressLog(Callback):
         """Logs the metrics since the last call. Collective: call on all ranks (the metrics are summed over them)."""
         state, phase = trainer.state, trainer.phase
         values = phase.metrics(state.step - self._since_step)
+        waited_s = max_over_ranks(phase.drain_waited_s(), trainer.runtime) / (state.step - self._since_step)
         elapsed_s = max(state.seconds - self._since_s, 1e-9)
         tokens_per_second = (state.tokens - self._since_tokens) / elapsed_s
         record = {
@@ -113,6 +115,7 @@ class ProgressLog(Callback):
             "learning_rate": trainer.learning_rate,
             "grad_norm": trainer.grad_norm,
             "tokens_per_second": round(tokens_per_second, 1),
+            "data_wait_ms": round(1e3 * waited_s, 3),
             "memory_gb": round(_memory_gb(trainer.runtime.device), 3),
         }
         if trainer.runtime.device.type == "cuda":
@@ -166,6 +169,8 @@ def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
     if record["grad_norm"] is not None:
         parts.append(f"grad norm {record['grad_norm']:.3f}")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if record["data_wait_ms"] >= 1:
+        parts.append(f"data wait {record['data_wait_ms']:.0f} ms")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     parts.append(f"memory {record['memory_gb']:.2f} GB")

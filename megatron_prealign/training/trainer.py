@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.profiler import record_function
 
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
@@ -121,12 +122,12 @@ class Trainer:
         self.optimizer.zero_grad()
         # Before the update, so that the first step of a warm-up has a learning rate above 0.
         schedule.step(1)
-        phase.forward_backward(self.state, self.chunks)
-        _, self.grad_norm, _ = self.optimizer.step()
+        with record_function("forward-backward"):
+            phase.forward_backward(self.state, self.chunks)
+        with record_function("optimizer"):
+            _, self.grad_norm, _ = self.optimizer.step()
         self._check_finite()
-        phase.advance(self.state)
-        self.state.phase_step += 1
-        self.state.step += 1
+        phase.finish_step(self.state)
         self.state.seconds += time.perf_counter() - start_s
 
     def _check_finite(self) -> None:

@@ -21,6 +21,7 @@ from megatron_prealign.kernels import WordGroups, contrastive_loss
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import LossFunction, gather_parameters, run_schedule, schedule_length, unwrap
+from megatron_prealign.runtime.read_ahead import ReadAhead
 from megatron_prealign.training.meter import Meter
 from megatron_prealign.training.microbatches import SampleMicrobatch, idle_microbatch
 from megatron_prealign.training.phase import AlignmentMetrics
@@ -50,7 +51,7 @@ class WordSteps:
         last = len(self.layer_weights) - 1
         self._observed = {layer for layer, weight in enumerate(self.layer_weights) if weight} | {last}
         self._heads: ProjectionHeads | None = None
-        self._next: tuple[int, StepWords] | None = None
+        self._ahead = ReadAhead("words", self._draw, runtime.device)
         self._steps = 0
         self._skipped = 0
         self.tokens = 0
@@ -71,28 +72,40 @@ class WordSteps:
             )
         return self._heads
 
-    def run(
-        self,
-        step: int,
-        chunks: Sequence[torch.nn.Module],
-        samples: Sequence[SampleMicrobatch],
-        lm_step: LMStep,
-        *,
-        next_step: int,
-    ) -> None:
-        """Accumulates the gradients of the words of `step` and of the samples in the chunks' gradient buffers.
-
-        Collective: call on all ranks.
+    def draw(self, step: int, chunks: Sequence[torch.nn.Module], *, following: int | None) -> None:
+        """Draws the words of `step`, for `run`.
 
         Args:
-            next_step: Expected next step with words; its words are drawn while the device works on this one.
+            following: Expected next step with words, which is drawn while the device works on this one; None if there
+                is none.
         """
-        layout = WordLayout.of(self._runtime, chunks)
-        words = self._draw(step, layout)
-        self.tokens = words.tokens if words.pairs else 0
-        batches = words.batches
-        if not words.pairs:
+        self._layout = WordLayout.of(self._runtime, chunks)
+        self._drawn = self._ahead.take(
+            (step, self._layout), following=None if following is None else (following, self._layout)
+        )
+        self.tokens = self._drawn.tokens if self._drawn.pairs else 0
+        if not self._drawn.pairs:
             self._skip(step)
+
+    def _draw(self, step_and_layout: tuple[int, WordLayout]) -> StepWords:
+        step, layout = step_and_layout
+        return self.sampler.draw(step, layout, microbatches=self._word_microbatches)
+
+    def drain_waited_s(self) -> float:
+        """Returns the seconds that this process has waited for words since the last call."""
+        return self._ahead.drain_waited_s()
+
+    def close(self) -> None:
+        """Drops the words that were drawn ahead."""
+        self._ahead.close()
+
+    def run(self, chunks: Sequence[torch.nn.Module], samples: Sequence[SampleMicrobatch], lm_step: LMStep) -> None:
+        """Accumulates the gradients of the words of the last `draw` and of the samples in the chunks' gradient buffers.
+
+        Collective: call on all ranks.
+        """
+        words, batches = self._drawn, self._drawn.batches
+        if not words.pairs:
             # At least one microbatch is needed to finalise gradients, even if they are zeros.
             batches, samples = [], samples or [idle_microbatch(self._runtime)]
         self._steps += bool(batches)
@@ -101,7 +114,7 @@ class WordSteps:
         # The taps read the output embedding before any forward pass that would gather its updated shards.
         gather_parameters([chunk for chunk in chunks if unwrap(chunk).post_process])
         if len(batches) > 1:
-            observer = self._from_gradients(self._state_gradients(chunks, layout, words), batches)
+            observer = self._from_gradients(self._state_gradients(chunks, words), batches)
         else:
             observer = self._from_states(words.groups)
 
@@ -125,12 +138,6 @@ class WordSteps:
             )
         if self._heads is not None:
             self._heads.step()
-        self._next = (next_step, self._draw(next_step, layout))
-
-    def _draw(self, step: int, layout: WordLayout) -> StepWords:
-        if self._next is not None and self._next[0] == step:
-            return self._next[1]
-        return self.sampler.draw(step, layout, microbatches=self._word_microbatches)
 
     def _skip(self, step: int) -> None:
         self._skipped += 1
@@ -177,9 +184,7 @@ class WordSteps:
 
         return observe
 
-    def _state_gradients(
-        self, chunks: Sequence[torch.nn.Module], layout: WordLayout, words: StepWords
-    ) -> dict[int, list[torch.Tensor]]:
+    def _state_gradients(self, chunks: Sequence[torch.nn.Module], words: StepWords) -> dict[int, list[torch.Tensor]]:
         """Returns the gradients of this stage's losses with respect to the word states, by layer and microbatch.
 
         A forward pass over all word microbatches collects the states, then each layer's loss is computed once.
@@ -187,7 +192,7 @@ class WordSteps:
         states = collect_states(
             self._runtime,
             chunks,
-            layout,
+            self._layout,
             words.batches,
             num_layers=self._recipe.model.num_layers,
             layers=self._observed,

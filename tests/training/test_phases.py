@@ -371,7 +371,7 @@ def test_alignment_may_not_consume_the_complete_budget(workers: WorkerPool, tiny
 def read_samples(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in workers: this rank's microbatches of 8 samples from sample 4 on, and these samples read directly."""
     from megatron_prealign.code_switch.switcher import SequenceFormat, plain_batch
-    from megatron_prealign.training.microbatches import SampleReader
+    from megatron_prealign.training.microbatches import SampleReader, StepSamples
 
     _, runtime, inputs, _, _ = open_run(values, directory)
     seen: list[int] = []
@@ -384,7 +384,7 @@ def read_samples(values: dict[str, Any], directory: str) -> dict[str, Any]:
         return batch._replace(loss_mask=mask, counts=samples.sample_id)
 
     reader = SampleReader(inputs.train, runtime, micro_batch_size=2, make_batch=make_batch)
-    batches, counts = reader.read(4, 8, 77)
+    batches, counts = reader.read(StepSamples(4, 8, consumed_tokens=77), following=None)
     return {
         "tokens": [batch.tokens for batch in batches],
         "scored": [batch.scored_tokens.item() for batch in batches],
