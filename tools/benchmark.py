@@ -14,6 +14,7 @@ from megatron_prealign.benchmark.options import (
 from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.resources import use_huge_pages
+from megatron_prealign.tools.benchmark_data_wait import main as data_wait
 from megatron_prealign.tools.benchmark_phases import main as phases
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ ACTIONS: Actions = {
     "code-switch": (code_switch, "code-switching of a batch: kernels, plain PyTorch, Python loop"),
     "contrastive": (contrastive, "contrastive loss: eager PyTorch, torch.compile, chunked PyTorch, kernels"),
     "phases": (phases, "alignment phase of a recipe compared with its language-model training"),
+    "data-wait": (data_wait, "waiting of a step for samples of a slow disk, read on demand and ahead"),
     "preprocess": (preprocess, "preprocessing: gigatoken, the tokenizer's own library, Megatron-LM's tool"),
     "convert": (convert, "conversion to and from Hugging Face: speed compared with cp, memory"),
     "resources": (resources, "registers, spills and shared memory of the kernels; no GPU required"),

@@ -17,7 +17,7 @@ from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.run.inputs import open_inputs
+from megatron_prealign.run.inputs import RunInputs, open_inputs
 from megatron_prealign.run.pretrain import build_phases, build_word_steps, check_world_size
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 from megatron_prealign.runtime.distributed import Runtime
@@ -52,8 +52,8 @@ def measure_phases(recipe: Recipe, runtime: Runtime, *, steps: int, warmup: int)
     """
     if recipe.alignment is None:
         raise UserError("alignment is null, expected a section alignment to compare with language-model training")
-    with _shared_directory() as directory:
-        trainer = _build_trainer(_shorten(recipe, directory, steps + warmup), runtime)
+    with shared_directory() as directory:
+        trainer, _ = build_trainer(_shorten(recipe, directory, steps + warmup), runtime)
         schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
         states = [TrainState() for _ in trainer.phases]
         seconds: list[list[float]] = [[] for _ in trainer.phases]
@@ -63,9 +63,9 @@ def measure_phases(recipe: Recipe, runtime: Runtime, *, steps: int, warmup: int)
                 # Each phase continues where it was, so that it finds what it has read ahead.
                 trainer.state = states[number]
                 before = trainer.state.tokens
-                start_s = _synchronised_time_s(runtime)
+                start_s = synchronised_time_s(runtime)
                 trainer.step(phase, schedules[number])
-                seconds[number].append(_synchronised_time_s(runtime) - start_s)
+                seconds[number].append(synchronised_time_s(runtime) - start_s)
                 tokens[number].append(trainer.state.tokens - before)
         for phase in trainer.phases:
             phase.end()
@@ -91,7 +91,7 @@ def _speed(phase: Phase, runtime: Runtime, seconds: list[float], tokens: list[in
 
 
 @contextmanager
-def _shared_directory() -> Iterator[Path]:
+def shared_directory() -> Iterator[Path]:
     """Temporary directory for the sample index, the same on all ranks of a machine."""
     created: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -120,7 +120,8 @@ def _shorten(recipe: Recipe, directory: Path, steps: int) -> Recipe:
     )
 
 
-def _build_trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
+def build_trainer(recipe: Recipe, runtime: Runtime) -> tuple[Trainer, RunInputs]:
+    """Trainer of a recipe without callbacks, and its inputs. Collective: call on all ranks."""
     on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
     inputs = open_inputs(recipe)
     words = on_every_rank("preparing the words", lambda: build_word_steps(recipe, runtime, inputs.dictionary))
@@ -129,10 +130,10 @@ def _build_trainer(recipe: Recipe, runtime: Runtime) -> Trainer:
     chunks = wrap_data_parallel(models, recipe.parallel)
     if words is not None:
         words.attach(chunks)
-    return Trainer(recipe, runtime, chunks, build_optimizer(recipe, chunks), phases, [], TrainState())
+    return Trainer(recipe, runtime, chunks, build_optimizer(recipe, chunks), phases, [], TrainState()), inputs
 
 
-def _synchronised_time_s(runtime: Runtime) -> float:
+def synchronised_time_s(runtime: Runtime) -> float:
     """Host time in seconds after synchronising with the device."""
     if runtime.device.type == "cuda":
         torch.cuda.synchronize(runtime.device)
