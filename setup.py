@@ -65,6 +65,8 @@ setup(
         "fast": ["gigatoken>=0.10"],
         # Inputs named hf:NAME.
         "hub": ["datasets>=2.19"],
+        # logging.wandb in a recipe.
+        "wandb": ["wandb>=0.20"],
         # Dictionary formats without a reader of our own; GPL. From 5.3 it uses syntax of Python 3.12, although its
         # metadata says 3.10.
         "dictionaries": PYGLOSSARY,
@@ -80,6 +82,7 @@ setup(
             "jieba>=0.42.1",
             "gigatoken>=0.10",
             "datasets>=2.19",
+            "wandb>=0.20",
             *PYGLOSSARY,
             "ruff==0.17.5",
             "mypy==2.4.1",

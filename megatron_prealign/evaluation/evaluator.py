@@ -20,7 +20,7 @@ from megatron_prealign.evaluation.validation import validation_losses
 from megatron_prealign.evaluation.word_pairs import MAX_WORD_TOKENS, WordPairs, word_pairs
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
-from megatron_prealign.training.progress_log import MetricsFile
+from megatron_prealign.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -84,9 +84,9 @@ class Evaluator:
 
 
 class Evaluate(PeriodicMeasurement):
-    """Evaluates every `interval` steps and at the end of each phase; writes metrics.jsonl and notifies the phase."""
+    """Evaluates every `interval` steps and at the end of each phase; logs metrics and notifies the phase."""
 
-    def __init__(self, evaluator: Evaluator, metrics: MetricsFile, interval: int | None) -> None:
+    def __init__(self, evaluator: Evaluator, metrics: MetricsLog, interval: int | None) -> None:
         self._evaluator = evaluator
         self._metrics = metrics
         self._interval = interval

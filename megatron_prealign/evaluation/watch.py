@@ -10,8 +10,7 @@ from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import Retrieval, measure_retrieval
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
-from megatron_prealign.training.progress_log import MetricsFile
-from megatron_prealign.training.tensorboard import TensorBoard
+from megatron_prealign.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -20,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 class AlignmentWatch(PeriodicMeasurement):
-    """Measures before the first step of a run, every `section.interval` steps and at the end of each phase; writes
-    metrics.jsonl and TensorBoard and notifies the phase.
+    """Measures before the first step of a run, every `section.interval` steps and at the end of each phase; logs
+    metrics and notifies the phase.
 
     The time for measurements does not count as training time (`TrainState.seconds` only grows in steps). Measurements
     do not affect training: they draw no random numbers and change no weights.
@@ -31,13 +30,11 @@ class AlignmentWatch(PeriodicMeasurement):
         self,
         section: AlignmentWatchSection,
         pairs: Sequence[WordPairs],
-        metrics: MetricsFile,
-        tensorboard: TensorBoard,
+        metrics: MetricsLog,
     ) -> None:
         self._section = section
         self._pairs = pairs
         self._metrics = metrics
-        self._tensorboard = tensorboard
 
     def on_start(self, trainer: "Trainer") -> None:
         counts = ", ".join(f"{pair.name} {len(pair.links)}" for pair in self._pairs)
@@ -67,7 +64,6 @@ class AlignmentWatch(PeriodicMeasurement):
                 "pairs": _without_nan(retrieval),
             }
         )
-        self._tensorboard.write(_scalars(retrieval), state.step)
         for pair in self._pairs:
             logger.info("alignment watch at step %d: %s", state.step, _summary(retrieval, *pair.directions))
 
@@ -88,17 +84,6 @@ def _without_nan(retrieval: Retrieval) -> dict[str, dict[str, list[Any]]]:
             metric: [value if math.isfinite(value) else None for value in values] for metric, values in by_name.items()
         }
         for direction, by_name in retrieval.items()
-    }
-
-
-def _scalars(retrieval: Retrieval) -> dict[str, float]:
-    """TensorBoard tag -> value, for every layer and for the mean over the layers."""
-    return {
-        f"alignment_watch_{metric}/{direction}/{layer}": value
-        for direction, by_name in retrieval.items()
-        for metric, values in by_name.items()
-        for layer, value in [*enumerate(values), ("mean", _mean(values))]
-        if math.isfinite(value)
     }
 
 

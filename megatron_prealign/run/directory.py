@@ -34,7 +34,8 @@ def check_run_directory(recipe: Recipe) -> None:
 
 def _directories(recipe: Recipe) -> list[Path]:
     run_dir = Path(recipe.logging.run_dir)
-    return [run_dir, recipe.checkpoint_dir, *([run_dir / "tensorboard"] if recipe.logging.tensorboard else [])]
+    sinks = {"tensorboard": recipe.logging.tensorboard, "wandb": recipe.logging.wandb}
+    return [run_dir, recipe.checkpoint_dir, *(run_dir / name for name, used in sinks.items() if used)]
 
 
 def lock_run_directory(recipe: Recipe, locks: ExitStack) -> None:

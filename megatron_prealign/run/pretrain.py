@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_prealign.alignment.freezing import frozen_parameters
@@ -36,12 +35,13 @@ from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
+from megatron_prealign.training.metrics_log import MetricsLog, open_metrics
 from megatron_prealign.training.microbatches import MakeBatch, SampleReader
 from megatron_prealign.training.phase import Phase
-from megatron_prealign.training.progress_log import MetricsFile, ProgressLog
+from megatron_prealign.training.progress_log import ProgressLog
 from megatron_prealign.training.save_checkpoints import SaveCheckpoints
-from megatron_prealign.training.tensorboard import TensorBoard
 from megatron_prealign.training.trainer import Trainer
+from megatron_prealign.training.wandb import check_wandb
 from megatron_prealign.training.word_steps import WordSteps
 
 logger = logging.getLogger(__name__)
@@ -185,6 +185,7 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
         ExitStack() as locks,
     ):
         on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
+        on_rank_zero("checking logging.wandb", lambda: check_wandb(recipe))
         on_rank_zero("checking logging.run_dir", lambda: lock_run_directory(recipe, locks))
         return _pretrain(recipe, runtime, callbacks, started_s)
 
@@ -240,12 +241,10 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         inputs.vocabulary.size,
         inputs.vocabulary.padded_size,
     )
-    run_dir = Path(recipe.logging.run_dir)
-    metrics = MetricsFile(run_dir / "metrics.jsonl", enabled=runtime.rank == 0)
-    tensorboard = TensorBoard(run_dir / "tensorboard", enabled=recipe.logging.tensorboard and runtime.rank == 0)
+    metrics = on_rank_zero("opening the metrics", lambda: open_metrics(recipe)) or MetricsLog()
     watch: list[Callback] = []
     if recipe.alignment_watch is not None and dictionary is not None and dictionary.watched is not None:
-        watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics, tensorboard)]
+        watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics)]
     trainer = Trainer(
         recipe,
         runtime,
@@ -254,7 +253,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         phases,
         [
             StopOnRequest(store, exit_after_minutes=recipe.training.exit_after_minutes, started_s=started_s),
-            ProgressLog(recipe, metrics, tensorboard, padded_vocab_size=inputs.vocabulary.padded_size),
+            ProgressLog(recipe, metrics, padded_vocab_size=inputs.vocabulary.padded_size),
             *watch,
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
             SaveCheckpoints(store, inputs.train, metrics, recipe.checkpoint.save_interval),

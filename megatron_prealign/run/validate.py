@@ -15,6 +15,7 @@ from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
 from megatron_prealign.run.dictionary import open_dictionary
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
+from megatron_prealign.training.wandb import check_wandb
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> str:
@@ -29,6 +30,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     """
     if world_size is not None:
         recipe.check_world_size(world_size)
+    check_wandb(recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources: list[DataSource | ValidationSource] = [*recipe.data.sources, *recipe.data.validation]
     sidecars = {source.path: _check_source(source) for source in sources}

@@ -1,9 +1,7 @@
-"""Writes a log line, a line of metrics.jsonl and TensorBoard scalars every few steps."""
+"""Logs the metrics of training every few steps."""
 
-import json
 import logging
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +12,7 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.recipe.phases import ALIGNMENT
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.meter import max_over_ranks
-from megatron_prealign.training.tensorboard import TensorBoard
+from megatron_prealign.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -22,34 +20,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class MetricsFile:
-    """Appends JSON lines to `RUN/metrics.jsonl` on rank 0."""
-
-    def __init__(self, path: Path, *, enabled: bool) -> None:
-        self._path = path
-        self._enabled = enabled
-
-    def write(self, record: dict[str, Any]) -> None:
-        if not self._enabled:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError as error:
-            # The other ranks are already in the next step, so a full disk must not end the run here.
-            logger.warning("cannot write %s (%s): lost the metrics of step %d", self._path, error, record["step"])
-
-
 class ProgressLog(Callback):
     """Logs loss, learning rate, gradient norm, throughput, switched words and memory; MFU if the device's peak FLOPS
     are known."""
 
-    def __init__(
-        self, recipe: Recipe, metrics: MetricsFile, tensorboard: TensorBoard, *, padded_vocab_size: int
-    ) -> None:
+    def __init__(self, recipe: Recipe, metrics: MetricsLog, *, padded_vocab_size: int) -> None:
         self._recipe = recipe
         self._metrics = metrics
-        self._tensorboard = tensorboard
         self._flops_per_token = training_flops_per_token(
             recipe.model, vocab_size=padded_vocab_size, seq_length=recipe.data.seq_length
         )
@@ -83,7 +60,7 @@ class ProgressLog(Callback):
     def on_close(self, trainer: "Trainer") -> None:
         if self._bar is not None:
             self._bar.close()
-        self._tensorboard.close()
+        self._metrics.close()
 
     def _show_progress(self, trainer: "Trainer") -> None:
         """Shows a progress bar with ETA on a terminal; in a log file the log lines contain the ETA."""
@@ -128,21 +105,7 @@ class ProgressLog(Callback):
             eta_s = steps_left * elapsed_s / (state.step - self._since_step)
             logger.info(_line(record, phase.total_iters(state), eta_s))
             self._metrics.write(record)
-            self._tensorboard.write(_scalars(record), state.step)
         self._start_interval(trainer)
-
-
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Maps a record of metrics.jsonl to TensorBoard tag -> scalar."""
-    scalars = {}
-    for name, value in record.items():
-        if name in ("kind", "phase", "step", "phase_step"):
-            continue
-        entries = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
-        for key, scalar in [(name, value)] if entries is None else [(f"{name}/{k}", v) for k, v in entries]:
-            if isinstance(scalar, int | float):
-                scalars[f"{record['phase']}/{key}"] = scalar
-    return scalars
 
 
 def _memory_gb(device: torch.device) -> float:

@@ -6,7 +6,7 @@ from megatron_prealign.checkpoint.store import CheckpointStore
 from megatron_prealign.data.samples import TrainSamples
 from megatron_prealign.runtime.engine import gather_parameters
 from megatron_prealign.training.callbacks import Callback
-from megatron_prealign.training.progress_log import MetricsFile
+from megatron_prealign.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -17,7 +17,7 @@ class SaveCheckpoints(Callback):
     before the run ends, also after an error."""
 
     def __init__(
-        self, store: CheckpointStore, samples: TrainSamples, metrics: MetricsFile, interval: int | None
+        self, store: CheckpointStore, samples: TrainSamples, metrics: MetricsLog, interval: int | None
     ) -> None:
         self._store = store
         self._samples = samples

@@ -21,7 +21,7 @@ from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
 from megatron_prealign.run.validate import validate
-from megatron_prealign.training.progress_log import MetricsFile
+from megatron_prealign.training.metrics_log import MetricsFile, MetricsLog, MetricsSink
 from megatron_prealign.training.tensorboard import TensorBoard
 
 PAIRS = [WordPairs.from_pairs(("en", "de"), [((1,), (2,)), ((3,), (2,)), ((4,), (5,))])]
@@ -67,12 +67,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def watching(directory: Path, interval: int, *, tensorboard: bool = False) -> AlignmentWatch:
-    return AlignmentWatch(
-        AlignmentWatchSection(interval=interval),
-        PAIRS,
-        MetricsFile(directory / "metrics.jsonl", enabled=True),
-        TensorBoard(directory / "tensorboard", enabled=tensorboard),
-    )
+    sinks: list[MetricsSink] = [MetricsFile(directory / "metrics.jsonl")]
+    if tensorboard:
+        sinks.append(TensorBoard(directory / "tensorboard"))
+    return AlignmentWatch(AlignmentWatchSection(interval=interval), PAIRS, MetricsLog(sinks))
 
 
 def written(directory: Path) -> list[dict[str, Any]]:
@@ -166,7 +164,7 @@ def test_tensorboard_has_every_layer_and_the_mean(measured: list[Any], tmp_path:
     watch, stage = watching(tmp_path, 2, tensorboard=True), Stage()
     watch.on_start(stage)
     steps_through(watch, stage, 2)
-    watch._tensorboard.close()
+    watch._metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
     # Five metrics that are not NaN, two directions, two layers and their mean.
