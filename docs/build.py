@@ -37,6 +37,7 @@ CONTENTS = {
         "data",
         "datasets",
         "dictionaries",
+        "training",
         "alignment",
         "code_switching",
         "checkpoints",

@@ -53,6 +53,7 @@ class Recipe:
         self._check_layout()
         self._check_schedules()
         self._check_features()
+        self._check_profile()
 
     def _check_layout(self) -> None:
         model, parallel = self.model, self.parallel
@@ -153,6 +154,19 @@ class Recipe:
         )
         if self.alignment is not None:
             self._check_alignment(self.alignment)
+
+    def _check_profile(self) -> None:
+        training, profiled = self.training, self.logging.profile_steps
+        steps = sum(phase.train_iters or 0 for phase in self.phases)
+        if training.train_tokens is not None:
+            # An upper limit: words count, too.
+            steps += training.train_tokens // (training.global_batch_size * self.data.seq_length)
+        require(
+            profiled is None or profiled[1] <= steps,
+            "logging.profile_steps",
+            profiled,
+            f"steps up to {steps}, the last one of the run",
+        )
 
     def _check_alignment(self, section: AlignmentSection) -> None:
         section.layer_weights(self.model.num_layers)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_prealign.alignment.freezing import frozen_parameters
@@ -38,6 +39,7 @@ from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.metrics_log import MetricsLog, open_metrics
 from megatron_prealign.training.microbatches import MakeBatch, SampleReader
 from megatron_prealign.training.phase import Phase
+from megatron_prealign.training.profile import Profile
 from megatron_prealign.training.progress_log import ProgressLog
 from megatron_prealign.training.save_checkpoints import SaveCheckpoints
 from megatron_prealign.training.trainer import Trainer
@@ -242,6 +244,9 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         inputs.vocabulary.padded_size,
     )
     metrics = on_rank_zero("opening the metrics", lambda: open_metrics(recipe)) or MetricsLog()
+    profile: list[Callback] = []
+    if recipe.logging.profile_steps is not None:
+        profile = [Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / "profile")]
     watch: list[Callback] = []
     if recipe.alignment_watch is not None and dictionary is not None and dictionary.watched is not None:
         watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics)]
@@ -258,6 +263,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
             Evaluate(evaluator, metrics, recipe.training.eval_interval),
             SaveCheckpoints(store, inputs.train, metrics, recipe.checkpoint.save_interval),
             GarbageCollection(recipe.training.garbage_collection_interval),
+            *profile,
             *callbacks,
         ],
         state,

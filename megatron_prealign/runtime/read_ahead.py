@@ -80,8 +80,7 @@ class ReadAhead(Generic[Key, Value]):
             # The stream of a thread is the default one, whatever that of its parent; this also sets the device.
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 try:
-                    with record_function(f"read {self._name}"):
-                        result.set_result(self._read(key))
+                    result.set_result(self._read(key))
                 except BaseException as error:
                     result.set_exception(error)
 
