@@ -20,8 +20,8 @@ class DataWaitOptions:
     """Milliseconds by which reading a sample is slowed down."""
     steps: int = 20
     """Number of steps to measure in each way of reading."""
-    warmup: int = 3
-    """Number of steps to run before measuring."""
+    warmup: int = 1
+    """Number of steps to run before each block of five measured ones."""
     output: PathText | None = None
     """CSV file to write, one row per way of reading."""
 
@@ -29,10 +29,8 @@ class DataWaitOptions:
 def main(argv: Sequence[str]) -> int:
     """Runs steps of a recipe in both ways of reading and prints how long they wait for data."""
     recipe, values = parse_recipe("benchmark data-wait", DataWaitOptions, argv)
-    if values.steps < 1 or values.warmup < 0:
-        raise UserError(
-            f"--steps is {values.steps} and --warmup is {values.warmup}, expected at least 1 and at least 0"
-        )
+    if values.steps < 1 or values.warmup < 1:
+        raise UserError(f"--steps is {values.steps} and --warmup is {values.warmup}, expected at least 1")
     if not 0 <= values.pause_ms <= 60_000:
         raise UserError(f"--pause-ms is {values.pause_ms:g}, expected 0 to 60000")
     check_output_file(values.output)
@@ -57,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     print("\n".join(machine.lines()))
     print(
         f"processes {waits[0].processes}, {waits[0].samples_per_process} samples a step and process, pause of "
-        f"{values.pause_ms:g} ms a sample, medians of {values.steps} steps, alternating"
+        f"{values.pause_ms:g} ms a sample, medians of {values.steps} steps, in alternating blocks"
     )
     rows = [(each.reading, f"{each.wait_ms:,.2f}", f"{each.ms_per_step:,.1f}") for each in waits]
     print("\n".join(align([("reading", "wait ms/step", "ms/step"), *rows])))

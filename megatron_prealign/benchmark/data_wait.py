@@ -1,7 +1,8 @@
 """Benchmark of reading ahead: how long a step of language-model training waits for its samples.
 
-A slow disk is simulated by a pause for every sample. Steps that read on demand and steps that read ahead alternate, so
-that other load on the machine affects both.
+A slow disk is simulated by a pause for every sample. Blocks of steps that read on demand and that read ahead
+alternate, so that other load on the machine affects both. Single steps must not alternate: the thread that reads ahead
+would have the time of two steps.
 """
 
 import copy
@@ -18,6 +19,9 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.run.pretrain import build_phases
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.meter import max_over_ranks
+
+BLOCK = 5
+"""Measured steps of a block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +42,33 @@ class DataWait:
 
 
 def measure_data_wait(recipe: Recipe, runtime: Runtime, *, pause_ms: float, steps: int, warmup: int) -> list[DataWait]:
-    """Runs `warmup + steps` steps in both ways of reading. Collective: call on all ranks."""
+    """Runs blocks of `warmup + BLOCK` steps in both ways of reading until `steps` are measured in each. Collective: call
+    on all ranks.
+
+    Args:
+        warmup: Steps of a block that are not measured; at least 1.
+    """
+    blocks = -(-steps // BLOCK)
     waits_ms: list[list[float]] = [[], []]
     times_ms: list[list[float]] = [[], []]
     with shared_directory() as directory:
-        trainer, inputs = build_trainer(_shorten(recipe, directory, steps + warmup), runtime)
+        trainer, inputs = build_trainer(_shorten(recipe, directory, blocks * (warmup + BLOCK)), runtime)
         slow = replace(inputs, train=_with_pause(inputs.train, pause_ms / 1e3))
         trainer.phases = [build_phases(trainer.recipe, runtime, slow, None)[0] for _ in range(2)]
         trainer.phases[0].following = lambda state: None  # type: ignore[method-assign]
         schedules = [trainer.build_schedule(phase) for phase in trainer.phases]
         states = [TrainState(), TrainState()]
-        for _ in range(warmup + steps):
-            for number, phase in enumerate(trainer.phases):
-                trainer.state = states[number]
-                start_s = synchronised_time_s(runtime)
-                trainer.step(phase, schedules[number])
-                times_ms[number].append(1e3 * (synchronised_time_s(runtime) - start_s))
-                waits_ms[number].append(1e3 * max_over_ranks(phase.drain_waited_s(), runtime))
+        for number, step in [
+            (number, step) for _ in range(blocks) for number in range(2) for step in range(warmup + BLOCK)
+        ]:
+            phase, trainer.state = trainer.phases[number], states[number]
+            start_s = synchronised_time_s(runtime)
+            trainer.step(phase, schedules[number])
+            time_ms = 1e3 * (synchronised_time_s(runtime) - start_s)
+            wait_ms = 1e3 * max_over_ranks(phase.drain_waited_s(), runtime)
+            if step >= warmup and len(times_ms[number]) < steps:
+                times_ms[number].append(time_ms)
+                waits_ms[number].append(wait_ms)
         for phase in trainer.phases:
             phase.end()
     return [
@@ -64,8 +78,8 @@ def measure_data_wait(recipe: Recipe, runtime: Runtime, *, pause_ms: float, step
             steps=steps,
             samples_per_process=recipe.training.global_batch_size // runtime.data_size,
             pause_ms=pause_ms,
-            wait_ms=statistics.median(waits[warmup:]),
-            ms_per_step=statistics.median(times[warmup:]),
+            wait_ms=statistics.median(waits),
+            ms_per_step=statistics.median(times),
         )
         for reading, waits, times in zip(("on demand", "ahead"), waits_ms, times_ms, strict=True)
     ]

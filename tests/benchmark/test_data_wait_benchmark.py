@@ -38,7 +38,7 @@ def test_command_writes_a_row_per_way_of_reading(workers: WorkerPool, tiny: Tiny
     values["alignment_watch"] = {"interval": 1}
     values["alignment_guard"] = {"interval": 1}
     recipe.write_text(json.dumps(values), encoding="utf-8")
-    options = ["--pause-ms", str(PAUSE_MS), "--steps", "2", "--warmup", "1", "--output", str(output)]
+    options = ["--pause-ms", str(PAUSE_MS), "--steps", "6", "--warmup", "1", "--output", str(output)]
     ((status, printed),) = workers.run(1, commanded, ["--config", str(recipe), *options])
     assert status == 0
     rows = list(csv.DictReader(output.open(encoding="utf-8")))
@@ -56,7 +56,8 @@ def test_command_writes_a_row_per_way_of_reading(workers: WorkerPool, tiny: Tiny
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [
-        (["--steps", "0"], ("--steps is 0", "--warmup is 3", "at least 1")),
+        (["--steps", "0"], ("--steps is 0", "--warmup is 1", "at least 1")),
+        (["--warmup", "0"], ("--steps is 20", "--warmup is 0", "at least 1")),
         (["--pause-ms", "-1"], ("--pause-ms is -1", "0 to 60000")),
         (["--pause-ms", ".nan"], ("--pause-ms", "nan")),
         (["--output", "/no/such/directory/x.csv"], ("--output /no/such/directory/x.csv", "not an existing directory")),
