@@ -130,6 +130,7 @@ def build(argv: Sequence[str]) -> int:
 
     from megatron_prealign.dictionary.build import BuildReport, build_table, read_groups
     from megatron_prealign.dictionary.coverage import count_groups, measure_coverage
+    from megatron_prealign.dictionary.formats.language_codes import language_name_warnings
     from megatron_prealign.dictionary.pivot import join_over
     from megatron_prealign.dictionary.table_output import check_table_output
     from megatron_prealign.tokenizer.load import load_tokenizer
@@ -137,6 +138,7 @@ def build(argv: Sequence[str]) -> int:
     settings, cleaning, inputs = _settings(options)
     check_table_output(options.output)
     report = BuildReport()
+    report.warnings += language_name_warnings(dict.fromkeys(code for each in inputs for code in each.languages))
     tokenizer = load_tokenizer(options.tokenizer)
     groups, sources = read_groups(
         inputs,

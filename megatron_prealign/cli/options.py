@@ -11,8 +11,9 @@ from typing import Any, NoReturn, TypeVar
 from megatron_prealign.cli import help
 from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
+from megatron_prealign.languages import check_language_code
 from megatron_prealign.recipe.checks import RecipeValueError
-from megatron_prealign.recipe.describe import FieldDescription, describe
+from megatron_prealign.recipe.describe import LANGUAGE_METAVAR, FieldDescription, describe
 
 Options = TypeVar("Options")
 
@@ -164,6 +165,8 @@ def _converter(field: FieldDescription) -> Any:
     name, kind = option_name(field.name), field.type
 
     def convert(text: str) -> Any:
+        if field.metavar == LANGUAGE_METAVAR:
+            return check_language_code(text, name)
         if typing.get_origin(kind) is typing.Literal:
             choices = typing.get_args(kind)
             if text not in choices:

@@ -5,7 +5,6 @@ import errno
 import fnmatch
 import glob
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Literal
 
 from megatron_prealign.corpus.hub import HUB_PREFIX, parse_hub_name
 from megatron_prealign.errors import UserError
+from megatron_prealign.languages import check_language_code, is_language_code
 
 Kind = Literal["jsonl", "txt", "parquet", "hub"]
 Compression = Literal["", "gz", "zst", "bz2"]
@@ -90,9 +90,16 @@ def split_language(text: str) -> tuple[str, str | None]:
     """Splits `FILE:de` into an input for `resolve_inputs` and the language, None if there is none.
 
     A colon in the name of an existing file is part of the name. A language after `hf:NAME` requires a split before it.
+
+    Raises:
+        UserError: the part after the colon of an existing file or directory is not a language code.
     """
     head, colon, tail = text.rpartition(":")
-    named = bool(colon) and bool(re.fullmatch(r"[\w-]+", tail)) and not os.path.lexists(text)
+    named = bool(colon) and not os.path.lexists(text)
+    if named and not is_language_code(tail):
+        if head and os.path.lexists(head):
+            check_language_code(tail, f"--input {text}: the part after the colon")
+        named = False
     if text.startswith(HUB_PREFIX):
         named = named and ":" in head[len(HUB_PREFIX) :]
     return (head, tail) if named else (text, None)

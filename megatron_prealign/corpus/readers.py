@@ -5,13 +5,13 @@ Blank lines are skipped. In `.txt` files blank lines separate the documents.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from megatron_prealign import languages
 from megatron_prealign.corpus.blocks import Block, Extent, Limits, Span, read_blocks, read_span, too_long_message
 from megatron_prealign.corpus.inputs import Input
 from megatron_prealign.corpus.read_errors import MAX_LISTED
@@ -19,10 +19,10 @@ from megatron_prealign.corpus.read_errors import OnError as OnError
 from megatron_prealign.corpus.read_errors import Problem as Problem
 from megatron_prealign.corpus.read_errors import Problems as Problems
 from megatron_prealign.corpus.read_errors import ReadError as ReadError
+from megatron_prealign.languages import is_language_code
 
 EMPTY = "empty document"
 _SHOWN_KEYS = 8
-_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,9 @@ class _TextExtractor:
         language = None
         if self._language is not None:
             language = self._language(record)
-            if not isinstance(language, str) or not _LANGUAGE.fullmatch(language.strip()):
+            if not isinstance(language, str) or not is_language_code(language.strip()):
                 raise _BadDocument(
-                    f"value of {fields.language_key!r} is {repr(language)[:80]}, expected a language code of letters, "
-                    "digits, '_', '.' and '-' such as de, which becomes part of a file name"
+                    f"value of {fields.language_key!r} is {repr(language)[:80]}, expected {languages.EXPECTED}"
                 )
         if fields.joined_by is not None:
             texts = [fields.joined_by.join(text for text in texts if text)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_prealign.corpus.readers import Problem
 from megatron_prealign.errors import UserError
+from megatron_prealign.languages import check_language_code
 
 FORMAT_VERSION = 1
 
@@ -114,7 +115,7 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
             f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}; "
             "recreate the dataset with this version of megatron-prealign preprocess"
         )
-    return Sidecar(
+    sidecar = Sidecar(
         **{
             **_typed(Sidecar, data, str(path)),
             "tokenizer": _nested(TokenizerRecord, data["tokenizer"], f"{path}: tokenizer"),
@@ -122,6 +123,8 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
             "inputs": [_nested(InputRecord, item, f"{path}: inputs") for item in data["inputs"]],
         }
     )
+    check_language_code(sidecar.language, f"{path}: language")
+    return sidecar
 
 
 def _nested(kind: type, data: Any, where: str) -> Any:

@@ -21,6 +21,7 @@ from megatron_prealign.dictionary.formats.base import (
     read_start,
 )
 from megatron_prealign.errors import UserError
+from megatron_prealign.languages import is_language_code
 
 __all__ = [
     "DictionaryInput",
@@ -82,7 +83,8 @@ def parse_languages(text: str, where: str) -> tuple[str, ...]:
         UserError: `text` is not two or more different codes joined by hyphens.
     """
     codes = tuple(text.split("-"))
-    if not LANGUAGES_PATTERN.fullmatch(text) or len(set(codes)) != len(codes):
+    valid = LANGUAGES_PATTERN.fullmatch(text) and all(map(is_language_code, codes))
+    if not valid or len(set(codes)) != len(codes):
         raise UserError(
             f"{where}: got languages {text!r}, expected two or more different codes joined by '-', source first, "
             "such as en-de (letters, digits and '_' in a code)"

@@ -8,6 +8,7 @@ from megatron_prealign.corpus.inputs import Input
 from megatron_prealign.corpus.readers import Fields, OnError
 from megatron_prealign.data.dataset import check_workers
 from megatron_prealign.errors import UserError
+from megatron_prealign.languages import check_language_code
 
 SAVE_EVERY_BYTES = 256 << 20
 """Bytes of text between two saves: about a minute with a plain tokenizer on two cores, seconds with gigatoken."""
@@ -51,8 +52,8 @@ def check_settings(settings: PreprocessSettings) -> None:
             "set either --language (a code such as en or de for all documents) or --language-key (the key of the "
             f"code in each document); got {'both' if settings.language is not None else 'neither'}"
         )
-    if settings.language is not None and not settings.language.strip():
-        raise UserError("--language is empty, expected a code such as en or de, as in the dictionary")
+    if settings.language is not None:
+        check_language_code(settings.language, "--language")
     if not fields.text_keys or len(set(fields.columns)) != len(fields.columns) or not all(fields.columns):
         raise UserError(f"--text-key is {' '.join(fields.text_keys)!r}, expected one or more different keys")
     if len(fields.texts) > 1 and "/" in "".join(fields.text_keys):

@@ -11,6 +11,7 @@ from megatron_prealign.corpus.read_errors import OnError, Problems
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
 from megatron_prealign.files.directories import check_writable, writing
+from megatron_prealign.languages import check_language_code
 from megatron_prealign.preprocess.fertility import Fertility, MeasuredText, measure_fertility
 from megatron_prealign.preprocess.sampling import UNDETERMINED, Corpus, LanguageSampling, TextCount, plan_sampling
 from megatron_prealign.preprocess.tokenizer_trainers import EOD, insert_word_breaks, train_byte_bpe, train_sentencepiece
@@ -127,8 +128,8 @@ def train_tokenizer(
     least = MINIMUM_VOCABULARY[settings.kind]
     if vocab_size < least:
         raise UserError(f"--vocab-size is {vocab_size}, expected at least {least} (256 bytes and the special tokens)")
-    if clone_language is not None and not clone_language.strip():
-        raise UserError("--clone-language is empty, expected a code such as en_clone; omit it for a plain tokenizer")
+    if clone_language is not None:
+        check_language_code(clone_language, "--clone-language")
     target = Path(output)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target}: not a directory, expected the path of a new directory")

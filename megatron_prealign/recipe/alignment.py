@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.checks import MOST_LAYERS, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,6 @@ class AlignmentSection:
     """Carry the optimizer state over into language-model training instead of starting with a fresh state."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "alpha", "lm_weight", "gamma", "temperature"):
-            value = getattr(self, name)
-            require(math.isfinite(value), f"alignment.{name}", value, "a finite number")
         require(self.words_per_step > 1, "alignment.words_per_step", self.words_per_step, "at least 2")
         require(self.max_word_tokens > 0, "alignment.max_word_tokens", self.max_word_tokens, "a positive number")
         for name in ("lr", "temperature"):
@@ -116,7 +113,7 @@ class AlignmentSection:
         )
         weights = self.language_weights
         for language, weight in weights.items():
-            require(0 < weight < math.inf, f"alignment.language_weights.{language}", weight, "a positive number")
+            require(weight > 0, f"alignment.language_weights.{language}", weight, "a positive number")
         require(
             not weights or len(weights) >= 2,
             "alignment.language_weights",
@@ -131,7 +128,7 @@ class AlignmentSection:
             "the number of languages to draw",
         )
         require(
-            0.0 <= self.frequency_exponent < math.inf,
+            self.frequency_exponent >= 0,
             "alignment.frequency_exponent",
             self.frequency_exponent,
             "a non-negative number",
@@ -142,7 +139,7 @@ class AlignmentSection:
         layers = self.layers
         if isinstance(layers, dict):
             for layer, weight in layers.items():
-                require(0 < weight < math.inf, f"alignment.layers.{layer}", weight, "a positive weight")
+                require(weight > 0, f"alignment.layers.{layer}", weight, "a positive weight")
             require(bool(layers), "alignment.layers", "empty", "a weight for at least one layer")
             return dict(layers)
         if isinstance(layers, list):
@@ -156,6 +153,7 @@ class AlignmentSection:
         expected = 'all, a list such as [0, 12, 24], a range such as "8-16" or weights such as {0: 1, 12: 2}'
         require(ends is not None and int(ends[1]) <= int(ends[2]), "alignment.layers", repr(layers), expected)
         assert ends is not None
+        require(int(ends[2]) <= MOST_LAYERS, "alignment.layers", repr(layers), f"layers up to {MOST_LAYERS:,}")
         return dict.fromkeys(range(int(ends[1]), int(ends[2]) + 1), 1.0)
 
     def layer_weights(self, num_layers: int) -> list[float]:

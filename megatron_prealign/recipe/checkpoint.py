@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.checks import require, require_minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class CheckpointSection:
             value = getattr(self, name)
             require(value is None or value > 0, f"checkpoint.{name}", value, "null or a positive number")
         require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
-        require(self.timeout_minutes > 0, "checkpoint.timeout_minutes", self.timeout_minutes, "a positive number")
+        require_minutes("checkpoint.timeout_minutes", self.timeout_minutes)
         require(
             self.keep_best is None or self.keep_best.strip() != "",
             "checkpoint.keep_best",

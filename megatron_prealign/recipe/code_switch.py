@@ -1,6 +1,5 @@
 """Recipe section `code_switch`: replaces words of the input by translations during language-model training."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,7 +53,7 @@ class CodeSwitchSection:
         for language, ratio in self.language_ratios.items():
             require(0.0 <= ratio <= 1.0, f"code_switch.language_ratios.{language}", ratio, "a number in [0, 1]")
         for language, weight in self.language_weights.items():
-            require(0 < weight < math.inf, f"code_switch.language_weights.{language}", weight, "a positive number")
+            require(weight > 0, f"code_switch.language_weights.{language}", weight, "a positive number")
         sources = self.source_languages
         require(len(sources) == len(set(sources)), "code_switch.source_languages", sources, "no duplicate languages")
         require(self.min_word_length > 0, "code_switch.min_word_length", self.min_word_length, "a positive number")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from megatron_prealign import languages
+from megatron_prealign.languages import is_language_code
 from megatron_prealign.recipe.checks import require
 
 
@@ -65,12 +67,16 @@ class DataSection:
             self.validation_fraction,
             "a number in [0, 1)",
         )
+        for name in ("sources", "validation"):
+            for number, source in enumerate(getattr(self, name)):
+                where = f"data.{name}[{number}].language"
+                require(is_language_code(source.language), where, repr(source.language), languages.EXPECTED)
         paths = [source.path for source in self.sources]
         require(len(paths) == len(set(paths)), "data.sources", paths, "no duplicate paths")
         both = sorted(set(paths) & {source.path for source in self.validation})
         require(not both, "data.validation", both, "datasets that are not in data.sources, which are trained on")
-        languages = [source.language for source in self.validation]
-        require(len(languages) == len(set(languages)), "data.validation", languages, "no duplicate languages")
+        codes = [source.language for source in self.validation]
+        require(len(codes) == len(set(codes)), "data.validation", codes, "no duplicate languages")
 
     @property
     def languages(self) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 PathText = Annotated[str, "PATH"]
 PrefixText = Annotated[str, "PREFIX"]
 """Path of a dataset without file extension."""
-LanguageText = Annotated[str, "CODE"]
+LANGUAGE_METAVAR = "CODE"
+LanguageText = Annotated[str, LANGUAGE_METAVAR]
+"""Language code; the command line checks it."""
 
 _TYPES = {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT"}
 

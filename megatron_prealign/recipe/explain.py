@@ -4,14 +4,14 @@ jsonargparse nests its errors, one level for every section and union, so the par
 exceptions. Messages that are not recognised are passed on, joined to one line.
 """
 
-import difflib
 import re
 import typing
 from collections.abc import Iterator
-from dataclasses import fields
 
+from megatron_prealign.files.yaml_text import YamlError
 from megatron_prealign.recipe.checks import RecipeValueError
 from megatron_prealign.recipe.describe import is_union, section_of
+from megatron_prealign.recipe.document import SECTION, unknown_field
 from megatron_prealign.recipe.recipe import Recipe
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
@@ -23,7 +23,6 @@ _TYPES = {
     "list": "a list",
     "dict": "a mapping",
 }
-_SECTION = "a section (a mapping of fields)"
 _NO_SECTION = (
     r"Not a valid subclass of \S+ Got value: (.+?) Subclass types",
     r"Expected a dot import path string: (.+)",
@@ -35,11 +34,8 @@ def explain(error: BaseException) -> str:
     """Returns a one-line message for `error`, which jsonargparse or the check of a section raised."""
     chain = list(_chain(error))
     for cause in chain:
-        if isinstance(cause, RecipeValueError):
+        if isinstance(cause, RecipeValueError | YamlError):
             return str(cause)
-        mark = getattr(cause, "problem_mark", None)
-        if mark is not None:
-            return f"line {mark.line + 1}, column {mark.column + 1}: invalid YAML: {getattr(cause, 'problem', cause)}"
     keys = dict.fromkeys(match[1] for cause in chain if (match := _KEY.match(str(cause))))
     leaf = next((text for cause in reversed(chain) if (text := _one_line(_KEY.sub("", str(cause))))), "unknown error")
     return _rephrase(leaf, ".".join(keys))
@@ -74,11 +70,9 @@ def _rephrase(leaf: str, field: str) -> str:
         return "file not found; check the path"
     if leaf.startswith("Path is not a file"):
         return "it is a directory, expected a YAML file"
-    if "codec can't decode" in leaf:
-        return "it is not UTF-8 text, expected a YAML file"
     for pattern in _NO_SECTION:
         if match := re.match(pattern, leaf):
-            return f"{field} is {match[1]}, expected {_SECTION}"
+            return f"{field} is {match[1]}, expected {SECTION}"
     return f"{field}: {leaf}" if field else leaf
 
 
@@ -86,7 +80,7 @@ def _type_name(text: str) -> str:
     if match := re.match(r"typing\.Literal\[(.+)\]", text):
         return f"one of {match[1]}"
     match = re.match(r"<class '(?:.*\.)?(.+)'>", text)
-    return _TYPES.get(match[1], _SECTION) if match else text
+    return _TYPES.get(match[1], SECTION) if match else text
 
 
 def _choice(field: str) -> str | None:
@@ -106,10 +100,7 @@ def _unknown(field: str) -> str:
     # For `foo.bar` without a section `foo`, the error is about `foo`.
     while (section := _section(path)) is None:
         *path, name = path
-    names = [each.name for each in fields(section)]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else f", expected one of {', '.join(names)}"
-    return f"unknown field {'.'.join([*path, name])}{hint}"
+    return unknown_field(".".join([*path, name]), section)
 
 
 def _section(path: list[str]) -> typing.Any:

@@ -1,5 +1,6 @@
 """Loads recipes from YAML files and `--section.field value` overrides, with jsonargparse."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.yaml_text import YamlError, read_utf8
 from megatron_prealign.recipe.checks import RecipeValueError, require
+from megatron_prealign.recipe.describe import section_of
+from megatron_prealign.recipe.document import check_document, check_value, field_type
 from megatron_prealign.recipe.explain import explain
 from megatron_prealign.recipe.recipe import Recipe
 
@@ -22,7 +26,7 @@ def as_user_error(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (ArgumentError, RecipeValueError, UnicodeDecodeError) as error:
+    except (ArgumentError, RecipeValueError, YamlError) as error:
         raise UserError(f"{where}: {explain(error)}") from error
     except ValueError as error:
         # jsonargparse wraps the error of an optional section's check into its error about the union.
@@ -33,9 +37,7 @@ def as_user_error(where: str) -> Iterator[None]:
 
 def recipe_name(arguments: Sequence[str]) -> str:
     """Name of the recipe in messages: `recipe` and the --config files in `arguments`."""
-    files = [value for name, value in zip(arguments, arguments[1:], strict=False) if name == "--config"]
-    files += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
-    return " ".join(["recipe", *files])
+    return " ".join(["recipe", *(value for name, value in _options(arguments) if name == "config")])
 
 
 def recipe_parser(command: str) -> "ArgumentParser":
@@ -54,10 +56,11 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
     """Parses `["--config", "recipe.yaml", "--section.field", "value", ...]`.
 
     Raises:
-        UserError: a file is missing, a key is unknown, a type is wrong or values are inconsistent.
+        UserError: a file is missing, a key is unknown or defined twice, a type is wrong or values are inconsistent.
     """
     if not arguments:
         raise UserError(f"no recipe given; use --config FILE, see megatron-prealign {command} --help")
+    _check_arguments(arguments)
     parser = recipe_parser(command)
     with as_user_error(recipe_name(arguments)):
         parsed = parser.parse_args(list(arguments))
@@ -71,6 +74,34 @@ def load_recipe(arguments: Sequence[str], command: str = "pretrain") -> Recipe:
             )
         values = parser.instantiate(parsed)
         return Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Checks each file and each value of an option: jsonargparse takes the last of two equal keys, and reads values of
+    any size and nesting."""
+    for name, value in _options(arguments):
+        kind = Recipe if name == "config" else field_type(name.removesuffix("+"))
+        if kind is None:
+            continue
+        path = "" if name == "config" else name
+        if section_of(kind) is not None and os.path.isfile(value):
+            with as_user_error(f"recipe {value}"):
+                check_document(read_utf8(Path(value)), kind, path)
+        else:
+            with as_user_error(recipe_name(arguments)):
+                check_value(value, kind, path)
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields name and value of `--name value` and `--name=value`."""
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("--"):
+            continue
+        if equals:
+            yield name[2:], value
+        elif number + 1 < len(arguments) and not arguments[number + 1].startswith("--"):
+            yield name[2:], arguments[number + 1]
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

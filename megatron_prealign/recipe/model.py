@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.checks import MOST_LAYERS, require
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 
@@ -98,6 +98,7 @@ class ModelSection:
             "recompute_num_layers",
         ):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
+        require(self.num_layers <= MOST_LAYERS, "model.num_layers", self.num_layers, f"at most {MOST_LAYERS:,}")
         for name in (
             "num_query_groups",
             "ffn_hidden_size",

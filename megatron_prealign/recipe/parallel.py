@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.checks import require, require_minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,7 @@ class ParallelSection:
             True,
             "false unless parallel.use_distributed_optimizer and parallel.overlap_grad_reduce are true",
         )
-        require(
-            self.distributed_timeout_minutes > 0,
-            "parallel.distributed_timeout_minutes",
-            self.distributed_timeout_minutes,
-            "a positive number",
-        )
+        require_minutes("parallel.distributed_timeout_minutes", self.distributed_timeout_minutes)
 
     @property
     def model_chunks(self) -> int:

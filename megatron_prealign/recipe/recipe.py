@@ -8,7 +8,7 @@ from megatron_prealign.recipe.alignment import AlignmentSection
 from megatron_prealign.recipe.alignment_guard import AlignmentGuardSection
 from megatron_prealign.recipe.alignment_watch import AlignmentWatchSection
 from megatron_prealign.recipe.checkpoint import CheckpointSection
-from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.checks import require, require_finite
 from megatron_prealign.recipe.code_switch import CodeSwitchSection
 from megatron_prealign.recipe.data import DataSection
 from megatron_prealign.recipe.dictionary import DictionarySection
@@ -50,6 +50,7 @@ class Recipe:
     """Word retrieval and cosine similarity measured during training; null disables it."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         self._check_layout()
         self._check_schedules()
         self._check_features()

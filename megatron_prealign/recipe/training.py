@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_prealign.recipe.checks import require
+from megatron_prealign.recipe.checks import require, require_minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,10 @@ class TrainingSection:
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words"):
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a positive number")
-        for name in ("train_iters", "train_tokens", "eval_interval", "exit_after_minutes"):
+        for name in ("train_iters", "train_tokens", "eval_interval"):
             value = getattr(self, name)
             require(value is None or value > 0, f"training.{name}", value, "null or a positive number")
+        require_minutes("training.exit_after_minutes", self.exit_after_minutes)
         require(
             (self.train_iters is None) != (self.train_tokens is None),
             "training",

@@ -1,16 +1,21 @@
 """Dictionary table of a run and the parts of it that each recipe section uses. Imports no torch."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prealign.dictionary.alignment_groups import AlignmentGroups, alignment_groups
+from megatron_prealign.dictionary.formats.language_codes import other_codes
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import WordPairs, watched_pairs
 from megatron_prealign.recipe import DictionarySection, Recipe
+from megatron_prealign.runtime.log import warn_on_rank_zero
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,32 @@ def load_dictionary(
     return table, table.held_out_groups(section.held_out_fraction)
 
 
+def check_languages(recipe: Recipe, table: DictionaryTable) -> None:
+    """Checks that the dictionary table and the data have a language in common; logs a warning if a language has one
+    code in the table and another in the data, because such words are not switched.
+
+    Raises:
+        UserError: They have none in common.
+    """
+    assert recipe.dictionary is not None
+    languages = recipe.data.languages
+    renamed = other_codes(table.languages, languages)
+    pairs = ", ".join(f"{language} of the table is {code} in the data" for language, code in renamed.items())
+    if not set(table.languages) & set(languages):
+        raise UserError(
+            f"dictionary.table {recipe.dictionary.table} has languages {', '.join(table.languages)}, expected at least "
+            f"one of the data's languages {', '.join(languages)}{'; ' if pairs else ''}{pairs}; build the table with "
+            "the codes of the data"
+        )
+    if pairs:
+        warn_on_rank_zero(
+            logger,
+            "dictionary.table %s: %s; their words are not matched, build the table with the codes of the data",
+            recipe.dictionary.table,
+            pairs,
+        )
+
+
 def open_dictionary(recipe: Recipe, tokenizer_fingerprint: str) -> DictionaryParts | None:
     """Opens the recipe's dictionary table and the parts that the recipe uses; None if the recipe has no dictionary.
 
@@ -61,13 +92,9 @@ def open_dictionary(recipe: Recipe, tokenizer_fingerprint: str) -> DictionaryPar
     """
     if recipe.dictionary is None:
         return None
-    languages = recipe.data.languages
     table, held_out = load_dictionary(recipe.dictionary, tokenizer_fingerprint)
-    if not set(table.languages) & set(languages):
-        raise UserError(
-            f"dictionary.table {recipe.dictionary.table} has languages {', '.join(table.languages)}, expected at least "
-            f"one of the data's languages {', '.join(languages)}; build the table for the data's languages"
-        )
+    check_languages(recipe, table)
+    languages = recipe.data.languages
     words = watched = switching = None
     if recipe.alignment is not None:
         words = alignment_groups(table, recipe.alignment, held_out=held_out)

@@ -9,6 +9,7 @@ import numpy
 import orjson
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.languages import check_language_code
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.gigatoken_engine import RowEngine
 
@@ -109,7 +110,7 @@ def load_clone_language(path: Path) -> str:
     language = data.get("language") if isinstance(data, dict) else None
     if not isinstance(language, str) or not language:
         raise UserError(f'{path}: language is missing, expected {{"language": "en_clone"}}')
-    return language
+    return check_language_code(language, f"{path}: language")
 
 
 def save_clone_language(directory: Path, language: str) -> None:

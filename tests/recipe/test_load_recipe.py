@@ -81,7 +81,7 @@ def test_documents_are_separated_only_on_request(tmp_path: Path) -> None:
         ({"alignment.foo": 1}, ("unknown field alignment.foo", "train_iters, words_per_step, ")),
         (
             {"data.sources": [{"path": "a", "language": "b", "wait": 1}]},
-            ("unknown field data.sources.wait", "did you mean weight?"),
+            ("line 12", "unknown field data.sources[0].wait", "did you mean weight?"),
         ),
         ({"alignment": {"train_iters": 1}}, ("alignment.words_per_step, alignment.lr", "required")),
         ({"alignment": [1]}, ("alignment is [1]", "section")),
@@ -96,7 +96,7 @@ def test_documents_are_separated_only_on_request(tmp_path: Path) -> None:
         ({"alignment.words_per_step": 1}, ("alignment.words_per_step is 1", "at least 2")),
         ({"alignment.words_per_step": "many"}, ("alignment.words_per_step is many", "integer")),
         ({"alignment.freeze": "middle"}, ("alignment.freeze is middle", "one of 'none', 'lower', 'upper'")),
-        ({"alignment.language_weights": {"de": "x"}}, ("alignment.language_weights is x", "number")),
+        ({"alignment.language_weights": {"de": "x"}}, ("alignment.language_weights.de is x", "number")),
         ({"alignment.language_weights": {"de": 1}}, ("alignment.language_weights is {'de': 1.0}", "two languages")),
         ({"alignment.frequency_exponent": "x"}, ("alignment.frequency_exponent is x", "number")),
         ({"alignment.languages_per_group": 1}, ("alignment.languages_per_group is 1", "null", "at least 2")),
@@ -106,7 +106,7 @@ def test_documents_are_separated_only_on_request(tmp_path: Path) -> None:
         ({"alignment_guard": {"floor": "low"}}, ("alignment_guard.floor is low", "number")),
         ({"code_switch.ratio": 1.5}, ("code_switch.ratio is 1.5", "[0, 1]")),
         ({"code_switch.label_mode": "all"}, ("code_switch.label_mode is all", "one of 'input_only', ")),
-        ({"code_switch.language_weights": {"de": "x"}}, ("code_switch.language_weights is x", "number")),
+        ({"code_switch.language_weights": {"de": "x"}}, ("code_switch.language_weights.de is x", "number")),
         ({"dictionary.held_out_fraction": 2}, ("dictionary.held_out_fraction is 2.0", "[0, 1)")),
         ({"model.num_layers": "two"}, ("model.num_layers is two", "integer")),
         ({"model.num_layers": 2.5}, ("model.num_layers is 2.5", "integer")),
@@ -130,11 +130,14 @@ def test_documents_are_separated_only_on_request(tmp_path: Path) -> None:
         ({"data.reset_position_ids": 1}, ("data.reset_position_ids is 1", "true or false")),
         ({"data.reset_attention_mask": "x"}, ("data.reset_attention_mask is x", "true or false")),
         ({"data.sources": "en"}, ("data.sources is en", "list")),
-        ({"data.sources": ["en"]}, ("data.sources is en", "section")),
-        ({"data.sources": [{"path": "a"}]}, ("data.sources.language", "required")),
+        ({"data.sources": ["en"]}, ("data.sources[0] is en", "section")),
+        ({"data.sources": [{"path": "a"}]}, ("data.sources[0].language", "required")),
         # YAML reads the code of Norwegian as a boolean.
-        ({"data.sources": [{"path": "a", "language": False}]}, ("data.sources.language is False", "string")),
-        ({"data.sources": [{"path": "a", "language": "b", "weight": "x"}]}, ("data.sources.weight is x", "number")),
+        (
+            {"data.sources": [{"path": "a", "language": False}]},
+            ("data.sources[0].language is false", "in quotes"),
+        ),
+        ({"data.sources": [{"path": "a", "language": "b", "weight": "x"}]}, ("data.sources[0].weight is x", "number")),
         ({"data.tokenizer": None}, ("data.tokenizer", "required")),
         ({"optimizer": None}, ("optimizer.lr", "required")),
     ],
@@ -152,10 +155,10 @@ def test_messages_name_file_field_value_and_expectation(
     ("text", "facts"),
     [
         ("model: {num_layers: 2\nfoo: [", ("line 2, column 4", "YAML", "did not find expected ',' or '}'")),
-        ("model:\n\tnum_layers: 2\n", ("line 2, column 1", "YAML", "found character that cannot start any token")),
+        ("model:\n\tnum_layers: 2\n", ("line 2", "indentation", "a tab", "spaces")),
         ("", ("empty", "`model:`", "`data:`")),
         ("hello\n", ("hello", "`model:`", "`data:`")),
-        ("- 1\n", ("- 1", "`model:`", "`data:`")),
+        ("- 1\n", ("[1]", "`model:`", "`data:`")),
     ],
 )
 def test_file_that_is_not_a_recipe(tmp_path: Path, text: str, facts: tuple[str, ...]) -> None:
@@ -168,8 +171,10 @@ def test_file_that_is_not_a_recipe(tmp_path: Path, text: str, facts: tuple[str, 
 
 def test_file_that_is_not_text(tmp_path: Path) -> None:
     config = tmp_path / "picture.yaml"
-    config.write_bytes(b"\xff\xfe\x00\x80")
-    assert error_of([f"--config={config}"]).startswith(f"recipe {config}: ")
+    config.write_bytes(b"model:\n  # f\xfcr\n")
+    message = error_of([f"--config={config}"])
+    assert message.startswith(f"recipe {config}: ")
+    assert_facts(message, "line 2, column 6", "0xfc", "UTF-8")
 
 
 def test_config_that_is_not_a_file(tmp_path: Path) -> None:
@@ -208,7 +213,7 @@ def test_empty_recipe_names_every_required_field() -> None:
         {},
         {"dictionary": None, "alignment": None, "code_switch": None},
         {
-            "data.validation": [{"path": "v", "language": "日本語"}],
+            "data.validation": [{"path": "v", "language": "zh_hant"}],
             "alignment.layers": [0, 5],
             "alignment.stop_at_p_at_1": 0.9,
             "training.eval_interval": 3,

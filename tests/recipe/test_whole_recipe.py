@@ -1,6 +1,5 @@
 """Checks across the sections of a recipe, and of the world size."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +125,6 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             {"model.num_layers": 1, "alignment.freeze": "upper"},
             ("alignment.freeze is upper", "none", "model.num_layers is 1"),
         ),
-        *[
-            ({f"alignment.{name}": math.inf}, (f"alignment.{name} is inf", "finite"))
-            for name in ("alpha", "gamma", "lm_weight", "lr", "temperature")
-        ],
         ({"dictionary": None, "code_switch": None}, ("alignment is set", "null", "dictionary section")),
         ({"dictionary": None, "alignment": None}, ("code_switch is set", "null", "dictionary section")),
         (

@@ -1,5 +1,7 @@
 """ISO 639: which two- and three-letter codes name the same language."""
 
+from collections.abc import Collection, Iterable
+
 # Two- and three-letter codes of each language.
 _CODES = """
 aa aar ab abk af afr ak aka am amh ar ara an arg as asm av ava ae ave ay aym az aze ba bak bm bam be bel bn ben bi bis
@@ -50,6 +52,26 @@ def parse_language(text: str) -> tuple[frozenset[str], bool]:
     text = text.strip().lower()
     code = _CODE_OF_NAME.get(text, text)
     return (same_language(code) if code.partition("_")[0] in _SAME else frozenset()), text in _CODE_OF_NAME
+
+
+def other_codes(languages: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Returns language -> code in `known` of each language that `known` has only under another code or name."""
+    renamed = {}
+    for language in languages:
+        same = [each for each in known if parse_language(each)[0] & parse_language(language)[0]]
+        if same and language not in known:
+            renamed[language] = same[0]
+    return renamed
+
+
+def language_name_warnings(languages: Iterable[str]) -> list[str]:
+    """Warnings about languages given by their English names: datasets have codes."""
+    return [
+        f"language {language} is a name, its code is {_CODE_OF_NAME[language.lower()]}; a run uses the words of a "
+        "language only if table and datasets have the same code"
+        for language in languages
+        if parse_language(language)[1]
+    ]
 
 
 def same_language(code: str) -> frozenset[str]:
