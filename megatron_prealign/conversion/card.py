@@ -13,6 +13,7 @@ import yaml
 from megatron_prealign import __version__
 from megatron_prealign.checkpoint.state import is_run
 from megatron_prealign.conversion.families import FAMILIES
+from megatron_prealign.files.yaml_text import load_yaml, read_utf8
 from megatron_prealign.recipe import ModelSection
 from megatron_prealign.recipe.phases import ALIGNMENT
 
@@ -175,8 +176,8 @@ def _origin(info: Mapping[str, Any]) -> str | None:
 def _recipe(checkpoint: Path) -> str:
     """The sections of the recipe that describe the training, without paths of the machine."""
     try:
-        recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        recipe = load_yaml(read_utf8(checkpoint / "recipe.yaml"))
+    except (OSError, ValueError):
         return ""
     shown = {
         name: {key: value for key, value in recipe[name].items() if value is not None}

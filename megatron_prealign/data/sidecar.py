@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_prealign.corpus.readers import Problem
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.json_text import load_json
 from megatron_prealign.languages import check_language_code
 
 FORMAT_VERSION = 1
@@ -97,13 +98,13 @@ def load_sidecar(prefix: str | Path) -> Sidecar:
     """
     path = sidecar_path(prefix)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: file not found; create the dataset with megatron-prealign preprocess, or, if its .bin exists, "
             "restore the missing files with megatron-prealign dataset repair"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable JSON file ({error}); restore it with megatron-prealign dataset repair"
         ) from error

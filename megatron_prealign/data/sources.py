@@ -235,9 +235,13 @@ def _with_words(source: OpenSource) -> OpenSource:
     return replace(source, words=WordBitmap(source.path, source.dataset, segmenter))
 
 
+def held_out_documents(documents: int, fraction: float) -> int:
+    """Number of documents to hold out: `fraction` of them, at least one but never all; none if it is 0."""
+    # Rounded before ceil: 0.07 * 100 is slightly above 7 in floating point.
+    return min(math.ceil(round(fraction * documents, 6)), max(documents - 1, 0))
+
+
 def _first_held_out(source: OpenSource, fraction: float) -> int:
     """First sequence of the last `fraction` of the documents: at least one document, but never all."""
     documents = len(source.dataset.document_indices) - 1
-    # Rounded before ceil: 0.07 * 100 is slightly above 7 in floating point.
-    held_out = min(math.ceil(round(fraction * documents, 6)), max(documents - 1, 0))
-    return int(source.dataset.document_indices[documents - held_out])
+    return int(source.dataset.document_indices[documents - held_out_documents(documents, fraction)])

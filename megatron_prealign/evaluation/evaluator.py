@@ -17,7 +17,7 @@ from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import measure_retrieval
 from megatron_prealign.evaluation.validation import validation_losses
-from megatron_prealign.evaluation.word_pairs import MAX_WORD_TOKENS, WordPairs, word_pairs
+from megatron_prealign.evaluation.word_pairs import evaluated_pairs, metric_names
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.metrics_log import MetricsLog
@@ -49,18 +49,12 @@ class Evaluator:
         self._runtime = runtime
         self._validation = validation
         self._sequence_format = sequence_format
-        self._pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
-        if words is not None:
-            table, held_out = words
-            limit, max_tokens = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
-            for name, groups in zip(self._pairs, (~held_out, held_out), strict=True):
-                self._pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=max_tokens)
+        self._pairs = evaluated_pairs(recipe, words)
 
     @property
     def names(self) -> list[str]:
         """Names of the metrics that `flatten_metrics` returns."""
-        by_pair = [f"{metric}/{pair.name}" for metric, pairs in self._pairs.items() for pair in pairs]
-        return [*(f"validation_loss/{language}" for language in self._validation.languages), *by_pair]
+        return metric_names(self._validation.languages, self._pairs)
 
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         """Measures `validation_loss` per language and both retrieval metrics. Collective: call on all ranks."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.retrieval_metrics import METRICS
+from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe.phases import ALIGNMENT
 
 logger = logging.getLogger(__name__)
@@ -236,14 +237,12 @@ def _by_pair(values: Mapping[str, Any] | None) -> dict[str, list[float]]:
 
 
 def _load_recipe(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from error
+        recipe = load_yaml(read_utf8(path))
+    except YamlError as error:
+        raise UserError(f"{path}: {error}") from error
     return _mapping(recipe, path)
 
 

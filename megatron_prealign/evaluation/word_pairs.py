@@ -1,6 +1,6 @@
 """Selects the dictionary words for word retrieval. Does not import torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe import AlignmentWatchSection
+from megatron_prealign.recipe import AlignmentWatchSection, Recipe
 
 # Longer words say little about the word space of a layer and would widen every batch of words.
 MAX_WORD_TOKENS = 8
@@ -56,6 +56,47 @@ class WordPairs:
     def directions(self) -> tuple[str, str]:
         """Names of both directions, such as `en-de` and `de-en`."""
         return self.name, "-".join(reversed(self.languages))
+
+
+def evaluated_pairs(
+    recipe: Recipe, words: tuple[DictionaryTable, NDArray[np.bool_]] | None
+) -> dict[str, list[WordPairs]]:
+    """Metric of word retrieval -> word pairs that an evaluation measures it on.
+
+    Args:
+        words: The word table and the groups held out from training, bool `[groups]`, which are measured separately;
+            None without a dictionary.
+    """
+    pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
+    if words is not None:
+        table, held_out = words
+        limit, max_tokens = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
+        for name, groups in zip(pairs, (~held_out, held_out), strict=True):
+            pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=max_tokens)
+    return pairs
+
+
+def metric_names(languages: Sequence[str], pairs: Mapping[str, list[WordPairs]]) -> list[str]:
+    """Names of the metrics of an evaluation, such as `validation_loss/en`.
+
+    Args:
+        languages: Languages with held-out text.
+        pairs: Result of `evaluated_pairs`.
+    """
+    by_pair = [f"{metric}/{pair.name}" for metric, of_metric in pairs.items() for pair in of_metric]
+    return [*(f"validation_loss/{language}" for language in languages), *by_pair]
+
+
+def check_keep_best(recipe: Recipe, names: Sequence[str]) -> None:
+    """Checks that the metric named in checkpoint.keep_best is one of the evaluated ones, `names`.
+
+    Raises:
+        UserError: It is not.
+    """
+    name = recipe.checkpoint.keep_best
+    if name is not None and name not in names:
+        valid = ", ".join(names) or "null, because the run has neither held-out text nor a dictionary"
+        raise UserError(f"checkpoint.keep_best is {name}, expected one of {valid}")
 
 
 def word_pairs(

@@ -109,8 +109,13 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return asdict(recipe)
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe as YAML; `load_recipe(["--config", path])` returns an equal recipe."""
+def dump_recipe(values: dict[str, Any]) -> str:
+    """YAML of `recipe_to_dict`."""
     import yaml
 
-    path.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved recipe as YAML; `load_recipe(["--config", path])` returns an equal recipe."""
+    path.write_text(dump_recipe(recipe_to_dict(recipe)), encoding="utf-8")

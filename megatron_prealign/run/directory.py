@@ -1,4 +1,4 @@
-"""Run directory: write checks, locking, and the files written there before training."""
+"""Run directory: locking, and the files written there before training."""
 
 import json
 import platform
@@ -14,22 +14,15 @@ from megatron_prealign.alignment.dropped_words import report_dropped_words
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.errors import write_error
 from megatron_prealign.files.atomic import write_atomically
-from megatron_prealign.files.directories import check_writable
 from megatron_prealign.files.lock import locked_directories
 from megatron_prealign.recipe import Recipe, save_recipe
+from megatron_prealign.run.output_paths import (
+    RECIPE_FILE,
+    VERSIONS_FILE,
+    check_directories_writable,
+    check_foreign_files,
+)
 from megatron_prealign.training.word_steps import WordSteps
-
-
-def check_run_directory(recipe: Recipe) -> None:
-    """Checks that the run's directories are writable, before the data and the model are loaded.
-
-    Creates no directory, because the run may still be rejected.
-
-    Raises:
-        UserError: A directory is not writable.
-    """
-    for directory in _directories(recipe):
-        check_writable(directory, f"logging.run_dir {recipe.logging.run_dir}")
 
 
 def _directories(recipe: Recipe) -> list[Path]:
@@ -39,17 +32,18 @@ def _directories(recipe: Recipe) -> list[Path]:
 
 
 def lock_run_directory(recipe: Recipe, locks: ExitStack) -> None:
-    """Locks the run's directories until `locks` is closed and checks that they are writable.
+    """Locks the run's directories until `locks` is closed, and checks them (`output_paths.check_output_paths`).
 
     Also removes what an interrupted save left behind, since it may be what fills the disk.
 
     Raises:
-        UserError: Another run uses the directories, or they are not writable.
+        UserError: Another run uses the directories, they are not writable or contain files of the user.
     """
+    check_foreign_files(recipe)
     with _write_errors(Path(recipe.logging.run_dir)):
         locks.enter_context(locked_directories([Path(recipe.logging.run_dir), recipe.checkpoint_dir]))
         remove_unfinished(recipe.checkpoint_dir)
-    check_run_directory(recipe)
+    check_directories_writable(recipe)
 
 
 def record_run(recipe: Recipe, words: WordSteps | None) -> None:
@@ -62,9 +56,9 @@ def record_run(recipe: Recipe, words: WordSteps | None) -> None:
     with _write_errors(run_dir):
         for directory in _directories(recipe):
             directory.mkdir(parents=True, exist_ok=True)
-        with write_atomically(run_dir / "recipe.yaml") as path:
+        with write_atomically(run_dir / RECIPE_FILE) as path:
             save_recipe(recipe, path)
-        with write_atomically(run_dir / "versions.json") as path:
+        with write_atomically(run_dir / VERSIONS_FILE) as path:
             path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
         if words is not None and recipe.alignment is not None:
             report_dropped_words(words.sampler, recipe.alignment.max_word_tokens, run_dir)

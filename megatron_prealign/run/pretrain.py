@@ -23,11 +23,13 @@ from megatron_prealign.data.samples import SampleBatch
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.evaluation.watch import AlignmentWatch
+from megatron_prealign.evaluation.word_pairs import check_keep_best
 from megatron_prealign.model.build import build_model, count_parameters
 from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
+from megatron_prealign.run.output_paths import METRICS_FILE
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -205,7 +207,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         build_sequence_format(recipe, inputs.vocabulary),
         None if dictionary is None else (dictionary.table, dictionary.held_out),
     )
-    on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator))
+    on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator.names))
     models = on_every_rank(
         "building the model", lambda: build_model(recipe, runtime, vocab_size=inputs.vocabulary.size)
     )
@@ -243,10 +245,11 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         inputs.vocabulary.size,
         inputs.vocabulary.padded_size,
     )
+    run_dir = Path(recipe.logging.run_dir)
     metrics = on_rank_zero("opening the metrics", lambda: open_metrics(recipe)) or MetricsLog()
     profile: list[Callback] = []
     if recipe.logging.profile_steps is not None:
-        profile = [Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / "profile")]
+        profile = [Profile(recipe.logging.profile_steps, run_dir / "profile")]
     watch: list[Callback] = []
     if recipe.alignment_watch is not None and dictionary is not None and dictionary.watched is not None:
         watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics)]
@@ -272,18 +275,6 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     if not state.stop_requested:
         logger.info("training finished: %d steps, %s tokens", state.step, f"{state.tokens:,}")
     return state
-
-
-def check_keep_best(recipe: Recipe, evaluator: Evaluator) -> None:
-    """Checks that the metric named in checkpoint.keep_best is evaluated in this run.
-
-    Raises:
-        UserError: It is not.
-    """
-    name = recipe.checkpoint.keep_best
-    if name is not None and name not in evaluator.names:
-        valid = ", ".join(evaluator.names) or "null, because the run has neither held-out text nor a dictionary"
-        raise UserError(f"checkpoint.keep_best is {name}, expected one of {valid}")
 
 
 def check_world_size(recipe: Recipe, runtime: Runtime) -> None:

@@ -9,10 +9,13 @@ from megatron_prealign.checkpoint.state import model_identity, read_state
 from megatron_prealign.data.dataset import sidecar_mismatches
 from megatron_prealign.data.indexed import check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
+from megatron_prealign.data.sources import held_out_documents
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.word_pairs import check_keep_best, evaluated_pairs, metric_names
 from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
-from megatron_prealign.run.dictionary import open_dictionary
+from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
+from megatron_prealign.run.output_paths import check_output_paths
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.training.wandb import check_wandb
@@ -31,6 +34,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     if world_size is not None:
         recipe.check_world_size(world_size)
     check_wandb(recipe)
+    check_output_paths(recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources: list[DataSource | ValidationSource] = [*recipe.data.sources, *recipe.data.validation]
     sidecars = {source.path: _check_source(source) for source in sources}
@@ -46,7 +50,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
             f"model.vocab_size is {vocab_size}, expected at least {tokenizer.vocab_size}, the number of ids of "
             f"data.tokenizer {recipe.data.tokenizer}; raise it or omit it"
         )
-    open_dictionary(recipe, tokenizer.fingerprint)
+    dictionary = open_dictionary(recipe, tokenizer.fingerprint)
+    _check_keep_best(recipe, dictionary, sidecars)
     for source in recipe.data.sources:
         if sidecars[source.path].tokens <= recipe.data.seq_length:
             raise UserError(
@@ -56,6 +61,24 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     start = _check_start(recipe, tokenizer, sidecars)
     tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
     return f"{_summary(recipe, tokens)}\nthe run {start.describe()}"
+
+
+def _check_keep_best(recipe: Recipe, dictionary: DictionaryParts | None, sidecars: dict[str, Sidecar]) -> None:
+    """Checks that checkpoint.keep_best names a metric that evaluations measure.
+
+    Raises:
+        UserError: It does not.
+    """
+    if recipe.checkpoint.keep_best is None:
+        return
+    data = recipe.data
+    held_out = {source.language for source in data.validation} or {
+        source.language
+        for source in data.sources
+        if held_out_documents(sidecars[source.path].documents, data.validation_fraction)
+    }
+    pairs = evaluated_pairs(recipe, None if dictionary is None else (dictionary.table, dictionary.held_out))
+    check_keep_best(recipe, metric_names([each for each in data.languages if each in held_out], pairs))
 
 
 def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> StartPoint:

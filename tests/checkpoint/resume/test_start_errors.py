@@ -96,7 +96,7 @@ def test_a_refused_run_leaves_nothing_behind(tiny: Tiny, workers: WorkerPool, tm
 def check_directories(values: dict[str, Any], directory: str, other: str | None) -> None:
     """Runs in a worker: checks the run's directories while another run creates its own next to them."""
     from megatron_prealign.files import directories
-    from megatron_prealign.run.directory import check_run_directory
+    from megatron_prealign.run.output_paths import check_directories_writable
 
     probe = directories.TemporaryFile
 
@@ -107,7 +107,7 @@ def check_directories(values: dict[str, Any], directory: str, other: str | None)
 
     directories.TemporaryFile = probe_and_make
     try:
-        check_run_directory(recipe_of(values, Path(directory)))
+        check_directories_writable(recipe_of(values, Path(directory)))
     finally:
         directories.TemporaryFile = probe
 
