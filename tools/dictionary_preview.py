@@ -126,9 +126,9 @@ def _check(options: PreviewOptions) -> None:
 def _recipe(options: PreviewOptions) -> Recipe | None:
     if options.config is None:
         return None
-    from megatron_prealign.recipe import load_recipe
+    from megatron_prealign.cli.recipe_options import open_recipe
 
-    return load_recipe(["--config", options.config])
+    return open_recipe(["--config", options.config], "dictionary preview")
 
 
 def _section(options: PreviewOptions, recipe: Recipe | None) -> CodeSwitchSection:

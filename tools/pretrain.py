@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_prealign.cli.recipe_options import parse_recipe_arguments
+from megatron_prealign.cli.recipe_options import open_recipe, parse_recipe_arguments
 from megatron_prealign.errors import UserError
-from megatron_prealign.recipe.load import as_user_error, load_recipe, recipe_name
+from megatron_prealign.recipe.load import as_user_error, recipe_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
         print(recipe_schema())
         return 0
-    recipe = load_recipe(arguments)
+    recipe = open_recipe(arguments, "pretrain")
     if options.world_size is not None and not options.validate:
         raise UserError("--world-size requires --validate; training takes the number of processes from torchrun")
     if options.validate:

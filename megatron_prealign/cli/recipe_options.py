@@ -8,7 +8,8 @@ from megatron_prealign.cli.options import build_options, option_name, read_optio
 from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import FieldDescription, describe, section_of, walk, yaml_syntax
-from megatron_prealign.recipe.load import load_recipe
+from megatron_prealign.recipe.load import config_files, load_recipe
+from megatron_prealign.recipe.paths import check_relative_paths
 from megatron_prealign.recipe.recipe import Recipe
 
 Options = TypeVar("Options")
@@ -23,6 +24,13 @@ _CONFIG_ROWS = (
     ("--help SECTION", "Show the fields of a section; --help all shows all sections."),
 )
 
+_EXAMPLE = """\
+  model: {num_layers: 12, hidden_size: 768, num_attention_heads: 12}
+  data: {tokenizer: data/tokenizer, seq_length: 1024, sources: [{path: data/en, language: en}]}
+  optimizer: {lr: 3.0e-4}
+  training: {seed: 1, micro_batch_size: 4, global_batch_size: 32, train_iters: 1000}
+  logging: {run_dir: runs/first}"""
+
 
 def parse_recipe(command: str, options: type[Options], argv: Sequence[str]) -> tuple[Recipe, Options]:
     """Returns the recipe and the command's own options, or prints the help and exits with status 0.
@@ -31,7 +39,18 @@ def parse_recipe(command: str, options: type[Options], argv: Sequence[str]) -> t
         UserError: a file is missing, a key or option is unknown, a type is wrong or values are inconsistent.
     """
     parsed, rest = parse_recipe_arguments(command, options, argv)
-    return load_recipe(rest, command), parsed
+    return open_recipe(rest, command), parsed
+
+
+def open_recipe(arguments: Sequence[str], command: str) -> Recipe:
+    """Loads a recipe from its arguments, and checks that its inputs are not looked for in the wrong directory.
+
+    Raises:
+        UserError: see `load_recipe` and `check_relative_paths`.
+    """
+    recipe = load_recipe(arguments, command)
+    check_relative_paths(recipe, config_files(arguments))
+    return recipe
 
 
 def parse_recipe_arguments(command: str, options: type[Options], argv: Sequence[str]) -> tuple[Options, list[str]]:
@@ -114,6 +133,7 @@ def _help(command: str, options: type, topic: str) -> str:
         help.paragraph(options.__doc__ or ""),
         help.rows("options", [*rows, *_CONFIG_ROWS]),
         help.rows("recipe sections", ((name, field.help) for name, field in describe(Recipe).items())),
+        f"smallest recipe, run with megatron-prealign {command} --config recipe.yaml:\n{_EXAMPLE}",
     ]
     if topic == "all":
         parts += [_section(name, kind) for name, kind in sections.items()]

@@ -35,9 +35,14 @@ def as_user_error(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {explain(error)}") from error
 
 
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The --config files in `arguments`."""
+    return [value for name, value in _options(arguments) if name == "config"]
+
+
 def recipe_name(arguments: Sequence[str]) -> str:
     """Name of the recipe in messages: `recipe` and the --config files in `arguments`."""
-    return " ".join(["recipe", *(value for name, value in _options(arguments) if name == "config")])
+    return " ".join(["recipe", *config_files(arguments)])
 
 
 def recipe_parser(command: str) -> "ArgumentParser":

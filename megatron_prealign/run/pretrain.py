@@ -30,6 +30,7 @@ from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
 from megatron_prealign.run.output_paths import METRICS_FILE
+from megatron_prealign.run.resume_report import report_resume
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -245,6 +246,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         inputs.vocabulary.size,
         inputs.vocabulary.padded_size,
     )
+    report_resume(recipe, start, state, phases)
     run_dir = Path(recipe.logging.run_dir)
     metrics = on_rank_zero("opening the metrics", lambda: open_metrics(recipe)) or MetricsLog()
     profile: list[Callback] = []

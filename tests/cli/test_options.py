@@ -1,6 +1,8 @@
 """Options from dataclasses: parsing, help texts and errors."""
 
+import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -9,6 +11,7 @@ from support.messages import assert_refused, user_error
 from megatron_prealign import cli
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.cli.recipe_options import parse_recipe_arguments
+from megatron_prealign.recipe import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,3 +230,27 @@ def test_values_of_list_fields_are_yaml(capsys: pytest.CaptureFixture[str]) -> N
 def test_option_of_the_recipe_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["pretrain", "--training.train-iters"]
     assert_refused(cli.main(arguments), capsys.readouterr().err, "--training.train-iters needs a value")
+
+
+def test_the_example_in_the_help_is_a_valid_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = help_of("pretrain", "--help", capsys=capsys).split("recipe.yaml:\n")[-1]
+    (tmp_path / "recipe.yaml").write_text(textwrap.dedent(example))
+    assert load_recipe(["--config", str(tmp_path / "recipe.yaml")]).training.train_iters == 1000
+    assert max(len(line) for line in example.splitlines()) <= 110
+
+
+@pytest.mark.parametrize("code", ["../../x", "", "de en", "-de", "d/e", "x" * 64])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["preprocess", "--input", "x", "--tokenizer", "t", "--output", "o", "--language"],
+        ["train-tokenizer", "--input", "x", "--output", "o", "--vocab-size", "300", "--clone-language"],
+        ["dataset", "merge", "--output", "o", "--language"],
+        ["dataset", "repair", "x", "--language"],
+        ["dictionary", "build", "--input", "x", "--tokenizer", "t", "--output", "o", "--source"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_language_codes_of_every_command(command: list[str], code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    *options, name = command
+    assert_refused(cli.main([*options, f"{name}={code}"]), capsys.readouterr().err, name, "language code")

@@ -1,0 +1,81 @@
+"""Fields of a recipe that differ from the recipe of the checkpoint that a run resumes from. Imports no torch."""
+
+import logging
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
+from megatron_prealign.recipe import ALIGNMENT, Recipe, recipe_to_dict
+
+logger = logging.getLogger(__name__)
+
+_UNSET = object()
+# Start of a field's name -> effect of changing it, where that is not obvious. The first match counts.
+_EFFECTS = {
+    "optimizer.adam_": "no effect: the optimizer continues with the saved value",
+    "optimizer.lr": "the learning-rate schedule is recomputed and continues at the current step",
+    "optimizer.min_lr": "the learning-rate schedule is recomputed and continues at the current step",
+    "model.init_method_std": "no effect: the weights are initialised already",
+    "data.sources": "applies to the samples that are not consumed yet",
+    "checkpoint.load": "no effect: the run has a checkpoint of its own",
+    "dictionary.table": "the same words, or the run would have been refused",
+    "training.train_": "the learning-rate schedule is recomputed and continues at the current step",
+    "training.global_batch_size": "the learning-rate schedule is recomputed and continues at the current step",
+}
+
+
+def changed_fields(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[str, str]]:
+    """Returns dotted name -> (saved value, current value) of each field that differs, in the recipe's order.
+
+    Empty for a checkpoint whose recipe cannot be read: its state.json decides whether the run may resume.
+    """
+    try:
+        saved = load_yaml(read_utf8(checkpoint / "recipe.yaml"))
+    except (OSError, YamlError):
+        return {}
+    return {name: (_shown(before), _shown(now)) for name, before, now in _differences(saved, recipe_to_dict(recipe))}
+
+
+def effect(field: str, phase: str, *, has_guard: bool) -> str:
+    """Effect of a changed field on a run that resumes in a phase; empty if it is obvious."""
+    if field.startswith(f"{ALIGNMENT}.") and phase != ALIGNMENT and not has_guard:
+        return "no effect: the alignment phase is over"
+    return next((text for start, text in _EFFECTS.items() if field.startswith(start)), "")
+
+
+def log_changes(recipe: Recipe, checkpoint: Path, step: int, phase: str) -> int:
+    """Logs a line per field that differs from the checkpoint's recipe; returns their number."""
+    changes = changed_fields(recipe, checkpoint)
+    for field, (saved, current) in changes.items():
+        note = effect(field, phase, has_guard=recipe.alignment_guard is not None)
+        logger.info(
+            "%s: %s -> %s (changed since the checkpoint of step %s)%s",
+            field,
+            saved,
+            current,
+            f"{step:,}",
+            f": {note}" if note else "",
+        )
+    return len(changes)
+
+
+def _differences(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields dotted name, saved and current value of each field that differs, also in items of lists of mappings."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for name in {**current, **saved}:
+            inner = f"{path}.{name}" if path else str(name)
+            yield from _differences(saved.get(name, _UNSET), current.get(name, _UNSET), inner)
+    elif isinstance(saved, list) and isinstance(current, list) and any(isinstance(each, dict) for each in current):
+        for number, (before, now) in enumerate(zip_longest(saved, current, fillvalue=_UNSET)):
+            yield from _differences(before, now, f"{path}[{number}]")
+    elif saved != current:
+        yield path, saved, current
+
+
+def _shown(value: Any) -> str:
+    if value is _UNSET:
+        return "not set"
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,112 @@
+"""A resumed run lists the fields that differ from its checkpoint's recipe, and says when nothing is left to train."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.messages import assert_facts
+from support.recipe_values import write_recipe
+from support.tiny import Tiny, recipe_of
+from support.whole_runs import language_model_values, run
+from support.workers import WorkerPool
+
+from megatron_prealign.checkpoint.resume.changes import changed_fields, effect, log_changes
+from megatron_prealign.recipe import DataSource, Recipe, load_recipe, save_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """A recipe that is saved as that of the checkpoint `tmp_path`."""
+    recipe = load_recipe(
+        ["--config", write_recipe(tmp_path, {"code_switch.language_weights": {"de": 1.0}}, "own.yaml")]
+    )
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    return recipe
+
+
+def test_an_equal_recipe_has_no_changes(recipe: Recipe, tmp_path: Path) -> None:
+    assert changed_fields(recipe, tmp_path) == {}
+    # A checkpoint of another tool, and one that is corrupt: state.json decides.
+    (tmp_path / "recipe.yaml").write_text("a: 1\na: 2\n")
+    assert changed_fields(recipe, tmp_path) == {}
+    assert changed_fields(recipe, tmp_path / "nowhere") == {}
+
+
+def test_fields_of_every_depth(recipe: Recipe, tmp_path: Path) -> None:
+    assert recipe.code_switch is not None
+    source = recipe.data.sources[0]
+    changed = replace(
+        recipe,
+        optimizer=replace(recipe.optimizer, lr=0.0005),
+        data=replace(
+            recipe.data, sources=[replace(source, weight=2.0), DataSource(path="de", language="de")], eod_mask_loss=True
+        ),
+        code_switch=replace(recipe.code_switch, language_weights={"fr": 1.0}),
+        alignment=None,
+    )
+    changes = changed_fields(changed, tmp_path)
+    assert changes.pop("alignment")[1] == "null"
+    assert changes.pop("data.sources[1]")[0] == "not set"
+    assert changes == {
+        "optimizer.lr": ("0.001", "0.0005"),
+        "data.sources[0].weight": ("1.0", "2.0"),
+        "data.eod_mask_loss": ("false", "true"),
+        "code_switch.language_weights.de": ("1.0", "not set"),
+        "code_switch.language_weights.fr": ("not set", "1.0"),
+    }
+
+
+def test_a_line_per_field_with_its_effect(recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changed = replace(recipe, optimizer=replace(recipe.optimizer, lr=0.0005, adam_eps=1e-6))
+    with caplog.at_level(logging.INFO):
+        assert log_changes(changed, tmp_path, 1200, "language_model") == 2
+    rate, epsilon = (record.getMessage() for record in caplog.records)
+    assert_facts(rate, "optimizer.lr: 0.001 -> 0.0005", "step 1,200", "schedule")
+    assert_facts(epsilon, "optimizer.adam_eps: 1e-08 -> 1e-06", "no effect")
+
+
+def test_a_phase_that_is_over_is_not_affected() -> None:
+    assert "no effect" in effect("alignment.lr", "language_model", has_guard=False)
+    assert effect("alignment.lr", "language_model", has_guard=True) == ""
+    assert effect("alignment.lr", "alignment", has_guard=False) == ""
+    assert effect("logging.log_interval", "language_model", has_guard=False) == ""
+
+
+def logged(values: dict[str, Any], directory: str) -> list[str]:
+    """Runs in a worker: trains and returns the log lines of the package."""
+    from megatron_prealign.run.pretrain import pretrain
+
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Lines(), logging.getLogger("megatron_prealign")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return lines
+
+
+def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = language_model_values(tiny, tmp_path / "run")
+    values["training"]["train_iters"] = 2
+    run(workers, 1, values, tmp_path)
+    values["optimizer"]["lr"] = 5e-4
+    (lines,) = workers.run(1, logged, values, str(tmp_path))
+    change = next(line for line in lines if line.startswith("optimizer.lr:"))
+    assert_facts(change, "0.001 -> 0.0005", "step 2")
+    end = next(line for line in lines if "nothing to do" in line)
+    assert_facts(end, "2 of 2 steps", "training.train_iters", "no effect")
+    values["training"]["train_iters"] = 3
+    (lines,) = workers.run(1, logged, values, str(tmp_path))
+    assert not [line for line in lines if "nothing to do" in line]
+    assert [line for line in lines if line.startswith("training.train_iters: 2 -> 3")]
