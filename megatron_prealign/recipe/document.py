@@ -156,6 +156,8 @@ class _Document:
                     self._check_plain(item, typing.get_args(kind)[1], f"{path}.{key.value}")
         else:
             self._check_number(node, path)
+        if node.id == "scalar" and "\0" in node.value:
+            self._raise(node, f"{path} is {node.value[:60]!r}, expected text without NUL characters")
         if not _accepts(kind, construct(node)):
             is_text = any(each is str for each in _choices(kind)) and node.id == "scalar"
             self._fail(node, path, f"{expected_types(kind)}{'; write it in quotes' if is_text else ''}")
@@ -234,7 +236,7 @@ def _shown(node: Node) -> str:
     """The value as the file has it, and how YAML reads it where that may surprise."""
     if node.id != "scalar":
         return _short(str(construct(node)))
-    text = _short(node.value)
+    text = _short(node.value) or "''"
     if node.tag == _BOOL and text not in ("true", "false"):
         return f"{text}, which YAML reads as {str(construct(node)).lower()}"
     if node.tag == _INT and str(construct(node)) != node.value:
