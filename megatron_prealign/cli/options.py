@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ from megatron_prealign.cli import help
 from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError
 from megatron_prealign.languages import check_language_code
-from megatron_prealign.recipe.checks import RecipeValueError
-from megatron_prealign.recipe.describe import LANGUAGE_METAVAR, FieldDescription, describe
+from megatron_prealign.recipe.checks import MOST, RecipeValueError
+from megatron_prealign.recipe.describe import LANGUAGE_METAVAR, PATH_METAVARS, FieldDescription, describe
 
 Options = TypeVar("Options")
 
@@ -156,7 +157,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # "argument --output: expected one argument"
         name, _, problem = message.removeprefix("argument ").partition(": ")
-        text = " needs a value" if problem.startswith("expected") else f": {problem}"
+        text = f": {problem}"
+        if problem.startswith("expected"):
+            text = " needs a value"
+        elif problem.startswith("ignored explicit argument"):
+            text = " takes no value"
         raise UserError(f"{name.replace('_', '-')}{text}; see {_help_command(self._command)}")
 
 
@@ -167,6 +172,8 @@ def _converter(field: FieldDescription) -> Any:
     def convert(text: str) -> Any:
         if field.metavar == LANGUAGE_METAVAR:
             return check_language_code(text, name)
+        if field.metavar in PATH_METAVARS and text.startswith("~") and not os.path.lexists(text):
+            raise UserError(f"{name} is {text}: the shell expands ~ only at the start of an unquoted argument")
         if typing.get_origin(kind) is typing.Literal:
             choices = typing.get_args(kind)
             if text not in choices:
@@ -189,6 +196,8 @@ def _convert(name: str, text: str, kind: type) -> Any:
         raise UserError(f"{name} is {text}, expected {_TYPE_NAMES[kind]}") from None
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} is {text}, expected a finite number")
+    if kind in (int, float) and abs(value) > MOST:
+        raise UserError(f"{name} is {text[:40]}, expected a number up to {MOST:,}")
     return value
 
 

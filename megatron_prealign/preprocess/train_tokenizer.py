@@ -21,6 +21,8 @@ from megatron_prealign.tokenizer.segmenters import AUTO, Segmenter, open_segment
 
 Kind = Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
 
+LARGEST_VOCABULARY = 1 << 24
+"""The trainers allocate memory for all ids and crash beyond it."""
 # The special tokens and one token per byte, so that any text can be encoded.
 MINIMUM_VOCABULARY: dict[Kind, int] = {
     "byte-bpe": 256 + 1,
@@ -126,8 +128,11 @@ def train_tokenizer(
     settings = settings or TrainerSettings()
     settings.check()
     least = MINIMUM_VOCABULARY[settings.kind]
-    if vocab_size < least:
-        raise UserError(f"--vocab-size is {vocab_size}, expected at least {least} (256 bytes and the special tokens)")
+    if not least <= vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(
+            f"--vocab-size is {vocab_size}, expected at least {least} (256 bytes and the special tokens) and at most "
+            f"{LARGEST_VOCABULARY:,}"
+        )
     if clone_language is not None:
         check_language_code(clone_language, "--clone-language")
     target = Path(output)

@@ -7,8 +7,9 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
 # Strings with a metavar for help texts.
-PathText = Annotated[str, "PATH"]
-PrefixText = Annotated[str, "PREFIX"]
+PATH_METAVARS = ("PATH", "PREFIX")
+PathText = Annotated[str, PATH_METAVARS[0]]
+PrefixText = Annotated[str, PATH_METAVARS[1]]
 """Path of a dataset without file extension."""
 LANGUAGE_METAVAR = "CODE"
 LanguageText = Annotated[str, LANGUAGE_METAVAR]
