@@ -42,8 +42,9 @@ class DataWait:
 
 
 def measure_data_wait(recipe: Recipe, runtime: Runtime, *, pause_ms: float, steps: int, warmup: int) -> list[DataWait]:
-    """Runs blocks of `warmup + BLOCK` steps in both ways of reading until `steps` are measured in each. Collective: call
-    on all ranks.
+    """Runs blocks of `warmup + BLOCK` steps in both ways of reading until `steps` are measured in each.
+
+    Collective: call on all ranks.
 
     Args:
         warmup: Steps of a block that are not measured; at least 1.

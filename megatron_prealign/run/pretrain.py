@@ -29,7 +29,6 @@ from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
-from megatron_prealign.run.output_paths import METRICS_FILE
 from megatron_prealign.run.resume_report import report_resume
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
@@ -247,11 +246,10 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         inputs.vocabulary.padded_size,
     )
     report_resume(recipe, start, state, phases)
-    run_dir = Path(recipe.logging.run_dir)
     metrics = on_rank_zero("opening the metrics", lambda: open_metrics(recipe)) or MetricsLog()
     profile: list[Callback] = []
     if recipe.logging.profile_steps is not None:
-        profile = [Profile(recipe.logging.profile_steps, run_dir / "profile")]
+        profile = [Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / "profile")]
     watch: list[Callback] = []
     if recipe.alignment_watch is not None and dictionary is not None and dictionary.watched is not None:
         watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics)]
