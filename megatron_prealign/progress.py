@@ -5,6 +5,8 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+_TIMES = "{elapsed}<{remaining}, {rate_fmt}"
+
 
 class Progress:
     """Shows progress towards a total, which may be unknown, on standard error.
@@ -18,12 +20,19 @@ class Progress:
         description: str,
         total: int | None = None,
         *,
-        unit: str = "it",
+        unit: str = "items",
         unit_scale: bool = False,
         enabled: bool = True,
         log_interval_s: float = 10.0,
         stream: TextIO | None = None,
     ) -> None:
+        """
+        Args:
+            description: What is done.
+            total: Number of units; None if unknown.
+            unit: Unit in the plural (documents), or B.
+            unit_scale: Shorten numbers with the prefixes k, M, G: 1.15MB.
+        """
         from tqdm import tqdm
 
         self._stream = stream or sys.stderr
@@ -34,8 +43,9 @@ class Progress:
         self._bar = tqdm(
             desc=description,
             total=total,
-            unit=unit,
+            unit=_tqdm_unit(unit),
             unit_scale=unit_scale,
+            bar_format=None if total is None else f"{{l_bar}}{{bar}}| {_amounts(unit)} [{_TIMES}]",
             file=self._stream,
             dynamic_ncols=True,
             disable=not (enabled and self._terminal),
@@ -60,11 +70,9 @@ class Progress:
             self._total or 0,
             self._last_line_s - self._start_s,
             prefix=self._description,
-            unit=self._unit,
+            unit=_tqdm_unit(self._unit),
             unit_scale=self._unit_scale,
-            bar_format=None
-            if self._total is None
-            else "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]",
+            bar_format=None if self._total is None else f"{{desc}}: {_amounts(self._unit)} [{_TIMES}]",
         )
         self._stream.write(line + "\n")
         self._stream.flush()
@@ -81,3 +89,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _tqdm_unit(unit: str) -> str:
+    """tqdm writes the unit directly after a number: right for 1.15MB, wrong for 381documents."""
+    return unit if unit == "B" else f" {unit}"
+
+
+def _amounts(unit: str) -> str:
+    """tqdm's format of the finished and of all units: 1.15MB/2.30MB, 381/400 documents."""
+    return "{n_fmt}{unit}/{total_fmt}{unit}" if unit == "B" else "{n_fmt}/{total_fmt}{unit}"

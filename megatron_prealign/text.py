@@ -1,5 +1,7 @@
-"""Tables and quantities in text for people: aligned columns, sizes, durations."""
+"""Text for people: aligned columns, counts, sizes, durations, commands to copy, the last lines of a command."""
 
+import re
+import shlex
 from collections.abc import Sequence
 
 
@@ -23,6 +25,12 @@ def shorten(text: str, length: int) -> str:
     return f"{text[:head]}…{text[len(text) - (length - head - 1) :]}"
 
 
+def align_left(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Formats labels and texts as lines, the texts below each other."""
+    width = max(len(label) for label, _ in rows)
+    return [f"{label.ljust(width)}  {text}" for label, text in rows]
+
+
 def readable_bytes(count: int) -> str:
     """Human-readable size, such as 1.5 GB."""
     size = float(count)
@@ -34,9 +42,53 @@ def readable_bytes(count: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Human-readable duration: 40 s, 3.3 min, 1.2 h; `-` for None."""
+    """Human-readable duration: 0.25 s, 40 s, 3.3 min, 1.2 h; `-` for None."""
     if seconds is None:
         return "-"
+    if seconds < 1:
+        return f"{seconds:.2g} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def plural(count: int, noun: str) -> str:
+    """Count with its noun: 1 process, 1,200 processes, 2 dictionaries."""
+    if count == 1:
+        return f"1 {noun}"
+    if re.search(r"(s|x|ch|sh)$", noun):
+        noun += "es"
+    elif re.search(r"[^aeiou]y$", noun):
+        noun = noun[:-1] + "ies"
+    else:
+        noun += "s"
+    return f"{count:,} {noun}"
+
+
+def clock(seconds: float) -> str:
+    """Duration as hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def command(*words: object) -> str:
+    """Command line of this package to copy into a shell: `megatron-prealign` and `words`, quoted."""
+    return shlex.join(["megatron-prealign", *map(str, words)])
+
+
+def next_line(command_line: str) -> str:
+    """Line that names the command that usually follows.
+
+    Args:
+        command_line: Result of `command`.
+    """
+    return f"next: {command_line}"
+
+
+def closing(made: str, *commands: str) -> str:
+    """The last lines of a command: what it made, with its numbers, and the commands that usually follow.
+
+    Args:
+        commands: Results of `command`.
+    """
+    return "\n".join([made, *map(next_line, commands)])

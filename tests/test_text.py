@@ -1,8 +1,72 @@
-"""Quantities and names in text."""
+"""Text for people: counts, durations, commands, progress lines."""
+
+import io
+import shlex
 
 import pytest
 
-from megatron_prealign.text import shorten
+from megatron_prealign.progress import Progress
+from megatron_prealign.text import align_left, clock, closing, command, duration, plural, shorten
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (0, "key", "0 keys"),
+        (3, "entry", "3 entries"),
+        (1200, "batch", "1,200 batches"),
+    ],
+)
+def test_plural(count: int, noun: str, text: str) -> None:
+    assert plural(count, noun) == text
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.123, 2.4, 90.0, 7200.0)] == ["0.12 s", "2 s", "1.5 min", "2.0 h"]
+    assert [clock(seconds) for seconds in (0.4, 59.6, 3723, 360000)] == ["0:00:00", "0:01:00", "1:02:03", "100:00:00"]
+
+
+def test_commands_are_quoted() -> None:
+    words = ["convert", "to-hf", "--checkpoint", "a b", "it's", "$HOME", "*"]
+    assert shlex.split(command(*words)) == ["megatron-prealign", *words]
+    assert closing("wrote x", command("a"), command("b")).splitlines() == [
+        "wrote x",
+        "next: megatron-prealign a",
+        "next: megatron-prealign b",
+    ]
+
+
+def test_labels_are_aligned() -> None:
+    assert align_left([("a", "x"), ("long", "y z")]) == ["a     x", "long  y z"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream_type", [io.StringIO, Terminal])
+@pytest.mark.parametrize(
+    ("total", "unit", "text"),
+    [
+        (2_300_000, "B", "1.15MB/2.30MB"),
+        (None, "B", "1.15MB ["),
+        (None, "documents", "1150000 documents ["),
+        (2_300_000, "documents", "1150000/2300000 documents ["),
+    ],
+)
+def test_amounts_have_their_unit(stream_type: type[io.StringIO], total: int | None, unit: str, text: str) -> None:
+    stream = stream_type()
+    # Wide enough for a bar.
+    with Progress("work", total, unit=unit, unit_scale=unit == "B", stream=stream) as progress:
+        progress._bar.dynamic_ncols = None
+        progress._bar.ncols = 200
+        progress.update(1_150_000)
+        progress._bar.refresh()
+    assert text in stream.getvalue()
+    assert "documents/s" in stream.getvalue() or "B/s" in stream.getvalue()
 
 
 @pytest.mark.parametrize(

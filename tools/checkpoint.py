@@ -10,6 +10,7 @@ from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import available_cores, use_huge_pages
+from megatron_prealign.text import closing, command, plural, readable_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +120,12 @@ def verify(argv: Sequence[str]) -> int:
         verify_checkpoint,
     )
     from megatron_prealign.progress import Progress
-    from megatron_prealign.text import readable_bytes
 
     missing = find_missing_latest(Path(options.path))
     if missing:
         print(f"corrupt: {missing}")
     directories = checkpoints_to_verify(Path(options.path), options.all)
-    corrupt = 0
+    corrupt = size = 0
     with Progress("verifying", bytes_to_read(directories), unit="B", unit_scale=True) as bar:
         for directory in directories:
             result = verify_checkpoint(directory, workers=workers, progress=bar.update)
@@ -134,11 +134,16 @@ def verify(argv: Sequence[str]) -> int:
             for name in result.unknown:
                 print(f"extra file: {directory / name} is not in the manifest")
             if not result.problems:
-                print(f"{directory}: {result.files} files, {readable_bytes(result.bytes)}, all intact")
+                print(f"{directory}: {plural(result.files, 'file')}, {readable_bytes(result.bytes)}, all intact")
             corrupt += bool(result.problems)
-    if len(directories) > 1:
-        print(f"{corrupt} of {len(directories)} checkpoints {'is' if corrupt == 1 else 'are'} corrupt")
-    return 1 if corrupt or missing else 0
+            size += result.bytes
+    made = f"verified {plural(len(directories), 'checkpoint')}, {readable_bytes(size)}: {corrupt or 'none'} corrupt"
+    if corrupt or missing:
+        print(made)
+        return 1
+    output = f"{directories[0].resolve().name}-huggingface"
+    print(closing(made, command("convert", "to-hf", "--checkpoint", options.path, "--output", output)))
+    return 0
 
 
 def export_weights(argv: Sequence[str]) -> int:
@@ -149,7 +154,6 @@ def export_weights(argv: Sequence[str]) -> int:
     from megatron_prealign.checkpoint.commands.export import export_weights as export
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.progress import Progress
-    from megatron_prealign.text import readable_bytes
 
     checkpoint = resolve_checkpoint(options.checkpoint)
     # Before the checkpoint is read, which may take hours.
@@ -172,9 +176,13 @@ def export_weights(argv: Sequence[str]) -> int:
     finally:
         if bar is not None:
             bar.close()
+    output = Path(options.output)
     print(
-        f"wrote {options.output}: {result.tensors} tensors, {result.parameters:,} parameters, {result.dtype}, "
-        f"{readable_bytes(result.bytes)}, from {checkpoint}"
+        closing(
+            f"wrote {output}: {plural(result.tensors, 'tensor')}, {plural(result.parameters, 'parameter')}, "
+            f"{result.dtype}, {readable_bytes(result.bytes)}, from {checkpoint}",
+            command("convert", "to-hf", "--checkpoint", output, "--output", f"{output}-huggingface"),
+        )
     )
     return 0
 

@@ -13,6 +13,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import use_huge_pages
+from megatron_prealign.text import closing, command, next_line, plural, readable_bytes
 
 if TYPE_CHECKING:
     from megatron_prealign.conversion.card import History
@@ -89,7 +90,6 @@ def from_hf(argv: Sequence[str]) -> int:
     options = parse_options(FromHfOptions, "convert from-hf", argv)
 
     from megatron_prealign.conversion.from_hf import from_huggingface
-    from megatron_prealign.text import readable_bytes
 
     with _ReadProgress("read weights") as progress:
         result = from_huggingface(
@@ -119,7 +119,12 @@ def from_hf(argv: Sequence[str]) -> int:
         print(f"note: dropped {result.dropped_rows:,} rows of the embedding that have no token")
     for note in result.notes:
         print(f"note: {note}")
-    print(f"wrote {options.output}")
+    output = Path(options.output)
+    train = command(
+        *("pretrain", "--config", "recipe.yaml", "--config", output / "model.yaml", "--checkpoint.load", output),
+        *("--data.tokenizer", output / "tokenizer", "--validate"),
+    )
+    print(closing(f"wrote {output}: {plural(result.parameters, 'parameter')}, {readable_bytes(result.bytes)}", train))
     return 0
 
 
@@ -151,7 +156,6 @@ def to_hf(argv: Sequence[str]) -> int:
 
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.conversion.to_hf import ConvertSettings, to_huggingface
-    from megatron_prealign.text import readable_bytes
 
     settings = ConvertSettings(
         dtype=options.dtype,
@@ -169,7 +173,12 @@ def to_hf(argv: Sequence[str]) -> int:
     print(f"files       {result.files:,}, {readable_bytes(result.bytes)}")
     for note in result.notes:
         print(f"note: {note}")
-    print(f"wrote {output}")
+    print(
+        closing(
+            f"wrote {output}: {plural(result.parameters, 'parameter')}, {readable_bytes(result.bytes)}",
+            command("convert", "verify", "--checkpoint", result.checkpoint, "--model", output),
+        )
+    )
     return 0
 
 
@@ -230,6 +239,8 @@ def verify(argv: Sequence[str]) -> int:
         with write_atomically(Path(options.output)) as temporary:
             temporary.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"wrote {options.output}")
+    if not report.agrees:
+        print(next_line(command("checkpoint", "verify", options.checkpoint)))
     return 0 if report.agrees else 1
 
 

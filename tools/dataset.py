@@ -10,6 +10,7 @@ from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.resources import available_cores
+from megatron_prealign.text import closing, command, next_line, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,13 @@ def merge(argv: Sequence[str]) -> int:
     print(f"documents  {result.documents:,}")
     print(f"tokens     {result.tokens:,}")
     print(f"copied     {result.bytes:,} bytes, {result.bytes / result.seconds / 1e6:,.0f} MB/s")
+    print(
+        closing(
+            f"merged {plural(len(result.parts), 'dataset')} into {options.output}: "
+            f"{plural(result.documents, 'document')}, {plural(result.tokens, 'token')}",
+            command("dataset", "inspect" if sidecar is None else "verify", options.output),
+        )
+    )
     return 0
 
 
@@ -132,13 +140,15 @@ def inspect(argv: Sequence[str]) -> int:
 
     from megatron_prealign.data.commands.inspect import inspect_dataset, render
 
-    inspection = inspect_dataset(_prefixes([options.input])[0], tokenizer=options.tokenizer, samples=options.samples)
+    (prefix,) = _prefixes([options.input])
+    inspection = inspect_dataset(prefix, tokenizer=options.tokenizer, samples=options.samples)
     if options.json:
         import json
 
         print(json.dumps(asdict(inspection), ensure_ascii=False, indent=2))
     else:
         print("\n".join(render(inspection)))
+        print(next_line(command("dataset", "verify", prefix)))
     return 0
 
 
@@ -149,18 +159,20 @@ def verify(argv: Sequence[str]) -> int:
 
     from megatron_prealign.data.commands.verify import verify as verify_dataset
 
-    failed = 0
-    for prefix in _prefixes(options.input):
+    prefixes, failed = _prefixes(options.input), []
+    for prefix in prefixes:
         result = verify_dataset(prefix, workers=_workers(options.workers), tokenizer=options.tokenizer)
         for problem in result.problems:
             print(f"problem: {problem}")
-        count, checked = len(result.problems), ", ".join(result.checked) or "nothing"
-        print(f"{prefix}: {count or 'no'} problem{'' if count == 1 else 's'}; checked {checked}")
-        failed += bool(result.problems)
+        count = plural(len(result.problems), "problem") if result.problems else "no problems"
+        print(f"{prefix}: {count}; checked {', '.join(result.checked) or 'nothing'}")
+        failed += [prefix] if result.problems else []
     if failed:
-        raise UserError(
-            f"{failed} of {len(options.input)} datasets {'has' if failed == 1 else 'have'} problems, as listed above"
-        )
+        for prefix in failed:
+            print(next_line(command("dataset", "repair", prefix)))
+        raise UserError(f"problems in {len(failed)} of {plural(len(prefixes), 'dataset')}, as listed above")
+    made = f"verified {plural(len(prefixes), 'dataset')} without problems"
+    print(closing(made, *(command("dataset", "inspect", prefix) for prefix in prefixes)))
     return 0
 
 
@@ -182,11 +194,17 @@ def repair(argv: Sequence[str]) -> int:
     )
     if not result.changed:
         print(f"{prefix}: nothing to repair; use --force to rewrite the index anyway")
+        print(next_line(command("dataset", "inspect", prefix)))
         return 0
     sidecar = result.sidecar
-    print(f"wrote {prefix}.idx and .json: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
     for path in result.backups:
         print(f"backup {path}")
+    print(
+        closing(
+            f"wrote {prefix}.idx and .json: {plural(sidecar.documents, 'document')}, {plural(sidecar.tokens, 'token')}",
+            command("dataset", "verify", prefix),
+        )
+    )
     return 0
 
 
@@ -201,11 +219,15 @@ def prepare_cache(argv: Sequence[str]) -> int:
     from megatron_prealign.run.prepare_cache import prepare_cache as prepare
 
     done = prepare(recipe)
-    print(f"{'wrote' if done.built else 'already exists:'} {done.directory}")
-    print(f"samples  {done.samples:,} of {recipe.data.seq_length:,} tokens")
-    print(f"index    {done.bytes:,} bytes")
     if recipe.data.cache is None:
         print("data.cache is not set: only runs with this logging.run_dir will use it")
+    print(
+        closing(
+            f"{'wrote' if done.built else 'already exists:'} {done.directory}: {plural(done.samples, 'sample')} of "
+            f"{recipe.data.seq_length:,} tokens, index of {done.bytes:,} bytes",
+            command("pretrain", *argv),
+        )
+    )
     return 0
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli.actions import Actions, run_action
@@ -10,6 +11,7 @@ from megatron_prealign.cli.options import parse_options
 from megatron_prealign.dictionary.formats.base import FileFormat
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
+from megatron_prealign.text import closing, command, next_line, plural
 from megatron_prealign.tools.dictionary_preview import preview
 from megatron_prealign.tools.dictionary_report import no_keys_message, report
 
@@ -160,8 +162,21 @@ def build(argv: Sequence[str]) -> int:
     table.save(options.output)
     _print_report(table, report)
     _print_coverage(table, corpora)
-    print(f"wrote {options.output}")
+    print(_closing(table, options.output, options.corpus))
     return 0
+
+
+def _closing(table: "DictionaryTable", output: str, corpora: Sequence[str]) -> str:
+    """Last lines of an action that wrote a table."""
+    made = f"wrote {output}: {plural(table.num_keys, 'key')} with {plural(table.num_candidates, 'translation')}"
+    return closing(made, _report_command(output, corpora))
+
+
+def _report_command(table: str, corpora: Sequence[str]) -> str:
+    if not corpora:
+        return command("dictionary", "report", "--help")
+    directory = Path(table).parent / "dictionary_report"
+    return command("dictionary", "report", "--table", table, "--corpus", *corpora, "--output", directory)
 
 
 def _settings(options: BuildOptions) -> "tuple[BuildSettings, Cleaning, list[DictionaryInput]]":
@@ -243,7 +258,7 @@ def merge(argv: Sequence[str]) -> int:
     merged = merge_counts(merged, tables)
     merged.save(options.output)
     _print_report(merged, report)
-    print(f"wrote {options.output}")
+    print(_closing(merged, options.output, []))
     return 0
 
 
@@ -255,6 +270,7 @@ def coverage(argv: Sequence[str]) -> int:
 
     table = load_table(options.table)
     _print_coverage(table, [measure_coverage(table, prefix, options.max_tokens) for prefix in options.corpus])
+    print(next_line(_report_command(options.table, options.corpus)))
     return 0
 
 

@@ -12,6 +12,7 @@ from megatron_prealign.cli.options import errors_of_section, parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
 from megatron_prealign.recipe.describe import PathText, PrefixText
+from megatron_prealign.text import closing, command, plural
 
 if TYPE_CHECKING:
     from megatron_prealign.code_switch.preview import Preview
@@ -105,8 +106,9 @@ def preview(argv: Sequence[str]) -> int:
         print(
             f"the data has only {len(result.samples)} samples of {result.seq_length} tokens, --rows is {options.rows}"
         )
-    if options.html is not None:
-        print(f"wrote {options.html}")
+    made = "showed" if options.html is None else f"wrote {options.html}:"
+    following = [] if options.config is None else [command("pretrain", "--config", options.config, "--validate")]
+    print(closing(f"{made} {plural(len(result.samples), 'sample')} of {result.seq_length:,} tokens", *following))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import PathText, PrefixText
+from megatron_prealign.text import closing, command, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,10 @@ def report(argv: Sequence[str]) -> int:
             f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} distinct words, "
             f"{corpus['switch_rate']:.2%} switched at a ratio of {options.ratio:g}"
         )
-    print(f"wrote {directory / 'report.json'} and {directory / 'report.html'}")
+    made = f"wrote {directory / 'report.json'} and report.html: {plural(len(options.corpus), 'dataset')}"
+    switched = [corpus["prefix"] for corpus in result["corpora"] if corpus["language"] in replaced]
+    following = [command("dictionary", "preview", "--table", options.table, "--data", each) for each in switched[:1]]
+    print(closing(made, *following))
     return 0
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_prealign.cli.options import parse_options
+from megatron_prealign.text import closing, command, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,11 @@ def main(argv: Sequence[str]) -> int:
         if not options.json:
             fix = f" -> {finding.fix}" if finding.fix else ""
             print(f"{finding.status:<4}  {finding.part:<{width}}  {finding.found}{fix}", flush=True)
+    failed = any(finding.status == "fail" for finding in findings)
     if options.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
-    return int(any(finding.status == "fail" for finding in findings))
+    else:
+        count = Counter(finding.status for finding in findings)
+        made = f"checked {plural(len(findings), 'part')}: " + ", ".join(f"{each} {count[each]}" for each in count)
+        print(closing(made, command("doctor") if failed else command("train-tokenizer", "--help")))
+    return int(failed)

@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_prealign.cli.options import errors_of_section, parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import PathText
+from megatron_prealign.text import closing, command, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,13 @@ def main(argv: Sequence[str]) -> int:
         print(report_table(report))
         output = Path(options.output)
         plot = " and report.png" if (output / "report.png").exists() else ""
-        print(f"wrote {output / 'report.json'}, report.html{plot}")
+        first = next(iter(runs.values()))
+        print(
+            closing(
+                f"evaluated {plural(len(runs), 'run')}: wrote {output / 'report.json'}, report.html{plot}",
+                command("convert", "to-hf", "--checkpoint", first, "--output", first / "huggingface"),
+            )
+        )
     return 0
 
 

@@ -8,6 +8,7 @@ from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.resources import available_cores
+from megatron_prealign.text import closing, command, plural, readable_bytes
 
 if TYPE_CHECKING:
     from megatron_prealign.preprocess.run import PreprocessResult
@@ -137,3 +138,13 @@ def _print(result: "PreprocessResult") -> None:
         print(f"  {problem.where}: {problem.why}".encode(errors="backslashreplace").decode())
     if sidecar.skipped_count > 5:
         print(f"  ... the first {len(sidecar.skipped)} are listed in {prefix}.json")
+    made = list(result.outputs.values())
+    print(
+        closing(
+            f"{'wrote' if result.seconds else 'found'} {prefix if len(made) == 1 else plural(len(made), 'dataset')}: "
+            f"{plural(sum(each.documents for each in made), 'document')}, "
+            f"{plural(sum(each.tokens for each in made), 'token')} from "
+            f"{readable_bytes(sum(each.bytes for each in made))} of text",
+            *(command("dataset", "inspect", each) for each in result.outputs),
+        )
+    )

@@ -1,11 +1,14 @@
 """`megatron-prealign pretrain`: trains a model from a recipe; rerun it to resume."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_prealign.cli.options import with_dashes
 from megatron_prealign.cli.recipe_options import open_recipe, parse_recipe_arguments
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.load import as_user_error, recipe_name
+from megatron_prealign.text import command, next_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
         with as_user_error(recipe_name(arguments)):
             print(validate(recipe, options.world_size))
+        print(next_line(_command(arguments)))
         return 0
     from megatron_prealign.runtime import log
 
@@ -43,6 +47,15 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.run.pretrain import pretrain
 
     state = pretrain(recipe)
-    if state.stop_requested:
-        log.logger.info("stopped at step %d as requested; rerun the same command to resume", state.step)
+    if os.environ.get("RANK", "0") == "0":
+        from megatron_prealign.run.outcome import outcome
+
+        is_launched = "WORLD_SIZE" in os.environ
+        for line in outcome(recipe, state, rerun=None if is_launched else _command(arguments)).splitlines():
+            log.logger.info("%s", line)
     return 0
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Command that trains with the same recipe."""
+    return command("pretrain", *with_dashes(arguments))

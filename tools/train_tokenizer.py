@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.recipe.describe import LanguageText, PathText
+from megatron_prealign.text import closing, command, plural, readable_bytes
 
 if TYPE_CHECKING:
     from megatron_prealign.preprocess.train_tokenizer import TrainingReport
@@ -80,13 +82,40 @@ def main(argv: Sequence[str]) -> int:
         settings=settings,
     )
     tokenizer = load_tokenizer(options.output)
-    print(f"wrote {options.output}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
     _print_languages(report)
     print(f"report: {options.output}/{REPORT_FILE}")
     print(f"skipped {report.problems.count:,}")
     for problem in report.problems.listed[:5]:
         print(f"  {problem.where}: {problem.why}")
+    sampled = sum(one.sample.bytes for one in report.languages.values())
+    print(
+        closing(
+            f"wrote {options.output}: {plural(tokenizer.vocab_size, 'id')}, end of document {tokenizer.eod_id}, from "
+            f"{readable_bytes(sampled)} of text in {plural(len(report.languages), 'language')}",
+            *_preprocess_commands(options.input, options.output),
+        )
+    )
     return 0
+
+
+def _preprocess_commands(inputs: Sequence[str], tokenizer: str) -> list[str]:
+    """Commands that preprocess the same inputs with the tokenizer, one per language."""
+    from megatron_prealign.corpus.inputs import split_language
+
+    by_language: dict[str, list[str]] = {}
+    for text in inputs:
+        name, language = split_language(text)
+        if language is not None:
+            by_language.setdefault(language, []).append(name)
+    if not by_language:
+        return [command("preprocess", "--help")]
+    return [
+        command(
+            *("preprocess", "--input", *names, "--tokenizer", tokenizer),
+            *("--output", Path(tokenizer).parent / language, "--language", language),
+        )
+        for language, names in by_language.items()
+    ]
 
 
 def _print_languages(report: "TrainingReport") -> None:

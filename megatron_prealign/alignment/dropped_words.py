@@ -27,7 +27,7 @@ def report_dropped_words(sampler: WordSampler, max_word_tokens: int, directory: 
             tokens = table.word_offsets[word + 1] - table.word_offsets[word]
             file.write(f"{table.languages[table.word_language[word]]}\t{spelling}\t{tokens}\n")
     distinct = [*dict.fromkeys(spelled)]
-    examples = ", ".join(distinct[:_MAX_EXAMPLES]) + (", ..." if len(distinct) > _MAX_EXAMPLES else "")
+    examples = ", ".join(map(repr, distinct[:_MAX_EXAMPLES])) + (", ..." if len(distinct) > _MAX_EXAMPLES else "")
     logger.warning(
         "alignment skips %s words longer than alignment.max_word_tokens = %d tokens (%s); full list in %s",
         f"{len(words):,}",

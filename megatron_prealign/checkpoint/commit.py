@@ -123,11 +123,15 @@ def remove_obsolete(final: Path, recipe: Recipe) -> None:
     prune(final.parent, final, recipe.checkpoint)
 
 
+def tokenizer_files(source: Path) -> list[Path]:
+    """Files of the tokenizer `source` that a checkpoint contains."""
+    if not source.is_dir():
+        return [source]
+    return sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
     """Copies the tokenizer's files into the new directory `target`; returns the copies."""
-    if source.is_dir():
-        files = sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
-    else:
-        files = [source]
+    files = tokenizer_files(source)
     target.mkdir()
     return [Path(shutil.copy2(file, target / file.name)) for file in files]

@@ -98,6 +98,15 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     return converted
 
 
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """Inverse of `with_underscores`, for commands that are shown."""
+    converted = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        converted.append((name.replace("_", "-") if name.startswith("--") else name) + equals + value)
+    return converted
+
+
 def option_name(field: str) -> str:
     """Option of a field: `--text-key` for `text_key`."""
     return "--" + field.replace("_", "-")

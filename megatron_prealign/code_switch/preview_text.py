@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_prealign.code_switch.preview import Part, Preview, PreviewSample
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.clone import CLONE_OPEN
 
 SIDE_BY_SIDE_WIDTH = 132
@@ -94,12 +95,8 @@ def caption(sample: PreviewSample, number: int) -> str:
     """Summary of a sample in one line."""
     running, _, switched, padded, truncated = sample.counts[:5]
     text = f"sample {number} ({sample.language}): {switched} of {running} words switched"
-    text += f", {_plural(truncated, 'token')} truncated" if truncated else ""
-    return text + (f", {_plural(padded, 'position')} padded" if padded else "")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    text += f", {plural(truncated, 'token')} truncated" if truncated else ""
+    return text + (f", {plural(padded, 'position')} padded" if padded else "")
 
 
 def _render_sample(sample: PreviewSample, style: TextStyle, codes: Mapping[str, str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from megatron_prealign.conversion.config import huggingface_config, model_values
 from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.tensors import Entry, TensorPlan
 from megatron_prealign.errors import UserError
+from megatron_prealign.model.sizes import padded_vocab_size
 from megatron_prealign.recipe import ModelSection
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -221,9 +222,8 @@ def plan_import(
         raise UserError(
             f"--vocab-size is {size:,}, expected at least {loaded.vocab_size:,}, the number of ids of {loaded.path}"
         )
-    # The same as `model.config.padded_vocab_size`, whose module imports Megatron-Core. Training accepts any padding.
-    multiple = divisible_by * tensor_parallel
-    padded = -(-size // multiple) * multiple
+    # Training accepts any padding.
+    padded = padded_vocab_size(size, divisible_by, tensor_parallel)
     model = replace(section, vocab_size=size, make_vocab_size_divisible_by=divisible_by)
     if dtype is None:
         # fp16 is no dtype to train in; fp32 represents all of its values exactly.

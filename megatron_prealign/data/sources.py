@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_prealign.data.dataset import dtype_problem
-from megatron_prealign.data.indexed import open_indexed
+from megatron_prealign.data.indexed import Index, open_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.word_bitmap import WordBitmap
 from megatron_prealign.errors import UserError
@@ -241,7 +241,13 @@ def held_out_documents(documents: int, fraction: float) -> int:
     return min(math.ceil(round(fraction * documents, 6)), max(documents - 1, 0))
 
 
+def count_training_tokens(index: Index, fraction: float) -> int:
+    """Number of tokens of a dataset without the last `fraction` of its documents, as in `open_training_sources`."""
+    stop = int(index.boundaries[index.documents - held_out_documents(index.documents, fraction)])
+    return int(index.lengths[:stop].sum(dtype=np.int64))
+
+
 def _first_held_out(source: OpenSource, fraction: float) -> int:
-    """First sequence of the last `fraction` of the documents: at least one document, but never all."""
+    """First sequence of the last `fraction` of the documents."""
     documents = len(source.dataset.document_indices) - 1
     return int(source.dataset.document_indices[documents - held_out_documents(documents, fraction)])

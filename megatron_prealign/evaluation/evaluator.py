@@ -21,11 +21,15 @@ from megatron_prealign.evaluation.word_pairs import evaluated_pairs, metric_name
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.metrics_log import MetricsLog
+from megatron_prealign.training.position import position
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+# Metric of word retrieval -> which dictionary words it measures.
+_WORDS = {"word_retrieval_p_at_1": "trained", "word_retrieval_p_at_1_held_out": "held-out"}
 
 
 class Evaluator:
@@ -107,9 +111,11 @@ class Evaluate(PeriodicMeasurement):
             }
         )
         losses = ", ".join(f"{language} {loss:.4f}" for language, loss in result["validation_loss"].items())
-        logger.info("evaluation at step %d: loss %s", state.step, losses or "none (no held-out text)")
-        for pair, values in result["word_retrieval_p_at_1"].items():
-            logger.info("  word retrieval %s by layer: %s", pair, " ".join(f"{value:.2f}" for value in values))
+        logger.info("evaluation at %s: validation loss %s", position(trainer), losses or "none (no held-out text)")
+        for name, words in _WORDS.items():
+            for pair, values in result[name].items():
+                by_layer = " ".join(f"{value:.2f}" for value in values)
+                logger.info("  word retrieval P@1 of %s words, %s, by layer: %s", words, pair, by_layer)
 
 
 def flatten_metrics(result: Mapping[str, Mapping[str, float | Sequence[float]]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_prealign.checkpoint.train_state import TrainState
@@ -11,6 +11,7 @@ from megatron_prealign.evaluation.retrieval import Retrieval, measure_retrieval
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
 from megatron_prealign.training.metrics_log import MetricsLog
+from megatron_prealign.training.position import position
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 class AlignmentWatch(PeriodicMeasurement):
     """Measures before the first step of a run, every `section.interval` steps and at the end of each phase; logs
     metrics and notifies the phase.
+
+    Each log line also has the values of the first measurement, before training: words with the same spelling in both
+    languages are retrieved by an untrained model too. A resumed run reads them from metrics.jsonl.
 
     The time for measurements does not count as training time (`TrainState.seconds` only grows in steps). Measurements
     do not affect training: they draw no random numbers and change no weights.
@@ -35,13 +39,26 @@ class AlignmentWatch(PeriodicMeasurement):
         self._section = section
         self._pairs = pairs
         self._metrics = metrics
+        self._groups = section.groups.replace("_", "-")
+        self._start: Retrieval | None = None
 
     def on_start(self, trainer: "Trainer") -> None:
         counts = ", ".join(f"{pair.name} {len(pair.links)}" for pair in self._pairs)
-        logger.info("alignment watch: pairs of %s words: %s", self._section.groups.replace("_", "-"), counts)
+        logger.info("alignment watch: word retrieval of pairs of %s words: %s", self._groups, counts)
         # A resumed run has already measured its start.
         if trainer.state.step == 0:
             self.measure(trainer)
+        else:
+            self._start = self._recorded_start()
+
+    def _recorded_start(self) -> Retrieval | None:
+        """The measurement of the same words before the first step; None if metrics.jsonl has none."""
+        expected = (0, self._section.groups, _query_counts(self._pairs))
+        found = None
+        for record in self._metrics.read("alignment_watch"):
+            if (record.get("step"), record.get("groups"), record.get("words")) == expected:
+                found = record["pairs"]
+        return None if found is None else _with_nan(found)
 
     def is_due(self, state: TrainState) -> bool:
         return state.step % self._section.interval == 0
@@ -64,8 +81,14 @@ class AlignmentWatch(PeriodicMeasurement):
                 "pairs": _without_nan(retrieval),
             }
         )
+        where = position(trainer)
         for pair in self._pairs:
-            logger.info("alignment watch at step %d: %s", state.step, _summary(retrieval, *pair.directions))
+            text = _summary(retrieval, self._start, *pair.directions)
+            logger.info(
+                "alignment watch at %s: %s words %s, mean over layers: %s", where, self._groups, pair.name, text
+            )
+        if state.step == 0:
+            self._start = retrieval
 
 
 def _query_counts(pairs: Sequence[WordPairs]) -> dict[str, int]:
@@ -87,15 +110,38 @@ def _without_nan(retrieval: Retrieval) -> dict[str, dict[str, list[Any]]]:
     }
 
 
-def _summary(retrieval: Retrieval, direction: str, reverse: str) -> str:
-    """Means over the layers for one language pair."""
-    means = {name: _mean(values) for name, values in retrieval[direction].items()}
-    reverse_means = {name: _mean(values) for name, values in retrieval[reverse].items()}
+def _with_nan(recorded: Any) -> Retrieval:
+    """Inverse of `_without_nan`, as far as the mean over the layers is concerned."""
+    return {
+        direction: {
+            metric: [math.nan if value is None else value for value in values] for metric, values in by_name.items()
+        }
+        for direction, by_name in recorded.items()
+    }
+
+
+def _summary(retrieval: Retrieval, start: Retrieval | None, direction: str, reverse: str) -> str:
+    """Means over the layers for one language pair, each followed by its value at the start of the run."""
+
+    def value(name: str, which: str = direction) -> str:
+        text = f"{_mean(retrieval[which][name]):.2f}"
+        return text if start is None else f"{text} (start {_mean(start[which][name]):.2f})"
+
+    metrics = retrieval[direction]
+    difference = f"{_cosine_difference(metrics):.2f}"
+    if start is not None:
+        difference += f" (start {_cosine_difference(start[direction]):.2f})"
     return (
-        f"{direction}, mean over layers: P@1 {means['p_at_1']:.2f} (reverse {reverse_means['p_at_1']:.2f}), "
-        f"CSLS P@1 {means['p_at_1_csls']:.2f} (reverse {reverse_means['p_at_1_csls']:.2f}), "
-        f"cosine {means['positive_cosine']:.2f} (translations), {means['negative_cosine']:.2f} (other pairs)"
+        f"P@1 {value('p_at_1')}, reverse {value('p_at_1', reverse)}; "
+        f"CSLS P@1 {value('p_at_1_csls')}, reverse {value('p_at_1_csls', reverse)}; "
+        f"cosine of translations {_mean(metrics['positive_cosine']):.2f}, "
+        f"of other pairs {_mean(metrics['negative_cosine']):.2f}, difference {difference}"
     )
+
+
+def _cosine_difference(metrics: Mapping[str, Sequence[float]]) -> float:
+    """How much more similar translations are than other pairs of words."""
+    return _mean(metrics["positive_cosine"]) - _mean(metrics["negative_cosine"])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_prealign.model.config import block_spec, padded_vocab_size, transformer_config
+from megatron_prealign.model.config import block_spec, transformer_config
 from megatron_prealign.model.initialise import initialise
 from megatron_prealign.model.rotary import scale_rotary
+from megatron_prealign.model.sizes import padded_vocab_size
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 
@@ -66,8 +67,3 @@ def _mask_padded_logits(chunk: GPTModel, vocab_size: int, tensor_rank: int) -> N
         return logits, bias
 
     chunk.output_layer.register_forward_hook(mask)
-
-
-def count_parameters(chunks: list[GPTModel]) -> int:
-    """Number of parameters on this rank."""
-    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

@@ -21,12 +21,6 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """The smallest multiple of `divisible_by * tensor_parallel_size` that is at least `vocab_size`."""
-    multiple = divisible_by * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU with the tanh approximation, as in GPT-2."""
     return F.gelu(x, approximate="tanh")

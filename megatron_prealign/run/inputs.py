@@ -9,7 +9,7 @@ from megatron_prealign.checkpoint.resume.start import FRESH, StartPoint
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.errors import UserError
-from megatron_prealign.model.config import padded_vocab_size
+from megatron_prealign.model.sizes import padded_vocab_size
 from megatron_prealign.recipe import CodeSwitchSection, Recipe
 from megatron_prealign.run.dictionary import DictionaryParts, SwitchingTable, open_dictionary
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank

@@ -24,12 +24,14 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import check_keep_best
-from megatron_prealign.model.build import build_model, count_parameters
+from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
+from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.resume_report import report_resume
+from megatron_prealign.run.summary import summarise
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -237,44 +239,62 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
     )
     # Only now, since a rejected run must not overwrite the records of an existing run.
     on_rank_zero("writing into logging.run_dir", lambda: record_run(recipe, words))
-    logger.info(
-        "world size %d on %s, %.1f million parameters on rank 0, vocabulary size %d (padded to %d)",
-        runtime.world_size,
-        runtime.device,
-        count_parameters(models) / 1e6,
-        inputs.vocabulary.size,
-        inputs.vocabulary.padded_size,
-    )
+    on_rank_zero("summarising the run", lambda: log_summary(recipe, runtime, inputs))
     report_resume(recipe, start, state, phases)
     metrics = on_rank_zero("opening the metrics", lambda: open_metrics(recipe)) or MetricsLog()
-    profile: list[Callback] = []
-    if recipe.logging.profile_steps is not None:
-        profile = [Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / "profile")]
-    watch: list[Callback] = []
-    if recipe.alignment_watch is not None and dictionary is not None and dictionary.watched is not None:
-        watch = [AlignmentWatch(recipe.alignment_watch, dictionary.watched, metrics)]
-    trainer = Trainer(
-        recipe,
-        runtime,
-        chunks,
-        optimizer,
-        phases,
-        [
-            StopOnRequest(store, exit_after_minutes=recipe.training.exit_after_minutes, started_s=started_s),
-            ProgressLog(recipe, metrics, padded_vocab_size=inputs.vocabulary.padded_size),
-            *watch,
-            Evaluate(evaluator, metrics, recipe.training.eval_interval),
-            SaveCheckpoints(store, inputs.train, metrics, recipe.checkpoint.save_interval),
-            GarbageCollection(recipe.training.garbage_collection_interval),
-            *profile,
-            *callbacks,
-        ],
-        state,
-    )
+    own = build_callbacks(recipe, inputs, evaluator, store, metrics, started_s)
+    trainer = Trainer(recipe, runtime, chunks, optimizer, phases, [*own, *callbacks], state)
     trainer.train()
-    if not state.stop_requested:
-        logger.info("training finished: %d steps, %s tokens", state.step, f"{state.tokens:,}")
     return state
+
+
+def build_callbacks(
+    recipe: Recipe,
+    inputs: RunInputs,
+    evaluator: Evaluator,
+    store: CheckpointStore,
+    metrics: MetricsLog,
+    started_s: float,
+) -> list[Callback]:
+    """Returns what happens between the steps of a run, in its order.
+
+    Args:
+        started_s: Start of the process by `time.monotonic`, for `training.exit_after_minutes`.
+    """
+    watched = None if inputs.dictionary is None else inputs.dictionary.watched
+    callbacks: list[Callback] = [
+        StopOnRequest(store, exit_after_minutes=recipe.training.exit_after_minutes, started_s=started_s),
+        ProgressLog(recipe, metrics, padded_vocab_size=inputs.vocabulary.padded_size),
+    ]
+    if recipe.alignment_watch is not None and watched is not None:
+        callbacks.append(AlignmentWatch(recipe.alignment_watch, watched, metrics))
+    callbacks += [
+        Evaluate(evaluator, metrics, recipe.training.eval_interval),
+        SaveCheckpoints(store, inputs.train, metrics, recipe.checkpoint.save_interval),
+        GarbageCollection(recipe.training.garbage_collection_interval),
+    ]
+    if recipe.logging.profile_steps is not None:
+        callbacks.append(Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / "profile"))
+    return callbacks
+
+
+def log_summary(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> None:
+    """Logs what the run will do and need, and warnings about it."""
+    summary = summarise(
+        recipe,
+        vocab_size=inputs.vocabulary.size,
+        sources=[
+            SourceTokens(source.path, source.language, source.weight, source.training_tokens)
+            for source in inputs.train.blend.sources
+        ],
+        dictionary=inputs.dictionary,
+        world_size=runtime.world_size,
+    )
+    logger.info("training on %s", runtime.device)
+    for line in summary.lines():
+        logger.info("%s", line)
+    for warning in summary.warnings:
+        logger.warning("WARNING: %s", warning)
 
 
 def check_world_size(recipe: Recipe, runtime: Runtime) -> None:

@@ -7,15 +7,17 @@ from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_mo
 from megatron_prealign.checkpoint.resume.start import StartPoint, preview_start
 from megatron_prealign.checkpoint.state import model_identity, read_state
 from megatron_prealign.data.dataset import sidecar_mismatches
-from megatron_prealign.data.indexed import check_indexed
+from megatron_prealign.data.indexed import Index, check_indexed
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
-from megatron_prealign.data.sources import held_out_documents
+from megatron_prealign.data.sources import count_training_tokens, held_out_documents
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import check_keep_best, evaluated_pairs, metric_names
 from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
 from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
 from megatron_prealign.run.output_paths import check_output_paths
+from megatron_prealign.run.plan import SourceTokens
+from megatron_prealign.run.summary import summarise
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.training.wandb import check_wandb
@@ -37,7 +39,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     check_output_paths(recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources: list[DataSource | ValidationSource] = [*recipe.data.sources, *recipe.data.validation]
-    sidecars = {source.path: _check_source(source) for source in sources}
+    opened = {source.path: _check_source(source) for source in sources}
+    sidecars = {path: sidecar for path, (_, sidecar) in opened.items()}
     for path, sidecar in sidecars.items():
         if sidecar.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
@@ -60,7 +63,19 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
             )
     start = _check_start(recipe, tokenizer, sidecars)
     tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
-    return f"{_summary(recipe, tokens)}\nthe run {start.describe()}"
+    held_out = 0.0 if recipe.data.validation else recipe.data.validation_fraction
+    summary = summarise(
+        recipe,
+        vocab_size=recipe.model.vocab_size or tokenizer.vocab_size,
+        sources=[
+            SourceTokens(each.path, each.language, each.weight, count_training_tokens(opened[each.path][0], held_out))
+            for each in recipe.data.sources
+        ],
+        dictionary=dictionary,
+        world_size=world_size,
+    )
+    warnings = [f"WARNING: {warning}" for warning in summary.warnings]
+    return "\n".join([_headline(recipe, tokens), *summary.lines(), *warnings, f"the run {start.describe()}"])
 
 
 def _check_keep_best(recipe: Recipe, dictionary: DictionaryParts | None, sidecars: dict[str, Sidecar]) -> None:
@@ -110,7 +125,7 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     return start
 
 
-def _summary(recipe: Recipe, tokens: int) -> str:
+def _headline(recipe: Recipe, tokens: int) -> str:
     training = recipe.training
     budget = f"{training.train_tokens:,} tokens" if training.train_tokens else f"{training.train_iters:,} steps"
     parts = [name for name in ("alignment", "code_switch") if getattr(recipe, name) is not None]
@@ -120,7 +135,7 @@ def _summary(recipe: Recipe, tokens: int) -> str:
     )
 
 
-def _check_source(source: DataSource | ValidationSource) -> Sidecar:
+def _check_source(source: DataSource | ValidationSource) -> tuple[Index, Sidecar]:
     index = check_indexed(source.path)
     sidecar = load_sidecar(source.path)
     for problem in sidecar_mismatches(source.path, index, sidecar):
@@ -133,4 +148,4 @@ def _check_source(source: DataSource | ValidationSource) -> Sidecar:
     # Validation does not switch words.
     if sidecar.segmenter is not None and isinstance(source, DataSource):
         check_words(source.path, sidecar.tokens, sidecar.segmenter)
-    return sidecar
+    return index, sidecar

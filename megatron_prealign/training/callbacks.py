@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_prealign.text import duration
+
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
 
@@ -100,6 +102,8 @@ class StopOnRequest(Callback):
         self._previous: Mapping[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._rank = 0
+        self._step_s: float | None = None
+        self._seconds = 0.0
         self._last_step_s: float | None = None
         self._longest_step_s = 0.0
 
@@ -113,7 +117,9 @@ class StopOnRequest(Callback):
             return
         name = signal.Signals(number).name
         if self._received == 1:
-            text = f"{name} received: saving a checkpoint after this step, then stopping"
+            text = f"{name} received: saving a checkpoint after this step or the next, then stopping"
+            if self._step_s is not None:
+                text += f" (a step takes about {duration(self._step_s)})"
         else:
             text = (
                 f"{name} received again: still saving a checkpoint before stopping; SIGKILL would lose the last steps"
@@ -123,6 +129,9 @@ class StopOnRequest(Callback):
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
     def on_step(self, trainer: "Trainer") -> None:
+        if self._last_step_s is not None:
+            self._step_s = trainer.state.seconds - self._seconds
+        self._seconds = trainer.state.seconds
         if self._pending is not None:
             work, flags = self._pending
             work.wait()

@@ -4,7 +4,6 @@ A record is a dictionary with `kind` ("train", "evaluation", "alignment_watch" o
 values of that kind.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.training.metrics_file import MetricsFile
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,12 @@ class MetricsLog:
                     error,
                 )
 
+    def read(self, kind: str) -> Iterator[Mapping[str, Any]]:
+        """Yields the records of a kind that the run has written so far; none on all ranks but the first."""
+        for sink in self._sinks:
+            if isinstance(sink, MetricsFile):
+                yield from sink.read(kind)
+
     def close(self) -> None:
         """Closes all sinks."""
         for sink in self._sinks:
@@ -65,25 +71,6 @@ class MetricsLog:
             except Exception as error:
                 logger.warning("cannot write the last metrics to %s: %s: %s", sink.name, type(error).__name__, error)
         self._sinks.clear()
-
-
-class MetricsFile:
-    """Appends JSON lines to `RUN/metrics.jsonl`."""
-
-    name = "metrics.jsonl"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError as error:
-            # Other than a connection, a disk may have space again at the next line.
-            logger.warning("cannot write %s (%s): lost the metrics of step %d", self._path, error, record["step"])
-
-    def close(self) -> None: ...
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -1,28 +1,39 @@
-"""Logs the metrics of training every few steps."""
+"""Logs the metrics of training every few steps, and at least once a minute."""
 
 import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_prealign.model.flops import peak_flops, training_flops_per_token
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.recipe.phases import ALIGNMENT
+from megatron_prealign.text import clock, duration
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.meter import max_over_ranks
 from megatron_prealign.training.metrics_log import MetricsLog
+from megatron_prealign.training.position import position, total_steps
 
 if TYPE_CHECKING:
     from megatron_prealign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+LONGEST_SILENCE_S = 60.0
+"""Time between two log lines at most, whatever logging.log_interval is; a line needs a finished step."""
+
 
 class ProgressLog(Callback):
     """Logs loss, learning rate, gradient norm, throughput, switched words and memory; MFU if the device's peak FLOPS
-    are known."""
+    are known.
+
+    A line is due every `logging.log_interval` steps, after the first step of a process and of a phase, and after the
+    number of steps that fit into `LONGEST_SILENCE_S`. Metrics are summed over all ranks, so rank 0, whose clock counts,
+    sends that number with each line.
+    """
 
     def __init__(self, recipe: Recipe, metrics: MetricsLog, *, padded_vocab_size: int) -> None:
         self._recipe = recipe
@@ -31,6 +42,8 @@ class ProgressLog(Callback):
             recipe.model, vocab_size=padded_vocab_size, seq_length=recipe.data.seq_length
         )
         self._bar: Progress | None = None
+        self._latest_step = 0
+        self._has_estimated = False
 
     def on_start(self, trainer: "Trainer") -> None:
         self._enabled = trainer.runtime.rank == 0
@@ -43,7 +56,12 @@ class ProgressLog(Callback):
 
     def on_step(self, trainer: "Trainer") -> None:
         self._show_progress(trainer)
-        if trainer.state.step % self._recipe.logging.log_interval == 0:
+        state = trainer.state
+        if (
+            state.step % self._recipe.logging.log_interval == 0
+            or state.phase_step == 1
+            or state.step >= self._latest_step
+        ):
             self._log(trainer)
 
     def on_phase_end(self, trainer: "Trainer") -> None:
@@ -70,8 +88,8 @@ class ProgressLog(Callback):
             return
         if self._bar is None:
             phase, state = trainer.phase, trainer.state
-            self._bar = Progress(phase.name, phase.total_iters(state), unit="step")
-            self._bar.update(state.phase_step - 1)
+            self._bar = Progress(phase.name, total_steps(trainer.phases, state), unit="steps")
+            self._bar.update(state.step - 1)
         self._bar.update()
 
     def _log(self, trainer: "Trainer") -> None:
@@ -100,12 +118,36 @@ class ProgressLog(Callback):
             if peak is not None:
                 per_gpu = tokens_per_second * self._flops_per_token / trainer.runtime.world_size
                 record["mfu"] = round(per_gpu / peak, 4)
+        step_s = elapsed_s / (state.step - self._since_step)
         if self._enabled:
-            steps_left = phase.total_iters(state) - state.phase_step
-            eta_s = steps_left * elapsed_s / (state.step - self._since_step)
-            logger.info(_line(record, phase.total_iters(state), eta_s))
+            eta = self._eta(trainer, step_s, tokens_per_second)
+            if not self._has_estimated:
+                logger.info(
+                    "a step takes about %s; time left: %s, without evaluations and saves", duration(step_s), eta
+                )
+            self._has_estimated = True
+            logger.info(_line(record, position(trainer), eta))
             self._metrics.write(record)
         self._start_interval(trainer)
+        self._latest_step = state.step + self._steps_until_late(step_s, trainer.runtime.device)
+
+    @staticmethod
+    def _steps_until_late(step_s: float, device: torch.device) -> int:
+        """Steps that fit into `LONGEST_SILENCE_S` by rank 0's clock, at least one. Collective: call on all ranks."""
+        steps = torch.tensor([max(1, int(LONGEST_SILENCE_S / step_s))], device=device)
+        dist.broadcast(steps, src=0)
+        return int(steps.item())
+
+    def _eta(self, trainer: "Trainer", step_s: float, tokens_per_second: float) -> str:
+        """Time left in the phase and in the run; later phases are estimated to process as many tokens per second."""
+        state, recipe = trainer.state, self._recipe
+        left = trainer.phase.total_iters(state) - state.phase_step
+        later = total_steps(trainer.phases, state) - state.step - left
+        phase_s = left * step_s
+        if not later:
+            return f"{clock(phase_s)} (run)"
+        later_s = later * recipe.training.global_batch_size * recipe.data.seq_length / max(tokens_per_second, 1e-9)
+        return f"{clock(phase_s)} ({trainer.phase.name}), {clock(phase_s + later_s)} (run)"
 
 
 def _memory_gb(device: torch.device) -> float:
@@ -117,9 +159,9 @@ def _memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
+def _line(record: dict[str, Any], where: str, eta: str) -> str:
     """Human-readable line of a record."""
-    parts = [f"{record['phase']} {record['phase_step']}/{total}", f"loss {record['loss']:.4f}"]
+    parts = [where, f"loss {record['loss']:.4f}"]
     if record["phase"] == ALIGNMENT and record.get("lm_loss") is not None:
         parts.append(f"lm loss {record['lm_loss']:.4f}")
     if aligned := [loss for loss in record.get("alignment_loss") or () if loss is not None]:
@@ -137,6 +179,5 @@ def _line(record: dict[str, Any], total: int, eta_s: float) -> str:
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
     parts.append(f"memory {record['memory_gb']:.2f} GB")
-    minutes, seconds = divmod(round(eta_s), 60)
-    parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    parts.append(f"ETA {eta}")
     return " | ".join(parts)

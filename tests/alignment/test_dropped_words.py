@@ -49,7 +49,12 @@ def test_words_that_are_too_long_are_counted_and_listed(workers: WorkerPool, tmp
     (message,) = messages
     file = tmp_path / "alignment_dropped_words.tsv"
     assert_facts(
-        message, "4 words", "alignment.max_word_tokens", f"{MAX_TOKENS} tokens", f"({', '.join(spelled)})", file
+        message,
+        "4 words",
+        "alignment.max_word_tokens",
+        f"{MAX_TOKENS} tokens",
+        f"({', '.join(map(repr, spelled))})",
+        file,
     )
 
 
@@ -58,7 +63,7 @@ def test_only_some_of_many_dropped_words_are_logged(workers: WorkerPool, tmp_pat
     setting = Setting(made).section_with(words_per_step=2)
     messages, _, lines = workers.run(1, reported, setting, str(tmp_path))[0]
     assert len(lines) == 1200
-    assert_facts(messages[0], "1,200 words", "(word6, word7, word8, word9, word10, ...)")
+    assert_facts(messages[0], "1,200 words", "('word6', 'word7', 'word8', 'word9', 'word10', ...)")
 
 
 def test_without_dropped_words_nothing_is_reported(workers: WorkerPool, tmp_path: Any) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.messages import assert_refused
+from support.messages import assert_facts, assert_refused
 from support.tiny import Tiny
 
 from megatron_prealign.cli import main
@@ -105,7 +105,7 @@ def test_page(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) 
     page = tmp_path / "new" / "page.html"
     assert run(*inputs, "--rows", 3, "--seq-length", 64, "--ratio", 0.5, "--html", page) == 0
     printed = capsys.readouterr().out
-    assert printed.endswith(f"wrote {page}\n")
+    assert_facts(printed.splitlines()[-1], "wrote", page, "3 samples of 64 tokens")
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>") and text.count("<figure>") == 3
     assert text.count("<mark") == 2 * len(re.findall(r"\[([A-Za-z]+)\]", printed)) > 20

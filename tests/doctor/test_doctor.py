@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.messages import user_error
+from support.messages import assert_facts, user_error
 
 from megatron_prealign.doctor import checks
 from megatron_prealign.doctor.probe import ProbeError, probe, run_command
@@ -62,8 +62,10 @@ def test_one_line_per_part_and_status_1_on_failure(
 
     monkeypatch.setattr(checks, "CHECKS", {"Python": checks.check_python, "broken": crash})
     assert main([]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    *lines, made, following = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
+    assert_facts(made, "2 parts", "ok 1", "fail 1")
+    assert following.endswith("megatron-prealign doctor")
     assert lines[0].startswith("ok    Python") and lines[1].startswith("fail  broken")
     assert "RuntimeError: first line" in lines[1] and "second line" not in lines[1]
 

@@ -8,6 +8,8 @@ from support.model_builds import SEQ_LENGTH, VOCAB_SIZE, build, recipe_values, t
 from support.plain_losses import next_token_loss
 from support.workers import WorkerPool
 
+from megatron_prealign.model.sizes import padded_vocab_size
+
 
 def losses_and_logits(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Runs in workers: the model's next-token losses, its logits on this rank, and the largest gradient of the padding
@@ -53,11 +55,6 @@ def test_padding_has_no_probability(workers: WorkerPool, ranks: int, tied: bool)
 SIZES = [(1, 1, 1, 1), (128, 128, 1, 128), (129, 128, 1, 256), (129, 128, 2, 256), (257, 128, 2, 512), (10, 1, 4, 12)]
 
 
-def padded_sizes() -> list[int]:
-    from megatron_prealign.model.config import padded_vocab_size
-
-    return [padded_vocab_size(*case[:3]) for case in SIZES]
-
-
-def test_padded_size(workers: WorkerPool) -> None:
-    assert workers.run(1, padded_sizes)[0] == [case[3] for case in SIZES]
+@pytest.mark.parametrize(("ids", "multiple", "ranks", "padded"), SIZES)
+def test_padded_size(ids: int, multiple: int, ranks: int, padded: int) -> None:
+    assert padded_vocab_size(ids, multiple, ranks) == padded

@@ -72,7 +72,7 @@ def test_command_with_clone(corpus: Path, tmp_path: Path, capsys: pytest.Capture
     out = str(tmp_path / "tok")
     command = ["train-tokenizer", "--input", str(corpus), "--output", out, "--vocab-size", "296", "--kind", kind]
     assert main([*command, "--clone-language", "en_clone"]) == 0
-    assert "592 ids, end of document 0" in capsys.readouterr().out
+    assert_facts(capsys.readouterr().out, f"wrote {out}: 592 ids, end of document 0")
     tokenizer = load_tokenizer(out)
     assert isinstance(tokenizer, CloneTokenizer)
     assert tokenizer.language == "en_clone"

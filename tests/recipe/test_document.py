@@ -19,7 +19,9 @@ MAPPINGS |= {"code_switch.language_weights": "de", "code_switch.language_ratios"
 
 
 def numeric_field(name: str, number: str) -> str:
-    """The value of a numeric field: a number, or a mapping with one."""
+    """The value of a numeric field: a number, or a mapping or a list with one."""
+    if name == "logging.profile_steps":
+        return f"[1, {number}]"
     return f"{{{MAPPINGS[name]}: {number}}}" if name in MAPPINGS else number
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,12 +100,14 @@ def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     (cache,) = [path for path in (tmp_path / "run" / "cache").iterdir() if not path.name.endswith(".lock")]
     size = sum(path.stat().st_size for path in cache.glob("*.npy"))
-    assert printed.startswith(f"wrote {cache}\nsamples  12 of 32 tokens\nindex    ")
-    assert_facts(printed.splitlines()[-1], "data.cache", "logging.run_dir")
-    assert 0 < int(printed.split("index")[1].split()[0].replace(",", "")) < size
+    note, made, following = printed.splitlines()
+    assert_facts(note, "data.cache", "logging.run_dir")
+    assert made.startswith(f"wrote {cache}: 12 samples of 32 tokens, index of ")
+    assert 0 < int(made.split("index of ")[1].split()[0].replace(",", "")) < size
+    assert following.endswith(shlex.join(["pretrain", *command[2:]]))
     assert cli.main([*command, "--optimizer.lr", "0.5", "--parallel.tensor-model-parallel-size", "2"]) == 0
-    first_line = capsys.readouterr().out.splitlines()[0]
-    assert str(cache) in first_line and not first_line.startswith("wrote")
+    line = capsys.readouterr().out.splitlines()[1]
+    assert str(cache) in line and not line.startswith("wrote")
     assert cli.main([*command, "--training.seed", "4", "--data.cache", str(tmp_path / "other")]) == 0
     assert visible(tmp_path / "other") != [cache.name]
     (tmp_path / "file").write_text("in the way")

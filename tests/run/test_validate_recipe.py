@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,10 +74,12 @@ def test_valid_recipe_needs_no_torch(tiny: Tiny, values: dict[str, Any], tmp_pat
     done = subprocess.run([*command, "--world_size", "2"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     tokens = sum(json.loads(Path(f"{tiny.directory}/{name}.json").read_text())["tokens"] for name in ("en", "en_clone"))
-    summary, start = done.stdout.splitlines()
+    headline, *summary, start, following = done.stdout.splitlines()
     steps = f"{values['training']['train_iters']} steps"
-    assert_facts(summary, steps, f"{tokens:,} tokens", "languages en, en_clone", "alignment and code_switch")
+    assert_facts(headline, steps, f"{tokens:,} tokens", "languages en, en_clone", "alignment and code_switch")
+    assert_facts("\n".join(summary), "2 processes", f"{tiny.directory}/en:", "passes", "checkpoints", "memory")
     assert "from scratch" in start
+    assert following.endswith(shlex.join(["pretrain", "--config", str(tmp_path / "recipe.json")]))
     assert not (tmp_path / "run").exists()
 
 
@@ -141,7 +144,7 @@ def write_checkpoint(values: dict[str, Any], tmp_path: Path, checkpoint: Path, *
 def test_start_is_reported(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def assert_start(*facts: object) -> None:
         assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
-        assert_facts(capsys.readouterr().out.splitlines()[-1], *facts)
+        assert_facts(capsys.readouterr().out.splitlines()[-2], *facts)
 
     other, own = tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints"
     write_checkpoint(values, tmp_path, other / "step_00000008")

@@ -18,7 +18,7 @@ def load(checkpoint: str, parallel: dict[str, Any], precision: str = "fp32") -> 
     from megatron_prealign.checkpoint.resume.load import load_weights
     from megatron_prealign.checkpoint.state import read_state
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.model.config import padded_vocab_size
+    from megatron_prealign.model.sizes import padded_vocab_size
     from megatron_prealign.recipe import load_recipe
     from megatron_prealign.runtime.distributed import start
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,15 @@ from support.tiny import Tiny, recipe_of
 from support.whole_runs import records, run
 from support.workers import WorkerError, WorkerPool
 
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.evaluation import watch as module
 from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
 from megatron_prealign.run.validate import validate
-from megatron_prealign.training.metrics_log import MetricsFile, MetricsLog, MetricsSink
+from megatron_prealign.training.metrics_file import MetricsFile
+from megatron_prealign.training.metrics_log import MetricsLog, MetricsSink
 from megatron_prealign.training.tensorboard import TensorBoard
 
 PAIRS = [WordPairs.from_pairs(("en", "de"), [((1,), (2,)), ((3,), (2,)), ((4,), (5,))])]
@@ -43,12 +46,14 @@ class Stage:
     def __init__(self, step: int = 0) -> None:
         self.received: list[tuple[int, Any]] = []
         self.over = False
-        self.state = SimpleNamespace(step=step, tokens=10 * step, seconds=1.2345678, stop_requested=False)
+        self.state = TrainState(step=step, phase_step=step, tokens=10 * step, seconds=1.2345678)
         self.phase = SimpleNamespace(
             name="language_model",
+            total_iters=lambda state: 20,
             is_over=lambda state: self.over,
             on_alignment_watch=lambda state, measured: self.received.append((state.step, measured)),
         )
+        self.phases = [self.phase]
         self.recipe = SimpleNamespace(model=SimpleNamespace(num_layers=0))
         self.runtime, self.chunks = None, []
 
@@ -152,10 +157,49 @@ def test_what_is_written_reported_and_logged(
     assert received["de-en"]["mrr"] == BY_LAYER["de-en"]
     (message,) = (message for message in caplog.messages if "step" in message)
     assert (message.count("0.38"), message.count("0.75")) == (3, 2)
-    assert_facts(message, "step 0", "en-de", "P@1 0.38", "0.75", "CSLS", "cosine 0.38", "nan")
+    assert_facts(message, "step 0/20 (language_model 0/20)", "held-out", "en-de", "P@1 0.38", "0.75", "CSLS", "nan")
     (message,) = (message for message in caplog.messages if "step" not in message)
     assert_facts(message, "alignment watch", "held-out", "en-de 3")
     assert not (tmp_path / "tensorboard").exists()
+
+
+def logged_values(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Each P@1 of the last watch line that measured something, followed by its value at the start if there is one."""
+    line = [message for message in caplog.messages if "step" in message][-1]
+    return re.findall(r"(?<!CSLS )P@1 ([\d.]+(?: \(start [\d.]+\))?)", line)
+
+
+def test_lines_have_the_values_before_training(
+    measured: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    watch, stage = watching(tmp_path, 3), Stage()
+    watch.on_start(stage)
+    assert logged_values(caplog) == ["0.38"]
+    monkeypatch.setitem(BY_LAYER, "en-de", [1.0, 0.5])
+    steps_through(watch, stage, 3)
+    assert logged_values(caplog) == ["0.75 (start 0.38)"]
+    # A resumed run reads them, also after a line that was truncated when its process was killed.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "alignment_wat\n[1]\n')
+    watch, stage = watching(tmp_path, 3), Stage(step=3)
+    watch.on_start(stage)
+    steps_through(watch, stage, 6)
+    assert logged_values(caplog) == ["0.75 (start 0.38)"]
+
+
+def test_values_before_training_of_other_words_are_not_compared(
+    measured: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    watching(tmp_path, 3).on_start(Stage())
+    lines = written(tmp_path)
+    lines[0]["words"]["en-de"] = 7
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    watch, stage = watching(tmp_path, 3), Stage(step=3)
+    watch.on_start(stage)
+    steps_through(watch, stage, 6)
+    assert logged_values(caplog) == ["0.38"]
 
 
 def test_tensorboard_has_every_layer_and_the_mean(measured: list[Any], tmp_path: Path) -> None:

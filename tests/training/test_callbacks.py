@@ -83,9 +83,10 @@ def test_signal_handlers_are_restored_and_a_second_signal_is_reported(capfd: pyt
         callback.on_start(trainer_at(0))
         assert all(signal.getsignal(number) == callback._receive for number in SIGNALS)
         # Signals are now only recorded and reported in one line.
+        callback._step_s = 99.6
         signal.raise_signal(signal.SIGTERM)
         output = capfd.readouterr().err
-        assert_facts(output, "SIGTERM", "saving", "stopping")
+        assert_facts(output, "SIGTERM", "saving", "stopping", "1.7 min")
         assert output.count("\n") == 1 and "SIGKILL" not in output
         signal.raise_signal(signal.SIGUSR1)
         output = capfd.readouterr().err

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from support.messages import assert_facts
 
-from megatron_prealign.training.metrics_log import MetricsFile, MetricsLog, scalars
+from megatron_prealign.training.metrics_file import MetricsFile
+from megatron_prealign.training.metrics_log import MetricsLog, scalars
 
 TRAIN = {
     "kind": "train",

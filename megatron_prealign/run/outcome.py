@@ -1,0 +1,58 @@
+"""The last lines of a training run: what it reached, where its checkpoint is, which commands usually follow. Imports no
+torch."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.checkpoint.directory import latest_checkpoint
+from megatron_prealign.checkpoint.train_state import TrainState
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.text import closing, command, plural
+from megatron_prealign.training.metrics_file import MetricsFile
+
+
+def outcome(recipe: Recipe, state: TrainState, *, rerun: str | None) -> str:
+    """Last lines of a run that finished, or that stopped as requested.
+
+    Args:
+        rerun: Command that resumes the run; None if it was started by a launcher, whose command is unknown.
+    """
+    metrics = MetricsFile(Path(recipe.logging.run_dir) / "metrics.jsonl")
+    checkpoint = latest_checkpoint(recipe.checkpoint_dir)
+    made = f"trained {plural(state.step, 'step')} and {plural(state.tokens, 'token')} in {recipe.logging.run_dir}"
+    made += "".join(f", {text}" for text in _losses(metrics))
+    if checkpoint is not None:
+        made += f"; checkpoint {checkpoint}"
+    if state.stop_requested:
+        made += "; stopped as requested, rerun the same command to resume"
+        return closing(made, *([] if rerun is None else [rerun]))
+    return closing(made, *_next_commands(recipe))
+
+
+def _next_commands(recipe: Recipe) -> Sequence[str]:
+    run_dir = Path(recipe.logging.run_dir)
+    convert = command("convert", "to-hf", "--checkpoint", recipe.checkpoint_dir, "--output", run_dir / "huggingface")
+    if recipe.checkpoint_dir != run_dir / "checkpoints":
+        # `evaluate` takes a run directory with its checkpoints.
+        return [convert]
+    name = run_dir.resolve().name.replace("=", "_") or "run"
+    return [command("evaluate", "--run", f"{name}={run_dir}", "--output", run_dir / "report"), convert]
+
+
+def _losses(metrics: MetricsFile) -> list[str]:
+    """Losses of the last log line and of the last evaluation."""
+    texts = []
+    trained = _last(metrics.read("train"))
+    if trained is not None:
+        texts.append(f"training loss {trained['loss']:.4f}")
+    evaluated = _last(metrics.read("evaluation"))
+    if evaluated is not None and evaluated["validation_loss"]:
+        by_language = ", ".join(f"{name} {loss:.4f}" for name, loss in evaluated["validation_loss"].items())
+        texts.append(f"validation loss {by_language}")
+    return texts
+
+
+def _last(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    return next(iter(deque(records, maxlen=1)), None)

@@ -1,0 +1,148 @@
+"""Summary of a run before its first step: model, layout, tokens, passes over the sources, checkpoints, memory. Imports
+no torch, so that `pretrain --validate` prints what a run logs when it starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prealign.checkpoint.directory import directory_bytes, step_directories
+from megatron_prealign.model.sizes import count_model_parameters, count_stage_parameters, padded_vocab_size
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.run.dictionary import DictionaryParts
+from megatron_prealign.run.plan import (
+    MANY_PASSES,
+    PhaseLength,
+    SourcePasses,
+    SourceTokens,
+    passes,
+    phase_lengths,
+    tokens_per_word,
+)
+from megatron_prealign.run.requirements import (
+    checkpoint_bytes,
+    free_disk_bytes,
+    most_checkpoints,
+    process_memory,
+    saved_steps,
+)
+from megatron_prealign.text import align_left, plural, readable_bytes
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Text of a summary."""
+
+    rows: list[tuple[str, str]]
+    """Label and text."""
+    warnings: list[str]
+
+    def lines(self) -> list[str]:
+        return align_left(self.rows)
+
+
+def summarise(
+    recipe: Recipe,
+    *,
+    vocab_size: int,
+    sources: Sequence[SourceTokens],
+    dictionary: DictionaryParts | None,
+    world_size: int | None = None,
+) -> Summary:
+    """Summarises a run.
+
+    Args:
+        vocab_size: Number of ids of the model, without padding.
+        sources: Sources of the training blend, in the recipe's order.
+        world_size: Number of processes; None assumes the smallest number that the layout needs.
+    """
+    tensor = recipe.parallel.tensor_model_parallel_size
+    padded = padded_vocab_size(vocab_size, recipe.model.make_vocab_size_divisible_by, tensor)
+    seq_length = recipe.data.seq_length
+    parameters = count_model_parameters(recipe.model, padded_vocab_size=padded, seq_length=seq_length)
+    stages = count_stage_parameters(recipe.model, recipe.parallel, padded_vocab_size=padded, seq_length=seq_length)
+    lengths = phase_lengths(recipe, tokens_per_word(dictionary))
+    read = passes(lengths, sources, seq_length)
+    checkpoints, disk_warnings = _checkpoints(recipe, parameters, lengths)
+    model = recipe.model
+    rows = [
+        (
+            "model",
+            f"{parameters:,} parameters: {model.family}, {plural(model.num_layers, 'block')} of width "
+            f"{model.hidden_size:,}, vocabulary {vocab_size:,} (padded to {padded:,})",
+        ),
+        ("processes", _layout(recipe, parameters, stages, world_size)),
+        ("training", _training(lengths, seq_length)),
+        *(("source", _source(each)) for each in read),
+        ("checkpoints", checkpoints),
+        ("memory", _memory(recipe, max(stages), world_size)),
+    ]
+    return Summary(rows, [*_repeated(read), *disk_warnings])
+
+
+def _layout(recipe: Recipe, parameters: int, stages: Sequence[int], world_size: int | None) -> str:
+    parallel = recipe.parallel
+    size = world_size or parallel.model_parallel_size
+    text = (
+        f"{plural(size, 'process')}{'' if world_size else ' at least'}: tensor {parallel.tensor_model_parallel_size} x "
+        f"pipeline {parallel.pipeline_model_parallel_size} x data {size // parallel.model_parallel_size}"
+    )
+    if max(stages) != parameters:
+        text += f"; up to {max(stages):,} parameters in a process"
+    return text
+
+
+def _training(lengths: Sequence[PhaseLength], seq_length: int) -> str:
+    steps = ", ".join(f"{length.name} {length.steps:,}" for length in lengths)
+    words = sum(length.word_tokens for length in lengths)
+    return (
+        f"{plural(sum(length.steps for length in lengths), 'step')} ({steps}), "
+        f"{sum(length.samples for length in lengths) * seq_length:,} tokens of text"
+        + (f" and about {words:,} of dictionary words" if words else "")
+    )
+
+
+def _source(each: SourcePasses) -> str:
+    return (
+        f"{each.source.path}: {each.source.language}, {each.source.tokens:,} tokens, {each.share:.1%} of the samples, "
+        f"{each.passes:,.2f} passes"
+    )
+
+
+def _repeated(read: Sequence[SourcePasses]) -> list[str]:
+    return [
+        f"{each.source.path} is read {each.passes:,.0f} times, and text read more than {MANY_PASSES} times teaches "
+        "little more: add text, lower its weight or train for fewer steps"
+        for each in read
+        if each.passes > MANY_PASSES
+    ]
+
+
+def _checkpoints(recipe: Recipe, parameters: int, lengths: Sequence[PhaseLength]) -> tuple[str, list[str]]:
+    """Text about the checkpoints, and warnings."""
+    steps = saved_steps([length.steps for length in lengths], recipe.checkpoint.save_interval)
+    most, size = most_checkpoints(steps, recipe.checkpoint), checkpoint_bytes(recipe, parameters)
+    text = f"{len(steps):,} of {readable_bytes(size)}, at most {most:,} at once ({readable_bytes(most * size)})"
+    free = free_disk_bytes(recipe.checkpoint_dir)
+    if free is None:
+        return text, []
+    text += f"; {readable_bytes(free)} free"
+    # Checkpoints of the run that already exist are replaced.
+    existing = sum(directory_bytes(path) for path in step_directories(recipe.checkpoint_dir))
+    if most * size <= free + existing:
+        return text, []
+    warning = (
+        f"checkpoints need up to {readable_bytes(most * size)}, but the disk of {recipe.checkpoint_dir} has "
+        f"{readable_bytes(free + existing)}: free disk space, lower checkpoint.keep or set checkpoint.directory"
+    )
+    return text, [warning]
+
+
+def _memory(recipe: Recipe, parameters: int, world_size: int | None) -> str:
+    model_parallel = recipe.parallel.model_parallel_size
+    memory = process_memory(recipe, parameters, (world_size or model_parallel) // model_parallel)
+    text = (
+        f"{readable_bytes(memory.total)} per process without activations: weights {readable_bytes(memory.weights)}, "
+        f"gradients {readable_bytes(memory.gradients)}, optimizer {readable_bytes(memory.optimizer)}"
+    )
+    if memory.checkpoint_copy:
+        text += f"; {readable_bytes(memory.checkpoint_copy)} of host memory to save in the background"
+    return text
