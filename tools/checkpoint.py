@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
-from megatron_prealign.errors import UserError, shortened
+from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import available_cores, use_huge_pages
 from megatron_prealign.text import closing, command, plural, readable_bytes
@@ -42,7 +42,7 @@ class InspectOptions:
 class VerifyOptions:
     """Reads all files of a checkpoint, compares them with their checksums and lists the corrupt ones.
 
-    Exit status 1 if a checkpoint is corrupt, or if the one that `latest` names is missing.
+    Exit status 1 if a checkpoint is corrupt, or if `latest` does not name an existing one.
     """
 
     path: PathText
@@ -67,7 +67,7 @@ class ExportOptions:
     dtype: Literal["bf16", "fp32"] | None = None
     """Output dtype; by default, the dtype of the weights."""
     verify: Literal["checksums", "sizes"] = "checksums"
-    """How to verify the files before the export: checksums reads all of them, sizes compares only their sizes."""
+    """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     overwrite: bool = False
     """Replace an existing checkpoint of weights."""
 
@@ -116,14 +116,14 @@ def verify(argv: Sequence[str]) -> int:
     from megatron_prealign.checkpoint.commands.verify import (
         bytes_to_read,
         checkpoints_to_verify,
-        find_missing_latest,
+        find_latest_damage,
         verify_checkpoint,
     )
     from megatron_prealign.progress import Progress
 
-    missing = find_missing_latest(Path(options.path))
-    if missing:
-        print(f"corrupt: {missing}")
+    damage = find_latest_damage(Path(options.path))
+    if damage:
+        print(f"corrupt: {damage}")
     directories = checkpoints_to_verify(Path(options.path), options.all)
     corrupt = size = 0
     with Progress("verifying", bytes_to_read(directories), unit="B", unit_scale=True) as bar:
@@ -138,7 +138,7 @@ def verify(argv: Sequence[str]) -> int:
             corrupt += bool(result.problems)
             size += result.bytes
     made = f"verified {plural(len(directories), 'checkpoint')}, {readable_bytes(size)}: {corrupt or 'none'} corrupt"
-    if corrupt or missing:
+    if corrupt or damage:
         print(made)
         return 1
     output = f"{directories[0].resolve().name}-huggingface"
@@ -150,16 +150,11 @@ def export_weights(argv: Sequence[str]) -> int:
     options = parse_options(ExportOptions, "checkpoint export-weights", argv)
     use_huge_pages()
 
-    from megatron_prealign.checkpoint.commands.export import check_output
     from megatron_prealign.checkpoint.commands.export import export_weights as export
     from megatron_prealign.checkpoint.directory import resolve_checkpoint
     from megatron_prealign.progress import Progress
 
     checkpoint = resolve_checkpoint(options.checkpoint)
-    # Before the checkpoint is read, which may take hours.
-    check_output(checkpoint, Path(options.output), overwrite=options.overwrite)
-    if options.verify == "checksums":
-        _check_checksums(checkpoint)
     bar: Progress | None = None
     done = 0
 
@@ -171,7 +166,12 @@ def export_weights(argv: Sequence[str]) -> int:
 
     try:
         result = export(
-            checkpoint, Path(options.output), dtype=options.dtype, overwrite=options.overwrite, progress=show
+            checkpoint,
+            Path(options.output),
+            dtype=options.dtype,
+            verify=options.verify,
+            overwrite=options.overwrite,
+            progress=show,
         )
     finally:
         if bar is not None:
@@ -185,16 +185,6 @@ def export_weights(argv: Sequence[str]) -> int:
         )
     )
     return 0
-
-
-def _check_checksums(checkpoint: Path) -> None:
-    from megatron_prealign.checkpoint.commands.verify import bytes_to_read, verify_checkpoint
-    from megatron_prealign.progress import Progress
-
-    with Progress("verifying", bytes_to_read([checkpoint]), unit="B", unit_scale=True) as bar:
-        problems = verify_checkpoint(checkpoint, workers=available_cores(), progress=bar.update).problems
-    if problems:
-        raise UserError(f"{checkpoint} is corrupt ({shortened(problems, separator='; ')}); use another checkpoint")
 
 
 ACTIONS: Actions = {

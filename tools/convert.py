@@ -48,7 +48,7 @@ class ToHfOptions:
 
     By default, convert; copy for weights imported from Hugging Face with their own tokenizer and not trained since.
     """
-    verify: Literal["sizes", "checksums"] = "sizes"
+    verify: Literal["checksums", "sizes"] = "checksums"
     """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     overwrite: bool = False
     """Replace an existing model directory."""
@@ -162,7 +162,7 @@ def to_hf(argv: Sequence[str]) -> int:
         shard_bytes=shard_bytes,
         tokenizer=options.tokenizer,
         overwrite=options.overwrite,
-        checksums=options.verify == "checksums",
+        verify=options.verify,
     )
     output = Path(options.output)
     checkpoint = resolve_checkpoint(options.checkpoint)
@@ -202,6 +202,8 @@ class VerifyOptions:
     """Run both models and compare hidden states and logits; needs memory for one model in fp32."""
     ignore_config_field: list[str] = field(default_factory=list)
     """Unknown fields of config.json to ignore; use only for fields that do not affect the computation."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     output: PathText | None = None
     """JSON file to write the full report to."""
     overwrite: bool = False
@@ -223,9 +225,7 @@ def verify(argv: Sequence[str]) -> int:
     from megatron_prealign.files.atomic import write_atomically
     from megatron_prealign.files.directories import check_output_file
 
-    check_output_file(options.output)
-    if options.output is not None and not options.overwrite and Path(options.output).exists():
-        raise UserError(f"--output {options.output} already exists; choose another path or use --overwrite")
+    check_output_file(options.output, overwrite=options.overwrite)
     report = compare(
         options.checkpoint,
         Path(options.model),
@@ -233,6 +233,7 @@ def verify(argv: Sequence[str]) -> int:
         tolerance=options.tolerance,
         logits=options.logits,
         ignore_config_fields=options.ignore_config_field,
+        files=options.verify,
     )
     print("\n".join(render(report)))
     if options.output is not None:

@@ -255,6 +255,6 @@ def _run(operation: str, source: Path, output: Path, small: Path, shard_bytes: i
 
 def _convert(operation: str, source: Path, output: Path, shard_bytes: int) -> None:
     if operation == TO_HF:
-        to_huggingface(source, output, ConvertSettings(shard_bytes=shard_bytes), show_progress=False)
+        to_huggingface(source, output, ConvertSettings(shard_bytes=shard_bytes, verify="sizes"), show_progress=False)
     else:
         from_huggingface(source, output)

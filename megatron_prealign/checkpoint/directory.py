@@ -19,6 +19,7 @@ DAMAGED = ".damaged"
 
 _STEP = re.compile(r"step_(\d+)")
 _MAX_LISTED = 10
+_MAX_QUOTED = 40
 
 
 def step_name(step: int) -> str:
@@ -59,6 +60,21 @@ def named_latest(directory: Path) -> Path | None:
     return directory / name if _STEP.fullmatch(name) else None
 
 
+def latest_problem(directory: Path) -> str:
+    """Why `latest` does not name an existing checkpoint; continues the path of the file in a message."""
+    try:
+        name = (directory / LATEST).read_bytes().decode("utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not _STEP.fullmatch(name):
+        return f"contains {name[:_MAX_QUOTED]!r}, expected the name of a checkpoint such as {step_name(10)}"
+    if not (directory / name).is_dir():
+        return f"names {name}, which does not exist"
+    return f"names {name}, which is not complete"
+
+
 def point_latest(directory: Path, name: str) -> None:
     """Makes `latest` name a directory; if the process is killed, it has either the old name or the new one.
 
@@ -83,9 +99,12 @@ def latest_checkpoint(directory: Path) -> Path | None:
     complete = [path for path in step_directories(directory) if is_complete(path)]
     if not complete:
         return None
-    reason = "is missing or does not name a step" if named is None else f"names {named.name}, which is not complete"
     warn_on_rank_zero(
-        logger, "%s %s; using the newest complete checkpoint %s", directory / LATEST, reason, complete[-1]
+        logger,
+        "%s %s; using the newest complete checkpoint %s",
+        directory / LATEST,
+        latest_problem(directory),
+        complete[-1],
     )
     return complete[-1]
 

@@ -8,8 +8,10 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any, BinaryIO
 
 from megatron_prealign.errors import UserError
@@ -158,6 +160,7 @@ def find_damage(
     *,
     checksums: bool,
     names: Iterable[str] | None = None,
+    workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Problems of the files of a checkpoint, one line each; empty if it is intact.
@@ -166,21 +169,41 @@ def find_damage(
         records: Result of `read_manifest`.
         checksums: Read the files and compare checksums; otherwise compare only sizes.
         names: Files to check; None for all.
-        progress: Called with the number of bytes of each read.
+        workers: Number of files read in parallel; reading and hashing release the GIL.
+        progress: Called with the number of bytes of each read, from one thread at a time.
     """
-    problems = []
-    for name in sorted(records) if names is None else names:
-        record, path = records[name], directory / name
-        try:
-            size = path.stat().st_size
-            if size != record.bytes:
-                problems.append(f"{name} has {size:,} bytes, expected {record.bytes:,}")
-            elif checksums and file_checksum(path, progress=progress) != record.checksum:
-                problems.append(f"{name} does not match its checksum")
-        except FileNotFoundError:
-            problems.append(f"{name} {IS_MISSING}")
-        except OSError as error:
-            problems.append(f"cannot read {name}: {error.strerror}")
-        except UserError as error:
-            problems.append(str(error).replace(f"{directory}/", ""))
-    return problems
+    lock = Lock()
+
+    def count(amount: int) -> None:
+        if progress is not None:
+            with lock:
+                progress(amount)
+
+    def check(name: str) -> str | None:
+        return _problem_of(directory, name, records[name], checksums, count)
+
+    names = list(records if names is None else names)
+    # Largest first, so that no single thread is left with a large file at the end.
+    names.sort(key=lambda name: (-records[name].bytes, name))
+    with ThreadPoolExecutor(workers) as pool:
+        problems = dict(zip(names, pool.map(check, names), strict=True))
+    return [problem for name in sorted(names) if (problem := problems[name]) is not None]
+
+
+def _problem_of(
+    directory: Path, name: str, record: FileRecord, checksums: bool, progress: Callable[[int], None]
+) -> str | None:
+    path = directory / name
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"{name} has {size:,} bytes, expected {record.bytes:,}"
+        if checksums and file_checksum(path, progress=progress) != record.checksum:
+            return f"{name} does not match its checksum"
+    except FileNotFoundError:
+        return f"{name} {IS_MISSING}"
+    except OSError as error:
+        return f"cannot read {name}: {error.strerror}"
+    except UserError as error:
+        return str(error).replace(f"{directory}/", "")
+    return None

@@ -14,7 +14,7 @@ import torch
 
 from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
-from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
+from megatron_prealign.checkpoint.single_process.intact import Verify, check_intact
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import check_finite, is_finite
 from megatron_prealign.checkpoint.state import is_run, read_state
@@ -54,8 +54,8 @@ class ConvertSettings:
     """None converts the tokenizer of a run, and copies that of an imported model that was not trained since."""
     overwrite: bool = False
     """Replace an existing model."""
-    checksums: bool = False
-    """Verify the checksums of the checkpoint's files first, not only their sizes."""
+    verify: Verify = "checksums"
+    """How to verify the checkpoint first."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class SourceCheckpoint:
     model: ModelSection
     plan: TensorPlan
     seq_length: int
+    dtype: torch.dtype
+    """Dtype of the weights."""
 
 
 def open_checkpoint(directory: Path) -> SourceCheckpoint:
@@ -103,7 +105,8 @@ def open_checkpoint(directory: Path) -> SourceCheckpoint:
             f"{directory}/state.json is corrupt: vocab_size is {summary['vocab_size']}; use another checkpoint"
         )
     with ShardReader(directory) as reader:
-        stored = {key: tensor.shape for key, tensor in reader.tensors.items()}
+        tensors = reader.tensors
+    stored = {key: tensor.shape for key, tensor in tensors.items()}
     positions = stored[_POSITIONS][0] if len(stored.get(_POSITIONS, ())) == 2 else None
     plan = TensorPlan(model, summary["vocab_size"], positions)
     _check_tensors(directory, plan, stored, summary)
@@ -113,29 +116,7 @@ def open_checkpoint(directory: Path) -> SourceCheckpoint:
         raise UserError(
             f"{directory}/state.json: sequence length is missing; set max_position_embeddings in its model section"
         )
-    return SourceCheckpoint(directory, summary, model, plan, length)
-
-
-def check_manifest(directory: Path, *, checksums: bool) -> None:
-    """Checks a checkpoint against its manifest.
-
-    Raises:
-        UserError: it is corrupt; all corrupt files are listed.
-    """
-    try:
-        records = read_manifest(directory)
-        if checksums:
-            total = sum(record.bytes for record in records.values())
-            with Progress("verify checkpoint", total, unit="B", unit_scale=True) as progress:
-                problems = find_damage(directory, records, checksums=True, progress=progress.update)
-        else:
-            problems = find_damage(directory, records, checksums=False)
-    except ManifestError as error:
-        problems = [str(error)]
-    if problems:
-        raise UserError(
-            f"{directory} is corrupt: {shortened(problems, separator='; ')}; use another checkpoint or copy it again"
-        )
+    return SourceCheckpoint(directory, summary, model, plan, length, tensors[plan.entries[0].key].dtype)
 
 
 def _check_tensors(directory: Path, plan: TensorPlan, stored: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -228,15 +209,14 @@ def to_huggingface(
     if output.resolve() == directory.resolve():
         raise UserError(f"--output {output} is the checkpoint itself; choose another path")
     check_new_directory(output, overwrite=settings.overwrite, replaceable=is_model_directory)
-    check_manifest(directory, checksums=settings.checksums)
+    check_intact(directory, settings.verify)
     source = open_checkpoint(directory)
+    dtype = source.dtype if settings.dtype is None else DTYPES[settings.dtype]
     with ShardReader(source.directory) as reader:
-        stored = reader.tensors[source.plan.entries[0].key].dtype
-        dtype = DTYPES[settings.dtype] if settings.dtype is not None else stored
         from_master_weights = master_weights_prefix(reader, dtype) is not None
     with new_directory(output, overwrite=settings.overwrite, replaceable=is_model_directory) as working:
         # First the part that can fail within seconds.
-        exported, notes = _write_tokenizer(source, working, settings, _dtype_name(dtype))
+        exported, notes = write_config_and_tokenizer(source, working, dtype, settings.tokenizer)
         with SafetensorsWriter(working, source.plan.hf_shapes, dtype, settings.shard_bytes) as writer:
             with Progress(
                 "write weights", writer.total_bytes, unit="B", unit_scale=True, enabled=show_progress
@@ -274,18 +254,34 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_tokenizer(
-    source: SourceCheckpoint, working: Path, settings: ConvertSettings, dtype: str
+def write_config_and_tokenizer(
+    source: SourceCheckpoint, working: Path, dtype: torch.dtype, tokenizer: Literal["convert", "copy"] | None = None
 ) -> tuple[TokenizerExport, list[str]]:
-    """Writes tokenizer, config.json and generation_config.json, and checks that transformers can load them."""
+    """Writes tokenizer, config.json and generation_config.json, and checks that transformers can load them.
+
+    Args:
+        working: Existing directory to write into.
+        dtype: Dtype of the written weights.
+        tokenizer: `ConvertSettings.tokenizer`.
+
+    Returns:
+        Summary of the tokenizer; warnings for the user.
+
+    Raises:
+        UserError: transformers does not support the model's shape or cannot reproduce the ids of the tokenizer.
+    """
     directory, vocab_size = source.directory / TOKENIZER, source.summary["vocab_size"]
-    mode = settings.tokenizer or ("copy" if is_imported(source.summary) else "convert")
+    mode = tokenizer or ("copy" if is_imported(source.summary) else "convert")
     if mode == "copy":
         exported = export_unchanged(directory, working)
     else:
         exported = export_tokenizer(directory, working, family=source.model.family, max_length=source.seq_length)
     config = huggingface_config(
-        source.model, vocab_size=vocab_size, seq_length=source.seq_length, dtype=dtype, eod_id=exported.eod_id
+        source.model,
+        vocab_size=vocab_size,
+        seq_length=source.seq_length,
+        dtype=_dtype_name(dtype),
+        eod_id=exported.eod_id,
     )
     generation: dict[str, Any] = {"bos_token_id": exported.eod_id, "eos_token_id": exported.eod_id}
     if is_imported(source.summary):

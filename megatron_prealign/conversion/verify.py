@@ -10,12 +10,12 @@ import torch
 
 from megatron_prealign.checkpoint.commit import TOKENIZER
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
+from megatron_prealign.checkpoint.single_process.intact import Verify, check_intact
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.hidden_states import StateDifference, compare, hf_states, mcore_states
 from megatron_prealign.conversion.to_hf import (
     SourceCheckpoint,
-    check_manifest,
     is_imported,
     open_checkpoint,
     read_weights,
@@ -98,6 +98,7 @@ def verify(
     tolerance: float = 1e-4,
     logits: bool = True,
     ignore_config_fields: Collection[str] = (),
+    files: Verify = "checksums",
     show_progress: bool = True,
     leave_process_group: bool = False,
 ) -> VerifyReport:
@@ -112,13 +113,14 @@ def verify(
         tolerance: Tolerance of states and logits, relative to their largest value.
         logits: Whether to run the models.
         ignore_config_fields: Fields of config.json that the user declares harmless.
+        files: How to verify the files of the checkpoint first.
         leave_process_group: Keep torch's process group, for callers that started it.
 
     Raises:
         UserError: one of them cannot be read.
     """
     resolved = resolve_checkpoint(checkpoint)
-    check_manifest(resolved, checksums=False)
+    check_intact(resolved, files)
     source = open_checkpoint(resolved)
     directory = HuggingFaceDirectory(model)
     report = VerifyReport(str(source.directory), str(model), tolerance)

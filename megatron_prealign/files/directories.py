@@ -98,11 +98,11 @@ def _concerns_other_path(error: OSError, output: Path) -> bool:
     return not (above in file.parents or file == above or file in above.parents)
 
 
-def check_output_file(output: str | None) -> None:
-    """Checks that the output file can be created, before minutes of measuring.
+def check_output_file(output: str | None, *, overwrite: bool = True) -> None:
+    """Checks that the output file can be created, before minutes of work.
 
     Raises:
-        UserError: its directory does not exist, or it is a directory.
+        UserError: its directory does not exist, it is a directory, or it exists and `overwrite` is not set.
     """
     if output is None:
         return
@@ -111,3 +111,5 @@ def check_output_file(output: str | None) -> None:
         raise UserError(f"--output {output} is a directory, expected a file; choose another path")
     if not path.parent.is_dir():
         raise UserError(f"--output {output}: {path.parent} is not an existing directory; choose another path")
+    if path.exists() and not overwrite:
+        raise UserError(f"--output {output} already exists; choose another path or use --overwrite")

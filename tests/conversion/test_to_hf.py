@@ -199,7 +199,8 @@ def test_a_corrupt_checkpoint_is_refused(half: Path, tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with user_error(checkpoint, shard.name, "checksum"):
-        convert(checkpoint, tmp_path / "out", checksums=True)
+        convert(checkpoint, tmp_path / "out")
+    convert(checkpoint, tmp_path / "unverified", verify="sizes")
     shard.write_bytes(data[:-1])
     with user_error(checkpoint, shard.name, f"{len(data) - 1:,}", f"{len(data):,}"):
         convert(checkpoint, tmp_path / "out")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER, complete_weights
-from megatron_prealign.checkpoint.manifest import find_problems
+from megatron_prealign.checkpoint.single_process.intact import Verify, check_intact
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import cast_tensor, is_stacked, is_weight
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
@@ -49,29 +49,29 @@ def export_weights(
     output: Path,
     *,
     dtype: str | None = None,
+    verify: Verify = "checksums",
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
     """Writes the weights of a checkpoint as a checkpoint for `pretrain --checkpoint.load`.
 
-    Only the sizes of the input files are compared with the manifest. Memory: the largest tensor or layer, twice if its
-    dtype changes.
+    Memory: the largest tensor or layer, twice if its dtype changes.
 
     Args:
         checkpoint: Checkpoint directory.
         output: Output directory.
         dtype: bf16 or fp32; None keeps the dtype of the weights.
+        verify: How to verify the files of the checkpoint first.
         overwrite: Replace an existing checkpoint of weights.
         progress: Called with the bytes read so far and the total.
 
     Raises:
         UserError: the checkpoint is corrupt, or the output cannot be written.
     """
-    problems = find_problems(checkpoint)
-    if problems:
-        raise UserError(f"{checkpoint} is corrupt ({'; '.join(problems[:5])}); use another checkpoint")
+    # Before the checkpoint is read, which may take hours.
+    _check_output(checkpoint, output, overwrite=overwrite)
+    check_intact(checkpoint, verify)
     summary = read_state(checkpoint)
-    check_output(checkpoint, output, overwrite=overwrite)
     with ShardReader(checkpoint) as reader:
         keys = [key for key in reader.tensors if is_weight(key)]
         if not keys:
@@ -90,12 +90,7 @@ def export_weights(
     return result
 
 
-def check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
-    """Checks that `export_weights` may write to `output`, before the checkpoint is read.
-
-    Raises:
-        UserError: the output exists and may not be replaced, or is the checkpoint.
-    """
+def _check_output(checkpoint: Path, output: Path, *, overwrite: bool) -> None:
     if output.resolve() == checkpoint.resolve():
         raise UserError(f"--output {output} is the checkpoint itself; choose another path")
     check_new_directory(output, overwrite=overwrite, replaceable=is_weights_checkpoint)

@@ -1,16 +1,15 @@
 """Reads all files of checkpoints and compares them with their manifests."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from megatron_prealign.checkpoint.commands.list import checkpoint_directories
 from megatron_prealign.checkpoint.directory import (
     DAMAGED,
     LATEST,
     is_complete,
+    latest_problem,
     named_latest,
     resolve_checkpoint,
     step_directories,
@@ -61,12 +60,14 @@ def checkpoints_to_verify(path: Path, everything: bool) -> list[Path]:
     return checkpoints
 
 
-def find_missing_latest(path: Path) -> str | None:
-    """Problem of `latest` at `path` if the directory that it names is missing, else None."""
-    named = _named_at(path)
-    if named is None or named.is_dir():
-        return None
-    return f"{named.parent / LATEST} names {named.name}, which is missing"
+def find_latest_damage(path: Path) -> str | None:
+    """Problem of `latest` at `path` if it exists and does not name an existing directory, else None."""
+    for directory in (path, path / "checkpoints"):
+        if (directory / LATEST).exists():
+            named = named_latest(directory)
+            if named is None or not named.is_dir():
+                return f"{directory / LATEST} {latest_problem(directory)}"
+    return None
 
 
 def _named_at(path: Path) -> Path | None:
@@ -97,21 +98,7 @@ def verify_checkpoint(directory: Path, *, workers: int, progress: Callable[[int]
         records = read_manifest(directory)
     except ManifestError as error:
         return VerifyResult(directory, [str(error)], [], 0, 0)
-    lock = Lock()
-
-    def count(amount: int) -> None:
-        if progress is not None:
-            with lock:
-                progress(amount)
-
-    def check(name: str) -> list[str]:
-        return find_damage(directory, records, checksums=True, names=[name], progress=count)
-
-    # Largest first, so that no single thread is left with a large file at the end.
-    names = sorted(records, key=lambda name: -records[name].bytes)
-    with ThreadPoolExecutor(workers) as pool:
-        by_name = dict(zip(names, pool.map(check, names), strict=True))
-    problems = [problem for name in sorted(records) for problem in by_name[name]]
+    problems = find_damage(directory, records, checksums=True, workers=workers, progress=progress)
     problems += _unreadable_state(directory, problems)
     unknown = [name for name in list_files(directory) if name not in records]
     return VerifyResult(directory, problems, unknown, len(records), sum(record.bytes for record in records.values()))

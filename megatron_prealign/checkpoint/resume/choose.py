@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_prealign.checkpoint.directory import (
     DAMAGED,
     LATEST,
+    latest_problem,
     named_latest,
     point_latest,
     step_directories,
@@ -49,23 +50,24 @@ def candidates(directory: Path) -> list[Path]:
     Steps after `latest` belong to a branch that was abandoned when the run was rolled back.
 
     Raises:
-        UserError: all checkpoints were renamed as corrupt, or `latest` names one and none exists.
+        UserError: all checkpoints were renamed as corrupt, or `latest` exists and no checkpoint does.
     """
     directories = step_directories(directory)
     named = named_latest(directory)
     if named in directories:
         return directories[directories.index(named) :: -1]
     if directories:
-        reason = "is missing or does not name a step" if named is None else f"names {named.name}, which does not exist"
-        warn_on_rank_zero(logger, "%s %s; checking all step_* directories", directory / LATEST, reason)
+        warn_on_rank_zero(
+            logger, "%s %s; checking all step_* directories", directory / LATEST, latest_problem(directory)
+        )
     elif directory.is_dir():
         renamed = sorted(path.name for path in directory.glob(f"step_*{DAMAGED}*"))
         if renamed:
             raise UserError(f"{directory} contains only corrupt checkpoints ({', '.join(renamed)}); {RESTORE}")
-        if named is not None:
+        if (directory / LATEST).exists():
             raise UserError(
-                f"{directory / LATEST} names {named.name}, but no checkpoint exists; restore one, or remove {LATEST} "
-                "(or use a new directory) to start from scratch"
+                f"{directory / LATEST} {latest_problem(directory)}, and there is no other checkpoint; restore one, or "
+                f"remove {LATEST} (or use a new directory) to start from scratch"
             )
     return directories[::-1]
 

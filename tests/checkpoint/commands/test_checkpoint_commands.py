@@ -215,12 +215,12 @@ def test_verify_checks_what_latest_names(run_dir: Path, capsys: pytest.CaptureFi
     for flags in ([], ["--all"]):
         status, text = run_command(capsys, "verify", run_dir, *flags)
         assert status == 1
-        assert_facts(text, f"corrupt: {directory / 'latest'} names step_00000100", "missing")
+        assert_facts(text, f"corrupt: {directory / 'latest'} names step_00000100", "does not exist")
         assert "step_00000020: 9 files" in text
     for step in (10, 20):
         shutil.rmtree(directory / f"step_{step:08}")
     status, text = run_command(capsys, "verify", run_dir)
-    assert status == 1 and "which is missing" in text
+    assert status == 1 and "does not exist" in text
 
 
 def test_verify_finds_an_invalid_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,9 +77,10 @@ def test_reason_why_no_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_missing_checkpoints_are_no_new_run(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("step_00000009\n")
-    with user_error(tmp_path / "latest", "step_00000009", "no checkpoint exists"):
-        candidates(tmp_path)
+    for content in ("step_00000009", "nonsense", ""):
+        (tmp_path / "latest").write_text(content + "\n")
+        with user_error(tmp_path / "latest", content or "''", "remove latest"):
+            candidates(tmp_path)
     (tmp_path / "latest").unlink()
     assert candidates(tmp_path) == []
 
@@ -97,7 +98,7 @@ def test_latest_that_names_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert_facts(first, tmp_path / "latest", directory / "step_00000005")
     assert_facts(second, tmp_path / "latest", "all step_* directories")
     for message in (first, second):
-        assert_facts(message, "step_00000009" if latest == "step_00000009" else "does not name a step")
+        assert_facts(message, "is missing" if latest is None else latest if latest == "step_00000009" else repr(latest))
 
 
 def test_steps_of_an_abandoned_branch_are_no_candidates(tmp_path: Path) -> None:
