@@ -25,6 +25,7 @@ LAYERS = (
     ("dictionary",),
     ("checkpoint",),
     ("conversion",),
+    ("generation",),
     ("alignment",),
     ("code_switch",),
     ("training",),

@@ -34,6 +34,7 @@ COMMANDS = {
         "megatron_prealign.tools.convert",
         "convert checkpoints to and from Hugging Face, verify the result",
     ),
+    "generate": ("megatron_prealign.tools.generate", "generate text with a trained model"),
     "evaluate": ("megatron_prealign.tools.evaluate", "evaluate trained runs and write report.json and report.html"),
     "benchmark": (
         "megatron_prealign.tools.benchmark",

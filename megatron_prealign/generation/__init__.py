@@ -1,0 +1,1 @@
+"""Text generation with transformers, from a checkpoint or a Hugging Face model directory."""
