@@ -56,7 +56,7 @@ class InspectOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Reads datasets completely and lists all problems; exit status 2 if there are any.
+    """Reads datasets completely and lists all problems; exit status 1 if there are any.
 
     Checks headers, sizes, ids, document ends, checksums, word bitmaps and the counts in PREFIX.json.
     """
@@ -168,9 +168,9 @@ def verify(argv: Sequence[str]) -> int:
         print(f"{prefix}: {count}; checked {', '.join(result.checked) or 'nothing'}")
         failed += [prefix] if result.problems else []
     if failed:
-        for prefix in failed:
-            print(next_line(command("dataset", "repair", prefix)))
-        raise UserError(f"problems in {len(failed)} of {plural(len(prefixes), 'dataset')}, as listed above")
+        made = f"problems in {len(failed)} of {plural(len(prefixes), 'dataset')}"
+        print(closing(made, *(command("dataset", "repair", prefix) for prefix in failed)))
+        return 1
     made = f"verified {plural(len(prefixes), 'dataset')} without problems"
     print(closing(made, *(command("dataset", "inspect", prefix) for prefix in prefixes)))
     return 0

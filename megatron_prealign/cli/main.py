@@ -43,6 +43,14 @@ COMMANDS = {
     "doctor": ("megatron_prealign.tools.doctor", "check the installation and suggest fixes"),
 }
 
+EXIT_STATUSES = {
+    0: "success",
+    1: "problems found (verify, doctor)",
+    2: "error in files or options",
+    130: "interrupted",
+}
+"""Of every command."""
+
 
 def usage() -> str:
     lines = [
@@ -53,13 +61,13 @@ def usage() -> str:
         "commands:",
     ]
     lines += [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "Run megatron-prealign COMMAND --help for the options of a command, --version for the version."]
-    )
+    lines += ["", "Run megatron-prealign COMMAND --help for the options of a command, --version for the version."]
+    lines += ["", f"exit status: {', '.join(f'{status} {text}' for status, text in EXIT_STATUSES.items())}"]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit status: 0 success, 2 user error, 130 interrupted."""
+    """Runs one sub-command and returns the exit status, one of `EXIT_STATUSES`."""
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         # Flush here rather than at interpreter exit, so that a closed pipe is handled below.
