@@ -19,7 +19,7 @@ setup(
     description="Alignment phase and input-only code-switching for multilingual pretraining on Megatron-Core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=[
         *find_packages(include=["megatron_prealign", "megatron_prealign.*"]),
@@ -96,7 +96,6 @@ setup(
     },
     entry_points={"console_scripts": ["megatron-prealign = megatron_prealign.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
