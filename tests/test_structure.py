@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_prealign"
 # An import may go up this list, never down. `docs/architecture.md` has the same table with what each is for.
 LAYERS = (
-    ("errors", "progress", "resources", "page", "text", "languages"),
+    ("errors", "interrupts", "progress", "resources", "page", "text", "languages"),
     ("files",),
     ("recipe",),
     ("doctor",),

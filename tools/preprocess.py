@@ -68,8 +68,6 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command with the arguments after its name."""
     options = parse_options(PreprocessOptions, "preprocess", argv)
 
-    import signal
-
     from megatron_prealign.corpus.blocks import Limits
     from megatron_prealign.corpus.readers import Fields
     from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
@@ -88,9 +86,6 @@ def main(argv: Sequence[str]) -> int:
         limits=Limits(document_bytes=_bytes("max-document-mb", options.max_document_mb)),
         save_every_bytes=_bytes("save-every-mb", options.save_every_mb),
     )
-    for name in ("SIGTERM", "SIGHUP"):
-        # Handle like Ctrl-C: a cancelled job reports what is saved.
-        signal.signal(getattr(signal, name), signal.default_int_handler)
     _print(preprocess(options.input, options.tokenizer, options.output, settings))
     return 0
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_prealign import __version__
+from megatron_prealign import __version__, interrupts
 from megatron_prealign.cli.suggest import suggestion
 from megatron_prealign.errors import UserError, to_user_error
 
@@ -50,6 +50,8 @@ EXIT_STATUSES = {
     130: "interrupted",
 }
 """Of every command."""
+INTERRUPTED = "interrupted; unfinished output was removed; rerun the same command to start over or to resume"
+"""Printed unless the command knows more."""
 
 
 def usage() -> str:
@@ -67,17 +69,36 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command and returns the exit status, one of `EXIT_STATUSES`."""
+    """Runs one sub-command and returns the exit status, one of `EXIT_STATUSES`.
+
+    Args:
+        argv: Arguments; None for those of the process, which ends afterwards: its signals are then handled until its
+            end.
+    """
+    if argv is not None:
+        return _run_to_status(argv)
+    interrupts.handle()
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        return _run_to_status(sys.argv[1:])
+    finally:
+        # A late signal must not change the status, nor write a traceback while the interpreter shuts down.
+        interrupts.ignore()
+
+
+def _run_to_status(argv: Sequence[str]) -> int:
+    try:
+        status = _run(argv)
         # Flush here rather than at interpreter exit, so that a closed pipe is handled below.
         sys.stdout.flush()
         return status
     except UserError as error:
         return _report(error)
     except KeyboardInterrupt as interrupt:
-        if interrupt.args:
-            print(f"\n{interrupt}", file=sys.stderr)
+        interrupts.ignore()
+        if os.environ.get("RANK", "0") == "0":
+            # A terminal shows ^C at the start of the line.
+            newline = "\n" if sys.stderr.isatty() else ""
+            print(f"{newline}{interrupt.args[0] if interrupt.args else INTERRUPTED}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of stdout has exited (`| head`); redirect stdout so that the flush at interpreter exit cannot fail.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_prealign import interrupts
 from megatron_prealign.text import duration
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ class StopOnRequest(Callback):
         return self._rank == 0 and now_s - self._started_s + 2 * self._longest_step_s + save_s > self._limit_s
 
     def on_close(self, trainer: "Trainer") -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        # After a request the process ends; another signal on the way must not make a clean stop fail.
+        if not (self._received and interrupts.ignore()):
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
         if self._pending is not None:
             self._pending[0].wait()
