@@ -10,6 +10,8 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import PathText, PrefixText
 from megatron_prealign.text import closing, command, plural
 
+_WORDS_PRINTED = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
@@ -27,6 +29,8 @@ class ReportOptions:
     """Code-switching ratio assumed for the switch rates, from 0 to 1."""
     samples: int = 20
     """Number of switched words to show for each corpus."""
+    frequent_words: int = 50
+    """Number of most frequent known words to list with their translations."""
     unknown_words: int = 50
     """Number of most frequent unknown words to list."""
     max_tokens: int = 5_000_000
@@ -51,6 +55,7 @@ def report(argv: Sequence[str]) -> int:
         ratio=options.ratio,
         max_tokens=options.max_tokens,
         samples=options.samples,
+        frequent_words=options.frequent_words,
         unknown_words=options.unknown_words,
         seed=options.seed,
     )
@@ -79,6 +84,9 @@ def report(argv: Sequence[str]) -> int:
             f"running words known, {corpus['vocabulary_coverage']:.1%} of {corpus['vocabulary']:,} distinct words, "
             f"{corpus['switch_rate']:.2%} switched at a ratio of {options.ratio:g}"
         )
+        words = [f"{each['word']} -> {each['translations'][0]['text']}" for each in corpus["frequent_words"]]
+        if words:
+            print(f"  most frequent: {', '.join(words[:_WORDS_PRINTED])}")
     made = f"wrote {directory / 'report.json'} and report.html: {plural(len(options.corpus), 'dataset')}"
     switched = [corpus["prefix"] for corpus in result["corpora"] if corpus["language"] in replaced]
     following = [command("dictionary", "preview", "--table", options.table, "--data", each) for each in switched[:1]]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.dictionary.coverage import Words, match_words, read_sample, split_words
+from megatron_prealign.dictionary.frequent_words import frequent_words
 from megatron_prealign.dictionary.ragged import row_numbers
 from megatron_prealign.dictionary.running_words import DistinctWords, distinct_words, word_texts
 from megatron_prealign.dictionary.table import DictionaryTable
@@ -53,6 +54,7 @@ class ReportSettings:
         ratio: fraction of known words that code-switching replaces, 0 to 1.
         max_tokens: number of tokens to sample from each corpus, spread evenly over it.
         samples: number of switched words to show for each corpus.
+        frequent_words: number of most frequent known words to list with their translations.
         unknown_words: number of most frequent unknown words to list.
         seed: seed of the samples.
     """
@@ -60,13 +62,14 @@ class ReportSettings:
     ratio: float = 0.05
     max_tokens: int = 5_000_000
     samples: int = 20
+    frequent_words: int = 50
     unknown_words: int = 50
     seed: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
             raise UserError(f"--ratio is {self.ratio}, expected a number from 0 to 1")
-        for name in ("max_tokens", "samples", "unknown_words"):
+        for name in ("max_tokens", "samples", "frequent_words", "unknown_words"):
             minimum = 1 if name == "max_tokens" else 0
             if getattr(self, name) < minimum:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {minimum} or more")
@@ -174,6 +177,7 @@ def _measure(
             for language, of_language in translations.items()
             if language is not None and table.languages[language] != sidecar.language
         ],
+        "frequent_words": frequent_words(table, sample.keys, distinct, texts, tokenizer, settings.frequent_words),
         "unknown_words": vocabulary.unknown(settings.unknown_words, running),
         "samples": _samples(table, sample, tokenizer, settings),
     }

@@ -18,6 +18,7 @@ del { color: var(--muted) } ins { background: var(--mark); text-decoration: none
 """
 _COLOURS = {"--first": ("#0072b2", "#58a6e0"), "--second": ("#d55e00", "#ff8c42"), "--mark": ("#fff3c4", "#574a10")}
 
+_MOST_TRANSLATIONS = 5
 _BAR_HEIGHT, _ROW_HEIGHT, _WIDTH, _LABEL_WIDTH, _VALUE_WIDTH = 14, 22, 720, 190, 70
 _MAX_LABEL_LENGTH = 24
 
@@ -95,6 +96,7 @@ def _corpus(corpus: Mapping[str, Any]) -> str:
             "Percentage of the vocabulary covered by the table, by frequency rank in this corpus.",
         ),
         *(_ambiguity(pair) for pair in corpus["pairs"] if pair["known_words"]),
+        _frequent(corpus["frequent_words"]),
         _unknown(corpus["unknown_words"]),
         _samples(corpus["samples"]),
     ]
@@ -113,6 +115,30 @@ def _ambiguity(pair: Mapping[str, Any]) -> str:
         _bars(rows),
         "Percentage of the known running words by number of translations.",
     )
+
+
+def _frequent(words: Sequence[Mapping[str, Any]]) -> str:
+    if not words:
+        return ""
+    rows = [
+        [
+            f"<bdi>{_plain(each['word'])}</bdi>",
+            ", ".join(_translation(one) for one in each["translations"][:_MOST_TRANSLATIONS]),
+            f"{each['count']:,}",
+            _percent(each["share"], 2),
+            _percent(each["share_of_known"], 2),
+        ]
+        for each in words
+    ]
+    header = ["word", "translations and their probability", "count", "of all words", "of known words"]
+    note = (
+        "Check these first: they are most of what code-switching writes. A wrong translation here is seen most often."
+    )
+    return f'<h3>Most frequent switched words</h3>\n<p class="note">{note}</p>\n' + page.table(header, rows, text=True)
+
+
+def _translation(each: Mapping[str, Any]) -> str:
+    return f"<bdi>{_plain(each['text'])}</bdi><sub>{escape(each['target'])}</sub> {each['probability']:.0%}"
 
 
 def _unknown(words: Sequence[Mapping[str, Any]]) -> str:

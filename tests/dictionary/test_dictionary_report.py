@@ -56,6 +56,24 @@ def test_counted_by_hand(tokenizer, make_dataset):
     assert report["table"]["groups"] == 3
 
 
+def test_most_frequent_switched_words(tokenizer, make_dataset):
+    prefix = make_dataset(tokenizer, DOCUMENTS, "en")
+    report = make_report(make_table(tokenizer), [prefix], [tokenizer], ReportSettings(frequent_words=2))
+    apple, other = report["corpora"][0]["frequent_words"]
+    # Three of thirteen words, "apple" in two spellings; "red" and "house" occur twice each.
+    assert (apple["word"], apple["count"], apple["share"], apple["share_of_known"]) == ("apple", 3, 3 / 13, 3 / 7)
+    assert apple["translations"] == [{"target": "de", "text": "Apfel", "probability": 1.0}]
+    assert other["count"] == 2 and other["word"] in ("red", "house")
+    report = make_report(make_table(tokenizer), [prefix], [tokenizer], ReportSettings())
+    red = next(each for each in report["corpora"][0]["frequent_words"] if each["word"] == "red")
+    assert {each["text"]: each["probability"] for each in red["translations"]} == {
+        "rouge": 0.5,
+        "rot": 0.375,
+        "roter": 0.125,
+    }
+    assert "Apfel" in render_page(report) and "Most frequent switched words" in render_page(report)
+
+
 def test_lengths(tokenizer, make_dataset):
     table = make_table(tokenizer)
     prefix = make_dataset(tokenizer, [" red house"], "en")
