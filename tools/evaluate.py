@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
     log.configure()
     from megatron_prealign.evaluation.report import report_table
+    from megatron_prealign.files.directories import check_writable
     from megatron_prealign.recipe import ParallelSection
     from megatron_prealign.run.evaluate import evaluate_runs
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
             pipeline_model_parallel_size=options.pipeline_model_parallel_size,
             device=options.device,
         )
+    # Evaluation takes minutes per run.
+    check_writable(Path(options.output), f"--output {options.output}")
     report = evaluate_runs(runs, Path(options.output), parallel)
     if report is not None:
         print(report_table(report))

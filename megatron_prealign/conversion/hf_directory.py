@@ -26,6 +26,7 @@ _INDEX = ".index.json"
 # How transformers names the files of a sharded model. One that the index does not list points to a
 # faulty copy.
 _SHARDS = {_SAFETENSORS: "model*.safetensors", _PICKLE: "pytorch_model*.bin"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MAX_JSON_BYTES = 100_000_000
 _PICKLE_GLOBAL = re.compile(r"GLOBAL (\S+)")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -124,9 +125,12 @@ class HuggingFaceDirectory:
         try:
             return set(os.listdir(self.path))
         except OSError as error:
+            hint = ""
+            if isinstance(error, FileNotFoundError) and _HUB_NAME.fullmatch(str(self.path)):
+                hint = f" (a model of the Hub is downloaded with `hf download {self.path} --local-dir DIRECTORY`)"
             raise UserError(
                 f"cannot read {self.path}: {error.strerror}; expected a directory with config.json and {_SAFETENSORS}, "
-                "as written by save_pretrained"
+                f"as written by save_pretrained{hint}"
             ) from error
 
     def _main_file(self, allow_pickle: bool) -> str:

@@ -423,3 +423,12 @@ def test_a_pickle_with_changed_bytes(tmp_path: Path, data: st.DataObject) -> Non
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(content)
     assert_opened_or_refused(tmp_path, allow_pickle=True)
+
+
+def test_the_name_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with user_error("owner/model-1B", "hf download owner/model-1B"):
+        HuggingFaceDirectory("owner/model-1B")
+    with user_error(tmp_path / "no") as caught:
+        HuggingFaceDirectory(tmp_path / "no")
+    assert "hf download" not in str(caught.value)

@@ -56,6 +56,14 @@ def test_missing_metrics_are_found_before_evaluation(
     assert_refused(status, capsys.readouterr().err, bare / "metrics.jsonl", "does not exist")
 
 
+def test_an_output_that_is_a_file_is_found_before_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report").write_text("mine")
+    status = cli.main(["evaluate", "--run", f"a={tmp_path / 'no'}", "--output", str(tmp_path / "report")])
+    assert_refused(status, capsys.readouterr().err, tmp_path / "report", "is a file")
+
+
 def measure(run_dir: str, output: str) -> dict[str, Any] | None:
     from megatron_prealign.recipe import ParallelSection
     from megatron_prealign.run.evaluate import evaluate_runs
