@@ -98,7 +98,7 @@ def _recipe(source: SourceCheckpoint, tokens: int) -> Recipe:
     )
     return Recipe(
         model=model,
-        data=DataSection(tokenizer="", sources=[DataSource(path="", language="")], seq_length=tokens),
+        data=DataSection(tokenizer="", sources=[DataSource(path="", language="und")], seq_length=tokens),
         optimizer=OptimizerSection(lr=1.0),
         training=TrainingSection(seed=0, micro_batch_size=1, global_batch_size=1, train_iters=1, precision="fp32"),
         logging=LoggingSection(run_dir=""),
