@@ -111,7 +111,13 @@ def check_output_prefix(output: str) -> None:
         )
 
 
+MOST_WORKERS = 1024
+"""Far more processes than cores exhaust the machine before the first one reads a document."""
+
+
 def check_workers(workers: int) -> None:
-    """Raises `UserError` if `workers` is below 1."""
+    """Raises `UserError` unless `workers` is a number of processes that a machine can start."""
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1")
+    if workers > MOST_WORKERS:
+        raise UserError(f"--workers is {workers}, expected at most {MOST_WORKERS:,}")

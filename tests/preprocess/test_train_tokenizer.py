@@ -211,7 +211,7 @@ def test_read_errors_propagate_through_sentencepiece() -> None:
             ["--vocab-size", "270", "--kind", "sentencepiece-bpe"],
             ("--vocab-size is 270", "characters", "--character-coverage"),
         ),
-        (["--vocab-size", "300", "--clone-language", ""], ("--clone-language is empty",)),
+        (["--vocab-size", "300", "--clone-language", ""], ("--clone-language is ''",)),
         (["--vocab-size", "300", "--text-size", "3"], ("unknown option --text-size",)),
         (["--vocab-size", "300", "--kind", "wordpiece"], ("--kind is wordpiece",)),
         (["--vocab-size", "300", "--temperature", "0"], ("temperature is 0.0, expected",)),
