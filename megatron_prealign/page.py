@@ -32,7 +32,7 @@ th { font-weight: 600; color: var(--muted); white-space: normal; overflow-wrap: 
 th:first-child, td:first-child, th.text, td.text { text-align: left; white-space: normal; min-width: 7rem }
 figure { margin: 1.25rem 0 2rem } svg { display: block; width: 100%; height: auto; min-width: 52rem }
 figure.narrow svg { min-width: 40rem; max-width: 46rem }
-sub { color: var(--muted); font-size: .7em }
+sub { color: var(--muted); font-size: max(.7em, 11px) }
 dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
 """.strip()
 

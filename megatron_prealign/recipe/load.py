@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -45,9 +46,10 @@ def recipe_name(arguments: Sequence[str]) -> str:
     return " ".join(["recipe", *config_files(arguments)])
 
 
+@cache
 def recipe_parser(command: str) -> "ArgumentParser":
     """Returns a parser for the recipe's fields and `--config FILE` (repeatable, the last value of a field wins). The
-    parser raises errors instead of exiting."""
+    parser raises errors instead of exiting. Building it takes as long as parsing a recipe (0.1 s)."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

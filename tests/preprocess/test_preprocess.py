@@ -190,7 +190,7 @@ def test_bad_inputs_end_with_status_2_and_one_line(
     [
         (["--input", "{tmp}/missing.jsonl"], ("missing.jsonl: ", "not found")),
         (["--workers", "0"], ("workers is 0", "at least 1")),
-        (["--language", " "], ("--language is empty",)),
+        (["--language", " "], ("--language is ' '", "language code")),
         (["--output", "{tmp}/x.words"], ("x.words", ".bin, .idx, .json")),
         (["--output", "{tmp}"], ("{tmp}", "is a directory")),
         (["--tokenizer", "{tmp}/none"], ("{tmp}/none: tokenizer", "not found")),

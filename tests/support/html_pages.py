@@ -98,6 +98,16 @@ def dictionary_report(directory: Path) -> Path:
         "tokens": 236_200,
         "by_rank": [{"from": 1, "to": 100, "known": 0.93}, {"from": 101, "to": 8_132, "known": 0.4}],
         "pairs": pairs,
+        "frequent_words": [
+            {
+                "word": word,
+                "count": 1_287,
+                "share": 0.1,
+                "share_of_known": 0.2,
+                "translations": [{"target": "de", "text": text, "probability": 0.5} for text in NAMES.words],
+            }
+            for word in NAMES.words
+        ],
         "unknown_words": [{"word": word, "count": 1_287, "share": 0.1} for word in NAMES.words * 5],
         "samples": [
             {

@@ -142,7 +142,7 @@ def test_damage(tmp_path, capsys, name):
     assert cli.main(["dataset", "verify", prefix, good]) == 1
     output = capsys.readouterr()
     assert output.out.splitlines()[: len(found)] == [f"problem: {problem}" for problem in found]
-    assert_facts(output.out.splitlines()[-1], "1 of 2 datasets")
+    assert_facts(output.out.splitlines()[-2], "1 of 2 datasets")
     assert "error" not in output.err
 
 
