@@ -29,6 +29,7 @@ def commanded(arguments: list[str]) -> tuple[int, str]:
         return main(["benchmark", "data-wait", *arguments]), output.getvalue()
 
 
+@pytest.mark.slow
 def test_command_writes_a_row_per_way_of_reading(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     output, recipe = tmp_path / "data_wait.csv", tmp_path / "recipe.yaml"
     values = tiny.values(tmp_path / "run")

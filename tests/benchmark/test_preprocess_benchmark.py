@@ -59,6 +59,7 @@ def test_custom_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "tok"]
 
 
+@pytest.mark.slow
 def test_different_tokens_are_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_new_words_are_new() -> None:
     assert len(new) > 15 and len(set(new)) == len(new)
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def copied(trained: Path, directory: Path, newest: int | None = None) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", slow_except([1, 2], 2))
 def test_only_the_newest_are_kept(workers: WorkerPool, tiny: Tiny, tmp_path: Path, keep: int) -> None:
     run(workers, 1, language_model_values(tiny, tmp_path, save_interval=1, keep=keep), tmp_path)

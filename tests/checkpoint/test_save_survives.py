@@ -236,6 +236,7 @@ def test_killed_at_any_change_of_the_disk(
     assert any("removed" in change for change in changes[replaced:]) == (keep == 1)
 
 
+@pytest.mark.slow
 def test_full_from_any_change_of_the_disk(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     [results] = workers.run(1, fill_everywhere, tiny.values(tmp_path), str(tmp_path))
     assert len(results) > 30

@@ -48,7 +48,15 @@ def convert(name: str, directory: Path, *, trained: bool = False, dtype: torch.d
     return RoundTrip(hf, directory / "mcore", directory / "back", logits_of(model))
 
 
-@pytest.fixture(scope="module", params=[(name, trained) for name in CONFIGS for trained in (False, True)], ids=str)
+# Families, and whether the model is trained a little.
+MODELS = [
+    pytest.param((name, trained), marks=[pytest.mark.slow] if trained else [])
+    for name in CONFIGS
+    for trained in (False, True)
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RoundTrip:
     name, trained = request.param
     return convert(name, tmp_path_factory.mktemp(name), trained=trained)

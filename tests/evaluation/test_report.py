@@ -255,6 +255,7 @@ def test_the_page_is_well_formed_and_self_contained(written: tuple[Path, dict]) 
     assert used <= set(re.findall(r"(--[\w-]+):", text))
 
 
+@pytest.mark.slow
 def test_the_report_is_deterministic(written: tuple[Path, dict], runs: dict, tmp_path: Path) -> None:
     write_report(runs, tmp_path)
     for name in ("report.json", "report.html", "report.png"):
@@ -262,6 +263,7 @@ def test_the_report_is_deterministic(written: tuple[Path, dict], runs: dict, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.png"]
 
 
+@pytest.mark.slow
 def test_hostile_names_and_values_stay_text(runs: dict, tmp_path: Path) -> None:
     record, measurement = runs["aligned"]
     record = replace(record, recipe={"note": "</pre><script>alert(1)</script>"})
@@ -285,6 +287,7 @@ def test_output_that_is_a_file_is_a_user_error_and_is_kept(runs: dict, tmp_path:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.slow
 def test_a_failing_plot_leaves_the_old_report(runs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: f"old {name}".encode() for name in ("report.json", "report.html", "report.png")}
     for name, content in before.items():
@@ -428,6 +431,7 @@ def test_the_page_shows_the_last_measurement_of_the_watch(written: tuple[Path, d
     assert cells == ["8 held-out", "0.40", "0.50", "0.50", "0.50", "0.62", "0.12"]
 
 
+@pytest.mark.slow
 def test_without_a_watch_the_report_does_not_mention_it(runs: dict, tmp_path: Path) -> None:
     joint = {"joint": runs["joint"]}
     assert plots.draw_watch(joint) is None

@@ -87,6 +87,7 @@ assert torch.equal(out.long() & 0xFFFFFFFF, torch.stack(expected))
 """
 
 
+@pytest.mark.slow
 def test_equals_triton(tmp_path) -> None:
     pytest.importorskip("triton")
     script = tmp_path / "compare.py"

@@ -63,6 +63,7 @@ def test_one_process_has_the_computed_parameters(workers: WorkerPool) -> None:
     assert [[count] for count in built] == [stages for _, stages in computed]
 
 
+@pytest.mark.slow
 def test_processes_of_a_layout_have_the_computed_parameters(workers: WorkerPool) -> None:
     layouts = [
         [recipe_values(family, {"num_layers": 2, **model}, parallel=parallel) for family in FAMILIES]

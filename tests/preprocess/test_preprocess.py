@@ -103,6 +103,7 @@ def test_megatron_core_reads_the_tokens_back(directory: Path, tokenizer: Tokeniz
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["de.bin", "de.idx", "de.json"]
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_byte(directory: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"text": ""}\nx\n{"text": "b"}\n')

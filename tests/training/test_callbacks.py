@@ -279,6 +279,7 @@ def test_unreached_goal_does_not_stop_the_phase(workers: WorkerPool, tiny: Tiny,
     assert result["events"][1] == "end of alignment at 5"
 
 
+@pytest.mark.slow
 def test_token_budget_is_used_and_not_exceeded(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     step = SAMPLES * SEQ_LENGTH
     values = values_for(tiny, tmp_path, training={"train_iters": None, "train_tokens": 9 * step})

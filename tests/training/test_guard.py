@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_except
 from support.phase_steps import open_run, step
 from support.tiny import VOCAB_SIZE, Tiny
 from support.whole_runs import records, run, weights
@@ -92,8 +93,7 @@ def word_steps(results: list[dict[str, Any]]) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("interval", [1, 2, 3])
-@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize(("interval", "first"), slow_except([(1, 0), (2, 0), (2, 4), (3, 4)], (2, 4)))
 def test_every_nth_step_has_words(workers: WorkerPool, tiny: Tiny, tmp_path: Path, interval: int, first: int) -> None:
     """Counted from the start of the phase, also in a resumed run."""
     values = guarded(tiny, tmp_path, interval=interval)
@@ -102,7 +102,7 @@ def test_every_nth_step_has_words(workers: WorkerPool, tiny: Tiny, tmp_path: Pat
     assert not any(result["below_floor"] for result in results)
 
 
-@pytest.mark.parametrize("parallel", [{}, TP2, VPP2], ids=["dp2", "tp2", "vpp2"])
+@pytest.mark.parametrize("parallel", slow_except([{}, TP2, VPP2], {}), ids=["dp2", "tp2", "vpp2"])
 def test_all_ranks_have_the_same_counts(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
@@ -119,19 +119,24 @@ LOW, HIGH = [0.1] * 6, [0.9] * 6
 
 @pytest.mark.parametrize(
     ("reports", "expected"),
-    [
-        # No measurement yet.
-        ({}, [0, 0, 0, 0, 0, 0, 0, 0]),
-        # From the first due step on, until retrieval is above the floor again.
+    slow_except(
+        [
+            # No measurement yet.
+            ({}, [0, 0, 0, 0, 0, 0, 0, 0]),
+            # From the first due step on, until retrieval is above the floor again.
+            ({0: {"en-de": LOW}}, [0, 1, 0, 1, 0, 1, 0, 1]),
+            ({2: {"en-de": LOW}, 5: {"en-de": HIGH}}, [0, 0, 0, 1, 0, 0, 0, 0]),
+            ({1: {"en-de": LOW}, 3: {"en-de": HIGH}, 6: {"en-de": LOW}}, [0, 1, 0, 0, 0, 0, 0, 1]),
+            # Retrieval equal to the floor is not below it.
+            ({0: {"en-de": [0.5] * 6}}, [0, 0, 0, 0, 0, 0, 0, 0]),
+            # Means over the directions.
+            ({0: {"en-de": LOW, "de-en": HIGH}}, [0, 0, 0, 0, 0, 0, 0, 0]),
+            ({0: {"en-de": LOW, "de-en": [0.89] * 6}}, [0, 1, 0, 1, 0, 1, 0, 1]),
+        ],
         ({0: {"en-de": LOW}}, [0, 1, 0, 1, 0, 1, 0, 1]),
-        ({2: {"en-de": LOW}, 5: {"en-de": HIGH}}, [0, 0, 0, 1, 0, 0, 0, 0]),
-        ({1: {"en-de": LOW}, 3: {"en-de": HIGH}, 6: {"en-de": LOW}}, [0, 1, 0, 0, 0, 0, 0, 1]),
-        # Retrieval equal to the floor is not below it.
         ({0: {"en-de": [0.5] * 6}}, [0, 0, 0, 0, 0, 0, 0, 0]),
-        # Means over the directions.
-        ({0: {"en-de": LOW, "de-en": HIGH}}, [0, 0, 0, 0, 0, 0, 0, 0]),
         ({0: {"en-de": LOW, "de-en": [0.89] * 6}}, [0, 1, 0, 1, 0, 1, 0, 1]),
-    ],
+    ),
     ids=["unmeasured", "below", "back_above", "below_again", "at_the_floor", "mean_at_it", "mean_below_it"],
 )
 def test_with_a_floor_only_while_retrieval_is_below_it(
@@ -158,6 +163,7 @@ def test_the_floor_applies_to_the_aligned_layers(
     assert result["metrics"]["word_steps"] == int(below)
 
 
+@pytest.mark.slow
 def test_without_a_floor_retrieval_does_not_matter(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = guarded(tiny, tmp_path, interval=2)
     for by_layer in (LOW, HIGH):
@@ -260,7 +266,11 @@ def three_gradients(
 
 @pytest.mark.parametrize(
     ("ranks", "parallel", "size"),
-    [(1, {}, 4), (2, {}, None), (2, PP2, 4), (2, VPP2, None), (2, VPP2, 4), (2, TP2, None), (2, OVERLAP, 4)],
+    slow_except(
+        [(1, {}, 4), (2, {}, None), (2, PP2, 4), (2, VPP2, None), (2, VPP2, 4), (2, TP2, None), (2, OVERLAP, 4)],
+        (1, {}, 4),
+        (2, VPP2, None),
+    ),
     ids=["one", "dp2", "pp2", "vpp2", "vpp2_microbatches", "tp2", "overlapped"],
 )
 def test_gradients_are_the_sum_of_both_losses(

@@ -201,6 +201,7 @@ def test_alignment_step_keeps_documents_apart(workers: WorkerPool, tiny: Tiny, t
     assert result["metrics"]["loss"] == pytest.approx(result["expected_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_alignment_on_words_only(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = tiny.values(tmp_path)
     values["alignment"].update(lm_global_batch_size=0)

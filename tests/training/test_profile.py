@@ -119,6 +119,7 @@ def values_for(tiny: Tiny, directory: Path, steps: Any, **training: Any) -> dict
     return values
 
 
+@pytest.mark.slow
 def test_a_run_is_profiled_across_its_phases(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     run(workers, 2, values_for(tiny, tmp_path, [2, 3]), tmp_path)
     files = ["steps_2-3_rank_0.json.gz", "steps_2-3_rank_1.json.gz"]

@@ -155,6 +155,7 @@ def train_with_different_clocks(values: dict[str, Any], directory: str) -> None:
     pretrain(recipe_of(values, Path(directory)), leave_process_group=True, callbacks=[DifferentClocks()])
 
 
+@pytest.mark.slow
 def test_ranks_log_together_by_the_clock_of_rank_0(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = copy.deepcopy(tiny.values(tmp_path / "run"))
     del values["alignment"]

@@ -85,6 +85,7 @@ def compared(directory: Path) -> dict[Any, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 def test_reading_ahead_changes_nothing(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     on_demand, ahead = tmp_path / "on_demand", tmp_path / "ahead"
     expected = workers.run(1, observed, values_for(tiny, on_demand), str(on_demand), False)[0]

@@ -117,6 +117,7 @@ def train_until_signal(values: dict[str, Any], directory: str, step: int) -> dic
     return {"stopped": state.stop_requested, "step": state.step}
 
 
+@pytest.mark.slow
 def test_signal_on_one_rank_saves_and_ends_all_ranks(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = values_for(tiny, tmp_path, "fp32")
     values["checkpoint"] = {"keep": 1}
