@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch.distributed as dist
@@ -38,6 +39,8 @@ class Pulse:
     """What a rank writes into the store."""
 
     host: str
+    machine: str
+    """Boot and process namespace of the host, since hosts and containers may have equal names."""
     pid: int
     started: float
     """Start time of the process; a later process may have the same id."""
@@ -48,11 +51,11 @@ class Pulse:
     @classmethod
     def of(cls, pid: int) -> "Pulse":
         """The pulse of a process of this host."""
-        return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
+        return cls(socket.gethostname(), _machine(), pid, psutil.Process(pid).create_time())
 
     def condition(self) -> str:
         """Why the process is silent, as far as this host can see."""
-        if self.host != socket.gethostname():
+        if (self.host, self.machine) != (socket.gethostname(), _machine()):
             return _UNKNOWN
         try:
             process = psutil.Process(self.pid)
@@ -105,18 +108,24 @@ class Heartbeat:
         self._thread.start()
 
     def close(self) -> None:
-        """Reports that this rank ends by itself."""
+        """Reports that this rank ends by itself. Waits up to `silence_s` seconds for a store that does not respond."""
         self._stopped.set()
-        self._thread.join()
-        self._pulse = replace(self._pulse, ended=True)
-        with suppress(StoreEndedError):
-            self._write()
+        self._thread.join(self._silence_s)
 
     def lost_ranks(self) -> str:
-        """Describes the ranks that are silent although they did not report their end; empty if there are none.
+        """Describes the ranks that are silent although they did not report their end; empty if there are none or the
+        store does not respond.
 
-        Takes up to `silence_s` seconds.
+        Takes about `silence_s` seconds if every host responds, and at most three times as long.
         """
+        found: list[str] = []
+        # In a thread, because a request waits for minutes if the host of the store has lost its power or network.
+        search = threading.Thread(target=lambda: found.append(self._find_lost()), name="lost ranks", daemon=True)
+        search.start()
+        search.join(3 * self._silence_s)
+        return found[0] if found else ""
+
+    def _find_lost(self) -> str:
         try:
             before = self._read()
             lost = {rank: pulse for rank, pulse in before.items() if pulse.is_lost}
@@ -145,6 +154,9 @@ class Heartbeat:
                 silent_s = time.monotonic() - seen_s
                 logger.warning("no sign of life for %.0f s: %s", silent_s, _described(next_rank, pulse))
                 warned = True
+        self._pulse = replace(self._pulse, ended=True)
+        with suppress(StoreEndedError):
+            self._write()
 
     def _write(self) -> None:
         self._pulse = replace(self._pulse, count=self._pulse.count + 1)
@@ -175,6 +187,14 @@ class Heartbeat:
                 raise StoreEndedError from error
 
 
+def _machine() -> str:
+    """Names the processes that this one can see; empty where the system does not tell."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _key(rank: int) -> str:
     return f"megatron_prealign/pulse/{rank}"
 
@@ -186,16 +206,24 @@ def _described(rank: int, pulse: Pulse) -> str:
 def start(rank: int, world_size: int, *, timeout_s: float) -> None:
     """Starts the heartbeat of this process if the launcher named a store and there are several ranks.
 
+    A store that cannot be reached is reported and does not end the run.
+
     Args:
         timeout_s: Timeout of collectives; the warning comes after half of it.
     """
     global _current
-    if _current is not None or world_size < 2 or "MASTER_ADDR" not in os.environ:
+    if _current is not None or world_size < 2 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # A connection of its own: an operation of another thread on the same one could block for minutes.
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-    _current = Heartbeat(store, rank, world_size, warn_after_s=timeout_s / 2)
+    try:
+        # A connection of its own: an operation of another thread on the same one could block for minutes. A host may
+        # allow fewer open connections than there are ranks.
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
+        _current = Heartbeat(store, rank, world_size, warn_after_s=timeout_s / 2)
+    except (RuntimeError, StoreEndedError) as error:
+        reason = (str(error).splitlines() or ["connection closed"])[0]
+        logger.warning("rank %d: no signs of life, cannot reach the store at %s:%d (%s)", rank, address, port, reason)
+        return
     # An exit that Python takes part in is no silent death, whatever the error.
     atexit.register(stop)
 

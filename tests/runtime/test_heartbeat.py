@@ -3,17 +3,20 @@
 import json
 import logging
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 
 import psutil
 import pytest
 import torch.distributed as dist
 from support.messages import assert_facts
 
-from megatron_prealign.runtime.heartbeat import Heartbeat, Pulse
+from megatron_prealign.runtime.heartbeat import Heartbeat, Pulse, lost_ranks, start
 
 
 @pytest.fixture
@@ -46,7 +49,6 @@ def wait_for_status(process: subprocess.Popen[bytes], status: str) -> None:
 def test_the_condition_of_a_process(other: subprocess.Popen[bytes]) -> None:
     pulse = Pulse.of(other.pid)
     assert pulse.condition() == "does not respond" and not pulse.is_lost
-    assert "does not respond" in replace(pulse, host="another-host").condition()
     other.send_signal(signal.SIGSTOP)
     wait_for_status(other, psutil.STATUS_STOPPED)
     assert "SIGSTOP" in pulse.condition() and pulse.is_lost
@@ -56,6 +58,9 @@ def test_the_condition_of_a_process(other: subprocess.Popen[bytes]) -> None:
     assert not replace(pulse, ended=True).is_lost
     other.wait()
     assert pulse.is_lost
+    assert replace(pulse, host="another-host").condition() == "does not respond"
+    # Another container with the same name.
+    assert replace(pulse, machine="another boot").condition() == "does not respond"
     # Another process has got its id.
     assert replace(Pulse.of(psutil.Process().pid), started=0.0).is_lost
 
@@ -121,3 +126,36 @@ def test_a_store_that_has_ended_names_no_rank_and_raises_nothing() -> None:
     heartbeat = Heartbeat(Ended(), 0, 2, warn_after_s=60, interval_s=0.01)
     assert heartbeat.lost_ranks() == ""
     heartbeat.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_store_whose_host_does_not_respond_keeps_no_rank_waiting() -> None:
+    lost, answer = threading.Event(), threading.Event()
+
+    class Silent(dist.HashStore):
+        def set(self, key: str, value: str) -> None:
+            if lost.is_set():
+                answer.wait()
+            super().set(key, value)
+
+    heartbeat = Heartbeat(Silent(), 0, 2, warn_after_s=60, interval_s=0.01, silence_s=0.1)
+    lost.set()
+    assert heartbeat.lost_ranks() == ""
+    heartbeat.close()
+    answer.set()
+
+
+def test_a_store_that_cannot_be_reached_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    # As soon as torch has given up, which would take 30 s.
+    monkeypatch.setattr("megatron_prealign.runtime.heartbeat.timedelta", lambda seconds: timedelta(seconds=0.1))
+    with caplog.at_level(logging.WARNING):
+        start(3, 4, timeout_s=60)
+    (message,) = caplog.messages
+    assert_facts(message, "rank 3", f"127.0.0.1:{port}")
+    assert "\n" not in message and lost_ranks() == ""
