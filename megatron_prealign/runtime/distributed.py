@@ -86,6 +86,10 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
+        if backend == "gloo":
+            # A rank that ends at once, such as for a user error, would close connections that others are still making;
+            # those would report the connections instead of the error.
+            dist.barrier()
     else:
         # Without torchrun: a single-process group with an in-memory store, which needs no free port.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

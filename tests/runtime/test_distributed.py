@@ -1,5 +1,7 @@
 """Devices, process groups and the start of a run."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +107,39 @@ def alone() -> dict[str, Any]:
     dist.all_reduce(total)
     stop(leave_process_group=True)
     return {**result, "gone": gone, "left": dist.is_initialized(), "total": total.item()}
+
+
+def returns_before_all_have_connected(directory: str) -> bool:
+    """Whether rank 0 is through with its start while rank 1 is still connecting."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime import distributed
+
+    rank, returned = dist.get_rank(), Path(directory) / "returned"
+    dist.destroy_process_group()
+    connect, early = dist.init_process_group, False
+
+    def connect_slowly(backend: str, timeout: timedelta) -> None:
+        nonlocal early
+        connect(backend, timeout=timeout, init_method=f"file://{directory}/store", rank=rank, world_size=2)
+        if rank == 1:
+            time.sleep(0.3)
+            early = returned.exists()
+
+    dist.init_process_group = connect_slowly
+    try:
+        distributed._init_process_group(torch.device("cpu"), timedelta(seconds=20))
+    finally:
+        dist.init_process_group = connect
+    if rank == 0:
+        returned.touch()
+    return early
+
+
+def test_no_rank_can_end_while_another_is_still_connecting(workers: WorkerPool, tmp_path: Path) -> None:
+    assert workers.run(2, returns_before_all_have_connected, str(tmp_path)) == [False, False]
 
 
 def test_the_timeout_may_be_a_fraction_of_a_minute(workers: WorkerPool) -> None:
