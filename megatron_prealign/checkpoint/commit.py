@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_prealign.checkpoint.directory import point_latest
 from megatron_prealign.checkpoint.manifest import FileRecord, write_manifest
 from megatron_prealign.checkpoint.retention import prune, remove_unfinished
 from megatron_prealign.checkpoint.state import write_state
 from megatron_prealign.files.sync import sync_directory, sync_tree
+from megatron_prealign.files.yaml_text import dump_yaml
 from megatron_prealign.recipe import Recipe, save_recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -84,7 +83,7 @@ def complete_weights(
 def _describe(directory: Path, state: Mapping[str, Any], config: Mapping[str, Any] | None) -> list[Path]:
     """Writes `model.yaml` (the recipe's section `model`), config.json and, last, `state.json`; returns their paths."""
     model = directory / MODEL_FILE
-    model.write_text(yaml.safe_dump({"model": state["model"]}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    model.write_text(dump_yaml({"model": state["model"]}), encoding="utf-8")
     written = [model]
     if config is not None:
         path = directory / CONFIG

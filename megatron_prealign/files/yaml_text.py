@@ -20,7 +20,11 @@ MAX_NODES = 100_000
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
 # PyYAML reads 1e-3 as text, because YAML 1.1 requires a dot.
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_EXPONENT_RESOLVER = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 # A byte order mark that precedes the text is removed, so one in it is visible to no editor.
 _NOT_ALLOWED = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _NOT_PRINTABLE = {"\t": "a tab", "\xa0": "a no-break space", "\u3000": "an ideographic space"}
@@ -56,6 +60,13 @@ def load_yaml(text: str) -> Any:
     """
     node = compose_yaml(text)
     return None if node is None else construct(node)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML of a plain value, in the order of its keys; `load_yaml` returns an equal value."""
+    import yaml
+
+    return yaml.dump(value, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
 
 
 def compose_yaml(text: str) -> Node:
@@ -183,8 +194,20 @@ def _loader() -> Any:
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    Loader.add_implicit_resolver(*_EXPONENT_RESOLVER)
     return Loader
+
+
+@lru_cache
+def _dumper() -> Any:
+    """PyYAML's safe dumper, which here quotes the text 1e3."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver(*_EXPONENT_RESOLVER)
+    return Dumper
 
 
 def _place(mark: Any) -> str:

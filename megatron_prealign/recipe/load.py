@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from megatron_prealign.errors import UserError
-from megatron_prealign.files.yaml_text import YamlError, read_utf8
+from megatron_prealign.files.yaml_text import YamlError, dump_yaml, read_utf8
 from megatron_prealign.recipe.checks import RecipeValueError, require
 from megatron_prealign.recipe.describe import section_of
 from megatron_prealign.recipe.document import check_document, check_value, field_type
@@ -116,13 +116,6 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return asdict(recipe)
 
 
-def dump_recipe(values: dict[str, Any]) -> str:
-    """YAML of `recipe_to_dict`."""
-    import yaml
-
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved recipe as YAML; `load_recipe(["--config", path])` returns an equal recipe."""
-    path.write_text(dump_recipe(recipe_to_dict(recipe)), encoding="utf-8")
+    path.write_text(dump_yaml(recipe_to_dict(recipe)), encoding="utf-8")

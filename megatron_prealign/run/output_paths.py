@@ -12,9 +12,8 @@ from pathlib import Path
 from megatron_prealign.checkpoint.directory import LATEST, named_latest, step_directories
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.directories import check_writable
-from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
+from megatron_prealign.files.yaml_text import YamlError, dump_yaml, load_yaml, read_utf8
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.recipe.load import dump_recipe
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
@@ -108,7 +107,7 @@ def _is_saved_recipe(file: Path) -> bool:
         values = load_yaml(text)
     except (OSError, YamlError):
         return False
-    return isinstance(values, dict) and values.keys() >= _SAVED_SECTIONS and dump_recipe(values) == text
+    return isinstance(values, dict) and values.keys() >= _SAVED_SECTIONS and dump_yaml(values) == text
 
 
 def _is_versions(file: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.messages import user_error
 
-from megatron_prealign.files.yaml_text import MAX_DEPTH, YamlError, load_yaml, read_utf8
+from megatron_prealign.files.yaml_text import MAX_DEPTH, YamlError, dump_yaml, load_yaml, read_utf8
 
 # Ten billion values in a kilobyte.
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11))
@@ -68,3 +68,9 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
         read_utf8(file)
     file.write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert load_yaml(read_utf8(file)) == {"a": 1}
+
+
+def test_text_that_looks_like_a_number_stays_text() -> None:
+    value = {"b": ["1e3", "-2E+5", "1.0e+3", "017", "1:30", "2024-01-01", "yes", "null", "~", "1e"], "a": [1e-5, 1e300]}
+    assert load_yaml(dump_yaml(value)) == value
+    assert list(load_yaml(dump_yaml(value))) == ["b", "a"]

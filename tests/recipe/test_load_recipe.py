@@ -244,6 +244,12 @@ def test_saved_recipe_loads_as_an_equal_one(tmp_path: Path, changes: dict[str, A
     assert load_recipe(["--config", str(tmp_path / "saved.yaml")]) == recipe
 
 
+def test_a_run_directory_may_look_like_a_number(tmp_path: Path) -> None:
+    recipe = load_recipe(["--config", write_recipe(tmp_path), "--logging.run_dir", "1e3"])
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(["--config", str(tmp_path / "saved.yaml")]).logging.run_dir == "1e3"
+
+
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from megatron_prealign.recipe import load_recipe, save_recipe; import pathlib; "
