@@ -273,9 +273,10 @@ def _history(checkpoint: Path) -> "History | None":
     from megatron_prealign.checkpoint.directory import step_of
     from megatron_prealign.conversion.card import Evaluation, History
     from megatron_prealign.evaluation.run_record import load_run
+    from megatron_prealign.training.metrics_file import METRICS_FILE
 
     run_dir, step = checkpoint.resolve().parent.parent, step_of(checkpoint.resolve())
-    if step is None or not (run_dir / "metrics.jsonl").is_file():
+    if step is None or not (run_dir / METRICS_FILE).is_file():
         return None
     try:
         record = load_run(run_dir)

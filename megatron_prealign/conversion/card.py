@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_prealign import __version__
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.state import is_run
 from megatron_prealign.conversion.families import FAMILIES
 from megatron_prealign.files.yaml_text import load_yaml, read_utf8
@@ -176,7 +177,7 @@ def _origin(info: Mapping[str, Any]) -> str | None:
 def _recipe(checkpoint: Path) -> str:
     """The sections of the recipe that describe the training, without paths of the machine."""
     try:
-        recipe = load_yaml(read_utf8(checkpoint / "recipe.yaml"))
+        recipe = load_yaml(read_utf8(checkpoint / RECIPE_FILE))
     except (OSError, ValueError):
         return ""
     shown = {

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe.phases import ALIGNMENT
+from megatron_prealign.training.metrics_file import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ def load_run(path: str | Path) -> RunRecord:
         UserError: metrics.jsonl does not exist, or a line is valid JSON but not a metric.
     """
     directory = Path(path)
-    metrics = directory / "metrics.jsonl"
+    metrics = directory / METRICS_FILE
     if not metrics.is_file():
         raise UserError(f"{metrics} does not exist; expected the logging.run_dir of a run that has trained")
     train: dict[tuple[str, int], TrainPoint] = {}
@@ -159,7 +161,7 @@ def load_run(path: str | Path) -> RunRecord:
         train=sorted(train.values(), key=_order),
         evaluations=sorted(evaluations.values(), key=_order),
         watch=sorted(watch.values(), key=_order),
-        recipe=_load_recipe(directory / "recipe.yaml"),
+        recipe=_load_recipe(directory / RECIPE_FILE),
         versions=_load_versions(directory / "versions.json"),
     )
 
@@ -175,7 +177,7 @@ def _parse_line(line: bytes, where: str, *, is_last: bool) -> dict[str, Any] | N
     try:
         values = json.loads(line)
     except ValueError:
-        # A killed process leaves an incomplete line, and a resumed run may have appended to it.
+        # A killed process leaves an incomplete line.
         if not is_last:
             logger.warning("%s: incomplete JSON, skipped the line", where)
         return None

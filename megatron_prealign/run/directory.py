@@ -11,17 +11,13 @@ import torch
 
 from megatron_prealign import __version__
 from megatron_prealign.alignment.dropped_words import report_dropped_words
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.retention import remove_unfinished
 from megatron_prealign.errors import write_error
 from megatron_prealign.files.atomic import write_atomically
 from megatron_prealign.files.lock import locked_directories
 from megatron_prealign.recipe import Recipe, save_recipe
-from megatron_prealign.run.output_paths import (
-    RECIPE_FILE,
-    VERSIONS_FILE,
-    check_directories_writable,
-    check_foreign_files,
-)
+from megatron_prealign.run.output_paths import VERSIONS_FILE, check_directories_writable, check_foreign_files
 from megatron_prealign.training.word_steps import WordSteps
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.resume.agree import require_intact
 from megatron_prealign.checkpoint.resume.identity import read_run
@@ -61,7 +62,7 @@ def evaluate_runs(
 def _find_checkpoint(directory: Path, parallel: ParallelSection) -> tuple[Path, Recipe]:
     """Returns the run's newest checkpoint and its recipe in the layout `parallel`."""
     checkpoint = resolve_checkpoint(directory)
-    saved = load_recipe(["--config", str(checkpoint / "recipe.yaml")])
+    saved = load_recipe(["--config", str(checkpoint / RECIPE_FILE)])
     with as_user_error(f"{directory}: cannot evaluate in this layout"):
         return checkpoint, replace(saved, parallel=parallel)
 

@@ -10,7 +10,7 @@ from megatron_prealign.checkpoint.directory import latest_checkpoint
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.text import closing, command, plural
-from megatron_prealign.training.metrics_file import MetricsFile
+from megatron_prealign.training.metrics_file import METRICS_FILE, MetricsFile
 
 
 def outcome(recipe: Recipe, state: TrainState, *, rerun: str | None) -> str:
@@ -19,7 +19,7 @@ def outcome(recipe: Recipe, state: TrainState, *, rerun: str | None) -> str:
     Args:
         rerun: Command that resumes the run; None if it was started by a launcher, whose command is unknown.
     """
-    metrics = MetricsFile(Path(recipe.logging.run_dir) / "metrics.jsonl")
+    metrics = MetricsFile(Path(recipe.logging.run_dir) / METRICS_FILE)
     checkpoint = latest_checkpoint(recipe.checkpoint_dir)
     made = f"trained {plural(state.step, 'step')} and {plural(state.tokens, 'token')} in {recipe.logging.run_dir}"
     made += "".join(f", {text}" for text in _losses(metrics))

@@ -9,15 +9,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.directory import LATEST, named_latest, step_directories
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.directories import check_writable
 from megatron_prealign.files.yaml_text import YamlError, dump_yaml, load_yaml, read_utf8
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.training.metrics_file import METRICS_FILE
 
-RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
-METRICS_FILE = "metrics.jsonl"
 # Sections that every saved recipe has; a user's recipe leaves out those with defaults only.
 _SAVED_SECTIONS = {"model", "data", "optimizer", "training", "logging", "parallel", "checkpoint"}
 # A run that was killed may have written less.

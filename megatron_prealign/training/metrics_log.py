@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_prealign.recipe import Recipe
-from megatron_prealign.training.metrics_file import MetricsFile
+from megatron_prealign.training.metrics_file import METRICS_FILE, MetricsFile
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def open_metrics(recipe: Recipe) -> MetricsLog:
         UserError: Weights & Biases cannot be used as configured.
     """
     run_dir = Path(recipe.logging.run_dir)
-    sinks: list[MetricsSink] = [MetricsFile(run_dir / "metrics.jsonl")]
+    sinks: list[MetricsSink] = [MetricsFile(run_dir / METRICS_FILE)]
     if recipe.logging.tensorboard:
         from megatron_prealign.training.tensorboard import TensorBoard
 

@@ -80,6 +80,22 @@ def test_a_line_of_the_file_may_be_lost_and_the_next_one_written(
     assert_facts(message, path, "step 3")
 
 
+def test_a_line_after_an_incomplete_one_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.write(TRAIN)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "ste')
+    metrics.write({**TRAIN, "step": 4, "phase": "größer"})
+    metrics.write({**TRAIN, "step": 5})
+    assert [(record["step"], record["phase"]) for record in metrics.read("train")] == [
+        (3, "alignment"),
+        (4, "größer"),
+        (5, "alignment"),
+    ]
+    assert len(path.read_bytes().splitlines()) == 4
+
+
 def test_scalars_of_training() -> None:
     assert scalars(TRAIN) == {
         "alignment/loss": 2.5,

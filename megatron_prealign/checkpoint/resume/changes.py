@@ -6,6 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe import ALIGNMENT, Recipe, recipe_to_dict
 
@@ -32,7 +33,7 @@ def changed_fields(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[str, str
     Empty for a checkpoint whose recipe cannot be read: its state.json decides whether the run may resume.
     """
     try:
-        saved = load_yaml(read_utf8(checkpoint / "recipe.yaml"))
+        saved = load_yaml(read_utf8(checkpoint / RECIPE_FILE))
     except (OSError, YamlError):
         return {}
     return {name: (_shown(before), _shown(now)) for name, before, now in _differences(saved, recipe_to_dict(recipe))}
