@@ -71,9 +71,13 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def command(*words: object) -> str:
-    """Command line of this package to copy into a shell: `megatron-prealign` and `words`, quoted."""
-    return shlex.join(["megatron-prealign", *map(str, words)])
+def command(*words: object, processes: int = 1) -> str:
+    """Command line of this package to copy into a shell: `megatron-prealign` and `words`, quoted; with torchrun for
+    several processes."""
+    program = ["megatron-prealign"]
+    if processes > 1:
+        program = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "megatron_prealign"]
+    return shlex.join([*program, *map(str, words)])
 
 
 def next_line(command_line: str) -> str:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
         with as_user_error(recipe_name(arguments)):
             print(validate(recipe, options.world_size))
-        print(next_line(_command(arguments)))
+        print(next_line(_command(arguments, options.world_size or recipe.parallel.model_parallel_size)))
         return 0
     from megatron_prealign.runtime import log
 
@@ -56,6 +56,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _command(arguments: Sequence[str]) -> str:
+def _command(arguments: Sequence[str], processes: int = 1) -> str:
     """Command that trains with the same recipe."""
-    return command("pretrain", *with_dashes(arguments))
+    return command("pretrain", *with_dashes(arguments), processes=processes)

@@ -102,6 +102,20 @@ def test_a_valid_recipe_is_to_be_trained(run_command: Any, tiny: Tiny, tmp_path:
     assert preview == ["pretrain", "--config", str(recipe), "--validate"]
 
 
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [([], 1), (["--world-size", "2"], 2), (["--parallel.tensor-model-parallel-size", "2"], 2)],
+)
+def test_the_command_to_train_starts_the_processes_of_the_layout(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], processes: int
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(tiny.values(tmp_path / "run")))
+    assert cli.main(["pretrain", "--config", str(recipe), *options, "--validate"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ("torchrun" in last) == (processes > 1) and (f"--nproc-per-node {processes} " in last) == (processes > 1)
+
+
 def finished_run(tiny: Tiny, run_dir: Path, **checkpoint: Any) -> Recipe:
     """Recipe of a run that wrote a checkpoint and metrics."""
     values = tiny.values(run_dir)

@@ -14,10 +14,11 @@ class Parsed(BaseException):
 
 
 def next_commands(output: str) -> list[list[str]]:
-    """Words after `megatron-prealign` of each command that `output` suggests."""
+    """Words after `megatron-prealign`, or its start by torchrun, of each command that `output` suggests."""
     commands = [shlex.split(line.split("next: ", 1)[1]) for line in output.splitlines() if "next: " in line]
-    assert all(words[0] == "megatron-prealign" for words in commands), commands
-    return [words[1:] for words in commands]
+    # torchrun starts the module.
+    starts = [words.index("megatron_prealign" if words[0] == "torchrun" else "megatron-prealign") for words in commands]
+    return [words[start + 1 :] for words, start in zip(commands, starts, strict=True)]
 
 
 def assert_next_commands_parse(output: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
