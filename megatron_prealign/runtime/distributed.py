@@ -138,10 +138,13 @@ def start(parallel: ParallelSection, *, seed: int, control_timeout_minutes: floa
     _init_process_group(device, timeout)
     world_size = dist.get_world_size()
     if world_size % parallel.model_parallel_size:
-        raise UserError(
+        error = UserError(
             f"the number of processes is {world_size}, expected a multiple of "
-            f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size})"
+            f"parallel.tensor_model_parallel_size x pipeline_model_parallel_size ({parallel.model_parallel_size}); "
+            "change --nproc-per-node or the parallel section"
         )
+        error.agreed = True
+        raise error
     heartbeat.start(dist.get_rank(), world_size, timeout_s=timeout.total_seconds())
     # A minute more than the work may take, so that the rank whose time is up reports the error.
     patience = max(parallel.distributed_timeout_minutes, control_timeout_minutes, _PATIENCE_MINUTES) + 1.0

@@ -9,6 +9,7 @@ import torch
 from support.messages import assert_facts, user_error
 from support.workers import WorkerError, WorkerPool
 
+from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection
 from megatron_prealign.runtime.distributed import choose_device
 
@@ -65,6 +66,13 @@ def where(**layout: Any) -> dict[str, Any]:
 
 def start_with(tensor: int, pipeline: int) -> dict[str, Any]:
     return where(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+
+
+def is_agreed(tensor: int, pipeline: int) -> bool:
+    """Whether the error of a layout that does not fit is marked as that of all ranks."""
+    with pytest.raises(UserError) as caught:
+        start_with(tensor, pipeline)
+    return caught.value.agreed
 
 
 def patience_of(checkpoint_minutes: float) -> tuple[float, str]:
@@ -163,6 +171,8 @@ def test_layout_that_does_not_fit_the_number_of_processes(workers: WorkerPool) -
     for kind, message, _ in caught.value.failures.values():
         assert kind == "UserError"
         assert_facts(message, "number of processes is 2", "multiple of", "parallel.tensor_model_parallel_size", "(3)")
+    # Rank 0 prints it for all.
+    assert workers.run(2, is_agreed, 3, 1, timeout_s=30) == [True, True]
 
 
 def test_one_process_needs_no_launcher(workers: WorkerPool) -> None:
