@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -47,6 +48,17 @@ def recipe_at(tiny: Tiny, run_dir: Path) -> Recipe:
 
 
 def stored(path: Path) -> list[Any]:
+    """Records of a complete offline file. The process of wandb may still write it after `finish` has returned."""
+    deadline_s = time.monotonic() + 20.0
+    while True:
+        records = records_in(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline_s, f"{path} has no end"
+        time.sleep(0.05)
+
+
+def records_in(path: Path) -> list[Any]:
     """Records of an offline file: blocks of 32 KiB, each part with a checksum, a length and a type."""
     from wandb.proto.wandb_internal_pb2 import Record
 
