@@ -32,7 +32,7 @@ demo: $(STAMP)
 # A file runs in one process, which makes its fixtures once; the longest files first (tests/support/longest_first.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Triton decides at its first import whether kernels are interpreted, so those tests need processes of their own.
-INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/kernels
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -59,6 +59,7 @@ def train_while_saving(values: dict[str, Any], directory: str, blocked: int, unt
     return save.steps_while_blocked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributed", slow_except([False, True], True))
 def test_training_continues_and_the_checkpoint_is_of_the_requested_step(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, distributed: bool

@@ -84,6 +84,7 @@ def shard_of(full: torch.Tensor, name: str, partition_dim: int | None, rank: int
     return full.chunk(2, dim=partition_dim)[rank]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("written", "read"), [((1, 1), (2, 2)), ((2, 2), (2, 1))])
 def test_it_loads_in_any_layout(
     saved: dict[str, Path], tmp_path: Path, workers: WorkerPool, written: tuple[int, int], read: tuple[int, int]

@@ -125,6 +125,7 @@ def test_segmented_words(tokenizer, make_dataset):
         measure_coverage(table, marked)
 
 
+@pytest.mark.slow
 def test_real_chinese_words(tokenizer, make_dataset):
     pytest.importorskip("jieba", reason="jieba is not installed (pip install 'megatron-prealign[segmenters]')")
     table = build(tokenizer, [["学习", "learn"], ["系统", "system"], ["动", "move"]], ("zh", "en"))

@@ -280,6 +280,7 @@ def test_hostile_names_and_values_stay_text(runs: dict, tmp_path: Path) -> None:
     assert page.open == []
 
 
+@pytest.mark.slow
 def test_output_that_is_a_file_is_a_user_error_and_is_kept(runs: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with user_error(f"{tmp_path / 'file'} is a file"):

@@ -27,7 +27,7 @@ from support.code_switch_cases import (
     mixed_case,
 )
 from support.code_switch_oracle import Dictionary, philox
-from support.marks import slow_except
+from support.marks import slow_except, slow_interpreted
 from support.messages import user_error
 
 from megatron_prealign.kernels import (
@@ -75,6 +75,7 @@ def test_worked_example(checked: Run, label_mode: str, labels: list[int], mask: 
     assert output.counts.tolist() == [[3, 1, 1, 0, 1, 0, 1]]
 
 
+@slow_interpreted
 def test_mix_takes_both_label_rules(checked: Run) -> None:
     output = checked(EXAMPLE.but(rows=EXAMPLE.rows * 100, label_mode="mix"))
     kinds = {tuple(row) for row in output.labels.tolist()}
@@ -173,6 +174,7 @@ def test_adjacent_words_each_keep_their_own_label(checked: Run) -> None:
     assert output.labels.tolist() == [[1, 0, 0, 1, 0, 0, 1, 0, 0]]
 
 
+@slow_interpreted
 @pytest.mark.parametrize("label_mode", LABEL_MODES)
 def test_growth_is_cut_and_shrinking_is_padded(checked: Run, label_mode: str) -> None:
     row = [1, 11, 12, 1, 11, 12, 1, 11, 12, 2]
@@ -288,6 +290,7 @@ def test_threshold_is_exclusive_and_of_the_language_pair(checked: Run) -> None:
         assert checked(edge([[1, 2]], thresholds=thresholds)).tokens.tolist() == tokens
 
 
+@slow_interpreted
 @pytest.mark.parametrize("ratio", [0.05, 0.5])
 def test_rate_is_the_ratio(checked: Run, ratio: float) -> None:
     output = checked(edge(MANY, thresholds=[[0, ratio_threshold(ratio)]] * 2))
@@ -297,6 +300,7 @@ def test_rate_is_the_ratio(checked: Run, ratio: float) -> None:
     assert abs(switched - ratio * known) < 5 * (known * ratio * (1 - ratio)) ** 0.5
 
 
+@slow_interpreted
 def test_target_languages_follow_weights_and_own_ratios(checked: Run) -> None:
     dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0, 3.0, 0.0], {(0, (1,)): [(n, (5 + n,), 1.0) for n in (1, 2, 3)]})
     case = Case(MANY, dictionary, {})
@@ -309,6 +313,7 @@ def test_target_languages_follow_weights_and_own_ratios(checked: Run) -> None:
     assert own[2] == own[6] == counts[6]
 
 
+@slow_interpreted
 @pytest.mark.parametrize("languages", [2, 8, 9, 20])
 def test_any_number_of_target_languages_is_counted(checked: Run, languages: int) -> None:
     keys = {(0, (1,)): [(n, (2 + n % 8,), 1.0) for n in range(languages)]}
@@ -317,6 +322,7 @@ def test_any_number_of_target_languages_is_counted(checked: Run, languages: int)
     assert len(counts) == 5 + languages and min(counts[5:]) > 0 and sum(counts[5:]) == counts[2] == len(MANY) * 256
 
 
+@slow_interpreted
 @pytest.mark.parametrize("languages", [8, 9, 20])
 def test_every_language_has_its_count_and_its_threshold(checked: Run, languages: int) -> None:
     keys = {(0, (1,)): [(target, (2,), 1.0) for target in range(languages)]}
@@ -326,6 +332,7 @@ def test_every_language_has_its_count_and_its_threshold(checked: Run, languages:
     assert last[2] == last[-1] > 0
 
 
+@slow_interpreted
 def test_candidates_follow_their_weights(checked: Run) -> None:
     dictionary = Dictionary(EDGE_FLAGS, [0.0, 1.0], {(0, (1,)): [(1, (5,), 1.0), (1, (6,), 0.0), (1, (7,), 3.0)]})
     output = checked(Case(MANY, dictionary, {}))
@@ -347,6 +354,7 @@ def test_the_last_draw_of_a_candidate_is_inclusive(implementation: Callable[...,
         assert output.tokens.tolist() == [[token]]
 
 
+@slow_interpreted
 def test_a_sequence_does_not_depend_on_its_batch(checked: Run) -> None:
     case = mixed_case()
     full = checked(case)
@@ -362,6 +370,7 @@ def test_a_sequence_does_not_depend_on_its_batch(checked: Run) -> None:
     assert torch.equal(longer.tokens[:, :30], full.tokens[:, :30])
 
 
+@slow_interpreted
 def test_seed_and_sample_id_decide(checked: Run) -> None:
     case = edge([[1] * 65] * 2, sample_id=[3, 4], thresholds=[[0, 1 << 31]] * 2)
     first = checked(case)
@@ -372,6 +381,7 @@ def test_seed_and_sample_id_decide(checked: Run) -> None:
         assert not torch.equal(first.tokens[0], checked(case.but(**changed)).tokens[0])
 
 
+@slow_interpreted
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_block_size_does_not_change_the_result(block: int) -> None:
     if "reference" in IMPLEMENTATIONS:
@@ -385,6 +395,7 @@ def test_block_size_does_not_change_the_result(block: int) -> None:
             assert one is other is None or torch.equal(one, other)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_outputs_are_written_completely_and_within_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output is initialised to an invalid value, between two margins that must not be written to."""

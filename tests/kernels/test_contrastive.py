@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_interpreted
 from support.messages import user_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -244,6 +245,7 @@ def test_strides_do_not_matter() -> None:
     assert torch.equal(found, loss) and turned.grad is not None and torch.equal(turned.grad, gradient)
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", GRADIENT_BOUND)
 @pytest.mark.parametrize("large", [False, True])
 def test_many_chunks_and_splits(dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +273,7 @@ class LargestOutput(TorchDispatchMode):
         return result
 
 
+@slow_interpreted
 @pytest.mark.parametrize("dtype", GRADIENT_BOUND)
 def test_nothing_is_larger_than_the_words(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_chunked, "_CHUNK_BYTES", 0)

@@ -194,6 +194,7 @@ class Tokenizer:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_wrong_ids_of_the_fast_engine_are_noticed(
     directory: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

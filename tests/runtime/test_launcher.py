@@ -53,6 +53,7 @@ def test_a_rank_ends_with_its_launcher_and_may_save_first(tmp_path: Path, kind: 
     assert "torchrun" in line and str(launcher) in line
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(30)
 def test_one_rank_of_a_host_reports_it(tmp_path: Path) -> None:
     rank, _ = killed_launcher(tmp_path, "ends", TORCHELASTIC_RUN_ID="1", LOCAL_RANK="1")

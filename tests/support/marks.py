@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 
+from megatron_prealign.kernels._triton import INTERPRETED
+
+# Triton's interpreter takes up to a hundred times as long as torch for the same test.
+slow_interpreted = pytest.mark.slow if INTERPRETED else pytest.mark.skipif(False, reason="fast")
+
 
 def slow_except(cases: Iterable[Any], *fast: Any) -> list[Any]:
     """Parameters for `parametrize`, all marked `slow` except `fast`; tuples are values of several arguments."""

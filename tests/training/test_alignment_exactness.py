@@ -311,6 +311,7 @@ def test_drawn_words_are_exact(workers: WorkerPool, references: References, layo
     assert_exact(result, expected, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2_pp2", "vpp2_dp2"])
 def test_guarded_steps_are_exact(workers: WorkerPool, references: References, layout: str) -> None:
     """A step of language-model training with words: its samples have full weight."""

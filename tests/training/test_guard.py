@@ -223,6 +223,7 @@ def metrics_of_several_steps(values: dict[str, Any], directory: str) -> tuple[li
     return separate, phase.metrics(6)
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_the_steps_that_have_them(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = guarded(tiny, tmp_path, interval=3)
     separate, together = workers.run(1, metrics_of_several_steps, values, str(tmp_path))[0]
@@ -359,6 +360,7 @@ def test_complete_runs_are_guarded_and_resume_bit_for_bit(workers: WorkerPool, t
         assert torch.equal(actual[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_run_lists_the_words_that_it_drops(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = guarded(tiny, tmp_path, interval=1)
     values["alignment"].update(train_iters=0, max_word_tokens=3)

@@ -66,6 +66,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
 def test_older_checkpoint_is_used_if_the_newest_is_corrupt(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, trained: Path, expected: dict[str, torch.Tensor]
 ) -> None:
