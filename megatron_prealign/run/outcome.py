@@ -33,12 +33,14 @@ def outcome(recipe: Recipe, state: TrainState, *, rerun: str | None) -> str:
 
 def _next_commands(recipe: Recipe) -> Sequence[str]:
     run_dir = Path(recipe.logging.run_dir)
+    # Any text: the user's own comes to mind when there is one to replace.
+    generate = command("generate", "--checkpoint", recipe.checkpoint_dir, "--prompt", "The")
     convert = command("convert", "to-hf", "--checkpoint", recipe.checkpoint_dir, "--output", run_dir / "huggingface")
     if recipe.checkpoint_dir != run_dir / "checkpoints":
         # `evaluate` takes a run directory with its checkpoints.
-        return [convert]
+        return [generate, convert]
     name = run_dir.resolve().name.replace("=", "_") or "run"
-    return [command("evaluate", "--run", f"{name}={run_dir}", "--output", run_dir / "report"), convert]
+    return [command("evaluate", "--run", f"{name}={run_dir}", "--output", run_dir / "report"), generate, convert]
 
 
 def _losses(metrics: MetricsFile) -> list[str]:

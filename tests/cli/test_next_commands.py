@@ -141,8 +141,9 @@ def test_a_finished_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     state = TrainState(step=9, tokens=1234)
     text = outcome(recipe, state, rerun="megatron-prealign pretrain")
     assert_facts(text, "9 steps", "1,234 tokens", "loss 1.7500", "en 1.2500, de 2.5000", "checkpoints/step_00000009")
-    evaluate, convert = assert_next_commands_parse(text, monkeypatch)
+    evaluate, generate, convert = assert_next_commands_parse(text, monkeypatch)
     assert evaluate[:3] == ["evaluate", "--run", f"it's data_1={directory}"]
+    assert generate[:3] == ["generate", "--checkpoint", str(directory / "checkpoints")]
     assert convert[:4] == ["convert", "to-hf", "--checkpoint", str(directory / "checkpoints")]
 
     state.stop_requested = True
@@ -156,5 +157,5 @@ def test_a_finished_run_with_its_checkpoints_in_another_place(
 ) -> None:
     """`evaluate` takes a run directory with its checkpoints."""
     recipe = finished_run(tiny, tmp_path / "run", directory=str(tmp_path / "elsewhere"))
-    (convert,) = assert_next_commands_parse(outcome(recipe, TrainState(step=9), rerun=None), monkeypatch)
+    _, convert = assert_next_commands_parse(outcome(recipe, TrainState(step=9), rerun=None), monkeypatch)
     assert convert[:4] == ["convert", "to-hf", "--checkpoint", str(tmp_path / "elsewhere")]
