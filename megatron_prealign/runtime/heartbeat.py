@@ -76,6 +76,10 @@ class StoreEndedError(Exception):
     """The store of the launcher cannot be reached any more."""
 
 
+class StoreTimeoutError(Exception):
+    """The store of the launcher did not respond in time; it may respond later."""
+
+
 class Heartbeat:
     """Writes the pulse of this rank from a thread and reads those of the others."""
 
@@ -133,7 +137,7 @@ class Heartbeat:
                 time.sleep(self._silence_s)
                 after = self._read()
                 lost = {rank: pulse for rank, pulse in after.items() if not pulse.ended and pulse == before.get(rank)}
-        except StoreEndedError:
+        except (StoreEndedError, StoreTimeoutError):
             return ""
         return "; ".join(_described(rank, pulse) for rank, pulse in sorted(lost.items()) if rank != self._rank)
 
@@ -148,6 +152,10 @@ class Heartbeat:
                 pulse = self._read([next_rank]).get(next_rank)
             except StoreEndedError:
                 return
+            except StoreTimeoutError:
+                # The next rank may have waited for the store, too; its silence counts from now on.
+                seen_s = time.monotonic()
+                continue
             if pulse is None or pulse.ended or pulse != seen:
                 seen, seen_s, warned = pulse, time.monotonic(), False
             elif not warned and time.monotonic() - seen_s > self._warn_after_s:
@@ -155,7 +163,7 @@ class Heartbeat:
                 logger.warning("no sign of life for %.0f s: %s", silent_s, _described(next_rank, pulse))
                 warned = True
         self._pulse = replace(self._pulse, ended=True)
-        with suppress(StoreEndedError):
+        with suppress(StoreEndedError, StoreTimeoutError):
             self._write()
 
     def _write(self) -> None:
@@ -182,7 +190,11 @@ class Heartbeat:
                 raise StoreEndedError
             try:
                 yield self._store
+            except dist.DistStoreError as error:
+                # torch cancels a request whose time is up, so the connection stays usable.
+                raise StoreTimeoutError from error
             except RuntimeError as error:
+                # A closed connection is a DistNetworkError.
                 self._store_has_ended = True
                 raise StoreEndedError from error
 
@@ -220,7 +232,7 @@ def start(rank: int, world_size: int, *, timeout_s: float) -> None:
         # allow fewer open connections than there are ranks.
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
         _current = Heartbeat(store, rank, world_size, warn_after_s=timeout_s / 2)
-    except (RuntimeError, StoreEndedError) as error:
+    except (RuntimeError, StoreEndedError, StoreTimeoutError) as error:
         reason = (str(error).splitlines() or ["connection closed"])[0]
         logger.warning("rank %d: no signs of life, cannot reach the store at %s:%d (%s)", rank, address, port, reason)
         return

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import pytest
@@ -39,6 +40,10 @@ def beating() -> Iterator[tuple[dist.Store, Heartbeat]]:
 
 def publish(store: dist.Store, rank: int, pulse: Pulse) -> None:
     store.set(f"megatron_prealign/pulse/{rank}", json.dumps(asdict(pulse)))
+
+
+def pulse_of(store: dist.Store, rank: int) -> Any:
+    return json.loads(store.get(f"megatron_prealign/pulse/{rank}"))
 
 
 def wait_for_status(process: subprocess.Popen[bytes], status: str) -> None:
@@ -126,6 +131,31 @@ def test_a_store_that_has_ended_names_no_rank_and_raises_nothing() -> None:
     heartbeat = Heartbeat(Ended(), 0, 2, warn_after_s=60, interval_s=0.01)
     assert heartbeat.lost_ranks() == ""
     heartbeat.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_store_that_responds_late_skips_a_pulse() -> None:
+    class Late(dist.HashStore):
+        timeouts = 0
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            if self.timeouts < 2:
+                self.timeouts += 1
+                raise dist.DistStoreError("wait timeout after 30000ms, keys: /megatron_prealign/pulse/0")
+            return super().multi_get(keys)
+
+    store = Late()
+    store.timeouts = 2
+    heartbeat = Heartbeat(store, 0, 2, warn_after_s=60, interval_s=0.01)
+    publish(store, 1, Pulse.of(psutil.Process().pid))
+    store.timeouts = 0
+    while store.timeouts < 2:
+        time.sleep(0.01)
+    count = pulse_of(store, 0)["count"]
+    while pulse_of(store, 0)["count"] < count + 3:
+        time.sleep(0.01)
+    heartbeat.close()
+    assert pulse_of(store, 0)["ended"]
 
 
 @pytest.mark.timeout(20)
