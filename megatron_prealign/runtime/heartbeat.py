@@ -208,7 +208,8 @@ def _machine() -> str:
 
 
 def _key(rank: int) -> str:
-    return f"megatron_prealign/pulse/{rank}"
+    # torchrun restarts processes with the same store, which still has the pulses of those before.
+    return f"megatron_prealign/restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/pulse/{rank}"
 
 
 def _described(rank: int, pulse: Pulse) -> str:

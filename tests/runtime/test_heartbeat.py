@@ -19,6 +19,14 @@ from support.messages import assert_facts
 
 from megatron_prealign.runtime.heartbeat import Heartbeat, Pulse, lost_ranks, start
 
+KEY = "megatron_prealign/restart_0/pulse/"
+"""Start of the keys of pulses; the rank follows."""
+
+
+@pytest.fixture(autouse=True)
+def never_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+
 
 @pytest.fixture
 def other() -> Iterator[subprocess.Popen[bytes]]:
@@ -39,11 +47,11 @@ def beating() -> Iterator[tuple[dist.Store, Heartbeat]]:
 
 
 def publish(store: dist.Store, rank: int, pulse: Pulse) -> None:
-    store.set(f"megatron_prealign/pulse/{rank}", json.dumps(asdict(pulse)))
+    store.set(f"{KEY}{rank}", json.dumps(asdict(pulse)))
 
 
 def pulse_of(store: dist.Store, rank: int) -> Any:
-    return json.loads(store.get(f"megatron_prealign/pulse/{rank}"))
+    return json.loads(store.get(f"{KEY}{rank}"))
 
 
 def wait_for_status(process: subprocess.Popen[bytes], status: str) -> None:
@@ -98,6 +106,23 @@ def test_only_silent_ranks_are_lost(beating: tuple[dist.Store, Heartbeat]) -> No
     assert heartbeat.lost_ranks() == ""
 
 
+def test_pulses_from_before_a_restart_are_not_read(
+    other: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()
+    publish(store, 1, Pulse.of(other.pid))
+    other.kill()
+    other.wait()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    heartbeat = Heartbeat(store, 0, 2, warn_after_s=60, interval_s=0.01, silence_s=0.1)
+    assert heartbeat.lost_ranks() == ""
+    heartbeat.close()
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    heartbeat = Heartbeat(store, 0, 2, warn_after_s=60, interval_s=0.01, silence_s=0.1)
+    assert_facts(heartbeat.lost_ranks(), "rank 1")
+    heartbeat.close()
+
+
 def test_the_previous_rank_warns_once_of_a_long_silence(
     beating: tuple[dist.Store, Heartbeat], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,7 +144,7 @@ def test_the_store_of_a_launcher_that_has_ended_is_left_alone(
     store, heartbeat = beating
     monkeypatch.setattr("megatron_prealign.runtime.heartbeat.launcher_has_ended", lambda: True)
     heartbeat.close()
-    last = store.get("megatron_prealign/pulse/0")
+    last = store.get(f"{KEY}0")
     assert not json.loads(last)["ended"] and heartbeat.lost_ranks() == ""
 
 
@@ -141,7 +166,7 @@ def test_a_store_that_responds_late_skips_a_pulse() -> None:
         def multi_get(self, keys: list[str]) -> list[bytes]:
             if self.timeouts < 2:
                 self.timeouts += 1
-                raise dist.DistStoreError("wait timeout after 30000ms, keys: /megatron_prealign/pulse/0")
+                raise dist.DistStoreError("wait timeout after 30000ms, keys: /a/key")
             return super().multi_get(keys)
 
     store = Late()
