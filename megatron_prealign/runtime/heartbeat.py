@@ -63,7 +63,8 @@ class Pulse:
         except psutil.NoSuchProcess:
             status = psutil.STATUS_DEAD
         if status in (psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE):
-            return "was killed (SIGKILL, out of memory?)"
+            # Its exit status is known only to the launcher.
+            return "ended without a report (killed, out of memory, or crashed)"
         return "is stopped (SIGSTOP)" if status == psutil.STATUS_STOPPED else _UNKNOWN
 
     @property
