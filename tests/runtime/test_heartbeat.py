@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
@@ -121,6 +122,59 @@ def test_pulses_from_before_a_restart_are_not_read(
     heartbeat = Heartbeat(store, 0, 2, warn_after_s=60, interval_s=0.01, silence_s=0.1)
     assert_facts(heartbeat.lost_ranks(), "rank 1")
     heartbeat.close()
+
+
+@pytest.mark.parametrize(("killed", "reads"), [(True, 1), (False, 2)])
+def test_one_rank_searches_and_all_name_the_lost_one(other: subprocess.Popen[bytes], killed: bool, reads: int) -> None:
+    searches: list[list[str]] = []
+
+    class Counting(dist.HashStore):
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            if len(keys) > 1:
+                searches.append(keys)
+            return super().multi_get(keys)
+
+    store = Counting()
+    pulse = Pulse.of(other.pid)
+    publish(store, 3, pulse if killed else replace(pulse, host="another-host"))
+    other.kill()
+    other.wait()
+    heartbeats = [Heartbeat(store, rank, 4, warn_after_s=60, interval_s=0.01, silence_s=2) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(Heartbeat.lost_ranks, heartbeats))
+    for each in heartbeats:
+        each.close()
+    assert len(set(found)) == 1 and found[0].count("rank ") == 1
+    assert_facts(found[0], "rank 3", "ended without a report" if killed else "does not respond")
+    assert len(searches) == reads
+
+
+def test_a_rank_that_does_not_search_knows_its_own_host(other: subprocess.Popen[bytes]) -> None:
+    store = dist.HashStore()
+    pulse = Pulse.of(other.pid)
+    other.kill()
+    other.wait()
+    for host, condition, expected in (
+        (pulse.host, "does not respond", "ended without a report"),
+        ("another-host", "ended, as that host sees", "ended, as that host sees"),
+    ):
+        found = [{"rank": 1, "pulse": asdict(replace(pulse, host=host)), "condition": condition}]
+        store.set("megatron_prealign/restart_0/found", json.dumps(found))
+        store.add("megatron_prealign/restart_0/search", 1)
+        heartbeat = Heartbeat(store, 0, 2, warn_after_s=60, interval_s=0.01, silence_s=0.2)
+        assert_facts(heartbeat.lost_ranks(), f"rank 1 on {host}", expected)
+        heartbeat.close()
+
+
+def test_a_rank_searches_itself_if_the_first_one_does_not_end(
+    beating: tuple[dist.Store, Heartbeat], other: subprocess.Popen[bytes]
+) -> None:
+    store, heartbeat = beating
+    store.add("megatron_prealign/restart_0/search", 1)
+    publish(store, 2, Pulse.of(other.pid))
+    other.kill()
+    other.wait()
+    assert_facts(heartbeat.lost_ranks(), "rank 2")
 
 
 def test_the_previous_rank_warns_once_of_a_long_silence(
