@@ -8,22 +8,42 @@ from typing import Any
 
 from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
-from megatron_prealign.recipe import ALIGNMENT, Recipe, recipe_to_dict
+from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, Recipe, recipe_to_dict
 
 logger = logging.getLogger(__name__)
 
 _UNSET = object()
-# Start of a field's name -> effect of changing it, where that is not obvious. The first match counts.
+_SAVED_OPTIMIZER = "no effect: the optimizer continues with the saved value"
+_OWN_CHECKPOINT = "no effect: the run has a checkpoint of its own"
+# Field -> effect of changing it, where that is not obvious.
 _EFFECTS = {
-    "optimizer.adam_": "no effect: the optimizer continues with the saved value",
-    "optimizer.lr": "the learning-rate schedule is recomputed and continues at the current step",
-    "optimizer.min_lr": "the learning-rate schedule is recomputed and continues at the current step",
+    "optimizer.adam_beta1": _SAVED_OPTIMIZER,
+    "optimizer.adam_beta2": _SAVED_OPTIMIZER,
+    "optimizer.adam_eps": _SAVED_OPTIMIZER,
     "model.init_method_std": "no effect: the weights are initialised already",
-    "data.sources": "applies to the samples that are not consumed yet",
-    "checkpoint.load": "no effect: the run has a checkpoint of its own",
+    "checkpoint.load": _OWN_CHECKPOINT,
+    "checkpoint.load_parts": _OWN_CHECKPOINT,
     "dictionary.table": "the same words, or the run would have been refused",
-    "training.train_": "the learning-rate schedule is recomputed and continues at the current step",
-    "training.global_batch_size": "the learning-rate schedule is recomputed and continues at the current step",
+}
+_SOURCES = "data.sources"
+# Phase -> fields of its learning-rate schedule.
+_SCHEDULES = {
+    ALIGNMENT: {
+        "alignment.lr",
+        "alignment.min_lr",
+        "alignment.lr_decay_style",
+        "alignment.lr_warmup_iters",
+        "alignment.train_iters",
+    },
+    LANGUAGE_MODEL: {
+        "optimizer.lr",
+        "optimizer.min_lr",
+        "optimizer.lr_decay_style",
+        "optimizer.lr_warmup_iters",
+        "training.train_iters",
+        "training.train_tokens",
+        "training.global_batch_size",
+    },
 }
 
 
@@ -43,7 +63,14 @@ def effect(field: str, phase: str, *, has_guard: bool) -> str:
     """Effect of a changed field on a run that resumes in a phase; empty if it is obvious."""
     if field.startswith(f"{ALIGNMENT}.") and phase != ALIGNMENT and not has_guard:
         return "no effect: the alignment phase is over"
-    return next((text for start, text in _EFFECTS.items() if field.startswith(start)), "")
+    if field in _SCHEDULES[phase]:
+        return "the learning-rate schedule is recomputed and continues at the current step"
+    if field in _SCHEDULES[LANGUAGE_MODEL]:
+        return f"applies when phase {LANGUAGE_MODEL} begins"
+    # An item, or a field of one.
+    if field == _SOURCES or field.startswith(f"{_SOURCES}["):
+        return "applies to the samples that are not consumed yet"
+    return _EFFECTS.get(field, "")
 
 
 def log_changes(recipe: Recipe, checkpoint: Path, step: int, phase: str) -> int:

@@ -12,8 +12,8 @@ from support.tiny import Tiny, recipe_of
 from support.whole_runs import language_model_values, run
 from support.workers import WorkerPool
 
-from megatron_prealign.checkpoint.resume.changes import changed_fields, effect, log_changes
-from megatron_prealign.recipe import DataSource, Recipe, load_recipe, save_recipe
+from megatron_prealign.checkpoint.resume.changes import _EFFECTS, _SCHEDULES, changed_fields, effect, log_changes
+from megatron_prealign.recipe import DataSource, Recipe, load_recipe, recipe_to_dict, save_recipe
 
 
 @pytest.fixture
@@ -70,8 +70,23 @@ def test_a_line_per_field_with_its_effect(recipe: Recipe, tmp_path: Path, caplog
 def test_a_phase_that_is_over_is_not_affected() -> None:
     assert "no effect" in effect("alignment.lr", "language_model", has_guard=False)
     assert effect("alignment.lr", "language_model", has_guard=True) == ""
-    assert effect("alignment.lr", "alignment", has_guard=False) == ""
+    assert effect("alignment.lr_warmup_iters", "alignment", has_guard=False).startswith("the learning-rate schedule")
     assert effect("logging.log_interval", "language_model", has_guard=False) == ""
+
+
+def test_fields_whose_names_begin_alike_have_effects_of_their_own(recipe: Recipe) -> None:
+    def effect_of(field: str, phase: str = "language_model") -> str:
+        return effect(field, phase, has_guard=False)
+
+    assert "schedule" in effect_of("optimizer.lr_warmup_iters")
+    # The schedule of a later phase has not begun.
+    assert_facts(effect_of("optimizer.lr_warmup_iters", "alignment"), "language_model begins")
+    assert "checkpoint of its own" in effect_of("checkpoint.load_parts")
+    assert "not consumed" in effect_of("data.sources[1].weight")
+    for field in ("checkpoint.load_more", "optimizer.lr_x", "training.train_x", "optimizer.adam_x", "data.sources_x"):
+        assert effect_of(field) == ""
+    names = {f"{section}.{name}" for section, fields in recipe_to_dict(recipe).items() for name in fields or ()}
+    assert {*_EFFECTS, *_SCHEDULES["alignment"], *_SCHEDULES["language_model"]} <= names
 
 
 def logged(values: dict[str, Any], directory: str) -> list[str]:
