@@ -2,13 +2,14 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.generation.stream import StreamDecoder
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import use_huge_pages
@@ -81,8 +82,8 @@ def main(argv: Sequence[str]) -> int:
     for note in (note for prompt in prompts for note in prompt.notes):
         _inform(f"note: {note}")
     if options.output is None:
-        screen = _Screen(len(texts), settings.num_samples)
-        for completion in generate(loaded, prompts, settings, lambda ids: screen.show(loaded.decode(ids))):
+        screen = _Screen(len(texts), settings.num_samples, loaded.decode)
+        for completion in generate(loaded, prompts, settings, screen.show):
             screen.finish(completion.text)
         return 0
     total = sum(prompt.max_new_tokens for prompt in prompts) * settings.num_samples
@@ -108,12 +109,13 @@ def _prompts(given: list[str]) -> list[str]:
     if sys.stdin.isatty():
         raise UserError("--prompt is required, or prompts on standard input, one per line")
     try:
-        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+        # Not splitlines(), which also splits at U+2028, form feeds and others.
+        lines = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"prompts on standard input are not UTF-8 (byte {error.start:,}); convert them") from None
-    if not lines:
+    if lines == [""]:
         raise UserError("standard input is empty; use --prompt TEXT, or write prompts to standard input, one per line")
-    return lines
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _device(name: str) -> "torch.device":
@@ -132,7 +134,9 @@ def _inform(text: str) -> None:
 class _Screen:
     """Prints texts to standard output, on a terminal while they are generated, with headings on standard error."""
 
-    def __init__(self, prompts: int, samples: int) -> None:
+    def __init__(self, prompts: int, samples: int, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._stream = StreamDecoder(decode)
         self._headings = [
             f"prompt {prompt} of {prompts}, sample {sample} of {samples}:"
             for prompt in range(1, prompts + 1)
@@ -140,29 +144,33 @@ class _Screen:
         ]
         self._with_headings = len(self._headings) > 1
         self._terminal = sys.stdout.isatty()
-        self._shown: str | None = None
+        self._has_begun = False
+        self._shown: list[str] = []
 
-    def show(self, text: str) -> None:
-        """Shows an unfinished text on a terminal."""
-        # A character may be incomplete until the next token.
-        text = _CONTROL.sub("\ufffd", text).rstrip("\ufffd")
-        if self._terminal and text.startswith(self._shown or ""):
+    def show(self, ids: Sequence[int]) -> None:
+        """Shows an unfinished text, given by all its tokens so far, on a terminal."""
+        if not self._terminal:
+            return
+        added = _CONTROL.sub("\ufffd", self._stream.new_text(ids))
+        if added:
             self._begin()
-            print(text[len(self._shown or "") :], end="", flush=True)
-            self._shown = text
+            print(added, end="", flush=True)
+            self._shown.append(added)
 
     def finish(self, text: str) -> None:
         """Prints the rest of a text."""
         if self._terminal:
             text = _CONTROL.sub("\ufffd", text)
         self._begin()
-        print(text.removeprefix(self._shown or ""), flush=True)
-        self._shown = None
+        shown = "".join(self._shown)
+        # Bytes that are no character may change the characters before them.
+        print(text.removeprefix(shown) if text.startswith(shown) else f"\n{text}", flush=True)
+        self._has_begun, self._shown, self._stream = False, [], StreamDecoder(self._decode)
 
     def _begin(self) -> None:
-        if self._shown is None and self._with_headings:
+        if not self._has_begun and self._with_headings:
             _inform(self._headings.pop(0))
-        self._shown = self._shown or ""
+        self._has_begun = True
 
 
 def _write(completions: Sequence["Completion"], output: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_prealign import cli
 from megatron_prealign.conversion.from_hf import from_huggingface
 from megatron_prealign.generation.load import LoadedModel, load_model
 from megatron_prealign.generation.sample import Completion, SamplingSettings, encode_prompts, generate
-from megatron_prealign.tools.generate import _Screen
+from megatron_prealign.tools.generate import _prompts, _Screen
 
 CPU = torch.device("cpu")
 PROMPTS = ["The house", "größer"]
@@ -166,6 +166,15 @@ def test_texts_on_stdout_and_everything_else_on_stderr(
     )
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_standard_input_is_split_at_newlines_only(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["one\u2028two\x0cthree\x85", "", "four\rfive"]
+    for last in ("", end):
+        content = (end.join(lines) + last).encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert _prompts([]) == lines
+
+
 @pytest.mark.parametrize(
     ("content", "facts"),
     [(b"", ("standard input", "--prompt")), (b"ab\xff", ("standard input", "UTF-8", "byte 2"))],
@@ -185,11 +194,20 @@ def test_a_terminal_gets_no_control_characters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    screen = _Screen(1, 1)
-    for text in ("a", "a\x1b", "a\x1b[2J\n", "a\x1b[2J\nü\ufffd", "a\x1b[2J\nüß"):
-        screen.show(text)
-    screen.finish("a\x1b[2J\nüß.")
-    assert capsys.readouterr().out == "a\ufffd[2J\nüß.\n"
+    text = "a\x1b[2J\nüß."
+    tokens = text.encode()
+    screen = _Screen(1, 2, lambda ids: bytes(ids).decode(errors="replace"))
+    for _ in range(2):
+        for end in range(1, len(tokens)):
+            screen.show(tokens[:end])
+        assert capsys.readouterr().out == "a\ufffd[2J\nüß"
+        screen.finish(text)
+        assert capsys.readouterr().out == ".\n"
+    # A text that is not what it seemed to be is printed again.
+    screen = _Screen(1, 1, lambda ids: bytes(ids).decode(errors="replace"))
+    screen.show(tokens[:1])
+    screen.finish("other")
+    assert capsys.readouterr().out == "a\nother\n"
 
 
 def test_paths_without_a_model(tmp_path: Path) -> None:
