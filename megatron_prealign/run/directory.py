@@ -17,14 +17,13 @@ from megatron_prealign.errors import write_error
 from megatron_prealign.files.atomic import write_atomically
 from megatron_prealign.files.lock import locked_directories
 from megatron_prealign.recipe import Recipe, save_recipe
-from megatron_prealign.run.output_paths import VERSIONS_FILE, check_directories_writable, check_foreign_files
+from megatron_prealign.run.output_paths import (
+    VERSIONS_FILE,
+    check_directories_writable,
+    check_foreign_files,
+    run_directories,
+)
 from megatron_prealign.training.word_steps import WordSteps
-
-
-def _directories(recipe: Recipe) -> list[Path]:
-    run_dir = Path(recipe.logging.run_dir)
-    sinks = {"tensorboard": recipe.logging.tensorboard, "wandb": recipe.logging.wandb}
-    return [run_dir, recipe.checkpoint_dir, *(run_dir / name for name, used in sinks.items() if used)]
 
 
 def lock_run_directory(recipe: Recipe, locks: ExitStack) -> None:
@@ -50,7 +49,7 @@ def record_run(recipe: Recipe, words: WordSteps | None) -> None:
     """
     run_dir = Path(recipe.logging.run_dir)
     with _write_errors(run_dir):
-        for directory in _directories(recipe):
+        for _, directory in run_directories(recipe):
             directory.mkdir(parents=True, exist_ok=True)
         with write_atomically(run_dir / RECIPE_FILE) as path:
             save_recipe(recipe, path)

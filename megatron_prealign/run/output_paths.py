@@ -18,6 +18,8 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.training.metrics_file import METRICS_FILE
 
 VERSIONS_FILE = "versions.json"
+PROFILE_DIRECTORY = "profile"
+"""Name in the run directory."""
 # Sections that every saved recipe has; a user's recipe leaves out those with defaults only.
 _SAVED_SECTIONS = {"model", "data", "optimizer", "training", "logging", "parallel", "checkpoint"}
 # A run that was killed may have written less.
@@ -86,18 +88,27 @@ def _fields(recipe: Recipe) -> list[tuple[str, str]]:
     return [(field, path) for field, path in fields if path is not None]
 
 
-def _directories(recipe: Recipe) -> list[tuple[str, Path]]:
-    run_dir = Path(recipe.logging.run_dir)
-    inside = ["tensorboard"] if recipe.logging.tensorboard else []
-    inside += ["checkpoints"] if recipe.checkpoint.directory is None else []
-    # A prepared sample index may be on a read-only disk.
-    prepared = (
-        recipe.data.cache is not None and os.path.isdir(recipe.cache_dir) and any(recipe.cache_dir.glob("blend-*"))
-    )
+def run_directories(recipe: Recipe) -> list[tuple[str, Path]]:
+    """All directories that training writes to but the cache, each after the field that names it or its parent."""
+    run_dir, section = Path(recipe.logging.run_dir), recipe.logging
+    inside = {
+        "tensorboard": section.tensorboard,
+        "wandb": section.wandb,
+        PROFILE_DIRECTORY: section.profile_steps is not None,
+    }
+    checkpoints = "logging.run_dir" if recipe.checkpoint.directory is None else "checkpoint.directory"
     return [
-        *((field, Path(path)) for field, path in _fields(recipe) if not (field == "data.cache" and prepared)),
-        *(("logging.run_dir", run_dir / name) for name in inside),
+        ("logging.run_dir", run_dir),
+        (checkpoints, recipe.checkpoint_dir),
+        *(("logging.run_dir", run_dir / name) for name, used in inside.items() if used),
     ]
+
+
+def _directories(recipe: Recipe) -> list[tuple[str, Path]]:
+    # A prepared sample index may be on a read-only disk.
+    prepared = os.path.isdir(recipe.cache_dir) and any(recipe.cache_dir.glob("blend-*"))
+    field = "logging.run_dir" if recipe.data.cache is None else "data.cache"
+    return [*run_directories(recipe), *([] if prepared else [(field, recipe.cache_dir)])]
 
 
 def _is_saved_recipe(file: Path) -> bool:

@@ -29,6 +29,7 @@ from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
+from megatron_prealign.run.output_paths import PROFILE_DIRECTORY
 from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.resume_report import report_resume
 from megatron_prealign.run.summary import summarise
@@ -274,7 +275,7 @@ def build_callbacks(
         GarbageCollection(recipe.training.garbage_collection_interval),
     ]
     if recipe.logging.profile_steps is not None:
-        callbacks.append(Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / "profile"))
+        callbacks.append(Profile(recipe.logging.profile_steps, Path(recipe.logging.run_dir) / PROFILE_DIRECTORY))
     return callbacks
 
 

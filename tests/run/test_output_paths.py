@@ -101,6 +101,17 @@ def test_what_cannot_be_a_directory_names_its_field(tmp_path: Path, field: str, 
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "profile", "checkpoints", "cache"])
+def test_a_file_in_place_of_a_directory_of_the_run(tmp_path: Path, name: str) -> None:
+    recipe = recipe_in(tmp_path, logging__tensorboard=True, logging__wandb=True, logging__profile_steps=[1, 2])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with user_error("logging.run_dir", tmp_path / "run" / name, "is a file"):
+        check_output_paths(recipe)
+    (tmp_path / "run" / name).rename(tmp_path / "away")
+    check_output_paths(recipe)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_without_permission(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)
