@@ -1,6 +1,7 @@
 """The last lines of a training run: what it reached, where its checkpoint is, which commands usually follow. Imports no
 torch."""
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from megatron_prealign.recipe import Recipe
 from megatron_prealign.text import closing, command, plural
 from megatron_prealign.training.metrics_file import METRICS_FILE, MetricsFile
 
+logger = logging.getLogger(__name__)
+
 
 def outcome(recipe: Recipe, state: TrainState, *, rerun: str | None) -> str:
     """Last lines of a run that finished, or that stopped as requested.
@@ -19,10 +22,9 @@ def outcome(recipe: Recipe, state: TrainState, *, rerun: str | None) -> str:
     Args:
         rerun: Command that resumes the run; None if it was started by a launcher, whose command is unknown.
     """
-    metrics = MetricsFile(Path(recipe.logging.run_dir) / METRICS_FILE)
     checkpoint = latest_checkpoint(recipe.checkpoint_dir)
     made = f"trained {plural(state.step, 'step')} and {plural(state.tokens, 'token')} in {recipe.logging.run_dir}"
-    made += "".join(f", {text}" for text in _losses(metrics))
+    made += "".join(f", {text}" for text in _losses(Path(recipe.logging.run_dir) / METRICS_FILE))
     if checkpoint is not None:
         made += f"; checkpoint {checkpoint}"
     if state.stop_requested:
@@ -43,8 +45,20 @@ def _next_commands(recipe: Recipe) -> Sequence[str]:
     return [command("evaluate", "--run", f"{name}={run_dir}", "--output", run_dir / "report"), generate, convert]
 
 
-def _losses(metrics: MetricsFile) -> list[str]:
-    """Losses of the last log line and of the last evaluation."""
+def _losses(file: Path) -> list[str]:
+    """Losses of the last log line and of the last evaluation; none, with a warning, if they cannot be read."""
+    try:
+        return _read_losses(MetricsFile(file))
+    except OSError as error:
+        reason = str(error.strerror)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"a line is no metric of this version: {type(error).__name__}: {error}"
+    # The run itself has succeeded.
+    logger.warning("WARNING: cannot read the losses of this run from %s (%s)", file, reason)
+    return []
+
+
+def _read_losses(metrics: MetricsFile) -> list[str]:
     texts = []
     trained = _last(metrics.read("train"))
     if trained is not None:

@@ -152,6 +152,26 @@ def test_a_finished_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert next_commands(outcome(recipe, state, rerun=None)) == []
 
 
+@pytest.mark.parametrize(
+    "line", [None, {"kind": "train"}, {"kind": "train", "loss": None}, {"kind": "evaluation", "validation_loss": [1]}]
+)
+def test_a_finished_run_whose_losses_cannot_be_read(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: dict[str, Any] | None
+) -> None:
+    recipe = finished_run(tiny, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.unlink()
+    if line is None:
+        metrics.mkdir()
+    else:
+        metrics.write_text(json.dumps({"kind": "train", "loss": 1.0}) + "\n" + json.dumps(line) + "\n")
+    text = outcome(recipe, TrainState(step=9), rerun=None)
+    assert_facts(text, "9 steps", "checkpoints/step_00000009")
+    assert "training loss" not in text and "validation loss" not in text
+    (message,) = caplog.messages
+    assert_facts(message, "WARNING", metrics)
+
+
 def test_a_finished_run_with_its_checkpoints_in_another_place(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
