@@ -2,12 +2,13 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import Retrieval, measure_retrieval
+from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import AlignmentWatchSection
 from megatron_prealign.training.metrics_log import MetricsLog
@@ -53,12 +54,16 @@ class AlignmentWatch(PeriodicMeasurement):
 
     def _recorded_start(self) -> Retrieval | None:
         """The measurement of the same words before the first step; None if metrics.jsonl has none."""
-        expected = (0, self._section.groups, _query_counts(self._pairs))
+        counts = _query_counts(self._pairs)
+        expected = (0, self._section.groups, counts)
         found = None
-        for record in self._metrics.read("alignment_watch"):
-            if (record.get("step"), record.get("groups"), record.get("words")) == expected:
-                found = record["pairs"]
-        return None if found is None else _with_nan(found)
+        try:
+            for record in self._metrics.read("alignment_watch"):
+                if (record.get("step"), record.get("groups"), record.get("words")) == expected:
+                    found = _with_nan(record.get("pairs"), counts) or found
+        except OSError as error:
+            logger.warning("alignment watch: cannot read the values before training: %s", error)
+        return found
 
     def is_due(self, state: TrainState) -> bool:
         return state.step % self._section.interval == 0
@@ -110,14 +115,21 @@ def _without_nan(retrieval: Retrieval) -> dict[str, dict[str, list[Any]]]:
     }
 
 
-def _with_nan(recorded: Any) -> Retrieval:
-    """Inverse of `_without_nan`, as far as the mean over the layers is concerned."""
-    return {
-        direction: {
-            metric: [math.nan if value is None else value for value in values] for metric, values in by_name.items()
+def _with_nan(recorded: Any, directions: Iterable[str]) -> Retrieval | None:
+    """Inverse of `_without_nan`, as far as the mean over the layers is concerned; None if a line that this version did
+    not write, or that is damaged, has other values."""
+    try:
+        found = {
+            direction: {
+                metric: [math.nan if value is None else float(value) for value in recorded[direction][metric]]
+                for metric in METRICS
+            }
+            for direction in directions
         }
-        for direction, by_name in recorded.items()
-    }
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    lists = [values for by_metric in found.values() for values in by_metric.values()]
+    return found if all(values and not any(map(math.isinf, values)) for values in lists) else None
 
 
 def _summary(retrieval: Retrieval, start: Retrieval | None, direction: str, reverse: str) -> str:

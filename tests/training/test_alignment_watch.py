@@ -202,6 +202,34 @@ def test_values_before_training_of_other_words_are_not_compared(
     assert logged_values(caplog) == ["0.38"]
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [None, [], 3, {}, {"en-de": {}}, {"de-en": [1]}, [[0.5]], [], [10**400], [math.inf], ["x"], [[]], 0.5],
+)
+def test_values_before_training_that_are_damaged_are_not_compared(
+    measured: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, pairs: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    watching(tmp_path, 3).on_start(Stage())
+    (line,) = written(tmp_path)
+    by_metric = line["pairs"]["de-en"]
+    # A list stands for the values of one metric.
+    line["pairs"] = {**line["pairs"], "de-en": {**by_metric, "p_at_1": pairs}} if isinstance(pairs, list) else pairs
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    watch, stage = watching(tmp_path, 3), Stage(step=3)
+    watch.on_start(stage)
+    steps_through(watch, stage, 6)
+    assert logged_values(caplog) == ["0.38"]
+
+
+def test_values_before_training_that_cannot_be_read_do_not_end_the_run(
+    measured: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    watching(tmp_path, 3).on_start(Stage(step=3))
+    assert_facts(caplog.messages[-1], "alignment watch", tmp_path / "metrics.jsonl")
+
+
 def test_tensorboard_has_every_layer_and_the_mean(measured: list[Any], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
