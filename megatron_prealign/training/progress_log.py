@@ -43,7 +43,7 @@ class ProgressLog(Callback):
         )
         self._bar: Progress | None = None
         self._latest_step = 0
-        self._has_estimated = False
+        self._estimates = 0
 
     def on_start(self, trainer: "Trainer") -> None:
         self._enabled = trainer.runtime.rank == 0
@@ -121,15 +121,26 @@ class ProgressLog(Callback):
         step_s = elapsed_s / (state.step - self._since_step)
         if self._enabled:
             eta = self._eta(trainer, step_s, tokens_per_second)
-            if not self._has_estimated:
-                logger.info(
-                    "a step takes about %s; time left: %s, without evaluations and saves", duration(step_s), eta
-                )
-            self._has_estimated = True
+            self._estimate(state.step, step_s, eta)
             logger.info(_line(record, position(trainer), eta))
             self._metrics.write(record)
         self._start_interval(trainer)
         self._latest_step = state.step + self._steps_until_late(step_s, trainer.runtime.device)
+
+    def _estimate(self, step: int, step_s: float, eta: str) -> None:
+        """Logs the time left in words: after the first step of the process, and once when it is known how long the
+        others take, since the first one compiles kernels, opens connections and allocates memory."""
+        self._estimates += 1
+        if self._estimates == 1:
+            logger.info(
+                "the first step took %s, start-up included; time left if all took as long: %s", duration(step_s), eta
+            )
+        elif self._estimates == 2:
+            first = self._since_step + 1
+            steps = f"step {step}" if step == first else f"steps {first} to {step}"
+            logger.info(
+                "a step takes about %s (%s); time left: %s, without evaluations and saves", duration(step_s), steps, eta
+            )
 
     @staticmethod
     def _steps_until_late(step_s: float, device: torch.device) -> int:

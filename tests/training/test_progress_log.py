@@ -109,14 +109,28 @@ def test_position_and_time_left(make_log: Callable[[int], ProgressLog], caplog: 
     run.step(log, 600)
     estimate, line = caplog.messages
     # 3 steps of the phase are left, and 12 of the next one with 96 instead of 100 tokens.
-    assert_facts(estimate, "10.0 min", "0:30:00 (alignment)", "2:25:12 (run)")
+    assert_facts(estimate, "first step took 10.0 min", "start-up", "0:30:00 (alignment)", "2:25:12 (run)")
     assert_facts(line, "step 1/16 (alignment 1/4)", "0:30:00 (alignment)", "2:25:12 (run)")
     for _ in range(4):
         run.step(log, 600)
-    # Estimated once; the last phase ends with the run.
-    assert len([message for message in caplog.messages if "evaluations" in message]) == 1
+    # Estimated once, from later steps; the last phase ends with the run.
+    (estimate,) = (message for message in caplog.messages if "evaluations" in message)
+    assert_facts(estimate, "10.0 min (step 2)", "0:20:00 (alignment)", "2:15:12 (run)")
     assert_facts(caplog.messages[-1], "step 5/16 (language_model 1/12)", "ETA 1:50:00 (run)")
     assert len(re.findall(r"\d:\d\d:\d\d", caplog.messages[-1])) == 1
+
+
+def test_the_start_up_of_the_first_step_is_not_part_of_the_estimate(
+    make_log: Callable[[int], ProgressLog], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    log, run = make_log(4), Run(4, 12)
+    log.on_start(run)  # type: ignore[arg-type]
+    for seconds in (10, 1, 1, 1):
+        run.step(log, seconds)
+    first, _, estimate, _ = caplog.messages
+    assert_facts(first, "10 s", "start-up")
+    assert_facts(estimate, "about 1 s (steps 2 to 4)", "0:00:12 (run)")
 
 
 def test_total_of_a_token_budget_is_projected() -> None:
