@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+import megatron_prealign
+
 _INTERVAL_S = 1.0
 _launcher: int | None = None
 
@@ -20,11 +22,17 @@ def watch_launcher(interval_s: float = _INTERVAL_S) -> None:
     (`nohup`, a closed shell). Polls instead of using Linux's PR_SET_PDEATHSIG, which reports the end of the parent's
     thread.
 
+    A launcher that died before this call is noticed if it was alive when the package was imported. An orphan of an
+    earlier death looks like a child of its new parent, but it has no store to join the other processes with.
+
     Args:
         interval_s: Time between two checks.
     """
     global _launcher
-    parent = os.getppid()
+    process, parent = megatron_prealign.STARTED
+    if process != os.getpid():
+        # A fork of the process that imported the package.
+        parent = os.getppid()
     # Process 1 is the launcher only in a container, which ends with it.
     if _launcher is not None or "TORCHELASTIC_RUN_ID" not in os.environ or parent == 1:
         return

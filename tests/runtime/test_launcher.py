@@ -21,15 +21,36 @@ watch_launcher(interval_s=0.05)
 pathlib.Path(sys.argv[1], "watching").touch()
 time.sleep(60)
 """
+# Its launcher dies while it imports torch.
+SLOW_RANK = """
+import os, pathlib, sys, time
+import megatron_prealign
+from megatron_prealign.runtime.launcher import watch_launcher
+pathlib.Path(sys.argv[1], "watching").touch()
+while os.getppid() == megatron_prealign.STARTED[1]:
+    time.sleep(0.01)
+watch_launcher(interval_s=0.05)
+time.sleep(60)
+"""
+# It imported the package before it started a rank by fork.
+FORKING_LAUNCHER = """
+import os, time
+from megatron_prealign.runtime.launcher import launcher_has_ended, watch_launcher
+if os.fork() == 0:
+    watch_launcher(interval_s=0.01)
+    time.sleep(0.2)
+    os._exit(int(launcher_has_ended()))
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()"
 
 
-def killed_launcher(directory: Path, kind: str, **environment: str) -> tuple[psutil.Process, int]:
+def killed_launcher(directory: Path, script: str, kind: str = "ends", **environment: str) -> tuple[psutil.Process, int]:
     """Kills the launcher of a rank that watches it; returns the rank and the id of the launcher."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     with (directory / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, "-c", RANK, str(directory), kind],
+            [sys.executable, "-c", LAUNCHER, "-c", script, str(directory), kind],
             env=inherited | environment,
             stdout=log,
             stderr=log,
@@ -46,7 +67,7 @@ def killed_launcher(directory: Path, kind: str, **environment: str) -> tuple[psu
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("kind", ["ends", "saves"])
 def test_a_rank_ends_with_its_launcher_and_may_save_first(tmp_path: Path, kind: str) -> None:
-    rank, launcher = killed_launcher(tmp_path, kind, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
+    rank, launcher = killed_launcher(tmp_path, RANK, kind, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
     rank.wait(timeout=20)
     assert (tmp_path / "saved").exists() == (kind == "saves")
     (line,) = (tmp_path / "log").read_text().splitlines()
@@ -56,14 +77,28 @@ def test_a_rank_ends_with_its_launcher_and_may_save_first(tmp_path: Path, kind: 
 @pytest.mark.slow
 @pytest.mark.timeout(30)
 def test_one_rank_of_a_host_reports_it(tmp_path: Path) -> None:
-    rank, _ = killed_launcher(tmp_path, "ends", TORCHELASTIC_RUN_ID="1", LOCAL_RANK="1")
+    rank, _ = killed_launcher(tmp_path, RANK, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="1")
     rank.wait(timeout=20)
     assert (tmp_path / "log").read_text() == ""
 
 
 @pytest.mark.timeout(30)
+def test_a_launcher_that_died_before_it_was_watched(tmp_path: Path) -> None:
+    rank, launcher = killed_launcher(tmp_path, SLOW_RANK, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
+    rank.wait(timeout=20)
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "torchrun" in line and str(launcher) in line
+
+
+@pytest.mark.timeout(30)
+def test_a_forked_rank_has_the_parent_that_forked_it() -> None:
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "1"}
+    assert subprocess.run([sys.executable, "-c", FORKING_LAUNCHER], env=environment).returncode == 0
+
+
+@pytest.mark.timeout(30)
 def test_a_process_without_torchrun_outlives_its_parent(tmp_path: Path) -> None:
-    rank, _ = killed_launcher(tmp_path, "ends")
+    rank, _ = killed_launcher(tmp_path, RANK)
     with pytest.raises(psutil.TimeoutExpired):
         rank.wait(timeout=0.4)
     rank.kill()
