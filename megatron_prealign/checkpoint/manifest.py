@@ -8,7 +8,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.checksum import Checksum, file_checksum
 from megatron_prealign.files.sync import sync_file
+from megatron_prealign.files.threads import stoppable_threads
 
 MANIFEST = "manifest.json"
 IS_MISSING = "is missing"
@@ -173,20 +173,21 @@ def find_damage(
         progress: Called with the number of bytes of each read, from one thread at a time.
     """
     lock = Lock()
-
-    def count(amount: int) -> None:
-        if progress is not None:
-            with lock:
-                progress(amount)
-
-    def check(name: str) -> str | None:
-        return _problem_of(directory, name, records[name], checksums, count)
-
     names = list(records if names is None else names)
     # Largest first, so that no single thread is left with a large file at the end.
     names.sort(key=lambda name: (-records[name].bytes, name))
-    with ThreadPoolExecutor(workers) as pool:
-        problems = dict(zip(names, pool.map(check, names), strict=True))
+    with stoppable_threads(workers) as (pool, check):
+
+        def count(amount: int) -> None:
+            check()
+            if progress is not None:
+                with lock:
+                    progress(amount)
+
+        def problem_of(name: str) -> str | None:
+            return _problem_of(directory, name, records[name], checksums, count)
+
+        problems = dict(zip(names, pool.map(problem_of, names), strict=True))
     return [problem for name in sorted(names) if (problem := problems[name]) is not None]
 
 

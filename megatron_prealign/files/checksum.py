@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.threads import stoppable_threads
 
 CHECKSUM_BLOCK = 64 * 1024 * 1024
 """Block size in bytes; part of the definition of the checksum."""
@@ -56,7 +56,7 @@ def file_checksum(path: Path, workers: int = 1, progress: Callable[[int], None] 
     Args:
         path: The file.
         workers: Number of threads; reading and hashing release the GIL.
-        progress: Called with the size in bytes of each finished block, in file order.
+        progress: Called with the size in bytes of each read, by each of the threads; an error that it raises ends all.
 
     Raises:
         UserError: The file cannot be read, or it shrinks while it is read.
@@ -65,23 +65,23 @@ def file_checksum(path: Path, workers: int = 1, progress: Callable[[int], None] 
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check its path and permissions") from error
-    digests: list[bytes] = []
     try:
         size = os.fstat(descriptor).st_size
-        starts = range(0, size, CHECKSUM_BLOCK)
-        with ThreadPoolExecutor(workers) as pool:
-            for start, digest in zip(
-                starts, pool.map(lambda start: _block_digest(path, descriptor, start, size), starts), strict=True
-            ):
-                digests.append(digest)
+        with stoppable_threads(workers) as (pool, check):
+
+            def count(amount: int) -> None:
+                check()
                 if progress is not None:
-                    progress(min(CHECKSUM_BLOCK, size - start))
+                    progress(amount)
+
+            starts = range(0, size, CHECKSUM_BLOCK)
+            digests = list(pool.map(lambda start: _block_digest(path, descriptor, start, size, count), starts))
     finally:
         os.close(descriptor)
     return checksum_of_blocks(digests)
 
 
-def _block_digest(path: Path, descriptor: int, start: int, size: int) -> bytes:
+def _block_digest(path: Path, descriptor: int, start: int, size: int, count: Callable[[int], None]) -> bytes:
     import xxhash
 
     digest = xxhash.xxh3_64()
@@ -95,4 +95,5 @@ def _block_digest(path: Path, descriptor: int, start: int, size: int) -> bytes:
             raise UserError(f"{path}: shrank below {size:,} bytes while it was read; is another process writing to it?")
         digest.update(data)
         start += len(data)
+        count(len(data))
     return digest.digest()

@@ -1,6 +1,12 @@
 """The manifest of a checkpoint: every corrupt file is found and reported."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +21,22 @@ from megatron_prealign.checkpoint.manifest import (
     record_file,
     write_manifest,
 )
+from megatron_prealign.files import checksum
 from megatron_prealign.files.checksum import file_checksum
+
+# Verifies a checkpoint; Ctrl-C is pressed at the first read.
+INTERRUPTED = """
+import os, signal, sys
+from megatron_prealign.cli import main
+pread = os.pread
+def interrupted(*arguments):
+    os.pread = pread
+    os.kill(os.getpid(), signal.SIGINT)
+    return pread(*arguments)
+os.pread = interrupted
+sys.argv[1:] = ["checkpoint", "verify", sys.argv[1]]
+sys.exit(main())
+"""
 
 
 @pytest.fixture
@@ -52,6 +73,37 @@ def test_corrupt_files_are_reported(directory: Path) -> None:
         "empty is missing",
         "weights has 2,559 bytes, expected 2,560",
     ]
+
+
+def test_an_interrupt_ends_the_threads(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksum, "_READ_BYTES", 100)
+    records, ending, reads = read_manifest(directory), threading.Event(), []
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def observed(pool: ThreadPoolExecutor, **options: bool) -> None:
+        ending.set()
+        shutdown(pool, **options)
+
+    def interrupt(amount: int) -> None:
+        reads.append(amount)
+        if len(reads) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            # The main thread has been interrupted and waits for this one.
+            assert ending.wait(20)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", observed)
+    with pytest.raises(KeyboardInterrupt):
+        find_damage(directory, records, checksums=True, progress=interrupt)
+    assert reads == [100]
+
+
+def test_ctrl_c_ends_the_command_with_one_line(directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(directory)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    # The line of the progress comes first.
+    assert done.stderr.splitlines()[-1].startswith("interrupted") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.files.checksum import Checksum, file_checksum
 from megatron_prealign.files.directories import writing
+from megatron_prealign.files.threads import stoppable_threads
 from megatron_prealign.progress import Progress
 
 # Chunk size of the copy; two chunks per worker are in memory.
@@ -349,7 +350,7 @@ def _copy_tokens(parts: Sequence[Dataset], output: Path, workers: int, progress:
     total = Checksum()
     target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+        with ExitStack() as stack, stoppable_threads(workers) as (pool, _):
             waiting: deque[tuple[_Chunk, Future[bytes]]] = deque()
             part_checksum = Checksum()
 

@@ -3,8 +3,8 @@
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from megatron_prealign.data.sidecar import Sidecar, load_sidecar, sidecar_path
 from megatron_prealign.data.word_bitmap import check_words, words_path
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.checksum import CHECKSUM_BLOCK, checksum_of_blocks, file_checksum
+from megatron_prealign.files.threads import stoppable_threads
 from megatron_prealign.progress import Progress
 
 _READ_BYTES = 4 * 1024 * 1024
@@ -195,26 +196,28 @@ def _read_tokens(
     stats, digests = _TokenStats(), []
     with (
         path.open("rb", buffering=0) as file,
-        ThreadPoolExecutor(workers) as pool,
+        stoppable_threads(workers) as (pool, check),
         Progress("verify", index.token_bytes, unit="B", unit_scale=True, enabled=show_progress) as progress,
     ):
         starts = range(0, index.token_bytes, CHECKSUM_BLOCK)
-        for start, block in zip(
-            starts, pool.map(lambda start: _read_block(file.fileno(), path, index, sidecar, start), starts), strict=True
-        ):
+        read = partial(_read_block, file.fileno(), path, index, sidecar, check)
+        for start, block in zip(starts, pool.map(read, starts), strict=True):
             stats.add(block)
             digests.append(block.digest)
             progress.update(min(CHECKSUM_BLOCK, index.token_bytes - start))
     return stats, checksum_of_blocks(digests)
 
 
-def _read_block(descriptor: int, path: Path, index: Index, sidecar: Sidecar, start: int) -> _TokenStats:
+def _read_block(
+    descriptor: int, path: Path, index: Index, sidecar: Sidecar, check: Callable[[], None], start: int
+) -> _TokenStats:
     """Statistics and digest of one checksum block."""
     import xxhash
 
     stats, digest = _TokenStats(), xxhash.xxh3_64()
     stop = min(start + CHECKSUM_BLOCK, index.token_bytes)
     for at in range(start, stop, _READ_BYTES):
+        check()
         data = os.pread(descriptor, min(_READ_BYTES, stop - at), at)
         if len(data) < min(_READ_BYTES, stop - at):
             raise UserError(f"{path}: shrank while it was read; is another process writing to it?")
