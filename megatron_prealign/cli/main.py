@@ -92,6 +92,7 @@ def _run_to_status(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
+        interrupts.ignore()
         return _report(error)
     except KeyboardInterrupt as interrupt:
         interrupts.ignore()
@@ -108,6 +109,7 @@ def _run_to_status(argv: Sequence[str]) -> int:
         user_error = to_user_error(error)
         if user_error is None:
             raise
+        interrupts.ignore()
         return _report(user_error)
 
 

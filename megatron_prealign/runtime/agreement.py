@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_prealign import interrupts
 from megatron_prealign.errors import UserError, to_user_error
 from megatron_prealign.runtime import heartbeat
 
@@ -93,6 +94,8 @@ def lost_ranks_as_user_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
+        # torchrun sends SIGTERM as soon as one rank has failed; the others still name it.
+        interrupts.ignore()
         raise UserError(_lost_rank_message(what, error)) from error
 
 

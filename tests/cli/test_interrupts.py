@@ -19,6 +19,7 @@ sys.exit(main())
 """
 PROBE = """
 import atexit, os, signal, sys, time
+from megatron_prealign.errors import UserError
 def send(name="SIGINT"):
     os.kill(os.getpid(), getattr(signal, name))
 def main(argv):
@@ -86,6 +87,25 @@ def test_a_command_may_say_more(tmp_path: Path) -> None:
 def test_a_late_signal_does_not_change_the_status(tmp_path: Path, body: str) -> None:
     done = run_probe(tmp_path, body)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "printed"),
+    [
+        ("raise type('Late', (UserError,), {'__str__': lambda self: send() or 'broken'})()", "error: broken"),
+        (
+            "from megatron_prealign.runtime import agreement, heartbeat;"
+            "heartbeat.lost_ranks = lambda: send('SIGTERM') or 'rank 1 ended';"
+            "fail = lambda: (_ for _ in ()).throw(RuntimeError('[x] /gloo/ closed'));"
+            "agreement.lost_ranks_as_user_errors('training')(fail)()",
+            "error: training: rank 1 ended (/gloo/ closed); rerun the same command",
+        ),
+    ],
+    ids=["while an error is printed", "while lost ranks are looked for"],
+)
+def test_a_signal_does_not_hide_an_error(tmp_path: Path, body: str, printed: str) -> None:
+    done = run_probe(tmp_path, body)
+    assert (done.returncode, done.stderr) == (2, f"{printed}\n")
 
 
 def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
