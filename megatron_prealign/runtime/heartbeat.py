@@ -31,6 +31,7 @@ INTERVAL_S = 1.0
 # Several intervals, since a thread waits for the interpreter while other threads hold it.
 SILENCE_S = 4.0
 _UNKNOWN = "does not respond"
+_ENDED = "ended by itself, see its output"
 # Between two looks for what another rank has found: soon at first, since torchrun may be about to end this rank.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 
@@ -58,6 +59,8 @@ class Pulse:
 
     def condition(self) -> str:
         """Why the process is silent, as far as this host can see."""
+        if self.ended:
+            return _ENDED
         if (self.host, self.machine) != (socket.gethostname(), _machine()):
             return _UNKNOWN
         try:
@@ -78,7 +81,7 @@ class Pulse:
 
 @dataclass(frozen=True)
 class LostRank:
-    """A rank that is silent although it did not report its end."""
+    """A rank that is silent, or that ended before the others."""
 
     rank: int
     pulse: Pulse
@@ -137,8 +140,8 @@ class Heartbeat:
         self._thread.join(self._silence_s)
 
     def lost_ranks(self) -> str:
-        """Describes the ranks that are silent although they did not report their end; empty if there are none or the
-        store does not respond.
+        """Describes the ranks that are silent although they did not report their end, or else those that ended by
+        themselves; empty if there are none or the store does not respond.
 
         The first rank that calls it searches for all. Takes about `silence_s` seconds if every host responds, and at
         most three times as long.
@@ -168,6 +171,8 @@ class Heartbeat:
     def _search(self) -> list[LostRank]:
         before = self._read()
         lost = {rank: pulse for rank, pulse in before.items() if pulse.is_lost}
+        # A rank reports its end, such as that by an error of its own, before its connections close.
+        lost = lost or {rank: pulse for rank, pulse in before.items() if pulse.ended}
         if not lost:
             time.sleep(self._silence_s)
             after = self._read()

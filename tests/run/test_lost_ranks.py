@@ -1,9 +1,11 @@
 """Training under torchrun whose processes are killed or stopped: who is named, how soon it ends, what is left."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.launched import Launched
 from support.messages import assert_facts
@@ -22,8 +24,9 @@ def long_run(tiny: Tiny, run_dir: Path, **parallel: Any) -> dict[str, Any]:
     return values
 
 
-def error_of_rank_zero(text: str) -> str:
-    (line,) = re.findall(r"^error: .*", text, flags=re.MULTILINE)
+def error_of(rank: int, text: str) -> str:
+    start = f"rank {rank}: " if rank else "(?!rank)"
+    (line,) = re.findall(rf"^error: {start}.*", text, flags=re.MULTILINE)
     return line
 
 
@@ -33,12 +36,29 @@ def test_a_killed_rank_is_named_with_host_and_process(tiny: Tiny, tmp_path: Path
         killed = run.ranks[1]
         killed.kill()
         assert run.process.wait(ENDED_S) == 1
-        line = error_of_rank_zero(run.text)
+        line = error_of(0, run.text)
         assert_facts(
             line, f"rank 1 on {run.host} (process {killed.pid})", "ended without a report", "rerun the same command"
         )
         # The block of torchrun, which comes last, contains the line too.
         assert run.text.rindex(line) > run.text.index("ChildFailedError")
+
+
+def test_an_error_while_one_rank_reads_ends_all(tiny: Tiny, tmp_path: Path) -> None:
+    for extension in (".bin", ".idx", ".json"):
+        shutil.copy(f"{tiny.directory}/en{extension}", tmp_path)
+    tokens = np.memmap(tmp_path / "en.bin", dtype=np.uint16, mode="r+")
+    tokens[1000] = 60_000
+    tokens.flush()
+    values = long_run(tiny, tmp_path / "run")
+    values["data"]["sources"][0]["path"] = str(tmp_path / "en")
+    values["data"]["cache"] = str(tmp_path / "cache")
+    with Launched(values, tmp_path) as run:
+        run.wait_for_steps(tmp_path / "run", 1)
+        assert run.process.wait(ENDED_S) == 1
+        # The seed of the data makes it this one.
+        assert_facts(error_of(0, run.text), "60000", tmp_path / "en.bin")
+        assert_facts(error_of(1, run.text), f"rank 0 on {run.host} (process {run.ranks[0].pid})", "see its output")
 
 
 def test_ranks_of_a_killed_launcher_save_and_the_next_run_resumes(tiny: Tiny, tmp_path: Path) -> None:
@@ -61,5 +81,5 @@ def test_a_stopped_rank_is_named_after_the_timeout(tiny: Tiny, tmp_path: Path) -
         stopped = run.ranks[1]
         stopped.suspend()
         run.wait_for(lambda: "error: " in run.text, ENDED_S)
-        assert_facts(error_of_rank_zero(run.text), f"rank 1 on {run.host} (process {stopped.pid})", "SIGSTOP", "6000ms")
+        assert_facts(error_of(0, run.text), f"rank 1 on {run.host} (process {stopped.pid})", "SIGSTOP", "6000ms")
         assert f"no sign of life for 3 s: rank 1 on {run.host}" in run.text
