@@ -188,7 +188,7 @@ def test_groups_are_drawn_by_frequency(workers: WorkerPool, exponent: float, cou
     """Two of four groups per step. The four draws with replacement are all of the first group in a third of the steps;
     the second group is then drawn in the second stage."""
     setting = Setting(pairs_of_words(4), counts=counts).section_with(words_per_step=4, frequency_exponent=exponent)
-    seen = Counter(tuple(groups_of(drawn)) for drawn in workers.run(1, draw, setting, range(4000))[0])
+    seen = Counter(tuple(groups_of(drawn)) for drawn in workers.run(1, draw, setting, range(2000))[0])
     weights = dict(enumerate([20.0, 3.0, 2.0, 1.0] if exponent else [1.0] * 4))
     assert (20 / 26) ** 4 > 1 / 3
     assert_by_chance(seen, one_after_the_other(weights, 2))

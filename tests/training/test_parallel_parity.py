@@ -1,4 +1,4 @@
-"""The same run in every parallel layout: same losses, same alignment losses per layer, same final weights."""
+"""The same run in every parallel layout: same losses, alignment losses per layer, word retrieval and weights."""
 
 import copy
 import json
@@ -59,8 +59,10 @@ RUNS = [
     ("sp_tp2", "gpt2_tied", "selective"),
     ("sp_tp2_dp2", "qwen3", None),
 ]
-# Between two evaluations, which gather parameters that under overlap only their owners have updated.
+# Between two evaluations or measurements of the watch, which gather parameters that under overlap only their owners
+# have updated.
 SAVED_AT = 7
+WATCH = {"interval": 4, "words": 40, "groups": "trained"}
 
 
 def values_for(tiny: Tiny, directory: Path, model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +70,9 @@ def values_for(tiny: Tiny, directory: Path, model: dict[str, Any], parallel: dic
     values["model"].update(model)
     values["parallel"] = {"device": "cpu", **parallel}
     values["checkpoint"] = {"save_interval": SAVED_AT, "keep": 9}
+    values["alignment_watch"] = WATCH
+    # Two microbatches on each of two data-parallel ranks.
+    values["training"]["micro_batch_size"] = 2
     return values
 
 
@@ -93,7 +98,7 @@ def reference(
 
 
 def assert_same_run(directory: Path, reference_directory: Path, steps: int = 10) -> None:
-    """Compares losses of every step, alignment losses of every layer, and the evaluations."""
+    """Compares losses of every step, alignment losses of every layer, the evaluations and what the watch measured."""
     got, expected = records(directory), records(reference_directory)
     assert got.keys() == expected.keys()
     assert len(got) == steps
@@ -109,6 +114,15 @@ def assert_same_run(directory: Path, reference_directory: Path, steps: int = 10)
         # A near tie may be resolved differently: one word of fifty.
         for pair, values in line["word_retrieval_p_at_1"].items():
             assert evaluation["word_retrieval_p_at_1"][pair] == pytest.approx(values, abs=0.021)
+    watched, expected_watched = (records(each, "alignment_watch") for each in (directory, reference_directory))
+    assert watched.keys() == expected_watched.keys() != set()
+    for key, line in expected_watched.items():
+        assert watched[key]["words"] == line["words"]
+        for direction, by_name in line["pairs"].items():
+            for name, values in by_name.items():
+                # Weights differ by rounding (1e-4 after ten steps); a near tie is one word of forty.
+                tolerance = 2e-4 if "cosine" in name else 0.026
+                assert watched[key]["pairs"][direction][name] == pytest.approx(values, abs=tolerance), (key, name)
 
 
 def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
