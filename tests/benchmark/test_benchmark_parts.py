@@ -76,7 +76,13 @@ def test_table_and_csv(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton's compiler")
-def test_resources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resources_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One setting of each kernel; compiling all takes three times as long.
+    monkeypatch.setattr(kernel_resources, "SETTINGS", kernel_resources.SETTINGS[:1])
+    many = {"bfloat16 many": kernel_resources.CONTRASTIVE_SETTINGS["bfloat16 many"]}
+    monkeypatch.setattr(kernel_resources, "CONTRASTIVE_SETTINGS", many)
     output = tmp_path / "resources.csv"
     assert main(["benchmark", "resources", "--capability", "90", "--output", str(output)]) == 0
     assert "code_switch_row_kernel" in capsys.readouterr().out

@@ -2,8 +2,10 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from support.messages import assert_refused
 
 from megatron_prealign.benchmark import preprocess as module
 from megatron_prealign.benchmark.options import PreprocessOptions
+from megatron_prealign.benchmark.preprocess import PreprocessMeasurement
 from megatron_prealign.cli import main
 
 
@@ -75,7 +78,13 @@ def test_different_tokens_are_a_user_error(
 def test_different_tokens_of_megatron_are_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_expected_checksum", lambda case: "other")
+    def other_tokens(case: Any) -> Any:
+        """Measures another implementation, in this process; `test_synthetic_text` runs Megatron-Core's."""
+        measured = module._measure_preprocess(replace(case, implementation="plain"))
+        Path(f"{case.prefix}.bin").write_bytes(b"other")
+        return PreprocessMeasurement("megatron", peak_bytes=0, workers=1, **measured)
+
+    monkeypatch.setattr(module, "_run_in_subprocess", other_tokens)
     arguments = ["--implementation", "megatron", "--mb", "0.3", "--megatron-mb", "0.05"]
     assert run("--directory", str(tmp_path), *arguments) == 2
     assert "megatron wrote different tokens" in capsys.readouterr().err
