@@ -27,7 +27,7 @@ from support.code_switch_cases import (
     mixed_case,
 )
 from support.code_switch_oracle import Dictionary, philox
-from support.marks import slow_except, slow_interpreted
+from support.marks import fewer_interpreted, slow_except, slow_interpreted
 from support.messages import user_error
 
 from megatron_prealign.kernels import (
@@ -42,7 +42,7 @@ from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switc
 from megatron_prealign.kernels.ngram_table import DRAW_BIAS, TOKEN_BITS, hash_columns, hash_slots, pack_first
 
 # For a longer run: CODE_SWITCH_EXAMPLES=5000 make test
-EXAMPLES = int(os.environ.get("CODE_SWITCH_EXAMPLES", "100" if INTERPRETED else "300"))
+EXAMPLES = int(os.environ.get("CODE_SWITCH_EXAMPLES", "60" if INTERPRETED else "300"))
 
 # Rows of 256 words, for statistics over many draws.
 MANY = [[1] * 257] * (2 if INTERPRETED else 8)
@@ -175,7 +175,7 @@ def test_adjacent_words_each_keep_their_own_label(checked: Run) -> None:
 
 
 @slow_interpreted
-@pytest.mark.parametrize("label_mode", LABEL_MODES)
+@pytest.mark.parametrize("label_mode", fewer_interpreted(LABEL_MODES, "codeswitch", "mix"))
 def test_growth_is_cut_and_shrinking_is_padded(checked: Run, label_mode: str) -> None:
     row = [1, 11, 12, 1, 11, 12, 1, 11, 12, 2]
     grown = checked(edge([row], (8,) * 5, length=3, label_mode=label_mode))
@@ -291,7 +291,7 @@ def test_threshold_is_exclusive_and_of_the_language_pair(checked: Run) -> None:
 
 
 @slow_interpreted
-@pytest.mark.parametrize("ratio", [0.05, 0.5])
+@pytest.mark.parametrize("ratio", fewer_interpreted([0.05, 0.5], 0.05))
 def test_rate_is_the_ratio(checked: Run, ratio: float) -> None:
     output = checked(edge(MANY, thresholds=[[0, ratio_threshold(ratio)]] * 2))
     running, known, switched, *_ = output.counts.sum(0).tolist()
@@ -314,7 +314,7 @@ def test_target_languages_follow_weights_and_own_ratios(checked: Run) -> None:
 
 
 @slow_interpreted
-@pytest.mark.parametrize("languages", [2, 8, 9, 20])
+@pytest.mark.parametrize("languages", fewer_interpreted([2, 8, 9, 20], 8, 9))
 def test_any_number_of_target_languages_is_counted(checked: Run, languages: int) -> None:
     keys = {(0, (1,)): [(n, (2 + n % 8,), 1.0) for n in range(languages)]}
     case = Case(MANY, Dictionary(EDGE_FLAGS, [1.0] * languages, keys), {})
@@ -323,7 +323,7 @@ def test_any_number_of_target_languages_is_counted(checked: Run, languages: int)
 
 
 @slow_interpreted
-@pytest.mark.parametrize("languages", [8, 9, 20])
+@pytest.mark.parametrize("languages", fewer_interpreted([8, 9, 20], 20))
 def test_every_language_has_its_count_and_its_threshold(checked: Run, languages: int) -> None:
     keys = {(0, (1,)): [(target, (2,), 1.0) for target in range(languages)]}
     case = Case([[1] * 257], Dictionary(EDGE_FLAGS, [1.0] * languages, keys), {})
@@ -382,7 +382,7 @@ def test_seed_and_sample_id_decide(checked: Run) -> None:
 
 
 @slow_interpreted
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("block", fewer_interpreted([16, 32, 64, 128], 16, 128))
 def test_block_size_does_not_change_the_result(block: int) -> None:
     if "reference" in IMPLEMENTATIONS:
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
