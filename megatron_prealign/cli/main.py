@@ -79,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_to_status(argv)
     interrupts.handle()
     try:
-        return _run_to_status(sys.argv[1:])
+        status = _run_to_status(sys.argv[1:])
     finally:
         # A late signal must not change the status, nor write a traceback while the interpreter shuts down.
         interrupts.ignore()
+    interrupts.leave(status)
+    return status
 
 
 def _run_to_status(argv: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_prealign import interrupts
 from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.segmenters import Segmenter, checked_word_starts
 from megatron_prealign.tokenizer.word_boundaries import is_letter
@@ -63,7 +64,7 @@ def train_byte_bpe(texts: Iterator[str], vocab_size: int) -> "tokenizers.Tokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    interrupts.run_native(lambda items: tokenizer.train_from_iterator(items, trainer), texts)
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     actual = tokenizer.get_vocab_size()
@@ -93,40 +94,42 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int, model_type: str, 
     """
     import sentencepiece
 
-    model = io.BytesIO()
-    lines = _Lines(texts)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            eos_id=0,
-            eos_piece=EOD,
-            unk_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            # `_lines` adds the space where it belongs.
-            add_dummy_prefix=False,
-            # The order of floating-point sums depends on the number of threads, and so do the pieces.
-            num_threads=1,
-            shuffle_input_sentence=False,
-            # The library silently skips longer lines.
-            max_sentence_length=1 << 30,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if lines.failure is None:
-            raise _training_error(str(error), vocab_size) from error
-    if lines.failure is not None:
-        raise lines.failure
-    return _with_first_space(model.getvalue())
+    def train(items: Iterator[str]) -> bytes:
+        model, lines = io.BytesIO(), _Lines(items)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines,
+                model_writer=model,
+                model_type=model_type,
+                vocab_size=vocab_size,
+                character_coverage=character_coverage,
+                byte_fallback=True,
+                eos_id=0,
+                eos_piece=EOD,
+                unk_id=1,
+                bos_id=-1,
+                pad_id=-1,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                # `_lines` adds the space where it belongs.
+                add_dummy_prefix=False,
+                # The order of floating-point sums depends on the number of threads, and so do the pieces.
+                num_threads=1,
+                shuffle_input_sentence=False,
+                # The library silently skips longer lines.
+                max_sentence_length=1 << 30,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            if lines.failure is None:
+                raise _training_error(str(error), vocab_size) from error
+        if lines.failure is not None:
+            raise lines.failure
+        return model.getvalue()
+
+    return _with_first_space(interrupts.run_native(train, texts))
 
 
 class _Lines:

@@ -116,3 +116,64 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
 def test_a_forked_process_dies_of_the_signal(tmp_path: Path) -> None:
     done = run_probe(tmp_path, "child = os.fork(); child or (send(), os._exit(0)); print(os.wait()[1]); return 0")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{int(signal.SIGINT)}\n", "")
+
+
+# Native code that no signal ends: it waits for a mutex that it has locked itself. The signal comes while it waits.
+NATIVE = """
+import ctypes, subprocess, sys
+def block():
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    library.pthread_mutex_init(mutex, None)
+    library.pthread_mutex_lock(mutex)
+    subprocess.Popen(["sh", "-c", "sleep 1; kill -INT $PPID"])
+    library.pthread_mutex_lock(mutex)
+"""
+TRAINING = """
+{native}
+import sentencepiece, tokenizers
+class Tokenizer:
+    def __init__(self, model): pass
+    def train_from_iterator(self, texts, trainer): train(texts)
+def train(sentence_iterator, **_):
+    assert len(list(sentence_iterator)) == 100
+    block()
+tokenizers.Tokenizer, sentencepiece.SentencePieceTrainer.train = Tokenizer, train
+from megatron_prealign.cli import main
+sys.argv[1:] = ["train-tokenizer", "--input", "a.txt", "--output", "tokenizer", "--vocab-size", "300"]
+sys.argv += ["--kind", "{kind}", "--held-out", "0"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["byte-bpe", "sentencepiece-unigram"])
+def test_training_in_a_library_is_interrupted_at_once(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.txt").write_text("A text.\n\n" * 100)
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING.format(native=NATIVE, kind=kind)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "interrupted" in line]
+    assert_facts(line, "rerun the same command")
+    assert "Traceback" not in done.stderr and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "printed"),
+    [
+        # All items arrive in their order, and the result is returned.
+        ("print(run(list, iter(range(100))) == list(range(100))); return 0", 0, "True\n"),
+        ("print(run(lambda items: next(items), itertools.count())); return 0", 0, "0\n"),
+        # Errors of either side reach the caller, while the other still waits.
+        ("run(list, (1 // (5 - n) for n in range(99)))", 1, ""),
+        ("run(lambda items: next(items) // 0, itertools.count())", 1, ""),
+    ],
+)
+def test_native_code_gets_its_items_from_the_caller(tmp_path: Path, body: str, status: int, printed: str) -> None:
+    done = run_probe(tmp_path, f"import itertools; from megatron_prealign.interrupts import run_native as run; {body}")
+    assert (done.returncode, done.stdout) == (status, printed)
+    assert (status == 1) == ("ZeroDivisionError" in done.stderr)
