@@ -5,7 +5,6 @@ unknown fields are refused by name.
 """
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any, get_type_hints
@@ -354,9 +353,10 @@ def _check_values(values: Mapping[str, Any], name: str) -> None:
         section_of(values)
     except (RecipeValueError, TypeError) as error:
         # The error has the recipe's field names.
-        hf_names = {mcore: hf for hf, mcore in FAMILIES[values["family"]].fields.items() if hf != mcore}
-        named = [field for field in re.findall(r"model\.(\w+)", str(error)) if field in hf_names]
-        renamed = ", ".join(f"model.{field} is {hf_names[field]} in config.json" for field in dict.fromkeys(named))
+        paths = error.fields if isinstance(error, RecipeValueError) else ()
+        family = FAMILIES[values["family"]]
+        hf_names = {f"model.{mcore}": hf for hf, mcore in family.fields.items() if hf != mcore}
+        renamed = ", ".join(f"{path} is {hf_names[path]} in config.json" for path in paths if path in hf_names)
         raise UserError(
             f"{name}: describes an unsupported model: {error}{f' ({renamed})' if renamed else ''}"
         ) from error

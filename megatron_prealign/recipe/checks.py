@@ -16,11 +16,21 @@ MOST_LAYERS = 10_000
 class RecipeValueError(ValueError):
     """A field of a recipe has an invalid value. `load_recipe` turns it into a `UserError` that names the file."""
 
+    fields: tuple[str, ...] = ()
+    """Paths of the fields that the message names, such as `model.hidden_size`."""
 
-def require(condition: bool, field: str, got: object, expected: str) -> None:
-    """Raises a `RecipeValueError` with `field`, the value `got` and what was `expected`, unless `condition` is true."""
+
+def require(condition: bool, field: str, got: object, expected: str, *others: str) -> None:
+    """Raises a `RecipeValueError` with `field`, the value `got` and what was `expected`, unless `condition` is true.
+
+    Args:
+        field: Path of the field, such as `model.hidden_size`; of an entry of a mapping, with its key.
+        others: Paths of the fields that `expected` names.
+    """
     if not condition:
-        raise RecipeValueError(f"{field} is {got}, expected {expected}")
+        error = RecipeValueError(f"{field} is {got}, expected {expected}")
+        error.fields = (field, *others)
+        raise error
 
 
 def require_minutes(field: str, value: float | None) -> None:

@@ -62,6 +62,7 @@ class CodeSwitchSection:
             "code_switch.max_word_length",
             self.max_word_length,
             f"null or at least code_switch.min_word_length ({self.min_word_length})",
+            "code_switch.min_word_length",
         )
         require(
             self.lookahead is None or self.lookahead >= 0,
@@ -110,6 +111,7 @@ class CodeSwitchSection:
             "code_switch.lookahead",
             self.lookahead,
             f"null or at most data.seq_length ({seq_length})",
+            "data.seq_length",
         )
 
     def lookahead_tokens(self, seq_length: int) -> int:

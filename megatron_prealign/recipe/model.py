@@ -115,12 +115,15 @@ class ModelSection:
                 "model.hidden_size",
                 self.hidden_size,
                 f"a multiple of model.num_attention_heads ({self.num_attention_heads}), or set model.kv_channels",
+                "model.num_attention_heads",
+                "model.kv_channels",
             )
         require(
             self.num_query_groups is None or self.num_attention_heads % self.num_query_groups == 0,
             "model.num_query_groups",
             self.num_query_groups,
             f"a divisor of model.num_attention_heads ({self.num_attention_heads})",
+            "model.num_attention_heads",
         )
         for name in ("hidden_dropout", "attention_dropout"):
             require(0.0 <= getattr(self, name) < 1.0, f"model.{name}", getattr(self, name), "a number in [0, 1)")
@@ -148,6 +151,7 @@ class ModelSection:
             "model.sliding_window",
             self.sliding_window,
             f"null with model.family {self.family}; only mistral has a sliding window",
+            "model.family",
         )
 
     @property

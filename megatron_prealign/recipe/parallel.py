@@ -46,18 +46,22 @@ class ParallelSection:
             "parallel.virtual_pipeline_model_parallel_size",
             virtual,
             f"null, because parallel.pipeline_model_parallel_size is {self.pipeline_model_parallel_size}",
+            "parallel.pipeline_model_parallel_size",
         )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel",
             True,
             f"false, because parallel.tensor_model_parallel_size is {self.tensor_model_parallel_size}",
+            "parallel.tensor_model_parallel_size",
         )
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "parallel.overlap_param_gather",
             True,
             "false unless parallel.use_distributed_optimizer and parallel.overlap_grad_reduce are true",
+            "parallel.use_distributed_optimizer",
+            "parallel.overlap_grad_reduce",
         )
         require_minutes("parallel.distributed_timeout_minutes", self.distributed_timeout_minutes)
 

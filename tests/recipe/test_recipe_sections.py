@@ -1,5 +1,6 @@
 """Each field of each section: which values are invalid, and that the error names field, value and expectation."""
 
+import re
 from typing import Any
 
 import pytest
@@ -160,7 +161,13 @@ def test_required_fields_are_enough(section: str) -> None:
 def test_error_names_field_value_and_expectation(section: str, field: str, value: Any, expected: str) -> None:
     with user_error(expected, kind=RecipeValueError) as caught:
         build(section, **{field: value})
-    assert str(caught.value).startswith(f"{section}.{field} is {value}, ")
+    text = str(caught.value)
+    assert text.startswith(f"{section}.{field} is {value}, ")
+    # The fields are also there as data, for commands with other names for them.
+    error = caught.value
+    assert isinstance(error, RecipeValueError) and error.fields[0] == f"{section}.{field}"
+    if section in ("model", "code_switch", "parallel"):
+        assert set(error.fields) == set(re.findall(rf"\b{section}\.\w+", text))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +313,7 @@ def test_ratio_schedule_values(fields: dict[str, Any], facts: tuple[str, ...]) -
     ],
 )
 def test_highest_ratio_is_the_maximum_of_the_schedule(fields: dict[str, Any], highest: float) -> None:
-    from megatron_prealign.code_switch import RatioSchedule
+    from megatron_prealign.code_switch.schedule import RatioSchedule
 
     moving = {"schedule": "linear", "schedule_tokens": 100} if "final_ratio" in fields else {}
     section = build("code_switch", **fields, **moving)
