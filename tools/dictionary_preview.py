@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_prealign.cli.options import errors_of_section, parse_options
+from megatron_prealign.cli.options import errors_of_options, parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import CodeSwitchSection, DataSection, DataSource, DictionarySection, Recipe
 from megatron_prealign.recipe.describe import PathText, PrefixText
@@ -90,6 +90,8 @@ def preview(argv: Sequence[str]) -> int:
     from megatron_prealign.code_switch.preview_text import TextStyle, render_preview
 
     data = _data(options, recipe)
+    with errors_of_options(_fields_of_options(options)):
+        section.check_lookahead(data.seq_length)
     table, tokenizer = _open(options, recipe, data)
     if options.data is not None:
         _check_length(options.data, data.seq_length)
@@ -142,8 +144,16 @@ def _section(options: PreviewOptions, recipe: Recipe | None) -> CodeSwitchSectio
         values |= {"schedule": "constant", "final_ratio": None, "schedule_tokens": None}
     names = {field.name for field in fields(CodeSwitchSection)}
     values |= {name: value for name, value in vars(options).items() if name in names and value is not None}
-    with errors_of_section("code_switch"):
+    with errors_of_options(_fields_of_options(options)):
         return CodeSwitchSection(**values)
+
+
+def _fields_of_options(options: PreviewOptions) -> set[str]:
+    """Fields of a recipe that options set: all that have an option, unless the recipe sets them."""
+    paths = {f"code_switch.{field.name}" for field in fields(CodeSwitchSection)} | {"data.seq_length"}
+    if options.config is None:
+        return paths
+    return {path for path in paths if getattr(options, path.partition(".")[2], None) is not None}
 
 
 def _data(options: PreviewOptions, recipe: Recipe | None) -> DataSection:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prealign.cli.options import errors_of_section, parse_options
+from megatron_prealign.cli.options import errors_of_options, parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.text import closing, command, plural
@@ -42,12 +42,9 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.recipe import ParallelSection
     from megatron_prealign.run.evaluate import evaluate_runs
 
-    with errors_of_section("parallel"):
-        parallel = ParallelSection(
-            tensor_model_parallel_size=options.tensor_model_parallel_size,
-            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-            device=options.device,
-        )
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "device")
+    with errors_of_options([f"parallel.{name}" for name in names]):
+        parallel = ParallelSection(**{name: getattr(options, name) for name in names})
     # Evaluation takes minutes per run.
     check_writable(Path(options.output), f"--output {options.output}")
     report = evaluate_runs(runs, Path(options.output), parallel)

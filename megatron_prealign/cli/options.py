@@ -3,9 +3,8 @@
 import argparse
 import math
 import os
-import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -113,8 +112,11 @@ def option_name(field: str) -> str:
 
 
 @contextmanager
-def errors_of_section(section: str) -> Iterator[None]:
-    """Turns an error about a field of a recipe's section into one about the option with the same name.
+def errors_of_options(fields: Collection[str]) -> Iterator[None]:
+    """Turns an error about fields of a recipe into one about the options that set them.
+
+    Args:
+        fields: Fields that options set, such as `code_switch.ratio` for `--ratio`. Other fields keep their names.
 
     Raises:
         UserError: the block raised a `RecipeValueError`.
@@ -122,12 +124,13 @@ def errors_of_section(section: str) -> Iterator[None]:
     try:
         yield
     except RecipeValueError as error:
-        # `code_switch.language_weights.de` is an entry of a mapping, written `--language-weights de=2`.
-        message = re.sub(
-            rf"\b{section}\.(\w+)(\.(\w+))?",
-            lambda match: option_name(match[1]) + (f" {match[3]}" if match[3] else ""),
-            str(error),
-        )
+        message = str(error)
+        # The longest first: a name may be the beginning of another.
+        for path in sorted(error.fields, key=len, reverse=True):
+            section, name, *key = path.split(".")
+            if f"{section}.{name}" in fields:
+                # `code_switch.language_weights.de` is an entry of a mapping, written `--language-weights de=2`.
+                message = message.replace(path, " ".join([option_name(name), *key]))
         raise UserError(message) from error
 
 

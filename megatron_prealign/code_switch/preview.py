@@ -23,7 +23,6 @@ from megatron_prealign.data.samples import SampleBatch, TrainPlan
 from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable
-from megatron_prealign.errors import UserError
 from megatron_prealign.kernels.code_switch_interface import (
     KNOWN,
     LANGUAGES_FROM,
@@ -32,7 +31,7 @@ from megatron_prealign.kernels.code_switch_interface import (
     SWITCHED,
     TRUNCATED,
 )
-from megatron_prealign.recipe import CodeSwitchSection, DataSection, RecipeValueError
+from megatron_prealign.recipe import CodeSwitchSection, DataSection
 from megatron_prealign.tokenizer.base import Tokenizer
 
 
@@ -157,7 +156,7 @@ def make_preview(
 
     Args:
         table: the dictionary without held-out groups.
-        section: the recipe's code_switch section.
+        section: the recipe's code_switch section; its lookahead is at most the length of a sample.
         data: the blend.
         tokenizer: tokenizer of the data and of the table.
         num_samples: number of samples, at least 1; fewer are returned if the data has fewer.
@@ -169,10 +168,6 @@ def make_preview(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
-    try:
-        section.check_lookahead(data.seq_length)
-    except RecipeValueError as error:
-        raise UserError(str(error)) from error
     selected = switchable_table(table, section, data.languages)
     with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as directory:
         plan = TrainPlan.read(

@@ -132,7 +132,7 @@ def test_fewer_samples_than_requested(inputs: list[str], capsys: pytest.CaptureF
         ({"--ratio": "1.5"}, "--ratio is 1.5, expected a number from 0 to 1"),
         ({"--ratio": "-0.1"}, "--ratio is -0.1, expected a number from 0 to 1"),
         ({"--rows": "0"}, "--rows is 0, expected a number from 1"),
-        ({"--lookahead": "100000"}, "code_switch.lookahead is 100000, expected null or at most data.seq_length ("),
+        ({"--lookahead": "100000"}, "--lookahead is 100000, expected null or at most --seq-length ("),
         ({"--seed": "-1"}, "--seed is -1, expected a number from 0"),
         ({"--seq-length": "0"}, "--seq-length is 0, expected a number from 1"),
         ({"--seq-length": "1000000"}, "--seq-length + 1 = 1000001; lower --seq-length"),
@@ -149,6 +149,22 @@ def test_user_errors(change: dict[str, str | None], text: str, tiny: Tiny, capsy
     captured = capsys.readouterr()
     assert_refused(status, captured.err, "error: ", text)
     assert captured.out == ""
+
+
+def test_errors_name_the_fields_of_the_recipe(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What the recipe sets has its field's name, what the command line sets its option's."""
+    values = tiny.values(tmp_path / "run")
+    values["code_switch"] |= {"lookahead": 20, "min_word_length": 5}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    for arguments, fact in (
+        (["--lookahead", 33], "--lookahead is 33, expected null or at most data.seq_length (32)"),
+        (["--seq-length", 16], "code_switch.lookahead is 20, expected null or at most --seq-length (16)"),
+        (["--lookahead", 17, "--seq-length", 16], "--lookahead is 17, expected null or at most --seq-length (16)"),
+        (["--max-word-length", 3], "--max-word-length is 3, expected null or at least code_switch.min_word_length (5)"),
+    ):
+        status = run("--config", recipe, *arguments)
+        assert_refused(status, capsys.readouterr().err, fact)
 
 
 def test_data_that_does_not_match(tiny: Tiny, tmp_path: Path, tokenizer, make_dataset, capsys) -> None:
