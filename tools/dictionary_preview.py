@@ -26,7 +26,8 @@ DEFAULT_SEED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewOptions:
-    """Shows the effect of code-switching on samples drawn evenly from a dataset, original next to result.
+    """Shows the effect of code-switching on samples drawn evenly from the datasets in languages whose words are
+    replaced, original next to result.
 
     Omitted options default to the recipe's values, or without a recipe to those of a recipe with only `ratio` set.
     """

@@ -1,16 +1,17 @@
 """Preview of code-switching on samples of a dataset, word by word, before training.
 
-The samples come from the blend and go through `CodeSwitcher`, as in training. The word that each translation replaces
-is found by a second pass over the same samples with every token of every translation replaced by a mark: the decisions
-do not depend on the tokens written, so the marks are exactly where the translations are.
+The samples come from the sources of the blend in languages that have keys, since in others no word is switched, and go
+through `CodeSwitcher`, as in training. The word that each translation replaces is found by a second pass over the same
+samples with every token of every translation replaced by a mark: the decisions do not depend on the tokens written, so
+the marks are exactly where the translations are.
 """
 
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from megatron_prealign.code_switch.schedule import RatioSchedule
 from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat
 from megatron_prealign.code_switch.token_text import TokenText
 from megatron_prealign.data.samples import SampleBatch, TrainPlan
+from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.dictionary.coverage import blend_coverage, split_words
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable
@@ -85,6 +87,8 @@ class Preview:
     seed: int
     text: TokenText
     """Decoder for single tokens."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Number of documents in each language of the blend without keys."""
 
     def _total(self, column: int) -> int:
         return sum(sample.counts[column] for sample in self.samples)
@@ -152,7 +156,7 @@ def make_preview(
     seed: int,
     consumed_tokens: int = 0,
 ) -> Preview:
-    """Draws samples from all of the data and code-switches them as in training.
+    """Draws samples from all of the data in languages with keys and code-switches them as in training.
 
     Args:
         table: the dictionary without held-out groups.
@@ -169,6 +173,7 @@ def make_preview(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     selected = switchable_table(table, section, data.languages)
+    data, skipped = _of_languages(data, {selected.languages[index] for index in np.unique(selected.key_language)})
     with tempfile.TemporaryDirectory(prefix="megatron-prealign-") as directory:
         plan = TrainPlan.read(
             data,
@@ -196,7 +201,21 @@ def make_preview(
         seq_length=data.seq_length,
         seed=seed,
         text=previewer.text,
+        skipped=skipped,
     )
+
+
+def _of_languages(data: DataSection, languages: Collection[str]) -> tuple[DataSection, dict[str, int]]:
+    """The sources in `languages`, and the number of documents of the others by language."""
+    kept = [source for source in data.sources if source.language in languages]
+    if not kept:
+        # Only the validation data has such a language; the samples then show that nothing is switched.
+        return data, {}
+    skipped: Counter[str] = Counter()
+    for source in data.sources:
+        if source not in kept:
+            skipped[source.language] += load_sidecar(source.path).documents
+    return replace(data, sources=kept), dict(skipped)
 
 
 class _Previewer:

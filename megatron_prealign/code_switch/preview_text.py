@@ -249,7 +249,11 @@ def totals_table(preview: Preview) -> list[tuple[str, str, str]]:
         else ", ".join(f"{language} {ratio:g}" for language, ratio in preview.ratios.items()) + f" of the {words}"
     )
     table = [
-        ("samples", f"{len(preview.samples):,}", f"of {preview.seq_length:,} tokens, seed {preview.seed}"),
+        ("samples", f"{len(preview.samples):,}", f"of {plural(preview.seq_length, 'token')}, seed {preview.seed}"),
+        *(
+            ("skipped documents", f"{count:,}", f"in {language}, a language without keys")
+            for language, count in preview.skipped.items()
+        ),
         ("requested ratio", "", f"{requested}, {preview.section.label_mode}"),
         ("running words", f"{preview.running:,}", ""),
         ("known", f"{preview.known:,}", f"{_share(preview.known, preview.running)} of the running words"),

@@ -13,9 +13,9 @@ from support.token_datasets import open_samples, write_dataset
 from support.word_cutters import WORDS
 from support.word_table import word_table
 
-from megatron_prealign.code_switch import CodeSwitcher, SequenceFormat
 from megatron_prealign.code_switch.preview import Preview, find_spans, make_preview
 from megatron_prealign.code_switch.preview_text import TextStyle, render_preview, split_space
+from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat
 from megatron_prealign.code_switch.token_text import INCOMPLETE
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
 from megatron_prealign.dictionary.readers import parse_input
@@ -341,5 +341,6 @@ def test_only_samples_of_the_source_language(material: Material) -> None:
     both = replace(data, sources=[*data.sources, *material.data("zh").sources])
     section = CodeSwitchSection(ratio=1.0)
     preview = make_preview(material.english, section, both, material.tokenizer, num_samples=16, seed=3)
-    assert {sample.language for sample in preview.samples} == {"en", "zh"}
-    assert all(bool(sample.switched) == (sample.language == "en") for sample in preview.samples)
+    assert [sample.language for sample in preview.samples] == ["en"] * 16
+    assert all(sample.switched for sample in preview.samples) and preview.skipped == {"zh": 30}
+    assert any("skipped documents" in line and "zh" in line for line in render_preview(preview, TextStyle()))

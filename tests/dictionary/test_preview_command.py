@@ -12,7 +12,7 @@ from support.messages import assert_facts, assert_refused
 from support.tiny import Tiny
 
 from megatron_prealign.cli import main
-from megatron_prealign.data.sidecar import sidecar_path
+from megatron_prealign.data.sidecar import load_sidecar, sidecar_path
 from megatron_prealign.dictionary.table import load_table
 
 
@@ -53,7 +53,11 @@ def test_recipe(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     recipe.write_text(json.dumps(values), encoding="utf-8")
     assert run("--config", recipe, "--rows", 30, "--consumed-tokens", 1000) == 0
     printed = capsys.readouterr().out
-    assert "(en_clone): 0 of" in printed and "of 32 tokens, seed 3" in printed and "1 of the known words" in printed
+    assert "of 32 tokens, seed 3" in printed and "1 of the known words" in printed
+    # No word of the clone is a key.
+    assert printed.count("(en): ") == 30 and "(en_clone)" not in printed
+    documents = load_sidecar(tiny.directory / "en_clone").documents
+    assert re.search(rf"^skipped documents +{documents}  in en_clone,", printed, re.M)
     table = load_table(tiny.table)
     held_out = table.held_out_groups(0.5)
     marked = {word.casefold() for word in re.findall(r"\[([A-Za-z]+)\]", printed)}
