@@ -281,11 +281,12 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
         print(f"skipped {report.errors.count - len(report.errors.first)} more lines")
     for warning in report.warnings:
         print(f"warning: {warning}")
-    if report.errors.count:
-        print(f"{report.errors.count:>12,}  lines skipped")
-    for name, count in report.rules.items():
-        if count:
-            print(f"{count:>12,}  {name}")
+    for name, count in report.counted.items():
+        print(f"{count:>12,}  {name}")
+    if report.dropped:
+        print("dropped:")
+    for name, count in report.dropped.items():
+        print(f"{count:>12,}  {name}")
     print(f"tokenised words with {report.encoder}")
     print(f"{table.num_groups:>12,}  groups")
     print(f"{table.num_words:>12,}  words in groups")

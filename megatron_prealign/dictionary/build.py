@@ -9,8 +9,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.dictionary.groups import Cleaning, GroupBuilder, Groups, ScriptFit, without_unused_texts
+from megatron_prealign.dictionary.groups import (
+    CLEANED,
+    NOTES,
+    READ,
+    Cleaning,
+    GroupBuilder,
+    Groups,
+    ScriptFit,
+    without_unused_texts,
+)
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
+from megatron_prealign.dictionary.pivot import JOINED
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
 from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, OnError, ReadErrors, read_entries
 from megatron_prealign.dictionary.running_words import WordCounts
@@ -33,6 +43,8 @@ MARKED_KEY = "case variants covered by the key without the space, a separate tok
 EMPTY_KEY = "case variants without a usable translation"
 TAKEN_KEY = "case variants with the tokens of an earlier key"
 KEYLESS = "groups without a key (used only by alignment)"
+# Rules whose matches stay in the table.
+_KEEPING = frozenset({READ, CLEANED, NOTES, JOINED, KEPT, KEYLESS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,18 @@ class BuildReport:
     """Encoder that tokenised the words."""
     warnings: list[str] = field(default_factory=list)
     """Warnings for the user."""
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """Counts of what was read and of what stays in the table, in the order in which the rules apply."""
+        return {name: count for name, count in self.rules.items() if count and name in _KEEPING}
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> count of what was left out, most first; lines that could not be read are one reason."""
+        reasons = {"lines skipped": self.errors.count, **self.rules}
+        dropped = {name: count for name, count in reasons.items() if count and name not in _KEEPING}
+        return dict(sorted(dropped.items(), key=lambda item: -item[1]))
 
 
 @dataclass

@@ -202,3 +202,25 @@ def test_bad_weights_in_json(tmp_path, value):
     path.write_text('{"src_text": "apple", "tgt_text": "Apfel", "weight": ' + value + "}\n")
     with user_error(f"{path}:1: got weight "):
         read(path)
+
+
+@pytest.mark.parametrize("text", ["en\tde\nen\tde\n", "\nEnglish\tGerman\nen\tde\n", "eng deu\r\nen de\r\n"])
+def test_a_header_with_the_languages_is_skipped(tmp_path, text):
+    (tmp_path / "list.txt").write_text(text)
+    # Only the first line is a header.
+    assert read(tmp_path / "list.txt")[0] == [["en", "de"]]
+
+
+@pytest.mark.parametrize("header", ["english\tfrench", "German\tEnglish", "de\ten", "english\tgerman\tfrench"])
+def test_a_header_with_other_languages(tmp_path, header):
+    path = tmp_path / "list.tsv"
+    path.write_text(f"{header}\napple\tpomme\n")
+    for on_error in ("stop", "skip"):
+        with user_error(f"{path}:1: ", "header", ", ".join(header.split("\t")), "languages en-de"):
+            read(path, on_error=on_error)
+
+
+@pytest.mark.parametrize("line", ["to\tzu", "polish\tpolieren", "german\tgerman", "de\tda"])
+def test_words_that_are_also_codes_or_names_of_languages(tmp_path, line):
+    (tmp_path / "list.tsv").write_text(f"{line}\napple\tApfel\n")
+    assert read(tmp_path / "list.tsv")[0] == [line.split("\t"), ["apple", "Apfel"]]

@@ -8,11 +8,10 @@ import csv
 from collections.abc import Iterator
 
 from megatron_prealign.dictionary.formats.base import BLOCK_ENTRIES, Entries, Reading, read_lines
-from megatron_prealign.dictionary.formats.language_codes import parse_language, same_language
-from megatron_prealign.dictionary.formats.lines import count_columns, parse_weight
+from megatron_prealign.dictionary.formats.header import WEIGHT, check_languages, header_indices
+from megatron_prealign.dictionary.formats.lines import parse_weight
 from megatron_prealign.errors import UserError
-
-_WEIGHT = "weight"
+from megatron_prealign.text import plural
 
 
 def read(reading: Reading) -> Iterator[Entries]:
@@ -23,22 +22,22 @@ def read(reading: Reading) -> Iterator[Entries]:
             wrong number of columns.
     """
     source = reading.source
-    names = [*source.languages, *([_WEIGHT] if source.weights else [])]
+    names = [*source.languages, *([WEIGHT] if source.weights else [])]
     indices, width = list(range(len(names))), len(names)
     columns: list[list[str]] = [[] for _ in source.languages]
     weights: list[float] = []
     first = True
     for number, row in _rows(reading):
-        header = _header_indices(row, names, len(source.languages)) if first else None
+        header = header_indices(row, names, len(source.languages)) if first else None
         if first and header is None:
-            _check_languages(reading, number, row)
+            check_languages(source, number, row)
         first = False
         if header is not None:
             indices, width = header, len(row)
             continue
         try:
             if len(row) != width:
-                raise ValueError(f"got {count_columns(len(row))}, expected {width} ({', '.join(names)})")
+                raise ValueError(f"got {plural(len(row), 'column')}, expected {width} ({', '.join(names)})")
             weight = parse_weight(row[indices[-1]]) if source.weights else 1.0
         except ValueError as error:
             reading.bad_entry(number, str(error), error)
@@ -51,43 +50,6 @@ def read(reading: Reading) -> Iterator[Entries]:
             columns, weights = [[] for _ in source.languages], []
     if weights:
         yield Entries(columns, weights if source.weights else None)
-
-
-def _header_indices(row: list[str], names: list[str], languages: int) -> list[int] | None:
-    """Column index of each name, the first `languages` of which are language codes; None if the row is not a header."""
-    cells = [cell.strip().lower() for cell in row]
-    wanted = [name.lower() for name in names]
-    if set(cells) >= set(wanted):
-        return [cells.index(name) for name in wanted]
-    cell_codes = [parse_language(cell)[0] for cell in cells]
-    indices = []
-    for name in wanted[:languages]:
-        codes = same_language(name)
-        indices.append(next((index for index, other in enumerate(cell_codes) if codes & other), -1))
-    indices += [cells.index(name) if name in cells else -1 for name in wanted[languages:]]
-    return indices if -1 not in indices and len(set(indices)) == len(indices) else None
-
-
-def _check_languages(reading: Reading, number: int, row: list[str]) -> None:
-    """Raises if the row is a header with languages other than the declared ones.
-
-    Codes can also be words (`to,zu` in an English-German list), so at least one must be a language of the list.
-    """
-    languages = reading.source.languages
-    cells = [cell.strip() for cell in row]
-    if reading.source.weights:
-        cells = [cell for cell in cells if cell.lower() != _WEIGHT]
-    parsed = [parse_language(cell) for cell in cells]
-    codes = [codes for codes, _ in parsed]
-    if len(cells) < 2 or not all(codes) or len(set(codes)) < len(codes):
-        return
-    declared = frozenset().union(*map(same_language, languages))
-    if all(is_name for _, is_name in parsed) or any(each & declared for each in codes):
-        raise UserError(
-            f"{reading.source.path}:{number}: got a header with columns {', '.join(cells)}, expected languages "
-            f"{'-'.join(languages)}; declare the languages of the columns, or add a header row {','.join(languages)} "
-            "if this row contains words"
-        )
 
 
 def _rows(reading: Reading) -> Iterator[tuple[int, list[str]]]:

@@ -1,4 +1,7 @@
-"""Word lists with one entry per line: two JSON forms, tab-separated columns, space-separated words."""
+"""Word lists with one entry per line: two JSON forms, tab-separated columns, space-separated words.
+
+Columns may have a header with the codes or English names of the languages in the declared order, which is skipped.
+"""
 
 import json
 import re
@@ -16,6 +19,8 @@ from megatron_prealign.dictionary.formats.base import (
     empty_file_error,
     read_blocks,
 )
+from megatron_prealign.dictionary.formats.header import WEIGHT, check_languages, header_indices, other_languages
+from megatron_prealign.text import plural
 
 WORDS_SEPARATOR = "$"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -54,7 +59,7 @@ def parse_weight(value: object) -> float:
 def _split_columns(columns: list[str], languages: int, weights: bool, layout: str) -> tuple[list[str], float]:
     expected = languages + weights
     if len(columns) != expected:
-        raise ValueError(f"got {count_columns(len(columns))}, expected {expected} {layout}")
+        raise ValueError(f"got {plural(len(columns), 'column')}, expected {expected} {layout}")
     return columns[:languages], parse_weight(columns[languages]) if weights else 1.0
 
 
@@ -66,10 +71,6 @@ def _parse_tsv(line: str, languages: int, weights: bool) -> tuple[list[str], flo
 def _parse_space(line: str, languages: int, weights: bool) -> tuple[list[str], float]:
     layout = "words separated by a space" if not weights else "separated by a space, words and a weight"
     return _split_columns(line.split(), languages, weights, f"{layout} (by a tab if a word contains spaces)")
-
-
-def count_columns(count: int) -> str:
-    return "1 column" if count == 1 else f"{count} columns"
 
 
 def _parse_json(line: str) -> dict[str, object]:
@@ -130,6 +131,9 @@ PARSERS: dict[str, Callable[[str, int, bool], tuple[list[str], float]]] = {
     "space": _parse_space,
 }
 
+# Format -> function that splits a line into columns.
+_SPLITTERS: dict[str, Callable[[str], list[str]]] = {"tsv": lambda line: line.split("\t"), "space": str.split}
+
 
 def detect_format(line: str, columns: int = 2) -> str:
     """Detects the format from the first non-blank line; `columns` is the expected number, including the weight."""
@@ -166,6 +170,8 @@ class _LineReader:
             if first.strip():
                 self._set_format(detect_format(first, width))
         if self._format != "tsv" or not _is_regular(text, width):
+            return None
+        if not self.num_lines and self._is_header(number, text.partition("\n")[0].split("\t")):
             return None
         fields = text.replace("\n", "\t").split("\t")
         # The empty string after the last line break.
@@ -211,10 +217,28 @@ class _LineReader:
         weights, languages = self._source.weights, self._source.languages
         if self._format == "auto":
             self._set_format(detect_format(line, self._columns))
+        split = _SPLITTERS.get(self._format)
+        if self.num_lines == 1 and split is not None and self._is_header(number, split(line)):
+            return None
         words, weight = PARSERS[self._format](line, len(languages), weights)
         if len(words) != len(languages):
-            raise ValueError(f"got {len(words)} words, expected {len(languages)} ({'-'.join(languages)})")
+            raise ValueError(f"got {plural(len(words), 'word')}, expected {len(languages)} ({'-'.join(languages)})")
         return words, weight
+
+    def _is_header(self, number: int, cells: list[str]) -> bool:
+        """Whether the first line is a header with the declared languages.
+
+        Raises:
+            UserError: a header with other languages, or with these in another order.
+        """
+        languages = self._source.languages
+        names = [*languages, *([WEIGHT] if self._source.weights else [])]
+        indices = header_indices(cells, names, len(languages)) if len(cells) == len(names) else None
+        if indices is None:
+            check_languages(self._source, number, cells, only_names=True)
+        elif indices != sorted(indices):
+            raise other_languages(self._source, number, cells)
+        return indices is not None
 
 
 def _decode_block(number: int, block: bytes) -> str | None:
