@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from megatron_prealign.conversion.tokenizer import TokenizerExport
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
+_RATIO = {
+    "occurrences": "the probability that an occurrence of a dictionary word was replaced by a translation",
+    "words": "the fraction of all running words that was replaced by translations",
+}
+"""Meaning of code_switch.ratio for each code_switch.ratio_of."""
 _MAX_EVALUATIONS = 12
 
 
@@ -96,7 +101,10 @@ def _introduction(info: Mapping[str, Any], result: "ConvertResult") -> str:
             "(the PreAlign method, arXiv:2407.16222)"
         )
     if (info.get("run") or {}).get("code_switch"):
-        text += ", pretrained on code-switched text, in which known words are replaced by their translations"
+        text += (
+            ", pretrained with code-switching: words of the input that a bilingual dictionary contains were replaced "
+            "at random by their translations"
+        )
     precision = f"The weights are {result.dtype}"
     if result.from_master_weights:
         precision += ", from the optimizer's fp32 master weights"
@@ -164,7 +172,9 @@ def _training(checkpoint: Path, info: Mapping[str, Any]) -> str:
     if switching:
         shown = ("ratio", "ratio_of", "label_mode", "schedule", "final_ratio")
         settings = {name: switching[name] for name in shown if switching.get(name) is not None}
-        text += f"\nCode-switching: `{json.dumps(settings)}`.\n"
+        text += f"\nCode-switching: `{json.dumps(settings)}`."
+        meaning = _RATIO.get(str(settings.get("ratio_of")))
+        text += f" `ratio` is {meaning}.\n" if meaning else "\n"
     return text + _recipe(checkpoint)
 
 
