@@ -1,6 +1,7 @@
 """`megatron-prealign convert`: converts checkpoints to and from Hugging Face, and verifies the result."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,8 @@ def verify(argv: Sequence[str]) -> int:
     options = parse_options(VerifyOptions, "convert verify", argv)
     if not options.tolerance >= 0:
         raise UserError(f"--tolerance is {options.tolerance}, expected a non-negative number")
+    if options.logits:
+        _check_one_process()
 
     import json
 
@@ -243,6 +246,18 @@ def verify(argv: Sequence[str]) -> int:
     if not report.agrees:
         print(next_line(command("checkpoint", "verify", options.checkpoint)))
     return 0 if report.agrees else 1
+
+
+def _check_one_process() -> None:
+    """Raises in each of several processes, which torch would connect to run the model."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        error = UserError(
+            f"convert verify: got {processes} processes (WORLD_SIZE), expected one; start it without torchrun, or use "
+            "--no-logits"
+        )
+        error.agreed = True
+        raise error
 
 
 def _read_text(path: Path) -> str:

@@ -71,8 +71,7 @@ def mcore_states(
     """
     recipe = _recipe(source, len(ids))
     with running(recipe.parallel, seed=0, leave_process_group=leave_process_group) as runtime, torch.no_grad():
-        if runtime.world_size > 1:
-            raise UserError(f"convert verify: got {runtime.world_size} processes, expected one")
+        assert runtime.world_size == 1, "the model is not partitioned"
         (model,) = build_model(recipe, runtime, vocab_size=source.summary["vocab_size"])
         _load_weights(model, source, dtype, master_dtype)
         states: States = {}

@@ -1,7 +1,10 @@
 """`convert to-hf` and `convert verify`: checkpoints of the trainer, loaded by transformers."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +354,19 @@ def test_a_model_that_differs(half: Path, tmp_path: Path, workers: WorkerPool) -
     assert "missing" in problems[name] and "not in the checkpoint" in problems["model.layers.2.extra"]
     (difference,) = report.config
     assert_facts(difference, "rotary_base", 500000.0, 10000.0)
+
+
+def test_verify_refuses_several_processes_before_it_loads_anything(tmp_path: Path) -> None:
+    code = (
+        "import sys; from megatron_prealign.cli import main\n"
+        f"status = main(['convert', 'verify', '--checkpoint', '{tmp_path}', '--model', '{tmp_path}'])\n"
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    for rank in ("0", "1"):
+        environment = {**os.environ, "WORLD_SIZE": "2", "RANK": rank}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        # Every rank has the same error; rank 0 prints it.
+        assert done.returncode == 2 and done.stderr.count("WORLD_SIZE") == (rank == "0"), done.stderr
 
 
 def test_the_exit_status_of_verify(half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
