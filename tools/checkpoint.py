@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.checkpoint import Verify
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import available_cores, use_huge_pages
 from megatron_prealign.text import closing, command, plural, readable_bytes
@@ -66,7 +67,7 @@ class ExportOptions:
     """Output directory."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Output dtype; by default, the dtype of the weights."""
-    verify: Literal["checksums", "sizes"] = "checksums"
+    verify: Verify = "checksums"
     """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     overwrite: bool = False
     """Replace an existing checkpoint of weights."""

@@ -12,6 +12,7 @@ from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
+from megatron_prealign.recipe.checkpoint import Verify
 from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.resources import use_huge_pages
 from megatron_prealign.text import closing, command, next_line, plural, readable_bytes
@@ -49,7 +50,7 @@ class ToHfOptions:
 
     By default, convert; copy for weights imported from Hugging Face with their own tokenizer and not trained since.
     """
-    verify: Literal["checksums", "sizes"] = "checksums"
+    verify: Verify = "checksums"
     """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     overwrite: bool = False
     """Replace an existing model directory."""
@@ -203,7 +204,7 @@ class VerifyOptions:
     """Run both models and compare hidden states and logits; needs memory for one model in fp32."""
     ignore_config_field: list[str] = field(default_factory=list)
     """Unknown fields of config.json to ignore; use only for fields that do not affect the computation."""
-    verify: Literal["checksums", "sizes"] = "checksums"
+    verify: Verify = "checksums"
     """How to verify the checkpoint first: checksums reads all files, sizes compares only their sizes."""
     output: PathText | None = None
     """JSON file to write the full report to."""

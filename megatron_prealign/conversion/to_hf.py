@@ -14,7 +14,7 @@ import torch
 
 from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
-from megatron_prealign.checkpoint.single_process.intact import Verify, check_intact
+from megatron_prealign.checkpoint.single_process.intact import check_intact
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import check_finite, is_finite
 from megatron_prealign.checkpoint.state import is_run, read_state
@@ -35,6 +35,7 @@ from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.atomic import check_new_directory, new_directory
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import ModelSection, RecipeValueError
+from megatron_prealign.recipe.checkpoint import Verify
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POSITIONS = "embedding.position_embeddings.weight"

@@ -10,7 +10,7 @@ import torch
 
 from megatron_prealign.checkpoint.commit import TOKENIZER
 from megatron_prealign.checkpoint.directory import resolve_checkpoint
-from megatron_prealign.checkpoint.single_process.intact import Verify, check_intact
+from megatron_prealign.checkpoint.single_process.intact import check_intact
 from megatron_prealign.conversion.config import huggingface_config, model_values, section_of
 from megatron_prealign.conversion.hf_directory import HuggingFaceDirectory
 from megatron_prealign.conversion.hidden_states import StateDifference, compare, hf_states, mcore_states
@@ -22,6 +22,8 @@ from megatron_prealign.conversion.to_hf import (
 )
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
+from megatron_prealign.recipe.checkpoint import Verify
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.load import load_tokenizer
 
 DEFAULT_TEXT = """The north wind and the sun were disputing which was the stronger, when a traveller came along
@@ -236,8 +238,8 @@ def _compare_tokenizers(source: SourceCheckpoint, model: Path, text: str, report
             min(len(mcore), len(hf)),
         )
         report.tokenizer = (
-            f"got {len(hf)} ids, expected {len(mcore)}; first difference at token {at}: {hf[at : at + 3]}, expected "
-            f"{mcore[at : at + 3]}"
+            f"got {plural(len(hf), 'id')}, expected {len(mcore)}; first difference at token {at}: {hf[at : at + 3]}, "
+            f"expected {mcore[at : at + 3]}"
         )
     return mcore
 
@@ -256,7 +258,7 @@ def render(report: VerifyReport) -> list[str]:
     lines.append(f"tokenizer   {report.tokenizer or 'same ids on the text'}")
     if report.states:
         width = max(len(each.name) for each in report.states)
-        lines.append(f"on {report.tokens:,} tokens, largest difference and largest value:")
+        lines.append(f"on {plural(report.tokens, 'token')}, largest difference and largest value:")
         lines += [
             f"    {each.name:<{width}}  {each.difference:.3e}  {each.scale:.3e}"
             + ("" if each.relative <= report.tolerance else "  differs")

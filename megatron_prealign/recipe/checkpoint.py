@@ -5,6 +5,9 @@ from typing import Literal
 
 from megatron_prealign.recipe.checks import require, require_minutes
 
+Verify = Literal["checksums", "sizes"]
+"""How to verify files: read each in full and compare its checksum, or compare only sizes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
@@ -36,7 +39,7 @@ class CheckpointSection:
     """What to load from checkpoint.load: only the weights, or all of its state, to continue that run."""
     on_damage: Literal["fail", "fall_back"] = "fall_back"
     """If the newest checkpoint is corrupt: fail with an error, or fall_back to the newest intact one."""
-    verify: Literal["checksums", "sizes"] = "checksums"
+    verify: Verify = "checksums"
     """How to verify files before loading them: checksums reads each file in full and compares its checksum, sizes
     compares only file sizes."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_prealign.checkpoint.commit import CONFIG, TOKENIZER, complete_weights
-from megatron_prealign.checkpoint.single_process.intact import Verify, check_intact
+from megatron_prealign.checkpoint.single_process.intact import check_intact
 from megatron_prealign.checkpoint.single_process.reader import ShardReader
 from megatron_prealign.checkpoint.single_process.weights import cast_tensor, is_stacked, is_weight
 from megatron_prealign.checkpoint.single_process.writer import ShardWriter
@@ -25,6 +25,7 @@ from megatron_prealign.checkpoint.state import (
 )
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import check_new_directory, new_directory
+from megatron_prealign.recipe.checkpoint import Verify
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

@@ -1,15 +1,12 @@
 """The check that every command makes in one process before it reads the weights of a checkpoint."""
 
 from pathlib import Path
-from typing import Literal
 
 from megatron_prealign.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.progress import Progress
+from megatron_prealign.recipe.checkpoint import Verify
 from megatron_prealign.resources import available_cores
-
-Verify = Literal["checksums", "sizes"]
-"""How files are verified: checksums reads all of them, sizes compares only their sizes."""
 
 
 def check_intact(directory: Path, verify: Verify = "checksums") -> None:
