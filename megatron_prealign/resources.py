@@ -5,6 +5,10 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# Memory of the container, in control groups of version 2 and 1.
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @contextmanager
@@ -36,6 +40,18 @@ def use_huge_pages() -> None:
     with huge pages at 10.8 GB/s (two x86-64 cores, torch 2.13). No effect if the kernel has no huge pages.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine, or of its container if that has less; None if unknown."""
+    limits = []
+    with suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in _CGROUP_LIMITS:
+        # Without a limit, version 2 has `max` here, and version 1 a number beyond any memory.
+        with suppress(OSError, ValueError):
+            limits.append(int(Path(path).read_text()))
+    return min(limits, default=None)
 
 
 def available_cores() -> int:

@@ -34,11 +34,11 @@ def align_left(rows: Sequence[tuple[str, str]]) -> list[str]:
 def readable_bytes(count: int) -> str:
     """Human-readable size, such as 1.5 GB."""
     size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
-    return f"{size:.1f} TB"
+    return f"{size:,.1f} EB"
 
 
 def duration(seconds: float | None) -> str:

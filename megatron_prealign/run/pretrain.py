@@ -290,6 +290,7 @@ def log_summary(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> None:
         ],
         dictionary=inputs.dictionary,
         world_size=runtime.world_size,
+        on_cpu=runtime.device.type == "cpu",
     )
     logger.info("training on %s", runtime.device)
     for line in summary.lines():

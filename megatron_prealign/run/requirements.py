@@ -4,12 +4,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import lcm
 from pathlib import Path
 
 from megatron_prealign.checkpoint.commit import tokenizer_files
 from megatron_prealign.recipe import CheckpointSection, Recipe
 
 _FP32 = 4
+_MOST_LISTED = 10_000
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,40 @@ def _head_parameters(recipe: Recipe) -> int:
     return heads * (hidden * hidden + hidden + section.projection_size * (hidden + 1))
 
 
-def saved_steps(steps_of_phases: Sequence[int], interval: int | None) -> list[int]:
-    """Steps of the run after which a checkpoint is saved: every `interval` steps and at the end of each phase."""
-    ends = list(accumulate(steps_of_phases))
-    regular = range(interval, ends[-1] + 1, interval) if interval is not None else ()
-    return sorted({*ends, *regular})
+@dataclass(frozen=True)
+class SavedSteps:
+    """Steps of a run after which a checkpoint is saved: every `interval` steps and at the end of each phase. They are
+    counted and not listed, since there may be any number of them."""
+
+    ends: tuple[int, ...]
+    """Last step of each phase."""
+    interval: int | None
+
+    @classmethod
+    def of_phases(cls, steps: Sequence[int], interval: int | None) -> "SavedSteps":
+        """Saved steps of phases with these numbers of steps."""
+        return cls(tuple(accumulate(steps)), interval)
+
+    def count(self, every: int = 1) -> int:
+        """How many of them are multiples of `every`."""
+        regular = 0 if self.interval is None else self.ends[-1] // lcm(self.interval, every)
+        others = {end for end in self.ends if self.interval is None or end % self.interval}
+        return regular + sum(end % every == 0 for end in others)
+
+    def newest(self, count: int) -> list[int]:
+        """The last `count` of them, in order."""
+        regular = () if self.interval is None else range(self.interval, self.ends[-1] + 1, self.interval)[-count:]
+        return sorted({*self.ends, *regular})[-count:]
 
 
-def most_checkpoints(steps: Sequence[int], section: CheckpointSection) -> int:
-    """Largest number of checkpoints on the disk at once: those that are kept, and one that is being written.
-
-    Args:
-        steps: Result of `saved_steps`.
-    """
-    protected = {step for step in steps if section.keep_every is not None and step % section.keep_every == 0}
-    kept = len(protected.union(steps[-section.keep :])) + (section.keep_best is not None)
-    return min(len(steps), kept + 1)
+def most_checkpoints(steps: SavedSteps, section: CheckpointSection) -> int:
+    """Largest number of checkpoints on the disk at once: those that are kept, and one that is being written."""
+    kept = min(section.keep, steps.count())
+    if section.keep_every is not None:
+        # Of the newest ones, those that keep_every keeps anyway; at most, if they are too many to list.
+        newest = steps.newest(kept) if kept <= _MOST_LISTED else []
+        kept += steps.count(section.keep_every) - sum(step % section.keep_every == 0 for step in newest)
+    return min(steps.count(), kept + (section.keep_best is not None) + 1)
 
 
 def free_disk_bytes(directory: Path) -> int | None:

@@ -1,12 +1,14 @@
 """Summary of a run before its first step: model, layout, tokens, passes over the sources, checkpoints, memory. Imports
 no torch, so that `pretrain --validate` prints what a run logs when it starts."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_prealign.checkpoint.directory import directory_bytes, step_directories
 from megatron_prealign.model.sizes import count_model_parameters, count_stage_parameters, padded_vocab_size
 from megatron_prealign.recipe import Recipe
+from megatron_prealign.resources import machine_memory
 from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.plan import (
     MANY_PASSES,
@@ -18,11 +20,12 @@ from megatron_prealign.run.plan import (
     tokens_per_word,
 )
 from megatron_prealign.run.requirements import (
+    Memory,
+    SavedSteps,
     checkpoint_bytes,
     free_disk_bytes,
     most_checkpoints,
     process_memory,
-    saved_steps,
 )
 from megatron_prealign.text import align_left, plural, readable_bytes
 
@@ -46,6 +49,7 @@ def summarise(
     sources: Sequence[SourceTokens],
     dictionary: DictionaryParts | None,
     world_size: int | None = None,
+    on_cpu: bool = False,
 ) -> Summary:
     """Summarises a run.
 
@@ -53,6 +57,7 @@ def summarise(
         vocab_size: Number of ids of the model, without padding.
         sources: Sources of the training blend, in the recipe's order.
         world_size: Number of processes; None assumes the smallest number that the layout needs.
+        on_cpu: Whether the processes keep their state in the memory of this machine.
     """
     tensor = recipe.parallel.tensor_model_parallel_size
     padded = padded_vocab_size(vocab_size, recipe.model.make_vocab_size_divisible_by, tensor)
@@ -62,7 +67,9 @@ def summarise(
     lengths = phase_lengths(recipe, tokens_per_word(dictionary))
     read = passes(lengths, sources, seq_length)
     checkpoints, disk_warnings = _checkpoints(recipe, parameters, lengths)
-    model = recipe.model
+    model, model_parallel = recipe.model, recipe.parallel.model_parallel_size
+    size = world_size or model_parallel
+    memory = process_memory(recipe, max(stages), size // model_parallel)
     rows = [
         (
             "model",
@@ -73,9 +80,9 @@ def summarise(
         ("training", _training(lengths, seq_length)),
         *(("source", _source(each)) for each in read),
         ("checkpoints", checkpoints),
-        ("memory", _memory(recipe, max(stages), world_size)),
+        ("memory", _memory(memory)),
     ]
-    return Summary(rows, [*_repeated(read), *disk_warnings])
+    return Summary(rows, [*_repeated(read), *disk_warnings, *(_too_little_memory(memory, size) if on_cpu else [])])
 
 
 def _layout(recipe: Recipe, parameters: int, stages: Sequence[int], world_size: int | None) -> str:
@@ -118,9 +125,9 @@ def _repeated(read: Sequence[SourcePasses]) -> list[str]:
 
 def _checkpoints(recipe: Recipe, parameters: int, lengths: Sequence[PhaseLength]) -> tuple[str, list[str]]:
     """Text about the checkpoints, and warnings."""
-    steps = saved_steps([length.steps for length in lengths], recipe.checkpoint.save_interval)
+    steps = SavedSteps.of_phases([length.steps for length in lengths], recipe.checkpoint.save_interval)
     most, size = most_checkpoints(steps, recipe.checkpoint), checkpoint_bytes(recipe, parameters)
-    text = f"{len(steps):,} of {readable_bytes(size)}, at most {most:,} at once ({readable_bytes(most * size)})"
+    text = f"{steps.count():,} of {readable_bytes(size)}, at most {most:,} at once ({readable_bytes(most * size)})"
     free = free_disk_bytes(recipe.checkpoint_dir)
     if free is None:
         return text, []
@@ -136,9 +143,7 @@ def _checkpoints(recipe: Recipe, parameters: int, lengths: Sequence[PhaseLength]
     return text, [warning]
 
 
-def _memory(recipe: Recipe, parameters: int, world_size: int | None) -> str:
-    model_parallel = recipe.parallel.model_parallel_size
-    memory = process_memory(recipe, parameters, (world_size or model_parallel) // model_parallel)
+def _memory(memory: Memory) -> str:
     text = (
         f"{readable_bytes(memory.total)} per process without activations: weights {readable_bytes(memory.weights)}, "
         f"gradients {readable_bytes(memory.gradients)}, optimizer {readable_bytes(memory.optimizer)}"
@@ -146,3 +151,16 @@ def _memory(recipe: Recipe, parameters: int, world_size: int | None) -> str:
     if memory.checkpoint_copy:
         text += f"; {readable_bytes(memory.checkpoint_copy)} of host memory to save in the background"
     return text
+
+
+def _too_little_memory(memory: Memory, world_size: int) -> list[str]:
+    """Warning if the processes on this machine need more than it has. Outside torchrun, all processes count."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    needed, available = processes * (memory.total + memory.checkpoint_copy), machine_memory()
+    if available is None or needed <= available:
+        return []
+    copy = ", checkpoint.async_save: false" if memory.checkpoint_copy else ""
+    return [
+        f"memory of {plural(processes, 'process')} on this machine: {readable_bytes(needed)} without activations, but "
+        f"it has {readable_bytes(available)}; use a smaller model, more machines{copy} or a GPU"
+    ]

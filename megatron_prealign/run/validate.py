@@ -73,6 +73,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
         ],
         dictionary=dictionary,
         world_size=world_size,
+        # With `auto`, the run may be on another machine, which has a GPU.
+        on_cpu=recipe.parallel.device == "cpu",
     )
     warnings = [f"WARNING: {warning}" for warning in summary.warnings]
     return "\n".join([_headline(recipe, tokens), *summary.lines(), *warnings, f"the run {start.describe()}"])

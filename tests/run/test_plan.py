@@ -11,7 +11,7 @@ from support.tiny import Tiny, recipe_of
 
 from megatron_prealign.recipe import CheckpointSection, Recipe
 from megatron_prealign.run.plan import PhaseLength, SourceTokens, passes, phase_lengths, tokens_per_word
-from megatron_prealign.run.requirements import free_disk_bytes, most_checkpoints, process_memory, saved_steps
+from megatron_prealign.run.requirements import SavedSteps, free_disk_bytes, most_checkpoints, process_memory
 
 
 @pytest.fixture
@@ -62,7 +62,10 @@ def test_tokens_per_word_is_a_mean_over_languages_of_groups() -> None:
 
 @pytest.mark.parametrize(("interval", "steps"), [(None, [5, 12]), (5, [5, 10, 12]), (4, [4, 5, 8, 12]), (100, [5, 12])])
 def test_saved_steps(interval: int | None, steps: list[int]) -> None:
-    assert saved_steps([5, 7], interval) == steps
+    saved = SavedSteps.of_phases([5, 7], interval)
+    assert saved.newest(100) == steps and saved.newest(2) == steps[-2:]
+    for every in (1, 2, 4, 5, 7, 100):
+        assert saved.count(every) == sum(step % every == 0 for step in steps)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,15 @@ def test_saved_steps(interval: int | None, steps: list[int]) -> None:
     ],
 )
 def test_most_checkpoints(settings: dict[str, Any], most: int) -> None:
-    assert most_checkpoints(range(10, 101, 10), CheckpointSection(**settings)) == most
+    assert most_checkpoints(SavedSteps.of_phases([100], 10), CheckpointSection(**settings)) == most
+
+
+def test_checkpoints_of_a_run_without_end() -> None:
+    """More checkpoints than can be listed."""
+    steps = SavedSteps.of_phases([7, 10**15], 10)
+    assert steps.count() == 10**14 + 2
+    assert most_checkpoints(steps, CheckpointSection(keep=10**12, keep_every=10**6)) == 10**12 + 10**9 + 1
+    assert most_checkpoints(steps, CheckpointSection(keep=10**18)) == 10**14 + 2
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from support.whole_runs import language_model_values
 from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.directory import directory_bytes
+from megatron_prealign.model.sizes import count_model_parameters, padded_vocab_size
+from megatron_prealign.resources import machine_memory
 from megatron_prealign.run import summary as summary_module
 from megatron_prealign.run.plan import MANY_PASSES, SourceTokens
+from megatron_prealign.run.requirements import process_memory
 from megatron_prealign.run.summary import Summary, summarise
-from megatron_prealign.text import readable_bytes
+from megatron_prealign.text import plural, readable_bytes
 
 VOCAB_SIZE = 1024
 
@@ -59,9 +62,53 @@ def test_a_disk_that_is_too_small(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     assert summary_of(values, tmp_path).warnings == []
 
 
+@pytest.mark.parametrize(("local", "processes"), [(None, 8), ("2", 2)])
+def test_a_machine_with_too_little_memory(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str | None, processes: int
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    recipe = recipe_of(tiny.values(tmp_path / "run"), tmp_path)
+    padded = padded_vocab_size(VOCAB_SIZE, recipe.model.make_vocab_size_divisible_by, 1)
+    parameters = count_model_parameters(recipe.model, padded_vocab_size=padded, seq_length=recipe.data.seq_length)
+    memory = process_memory(recipe, parameters, 8)
+    needed = processes * (memory.total + memory.checkpoint_copy)
+
+    def warnings(available: int | None, on_cpu: bool = True) -> list[str]:
+        monkeypatch.setattr(summary_module, "machine_memory", lambda: available)
+        return summary_of(tiny.values(tmp_path / "run"), tmp_path, world_size=8, on_cpu=on_cpu).warnings
+
+    (warning,) = warnings(needed - 1)
+    assert_facts(warning, plural(processes, "process"), readable_bytes(needed), "checkpoint.async_save")
+    assert warnings(needed) == warnings(None) == warnings(1, on_cpu=False) == []
+
+
+def test_memory_of_this_machine() -> None:
+    memory = machine_memory()
+    assert memory is not None and memory > 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "hidden_size", 4 * 10**12),
+        ("training", "train_iters", 10**15),
+        ("training", "eval_samples", 10**18),
+        ("training", "global_batch_size", 8 * 10**15),
+        ("checkpoint", "keep", 10**18),
+    ],
+)
+def test_absurd_numbers(tiny: Tiny, tmp_path: Path, section: str, field: str, value: int) -> None:
+    values = tiny.values(tmp_path / "run")
+    values["checkpoint"] = {"save_interval": 1, "keep_every": 3}
+    values[section][field] = value
+    summary = summary_of(values, tmp_path, on_cpu=True)
+    assert len(summary.lines()) == 7 and max(map(len, summary.lines())) < 400
+
+
 def trained(values: list[dict[str, Any]], directory: str) -> list[tuple[list[str], int]]:
     """Runs in a worker: the log of each run and the computed bytes of a checkpoint."""
-    from megatron_prealign.model.sizes import count_model_parameters, padded_vocab_size
     from megatron_prealign.run.pretrain import pretrain
     from megatron_prealign.run.requirements import checkpoint_bytes
 
