@@ -45,7 +45,7 @@ def test_a_source_that_is_read_many_times(tiny: Tiny, tmp_path: Path) -> None:
     enough = 1536 // MANY_PASSES
     assert summary_of(values, tmp_path, tokens=enough).warnings == []
     (warning,) = summary_of(values, tmp_path, tokens=enough - 1).warnings
-    assert_facts(warning, path, "16 times")
+    assert_facts(warning, path, "16.2 times", "arXiv 2305.16264")
 
 
 def test_a_disk_that_is_too_small(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
