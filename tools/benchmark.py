@@ -14,6 +14,7 @@ from megatron_prealign.benchmark.options import (
 from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.resources import use_huge_pages
+from megatron_prealign.text import plural
 from megatron_prealign.tools.benchmark_data_wait import main as data_wait
 from megatron_prealign.tools.benchmark_phases import main as phases
 
@@ -120,7 +121,7 @@ def convert(argv: Sequence[str]) -> int:
 
     machine = describe_machine(torch.device("cpu"))
     benchmark = ConvertBenchmark(options)
-    model = f"Llama, {benchmark.parameters:,} parameters in bf16, {benchmark.model.num_layers} layers"
+    model = f"Llama, {benchmark.parameters:,} parameters in bf16, {plural(benchmark.model.num_layers, 'layer')}"
     print("\n".join([*machine.lines(), f"model     {model}", "", convert_header()]), flush=True)
 
     def row(measurement: ConvertMeasurement) -> dict[str, Any]:

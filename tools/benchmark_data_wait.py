@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.benchmark.machine import describe_machine
     from megatron_prealign.benchmark.report import write_csv
     from megatron_prealign.runtime.distributed import choose_device, running
-    from megatron_prealign.text import align
+    from megatron_prealign.text import align, plural
 
     machine = describe_machine(choose_device(recipe.parallel.device))
     with running(recipe.parallel, seed=recipe.training.seed) as runtime:
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print("\n".join(machine.lines()))
     print(
-        f"processes {waits[0].processes}, {waits[0].samples_per_process} samples a step and process, pause of "
-        f"{values.pause_ms:g} ms a sample, medians of {values.steps} steps, in alternating blocks"
+        f"processes {waits[0].processes}, {plural(waits[0].samples_per_process, 'sample')} a step and process, pause "
+        f"of {values.pause_ms:g} ms a sample, medians of {plural(values.steps, 'step')}, in alternating blocks"
     )
     rows = [(each.reading, f"{each.wait_ms:,.2f}", f"{each.ms_per_step:,.1f}") for each in waits]
     print("\n".join(align([("reading", "wait ms/step", "ms/step"), *rows])))

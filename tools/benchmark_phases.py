@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_prealign.benchmark.phases import measure_phases
     from megatron_prealign.benchmark.report import write_csv
     from megatron_prealign.runtime.distributed import choose_device, running
-    from megatron_prealign.text import align
+    from megatron_prealign.text import align, plural
 
     machine = describe_machine(choose_device(recipe.parallel.device))
     with running(recipe.parallel, seed=recipe.training.seed) as runtime:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         for each in speeds
     ]
     print("\n".join(machine.lines()))
-    print(f"processes {speeds[0].processes}, medians of {values.steps} steps per phase, alternating")
+    print(f"processes {speeds[0].processes}, medians of {plural(values.steps, 'step')} per phase, alternating")
     print("\n".join(align([("phase", "ms/step", "tokens/step", "tokens/s", "vs. language model"), *rows])))
     if values.output is not None:
         write_csv(values.output, [asdict(each) | asdict(machine) for each in speeds])

@@ -109,16 +109,16 @@ def from_hf(argv: Sequence[str]) -> int:
             progress=progress,
         )
     print(f"family      {result.family}")
-    print(f"weights     {result.parameters:,} parameters in {result.tensors:,} tensors, {result.dtype}")
+    print(f"weights     {plural(result.parameters, 'parameter')} in {plural(result.tensors, 'tensor')}, {result.dtype}")
     print(f"files       {readable_bytes(result.bytes)}")
     print(
         f"vocabulary  {result.vocab_size:,} ids, padded to {result.padded_vocab_size:,}; the tokenizer has "
         f"{result.tokenizer_size:,}"
     )
     if result.added_rows:
-        print(f"note: added {result.added_rows:,} rows to the embedding, set to the mean of the others")
+        print(f"note: added {plural(result.added_rows, 'row')} to the embedding, set to the mean of the others")
     if result.dropped_rows:
-        print(f"note: dropped {result.dropped_rows:,} rows of the embedding that have no token")
+        print(f"note: dropped {plural(result.dropped_rows, 'row')} of the embedding without a token")
     for note in result.notes:
         print(f"note: {note}")
     output = Path(options.output)
@@ -171,7 +171,8 @@ def to_hf(argv: Sequence[str]) -> int:
     result = to_huggingface(checkpoint, output, settings, history=_history(checkpoint))
     origin = " (the optimizer's fp32 master weights)" if result.from_master_weights else ""
     print(f"checkpoint  {result.checkpoint}")
-    print(f"weights     {result.parameters:,} parameters in {result.tensors:,} tensors, {result.dtype}{origin}")
+    tensors = plural(result.tensors, "tensor")
+    print(f"weights     {plural(result.parameters, 'parameter')} in {tensors}, {result.dtype}{origin}")
     print(f"files       {result.files:,}, {readable_bytes(result.bytes)}")
     for note in result.notes:
         print(f"note: {note}")

@@ -278,7 +278,7 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
     for line in report.errors.first:
         print(f"skipped {line}")
     if report.errors.count > len(report.errors.first):
-        print(f"skipped {report.errors.count - len(report.errors.first)} more lines")
+        print(f"skipped {plural(report.errors.count - len(report.errors.first), 'more line')}")
     for warning in report.warnings:
         print(f"warning: {warning}")
     for name, count in report.counted.items():
@@ -302,7 +302,8 @@ def _print_coverage(table: "DictionaryTable", corpora: "Sequence[Coverage]") -> 
             continue
         print(
             f"coverage of {corpus.prefix} ({corpus.language}): {corpus.share:.1%} "
-            f"({corpus.known_words:,} of {corpus.running_words:,} running words, {corpus.tokens:,} tokens)"
+            f"({corpus.known_words:,} of {plural(corpus.running_words, 'running word')}, "
+            f"{plural(corpus.tokens, 'token')})"
         )
 
 

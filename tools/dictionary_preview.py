@@ -105,13 +105,12 @@ def preview(argv: Sequence[str]) -> int:
     style = TextStyle(color=_wants_color(options.color), width=_terminal_width())
     for line in render_preview(result, style, labels=options.labels):
         print(line)
+    samples = f"{plural(len(result.samples), 'sample')} of {plural(result.seq_length, 'token')}"
     if len(result.samples) < options.rows:
-        print(
-            f"the data has only {len(result.samples)} samples of {result.seq_length} tokens, --rows is {options.rows}"
-        )
+        print(f"the data has only {samples}, --rows is {options.rows:,}")
     made = "showed" if options.html is None else f"wrote {options.html}:"
     following = [] if options.config is None else [command("pretrain", "--config", options.config, "--validate")]
-    print(closing(f"{made} {plural(len(result.samples), 'sample')} of {result.seq_length:,} tokens", *following))
+    print(closing(f"{made} {samples}", *following))
     return 0
 
 

@@ -116,7 +116,7 @@ def _print(result: "PreprocessResult") -> None:
         print(f"language         {sidecar.language}")
         print(f"documents        {sidecar.documents:,}")
         print(f"tokens           {sidecar.tokens:,} (including one end-of-document token per document)")
-        print(f"text             {sidecar.bytes:,} bytes")
+        print(f"text             {plural(sidecar.bytes, 'byte')}")
         print(f"encoded by       {sidecar.engine}")
     if result.text_bytes:
         print(f"speed            {result.text_bytes / result.seconds / 1e6:.2f} MB of text per second")

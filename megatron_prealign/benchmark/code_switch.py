@@ -43,6 +43,7 @@ from megatron_prealign.kernels.build_ngram_table import to_device
 from megatron_prealign.kernels.code_switch import launch_code_switch
 from megatron_prealign.kernels.code_switch_interface import KNOWN, LANGUAGES_FROM, MAX_SEQUENCE, RUNNING, SWITCHED
 from megatron_prealign.kernels.ngram_table import WORD
+from megatron_prealign.text import plural
 
 GPU_CASES = ((8, 4096), (256, 4096), (2, 131072))
 CPU_CASES = ((16, 4096),)
@@ -166,7 +167,7 @@ class CodeSwitchBenchmark:
 
     def header(self) -> list[str]:
         """Describes the machine and the workload."""
-        table = f"{self._table.num_keys:,} keys, {self._table.nbytes / 2**20:.1f} MiB"
+        table = f"{plural(self._table.num_keys, 'key')}, {self._table.nbytes / 2**20:.1f} MiB"
         lines = [*self.machine.lines(), f"workload  {self.workload.name} text, table of {table}"]
         lines.append(f"copy      {self.copy_bytes_per_second / 1e9:,.1f} GB/s with Tensor.copy_ (reads + writes)")
         if self.on_gpu:

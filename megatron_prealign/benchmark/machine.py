@@ -12,6 +12,7 @@ import torch
 import megatron_prealign
 from megatron_prealign.doctor.probe import ProbeError, run_command
 from megatron_prealign.resources import available_cores
+from megatron_prealign.text import plural
 
 _TIMEOUT_S = 20.0
 
@@ -52,7 +53,7 @@ class Machine:
         commit = f", commit {self.commit}" if self.commit else ""
         return [
             f"GPU       {gpu}",
-            f"CPU       {self.cpu}, {self.cores} cores, load {self.load or 'unknown'}",
+            f"CPU       {self.cpu}, {plural(self.cores, 'core')}, load {self.load or 'unknown'}",
             f"versions  megatron-prealign {self.version}{commit}, torch {self.torch}, "
             f"triton {self.triton or 'not installed'}, CUDA {self.cuda or 'none'}, Python {self.python}",
             f"date      {self.date}",

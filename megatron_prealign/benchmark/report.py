@@ -10,7 +10,7 @@ from megatron_prealign.benchmark.contrastive import ContrastiveMeasurement
 from megatron_prealign.benchmark.convert import ConvertMeasurement
 from megatron_prealign.benchmark.preprocess import PreprocessMeasurement
 from megatron_prealign.files.atomic import write_atomically
-from megatron_prealign.text import align
+from megatron_prealign.text import align, plural
 
 _DIGITS = 6
 _HEADINGS = (
@@ -71,7 +71,6 @@ def case_table(measured: Sequence[Measurement]) -> list[str]:
 def contrastive_table(measured: Sequence[ContrastiveMeasurement]) -> list[str]:
     """Formats the measurements of one case of the contrastive loss."""
     case = measured[0]
-    layers = "1 layer" if case.layers == 1 else f"{case.layers} layers"
     cells = [
         (
             each.implementation,
@@ -84,7 +83,8 @@ def contrastive_table(measured: Sequence[ContrastiveMeasurement]) -> list[str]:
         )
         for each in measured
     ]
-    return [f"{case.words} words x {case.hidden}, {layers}, {case.dtype}:", *align([_CONTRASTIVE_HEADINGS, *cells])]
+    size = f"{plural(case.words, 'word')} x {case.hidden}, {plural(case.layers, 'layer')}, {case.dtype}:"
+    return [size, *align([_CONTRASTIVE_HEADINGS, *cells])]
 
 
 # Column -> width. Fixed, because each row is printed as soon as it is measured, which may take minutes.

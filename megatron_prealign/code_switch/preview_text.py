@@ -94,7 +94,7 @@ def language_codes(preview: Preview) -> dict[str, str]:
 def caption(sample: PreviewSample, number: int) -> str:
     """Summary of a sample in one line."""
     running, _, switched, padded, truncated = sample.counts[:5]
-    text = f"sample {number} ({sample.language}): {switched} of {running} words switched"
+    text = f"sample {number} ({sample.language}): {switched} of {plural(running, 'word')} switched"
     text += f", {plural(truncated, 'token')} truncated" if truncated else ""
     return text + (f", {plural(padded, 'position')} padded" if padded else "")
 

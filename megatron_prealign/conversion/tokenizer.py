@@ -11,6 +11,7 @@ from typing import Any
 from megatron_prealign.conversion.clone_definition import clone_definition
 from megatron_prealign.conversion.sentencepiece_definition import Definition, sentencepiece_definition
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.clone import CloneTokenizer
 from megatron_prealign.tokenizer.huggingface import HuggingFaceTokenizer, read_config, read_definition
@@ -287,7 +288,7 @@ def compare_tokenizer(
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         return f"transformers cannot load the exported tokenizer ({reason})", []
     if len(hf) > vocab_size:
-        return f"transformers has {len(hf):,} tokens, the model only {vocab_size:,}", []
+        return f"transformers has {plural(len(hf), 'token')}, the model only {vocab_size:,}", []
     # Only a warning about long texts depends on it.
     hf.model_max_length = 1 << 40
     # Both match added tokens that are not special in a text.

@@ -30,6 +30,7 @@ from megatron_prealign.dictionary.variants import CASES, spell
 from megatron_prealign.errors import UserError
 from megatron_prealign.progress import Progress
 from megatron_prealign.resources import gc_disabled
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
 
 UNKNOWN = "pairs with a word that the tokenizer cannot encode"
@@ -251,7 +252,7 @@ def build_table(
 def _no_pairs_error(report: BuildReport) -> UserError:
     reasons = [f"{count} {name}" for name, count in report.rules.items() if count]
     if report.errors.count:
-        reasons.append(f"{report.errors.count} lines skipped, the first one {report.errors.first[0]}")
+        reasons.append(f"{plural(report.errors.count, 'line')} skipped, the first one {report.errors.first[0]}")
     return UserError(
         f"cannot build the dictionary: no pairs remain ({'; '.join(reasons) or 'none were read'}); check the format, "
         "the languages and the tokenizer"

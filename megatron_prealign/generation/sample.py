@@ -10,6 +10,7 @@ import torch
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.generation.load import LoadedModel
+from megatron_prealign.text import plural
 
 _SHOWN = 40
 
@@ -102,7 +103,8 @@ def _encode(loaded: LoadedModel, text: str, max_new_tokens: int) -> Prompt:
         ids = [start]
     if len(ids) >= context:
         raise UserError(
-            f"{name} has {len(ids):,} tokens, expected fewer than the model's context of {context:,}; shorten it"
+            f"{name} has {plural(len(ids), 'token')}, expected fewer than the model's context of {context:,}; shorten "
+            "it"
         )
     if max(ids) >= loaded.vocab_size:
         raise UserError(
@@ -112,7 +114,7 @@ def _encode(loaded: LoadedModel, text: str, max_new_tokens: int) -> Prompt:
     notes = _notes_on_unknown_tokens(loaded, name, ids)
     available = context - len(ids)
     if available < max_new_tokens:
-        notes.append(f"{name}: at most {available:,} tokens can follow in the model's context of {context:,}")
+        notes.append(f"{name}: at most {plural(available, 'token')} can follow in the model's context of {context:,}")
     return Prompt(text, ids, min(max_new_tokens, available), notes)
 
 
@@ -125,7 +127,7 @@ def _notes_on_unknown_tokens(loaded: LoadedModel, name: str, ids: Sequence[int])
     unknown = words.count(tokenizer.unk_token_id)
     if unknown and unknown == len(words):
         raise UserError(f"{name} has only tokens that the tokenizer of {loaded.path} does not know; use other words")
-    return [f"{name}: {unknown} of {len(words)} tokens are unknown to the tokenizer"] if unknown else []
+    return [f"{name}: unknown to the tokenizer: {unknown} of {plural(len(words), 'token')}"] if unknown else []
 
 
 def generate(

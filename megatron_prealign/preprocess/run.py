@@ -38,6 +38,7 @@ from megatron_prealign.preprocess.settings import check_settings, check_shard, s
 from megatron_prealign.preprocess.tokenise import BlockTokeniser, Route, TokenisedBlock, TokeniserSettings
 from megatron_prealign.preprocess.worker_pool import EngineChoice, tokenise_in_order
 from megatron_prealign.progress import Progress
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.tokenizer.segmenters import resolve_segmenter
@@ -129,8 +130,8 @@ def _interrupted_message(unfinished: UnfinishedRun) -> str:
     if not unfinished.is_saved:
         return "interrupted; nothing was saved and no files were left behind"
     return (
-        f"interrupted; {unfinished.saved_documents:,} documents are saved in {unfinished.directory}; resume with the "
-        "same command and --resume"
+        f"interrupted; saved {plural(unfinished.saved_documents, 'document')} in {unfinished.directory}; resume with "
+        "the same command and --resume"
     )
 
 
@@ -138,7 +139,8 @@ def _with_resume_hint(error: UserError, unfinished: UnfinishedRun) -> UserError:
     if not unfinished.is_saved:
         return error
     return UserError(
-        f"{error} ({unfinished.saved_documents:,} documents are saved in {unfinished.directory}; resume with --resume)"
+        f"{error} (saved {plural(unfinished.saved_documents, 'document')} in {unfinished.directory}; resume with "
+        "--resume)"
     )
 
 
@@ -227,7 +229,7 @@ class _Run:
         for source, modified in zip(self.sources, self.modified_ns, strict=True):
             digest.update(f"{source.name}\0{source.bytes}\0{modified}\0".encode("utf-8", "surrogateescape"))
         total = sum(source.bytes for source in self.sources)
-        return f"{len(self.sources):,} files, {total:,} bytes, sha256:{digest.hexdigest()[:16]}"
+        return f"{plural(len(self.sources), 'file')}, {plural(total, 'byte')}, sha256:{digest.hexdigest()[:16]}"
 
     def execute(self, unfinished: UnfinishedRun, show_progress: bool, start_s: float) -> PreprocessResult:
         journal = unfinished.journal

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prealign import interrupts
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.segmenters import Segmenter, checked_word_starts
 from megatron_prealign.tokenizer.word_boundaries import is_letter
 
@@ -201,5 +202,5 @@ def _training_error(reason: str, vocab_size: int) -> UserError:
 
 def _too_little_text(actual: int, vocab_size: int) -> UserError:
     return UserError(
-        f"the text yields only {actual} tokens, expected {vocab_size}; add text or use --vocab-size {actual}"
+        f"the text yields only {plural(actual, 'token')}, expected {vocab_size}; add text or use --vocab-size {actual}"
     )

@@ -102,7 +102,7 @@ def _training(lengths: Sequence[PhaseLength], seq_length: int) -> str:
     words = sum(length.word_tokens for length in lengths)
     return (
         f"{plural(sum(length.steps for length in lengths), 'step')} ({steps}), "
-        f"{sum(length.samples for length in lengths) * seq_length:,} tokens of text"
+        f"{plural(sum(length.samples for length in lengths) * seq_length, 'token')} of text"
         + (f" and about {words:,} of dictionary words" if words else "")
     )
 

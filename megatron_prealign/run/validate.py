@@ -18,6 +18,7 @@ from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
 from megatron_prealign.run.output_paths import check_output_paths
 from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.summary import summarise
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.training.wandb import check_wandb
@@ -129,10 +130,10 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
 
 def _headline(recipe: Recipe, tokens: int) -> str:
     training = recipe.training
-    budget = f"{training.train_tokens:,} tokens" if training.train_tokens else f"{training.train_iters:,} steps"
+    amount = (training.train_tokens, "token") if training.train_tokens else (training.train_iters or 0, "step")
     parts = [name for name in ("alignment", "code_switch") if getattr(recipe, name) is not None]
     return (
-        f"the recipe is valid: {budget} of training on sources of {tokens:,} tokens, languages "
+        f"the recipe is valid: {plural(*amount)} of training on sources of {tokens:,} tokens, languages "
         f"{', '.join(recipe.data.languages)}, {' and '.join(parts) or 'neither alignment nor code_switch'}"
     )
 

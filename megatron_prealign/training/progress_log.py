@@ -11,7 +11,7 @@ from megatron_prealign.model.flops import peak_flops, training_flops_per_token
 from megatron_prealign.progress import Progress
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.recipe.phases import ALIGNMENT
-from megatron_prealign.text import clock, duration
+from megatron_prealign.text import clock, duration, plural
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.meter import max_over_ranks
 from megatron_prealign.training.metrics_log import MetricsLog
@@ -178,7 +178,7 @@ def _line(record: dict[str, Any], where: str, eta: str) -> str:
     if aligned := [loss for loss in record.get("alignment_loss") or () if loss is not None]:
         parts.append(f"alignment loss {math.fsum(aligned) / len(aligned):.4f}")
     if record.get("word_steps"):
-        parts.append(f"words in {record['word_steps']} steps")
+        parts.append(f"words in {plural(record['word_steps'], 'step')}")
     if "switched_word_rate" in record:
         parts.append(f"switched {record['switched_word_rate']:.2%}")
     parts.append(f"lr {record['learning_rate']:.2e}")

@@ -239,5 +239,5 @@ def test_an_empty_dictionary_is_an_error_with_reasons(tokenizer):
         build_table(GroupBuilder().build(), tokenizer, BuildSettings(), BuildReport())
     report = BuildReport()
     report.errors.add("a.tsv:1: got 1 column")
-    with user_error("no pairs remain", "1 lines skipped", "a.tsv:1: got 1 column"):
+    with user_error("no pairs remain", "1 line skipped", "a.tsv:1: got 1 column"):
         build_table(GroupBuilder().build(), tokenizer, BuildSettings(), report)

@@ -121,7 +121,7 @@ def test_fewer_samples_than_requested(inputs: list[str], capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     samples = len(re.findall(r"^sample ", printed, re.M))
     assert 0 < samples < 1000
-    assert re.search(rf"\b{samples} samples of 20000 tokens.*\b1000$", printed, re.M)
+    assert re.search(rf"\b{samples} samples of 20,000 tokens.*\b1,000$", printed, re.M)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from megatron_prealign.checkpoint.manifest import FileRecord
 from megatron_prealign.errors import UserError, shortened
 from megatron_prealign.files.sync import sync_directory
 from megatron_prealign.runtime.log import warn_on_rank_zero
+from megatron_prealign.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def warn_about_fallback(choice: CheckpointChoice) -> None:
     """Logs a warning for each corrupt checkpoint that is skipped, with the number of steps to repeat."""
     for directory, problems in choice.damaged.items():
         step, chosen = step_of(directory), step_of(choice.checkpoint)
-        lost = f", repeating {step - chosen:,} steps" if step is not None and chosen is not None else ""
+        lost = f", repeating {plural(step - chosen, 'step')}" if step is not None and chosen is not None else ""
         warn_on_rank_zero(
             logger,
             "%s is corrupt (%s): resuming from %s instead%s",

@@ -18,6 +18,7 @@ from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.data.blend import SavedBlend
 from megatron_prealign.recipe import CheckpointSection, Recipe
+from megatron_prealign.text import plural
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class StartPoint:
             return f"starts from the weights of {self.checkpoint}"
         state = self.summary["train_state"]
         what = "resumes from" if self.kind == "resume" else "continues another run from"
-        return f"{what} {self.checkpoint} (phase {self.phase}, step {state['step']:,}, {state['tokens']:,} tokens)"
+        tokens = plural(state["tokens"], "token")
+        return f"{what} {self.checkpoint} (phase {self.phase}, step {state['step']:,}, {tokens})"
 
 
 FRESH = StartPoint("fresh")

@@ -10,6 +10,7 @@ from megatron_prealign.data.dataset import Dataset, open_dataset, token_position
 from megatron_prealign.data.indexed import Index
 from megatron_prealign.data.sidecar import sidecar_path
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import plural
 
 if TYPE_CHECKING:
     from megatron_prealign.tokenizer.base import Tokenizer
@@ -258,8 +259,8 @@ def render(inspection: Inspection) -> list[str]:
     lines = [
         f"{inspection.prefix}",
         f"documents     {inspection.documents:,}"
-        + ("" if inspection.sequences == inspection.documents else f" in {inspection.sequences:,} sequences"),
-        f"tokens        {inspection.tokens:,} as {inspection.dtype}, {inspection.bin_bytes:,} bytes",
+        + ("" if inspection.sequences == inspection.documents else f" in {plural(inspection.sequences, 'sequence')}"),
+        f"tokens        {inspection.tokens:,} as {inspection.dtype}, {plural(inspection.bin_bytes, 'byte')}",
     ]
     lines += (
         ["sidecar       none (made by other tools); training needs one"] if sidecar is None else _sidecar_lines(sidecar)
@@ -273,12 +274,13 @@ def render(inspection: Inspection) -> list[str]:
         lines.append(f"  {token:>8}  {count / counts.tokens:7.2%}{shown}")
     if counts.outside:
         lines.append(
-            f"  {counts.outside:,} tokens are outside the vocabulary; run megatron-prealign dataset verify for details"
+            f"  outside the vocabulary: {plural(counts.outside, 'token')}; run megatron-prealign dataset verify for "
+            "details"
         )
     if inspection.samples:
         lines += ["", "samples:"]
     for sample in inspection.samples:
-        lines.append(f"  document {sample.document:,}, {sample.tokens:,} tokens:")
+        lines.append(f"  document {sample.document:,}, {plural(sample.tokens, 'token')}:")
         lines.append(f"    {' '.join(map(str, sample.ids[:20])) if sample.text is None else repr(sample.text)}")
     if inspection.note is not None:
         lines.append(f"note: {inspection.note}")

@@ -18,6 +18,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.files.checksum import CHECKSUM_BLOCK, checksum_of_blocks, file_checksum
 from megatron_prealign.files.threads import stoppable_threads
 from megatron_prealign.progress import Progress
+from megatron_prealign.text import plural
 
 _READ_BYTES = 4 * 1024 * 1024
 # Number of documents checked at a time.
@@ -59,7 +60,7 @@ def verify(prefix: str, *, workers: int = 1, tokenizer: str | None = None, show_
         _check_tokenizer(result, sidecar, tokenizer)
     index = _try(result, lambda: load_index(idx_path(prefix), prefix))
     if index is not None:
-        result.checked.append(f"index of {index.documents:,} documents")
+        result.checked.append(f"index of {plural(index.documents, 'document')}")
         if index.tokens == 0 and (sidecar is None or sidecar.shard is None):
             result.problems.append(f"{index.path}: contains no tokens; {_AGAIN}")
         if sidecar is not None:
@@ -170,7 +171,7 @@ def _check_tokens(
         return
     stats, checksum = read
     vocab_size, eod = sidecar.tokenizer.vocab_size, sidecar.eod_id
-    result.checked.append(f"{index.tokens:,} ids" + (" and the end of every document" if sidecar.append_eod else ""))
+    result.checked.append(plural(index.tokens, "id") + (" and the end of every document" if sidecar.append_eod else ""))
     _check_checksum(result, path, sidecar, "bin", lambda _: checksum)
     if stats.smallest < 0 or stats.largest >= vocab_size:
         result.problems.append(
@@ -179,8 +180,8 @@ def _check_tokens(
         )
     if stats.first_open is not None:
         result.problems.append(
-            f"{path}: {stats.open_documents:,} documents do not end with the end-of-document id {eod}, first document "
-            f"{stats.first_open:,} (from 0); {_AGAIN}"
+            f"{path}: {plural(stats.open_documents, 'document')} without the end-of-document id {eod} at the end, "
+            f"first document {stats.first_open:,} (from 0); {_AGAIN}"
         )
     if stats.first_inner is not None:
         result.problems.append(

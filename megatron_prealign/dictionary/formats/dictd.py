@@ -16,6 +16,7 @@ from megatron_prealign.dictionary.formats.base import (
 )
 from megatron_prealign.dictionary.formats.licences import find_licence
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import plural
 
 _DIGITS = {
     digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
@@ -89,7 +90,7 @@ def _read_index(reading: Reading, index: Path) -> Iterator[_IndexEntry]:
         fields = line.split("\t")
         # The optional fourth column is the original headword, with its punctuation and capitals.
         if len(fields) not in (3, 4):
-            count = "1 column" if len(fields) == 1 else f"{len(fields)} columns"
+            count = plural(len(fields), "column")
             reading.bad_entry(number, f"got {count}, expected headword, offset and size separated by tabs")
             continue
         begin, size = _number(fields[1]), _number(fields[2])

@@ -19,6 +19,7 @@ from megatron_prealign.dictionary.formats.base import DictionaryInput, Entries, 
 from megatron_prealign.dictionary.formats.language_codes import TRADITIONAL, same_language
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import plural
 
 _COMPRESSED = ("", ".gz", ".zst", ".bz2")
 _VARIETY = re.compile(r"([a-z]{3})_(\d{3})")
@@ -101,7 +102,8 @@ def _rows(reading: Reading, directory: Path, name: str, columns: Sequence[str]) 
         elif len(row) > max(indices):
             yield line_number, [row[each] for each in indices]
         elif row:
-            file_reading.bad_entry(line_number, f"got {len(row)} columns, expected {max(indices) + 1} or more")
+            got = plural(len(row), "column")
+            file_reading.bad_entry(line_number, f"got {got}, expected {max(indices) + 1} or more")
 
 
 def _column_indices(path: Path, header: list[str], columns: Sequence[str]) -> list[int]:

@@ -22,6 +22,7 @@ from megatron_prealign.data.sources import open_training_sources
 from megatron_prealign.files import checksum
 from megatron_prealign.recipe.data import DataSection, DataSource
 from megatron_prealign.run.validate import _check_source
+from megatron_prealign.text import plural
 
 
 def problems(prefix: str, **options: object) -> list[str]:
@@ -96,7 +97,7 @@ DAMAGE = {
     "an id too large": (patch_tokens(1, VOCAB_SIZE), ["got ids from 3 to 1000, expected 0 to 999", "a.bin: checksum"]),
     "a document without an end": (
         patch_tokens(3, 20),
-        ["1 documents do not end with the end-of-document id 3, first document 1 ", "a.bin: checksum"],
+        ["1 document without the end-of-document id 3 at the end, first document 1 ", "a.bin: checksum"],
     ),
     "an end inside": (patch_tokens(1, EOD), ["occurs 1 times inside documents, first at token 1 ", "a.bin: checksum"]),
     "a flipped bit": (patch_tokens(0, 10), ["a.bin: checksum is xxh3:"]),
@@ -119,7 +120,7 @@ DAMAGE = {
     ),
     "eod outside": (
         change_sidecar(eod_id=-1),
-        ["eod_id is -1, expected an id from 0 to 999", "3 documents do not end with the end-of-document id -1"],
+        ["eod_id is -1, expected an id from 0 to 999", "3 documents without the end-of-document id -1"],
     ),
     "bits after the end": (set_bits(0, 0xFF), ["has bits set after its 6 tokens", "a.words: checksum"]),
     "a document without a word": (set_bits(0, 0b110111), ["no word starts at token 3", "a.words: checksum"]),
@@ -181,9 +182,8 @@ def test_ends_against_the_definition(tmp_path_factory, documents, cut):
     expected = []
     without = [number for number, document in enumerate(documents) if not document or document[-1] != EOD]
     if any(documents) and without:
-        expected.append(
-            f"{len(without):,} documents do not end with the end-of-document id 3, first document {without[0]:,} "
-        )
+        count = plural(len(without), "document")
+        expected.append(f"{count} without the end-of-document id 3 at the end, first document {without[0]:,} ")
     starts = np.cumsum([0, *map(len, documents)])
     inside = [
         int(start) + place
