@@ -3,16 +3,16 @@
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
 
+_LOG_INTERVAL_S = 10.0
 _TIMES = "{elapsed}<{remaining}, {rate_fmt}"
 
 
 class Progress:
     """Shows progress towards a total, which may be unknown, on standard error.
 
-    On a terminal it is a tqdm bar with ETA. Otherwise it writes at most one plain line every `log_interval_s` seconds,
-    so that log files stay readable. `enabled=False` (ranks other than 0) shows nothing.
+    On a terminal it is a tqdm bar with ETA. Otherwise it writes at most one plain line every ten seconds, so
+    that log files stay readable. `enabled=False` (ranks other than 0) shows nothing.
     """
 
     def __init__(
@@ -23,8 +23,6 @@ class Progress:
         unit: str = "items",
         unit_scale: bool = False,
         enabled: bool = True,
-        log_interval_s: float = 10.0,
-        stream: TextIO | None = None,
     ) -> None:
         """
         Args:
@@ -35,9 +33,8 @@ class Progress:
         """
         from tqdm import tqdm
 
-        self._stream = stream or sys.stderr
+        self._stream = sys.stderr
         self._terminal = self._stream.isatty()
-        self._log_interval_s = log_interval_s
         self._enabled = enabled
         self._last_line_s = time.monotonic()
         self._bar = tqdm(
@@ -58,7 +55,7 @@ class Progress:
         """Adds `amount` finished units."""
         self._count += amount
         self._bar.update(amount)
-        if self._enabled and not self._terminal and time.monotonic() - self._last_line_s >= self._log_interval_s:
+        if self._enabled and not self._terminal and time.monotonic() - self._last_line_s >= _LOG_INTERVAL_S:
             self._write_line()
 
     def _write_line(self) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import sys
 
 import pytest
 
@@ -57,10 +58,13 @@ class Terminal(io.StringIO):
         (2_300_000, "documents", "1150000/2300000 documents ["),
     ],
 )
-def test_amounts_have_their_unit(stream_type: type[io.StringIO], total: int | None, unit: str, text: str) -> None:
+def test_amounts_have_their_unit(
+    monkeypatch: pytest.MonkeyPatch, stream_type: type[io.StringIO], total: int | None, unit: str, text: str
+) -> None:
     stream = stream_type()
+    monkeypatch.setattr(sys, "stderr", stream)
     # Wide enough for a bar.
-    with Progress("work", total, unit=unit, unit_scale=unit == "B", stream=stream) as progress:
+    with Progress("work", total, unit=unit, unit_scale=unit == "B") as progress:
         progress._bar.dynamic_ncols = None
         progress._bar.ncols = 200
         progress.update(1_150_000)

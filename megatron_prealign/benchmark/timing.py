@@ -25,6 +25,7 @@ WARM_CALLS = 20
 """Calls per graph for measurements with a warm L2 cache, to amortise the launch of the graph."""
 _FLUSH_BYTES = 256 << 20
 _MICRO = 1e6
+_COPIES = 10
 
 
 class Timing(NamedTuple):
@@ -153,13 +154,12 @@ def time_replays(captured: CapturedCall, repeats: int, flush: Tensor | None) -> 
     return summarise([start.elapsed_time(end) * 1e-3 / captured.calls for start, end in events[WARM_UP:]])
 
 
-def copy_bandwidth(device: torch.device, size: int, repeats: int = 10) -> float:
+def copy_bandwidth(device: torch.device, size: int) -> float:
     """Bandwidth of `Tensor.copy_` in bytes per second, counting both reads and writes.
 
     Args:
         device: A GPU, or the CPU inside `one_thread`.
         size: Size of the buffer in bytes; much larger than the caches.
-        repeats: Number of measured copies.
     """
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -168,7 +168,7 @@ def copy_bandwidth(device: torch.device, size: int, repeats: int = 10) -> float:
         return target.copy_(source)
 
     if device.type == "cuda":
-        timing = time_replays(capture(copy, 1), repeats, None)
+        timing = time_replays(capture(copy, 1), _COPIES, None)
     else:
-        timing = time_call(copy, repeats, device)
+        timing = time_call(copy, _COPIES, device)
     return 2 * size / timing.median_us * _MICRO

@@ -111,7 +111,6 @@ def huggingface_config(
     seq_length: int,
     dtype: str,
     eod_id: int | None,
-    bos_id: int | None = None,
 ) -> dict[str, Any]:
     """Content of config.json for a model.
 
@@ -119,8 +118,7 @@ def huggingface_config(
         vocab_size: Number of ids, without padding.
         seq_length: Sequence length of training; the context length, unless the model sets another.
         dtype: Dtype of the weights: `float32`, `bfloat16` or `float16`.
-        eod_id: The end-of-document id; None if unknown.
-        bos_id: Id that a text starts with; None for `eod_id`, which precedes every document in training.
+        eod_id: The end-of-document id; None if unknown. A text also starts with it, as every document in training.
     """
     family = FAMILIES[model.family]
     values = asdict(model) | {
@@ -138,7 +136,7 @@ def huggingface_config(
         config["rope_scaling"] = _hf_rope_scaling(model.rope_scaling)
     config |= {
         "vocab_size": vocab_size,
-        "bos_token_id": eod_id if bos_id is None else bos_id,
+        "bos_token_id": eod_id,
         "eos_token_id": eod_id,
         "torch_dtype": dtype,
         "use_cache": True,

@@ -165,17 +165,15 @@ def measure_coverage(table: DictionaryTable, prefix: str | Path, max_tokens: int
     )
 
 
-def blend_coverage(
-    table: DictionaryTable, sources: Sequence[DataSource], max_tokens: int = BLEND_TOKENS
-) -> dict[str, float]:
+def blend_coverage(table: DictionaryTable, sources: Sequence[DataSource]) -> dict[str, float]:
     """Measures the coverage per language of a training blend, with sources weighted as in the blend.
 
-    The choice of documents depends only on the datasets.
+    The choice of documents depends only on the datasets: at most `BLEND_TOKENS` per language, divided among its
+    sources.
 
     Args:
         table: table with only the keys to match (`switchable.select_keys`).
         sources: the blend.
-        max_tokens: number of tokens to sample per language, divided among its sources.
 
     Raises:
         UserError: a dataset is missing, corrupt, or preprocessed with another tokenizer.
@@ -184,7 +182,7 @@ def blend_coverage(
     weights: defaultdict[str, float] = defaultdict(float)
     counts = Counter(source.language for source in sources)
     for source in sources:
-        measured = measure_coverage(table, source.path, max(max_tokens // counts[source.language], 1))
+        measured = measure_coverage(table, source.path, max(BLEND_TOKENS // counts[source.language], 1))
         if measured.running_words:
             known[source.language] += source.weight * measured.share
             weights[source.language] += source.weight

@@ -5,7 +5,7 @@ pairs of a file. Lists have millions of pairs: each distinct word is classified 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress, count, islice
 from typing import Any
@@ -178,13 +178,6 @@ class GroupBuilder:
     _pairs: list[_Pairs] = field(default_factory=list)
     _cleaned: dict[str, str] = field(default_factory=dict)
     _num_read: int = 0
-
-    def add(
-        self, entries: Iterable[Sequence[str]], languages: Sequence[str], weights: Sequence[float] | None = None
-    ) -> int:
-        """Adds entries with words in `languages`, source first; returns their number of pairs."""
-        columns = [list(column) for column in zip(*entries, strict=True)]
-        return self.add_columns(columns, languages, weights) if columns else 0
 
     def add_columns(
         self, columns: Sequence[list[str]], languages: Sequence[str], weights: Sequence[float] | None = None

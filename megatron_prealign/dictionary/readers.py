@@ -23,17 +23,7 @@ from megatron_prealign.dictionary.formats.base import (
 from megatron_prealign.errors import UserError
 from megatron_prealign.languages import is_language_code
 
-__all__ = [
-    "DictionaryInput",
-    "Entries",
-    "FileInfo",
-    "FileFormat",
-    "OnError",
-    "ReadErrors",
-    "parse_input",
-    "parse_languages",
-    "read_entries",
-]
+__all__ = ["DictionaryInput", "FileInfo", "OnError", "ReadErrors", "parse_input", "read_entries"]
 
 LANGUAGES_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(-[A-Za-z][A-Za-z0-9_]*)+")
 

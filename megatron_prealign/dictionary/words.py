@@ -64,11 +64,6 @@ def has_note(word: str) -> bool:
     return bool(_BRACKET.search(word) or _ENTITY.search(word) or _WIKI.search(word))
 
 
-def has_letter(word: str) -> bool:
-    """Whether at least one character is a letter of any script."""
-    return any(character.isalpha() for character in word)
-
-
 class WordInfo(NamedTuple):
     """Properties of words, each `[N]`."""
 

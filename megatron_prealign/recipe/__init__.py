@@ -5,7 +5,7 @@ from megatron_prealign.recipe.alignment_guard import AlignmentGuardSection
 from megatron_prealign.recipe.alignment_watch import AlignmentWatchSection
 from megatron_prealign.recipe.checkpoint import CheckpointSection
 from megatron_prealign.recipe.checks import RecipeValueError
-from megatron_prealign.recipe.code_switch import CodeSwitchSection, LabelMode
+from megatron_prealign.recipe.code_switch import CodeSwitchSection
 from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSource
 from megatron_prealign.recipe.dictionary import DictionarySection
 from megatron_prealign.recipe.load import load_recipe, recipe_to_dict, save_recipe
@@ -13,7 +13,7 @@ from megatron_prealign.recipe.logging import LoggingSection
 from megatron_prealign.recipe.model import ModelSection, RopeScaling
 from megatron_prealign.recipe.optimizer import OptimizerSection
 from megatron_prealign.recipe.parallel import ParallelSection
-from megatron_prealign.recipe.phases import ALIGNMENT, LANGUAGE_MODEL, PhasePlan
+from megatron_prealign.recipe.phases import ALIGNMENT, LANGUAGE_MODEL
 from megatron_prealign.recipe.recipe import Recipe
 from megatron_prealign.recipe.training import TrainingSection
 
@@ -28,12 +28,10 @@ __all__ = [
     "DataSection",
     "DataSource",
     "DictionarySection",
-    "LabelMode",
     "LoggingSection",
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
-    "PhasePlan",
     "Recipe",
     "RecipeValueError",
     "RopeScaling",

@@ -1,6 +1,5 @@
 """Training loop: runs a list of phases step by step."""
 
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,6 @@ from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.optimizer import build_schedule, reset_optimizer
 from megatron_prealign.training.callbacks import Callback
 from megatron_prealign.training.phase import Phase
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:

@@ -15,7 +15,7 @@ def switch_own_samples(values: dict[str, Any], directory: str) -> dict[int, list
     import torch.distributed as dist
     from support.token_datasets import open_samples
 
-    from megatron_prealign.code_switch import CodeSwitcher, SequenceFormat
+    from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat
     from megatron_prealign.dictionary.switchable import switchable_table
     from megatron_prealign.dictionary.table import load_table
     from megatron_prealign.tokenizer.load import load_tokenizer

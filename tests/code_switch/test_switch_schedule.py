@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_prealign.code_switch import RatioSchedule
+from megatron_prealign.code_switch.schedule import RatioSchedule
 from megatron_prealign.recipe import CodeSwitchSection
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.messages import assert_facts, user_error
 
-from megatron_prealign.code_switch import CodeSwitcher, SequenceFormat, SwitchedBatch, plain_batch
+from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat, SwitchedBatch, plain_batch
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.recipe import CodeSwitchSection

@@ -1,6 +1,7 @@
 """From pairs to keys and candidates, on a real tokenizer."""
 
 import numpy as np
+from support.dictionary_files import add_entries
 from support.messages import user_error
 
 from megatron_prealign.dictionary import build as rules
@@ -14,7 +15,7 @@ def make(tokenizer: Tokenizer, *lists: tuple[str, list[list[str]]], **settings) 
     report = BuildReport()
     builder = GroupBuilder(counts=report.rules)
     for languages, entries in lists:
-        builder.add(entries, languages.split("-"))
+        add_entries(builder, entries, languages.split("-"))
     table = build_table(builder.build(), tokenizer, BuildSettings(**settings), report)
     assert find_problem(table) is None
     return table, report
@@ -129,9 +130,9 @@ def weights_of(table: DictionaryTable, tokenizer: Tokenizer) -> dict[str, list[f
 def test_weights_stay_with_their_candidates(tokenizer):
     report = BuildReport()
     builder = GroupBuilder()
-    builder.add([["apple", "rot"]], ("en", "de"))
-    builder.add([["bank", "Bank"], ["bank", "ufer"], ["bank", "Ufer"]], ("en", "de"), [0.5, 2.0, 3.0])
-    builder.add([["bank", "banque"]], ("en", "fr"), [0.25])
+    add_entries(builder, [["apple", "rot"]], ("en", "de"))
+    add_entries(builder, [["bank", "Bank"], ["bank", "ufer"], ["bank", "Ufer"]], ("en", "de"), [0.5, 2.0, 3.0])
+    add_entries(builder, [["bank", "banque"]], ("en", "fr"), [0.25])
     table = build_table(builder.build(), tokenizer, BuildSettings(), report)
     found, weights = translations(table, tokenizer), weights_of(table, tokenizer)
     assert table.candidate_weight.dtype == np.float32

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.dictionary_files import add_entries
 from support.messages import user_error
 
 from megatron_prealign.data.word_bitmap import words_path
@@ -22,7 +23,7 @@ from megatron_prealign.recipe import DataSource
 
 def build(tokenizer, pairs, languages=("en", "de")):
     builder = GroupBuilder()
-    builder.add(pairs, languages)
+    add_entries(builder, pairs, languages)
     return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.dictionary_files import read
+from support.dictionary_files import add_entries, read
 
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
 from megatron_prealign.dictionary.coverage import match_words, split_words
@@ -123,7 +123,7 @@ def test_panlex(tmp_path, langvar, expr, denotation, good):
 @pytest.fixture(scope="module")
 def table(tokenizer) -> DictionaryTable:
     builder = GroupBuilder()
-    builder.add([["apple", "Apfel"], ["house", "Haus"], ["house", "Gebäude"]], ("en", "de"), [1.0, 2.0, 1.0])
+    add_entries(builder, [["apple", "Apfel"], ["house", "Haus"], ["house", "Gebäude"]], ("en", "de"), [1.0, 2.0, 1.0])
     return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
 
 

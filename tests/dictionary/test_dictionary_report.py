@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.dictionary_files import add_entries
 from support.messages import assert_facts, assert_refused, user_error
 
 from megatron_prealign.cli import main
@@ -22,8 +23,8 @@ DOCUMENTS = ['The apple, (apple) and "Apple" - red! house', "red\nhouse. 42 Hous
 
 def make_table(tokenizer) -> DictionaryTable:
     builder = GroupBuilder()
-    builder.add([["apple", "Apfel"], ["red", "rot"], ["red", "roter"]], ("en", "de"), [1.0, 3.0, 1.0])
-    builder.add([["red", "rouge"], ["house", "maison"]], ("en", "fr"))
+    add_entries(builder, [["apple", "Apfel"], ["red", "rot"], ["red", "roter"]], ("en", "de"), [1.0, 3.0, 1.0])
+    add_entries(builder, [["red", "rouge"], ["house", "maison"]], ("en", "fr"))
     return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
 
 

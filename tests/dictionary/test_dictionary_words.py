@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.dictionary_files import add_entries
 from support.messages import user_error
 
 from megatron_prealign.dictionary import groups as rules
@@ -64,7 +65,7 @@ def test_scripts_of_languages():
 
 def build(pairs, languages=("en", "ru"), **fields):
     builder = GroupBuilder(cleaning=Cleaning(**fields))
-    builder.add(pairs, languages)
+    add_entries(builder, pairs, languages)
     built = builder.build()
     groups = [
         (built.texts[built.source[group]], built.texts[target])

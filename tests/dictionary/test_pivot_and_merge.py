@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+from support.dictionary_files import add_entries
 from support.messages import assert_facts, user_error
 
 from megatron_prealign.dictionary import pivot as pivot_rules
@@ -24,7 +25,7 @@ def groups_of(*lists):
     """Groups of `(languages, pairs[, weights])`; sources may be phrases."""
     builder = GroupBuilder(phrase_sources=frozenset({"en"}))
     for languages, pairs, *weights in lists:
-        builder.add(pairs, tuple(languages.split("-")), *weights)
+        add_entries(builder, pairs, tuple(languages.split("-")), *weights)
     return builder.build()
 
 

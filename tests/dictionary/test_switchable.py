@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.dictionary_files import add_entries
 from support.messages import user_error
 
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
@@ -19,8 +20,8 @@ FR_DE = [["maison", "Haus"], ["été", "Sommer"]]
 @pytest.fixture(scope="module")
 def table(tokenizer) -> DictionaryTable:
     builder = GroupBuilder()
-    builder.add(EN_DE, ("en", "de"))
-    builder.add(FR_DE, ("fr", "de"))
+    add_entries(builder, EN_DE, ("en", "de"))
+    add_entries(builder, FR_DE, ("fr", "de"))
     return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
 
 
@@ -78,7 +79,7 @@ def test_word_length_counts_characters(table):
 
 def test_word_length_of_one_and_of_characters_of_three_bytes(tokenizer):
     builder = GroupBuilder()
-    builder.add([["ở", "in"], ["cỏ", "Gras"], ["bạn", "du"]], ("vi", "de"))
+    add_entries(builder, [["ở", "in"], ["cỏ", "Gras"], ["bạn", "du"]], ("vi", "de"))
     table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
     assert sources(table) == {"ở", "cỏ", "bạn"}
     assert sources(select(table, min_word_length=2)) == {"cỏ", "bạn"}
@@ -105,10 +106,10 @@ def test_keep_uses_the_translation_as_spelled_in_the_dictionary(table, tokenizer
 
 def test_keep_drops_keys_without_other_candidates(tokenizer):
     builder = GroupBuilder()
-    builder.add([["bank", "Bank"], ["bank", "BANK"]], ("en", "de"))
+    add_entries(builder, [["bank", "Bank"], ["bank", "BANK"]], ("en", "de"))
     table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
     assert " BANK" not in texts(table, tokenizer)
-    builder.add([["red", "RED"], ["gold", "gold"]], ("en", "de"))
+    add_entries(builder, [["red", "RED"], ["gold", "gold"]], ("en", "de"))
     table = build_table(builder.build(), tokenizer, BuildSettings(drop_identical=False), BuildReport())
     kept = texts(select(table, case="keep"), tokenizer)
     assert " RED" not in kept and kept[" Red"] == [" RED"]
@@ -162,8 +163,8 @@ def test_uniform_weights(table):
 
 def test_languages_without_a_weight_are_dropped(tokenizer):
     builder = GroupBuilder()
-    builder.add([["apple", "apfel"], ["house", "Haus"]], ("en", "de"))
-    builder.add([["house", "maison"]], ("en", "fr"))
+    add_entries(builder, [["apple", "apfel"], ["house", "Haus"]], ("en", "de"))
+    add_entries(builder, [["house", "maison"]], ("en", "fr"))
     table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
     german = texts(select(table, language_weights={"de": 2.0}), tokenizer)
     assert german[" house"] == [" Haus"] and german[" apple"] == [" apfel"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.dictionary_files import add_entries
 from support.messages import assert_facts, user_error
 
 from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
@@ -18,7 +19,7 @@ PAIRS = [["apple", "Apfel"], ["house", "Haus"], ["house", "Gebäude"], ["red", "
 @pytest.fixture(scope="module")
 def table(tokenizer) -> DictionaryTable:
     builder = GroupBuilder()
-    builder.add(PAIRS, ("en", "de"))
+    add_entries(builder, PAIRS, ("en", "de"))
     sources = [{"path": "a.tsv", "pairs": len(PAIRS), "licence": "GPL-2+"}]
     return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport(), sources=sources)
 
@@ -186,7 +187,7 @@ def test_held_out_groups_depend_only_on_the_source_word(tokenizer):
 
     def held_out(pairs: list[list[str]], fraction: float, language: str = "de") -> set[str]:
         builder = GroupBuilder()
-        builder.add(pairs, ("en", language))
+        add_entries(builder, pairs, ("en", language))
         table = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
         return {table.group_words(int(group))[0][1] for group in np.flatnonzero(table.held_out_groups(fraction))}
 
@@ -208,7 +209,7 @@ def test_without_groups_drops_only_their_keys(table, tokenizer):
     assert set(remaining.key_group.tolist()) == {0, 2}
     # The result equals a dictionary built without those words, except for the group numbers.
     builder = GroupBuilder()
-    builder.add([PAIRS[0], PAIRS[3]], ("en", "de"))
+    add_entries(builder, [PAIRS[0], PAIRS[3]], ("en", "de"))
     smaller = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
     for name in TENSORS:
         if name.startswith(("key_", "candidate_")) and name != "key_group":

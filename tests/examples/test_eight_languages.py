@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_prealign.cli import main
-from megatron_prealign.code_switch import CodeSwitcher
+from megatron_prealign.code_switch.switcher import CodeSwitcher
 from megatron_prealign.data.indexed import open_indexed
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.dictionary.coverage import measure_coverage

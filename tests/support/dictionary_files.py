@@ -2,11 +2,12 @@
 
 import bz2
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
+from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, ReadErrors, read_entries
 
 
@@ -23,6 +24,17 @@ def read(path: Path, languages: str = "en-de", **options):
             for *words, weight in zip(*block.columns, weights, strict=True)
         ]
     return pairs, info, errors
+
+
+def add_entries(
+    builder: GroupBuilder,
+    entries: Iterable[Sequence[str]],
+    languages: Sequence[str],
+    weights: Sequence[float] | None = None,
+) -> int:
+    """Adds entries with words in `languages`, source first; returns their number of pairs."""
+    columns = [list(column) for column in zip(*entries, strict=True)]
+    return builder.add_columns(columns, languages, weights) if columns else 0
 
 
 def zstd(data: bytes) -> bytes:

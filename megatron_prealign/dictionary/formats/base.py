@@ -31,6 +31,7 @@ MAX_LISTED_ERRORS = 100
 # Within the range of a 32-bit float, with headroom for sums of many weights.
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
 BLOCK_BYTES = 1 << 22
+_START_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 26
 # Entries per block yielded by readers that parse complete articles.
 BLOCK_ENTRIES = 1 << 16
@@ -153,13 +154,13 @@ def compression_of(path: Path) -> str:
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
 
 
-def read_start(path: Path, size: int = 1 << 16) -> bytes:
+def read_start(path: Path) -> bytes:
     """Returns the first decompressed bytes of a file, or b"" if they cannot be decompressed.
 
     Raises:
         UserError: the file cannot be opened.
     """
-    chunks = read_chunks(str(path), compression_of(path), size)
+    chunks = read_chunks(str(path), compression_of(path), _START_BYTES)
     try:
         return next(chunks, (b"", 0))[0]
     except ReadError:
