@@ -12,6 +12,11 @@ DISK_ERRORS = DISK_FULL | {errno.EROFS, errno.EIO}
 # Libraries written in Rust (safetensors, tokenizers) report the error number only in their text.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
+# torch's error for memory that the system refuses, and for a size that no number of bytes can hold.
+_TORCH_ALLOCATION = re.compile(
+    r"can't allocate memory: (you tried to allocate \d+ bytes)|(Storage size calculation .*)"
+)
+
 
 class UserError(Exception):
     """An error in the user's files, recipe or command line.
@@ -39,6 +44,24 @@ def to_user_error(error: OSError) -> UserError | None:
     return UserError(
         f"{error.filename}: {error.strerror} ({type(error).__name__}); check the path, its permissions and free disk "
         "space"
+    )
+
+
+def memory_error(error: MemoryError | RuntimeError) -> UserError | None:
+    """Converts a refused allocation of main memory to a one-line error for the user.
+
+    Returns:
+        The error; None for a RuntimeError of another kind (torch raises one where numpy raises a MemoryError).
+    """
+    reason = " ".join(str(error).split())
+    if not isinstance(error, MemoryError):
+        found = _TORCH_ALLOCATION.search(reason)
+        if found is None:
+            return None
+        reason = found[1] or found[2]
+    return UserError(
+        f"out of memory{': ' if reason else ''}{reason}; use a smaller model, fewer steps or samples or a machine with "
+        "more memory"
     )
 
 

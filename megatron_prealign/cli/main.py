@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_prealign import __version__, interrupts
 from megatron_prealign.cli.suggest import suggestion
-from megatron_prealign.errors import UserError, to_user_error
+from megatron_prealign.errors import UserError, memory_error, to_user_error
 
 # Sub-command -> (module, one-line help). Only the selected module is imported, so that every `--help` takes less than
 # half a second.
@@ -107,8 +107,8 @@ def _run_to_status(argv: Sequence[str]) -> int:
         # The reader of stdout has exited (`| head`); redirect stdout so that the flush at interpreter exit cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        user_error = to_user_error(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        user_error = to_user_error(error) if isinstance(error, OSError) else memory_error(error)
         if user_error is None:
             raise
         interrupts.ignore()

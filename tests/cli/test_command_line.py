@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.messages import assert_refused
 
 from megatron_prealign import __version__, cli
@@ -233,8 +235,25 @@ def test_interrupt_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_internal_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(argv: Sequence[str]) -> int:
-        raise ZeroDivisionError("a bug")
+        raise RuntimeError("a bug")
 
     with_command(monkeypatch, main)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["probe"])
+
+
+@pytest.mark.parametrize(
+    ("allocate", "fact"),
+    [
+        # 4 and 7 PiB, and more bytes than a 64-bit number holds.
+        (lambda: torch.empty(1 << 50), f"{4 << 50} bytes"),
+        (lambda: np.empty(10**15), "(1000000000000000,)"),
+        (lambda: torch.empty(1 << 42, 1 << 42), "Storage size"),
+    ],
+    ids=["torch", "numpy", "overflow"],
+)
+def test_memory_that_the_system_refuses_is_one_line(
+    allocate: Callable[[], object], fact: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_command(monkeypatch, lambda argv: allocate() and 0)
+    assert_refused(cli.main(["probe"]), capsys.readouterr().err, "out of memory", fact)

@@ -72,7 +72,7 @@ def test_ranks_of_a_killed_launcher_save(tiny: Tiny, tmp_path: Path) -> None:
         assert_facts(run.text, f"torchrun (process {run.process.pid}) has ended", "rerun the same command to resume")
         assert "Traceback" not in run.text
     (name,) = steps_in(tmp_path / "run")[1:]
-    assert main(["checkpoint", "verify", "--checkpoint", str(tmp_path / "run" / "checkpoints" / name)]) == 0
+    assert main(["checkpoint", "verify", str(tmp_path / "run" / "checkpoints" / name)]) == 0
 
 
 def test_a_stopped_rank_is_named_after_the_timeout(tiny: Tiny, tmp_path: Path) -> None:
