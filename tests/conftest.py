@@ -10,8 +10,10 @@ import pytest
 pytest_plugins = ["support.longest_first"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell without job control starts background commands with SIGINT ignored; processes started by tests inherit it.
+# A shell without job control starts background commands with SIGINT ignored, and nohup starts them with SIGHUP ignored;
+# processes started by tests inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from support.browser import OpenedPage, chromium
 from support.html_pages import NAMES, PAGES
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 WINDOWS = {"phone": (400, "light"), "desktop": (1280, "dark")}
 MINIMUM_TEXT_PX, MINIMUM_PLOT_TEXT_PX, MINIMUM_CELL_PX = 11, 10, 60
 # Of WCAG 2.2, level AA: 1.4.3 for text, 1.4.11 for graphics.

@@ -7,6 +7,7 @@ from itertools import permutations
 from typing import Any
 
 import pytest
+from support.marks import slow_except
 from support.messages import assert_facts
 from support.word_draws import (
     ALL_WORDS,
@@ -91,7 +92,7 @@ def test_a_group_gives_one_word_of_each_language_it_has(batches: list[Drawn]) ->
     assert cut > 0
 
 
-@pytest.mark.parametrize("words_per_step", [2, 3, 5, 8, 13, 25, ALL_WORDS])
+@pytest.mark.parametrize("words_per_step", slow_except([2, 3, 5, 8, 13, 25, ALL_WORDS], 2, 13, ALL_WORDS))
 @pytest.mark.parametrize("limit", [None, 2, 3])
 def test_words_fill_a_step(workers: WorkerPool, words_per_step: int, limit: int | None) -> None:
     """At most one slot is empty, and only if the last word would have no translation in the step."""
@@ -207,7 +208,7 @@ def test_a_few_heavy_groups_are_not_repeated(workers: WorkerPool) -> None:
     assert_by_chance(third, {2: 4 / 7, 3: 2 / 7, 4: 1 / 7})
 
 
-@pytest.mark.parametrize("exponent", [3.0, 60.0])
+@pytest.mark.parametrize("exponent", slow_except([3.0, 60.0], 60.0))
 def test_weights_of_any_size_draw_each_group_once(workers: WorkerPool, exponent: float) -> None:
     """The first group's weight is at least 10^18 times the others', so that their float64 sum equals the first."""
     counts = [10**6, 10**6 - 1, 0, 0, 0, 0]

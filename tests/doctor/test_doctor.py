@@ -44,6 +44,7 @@ def add_command(directory: Path, name: str, script: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow
 def test_this_machine_can_run_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--json"])
     findings = {finding["part"]: finding for finding in json.loads(capsys.readouterr().out)}

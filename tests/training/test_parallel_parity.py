@@ -134,7 +134,7 @@ def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.
 
 @pytest.mark.parametrize(
     ("layout", "family", "recompute"),
-    slow_except(RUNS, *(each for each in RUNS if each[0] in ("dp2_overlap", "vpp2", "sp_tp2"))),
+    slow_except(RUNS, *(each for each in RUNS if each[0] == "dp2_overlap")),
     ids=[layout for layout, _, _ in RUNS],
 )
 def test_layouts_agree_with_one_process(

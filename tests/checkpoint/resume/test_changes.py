@@ -111,6 +111,7 @@ def logged(values: dict[str, Any], directory: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
     values = language_model_values(tiny, tmp_path / "run")
     values["training"]["train_iters"] = 2
