@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe import ParallelSection
-from megatron_prealign.runtime import heartbeat
+from megatron_prealign.runtime import gloo, heartbeat
 from megatron_prealign.runtime.agreement import open_control_group
 from megatron_prealign.runtime.launcher import watch_launcher
 
@@ -135,6 +135,7 @@ def start(parallel: ParallelSection, *, seed: int, control_timeout_minutes: floa
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    gloo.share_device()
     _init_process_group(device, timeout)
     world_size = dist.get_world_size()
     if world_size % parallel.model_parallel_size:

@@ -37,7 +37,6 @@ MOVES = [
     ("vpp2", "tp2_sp"),
     ("tp2_sp", "dp2"),
     ("dp2", "pp2"),
-    ("vpp2", "tp2_pp2"),
     ("tp2_pp2", "vpp2"),
     ("dp2", "tp2_dp2"),
     ("plain_dp2", "plain_tp2"),
