@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 pytest_plugins = ["support.longest_first"]
+# The same examples in every run.
+settings.register_profile("seeded", derandomize=True, database=None, deadline=None)
+settings.load_profile("seeded")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell without job control starts background commands with SIGINT ignored, and nohup starts them with SIGHUP ignored;

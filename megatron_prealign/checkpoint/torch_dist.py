@@ -42,8 +42,12 @@ def read_metadata(file: Path) -> dcp.Metadata:
     return metadata
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles only the classes of checkpoint metadata: a pickle can call any function that it names."""
+class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Unpickles only the classes of checkpoint metadata: a pickle can call any function that it names.
+
+    The unpickler written in Python: that in C allocates 16 bytes for every number up to the largest index in the file,
+    which a single wrong byte can make 64 GiB. Measured for 100,000 chunks: 4.6 s instead of 2.5 s.
+    """
 
     _MODULES = (
         "torch.distributed.checkpoint.metadata",

@@ -265,7 +265,7 @@ FIELDS = sorted({key for config in CONFIGS.values() for key in config.to_dict()}
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
     changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),

@@ -33,7 +33,7 @@ def reference_index(directory: Path, dtype: type, documents: list[list[int]]) ->
     return (directory / "reference.idx").read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     documents=st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=20),
     dtype=st.sampled_from([np.uint16, np.int32, np.uint8, np.int64]),

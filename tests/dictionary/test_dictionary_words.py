@@ -37,7 +37,7 @@ def test_notes_and_markup(word, cleaned):
     assert clean(word, notes=False) == word
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.text(st.sampled_from("ab ()[]{}<>&;'#x3amplt\u00e9\u0301\u200b\u00a0（）\U00020000\ud800"), max_size=30))
 def test_clean_words_are_clean(word):
     cleaned = clean(word)

@@ -98,9 +98,7 @@ def test_mix_takes_half_of_the_draws(checked: Run) -> None:
 def test_any_case_equals_the_oracle_and_has_the_properties(name: str, examples: int) -> None:
     switched = 0
 
-    @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(cases(max_rows=3, max_sequence=24) if INTERPRETED else cases())
     def compare(case: Case) -> None:
         nonlocal switched
@@ -415,7 +413,7 @@ def test_outputs_are_written_completely_and_within_bounds(name: str, monkeypatch
         allocated.append((buffer, count))
         return buffer[margin : margin + count].view(size)
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     @given(cases(max_rows=3, max_sequence=24))
     def check(case: Case) -> None:
         arguments = case.but(device=DEVICE).arguments()

@@ -393,7 +393,7 @@ def test_what_a_killed_export_left_is_removed(original: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_bytes_in_the_small_files(original: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Commands succeed or report the problem; they do not crash."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -240,6 +241,19 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
         ShardReader(tmp_path)
 
 
+def test_a_wrong_index_takes_no_memory(tmp_path: Path) -> None:
+    # A pickle of None with an index of 4 million, for which an array of all indexes would take 128 MiB.
+    (tmp_path / METADATA).write_bytes(b"\x80\x04Nr" + (1 << 22).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    try:
+        with user_error(tmp_path, METADATA, "NoneType"):
+            ShardReader(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 << 20
+
+
 @pytest.mark.parametrize("name", ["\0_0_0.distcp", "../_0.distcp", "/_0_0.distcp"])
 def test_file_names_out_of_the_directory_are_corrupt(checkpoint: Path, tmp_path: Path, name: str) -> None:
     directory = copy_of(checkpoint, tmp_path)
@@ -249,7 +263,7 @@ def test_file_names_out_of_the_directory_are_corrupt(checkpoint: Path, tmp_path:
         ShardReader(directory)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_corruption_is_a_user_error(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
     directory = copy_of(checkpoint, tmp_path)

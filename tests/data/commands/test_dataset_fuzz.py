@@ -15,7 +15,7 @@ from megatron_prealign.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
-QUICK = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def opens(prefix: Path) -> bool:

@@ -37,7 +37,7 @@ def make_text(prefix: Path, tokenizer: str, /, **fields: object) -> str:
     return make_dataset(prefix, documents, **({"tokenizer": record, "eod_id": opened.eod_id} | fields))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 5000), st.integers(0, 2**31 - 1)), min_size=1, max_size=60),
     chunk=st.integers(1, 9),

@@ -91,7 +91,7 @@ def test_documents_of_several_sequences(tmp_path):
     assert not (tmp_path / "all.json").exists()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(parts=st.lists(st.tuples(st.lists(st.booleans(), max_size=40), st.booleans()), max_size=8), stray=st.booleans())
 def test_bits_that_are_not_byte_aligned(tmp_path_factory, parts, stray):
     path = tmp_path_factory.mktemp("bits") / "words"

@@ -163,7 +163,7 @@ def test_tokens_without_ends(tmp_path):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     documents=st.lists(st.lists(st.sampled_from([EOD, 5, 6]), max_size=30), max_size=9),
     cut=st.randoms(use_true_random=False),
