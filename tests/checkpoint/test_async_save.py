@@ -60,9 +60,8 @@ def train_while_saving(values: dict[str, Any], directory: str, blocked: int, unt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("distributed", slow_except([False, True], True))
 def test_training_continues_and_the_checkpoint_is_of_the_requested_step(
-    workers: WorkerPool, tiny: Tiny, tmp_path: Path, distributed: bool
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path
 ) -> None:
     """Parameters, moments and counters change in place while the files are written; synchronous saves write the same
     files."""
@@ -70,7 +69,6 @@ def test_training_continues_and_the_checkpoint_is_of_the_requested_step(
     for name, asynchronous in (("async", True), ("sync", False)):
         directory = tmp_path / name
         values = language_model_values(tiny, directory, save_interval=2, keep=9, async_save=asynchronous)
-        values["parallel"]["use_distributed_optimizer"] = distributed
         blocked = 2 if asynchronous else 99
         values["training"]["train_iters"] = 4
         steps.append(workers.run(2, train_while_saving, values, str(directory), blocked, 3, timeout_s=100))

@@ -61,7 +61,7 @@ def small(tiny: Tiny, directory: Path) -> dict[str, Any]:
     values = tiny.values(directory / "run")
     for section in ("dictionary", "alignment", "code_switch"):
         del values[section]
-    values["training"] |= {"train_iters": 2, "global_batch_size": 4}
+    values["training"] |= {"train_iters": 2, "global_batch_size": 4, "micro_batch_size": 2}
     return values
 
 

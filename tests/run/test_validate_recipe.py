@@ -247,7 +247,7 @@ def test_vocabulary_too_small(
 @pytest.mark.parametrize(
     ("world_size", "facts"),
     [
-        ("3", ("training.global_batch_size is 8", "multiple of micro batch size x data-parallel size (2 x 3 = 6)")),
+        ("3", ("training.global_batch_size is 8", "multiple of micro batch size x data-parallel size (4 x 3 = 12)")),
         ("0", ("world size is 0", "positive")),
         ("two", ("--world-size is two", "integer")),
     ],

@@ -55,12 +55,19 @@ class Tiny:
                 "validation_fraction": 0.1,
             },
             "dictionary": {"table": self.table},
-            "alignment": {"train_iters": 5, "words_per_step": 32, "lr": 1e-3, "lm_global_batch_size": 4},
+            "alignment": {
+                "train_iters": 5,
+                "words_per_step": 32,
+                "lr": 1e-3,
+                "lm_global_batch_size": 4,
+                "lm_micro_batch_size": 2,
+            },
             "code_switch": {"ratio": 0.3},
             "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
             "training": {
                 "seed": 3,
-                "micro_batch_size": 2,
+                # Two microbatches in one process. The time of a run is that of its calls, not of its tokens.
+                "micro_batch_size": 4,
                 "global_batch_size": 8,
                 "train_iters": 5,
                 "precision": "fp32",

@@ -244,7 +244,7 @@ def test_steps_at_ratio_zero_do_not_lower_the_rates(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     values = tiny.values(tmp_path)
-    values["training"]["train_iters"] = 60
+    values["training"].update(train_iters=60, micro_batch_size=2)
     values["parallel"] = {"device": "cpu", **layout}
     values["code_switch"] = {"ratio": 0.0, "schedule": "linear", "final_ratio": 0.5, "schedule_tokens": 8000}
     for unswitched, mixed, switched in workers.run(2, steps_of_a_schedule, values, str(tmp_path)):

@@ -68,7 +68,7 @@ def drop_common(checkpoint: Path) -> str:
 def cut_metadata(checkpoint: Path) -> str:
     file = checkpoint / ".metadata"
     file.write_bytes(file.read_bytes()[:100])
-    return "UnpicklingError: pickle data was truncated"
+    return "UnpicklingError: pickle exhausted before end of frame"
 
 
 def clear_metadata(checkpoint: Path) -> str:

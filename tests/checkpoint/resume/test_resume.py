@@ -79,7 +79,7 @@ def without_switching(values: dict[str, Any]) -> None:
 
 
 def with_guard(values: dict[str, Any]) -> None:
-    """Alignment words in every second language-model step, over pipeline stages; four microbatches per step."""
+    """Alignment words in every second language-model step, over pipeline stages; two microbatches per step."""
     values["alignment_guard"] = {"interval": 2}
     values["parallel"]["pipeline_model_parallel_size"] = 2
 
