@@ -50,10 +50,12 @@ RUNS = [
     ("tp2_pp2", "qwen2", None),
     ("dp2_plain_optimizer", "llama", None),
     ("dp2_overlap", "llama", None),
+    ("pp4", "qwen2", None),
     ("vpp2", "llama", "full"),
     ("sp_tp2", "gpt2_tied", "selective"),
     ("sp_tp2_dp2", "qwen3", None),
 ]
+assert sorted(layout for layout, _, _ in RUNS) == sorted(LAYOUTS)
 # Between two evaluations or measurements of the watch, which gather parameters that under overlap only their owners
 # have updated.
 SAVED_AT = 7

@@ -31,16 +31,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain_dp2": (2, {"use_distributed_optimizer": False}),
     "plain_tp2": (2, {"use_distributed_optimizer": False, "tensor_model_parallel_size": 2}),
 }
+# Each layout is once the source and once the target.
 MOVES = [
     ("one", "tp2_pp2"),
-    ("tp2_pp2", "one"),
+    ("tp2_pp2", "vpp2"),
     ("vpp2", "tp2_sp"),
     ("tp2_sp", "dp2"),
     ("dp2", "pp2"),
-    ("tp2_pp2", "vpp2"),
-    ("dp2", "tp2_dp2"),
+    ("pp2", "tp2_dp2"),
+    ("tp2_dp2", "one"),
     ("plain_dp2", "plain_tp2"),
+    ("plain_tp2", "plain_dp2"),
 ]
+for place in (0, 1):
+    assert sorted(move[place] for move in MOVES) == sorted(LAYOUTS)
 
 
 def values_for(tiny: Tiny, directory: Path, layout: str) -> dict[str, Any]:
