@@ -5,17 +5,18 @@ sent. Megatron-Core makes about 40 groups. Measured with 27 groups on an idle x8
 a shared device; processes that share a core lose more, since each wake-up interrupts another one.
 """
 
+import functools
 import os
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 # What torch needs to offer; any other version keeps its devices.
 _NEEDED = ("_Options", "create_device", "create_default_device")
-# Process and network interfaces that devices were opened for, and the devices. A fork inherits no thread.
-_opened: tuple[tuple[int, str], list[Any]] | None = None
+# Devices by the process and the network interfaces that they were opened for. A fork inherits no thread; it keeps the
+# devices of its parent nevertheless, since to close one waits for its thread.
+_opened: dict[tuple[int, str], list[Any]] = {}
 
 
 def share_device() -> None:
@@ -23,30 +24,33 @@ def share_device() -> None:
 
     Network interfaces are those of GLOO_SOCKET_IFNAME, as without it.
     """
-    real: Any = getattr(distributed_c10d, "ProcessGroupGloo", None)
-    if real is None or hasattr(real, "shares_device") or not all(hasattr(real, name) for name in _NEEDED):
+    gloo: Any = getattr(distributed_c10d, "ProcessGroupGloo", None)
+    if gloo is None or not all(hasattr(gloo, name) for name in _NEEDED) or hasattr(gloo.__init__, "__wrapped__"):
         return
+    construct = gloo.__init__
 
-    class SharedDeviceGloo(real):
-        """torch's group, with the options that it would choose but for the devices."""
-
-        shares_device = True
-
-        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-            options = real._Options()
-            options._devices = _devices(real)
-            options._timeout = timeout
+    @functools.wraps(construct)
+    def construct_with_shared_device(self: Any, *arguments: Any, **named: Any) -> None:
+        values = {**dict(zip(("store", "rank", "size", "timeout"), arguments, strict=False)), **named}
+        # Options of the caller name devices of their own.
+        if values.keys() == {"store", "rank", "size", "timeout"} and isinstance(values["timeout"], timedelta):
+            options = gloo._Options()
+            options._devices = _devices(gloo)
+            options._timeout = values["timeout"]
+            # As many for each device as torch chooses.
             options._threads = 2 * len(options._devices)
-            super().__init__(store, rank, size, options)
+            construct(self, values["store"], values["rank"], values["size"], options)
+        else:
+            construct(self, *arguments, **named)
 
-    distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
+    # Not a subclass: torch makes new objects of this class for groups that live in C++, and checks their class.
+    gloo.__init__ = construct_with_shared_device
 
 
 def _devices(gloo: Any) -> list[Any]:
-    global _opened
-    key = (os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME", ""))
-    if _opened is None or _opened[0] != key:
-        interfaces = [name for name in key[1].split(",") if name]
-        devices = [gloo.create_device(interface=name) for name in interfaces] or [gloo.create_default_device()]
-        _opened = (key, devices)
-    return _opened[1]
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    key = (os.getpid(), interfaces)
+    if key not in _opened:
+        names = [name for name in interfaces.split(",") if name]
+        _opened[key] = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+    return _opened[key]

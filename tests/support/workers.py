@@ -37,8 +37,8 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
             results.put((number, rank, True, _run(rank, world_size, store, function, arguments)))
         except BaseException as error:
             results.put((number, rank, False, (error_name(error), str(error), traceback.format_exc())))
-        # A trainer is a cycle that holds its process groups, and each of the 40 groups of a run has a thread of gloo,
-        # which wakes up many times a second: without this, a process had 280 threads after the tests of some files.
+        # A trainer is a cycle that holds its process groups, and each of the 40 groups of a run has threads of gloo:
+        # without this, a process had 280 threads after the tests of some files.
         gc.collect()
 
 
