@@ -14,8 +14,8 @@ class StoppedError(Exception):
 def stoppable_threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, Callable[[], None]]]:
     """Yields a thread pool, and a function for its work to call now and then.
 
-    If the block ends with an error, which includes Ctrl-C, work that waits for a thread is dropped, and the function
-    raises StoppedError in all other work. Python's own pool would finish everything first.
+    If the block or the wait for its work ends with an error, which includes Ctrl-C, work that waits for a thread is
+    dropped, and the function raises StoppedError in all other work. Python's own pool would finish everything first.
     """
     stopping = Event()
 
@@ -26,8 +26,8 @@ def stoppable_threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, Callab
     pool = ThreadPoolExecutor(workers)
     try:
         yield pool, check
+        pool.shutdown()
     except BaseException:
         stopping.set()
         pool.shutdown(cancel_futures=True)
         raise
-    pool.shutdown()
