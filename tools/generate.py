@@ -109,13 +109,13 @@ def _prompts(given: list[str]) -> list[str]:
     if sys.stdin.isatty():
         raise UserError("--prompt is required, or prompts on standard input, one per line")
     try:
-        # Not splitlines(), which also splits at U+2028, form feeds and others.
-        lines = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").split("\n")
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"prompts on standard input are not UTF-8 (byte {error.start:,}); convert them") from None
-    if lines == [""]:
+    if not text:
         raise UserError("standard input is empty; use --prompt TEXT, or write prompts to standard input, one per line")
-    return [line.removesuffix("\r") for line in lines]
+    # Not splitlines(), which also splits at U+2028, form feeds and others.
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _device(name: str) -> "torch.device":

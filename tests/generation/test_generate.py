@@ -173,6 +173,9 @@ def test_standard_input_is_split_at_newlines_only(end: str, monkeypatch: pytest.
         content = (end.join(lines) + last).encode()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
         assert _prompts([]) == lines
+    # An empty line is an empty prompt.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(end.encode())))
+    assert _prompts([]) == [""]
 
 
 @pytest.mark.parametrize(
