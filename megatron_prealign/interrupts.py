@@ -50,9 +50,9 @@ def ignore() -> bool:
     """Ignores the signals from now on, because the command ends anyway.
 
     Returns:
-        Whether this process handles signals; otherwise nothing changes.
+        Whether this process handles signals, in this thread; otherwise nothing changes.
     """
-    if _handled_by != os.getpid():
+    if not _is_handled_here():
         return False
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in _SIGNALS:
@@ -70,7 +70,7 @@ def run_native(call: Callable[[Iterator[Item]], Result], items: Iterator[Item]) 
         call: runs in another thread.
         items: are read in this thread.
     """
-    if _handled_by != os.getpid() or threading.current_thread() is not threading.main_thread():
+    if not _is_handled_here():
         return call(items)
     chunks: queue.Queue[list[Item]] = queue.Queue(_CHUNKS_AHEAD)
     outcome: Future[Result] = Future()
@@ -110,6 +110,10 @@ def leave(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _is_handled_here() -> bool:
+    return _handled_by == os.getpid() and threading.current_thread() is threading.main_thread()
 
 
 def _receive(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prealign import interrupts
-from megatron_prealign.errors import UserError, to_user_error
+from megatron_prealign.errors import UserError, memory_error, to_user_error
 from megatron_prealign.runtime import heartbeat
 
 Result = TypeVar("Result")
@@ -52,10 +52,14 @@ def all_ranks_ok(error: BaseException | None, what: str, group: dist.ProcessGrou
         what: Description of the work, for messages.
 
     Raises:
-        UserError: A rank passed a UserError (the message is that of the first such rank; `agreed` is True if rank 0
-            raises the same), or a process has ended.
+        UserError: A rank passed a UserError, or the error of an allocation that the system refused (the message is that
+            of the first such rank; `agreed` is True if rank 0 raises the same), or a process has ended.
         RankError: Another rank passed another error. A rank that passed an error raises its own.
     """
+    if isinstance(error, MemoryError | RuntimeError) and (refused := memory_error(error)) is not None:
+        # One line on all ranks; a RankError would be a traceback.
+        refused.__cause__ = error
+        error = refused
     group = group or control_group()
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     failed = torch.tensor([0 if error is None else 1], device=device)
@@ -94,12 +98,12 @@ def lost_ranks_as_user_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
-        # torchrun sends SIGTERM as soon as one rank has failed; the others still name it.
-        interrupts.ignore()
         raise UserError(_lost_rank_message(what, error)) from error
 
 
 def _lost_rank_message(what: str, error: RuntimeError) -> str:
+    # torchrun sends SIGTERM as soon as one rank has failed; the others still name it.
+    interrupts.ignore()
     # gloo messages start with a location in its source code and end with advice.
     reason = re.sub(r"^\[.*?\] |\. .*", "", (str(error).splitlines() or [type(error).__name__])[0])
     if lost := heartbeat.lost_ranks():

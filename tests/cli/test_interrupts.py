@@ -100,8 +100,16 @@ def test_a_late_signal_does_not_change_the_status(tmp_path: Path, body: str) -> 
             "agreement.lost_ranks_as_user_errors('training')(fail)()",
             "error: training: rank 1 ended (/gloo/ closed); rerun the same command",
         ),
+        (
+            "from megatron_prealign.runtime import agreement, heartbeat;"
+            "heartbeat.lost_ranks = lambda: send('SIGTERM') or 'rank 1 ended';"
+            "fail = lambda *args, **named: (_ for _ in ()).throw(RuntimeError('[x] /gloo/ closed'));"
+            "agreement.dist.get_backend, agreement.dist.all_reduce = lambda group: 'gloo', fail;"
+            "agreement.all_ranks_ok(None, 'saving')",
+            "error: saving: rank 1 ended (/gloo/ closed); rerun the same command",
+        ),
     ],
-    ids=["while an error is printed", "while lost ranks are looked for"],
+    ids=["while an error is printed", "while lost ranks are looked for", "while all ranks agree"],
 )
 def test_a_signal_does_not_hide_an_error(tmp_path: Path, body: str, printed: str) -> None:
     done = run_probe(tmp_path, body)

@@ -103,6 +103,20 @@ def open_a_missing_file(failing: int) -> None:
     on_every_rank("reading", lambda: Path("/no/such/file").read_text() if dist.get_rank() == failing else "")
 
 
+def allocate_too_much(failing: int, library: str) -> None:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from megatron_prealign.runtime.agreement import on_every_rank
+
+    def work() -> None:
+        if dist.get_rank() == failing:
+            np.empty(10**15) if library == "numpy" else torch.empty(1 << 50)
+
+    on_every_rank("reading", work)
+
+
 def wait_for_rank_zero(patience_s: float | None, work_s: float) -> str:
     """Rank 0 works for longer than the default group's timeout; the others wait over the control group, if there is
     one."""
@@ -197,6 +211,16 @@ def test_file_error_of_one_rank_is_a_user_error_on_all(workers: WorkerPool) -> N
     for kind, message in failures(caught).values():
         assert kind == "UserError"
         assert_facts(message, "/no/such/file", "No such file or directory", "FileNotFoundError")
+
+
+@pytest.mark.parametrize(("library", "fact"), [("numpy", "(1000000000000000,)"), ("torch", f"{4 << 50} bytes")])
+def test_refused_memory_is_a_user_error_on_every_rank(workers: WorkerPool, library: str, fact: str) -> None:
+    with pytest.raises(WorkerError) as caught:
+        workers.run(2, allocate_too_much, 1, library, timeout_s=30)
+    assert len(failures(caught)) == 2
+    for kind, message in failures(caught).values():
+        assert kind == "UserError"
+        assert_facts(message, "out of memory", fact)
 
 
 @pytest.mark.slow
