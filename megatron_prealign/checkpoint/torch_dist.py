@@ -42,7 +42,7 @@ def read_metadata(file: Path) -> dcp.Metadata:
     return metadata
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _MetadataUnpickler(pickle._Unpickler):
     """Unpickles only the classes of checkpoint metadata: a pickle can call any function that it names.
 
     The unpickler written in Python: that in C allocates 16 bytes for every number up to the largest index in the file,
