@@ -27,6 +27,7 @@ LAYOUTS = {
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "dp2_plain_optimizer": (2, {"use_distributed_optimizer": False}),
     "dp2_overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "sp_tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "sp_tp2_dp2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
