@@ -34,10 +34,13 @@ def to_user_error(error: OSError) -> UserError | None:
     """Converts an operating system error to a one-line error for the user.
 
     Returns:
-        The error, or None if it names no file and does not concern the disk: that is a bug in this package.
+        The error, or None if it names no file and concerns neither the disk nor memory: that is a bug in this package.
     """
     if error.strerror is None:
         return None
+    if error.errno == errno.ENOMEM:
+        # Of mmap or fork, or of opening a file.
+        return _out_of_memory(error.strerror if error.filename is None else f"{error.filename}: {error.strerror}")
     if error.filename is None:
         # Writes to an open file do not report its name.
         return write_error("output", error.errno) if error.errno in DISK_ERRORS else None
@@ -59,6 +62,10 @@ def memory_error(error: MemoryError | RuntimeError) -> UserError | None:
         if found is None:
             return None
         reason = found[1] or found[2]
+    return _out_of_memory(reason)
+
+
+def _out_of_memory(reason: str) -> UserError:
     return UserError(
         f"out of memory{': ' if reason else ''}{reason}; use a smaller model, fewer steps or samples or a machine with "
         "more memory"

@@ -1,5 +1,6 @@
 """The command line: help without heavy imports, exit statuses, one-line user errors."""
 
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -249,8 +250,9 @@ def test_internal_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -
         (lambda: torch.empty(1 << 50), f"{4 << 50} bytes"),
         (lambda: np.empty(10**15), "(1000000000000000,)"),
         (lambda: torch.empty(1 << 42, 1 << 42), "Storage size"),
+        (lambda: mmap.mmap(-1, 1 << 50), "Cannot allocate memory"),
     ],
-    ids=["torch", "numpy", "overflow"],
+    ids=["torch", "numpy", "overflow", "system"],
 )
 def test_memory_that_the_system_refuses_is_one_line(
     allocate: Callable[[], object], fact: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
