@@ -41,7 +41,7 @@ from megatron_prealign.kernels._triton import INTERPRETED
 from megatron_prealign.kernels.code_switch import LaunchShape, launch_code_switch
 from megatron_prealign.kernels.ngram_table import DRAW_BIAS, TOKEN_BITS, hash_columns, hash_slots, pack_first
 
-# For a longer run: CODE_SWITCH_EXAMPLES=5000 make test
+# For a longer run: CODE_SWITCH_EXAMPLES=5000 make test-all
 EXAMPLES = int(os.environ.get("CODE_SWITCH_EXAMPLES", "60" if INTERPRETED else "300"))
 
 # Rows of 256 words, for statistics over many draws.
