@@ -42,7 +42,10 @@ test-rest: $(STAMP)
 	$(PYTEST) -m slow
 	$(INTERPRETED) -m slow
 
-test-all: test test-rest
+# One session for all: fixtures of a file are made once for its quick and its slow tests.
+test-all: $(STAMP)
+	$(PYTEST)
+	$(INTERPRETED)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -55,7 +58,7 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/build.py site
 
-checks: lint types docs test-all
+checks: lint types docs test test-rest
 
 format: $(STAMP)
 	$(BIN)/ruff format .
