@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary`: builds, merges, evaluates and previews word-translation tables."""
+"""`megatron-prealign dictionary`: builds, merges, shuffles, evaluates and previews word-translation tables."""
 
 import os
 from collections.abc import Sequence
@@ -127,6 +127,22 @@ class CoverageOptions:
     """Maximum number of tokens to sample from each corpus."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShuffleOptions:
+    """Writes the control of a table: every word gets the translations of another word.
+
+    A run with it shows how much of an effect does not come from true pairs. Words, their counts, the lengths of
+    translations and how often each is used stay nearly the same.
+    """
+
+    table: PathText
+    """Table file."""
+    output: PathText
+    """Table file to write. An existing table is overwritten, other files are not."""
+    seed: int = 0
+    """Seed of the shuffle; equal seeds give equal tables."""
+
+
 def build(argv: Sequence[str]) -> int:
     options = parse_options(BuildOptions, "dictionary build", argv)
 
@@ -162,6 +178,11 @@ def build(argv: Sequence[str]) -> int:
     table.save(options.output)
     _print_report(table, report)
     _print_coverage(table, corpora)
+    if options.corpus and not options.min_count:
+        occurring = int((table.group_count > 0).sum())
+        print(
+            f"{occurring:,} of {plural(table.num_groups, 'group')} occur in the corpora; --min-count 1 keeps only these"
+        )
     print(_closing(table, options.output, options.corpus))
     return 0
 
@@ -251,6 +272,10 @@ def merge(argv: Sequence[str]) -> int:
     for path in options.table:
         table = load_table(path)
         table.check_tokenizer(tokenizer.fingerprint, f"tokenizer {options.tokenizer}")
+        if table.shuffled:
+            raise UserError(
+                f"--table {path} is a shuffled table; merge the tables of true pairs and shuffle the result"
+            )
         tables.append(table)
     report = BuildReport()
     groups, sources = merge_groups(tables, report.rules)
@@ -259,6 +284,30 @@ def merge(argv: Sequence[str]) -> int:
     merged.save(options.output)
     _print_report(merged, report)
     print(_closing(merged, options.output, []))
+    return 0
+
+
+def shuffle(argv: Sequence[str]) -> int:
+    options = parse_options(ShuffleOptions, "dictionary shuffle", argv)
+
+    from megatron_prealign.dictionary.shuffle import shuffle_table
+    from megatron_prealign.dictionary.table import load_table
+    from megatron_prealign.dictionary.table_output import check_table_output
+
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}, expected a non-negative integer")
+    if os.path.realpath(options.output) == os.path.realpath(options.table):
+        raise UserError(f"--output {options.output} would overwrite --table; choose another path")
+    check_table_output(options.output)
+    table, report = shuffle_table(load_table(options.table), options.seed)
+    table.save(options.output)
+    print(f"{plural(report.moved, 'word')} with the translations of another word")
+    print(f"{report.equal_tokens:>7.1%}  of them with a first translation of as many tokens as the true one")
+    print(f"{report.similar_counts:>7.1%}  of them with translations of a word at most twice or half as frequent")
+    if report.kept:
+        print(f"warning: {plural(report.kept, 'word')} with their own translations, since no similar word has others")
+    made = f"wrote {options.output}: control of {options.table}, seed {options.seed}"
+    print(closing(made, command("pretrain", "--config", "RECIPE", "--dictionary.table", options.output)))
     return 0
 
 
@@ -310,6 +359,7 @@ def _print_coverage(table: "DictionaryTable", corpora: "Sequence[Coverage]") -> 
 ACTIONS: Actions = {
     "build": (build, "build a table from word lists"),
     "merge": (merge, "merge tables of the same tokenizer"),
+    "shuffle": (shuffle, "write the control of a table, with the translations of other words"),
     "report": (report, "evaluate a table on corpora, as JSON and HTML"),
     "coverage": (coverage, "measure the percentage of running words in corpora that a table covers"),
     "preview": (preview, "show the effect of code-switching on samples of a dataset"),

@@ -76,7 +76,7 @@ class DictionaryTable:
         group_count: occurrences of the source word in the counting corpus `[G]`, 0 without a corpus.
         sources: files the table was built from: `{"path", "format", "languages", "pairs", "title", "licence"}` each.
         word_weight: weight of each word as a translation `[W]`, above 0; None if all are 1.
-        build: `{"settings", "rules", "lines_skipped"}` of the build, empty for tables without this record.
+        build: `{"settings", "rules", "lines_skipped", "shuffled"}` of the build, empty for tables without this record.
         path: path the table was loaded from.
     """
 
@@ -121,6 +121,12 @@ class DictionaryTable:
     @property
     def num_groups(self) -> int:
         return len(self.group_count)
+
+    @property
+    def shuffled(self) -> dict[str, Any] | None:
+        """Record of a control made by `shuffle_table`: `{"seed", "original", "kept"}`; None for a table of true
+        pairs."""
+        return self.build.get("shuffled")
 
     def text(self, word: int) -> str:
         """Returns the text of one word."""
@@ -316,6 +322,12 @@ def _build_of(metadata: dict[str, str]) -> dict[str, Any]:
     build = json.loads(metadata.get("build", "{}"))
     if not isinstance(build, dict) or not all(isinstance(build.get(key, {}), dict) for key in ("settings", "rules")):
         raise ValueError(f"build is {metadata['build'][:60]!r}, expected an object with settings and rules")
+    shuffled = build.get("shuffled", {})
+    kinds = {"seed": int, "original": str, "kept": int}
+    if "shuffled" in build and not (
+        isinstance(shuffled, dict) and all(isinstance(shuffled.get(name), kind) for name, kind in kinds.items())
+    ):
+        raise ValueError(f'"shuffled" in build must be an object with {", ".join(kinds)}')
     counts = [build.get("lines_skipped", 0), *build.get("rules", {}).values()]
     if not all(isinstance(count, int) for count in counts):
         raise ValueError("counts in build must be integers")

@@ -39,7 +39,10 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ["--help"],
         *[[command, "--help"] for command in cli.COMMANDS],
-        *[["dictionary", action, "--help"] for action in ("build", "coverage", "report", "merge", "preview")],
+        *[
+            ["dictionary", action, "--help"]
+            for action in ("build", "coverage", "report", "merge", "preview", "shuffle")
+        ],
         ["pretrain", "--help", "all"],
         *[["dataset", action, "--help"] for action in ("merge", "inspect", "verify", "repair", "prepare-cache")],
         *[["checkpoint", action, "--help"] for action in ("list", "inspect", "verify", "export-weights")],

@@ -1,0 +1,148 @@
+"""A run with a shuffled dictionary says so everywhere and is measured with true pairs; warnings about a dictionary that
+cannot help."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.messages import assert_facts, user_error
+from support.tiny import Tiny, recipe_of
+from support.whole_runs import records
+from support.workers import WorkerPool
+
+from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, read_state
+from megatron_prealign.cli import main
+from megatron_prealign.conversion.to_hf import convert
+from megatron_prealign.recipe import ParallelSection
+from megatron_prealign.run.validate import validate
+
+CPU = ParallelSection(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def control(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("control") / "shuffled.safetensors"
+    assert main(["dictionary", "shuffle", "--table", tiny.table, "--output", str(path), "--seed", "3"]) == 0
+    return str(path)
+
+
+def values_of(tiny: Tiny, run_dir: Path, **dictionary: Any) -> dict[str, Any]:
+    values = tiny.values(run_dir)
+    values["dictionary"].update(dictionary)
+    values["alignment"]["train_iters"] = 2
+    values["training"].update(train_iters=2, retrieval_words=50)
+    values["parallel"] = {"device": "cpu"}
+    return values
+
+
+def log_of_a_run(values: dict[str, Any], directory: str) -> list[str]:
+    """Runs in a worker: trains; returns the messages of the log."""
+    from megatron_prealign.run.pretrain import pretrain
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_prealign")
+    logger.addHandler(handler)
+    try:
+        pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
+    finally:
+        logger.removeHandler(handler)
+    return lines
+
+
+def report_of(runs: dict[str, Path], output: str) -> dict[str, Any] | None:
+    """Runs in a worker: evaluates the runs."""
+    from megatron_prealign.run.evaluate import evaluate_runs
+
+    return evaluate_runs(runs, Path(output), CPU, leave_process_group=True)
+
+
+def test_log_checkpoint_report_and_card_say_it(workers: WorkerPool, tiny: Tiny, tmp_path: Path, control: str) -> None:
+    true = values_of(tiny, tmp_path / "true")
+    shuffled = values_of(tiny, tmp_path / "shuffled", table=control, evaluation_table=tiny.table)
+    # The words and their order are the same, so the steps draw the same words; only the pairs differ.
+    (plain,), (lines,) = (
+        workers.run(1, log_of_a_run, values, str(tmp_path / name))
+        for name, values in (("true", true), ("shuffled", shuffled))
+    )
+    (warning,) = (line for line in lines if "shuffled translations" in line)
+    assert_facts(warning, control, "seed 3")
+    assert "evaluation_table" not in warning
+    assert not any("shuffled translations" in line for line in plain)
+    checkpoints = [tmp_path / name / "checkpoints" / "step_00000004" for name in ("true", "shuffled")]
+    true_state, state = (read_state(path)["run"] for path in checkpoints)
+    assert state[SHUFFLED_DICTIONARY]["seed"] == 3 and SHUFFLED_DICTIONARY not in true_state
+    report = workers.run(1, report_of, {name: tmp_path / name for name in ("true", "shuffled")}, str(tmp_path / "out"))[
+        0
+    ]
+    assert report is not None
+    assert [report["runs"][name]["shuffled_dictionary"] for name in ("true", "shuffled")] == [False, True]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert page.count("is a control:") == 1
+    cards = []
+    for path in checkpoints:
+        convert(path, path.parent / "model")
+        cards.append((path.parent / "model" / "README.md").read_text("utf-8"))
+        # The second checkpoint has a directory of its own.
+    assert "It is a control" not in cards[0] and "It is a control" in cards[1]
+    # Both runs measure the same pairs: an untrained model gives both the same values.
+    first, other = (records(tmp_path / name, "evaluation") for name in ("true", "shuffled"))
+    assert first.keys() == other.keys()
+
+
+def test_evaluations_measure_the_evaluation_table(
+    workers: WorkerPool, tiny: Tiny, tmp_path: Path, control: str
+) -> None:
+    """Before training, the pairs alone determine the measurement."""
+    watched = []
+    for name, dictionary in (
+        ("true", {}),
+        ("measured", {"table": control, "evaluation_table": tiny.table}),
+        ("shuffled", {"table": control}),
+    ):
+        values = values_of(tiny, tmp_path / name, **dictionary)
+        values["alignment_watch"] = {"interval": 100, "groups": "trained", "words": 100}
+        del values["alignment"]
+        values["code_switch"] = None
+        workers.run(1, log_of_a_run, values, str(tmp_path / name))
+        line = records(tmp_path / name, "alignment_watch")[("language_model", 0)]
+        watched.append((line["words"], line["pairs"]["en-en_clone"]["positive_cosine"]))
+    assert watched[0] == watched[1] != watched[2]
+
+
+def test_a_control_without_its_true_table_is_measured_with_its_own_pairs(
+    tiny: Tiny, tmp_path: Path, control: str
+) -> None:
+    assert_facts(validate(recipe_of(values_of(tiny, tmp_path, table=control), tmp_path)), control, "evaluation_table")
+    missing = values_of(tiny, tmp_path, table=control, evaluation_table=str(tmp_path / "none"))
+    with user_error(tmp_path / "none"):
+        validate(recipe_of(missing, tmp_path))
+
+
+def test_a_dictionary_that_is_drawn_less_than_once(tiny: Tiny, tmp_path: Path) -> None:
+    """32 words a step; the table has about 300 groups of two languages."""
+    values = values_of(tiny, tmp_path)
+    values["dictionary"]["held_out_fraction"] = 0.0
+    values["alignment"].update(train_iters=10, lr=2e-3)
+    text = validate(recipe_of(values, tmp_path))
+    (warning,) = (line for line in text.splitlines() if "draws a dictionary word" in line)
+    (row,) = (line for line in text.splitlines() if line.startswith("dictionary "))
+    words = int(row.split(" groups of ")[1].split(" ")[0].replace(",", ""))
+    assert_facts(warning, f"{320 / words:.2f} times", "alignment.train_iters")
+    assert_facts(row, f"drawn {320 / words:.2f} times each", "built without --corpus")
+    assert_facts(text, "learning rate 0.002 in the alignment phase, then 0.001 (ratio 2)")
+    values["alignment"]["train_iters"] = words // 32 + 1
+    assert "draws a dictionary word" not in validate(recipe_of(values, tmp_path))
+
+
+def test_tokens_of_a_guard_are_planned(tiny: Tiny, tmp_path: Path) -> None:
+    values = values_of(tiny, tmp_path)
+    values["training"].update(train_iters=None, train_tokens=100_000)
+    planned = []
+    for guard in (None, {"interval": 2}):
+        values["alignment_guard"] = guard
+        row = next(line for line in validate(recipe_of(values, tmp_path)).splitlines() if line.startswith("training "))
+        planned.append(int(row.split("language_model ")[1].split(")")[0].replace(",", "")))
+    assert planned[1] < planned[0]
