@@ -14,6 +14,8 @@ from typing import Any
 from megatron_prealign.errors import UserError
 
 STATE = "state.json"
+SHUFFLED_DICTIONARY = "shuffled_dictionary"
+"""Key in `run` that only a run with a shuffled dictionary table has (`DictionaryTable.shuffled`)."""
 
 _MODEL_FIELDS = {"vocab_size": int, "padded_vocab_size": int, "tokenizer_fingerprint": str, "model": dict}
 _FIELDS = {**_MODEL_FIELDS, "layout": dict}

@@ -19,6 +19,7 @@ from megatron_prealign.text import align, duration
 
 FORMAT_VERSION = 1
 
+CONTROL = "a control with a shuffled dictionary: what it gains does not come from true translations"
 DEFINITIONS = {
     "validation_loss": (
         "Mean negative log-likelihood per held-out token in nats, without code-switching; lower is better."
@@ -38,6 +39,7 @@ DEFINITIONS = {
         "emb is the embedding output, 1 to L are the outputs of the blocks (the last one after the final norm), out is "
         "the output embedding."
     ),
+    "shuffled_dictionary": "Whether the run was trained with a shuffled dictionary, as a control.",
     "tokens": "Tokens trained on, over all phases.",
     "seconds": "Wall-clock seconds of training, over all phases.",
 }
@@ -147,6 +149,7 @@ def report_table(report: dict[str, Any]) -> str:
         if change["word_retrieval_p_at_1_mean"] is not None:
             parts.append(f"P@1 mean {_signed(change['word_retrieval_p_at_1_mean'], 2)}")
         lines.append(f"{name} vs. {first}: {', '.join(parts) or 'no metric in common'}")
+    lines += [f"{name}: {CONTROL}" for name, run in runs.items() if run["shuffled_dictionary"]]
     return "\n".join(lines)
 
 
@@ -205,6 +208,7 @@ def _run_entry(record: RunRecord, measurement: Measurement) -> dict[str, Any]:
         "word_retrieval_p_at_1_held_out": mean_over_pairs(measurement.word_retrieval_p_at_1_held_out),
         "word_retrieval_p_at_1_held_out_by_pair": measurement.word_retrieval_p_at_1_held_out,
         "after_alignment": (mean_over_pairs(aligned.word_retrieval_p_at_1) or None) if aligned else None,
+        "shuffled_dictionary": measurement.shuffled_dictionary,
         "tokens": measurement.tokens,
         "seconds": measurement.seconds,
         "recipe": record.recipe,

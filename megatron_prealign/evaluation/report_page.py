@@ -92,6 +92,12 @@ def _lead(report: Mapping[str, Any]) -> str:
             p_at_1, base = (mean(runs[run]["word_retrieval_p_at_1"]) for run in (name, first))
             sentence += f"; word-retrieval P@1, mean over layers, {page.decimal(p_at_1, 2)} vs. {page.decimal(base, 2)}"
         sentences.append(f'<p class="lead">{sentence}.</p>')
+    for name, run in runs.items():
+        if run["shuffled_dictionary"]:
+            sentences.append(
+                f'<p class="lead"><b>{escape(name)}</b> is a control: every word of its dictionary has the '
+                "translations of another word, so what it gains does not come from true translations.</p>"
+            )
     if len(runs) == 1:
         run = runs[first]
         losses = ", ".join(

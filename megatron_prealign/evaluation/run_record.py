@@ -91,6 +91,8 @@ class Measurement:
     """Tokens trained on, over all phases."""
     seconds: float
     """Wall-clock seconds of training, over all phases."""
+    shuffled_dictionary: bool = False
+    """Whether the run is a control, trained with a shuffled dictionary."""
 
 
 @dataclass(frozen=True)

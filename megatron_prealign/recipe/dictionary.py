@@ -13,6 +13,11 @@ class DictionarySection:
     """Path of the table file (table.safetensors)."""
     held_out_fraction: float = 0.05
     """Fraction of word groups that alignment and code-switching never train on, to measure generalisation."""
+    evaluation_table: str | None = None
+    """Path of the table whose pairs evaluations and the alignment watch measure; default `table`.
+
+    A run with a shuffled table sets it to the true one.
+    """
 
     def __post_init__(self) -> None:
         require(

@@ -34,6 +34,8 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"data.validation[{number}].path", validation.path
     if recipe.dictionary is not None:
         yield "dictionary.table", recipe.dictionary.table
+        if recipe.dictionary.evaluation_table is not None:
+            yield "dictionary.evaluation_table", recipe.dictionary.evaluation_table
     if recipe.checkpoint.load is not None:
         yield "checkpoint.load", recipe.checkpoint.load
 

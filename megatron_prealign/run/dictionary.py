@@ -28,6 +28,10 @@ class SwitchingTable:
     """Hash of the table without the held-out groups, saved in checkpoints."""
 
 
+MeasuredTable = tuple[DictionaryTable, NDArray[np.bool_]]
+"""Dictionary table and the mask `[groups]` of its held-out groups."""
+
+
 @dataclass(frozen=True, eq=False)
 class DictionaryParts:
     """Dictionary table and the parts derived from it, opened once per run."""
@@ -36,6 +40,8 @@ class DictionaryParts:
     """Complete table."""
     held_out: NDArray[np.bool_]
     """Mask `[groups]` of the groups excluded from training."""
+    measured: MeasuredTable
+    """Table whose pairs evaluations measure."""
     words: AlignmentGroups | None
     """Groups that alignment steps draw from; None without the section `alignment`."""
     watched: list[WordPairs] | None
@@ -44,15 +50,17 @@ class DictionaryParts:
     """Table for code-switching; None without the section `code_switch`."""
 
 
-def load_dictionary(
-    section: DictionarySection, tokenizer_fingerprint: str
-) -> tuple[DictionaryTable, NDArray[np.bool_]]:
-    """Returns the dictionary table and the mask `[groups]` of its held-out groups.
+def load_measured(section: DictionarySection, tokenizer_fingerprint: str) -> MeasuredTable:
+    """Returns the table whose pairs evaluations measure.
 
     Raises:
         UserError: The table is missing, corrupt or built with another tokenizer.
     """
-    table = load_table(section.table)
+    return _load(section.evaluation_table or section.table, section, tokenizer_fingerprint)
+
+
+def _load(path: str, section: DictionarySection, tokenizer_fingerprint: str) -> MeasuredTable:
+    table = load_table(path)
     table.check_tokenizer(tokenizer_fingerprint)
     return table, table.held_out_groups(section.held_out_fraction)
 
@@ -92,16 +100,20 @@ def open_dictionary(recipe: Recipe, tokenizer_fingerprint: str) -> DictionaryPar
     """
     if recipe.dictionary is None:
         return None
-    table, held_out = load_dictionary(recipe.dictionary, tokenizer_fingerprint)
+    section = recipe.dictionary
+    table, held_out = _load(section.table, section, tokenizer_fingerprint)
     check_languages(recipe, table)
+    measured = table, held_out
+    if section.evaluation_table is not None:
+        measured = load_measured(section, tokenizer_fingerprint)
     languages = recipe.data.languages
     words = watched = switching = None
     if recipe.alignment is not None:
         words = alignment_groups(table, recipe.alignment, held_out=held_out)
     if recipe.alignment_watch is not None:
-        watched = watched_pairs(table, held_out, recipe.alignment_watch, max_word_tokens=recipe.max_word_tokens)
+        watched = watched_pairs(*measured, recipe.alignment_watch, max_word_tokens=recipe.max_word_tokens)
     if recipe.code_switch is not None:
         trained = table.without_groups(held_out)
         selected = switchable_table(trained, recipe.code_switch, languages)
         switching = SwitchingTable(selected, trained.switching_fingerprint())
-    return DictionaryParts(table, held_out, words, watched, switching)
+    return DictionaryParts(table, held_out, measured, words, watched, switching)

@@ -16,6 +16,7 @@ from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.resume.agree import require_intact
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.resume.load import load_weights
+from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.evaluator import Evaluator
 from megatron_prealign.evaluation.report import write_report
@@ -23,7 +24,7 @@ from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
-from megatron_prealign.run.dictionary import load_dictionary
+from megatron_prealign.run.dictionary import load_measured
 from megatron_prealign.run.inputs import Vocabulary, open_validation, open_vocabulary
 from megatron_prealign.run.pretrain import build_sequence_format, identity_of_model
 from megatron_prealign.runtime.agreement import on_every_rank
@@ -71,7 +72,7 @@ def _load_dictionary(recipe: Recipe, vocabulary: Vocabulary) -> tuple[Dictionary
     """Dictionary table and mask of its held-out groups; None without a dictionary."""
     if recipe.dictionary is None:
         return None
-    return load_dictionary(recipe.dictionary, vocabulary.tokenizer.fingerprint)
+    return load_measured(recipe.dictionary, vocabulary.tokenizer.fingerprint)
 
 
 def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> tuple[Measurement, int]:
@@ -91,5 +92,9 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         logger.info("evaluating %s", checkpoint)
         evaluator = Evaluator(recipe, runtime, validation, build_sequence_format(recipe, vocabulary), dictionary)
         result = evaluator.measure(models)
-        state = read_run(checkpoint)["train_state"]
-        return Measurement(**result, tokens=state["tokens"], seconds=state["seconds"]), runtime.rank
+        run = read_run(checkpoint)
+        state, is_control = run["train_state"], SHUFFLED_DICTIONARY in run["run"]
+        measured = Measurement(
+            **result, tokens=state["tokens"], seconds=state["seconds"], shuffled_dictionary=is_control
+        )
+        return measured, runtime.rank

@@ -66,6 +66,13 @@ def tokens_per_word(dictionary: DictionaryParts | None) -> float:
     return float(((ends[words.first + words.counts] - ends[words.first]) / words.counts).mean())
 
 
+def dictionary_passes(recipe: Recipe, dictionary: DictionaryParts) -> float:
+    """How often the alignment phase draws a word of the dictionary, on average; words of one language in a group count
+    as one, since a draw takes one of them."""
+    assert recipe.alignment is not None and dictionary.words is not None
+    return recipe.alignment.train_iters * recipe.alignment.words_per_step / len(dictionary.words.first)
+
+
 def phase_lengths(recipe: Recipe, word_length: float) -> list[PhaseLength]:
     """Lengths of the phases of `recipe.phases`.
 
@@ -76,14 +83,15 @@ def phase_lengths(recipe: Recipe, word_length: float) -> list[PhaseLength]:
         word_length: Result of `tokens_per_word`.
     """
     lengths: list[PhaseLength] = []
+    guard = recipe.alignment_guard
     words = 0.0 if recipe.alignment is None else recipe.alignment.words_per_step * word_length
     for plan in recipe.phases:
         steps = plan.train_iters
         if steps is None:
             assert recipe.training.train_tokens is not None
             used = sum(length.samples * recipe.data.seq_length + length.word_tokens for length in lengths)
-            steps = max(0, recipe.training.train_tokens - used) // (plan.samples * recipe.data.seq_length)
-        guard = recipe.alignment_guard
+            per_step = plan.samples * recipe.data.seq_length + (words / guard.interval if guard is not None else 0.0)
+            steps = int(max(0, recipe.training.train_tokens - used) / per_step)
         with_words = steps if plan.name == ALIGNMENT else steps // guard.interval if guard is not None else 0
         lengths.append(PhaseLength(plan.name, steps, steps * plan.samples, round(with_words * words)))
     return lengths

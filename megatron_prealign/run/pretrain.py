@@ -14,7 +14,7 @@ from megatron_prealign.alignment.words import WordSampler
 from megatron_prealign.checkpoint.resume.agree import choose_start, rename_damaged_checkpoints
 from megatron_prealign.checkpoint.resume.identity import code_switch_fingerprint, resume_fingerprint
 from megatron_prealign.checkpoint.resume.load import load_weights, resume
-from megatron_prealign.checkpoint.state import model_identity
+from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, model_identity
 from megatron_prealign.checkpoint.store import CheckpointStore
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat, SwitchedBatch, plain_batch
@@ -160,13 +160,21 @@ def identity_of_run(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
             fingerprint=inputs.dictionary.switching.fingerprint,
             coverage=inputs.coverage,
         )
-    return resume_fingerprint(
+    properties = resume_fingerprint(
         recipe,
         num_samples=len(inputs.train),
         keys=[source.key for source in inputs.train.blend.sources],
         segmenters=inputs.train.segmenters,
         switching=switching,
     )
+    if trains_with_dictionary(recipe) and inputs.dictionary is not None and inputs.dictionary.table.shuffled:
+        properties[SHUFFLED_DICTIONARY] = inputs.dictionary.table.shuffled
+    return properties
+
+
+def trains_with_dictionary(recipe: Recipe) -> bool:
+    """Whether a phase of the run uses the dictionary; evaluations alone do not count."""
+    return recipe.alignment is not None or recipe.code_switch is not None
 
 
 def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Sequence[Callback] = ()) -> TrainState:
@@ -208,7 +216,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         runtime,
         inputs.validation,
         build_sequence_format(recipe, inputs.vocabulary),
-        None if dictionary is None else (dictionary.table, dictionary.held_out),
+        None if dictionary is None else dictionary.measured,
     )
     on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator.names))
     models = on_every_rank(

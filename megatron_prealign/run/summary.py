@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_prealign.checkpoint.directory import directory_bytes, step_directories
 from megatron_prealign.model.sizes import count_model_parameters, count_stage_parameters, padded_vocab_size
 from megatron_prealign.recipe import Recipe
@@ -15,6 +17,7 @@ from megatron_prealign.run.plan import (
     PhaseLength,
     SourcePasses,
     SourceTokens,
+    dictionary_passes,
     passes,
     phase_lengths,
     tokens_per_word,
@@ -77,12 +80,14 @@ def summarise(
             f"{model.hidden_size:,}, vocabulary {vocab_size:,} (padded to {padded:,})",
         ),
         ("processes", _layout(recipe, parameters, stages, world_size)),
-        ("training", _training(lengths, seq_length)),
+        ("training", _training(recipe, lengths)),
+        *_dictionary(recipe, dictionary),
         *(("source", _source(each)) for each in read),
         ("checkpoints", checkpoints),
         ("memory", _memory(memory)),
     ]
-    return Summary(rows, [*_repeated(read), *disk_warnings, *(_too_little_memory(memory, size) if on_cpu else [])])
+    warnings = [*_shuffled(recipe, dictionary), *_few_passes(recipe, dictionary), *_repeated(read), *disk_warnings]
+    return Summary(rows, [*warnings, *(_too_little_memory(memory, size) if on_cpu else [])])
 
 
 def _layout(recipe: Recipe, parameters: int, stages: Sequence[int], world_size: int | None) -> str:
@@ -97,14 +102,47 @@ def _layout(recipe: Recipe, parameters: int, stages: Sequence[int], world_size: 
     return text
 
 
-def _training(lengths: Sequence[PhaseLength], seq_length: int) -> str:
+def _training(recipe: Recipe, lengths: Sequence[PhaseLength]) -> str:
     steps = ", ".join(f"{length.name} {length.steps:,}" for length in lengths)
+    text = sum(length.samples for length in lengths) * recipe.data.seq_length
     words = sum(length.word_tokens for length in lengths)
-    return (
-        f"{plural(sum(length.steps for length in lengths), 'step')} ({steps}), "
-        f"{plural(sum(length.samples for length in lengths) * seq_length, 'token')} of text"
-        + (f" and about {words:,} of dictionary words" if words else "")
-    )
+    result = f"{plural(sum(length.steps for length in lengths), 'step')} ({steps}), {plural(text, 'token')} of text"
+    if words:
+        result += f" and about {words:,} of dictionary words ({words / (text + words):.1%})"
+    section = recipe.alignment
+    if section is not None and section.train_iters:
+        ratio = section.lr / recipe.optimizer.lr
+        result += (
+            f"; learning rate {section.lr:g} in the alignment phase, then {recipe.optimizer.lr:g} (ratio {ratio:.2g})"
+        )
+    return result
+
+
+def _dictionary(recipe: Recipe, dictionary: DictionaryParts | None) -> list[tuple[str, str]]:
+    if recipe.alignment is None or dictionary is None or dictionary.words is None:
+        return []
+    words = dictionary.words
+    occurring = np.count_nonzero(words.frequency) / len(words.frequency)
+    text = f"{plural(len(words.frequency), 'group')} of {len(words.first):,} words"
+    if recipe.alignment.train_iters:
+        text += f", drawn {dictionary_passes(recipe, dictionary):,.2f} times each in the alignment phase"
+    counted = dictionary.table.group_count.any()
+    text += f"; {occurring:.0%} have a source word of the counting corpus" if counted else "; built without --corpus"
+    return [("dictionary", text)]
+
+
+def _few_passes(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]:
+    section = recipe.alignment
+    if section is None or not section.train_iters or dictionary is None or dictionary.words is None:
+        return []
+    drawn = dictionary_passes(recipe, dictionary)
+    if drawn >= 1:
+        return []
+    return [
+        f"the alignment phase draws a dictionary word {drawn:.2f} times on average; raise "
+        "alignment.train_iters or alignment.words_per_step, or build the table with fewer words (dictionary build "
+        "--min-count)"
+    ]
 
 
 def _source(each: SourcePasses) -> str:
@@ -112,6 +150,16 @@ def _source(each: SourcePasses) -> str:
         f"{each.source.path}: {each.source.language}, {each.source.tokens:,} tokens, {each.share:.1%} of the samples, "
         f"{each.passes:,.2f} passes"
     )
+
+
+def _shuffled(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]:
+    if recipe.dictionary is None or dictionary is None or dictionary.table.shuffled is None:
+        return []
+    seed = dictionary.table.shuffled["seed"]
+    text = f"dictionary.table {recipe.dictionary.table} is a control with shuffled translations (seed {seed})"
+    if recipe.dictionary.evaluation_table is None:
+        text += ", which evaluations measure too; set dictionary.evaluation_table to the table of true pairs"
+    return [text]
 
 
 def _repeated(read: Sequence[SourcePasses]) -> list[str]:

@@ -95,7 +95,7 @@ def _check_keep_best(recipe: Recipe, dictionary: DictionaryParts | None, sidecar
         for source in data.sources
         if held_out_documents(sidecars[source.path].documents, data.validation_fraction)
     }
-    pairs = evaluated_pairs(recipe, None if dictionary is None else (dictionary.table, dictionary.held_out))
+    pairs = evaluated_pairs(recipe, None if dictionary is None else dictionary.measured)
     check_keep_best(recipe, metric_names([each for each in data.languages if each in held_out], pairs))
 
 

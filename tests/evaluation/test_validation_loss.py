@@ -25,7 +25,7 @@ def values_for(tiny: Tiny, directory: Path, **parallel: Any) -> dict[str, Any]:
 
 def opened(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any, Any, Any, Any]:
     from megatron_prealign.model.build import build_model
-    from megatron_prealign.run.dictionary import load_dictionary
+    from megatron_prealign.run.dictionary import load_measured
     from megatron_prealign.run.inputs import open_validation, open_vocabulary
     from megatron_prealign.run.pretrain import build_sequence_format
     from megatron_prealign.runtime.distributed import start
@@ -35,7 +35,7 @@ def opened(values: dict[str, Any], directory: str) -> tuple[Any, Any, Any, Any, 
     vocabulary = open_vocabulary(recipe)
     chunks = build_model(recipe, runtime, vocab_size=vocabulary.size)
     validation = open_validation(recipe, vocabulary)
-    words = None if recipe.dictionary is None else load_dictionary(recipe.dictionary, vocabulary.tokenizer.fingerprint)
+    words = None if recipe.dictionary is None else load_measured(recipe.dictionary, vocabulary.tokenizer.fingerprint)
     return recipe, runtime, chunks, validation, words, build_sequence_format(recipe, vocabulary)
 
 

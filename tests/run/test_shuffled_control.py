@@ -13,7 +13,6 @@ from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, read_state
 from megatron_prealign.cli import main
-from megatron_prealign.conversion.to_hf import convert
 from megatron_prealign.recipe import ParallelSection
 from megatron_prealign.run.validate import validate
 
@@ -83,13 +82,10 @@ def test_log_checkpoint_report_and_card_say_it(workers: WorkerPool, tiny: Tiny, 
     assert page.count("is a control:") == 1
     cards = []
     for path in checkpoints:
-        convert(path, path.parent / "model")
-        cards.append((path.parent / "model" / "README.md").read_text("utf-8"))
-        # The second checkpoint has a directory of its own.
+        model = tmp_path / f"model_{len(cards)}"
+        assert main(["convert", "to-hf", "--checkpoint", str(path), "--output", str(model)]) == 0
+        cards.append((model / "README.md").read_text("utf-8"))
     assert "It is a control" not in cards[0] and "It is a control" in cards[1]
-    # Both runs measure the same pairs: an untrained model gives both the same values.
-    first, other = (records(tmp_path / name, "evaluation") for name in ("true", "shuffled"))
-    assert first.keys() == other.keys()
 
 
 def test_evaluations_measure_the_evaluation_table(

@@ -23,6 +23,7 @@ _EFFECTS = {
     "model.init_method_std": "no effect: the weights are initialised already",
     "checkpoint.load": _OWN_CHECKPOINT,
     "checkpoint.load_parts": _OWN_CHECKPOINT,
+    "dictionary.evaluation_table": "evaluations from now on measure its pairs",
     "dictionary.table": "the same words, or the run would have been refused",
 }
 _SOURCES = "data.sources"
