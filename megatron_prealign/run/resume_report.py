@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from megatron_prealign.checkpoint.resume.changes import log_changes
+from megatron_prealign.checkpoint.resume.changes import describe_changes, nothing_to_do
 from megatron_prealign.checkpoint.resume.start import StartPoint
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.recipe import Recipe
@@ -17,15 +17,10 @@ def report_resume(recipe: Recipe, start: StartPoint, state: TrainState, phases: 
     if start.summary is None:
         return
     phase = phases[state.phase]
-    changes = log_changes(recipe, start.checkpoint, state.step, phase.name)
+    changes = describe_changes(recipe, start.checkpoint, state.step, phase.name)
+    for line in changes:
+        logger.info("%s", line)
     if phase is not phases[-1] or not phase.is_over(state):
         return
     total = state.step - state.phase_step + phase.total_iters(state)
-    budget = "train_iters" if recipe.training.train_tokens is None else "train_tokens"
-    logger.info(
-        "nothing to do: %s of %s steps are done; raise training.%s to train longer%s",
-        f"{state.step:,}",
-        f"{total:,}",
-        budget,
-        ". The changed fields have no effect until then" if changes else "",
-    )
+    logger.info("%s", nothing_to_do(recipe, state.step, total, changed=bool(changes)))

@@ -1,6 +1,5 @@
 """Fields of a recipe that differ from the recipe of the checkpoint that a run resumes from. Imports no torch."""
 
-import logging
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, Recipe, recipe_to_dict
-
-logger = logging.getLogger(__name__)
 
 _UNSET = object()
 _SAVED_OPTIMIZER = "no effect: the optimizer continues with the saved value"
@@ -74,20 +71,27 @@ def effect(field: str, phase: str, *, has_guard: bool) -> str:
     return _EFFECTS.get(field, "")
 
 
-def log_changes(recipe: Recipe, checkpoint: Path, step: int, phase: str) -> int:
-    """Logs a line per field that differs from the checkpoint's recipe; returns their number."""
-    changes = changed_fields(recipe, checkpoint)
-    for field, (saved, current) in changes.items():
+def describe_changes(recipe: Recipe, checkpoint: Path, step: int, phase: str) -> list[str]:
+    """Returns a line per field that differs from the checkpoint's recipe."""
+    lines = []
+    for field, (saved, current) in changed_fields(recipe, checkpoint).items():
         note = effect(field, phase, has_guard=recipe.alignment_guard is not None)
-        logger.info(
-            "%s: %s -> %s (changed since the checkpoint of step %s)%s",
-            field,
-            saved,
-            current,
-            f"{step:,}",
-            f": {note}" if note else "",
-        )
-    return len(changes)
+        line = f"{field}: {saved} -> {current} (changed since the checkpoint of step {step:,})"
+        lines.append(f"{line}: {note}" if note else line)
+    return lines
+
+
+def nothing_to_do(recipe: Recipe, step: int, total: int, *, changed: bool) -> str:
+    """Line for a run that is complete.
+
+    Args:
+        changed: Whether fields differ from the checkpoint's recipe.
+    """
+    budget = "train_iters" if recipe.training.train_tokens is None else "train_tokens"
+    return (
+        f"nothing to do: {step:,} of {total:,} steps are done; raise training.{budget} to train longer"
+        f"{'. The changed fields have no effect until then' if changed else ''}"
+    )
 
 
 def _differences(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

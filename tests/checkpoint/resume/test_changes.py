@@ -12,8 +12,9 @@ from support.tiny import Tiny, recipe_of
 from support.whole_runs import language_model_values, run
 from support.workers import WorkerPool
 
-from megatron_prealign.checkpoint.resume.changes import _EFFECTS, _SCHEDULES, changed_fields, effect, log_changes
+from megatron_prealign.checkpoint.resume.changes import _EFFECTS, _SCHEDULES, changed_fields, describe_changes, effect
 from megatron_prealign.recipe import DataSource, Recipe, load_recipe, recipe_to_dict, save_recipe
+from megatron_prealign.run.validate import validate
 
 
 @pytest.fixture
@@ -58,11 +59,9 @@ def test_fields_of_every_depth(recipe: Recipe, tmp_path: Path) -> None:
     }
 
 
-def test_a_line_per_field_with_its_effect(recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_per_field_with_its_effect(recipe: Recipe, tmp_path: Path) -> None:
     changed = replace(recipe, optimizer=replace(recipe.optimizer, lr=0.0005, adam_eps=1e-6))
-    with caplog.at_level(logging.INFO):
-        assert log_changes(changed, tmp_path, 1200, "language_model") == 2
-    rate, epsilon = (record.getMessage() for record in caplog.records)
+    rate, epsilon = describe_changes(changed, tmp_path, 1200, "language_model")
     assert_facts(rate, "optimizer.lr: 0.001 -> 0.0005", "step 1,200", "schedule")
     assert_facts(epsilon, "optimizer.adam_eps: 1e-08 -> 1e-06", "no effect")
 
@@ -117,12 +116,15 @@ def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_p
     values["training"]["train_iters"] = 2
     run(workers, 1, values, tmp_path)
     values["optimizer"]["lr"] = 5e-4
+    validated = validate(recipe_of(values, tmp_path)).splitlines()
     (lines,) = workers.run(1, logged, values, str(tmp_path))
+    assert validated[-2:] == [line for line in lines if "optimizer.lr:" in line or "nothing to do" in line]
     change = next(line for line in lines if line.startswith("optimizer.lr:"))
     assert_facts(change, "0.001 -> 0.0005", "step 2")
     end = next(line for line in lines if "nothing to do" in line)
     assert_facts(end, "2 of 2 steps", "training.train_iters", "no effect")
     values["training"]["train_iters"] = 3
+    assert "nothing to do" not in validate(recipe_of(values, tmp_path))
     (lines,) = workers.run(1, logged, values, str(tmp_path))
     assert not [line for line in lines if "nothing to do" in line]
     assert [line for line in lines if line.startswith("training.train_iters: 2 -> 3")]
