@@ -5,6 +5,7 @@ which words belong to the same group without communication, and the batch is the
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ class StepWords:
     tokens: int
 
 
+# Steps whose words are drawn to know how many tokens a step has.
+_MEASURED_STEPS = 16
+
+
 class WordSampler:
     """Draws groups until their words fill a step: one word per language of each group, or of some of its languages."""
 
@@ -58,6 +63,13 @@ class WordSampler:
             self._cumulative = np.cumsum(np.exp(self._log_weight - self._log_weight.max()))
         weights = section.language_weights
         self._language_weight = np.array([weights.get(language, 1.0) for language in table.languages])
+
+    @cached_property
+    def mean_tokens(self) -> float:
+        """Tokens of the words of a step, over all ranks: the mean of the first steps, equal on all ranks."""
+        lengths = np.diff(self.table.word_offsets)
+        words = [self._draw_words(step)[0] for step in range(_MEASURED_STEPS)]
+        return sum(int(lengths[drawn[drawn >= 0]].sum()) for drawn in words) / _MEASURED_STEPS
 
     def draw(self, step: int, layout: WordLayout, *, microbatches: int = 1) -> StepWords:
         """Draws the words of `step` and returns this rank's part."""

@@ -20,7 +20,8 @@ class TrainingSection:
     """Optimizer steps of language-model training; set either this or train_tokens."""
     train_tokens: int | None = None
     """Total number of tokens over all phases, instead of train_iters; language-model training gets the tokens that the
-    alignment phase does not use."""
+    alignment phase and the words of the guard do not use. With alignment_guard.floor, the guard's words are not
+    counted in advance."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and activations; the optimizer keeps fp32 master weights in both cases."""
     eval_interval: int | None = None

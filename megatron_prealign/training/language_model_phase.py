@@ -51,10 +51,12 @@ class LanguageModelPhase(Phase):
             return training.train_iters
         assert training.train_tokens is not None
         seq_length = self._recipe.data.seq_length
-        consumed = (state.consumed_samples - state.phase_start_samples) * seq_length
+        words = self.word_tokens_per_step()
+        consumed = (state.consumed_samples - state.phase_start_samples) * seq_length + state.phase_step * words
         remaining = training.train_tokens - state.phase_start_tokens - consumed
-        # Counted from the current step, since a resumed run may have used another batch size.
-        iters = state.phase_step + remaining // (training.global_batch_size * seq_length)
+        # Counted from the current step, since a resumed run may have used another batch size. In integers, so that it
+        # is the same at every step.
+        iters = state.phase_step + remaining // (training.global_batch_size * seq_length + words)
         if iters < 1:
             raise UserError(
                 f"training.train_tokens is {training.train_tokens}, of which the alignment phase consumed "
@@ -62,6 +64,10 @@ class LanguageModelPhase(Phase):
                 f"{seq_length} tokens for language-model training; raise it"
             )
         return iters
+
+    def word_tokens_per_step(self) -> int:
+        """Tokens of dictionary words that a step takes from training.train_tokens, on average."""
+        return 0
 
     def schedule_settings(self, state: TrainState) -> ScheduleSettings:
         section = self._recipe.optimizer

@@ -218,7 +218,11 @@ def test_errors_are_one_line(
     harvest: ModuleType, package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert harvest.main(["--output", str(tmp_path / "x"), "--packages", "no_such_package_at_all"]) == 2
-    assert_facts(capsys.readouterr().err, "no_such_package_at_all", "0 documents", "--packages", "--max-bytes")
+    assert_facts(capsys.readouterr().err, "no_such_package_at_all is not installed", "--packages")
+    # A package without documentation.
+    put_package(tmp_path / "path", "harvest_bare_package", {})
+    assert harvest.main(["--output", str(tmp_path / "x"), "--packages", "harvest_bare_package"]) == 2
+    assert_facts(capsys.readouterr().err, "harvest_bare_package", "0 documents", "--packages", "--max-bytes")
     (tmp_path / "file").write_text("in the way")
     assert harvest.main(["--output", str(tmp_path / "file"), "--packages", package]) == 2
     assert f"{tmp_path}/file is a file" in capsys.readouterr().err

@@ -360,6 +360,21 @@ def test_complete_runs_are_guarded_and_resume_bit_for_bit(workers: WorkerPool, t
         assert torch.equal(actual[name], tensor), name
 
 
+def test_words_of_the_guard_are_part_of_the_tokens(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
+    """Every second step has 64 words of about 90 tokens; without them, a budget of 6,000 tokens has 23 steps of 256."""
+    values = guarded(tiny, tmp_path, interval=2)
+    values["alignment"].update(train_iters=0, words_per_step=64)
+    values["training"].update(train_iters=None, train_tokens=6000, retrieval_words=2, eval_samples=2)
+    run(workers, 1, values, tmp_path)
+    lines = sorted(records(tmp_path).items())
+    steps, tokens = len(lines), lines[-1][1]["tokens"]
+    words = tokens - SAMPLE_TOKENS * steps
+    assert sum(line["word_steps"] for _, line in lines) == steps // 2 and words > SAMPLE_TOKENS
+    # A step more would exceed the budget, but for the difference between the words of these steps and of all.
+    assert abs(6000 - tokens) <= SAMPLE_TOKENS + words / steps + 0.2 * words
+    assert steps < 6000 // SAMPLE_TOKENS
+
+
 @pytest.mark.slow
 def test_a_run_lists_the_words_that_it_drops(workers: WorkerPool, tiny: Tiny, tmp_path: Path) -> None:
     values = guarded(tiny, tmp_path, interval=1)
