@@ -28,23 +28,9 @@ from megatron_prealign.progress import Progress
 from megatron_prealign.resources import gc_disabled
 
 STANDARD_LIBRARY = "stdlib"
-# Large, well-documented packages; missing ones are skipped. Torch and transformers have the most text.
-PACKAGES = (
-    STANDARD_LIBRARY,
-    *(
-        "torch",
-        "numpy",
-        "transformers",
-        "megatron",
-        "matplotlib",
-        "sympy",
-        "networkx",
-        "tensorboard",
-        "huggingface_hub",
-    ),
-    *("hypothesis", "pydantic", "setuptools", "jsonargparse", "tokenizers", "safetensors", "fsspec", "rich", "jinja2"),
-    *("scipy", "pandas", "sklearn", "datasets", "deepspeed", "awkward", "triton"),
-)
+# Packages that this one requires, so that the text does not depend on what else is installed; their versions are in
+# constraints.txt. The standard library differs between Pythons.
+PACKAGES = ("torch", "transformers", "megatron", "numpy", "matplotlib", "sympy", "networkx")
 # Tests contain odd strings, vendored directories contain copies of other packages.
 SKIPPED_DIRECTORIES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "_vendor", "_vendored", "__pycache__"}
@@ -191,10 +177,17 @@ def docstrings(source: bytes, name: str) -> Iterator[str]:
 
 
 def python_files(packages: Sequence[str]) -> list[tuple[str, Path]]:
-    """Returns (name, path) of the packages' sources, sorted by name; names do not depend on the machine."""
+    """Returns (name, path) of the packages' sources, sorted by name; names do not depend on the machine.
+
+    Raises:
+        UserError: a package is not installed.
+    """
     found: dict[str, Path] = {}
     for package in packages:
-        for root in package_directories(package):
+        directories = package_directories(package)
+        if not directories:
+            raise UserError(f"package {package} is not installed; install it or list other packages with --packages")
+        for root in directories:
             for path in root.rglob("*.py"):
                 parts = path.relative_to(root).parts
                 if SKIPPED_DIRECTORIES.isdisjoint(parts):
@@ -313,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=list(PACKAGES),
         metavar="NAME",
-        help="packages to read; stdlib is the standard library (default: large packages)",
+        help=f"packages to read; stdlib is the standard library (default: {' '.join(PACKAGES)})",
     )
     options = parser.parse_args(argv)
     for name, minimum in (("max_bytes", 1), ("words", 1), ("seed", 0)):

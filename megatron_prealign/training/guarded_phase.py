@@ -34,7 +34,7 @@ class GuardedLanguageModelPhase(LanguageModelPhase):
         self._with_words = False
 
     def word_tokens_per_step(self) -> int:
-        # With a floor, nobody knows which steps will have words; they come on top of training.train_tokens.
+        # With a floor, the steps with words are not known in advance: their tokens exceed training.train_tokens.
         return 0 if self._guard.floor is not None else round(self._words.sampler.mean_tokens / self._guard.interval)
 
     def forward_backward(self, state: TrainState, chunks: Sequence[torch.nn.Module]) -> None:
