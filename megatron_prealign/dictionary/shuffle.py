@@ -212,15 +212,7 @@ def _with_candidates(table: DictionaryTable, exchanges: list[_Exchange]) -> Dict
     ends = offsets_of(lengths)
     candidates = np.arange(ends[-1]) + np.repeat(begins - ends[:-1], lengths)
     totals = np.bincount(key[order], weights=lengths, minlength=table.num_keys).astype(np.int64)
-    tokens, candidate_offsets = row_indices(table.candidate_offsets, candidates)
-    return replace(
-        table,
-        key_candidate_offsets=offsets_of(totals),
-        candidate_tokens=table.candidate_tokens[tokens],
-        candidate_offsets=candidate_offsets,
-        candidate_language=table.candidate_language[candidates],
-        candidate_weight=table.candidate_weight[candidates],
-    )
+    return table.with_candidates(candidates, offsets_of(totals))
 
 
 def _keys_in_spelling(table: DictionaryTable, keys: NDArray[np.int64], donors: NDArray[np.int64]) -> NDArray[np.int64]:

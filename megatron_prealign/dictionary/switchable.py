@@ -184,13 +184,5 @@ def _with_candidates(table: DictionaryTable, keep: NDArray[np.bool_]) -> Diction
     """Returns the table with only the candidates `keep` (bool `[C]`) and the keys that still have one."""
     candidate_key = row_numbers(table.key_candidate_offsets)
     counts = np.bincount(candidate_key[keep], minlength=table.num_keys)
-    tokens, candidate_offsets = row_indices(table.candidate_offsets, np.flatnonzero(keep))
-    filtered = replace(
-        table,
-        key_candidate_offsets=offsets_of(counts),
-        candidate_tokens=table.candidate_tokens[tokens],
-        candidate_offsets=candidate_offsets,
-        candidate_language=table.candidate_language[keep],
-        candidate_weight=table.candidate_weight[keep],
-    )
+    filtered = table.with_candidates(np.flatnonzero(keep), offsets_of(counts))
     return filtered.with_keys(np.flatnonzero(counts))

@@ -207,16 +207,27 @@ class DictionaryTable:
         candidates, key_candidate_offsets = row_indices(
             self.key_candidate_offsets, keys if candidates_of is None else candidates_of
         )
-        candidate_tokens, candidate_offsets = row_indices(self.candidate_offsets, candidates)
         return replace(
-            self,
+            self.with_candidates(candidates, key_candidate_offsets),
             key_tokens=self.key_tokens[tokens],
             key_offsets=key_offsets,
             key_language=self.key_language[keys],
             key_group=self.key_group[keys],
             key_form=self.key_form[keys],
+        )
+
+    def with_candidates(self, candidates: NDArray[Any], key_candidate_offsets: NDArray[np.int64]) -> "DictionaryTable":
+        """Returns the table with these candidates, in this order.
+
+        Args:
+            candidates: integers `[N]`, candidates of this table; one may be given to several keys.
+            key_candidate_offsets: `[K+1]`, the part of `candidates` that each key gets.
+        """
+        tokens, candidate_offsets = row_indices(self.candidate_offsets, candidates)
+        return replace(
+            self,
             key_candidate_offsets=key_candidate_offsets,
-            candidate_tokens=self.candidate_tokens[candidate_tokens],
+            candidate_tokens=self.candidate_tokens[tokens],
             candidate_offsets=candidate_offsets,
             candidate_language=self.candidate_language[candidates],
             candidate_weight=self.candidate_weight[candidates],
