@@ -1,14 +1,13 @@
 """A run with a shuffled dictionary says so everywhere and is measured with true pairs; warnings about a dictionary that
 cannot help."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.messages import assert_facts, user_error
 from support.tiny import Tiny, recipe_of
-from support.whole_runs import records
+from support.whole_runs import records, train_logged
 from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, read_state
@@ -35,22 +34,6 @@ def values_of(tiny: Tiny, run_dir: Path, **dictionary: Any) -> dict[str, Any]:
     return values
 
 
-def log_of_a_run(values: dict[str, Any], directory: str) -> list[str]:
-    """Runs in a worker: trains; returns the messages of the log."""
-    from megatron_prealign.run.pretrain import pretrain
-
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_prealign")
-    logger.addHandler(handler)
-    try:
-        pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
-    finally:
-        logger.removeHandler(handler)
-    return lines
-
-
 def report_of(runs: dict[str, Path], output: str) -> dict[str, Any] | None:
     """Runs in a worker: evaluates the runs."""
     from megatron_prealign.run.evaluate import evaluate_runs
@@ -63,7 +46,7 @@ def test_log_checkpoint_report_and_card_say_it(workers: WorkerPool, tiny: Tiny, 
     shuffled = values_of(tiny, tmp_path / "shuffled", table=control, evaluation_table=tiny.table)
     # The words and their order are the same, so the steps draw the same words; only the pairs differ.
     (plain,), (lines,) = (
-        workers.run(1, log_of_a_run, values, str(tmp_path / name))
+        workers.run(1, train_logged, values, str(tmp_path / name))
         for name, values in (("true", true), ("shuffled", shuffled))
     )
     (warning,) = (line for line in lines if "shuffled translations" in line)
@@ -102,7 +85,7 @@ def test_evaluations_measure_the_evaluation_table(
         values["alignment_watch"] = {"interval": 100, "groups": "trained", "words": 100}
         del values["alignment"]
         values["code_switch"] = None
-        workers.run(1, log_of_a_run, values, str(tmp_path / name))
+        workers.run(1, train_logged, values, str(tmp_path / name))
         line = records(tmp_path / name, "alignment_watch")[("language_model", 0)]
         watched.append((line["words"], line["pairs"]["en-en_clone"]["positive_cosine"]))
     assert watched[0] == watched[1] != watched[2]

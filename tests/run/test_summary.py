@@ -1,13 +1,12 @@
 """The summary of a run agrees with the run; warnings about repeated text and a full disk."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.messages import assert_facts
 from support.tiny import Tiny, recipe_of
-from support.whole_runs import language_model_values
+from support.whole_runs import language_model_values, logged_lines
 from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.directory import directory_bytes
@@ -115,15 +114,8 @@ def trained(values: list[dict[str, Any]], directory: str) -> list[tuple[list[str
     results = []
     for number, each in enumerate(values):
         recipe = recipe_of(each, Path(directory) / str(number))
-        lines: list[str] = []
-        handler = logging.Handler()
-        handler.emit = lambda record, lines=lines: lines.append(record.getMessage())  # type: ignore[method-assign]
-        logger = logging.getLogger("megatron_prealign")
-        logger.addHandler(handler)
-        try:
+        with logged_lines() as lines:
             pretrain(recipe, leave_process_group=True)
-        finally:
-            logger.removeHandler(handler)
         padded = padded_vocab_size(VOCAB_SIZE, recipe.model.make_vocab_size_divisible_by, 1)
         parameters = count_model_parameters(recipe.model, padded_vocab_size=padded, seq_length=recipe.data.seq_length)
         results.append((lines, checkpoint_bytes(recipe, parameters)))

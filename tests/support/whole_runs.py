@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,29 @@ def train(values: dict[str, Any], directory: str) -> dict[str, Any]:
     from megatron_prealign.run.pretrain import pretrain
 
     return pretrain(recipe_of(values, Path(directory)), leave_process_group=True).to_dict()
+
+
+@contextmanager
+def logged_lines() -> Iterator[list[str]]:
+    """Yields the messages that the package logs in the block, in any process."""
+    lines: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("megatron_prealign")
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def train_logged(values: dict[str, Any], directory: str) -> list[str]:
+    """Runs in a worker: trains the recipe; returns the log lines of the package."""
+    with logged_lines() as lines:
+        train(values, directory)
+    return lines
 
 
 def read_weights(checkpoint: str, vocab_size: int) -> dict[str, torch.Tensor]:

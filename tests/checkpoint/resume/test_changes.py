@@ -1,15 +1,13 @@
 """A resumed run lists the fields that differ from its checkpoint's recipe, and says when nothing is left to train."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.messages import assert_facts
 from support.recipe_values import write_recipe
 from support.tiny import Tiny, recipe_of
-from support.whole_runs import language_model_values, run
+from support.whole_runs import language_model_values, run, train_logged
 from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.resume.changes import _EFFECTS, _SCHEDULES, changed_fields, describe_changes, effect
@@ -88,28 +86,6 @@ def test_fields_whose_names_begin_alike_have_effects_of_their_own(recipe: Recipe
     assert {*_EFFECTS, *_SCHEDULES["alignment"], *_SCHEDULES["language_model"]} <= names
 
 
-def logged(values: dict[str, Any], directory: str) -> list[str]:
-    """Runs in a worker: trains and returns the log lines of the package."""
-    from megatron_prealign.run.pretrain import pretrain
-
-    lines: list[str] = []
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    handler, logger = Lines(), logging.getLogger("megatron_prealign")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        pretrain(recipe_of(values, Path(directory)), leave_process_group=True)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    return lines
-
-
 @pytest.mark.slow
 def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
     values = language_model_values(tiny, tmp_path / "run")
@@ -117,7 +93,7 @@ def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_p
     run(workers, 1, values, tmp_path)
     values["optimizer"]["lr"] = 5e-4
     validated = validate(recipe_of(values, tmp_path)).splitlines()
-    (lines,) = workers.run(1, logged, values, str(tmp_path))
+    (lines,) = workers.run(1, train_logged, values, str(tmp_path))
     assert validated[-2:] == [line for line in lines if "optimizer.lr:" in line or "nothing to do" in line]
     change = next(line for line in lines if line.startswith("optimizer.lr:"))
     assert_facts(change, "0.001 -> 0.0005", "step 2")
@@ -125,6 +101,6 @@ def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_p
     assert_facts(end, "2 of 2 steps", "training.train_iters", "no effect")
     values["training"]["train_iters"] = 3
     assert "nothing to do" not in validate(recipe_of(values, tmp_path))
-    (lines,) = workers.run(1, logged, values, str(tmp_path))
+    (lines,) = workers.run(1, train_logged, values, str(tmp_path))
     assert not [line for line in lines if "nothing to do" in line]
     assert [line for line in lines if line.startswith("training.train_iters: 2 -> 3")]
