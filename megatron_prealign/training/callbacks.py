@@ -163,8 +163,10 @@ class StopOnRequest(Callback):
         return self._rank == 0 and now_s - self._started_s + 2 * self._longest_step_s + save_s > self._limit_s
 
     def on_close(self, trainer: "Trainer") -> None:
-        # After a request the process ends; another signal on the way must not make a clean stop fail.
-        if not (self._received and interrupts.ignore()):
+        # After a request the process ends; a signal on the way must not make a clean stop fail. The request may be of
+        # another rank: the launcher's death reaches each within a second, not all at once.
+        requested = self._received > 0 or trainer.state.stop_requested
+        if not (requested and interrupts.ignore()):
             for number, handler in self._previous.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
         if self._pending is not None:

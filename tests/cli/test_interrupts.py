@@ -80,9 +80,13 @@ def test_a_command_may_say_more(tmp_path: Path) -> None:
     "body",
     [
         "from megatron_prealign import interrupts; interrupts.ignore(); send(); send('SIGTERM'); return 0",
+        "from types import SimpleNamespace; from megatron_prealign.training.callbacks import StopOnRequest;"
+        "trainer = SimpleNamespace(runtime=SimpleNamespace(rank=0), state=SimpleNamespace(stop_requested=True));"
+        "callback = StopOnRequest(None); callback.on_start(trainer); callback.on_close(trainer);"
+        "send('SIGTERM'); return 0",
         "atexit.register(send); return 0",
     ],
-    ids=["after a clean stop", "while the interpreter ends"],
+    ids=["after a clean stop", "after another rank's clean stop", "while the interpreter ends"],
 )
 def test_a_late_signal_does_not_change_the_status(tmp_path: Path, body: str) -> None:
     done = run_probe(tmp_path, body)
