@@ -16,7 +16,8 @@ from megatron_prealign.tools.dictionary_preview import preview
 from megatron_prealign.tools.dictionary_report import no_keys_message, report
 
 if TYPE_CHECKING:
-    from megatron_prealign.dictionary.build import BuildReport, BuildSettings
+    from megatron_prealign.dictionary.build import BuildSettings
+    from megatron_prealign.dictionary.build_report import BuildReport
     from megatron_prealign.dictionary.coverage import Coverage
     from megatron_prealign.dictionary.groups import Cleaning
     from megatron_prealign.dictionary.readers import DictionaryInput
@@ -146,7 +147,8 @@ class ShuffleOptions:
 def build(argv: Sequence[str]) -> int:
     options = parse_options(BuildOptions, "dictionary build", argv)
 
-    from megatron_prealign.dictionary.build import BuildReport, build_table, read_groups
+    from megatron_prealign.dictionary.build import build_table, read_groups
+    from megatron_prealign.dictionary.build_report import BuildReport
     from megatron_prealign.dictionary.coverage import count_groups, measure_coverage
     from megatron_prealign.dictionary.formats.language_codes import language_name_warnings
     from megatron_prealign.dictionary.pivot import join_over
@@ -252,7 +254,8 @@ def _count_words(options: BuildOptions, tokenizer: "Tokenizer") -> "WordCounts":
 def merge(argv: Sequence[str]) -> int:
     options = parse_options(MergeOptions, "dictionary merge", argv)
 
-    from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+    from megatron_prealign.dictionary.build import BuildSettings, build_table
+    from megatron_prealign.dictionary.build_report import BuildReport
     from megatron_prealign.dictionary.merge import merge_counts, merge_groups
     from megatron_prealign.dictionary.table import load_table
     from megatron_prealign.dictionary.table_output import check_table_output
@@ -332,10 +335,14 @@ def _print_report(table: "DictionaryTable", report: "BuildReport") -> None:
         print(f"warning: {warning}")
     for name, count in report.counted.items():
         print(f"{count:>12,}  {name}")
-    if report.dropped:
-        print("dropped:")
-    for name, count in report.dropped.items():
-        print(f"{count:>12,}  {name}")
+    for title, counts in (
+        ("dropped:", report.dropped),
+        ("spellings of kept words without a key of their own:", report.spellings_without_key),
+    ):
+        if counts:
+            print(title)
+        for name, count in counts.items():
+            print(f"{count:>12,}  {name}")
     print(f"tokenised words with {report.encoder}")
     print(f"{table.num_groups:>12,}  groups")
     print(f"{table.num_words:>12,}  words in groups")

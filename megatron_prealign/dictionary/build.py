@@ -2,17 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, compress
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prealign.dictionary import build_report
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.groups import (
-    CLEANED,
-    NOTES,
-    READ,
     Cleaning,
     GroupBuilder,
     Groups,
@@ -20,9 +19,8 @@ from megatron_prealign.dictionary.groups import (
     without_unused_texts,
 )
 from megatron_prealign.dictionary.lexicon import SequenceLexicon, letter_boundaries
-from megatron_prealign.dictionary.pivot import JOINED
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices
-from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, OnError, ReadErrors, read_entries
+from megatron_prealign.dictionary.readers import DictionaryInput, FileInfo, OnError, read_entries
 from megatron_prealign.dictionary.running_words import WordCounts
 from megatron_prealign.dictionary.selection import drop_rare, keep_pairs, order_pairs
 from megatron_prealign.dictionary.table import FORM_WORD_INITIAL, MAX_KEY_TOKENS, DictionaryTable
@@ -32,20 +30,6 @@ from megatron_prealign.progress import Progress
 from megatron_prealign.resources import gc_disabled
 from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
-
-UNKNOWN = "pairs with a word that the tokenizer cannot encode"
-LONG_SOURCE = f"pairs with a source of more than {MAX_KEY_TOKENS} tokens"
-LONG_TARGET = "pairs with a translation of too many tokens"
-IDENTICAL = "pairs with identical tokens"
-SURPLUS = "pairs beyond --max-translations"
-KEPT = "pairs kept"
-SPLIT_KEY = "case variants of several words or more than 8 tokens"
-MARKED_KEY = "case variants covered by the key without the space, a separate token"
-EMPTY_KEY = "case variants without a usable translation"
-TAKEN_KEY = "case variants with the tokens of an earlier key"
-KEYLESS = "groups without a key (used only by alignment)"
-# Rules whose matches stay in the table.
-_KEEPING = frozenset({READ, CLEANED, NOTES, JOINED, KEPT, KEYLESS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +61,6 @@ class BuildSettings:
     def needs_counts(self) -> bool:
         """Whether corpus word counts are needed."""
         return bool(self.min_count or self.min_target_count or self.order == "frequency")
-
-
-@dataclass
-class BuildReport:
-    """Statistics of a build."""
-
-    rules: Counter[str] = field(default_factory=Counter)
-    """Number of pairs or variants that each rule matched, in the order in which the rules apply."""
-    errors: ReadErrors = field(default_factory=ReadErrors)
-    """Skipped lines."""
-    encoder: str = ""
-    """Encoder that tokenised the words."""
-    warnings: list[str] = field(default_factory=list)
-    """Warnings for the user."""
-
-    @property
-    def counted(self) -> dict[str, int]:
-        """Counts of what was read and of what stays in the table, in the order in which the rules apply."""
-        return {name: count for name, count in self.rules.items() if count and name in _KEEPING}
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Reason -> count of what was left out, most first; lines that could not be read are one reason."""
-        reasons = {"lines skipped": self.errors.count, **self.rules}
-        dropped = {name: count for name, count in reasons.items() if count and name not in _KEEPING}
-        return dict(sorted(dropped.items(), key=lambda item: -item[1]))
 
 
 @dataclass
@@ -243,7 +201,7 @@ def build_table(
     report.encoder = " and ".join(lexicon.encoders)
     keys = _usable_keys(keys, lexicon, settings, report.rules)
     keys = _unique_keys(keys, groups, lexicon, report.rules)
-    report.rules[KEYLESS] += len(groups.source) - len(np.unique(keys.group))
+    report.rules[build_report.KEYLESS] += len(groups.source) - len(np.unique(keys.group))
     table = _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary)
     build = {"settings": asdict(settings), "rules": dict(report.rules), "lines_skipped": report.errors.count}
     return replace(table, sources=tuple(sources), build=build)
@@ -271,10 +229,10 @@ def _keep_pairs(
     source, target = plain[groups.source[groups.pair_group]], plain[groups.pair_target]
     keep = np.ones(len(source), dtype=bool)
     for name, bad in (
-        (UNKNOWN, ~(info.usable[source] & info.usable[target])),
-        (LONG_SOURCE, info.lengths[source] > MAX_KEY_TOKENS),
-        (LONG_TARGET, info.lengths[target] > settings.max_target_tokens),
-        (IDENTICAL, lexicon.same(source, target) & settings.drop_identical),
+        (build_report.UNKNOWN, ~(info.usable[source] & info.usable[target])),
+        (build_report.LONG_SOURCE, info.lengths[source] > MAX_KEY_TOKENS),
+        (build_report.LONG_TARGET, info.lengths[target] > settings.max_target_tokens),
+        (build_report.IDENTICAL, lexicon.same(source, target) & settings.drop_identical),
     ):
         rules[name] += int((keep & bad).sum())
         keep &= ~bad
@@ -285,8 +243,8 @@ def _keep_pairs(
     new_run[1:] = (np.diff(groups.pair_group[kept]) != 0) | (np.diff(language) != 0)
     run_start = np.maximum.accumulate(np.where(new_run, np.arange(len(kept)), 0))
     first = np.arange(len(kept)) - run_start < settings.max_translations
-    rules[SURPLUS] += int((~first).sum())
-    rules[KEPT] += int(first.sum())
+    rules[build_report.SURPLUS] += int((~first).sum())
+    rules[build_report.KEPT] += int(first.sum())
     keep[kept[~first]] = False
     return keep_pairs(groups, keep)
 
@@ -364,9 +322,9 @@ def _usable_keys(keys: _Keys, lexicon: SequenceLexicon, settings: BuildSettings,
         good &= ~lexicon.same(keys.candidate_sequence, keys.sequence[keys.candidate_key])
     filled = np.zeros(len(keys.group), dtype=bool)
     filled[keys.candidate_key[good]] = True
-    rules[MARKED_KEY] += int(marked.sum())
-    rules[SPLIT_KEY] += int((~single & ~marked).sum())
-    rules[EMPTY_KEY] += int((single & ~filled).sum())
+    rules[build_report.MARKED_KEY] += int(marked.sum())
+    rules[build_report.SPLIT_KEY] += int((~single & ~marked).sum())
+    rules[build_report.EMPTY_KEY] += int((single & ~filled).sum())
     return _take_keys(_take_candidates(keys, np.flatnonzero(good)), np.flatnonzero(filled & single))
 
 
@@ -412,7 +370,7 @@ def _unique_keys(keys: _Keys, groups: Groups, lexicon: SequenceLexicon, rules: C
     """Keeps the first key per language and token sequence, sorts keys by group and removes duplicate candidates."""
     language = groups.text_language[groups.source[keys.group]].astype(np.int64)
     first = lexicon.first_of_equal(keys.sequence, language)
-    rules[TAKEN_KEY] += len(keys.group) - len(first)
+    rules[build_report.TAKEN_KEY] += len(keys.group) - len(first)
     keys = _take_keys(keys, first[np.argsort(keys.group[first], kind="stable")])
     # A stable sort by key and language preserves the order of translations in the file.
     languages = len(groups.languages)

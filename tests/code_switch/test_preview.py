@@ -17,7 +17,8 @@ from megatron_prealign.code_switch.preview import Preview, find_spans, make_prev
 from megatron_prealign.code_switch.preview_text import TextStyle, render_preview, split_space
 from megatron_prealign.code_switch.switcher import CodeSwitcher, SequenceFormat
 from megatron_prealign.code_switch.token_text import INCOMPLETE
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.build import BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.readers import parse_input
 from megatron_prealign.dictionary.switchable import switchable_table
 from megatron_prealign.dictionary.table import DictionaryTable

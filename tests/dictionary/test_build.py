@@ -4,8 +4,9 @@ import numpy as np
 from support.dictionary_files import add_entries
 from support.messages import user_error
 
-from megatron_prealign.dictionary import build as rules
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary import build_report as rules
+from megatron_prealign.dictionary.build import BuildSettings, build_table
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.table import HAS_LETTER, TENSORS, DictionaryTable, find_problem
 from megatron_prealign.tokenizer.base import Tokenizer

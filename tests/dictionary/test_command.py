@@ -45,18 +45,23 @@ def test_build_and_coverage(tokenizer, tmp_path, make_dataset, capsys):
 
 
 def test_dropped_pairs_are_listed_by_count(tokenizer, tmp_path, capsys):
-    """Two repeated pairs, one without a letter, one line that is no pair."""
-    (tmp_path / "de.tsv").write_text("1\t2\n" + "apple\tApfel\n" * 3 + "broken\n")
+    """Two repeated pairs, one without a letter, one that is identical in a spelling, one line that is no pair."""
+    (tmp_path / "de.tsv").write_text("1\t2\n" + "apple\tApfel\n" * 3 + "hand\tHand\n" + "broken\n")
     arguments = ["dictionary", "build", "--input", f"{tmp_path}/de.tsv:en-de", "--tokenizer", str(tokenizer.path)]
     assert main([*arguments, "--output", str(tmp_path / "table.safetensors"), "--on-error", "skip"]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("dropped:")
     assert [line.split("  ")[-1] for line in lines[:start] if line.startswith(" ")] == ["pairs read", "pairs kept"]
-    dropped = [line for line in lines[start + 1 : lines.index(next(x for x in lines if x.startswith("tokenised")))]]
+    end = lines.index("spellings of kept words without a key of their own:")
+    dropped = lines[start + 1 : end]
     counts = [int(line.split()[0]) for line in dropped]
     assert counts == sorted(counts, reverse=True) and counts[0] == 2 and "duplicate pairs" in dropped[0]
     assert {line.index(line.split()[0]) for line in dropped} == {11}
     assert {"lines skipped", "pairs with a word without a letter"} <= {line.split("  ")[-1] for line in dropped}
+    # All pairs that were read are kept or dropped; spellings are no pairs.
+    read, kept = (int(line.split()[0]) for line in lines[:start] if line.startswith(" "))
+    assert read == kept + sum(counts) - 1
+    assert "case variants" in lines[end + 1]
 
 
 def test_weights_of_a_list(tokenizer, tmp_path, capsys):

@@ -9,7 +9,8 @@ from support.messages import user_error
 
 from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary import coverage as coverage_module
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.build import BuildSettings, build_table
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.coverage import (
     blend_coverage,
     count_groups,

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.dictionary_files import add_entries, read
 
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.build import BuildSettings, build_table
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.coverage import match_words, split_words
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.table import TENSORS, DictionaryTable, load_table

@@ -9,7 +9,8 @@ from support.dictionary_files import add_entries
 from support.messages import assert_facts, assert_refused, user_error
 
 from megatron_prealign.cli import main
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.build import BuildSettings, build_table
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.report import ReportSettings, make_report
 from megatron_prealign.dictionary.report_page import render_page

@@ -10,7 +10,8 @@ from support.messages import assert_facts, user_error
 
 from megatron_prealign.dictionary import pivot as pivot_rules
 from megatron_prealign.dictionary import selection
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.build import BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.coverage import split_words
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.lexicon import letter_boundaries

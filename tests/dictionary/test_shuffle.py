@@ -11,7 +11,8 @@ from support.messages import assert_refused, user_error
 
 from megatron_prealign.cli import main
 from megatron_prealign.dictionary import shuffle as module
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.build import BuildSettings, build_table
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.shuffle import shuffle_table
 from megatron_prealign.dictionary.table import FORM_CASE, FORM_WORD_INITIAL, DictionaryTable, find_problem, load_table

@@ -8,7 +8,8 @@ import pytest
 from support.dictionary_files import add_entries
 from support.messages import assert_facts, user_error
 
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table
+from megatron_prealign.dictionary.build import BuildSettings, build_table
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.ragged import row_indices
 from megatron_prealign.dictionary.table import TENSORS, DictionaryTable, find_problem, load_table

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prealign.dictionary.build import BuildReport, BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.build import BuildSettings, build_table, read_groups
+from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.readers import parse_input
 from megatron_prealign.preprocess.run import PreprocessSettings, preprocess
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
