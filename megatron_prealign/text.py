@@ -71,6 +71,21 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def number_hint(text: str, kind: type) -> str:
+    """Advice for a number that is written with a comma, `; write 2.0e-3` for `2,0e-3`; empty for any other text.
+
+    Args:
+        text: Value that is no number.
+        kind: `int` or `float`.
+    """
+    # A comma before three digits separates thousands in some languages and the fraction in others.
+    thousands = re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text)
+    fraction = kind is float and re.fullmatch(r"[+-]?\d*,\d+([eE][+-]?\d+)?", text)
+    readings = [text.replace(",", "")] if thousands else []
+    readings += [text.replace(",", ".")] if fraction else []
+    return f"; write {' or '.join(readings)}" if readings else ""
+
+
 def command(*words: object, processes: int = 1) -> str:
     """Command line of this package to copy into a shell: `megatron-prealign` and `words`, quoted; with torchrun for
     several processes."""

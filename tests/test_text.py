@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_prealign.progress import Progress
-from megatron_prealign.text import align_left, clock, closing, command, duration, plural, shorten
+from megatron_prealign.text import align_left, clock, closing, command, duration, number_hint, plural, shorten
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,26 @@ def test_plural(count: int, noun: str, text: str) -> None:
 def test_durations() -> None:
     assert [duration(seconds) for seconds in (0.123, 2.4, 90.0, 7200.0)] == ["0.12 s", "2 s", "1.5 min", "2.0 h"]
     assert [clock(seconds) for seconds in (0.4, 59.6, 3723, 360000)] == ["0:00:00", "0:01:00", "1:02:03", "100:00:00"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "readings"),
+    [
+        ("2,0e-3", float, ["2.0e-3"]),
+        ("-0,5", float, ["-0.5"]),
+        (",5", float, [".5"]),
+        ("1,000", float, ["1000", "1.000"]),
+        ("1,000,000", float, ["1000000"]),
+        ("1,000", int, ["1000"]),
+        ("12,345,678", int, ["12345678"]),
+        ("1,5", int, []),
+        ("1e-3,", float, []),
+        ("much", float, []),
+    ],
+)
+def test_numbers_with_a_comma(text: str, kind: type, readings: list[str]) -> None:
+    assert number_hint(text, kind) == (f"; write {' or '.join(readings)}" if readings else "")
+    assert all(isinstance(kind(each), kind) for each in readings)
 
 
 def test_commands_are_quoted() -> None:

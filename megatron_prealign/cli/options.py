@@ -14,6 +14,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.languages import check_language_code
 from megatron_prealign.recipe.checks import MOST, RecipeValueError
 from megatron_prealign.recipe.describe import LANGUAGE_METAVAR, PATH_METAVARS, FieldDescription, describe
+from megatron_prealign.text import number_hint
 
 Options = TypeVar("Options")
 
@@ -205,7 +206,7 @@ def _convert(name: str, text: str, kind: type) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise UserError(f"{name} is {text}, expected {_TYPE_NAMES[kind]}") from None
+        raise UserError(f"{name} is {text}, expected {_TYPE_NAMES[kind]}{number_hint(text, kind)}") from None
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} is {text}, expected a finite number")
     if kind in (int, float) and abs(value) > MOST:

@@ -13,6 +13,7 @@ from megatron_prealign.files.yaml_text import Node, YamlError, compose_yaml, con
 from megatron_prealign.recipe.checks import MOST, RecipeValueError
 from megatron_prealign.recipe.describe import is_union, section_of
 from megatron_prealign.recipe.recipe import Recipe
+from megatron_prealign.text import number_hint
 
 SECTION = "a section (a mapping of fields)"
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))
@@ -159,8 +160,7 @@ class _Document:
         if node.id == "scalar" and "\0" in node.value:
             self._raise(node, f"{path} is {node.value[:60]!r}, expected text without NUL characters")
         if not _accepts(kind, construct(node)):
-            is_text = any(each is str for each in _choices(kind)) and node.id == "scalar"
-            self._fail(node, path, f"{expected_types(kind)}{'; write it in quotes' if is_text else ''}")
+            self._fail(node, path, f"{expected_types(kind)}{_hint(node, kind)}")
 
     def _check_number(self, node: Node, path: str) -> None:
         if node.tag not in (_INT, _FLOAT):
@@ -179,6 +179,16 @@ class _Document:
 
     def _raise(self, node: Node, message: str) -> typing.NoReturn:
         raise RecipeValueError(f"line {line_of(node)}: {message}" if self._lines else message)
+
+
+def _hint(node: Node, kind: Any) -> str:
+    if node.id != "scalar":
+        return ""
+    choices = list(_choices(kind))
+    if str in choices:
+        return "; write it in quotes"
+    # `lr: 2,0e-3` is text; in a list in brackets, the comma separates.
+    return next((hint for each in (int, float) if each in choices and (hint := number_hint(node.value, each))), "")
 
 
 def _is_list(kind: Any) -> bool:

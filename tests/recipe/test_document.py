@@ -82,6 +82,7 @@ def test_timeouts_fit_in_timers(tmp_path: Path, name: str) -> None:
         ("logging: {run_dir: 2024}\n", ("logging.run_dir is 2024", "string", "quotes")),
         ("logging: {run_dir: [a, b]}\n", ("logging.run_dir is ['a', 'b']", "string")),
         ("training: {micro-batch-size: 1}\n", ("training.micro-batch-size", "did you mean micro_batch_size?")),
+        ("optimizer:\n  lr: 2,0e-3\n", ("line 2", "optimizer.lr is 2,0e-3", "a number; write 2.0e-3")),
         ("checkpoint: {keep: true}\n", ("checkpoint.keep is true", "an integer")),
         ("training: {precision: fp16}\n", ("training.precision is fp16", "'bf16', 'fp32'")),
         ("code_switch: {language_weights: [de]}\n", ("code_switch.language_weights is ['de']", "mapping")),
