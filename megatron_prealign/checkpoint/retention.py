@@ -44,7 +44,7 @@ def prune(directory: Path, newest: Path, section: CheckpointSection) -> None:
     in_order = sorted(others, key=lambda path: (good[path] < newest_step, good[path]))
     for path in in_order[: max(0, len(others) + 1 - section.keep)]:
         if path not in protected:
-            _remove(path)
+            _remove(path, section.keep)
 
 
 def _is_good(checkpoint: Path) -> bool:
@@ -74,19 +74,23 @@ def _best(checkpoints: list[Path], section: CheckpointSection) -> list[Path]:
     return [max(ranked)[2]] if ranked else []
 
 
-def _remove(checkpoint: Path) -> None:
+def _remove(checkpoint: Path, keep: int) -> None:
     """Removes a checkpoint; it is renamed first, so an interrupted removal leaves nothing named like a checkpoint."""
     renamed = checkpoint.with_name(f".{checkpoint.name}.removed.incomplete")
     try:
         os.replace(checkpoint, renamed)
     except OSError as error:
         logger.warning("cannot remove %s: %s; training continues, remove it manually", checkpoint, error)
-    else:
-        _delete(renamed)
+        return
+    if _delete(renamed):
+        logger.info("removed %s: checkpoint.keep is %d", checkpoint, keep)
 
 
-def _delete(directory: Path) -> None:
+def _delete(directory: Path) -> bool:
+    """Returns whether it is gone."""
     try:
         shutil.rmtree(directory)
     except OSError as error:
         logger.warning("cannot remove %s: %s; training continues, remove it manually", directory, error)
+        return False
+    return True

@@ -157,10 +157,11 @@ def test_an_interrupted_removal_leaves_no_checkpoint(
         real(path, *args)
 
     monkeypatch.setattr(shutil, "rmtree", fail)
-    with caplog.at_level(logging.WARNING, logger="megatron_prealign.checkpoint.retention"):
+    with caplog.at_level(logging.INFO, logger="megatron_prealign.checkpoint.retention"):
         assert prune_after(tmp_path, 3, keep=1) == [3]
-    [warning] = caplog.messages
+    warning, removed = caplog.messages
     assert_facts(warning, tmp_path, "step_00000001", "Permission denied")
+    assert_facts(removed, "removed", tmp_path / "step_00000002", "checkpoint.keep is 1")
     monkeypatch.undo()
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
