@@ -16,6 +16,8 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_ALLOCATION = re.compile(
     r"can't allocate memory: (you tried to allocate \d+ bytes)|(Storage size calculation .*)"
 )
+# Message of torch's caching allocator (c10/cuda/CUDACachingAllocator.cpp).
+_GPU_ALLOCATION = re.compile(r"CUDA out of memory\. T(ried to allocate [^ ]+ \w+)\. (GPU .*? is free)\.")
 
 
 class UserError(Exception):
@@ -51,12 +53,17 @@ def to_user_error(error: OSError) -> UserError | None:
 
 
 def memory_error(error: MemoryError | RuntimeError) -> UserError | None:
-    """Converts a refused allocation of main memory to a one-line error for the user.
+    """Converts a refused allocation of memory, of the host or of a GPU, to a one-line error for the user.
 
     Returns:
         The error; None for a RuntimeError of another kind (torch raises one where numpy raises a MemoryError).
     """
     reason = " ".join(str(error).split())
+    if (found := _GPU_ALLOCATION.search(reason)) is not None:
+        return UserError(
+            f"out of memory on {found[2]}: t{found[1]}; lower training.micro_batch_size or alignment.word_micro_batch_"
+            "size, set model.recompute_granularity: full, or use more GPUs (parallel)"
+        )
     if not isinstance(error, MemoryError):
         found = _TORCH_ALLOCATION.search(reason)
         if found is None:

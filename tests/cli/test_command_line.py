@@ -237,6 +237,25 @@ def test_interrupt_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["probe"]) == 130
 
 
+def test_gpu_memory_that_is_used_up_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        # As the allocator of torch 2.13 words it.
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has a total capacity of 139.72 GiB of which 12.00 "
+            "MiB is free. Including non-PyTorch memory, this process has 139.70 GiB memory in use."
+        )
+
+    with_command(monkeypatch, main)
+    assert_refused(
+        cli.main(["probe"]),
+        capsys.readouterr().err,
+        "out of memory on GPU 1 has a total capacity of 139.72 GiB of which 12.00 MiB is free: tried to allocate 20.00",
+        "training.micro_batch_size",
+    )
+
+
 def test_internal_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(argv: Sequence[str]) -> int:
         raise RuntimeError("a bug")
