@@ -29,6 +29,7 @@ from megatron_prealign.recipe import ALIGNMENT, Recipe, RecipeValueError
 from megatron_prealign.run.dictionary import DictionaryParts
 from megatron_prealign.run.directory import lock_run_directory, record_run, versions
 from megatron_prealign.run.inputs import RunInputs, Vocabulary, open_inputs
+from megatron_prealign.run.missing_files import check_inputs_exist
 from megatron_prealign.run.output_paths import PROFILE_DIRECTORY
 from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.resume_report import report_resume
@@ -201,6 +202,7 @@ def pretrain(recipe: Recipe, *, leave_process_group: bool = False, callbacks: Se
     ):
         on_every_rank("checking the recipe", lambda: check_world_size(recipe, runtime))
         on_rank_zero("checking logging.wandb", lambda: check_wandb(recipe))
+        on_rank_zero("checking the inputs", lambda: check_inputs_exist(recipe))
         on_rank_zero("checking logging.run_dir", lambda: lock_run_directory(recipe, locks))
         return _pretrain(recipe, runtime, callbacks, started_s)
 

@@ -147,8 +147,8 @@ def _few_passes(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]
 
 def _source(each: SourcePasses) -> str:
     return (
-        f"{each.source.path}: {each.source.language}, {each.source.tokens:,} tokens, {each.share:.1%} of the samples, "
-        f"{each.passes:,.2f} passes"
+        f"{each.source.path}: {each.source.language}, {each.source.tokens:,} training tokens, {each.share:.1%} of the "
+        f"samples, {each.passes:,.2f} passes"
     )
 
 

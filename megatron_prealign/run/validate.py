@@ -17,10 +17,10 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import check_keep_best, evaluated_pairs, metric_names
 from megatron_prealign.recipe import LANGUAGE_MODEL, DataSource, Recipe, ValidationSource
 from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
+from megatron_prealign.run.missing_files import check_inputs_exist
 from megatron_prealign.run.output_paths import check_output_paths
 from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.summary import summarise
-from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.training.wandb import check_wandb
@@ -40,6 +40,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
         recipe.check_world_size(world_size)
     check_wandb(recipe)
     check_output_paths(recipe)
+    check_inputs_exist(recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     sources: list[DataSource | ValidationSource] = [*recipe.data.sources, *recipe.data.validation]
     opened = {source.path: _check_source(source) for source in sources}
@@ -65,7 +66,6 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
                 f"{recipe.data.seq_length + 1} for one sample; add text, lower data.seq_length or remove the source"
             )
     start = _check_start(recipe, tokenizer, sidecars)
-    tokens = sum(sidecars[source.path].tokens for source in recipe.data.sources)
     held_out = 0.0 if recipe.data.validation else recipe.data.validation_fraction
     summary = summarise(
         recipe,
@@ -80,7 +80,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
         on_cpu=recipe.parallel.device == "cpu",
     )
     warnings = [f"WARNING: {warning}" for warning in summary.warnings]
-    lines = [_headline(recipe, tokens), *summary.lines(), *warnings, f"the run {start.describe()}"]
+    lines = [_headline(recipe), *summary.lines(), *warnings, f"the run {start.describe()}"]
     return "\n".join([*lines, *_resumed(recipe, start)])
 
 
@@ -149,13 +149,11 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     return start
 
 
-def _headline(recipe: Recipe, tokens: int) -> str:
-    training = recipe.training
-    amount = (training.train_tokens, "token") if training.train_tokens else (training.train_iters or 0, "step")
+def _headline(recipe: Recipe) -> str:
     parts = [name for name in ("alignment", "code_switch") if getattr(recipe, name) is not None]
     return (
-        f"the recipe is valid: {plural(*amount)} of training on sources of {tokens:,} tokens, languages "
-        f"{', '.join(recipe.data.languages)}, {' and '.join(parts) or 'neither alignment nor code_switch'}"
+        f"the recipe is valid: languages {', '.join(recipe.data.languages)}, "
+        f"{' and '.join(parts) or 'neither alignment nor code_switch'}"
     )
 
 
