@@ -28,8 +28,8 @@ def check_inputs_exist(recipe: Recipe) -> None:
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
     """Field, path and whether it exists."""
     yield "data.tokenizer", recipe.data.tokenizer, os.path.exists(recipe.data.tokenizer)
-    for name, sources in (("sources", recipe.data.sources), ("validation", recipe.data.validation)):
-        for number, source in enumerate(sources):
+    for name in ("sources", "validation"):
+        for number, source in enumerate(getattr(recipe.data, name)):
             found = bin_path(source.path).exists() or idx_path(source.path).exists()
             yield f"data.{name}[{number}].path", source.path, found
     if recipe.dictionary is not None:
