@@ -1,6 +1,7 @@
 """Dictionary table of a run and the parts of it that each recipe section uses. Imports no torch."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,28 +66,30 @@ def _load(path: str, section: DictionarySection, tokenizer_fingerprint: str) -> 
     return table, table.held_out_groups(section.held_out_fraction)
 
 
-def check_languages(recipe: Recipe, table: DictionaryTable) -> None:
-    """Checks that the dictionary table and the data have a language in common; logs a warning if a language has one
-    code in the table and another in the data, because such words are not switched.
+def check_languages(languages: Sequence[str], table: DictionaryTable, name: str) -> None:
+    """Checks that a dictionary table and the data have a language in common; logs a warning if a language has one code
+    in the table and another in the data, because such words are not matched.
+
+    Args:
+        languages: Languages of the data.
+        name: Field of the recipe and path of the table, for messages.
 
     Raises:
         UserError: They have none in common.
     """
-    assert recipe.dictionary is not None
-    languages = recipe.data.languages
     renamed = other_codes(table.languages, languages)
     pairs = ", ".join(f"{language} of the table is {code} in the data" for language, code in renamed.items())
     if not set(table.languages) & set(languages):
         raise UserError(
-            f"dictionary.table {recipe.dictionary.table} has languages {', '.join(table.languages)}, expected at least "
+            f"{name} has languages {', '.join(table.languages)}, expected at least "
             f"one of the data's languages {', '.join(languages)}{'; ' if pairs else ''}{pairs}; build the table with "
             "the codes of the data"
         )
     if pairs:
         warn_on_rank_zero(
             logger,
-            "dictionary.table %s: %s; their words are not matched, build the table with the codes of the data",
-            recipe.dictionary.table,
+            "%s: %s; their words are not matched, build the table with the codes of the data",
+            name,
             pairs,
         )
 
@@ -102,11 +105,12 @@ def open_dictionary(recipe: Recipe, tokenizer_fingerprint: str) -> DictionaryPar
         return None
     section = recipe.dictionary
     table, held_out = _load(section.table, section, tokenizer_fingerprint)
-    check_languages(recipe, table)
+    languages = recipe.data.languages
+    check_languages(languages, table, f"dictionary.table {section.table}")
     measured = table, held_out
     if section.evaluation_table is not None:
         measured = load_measured(section, tokenizer_fingerprint)
-    languages = recipe.data.languages
+        check_languages(languages, measured[0], f"dictionary.evaluation_table {section.evaluation_table}")
     words = watched = switching = None
     if recipe.alignment is not None:
         words = alignment_groups(table, recipe.alignment, held_out=held_out)

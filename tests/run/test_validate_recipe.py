@@ -314,13 +314,15 @@ def test_tokenizer_that_the_data_was_not_made_with(
     assert_invalid(values, tmp_path, capsys, *facts)
 
 
+@pytest.mark.parametrize("field", ["table", "evaluation_table"])
 def test_table_of_other_languages(
-    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str
 ) -> None:
     path = tmp_path / "other.safetensors"
     replace(load_table(tiny.table), languages=["fr", "it"]).save(path)
-    values["dictionary"]["table"] = str(path)
-    assert_invalid(values, tmp_path, capsys, path, "languages fr, it", "languages en, en_clone")
+    values["dictionary"][field] = str(path)
+    facts = (f"dictionary.{field} {path}", "languages fr, it", "languages en, en_clone")
+    assert_invalid(values, tmp_path, capsys, *facts)
 
 
 def test_code_switch_to_a_language_missing_in_the_table(
