@@ -33,7 +33,7 @@ from megatron_prealign.run.missing_files import check_inputs_exist
 from megatron_prealign.run.output_paths import PROFILE_DIRECTORY
 from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.resume_report import report_resume
-from megatron_prealign.run.summary import summarise
+from megatron_prealign.run.summary import measure_word_coverage, summarise
 from megatron_prealign.runtime.agreement import on_every_rank, on_rank_zero
 from megatron_prealign.runtime.distributed import Runtime, running
 from megatron_prealign.runtime.engine import wrap_data_parallel
@@ -299,6 +299,7 @@ def log_summary(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> None:
             for source in inputs.train.blend.sources
         ],
         dictionary=inputs.dictionary,
+        coverage=measure_word_coverage(recipe, inputs.dictionary, inputs.vocabulary.tokenizer),
         world_size=runtime.world_size,
         on_cpu=runtime.device.type == "cpu",
     )

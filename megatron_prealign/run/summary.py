@@ -2,12 +2,13 @@
 no torch, so that `pretrain --validate` prints what a run logs when it starts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_prealign.checkpoint.directory import directory_bytes, step_directories
+from megatron_prealign.dictionary.word_coverage import word_coverage
 from megatron_prealign.model.sizes import count_model_parameters, count_stage_parameters, padded_vocab_size
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.resources import machine_memory
@@ -31,6 +32,11 @@ from megatron_prealign.run.requirements import (
     process_memory,
 )
 from megatron_prealign.text import align_left, plural, readable_bytes
+from megatron_prealign.tokenizer.base import Tokenizer
+
+LITTLE_COVERAGE = 0.1
+"""Share of running words below which a summary warns; far below the 0.8 to 0.96 that the examples' lists reach in
+English."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ def summarise(
     vocab_size: int,
     sources: Sequence[SourceTokens],
     dictionary: DictionaryParts | None,
+    coverage: Mapping[str, float] | None = None,
     world_size: int | None = None,
     on_cpu: bool = False,
 ) -> Summary:
@@ -59,6 +66,7 @@ def summarise(
     Args:
         vocab_size: Number of ids of the model, without padding.
         sources: Sources of the training blend, in the recipe's order.
+        coverage: Result of `measure_word_coverage`; None if it was not measured.
         world_size: Number of processes; None assumes the smallest number that the layout needs.
         on_cpu: Whether the processes keep their state in the memory of this machine.
     """
@@ -81,12 +89,18 @@ def summarise(
         ),
         ("processes", _layout(recipe, parameters, stages, world_size)),
         ("training", _training(recipe, lengths)),
-        *_dictionary(recipe, dictionary),
+        *_dictionary(recipe, dictionary, coverage),
         *(("source", _source(each)) for each in read),
         ("checkpoints", checkpoints),
         ("memory", _memory(memory)),
     ]
-    warnings = [*_shuffled(recipe, dictionary), *_few_passes(recipe, dictionary), *_repeated(read), *disk_warnings]
+    warnings = [
+        *_shuffled(recipe, dictionary),
+        *_few_passes(recipe, dictionary),
+        *_little_coverage(recipe, coverage),
+        *_repeated(read),
+        *disk_warnings,
+    ]
     return Summary(rows, [*warnings, *(_too_little_memory(memory, size) if on_cpu else [])])
 
 
@@ -118,7 +132,22 @@ def _training(recipe: Recipe, lengths: Sequence[PhaseLength]) -> str:
     return result
 
 
-def _dictionary(recipe: Recipe, dictionary: DictionaryParts | None) -> list[tuple[str, str]]:
+def measure_word_coverage(
+    recipe: Recipe, dictionary: DictionaryParts | None, tokenizer: Tokenizer
+) -> dict[str, float] | None:
+    """Share of the running words of each language that the alignment phase reaches; None without such a phase.
+
+    Raises:
+        UserError: A dataset is missing, corrupt, or preprocessed with another tokenizer.
+    """
+    if recipe.alignment is None or dictionary is None or dictionary.words is None:
+        return None
+    return word_coverage(dictionary.table, dictionary.words.words, recipe.data.sources, tokenizer)
+
+
+def _dictionary(
+    recipe: Recipe, dictionary: DictionaryParts | None, coverage: Mapping[str, float] | None
+) -> list[tuple[str, str]]:
     if recipe.alignment is None or dictionary is None or dictionary.words is None:
         return []
     words = dictionary.words
@@ -128,7 +157,11 @@ def _dictionary(recipe: Recipe, dictionary: DictionaryParts | None) -> list[tupl
         text += f", drawn {dictionary_passes(recipe, dictionary):,.2f} times each in the alignment phase"
     counted = dictionary.table.group_count.any()
     text += f"; {occurring:.0%} have a source word of the counting corpus" if counted else "; built without --corpus"
-    return [("dictionary", text)]
+    rows = [("dictionary", text)]
+    if coverage:
+        shares = ", ".join(f"{language} {share:.1%}" for language, share in coverage.items())
+        rows.append(("coverage", f"running words that are words of the dictionary: {shares}"))
+    return rows
 
 
 def _few_passes(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]:
@@ -142,6 +175,15 @@ def _few_passes(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]
         f"the alignment phase draws a dictionary word {drawn:.2f} times on average; raise "
         "alignment.train_iters or alignment.words_per_step, or build the table with fewer words (dictionary build "
         "--min-count)"
+    ]
+
+
+def _little_coverage(recipe: Recipe, coverage: Mapping[str, float] | None) -> list[str]:
+    return [
+        f"{share:.1%} of the running words of {language} are words of dictionary.table {recipe.dictionary.table}; "
+        "check that both spell words alike (accents, apostrophes, script), or use a larger list"
+        for language, share in (coverage or {}).items()
+        if recipe.dictionary is not None and share < LITTLE_COVERAGE
     ]
 
 

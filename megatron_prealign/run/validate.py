@@ -20,7 +20,7 @@ from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
 from megatron_prealign.run.missing_files import check_inputs_exist
 from megatron_prealign.run.output_paths import check_output_paths
 from megatron_prealign.run.plan import SourceTokens
-from megatron_prealign.run.summary import summarise
+from megatron_prealign.run.summary import measure_word_coverage, summarise
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.training.wandb import check_wandb
@@ -75,6 +75,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
             for each in recipe.data.sources
         ],
         dictionary=dictionary,
+        coverage=measure_word_coverage(recipe, dictionary, tokenizer),
         world_size=world_size,
         # With `auto`, the run may be on another machine, which has a GPU.
         on_cpu=recipe.parallel.device == "cpu",

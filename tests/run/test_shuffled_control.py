@@ -1,9 +1,12 @@
 """A run with a shuffled dictionary says so everywhere and is measured with true pairs; warnings about a dictionary that
 cannot help."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.messages import assert_facts, user_error
 from support.tiny import Tiny, recipe_of
@@ -12,6 +15,7 @@ from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, read_state
 from megatron_prealign.cli import main
+from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.recipe import ParallelSection
 from megatron_prealign.run.validate import validate
 
@@ -114,6 +118,23 @@ def test_a_dictionary_that_is_drawn_less_than_once(tiny: Tiny, tmp_path: Path) -
     assert_facts(text, "learning rate 0.002 in the alignment phase, then 0.001 (ratio 2)")
     values["alignment"]["train_iters"] = words // 32 + 1
     assert "draws a dictionary word" not in validate(recipe_of(values, tmp_path))
+
+
+def test_coverage_of_each_language(tiny: Tiny, tmp_path: Path) -> None:
+    values = values_of(tiny, tmp_path)
+    text = validate(recipe_of(values, tmp_path))
+    (row,) = (line for line in text.splitlines() if line.startswith("coverage "))
+    english, clone = re.findall(r" en(?:_clone)? ([0-9.]+)%", row)
+    # The clone has the words of the same text.
+    assert english == clone and 20 < float(english) < 100
+    assert "spell words alike" not in text
+    table = load_table(tiny.table)
+    # Another spelling of every vowel.
+    spelled = bytes(table.word_text).translate(bytes.maketrans(b"aeiou", b"zzzzz"))
+    replace(table, word_text=np.frombuffer(spelled, np.uint8)).save(tmp_path / "other.safetensors")
+    values["dictionary"]["table"] = str(tmp_path / "other.safetensors")
+    text = validate(recipe_of(values, tmp_path))
+    assert_facts(text, f"of the running words of en are words of dictionary.table {tmp_path}", "spell words alike")
 
 
 def test_tokens_of_a_guard_are_planned(tiny: Tiny, tmp_path: Path) -> None:
