@@ -40,6 +40,7 @@ from megatron_prealign.runtime.engine import wrap_data_parallel
 from megatron_prealign.runtime.optimizer import build_optimizer, freeze
 from megatron_prealign.training.alignment_phase import AlignmentPhase
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
+from megatron_prealign.training.embedding_scale import EmbeddingScale
 from megatron_prealign.training.guarded_phase import GuardedLanguageModelPhase
 from megatron_prealign.training.language_model_phase import LanguageModelPhase
 from megatron_prealign.training.metrics_log import MetricsLog, open_metrics
@@ -276,6 +277,7 @@ def build_callbacks(
     callbacks: list[Callback] = [
         StopOnRequest(store, exit_after_minutes=recipe.training.exit_after_minutes, started_s=started_s),
         ProgressLog(recipe, metrics, padded_vocab_size=inputs.vocabulary.padded_size),
+        EmbeddingScale(metrics, inputs.vocabulary.size),
     ]
     if recipe.alignment_watch is not None and watched is not None:
         callbacks.append(AlignmentWatch(recipe.alignment_watch, watched, metrics))

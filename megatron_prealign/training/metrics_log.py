@@ -1,7 +1,7 @@
 """The metrics of a run and where they are written: metrics.jsonl, TensorBoard, Weights & Biases.
 
-A record is a dictionary with `kind` ("train", "evaluation", "alignment_watch" or "checkpoint"), `phase`, `step` and the
-values of that kind.
+A record is a dictionary with `kind` ("train", "evaluation", "alignment_watch", "embeddings" or "checkpoint"), `phase`,
+`step` and the values of that kind.
 """
 
 import logging

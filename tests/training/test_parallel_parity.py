@@ -110,6 +110,10 @@ def assert_same_run(directory: Path, reference_directory: Path, steps: int = 10)
         # A near tie may be resolved differently: one word of fifty.
         for pair, values in line["word_retrieval_p_at_1"].items():
             assert evaluation["word_retrieval_p_at_1"][pair] == pytest.approx(values, abs=0.021)
+    scales, expected_scales = (records(each, "embeddings") for each in (directory, reference_directory))
+    assert scales.keys() == expected_scales.keys() != set()
+    for key, line in expected_scales.items():
+        assert scales[key]["rms"] == pytest.approx(line["rms"], rel=TOLERANCE), key
     watched, expected_watched = (records(each, "alignment_watch") for each in (directory, reference_directory))
     assert watched.keys() == expected_watched.keys() != set()
     for key, line in expected_watched.items():
@@ -119,6 +123,10 @@ def assert_same_run(directory: Path, reference_directory: Path, steps: int = 10)
                 # Weights differ by rounding (1e-4 after ten steps); a near tie is one word of forty.
                 tolerance = 2e-4 if "cosine" in name else 0.026
                 assert watched[key]["pairs"][direction][name] == pytest.approx(values, abs=tolerance), (key, name)
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
 
 
 def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -155,6 +163,11 @@ def test_layouts_agree_with_one_process(
     assert len(saved) == len(expected) == 3
     for got, tensors in zip(saved, expected, strict=True):
         assert_same_weights(got, tensors)
+    # The last record is of the weights in the last checkpoint.
+    *_, measured = records(tmp_path, "embeddings").values()
+    embeddings = {"input": "embedding.word_embeddings.weight", "output": "output_layer.weight"}
+    of_weights = {name: rms(saved[-1][tensor]) for name, tensor in embeddings.items() if tensor in saved[-1]}
+    assert measured["rms"] == pytest.approx(of_weights, rel=1e-6)
 
 
 @pytest.mark.slow
