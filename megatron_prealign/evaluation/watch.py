@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_prealign.checkpoint.train_state import TrainState
+from megatron_prealign.evaluation.erasure import ErasureWarning
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import Retrieval, measure_retrieval
 from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.evaluation.word_pairs import WordPairs
-from megatron_prealign.recipe import AlignmentWatchSection
+from megatron_prealign.recipe import ALIGNMENT, AlignmentWatchSection
 from megatron_prealign.training.metrics_log import MetricsLog
 from megatron_prealign.training.position import position
 
@@ -42,6 +43,7 @@ class AlignmentWatch(PeriodicMeasurement):
         self._metrics = metrics
         self._groups = section.groups.replace("_", "-")
         self._start: Retrieval | None = None
+        self._erasure = ErasureWarning()
 
     def on_start(self, trainer: "Trainer") -> None:
         counts = ", ".join(f"{pair.name} {len(pair.links)}" for pair in self._pairs)
@@ -50,20 +52,27 @@ class AlignmentWatch(PeriodicMeasurement):
         if trainer.state.step == 0:
             self.measure(trainer)
         else:
-            self._start = self._recorded_start()
+            self._read_recorded(trainer.state.step)
 
-    def _recorded_start(self) -> Retrieval | None:
-        """The measurement of the same words before the first step; None if metrics.jsonl has none."""
+    def _read_recorded(self, last_step: int) -> None:
+        """Reads the measurements of the same words before the first step and at the end of the alignment phase, as far
+        as metrics.jsonl has them."""
         counts = _query_counts(self._pairs)
-        expected = (0, self._section.groups, counts)
-        found = None
         try:
             for record in self._metrics.read("alignment_watch"):
-                if (record.get("step"), record.get("groups"), record.get("words")) == expected:
-                    found = _with_nan(record.get("pairs"), counts) or found
+                step = record.get("step")
+                if (record.get("groups"), record.get("words")) != (self._section.groups, counts):
+                    continue
+                if not isinstance(step, int) or step > last_step:
+                    # A step that the resumed run repeats.
+                    continue
+                measured = _with_nan(record.get("pairs"), counts)
+                if measured is not None and step == 0:
+                    self._start = measured
+                elif measured is not None and record.get("phase") == ALIGNMENT:
+                    self._erasure.remember(measured)
         except OSError as error:
             logger.warning("alignment watch: cannot read the values before training: %s", error)
-        return found
 
     def is_due(self, state: TrainState) -> bool:
         return state.step % self._section.interval == 0
@@ -92,6 +101,7 @@ class AlignmentWatch(PeriodicMeasurement):
             logger.info(
                 "alignment watch at %s: %s words %s, mean over layers: %s", where, self._groups, pair.name, text
             )
+        self._erasure.check(trainer.recipe, trainer.phase.name, where, retrieval)
         if state.step == 0:
             self._start = retrieval
 

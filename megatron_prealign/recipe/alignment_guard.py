@@ -10,8 +10,9 @@ class AlignmentGuardSection:
     """Keeps alignment from degrading during language-model training: some steps also train on dictionary words, with
     the settings of section alignment. Their loss is the language-model loss + alignment.alpha x the alignment loss."""
 
-    interval: int = 1
-    """Optimizer steps between two steps with words; 1 adds words to every step."""
+    interval: int = 20
+    """Optimizer steps between two steps with words; 1 adds words to every step. On English-Clone, 10 keeps P@1 a little
+    higher than 20 and costs English 0.02 nats."""
     floor: float | None = None
     """Add words only while the latest word-retrieval P@1 of alignment_watch, averaged over the aligned layers and the
     language pairs, is below this value; null means always."""

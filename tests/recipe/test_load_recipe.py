@@ -235,7 +235,7 @@ def test_empty_recipe_names_every_required_field() -> None:
             "alignment.frequency_exponent": 0.3,
             "alignment.word_micro_batch_size": 16,
         },
-        {"alignment.layers": "1-4", "alignment.train_iters": 0, "alignment_guard": {}},
+        {"alignment.layers": "1-4", "alignment.train_iters": 0, "alignment_guard": {"interval": 1}},
     ],
 )
 def test_saved_recipe_loads_as_an_equal_one(tmp_path: Path, changes: dict[str, Any]) -> None:

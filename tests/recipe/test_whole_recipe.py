@@ -34,7 +34,7 @@ def test_warm_up_that_never_ends(tmp_path: Path, changes: dict[str, Any], facts:
 def test_warm_up_that_may_end(tmp_path: Path) -> None:
     load(tmp_path, {"optimizer.lr_warmup_iters": 2, "alignment.lr_warmup_iters": 4})
     # A phase that is skipped has no steps to warm up in.
-    load(tmp_path, {"alignment.train_iters": 0, "alignment.lr_warmup_iters": 1, "alignment_guard": {}})
+    load(tmp_path, {"alignment.train_iters": 0, "alignment.lr_warmup_iters": 1, "alignment_guard": {"interval": 1}})
     # With a token budget, the recipe does not know the number of steps.
     load(tmp_path, {"optimizer.lr_warmup_iters": 50, "training.train_iters": None, "training.train_tokens": 10**6})
 
@@ -115,7 +115,10 @@ def test_warm_up_that_may_end(tmp_path: Path) -> None:
             ({"alignment.layers": layers}, (f"alignment.layers is {layers}", f"layer {missing},", "0 to 5"))
             for layers, missing in (([0, 6], 6), ([-1], -1), ("3-6", 6), ({0: 1.0, 6: 2.0}, 6))
         ],
-        ({"alignment": None, "alignment_guard": {}}, ("alignment_guard is set", "null", "alignment section")),
+        (
+            {"alignment": None, "alignment_guard": {"interval": 1}},
+            ("alignment_guard is set", "null", "alignment section"),
+        ),
         ({"alignment_guard": {"floor": 0.5}}, ("alignment_guard.floor is set", "null", "alignment_watch")),
         (
             {"alignment.freeze": "lower", "alignment.keep_optimizer": True},
@@ -167,10 +170,15 @@ def test_inconsistent_sections(tmp_path: Path, changes: dict[str, Any], facts: t
         {"alignment.layers": {1: 0.5, 5: 3}},
         {"alignment.freeze": "lower"},
         {"alignment_guard": {"interval": 2}},
-        {"alignment_guard": {"floor": 0.5}, "alignment_watch": {"interval": 10}},
+        {"alignment_guard": {"interval": 1, "floor": 0.5}, "alignment_watch": {"interval": 10}},
         # Words for the guard, without an alignment phase.
-        {"alignment.train_iters": 0, "alignment_guard": {}},
-        {"alignment.train_iters": 0, "alignment_guard": {}, "training.train_iters": None, "training.train_tokens": 128},
+        {"alignment.train_iters": 0, "alignment_guard": {"interval": 1}},
+        {
+            "alignment.train_iters": 0,
+            "alignment_guard": {"interval": 1},
+            "training.train_iters": None,
+            "training.train_tokens": 128,
+        },
         {"dictionary": None, "alignment": None, "code_switch": None},
         {"alignment.lm_global_batch_size": 0},
         {"alignment_watch.interval": 5, "alignment": None, "code_switch": None},

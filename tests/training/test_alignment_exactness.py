@@ -318,7 +318,7 @@ def test_guarded_steps_are_exact(workers: WorkerPool, references: References, la
     kind = Kind("gpt2_tied", "full", "mixed", "overlapped", 2)
     training = {"global_batch_size": 4, "micro_batch_size": 1}
     case = case_of(kind, layout, UNEVEN, training=training)
-    guarded = replace(case, recipe=replace(case.recipe, alignment_guard=AlignmentGuardSection()))
+    guarded = replace(case, recipe=replace(case.recipe, alignment_guard=AlignmentGuardSection(interval=1)))
     (result,) = run_steps(workers, layout, [guarded])
     step = step_of(UNEVEN, {**OBJECTIVES["mixed"], "lm_weight": 1.0})
     expected = plain_step(*MODELS["gpt2_tied"], references.weights("gpt2_tied"), step)

@@ -57,7 +57,7 @@ class Stage:
             on_alignment_watch=lambda state, measured: self.received.append((state.step, measured)),
         )
         self.phases = [self.phase]
-        self.recipe = SimpleNamespace(model=SimpleNamespace(num_layers=0))
+        self.recipe = SimpleNamespace(model=SimpleNamespace(num_layers=0), alignment_guard=None)
         self.runtime, self.chunks = None, []
 
 
@@ -189,6 +189,40 @@ def test_lines_have_the_values_before_training(
     watch.on_start(stage)
     steps_through(watch, stage, 6)
     assert logged_values(caplog) == ["0.75 (start 0.38)"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("guard", "advice"), [(None, "alignment_guard keeps it"), (object(), "lower alignment_guard")])
+def test_alignment_that_training_erases_is_warned_of_once(
+    measured: list[Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    resumed: bool,
+    guard: object,
+    advice: str,
+) -> None:
+    watch, stage = watching(tmp_path, 3), Stage()
+    stage.recipe.alignment_guard = guard
+    watch.on_start(stage)
+    # Of the alignment phase counts its end. The reverse direction never loses half.
+    for layers in ([0.5, 0.5], [0.8, 0.6]):
+        monkeypatch.setitem(BY_LAYER, "en-de", layers)
+        stage.phase.name = "alignment"
+        steps_through(watch, stage, stage.state.step + 3)
+    stage.phase.name = "language_model"
+    if resumed:
+        stage = Stage(step=6)
+        stage.recipe.alignment_guard = guard
+        watch = watching(tmp_path, 3)
+        watch.on_start(stage)
+    monkeypatch.setitem(BY_LAYER, "en-de", [0.41, 0.31])
+    steps_through(watch, stage, 9)
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    monkeypatch.setitem(BY_LAYER, "en-de", [0.41, 0.29])
+    steps_through(watch, stage, 15)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert_facts(warning, "step 12/", "en-de at layer 1", "P@1 0.29", "from 0.60", advice)
 
 
 def test_values_before_training_of_other_words_are_not_compared(
