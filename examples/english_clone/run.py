@@ -2,7 +2,7 @@
 
 Every step is a command a user would type; it is printed before it runs. Steps whose output exists are skipped, so an
 interrupted demo can be restarted. The three runs share nothing, so they run side by side, each in a process of one
-thread, as many as there are cores.
+thread.
 """
 
 import argparse
@@ -44,8 +44,12 @@ def run(command: Sequence[str], output: Path | None = None) -> None:
 
 
 def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> None:
-    """Runs commands in processes of one thread, as many at once as there are cores; prints their lines with the name
-    of the command. The others end if one fails."""
+    """Runs commands at once in processes of one thread; prints their lines with the name of the command. The others
+    end if one fails.
+
+    With fewer cores than commands they share the cores: starting one as soon as another ends would leave a core idle at
+    the end.
+    """
     processes: list[subprocess.Popen[str]] = []
     failed = threading.Event()
 
@@ -67,7 +71,7 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> None:
                 each.terminate()
         return process.returncode
 
-    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, len(commands)))) as pool:
+    with ThreadPoolExecutor(len(commands)) as pool:
         statuses = list(pool.map(follow, commands, commands.values()))
     if any(statuses):
         raise SystemExit(max(statuses))
