@@ -97,7 +97,7 @@ def summarise(
     warnings = [
         *_shuffled(recipe, dictionary),
         *_few_passes(recipe, dictionary),
-        *_little_coverage(recipe, coverage),
+        *_little_coverage(recipe, dictionary, coverage),
         *_repeated(read),
         *disk_warnings,
     ]
@@ -178,12 +178,17 @@ def _few_passes(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]
     ]
 
 
-def _little_coverage(recipe: Recipe, coverage: Mapping[str, float] | None) -> list[str]:
+def _little_coverage(
+    recipe: Recipe, dictionary: DictionaryParts | None, coverage: Mapping[str, float] | None
+) -> list[str]:
+    if recipe.dictionary is None or dictionary is None:
+        return []
     return [
         f"{share:.1%} of the running words of {language} are words of dictionary.table {recipe.dictionary.table}; "
-        "check that both spell words alike (accents, apostrophes, script), or use a larger list"
+        "check that both spell words alike (accents, apostrophes, script), use a larger list, or preprocess text "
+        "without spaces between words with --segmenter"
         for language, share in (coverage or {}).items()
-        if recipe.dictionary is not None and share < LITTLE_COVERAGE
+        if share < LITTLE_COVERAGE and language in dictionary.table.languages
     ]
 
 
