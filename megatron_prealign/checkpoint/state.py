@@ -79,6 +79,7 @@ def run_state(
     blend: Mapping[str, Any],
     metrics: Mapping[str, float],
     versions: Mapping[str, str],
+    phase_over: bool = False,
 ) -> dict[str, Any]:
     """State of a run, saved now.
 
@@ -92,6 +93,8 @@ def run_state(
         blend: `TrainSamples.blend_state`.
         metrics: Metrics measured after this step.
         versions: Versions of the packages the run uses.
+        phase_over: Whether this was the last step of the phase. The number of steps of a token budget is known only to
+            the run, which knows how many tokens its words have.
     """
     return {
         "kind": "run",
@@ -99,6 +102,7 @@ def run_state(
         "run": dict(run),
         "train_state": dict(train_state),
         "phase": phase,
+        "phase_over": phase_over,
         "layout": dict(layout),
         "consumed_samples_per_source": dict(consumed),
         "blend": dict(blend),

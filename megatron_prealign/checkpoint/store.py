@@ -108,6 +108,7 @@ class CheckpointStore:
         consumed: Mapping[str, int],
         blend: Mapping[str, Any],
         metrics: Mapping[str, float],
+        phase_over: bool = False,
     ) -> None:
         """Saves everything needed to resume. Collective: call on all ranks.
 
@@ -119,6 +120,7 @@ class CheckpointStore:
             consumed: Samples consumed from each source so far.
             blend: `TrainSamples.blend_state`.
             metrics: Metrics measured after this step.
+            phase_over: Whether this was the last step of the phase.
 
         Raises:
             UserError: the disk is full, read-only, or did not respond in time, for this save or the previous one;
@@ -156,6 +158,7 @@ class CheckpointStore:
                 blend=blend,
                 metrics=metrics,
                 versions=self._versions,
+                phase_over=phase_over,
             ),
             huggingface=self._huggingface,
         )

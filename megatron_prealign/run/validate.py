@@ -3,7 +3,7 @@ submitting the job."""
 
 from dataclasses import asdict
 
-from megatron_prealign.checkpoint.resume.changes import describe_changes, nothing_to_do
+from megatron_prealign.checkpoint.resume.changes import describe_changes, is_finished, nothing_to_do
 from megatron_prealign.checkpoint.resume.identity import OTHER_WEIGHTS, check_model, check_run, resume_fingerprint
 from megatron_prealign.checkpoint.resume.start import StartPoint, preview_start
 from megatron_prealign.checkpoint.state import model_identity, read_state
@@ -15,7 +15,7 @@ from megatron_prealign.data.sources import count_training_tokens, held_out_docum
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import check_keep_best, evaluated_pairs, metric_names
-from megatron_prealign.recipe import LANGUAGE_MODEL, DataSource, Recipe, ValidationSource
+from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
 from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
 from megatron_prealign.run.missing_files import check_inputs_exist
 from megatron_prealign.run.output_paths import check_output_paths
@@ -91,14 +91,8 @@ def _resumed(recipe: Recipe, start: StartPoint) -> list[str]:
         return []
     state, phase = TrainState.from_dict(start.summary["train_state"]), start.summary["phase"]
     lines = describe_changes(recipe, start.checkpoint, state.step, phase)
-    training = recipe.training
-    is_over = (
-        state.phase_step >= training.train_iters
-        if training.train_iters is not None
-        else training.train_tokens is not None and state.tokens >= training.train_tokens
-    )
-    if phase == LANGUAGE_MODEL and is_over:
-        total = state.step - state.phase_step + (training.train_iters or state.phase_step)
+    if is_finished(recipe, start.checkpoint, start.summary):
+        total = state.step - state.phase_step + (recipe.training.train_iters or state.phase_step)
         lines.append(nothing_to_do(recipe, state.step, total, changed=bool(lines)))
     return lines
 

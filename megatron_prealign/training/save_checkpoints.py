@@ -56,6 +56,7 @@ class SaveCheckpoints(Callback):
             consumed=self._samples.consumed_per_source(state.consumed_samples),
             blend=self._samples.blend_state(state.consumed_samples),
             metrics=trainer.eval_metrics if trainer.eval_step == state.step else {},
+            phase_over=trainer.phase.is_over(state),
         )
         self._saved_step = state.step
 

@@ -1,11 +1,12 @@
 """Fields of a recipe that differ from the recipe of the checkpoint that a run resumes from. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from megatron_prealign.checkpoint.commit import RECIPE_FILE
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, Recipe, recipe_to_dict
 
@@ -45,6 +46,10 @@ _SCHEDULES = {
 }
 
 
+# Start of the names of what the number of steps of training.train_tokens depends on; words are part of the tokens.
+_BUDGET = ("training.train_", "training.global_batch_size", "alignment", "dictionary")
+
+
 def changed_fields(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[str, str]]:
     """Returns dotted name -> (saved value, current value) of each field that differs, in the recipe's order.
 
@@ -79,6 +84,22 @@ def describe_changes(recipe: Recipe, checkpoint: Path, step: int, phase: str) ->
         line = f"{field}: {saved} -> {current} (changed since the checkpoint of step {step:,})"
         lines.append(f"{line}: {note}" if note else line)
     return lines
+
+
+def is_finished(recipe: Recipe, checkpoint: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of a run is that of its last step, with the recipe's budget.
+
+    Args:
+        summary: Content of the checkpoint's state.json.
+    """
+    state = TrainState.from_dict(summary["train_state"])
+    if summary["phase"] != LANGUAGE_MODEL:
+        return False
+    if recipe.training.train_iters is not None:
+        return state.phase_step >= recipe.training.train_iters
+    # How many steps a budget of tokens has, the run has recorded.
+    changed = any(field.startswith(_BUDGET) for field in changed_fields(recipe, checkpoint))
+    return summary.get("phase_over", False) is True and not changed
 
 
 def nothing_to_do(recipe: Recipe, step: int, total: int, *, changed: bool) -> str:

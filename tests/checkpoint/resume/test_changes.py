@@ -1,5 +1,6 @@
 """A resumed run lists the fields that differ from its checkpoint's recipe, and says when nothing is left to train."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from support.messages import assert_facts
 from support.recipe_values import write_recipe
 from support.tiny import Tiny, recipe_of
-from support.whole_runs import language_model_values, run, train_logged
+from support.whole_runs import language_model_values, run, steps_in, train_logged
 from support.workers import WorkerPool
 
 from megatron_prealign.checkpoint.resume.changes import _EFFECTS, _SCHEDULES, changed_fields, describe_changes, effect
@@ -104,3 +105,22 @@ def test_a_complete_run_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_p
     (lines,) = workers.run(1, train_logged, values, str(tmp_path))
     assert not [line for line in lines if "nothing to do" in line]
     assert [line for line in lines if line.startswith("training.train_iters: 2 -> 3")]
+
+
+@pytest.mark.slow
+def test_a_complete_run_of_a_token_budget_has_nothing_to_do(tiny: Tiny, workers: WorkerPool, tmp_path: Path) -> None:
+    values = tiny.values(tmp_path / "run")
+    values["alignment"]["train_iters"] = 1
+    values["alignment_guard"] = {"interval": 2}
+    values["training"].update(train_iters=None, train_tokens=4000)
+    run(workers, 1, values, tmp_path)
+    (name,) = steps_in(tmp_path / "run")[-1:]
+    state = json.loads((tmp_path / "run" / "checkpoints" / name / "state.json").read_text())
+    # The words of the last steps need not fill the budget, so the tokens do not tell that the run is complete.
+    assert state["train_state"]["tokens"] != 4000 and state["phase_over"]
+    (lines,) = workers.run(1, train_logged, values, str(tmp_path))
+    (end,) = [line for line in lines if "nothing to do" in line]
+    assert end in validate(recipe_of(values, tmp_path)).splitlines()
+    for change in ({"train_tokens": 8000}, {"train_tokens": 8000, "global_batch_size": 4}):
+        values["training"].update(change)
+        assert "nothing to do" not in validate(recipe_of(values, tmp_path))
