@@ -29,6 +29,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "examples/english_clone/README.md": "examples/english_clone.md",
     "examples/english_german/README.md": "examples/english_german.md",
+    "examples/eight_languages/README.md": "examples/eight_languages.md",
 }
 """Path in the repository -> path on the site, of pages that are not in docs/."""
 CONTENTS = {
@@ -42,8 +43,9 @@ CONTENTS = {
         "code_switching",
         "checkpoints",
         "conversion",
+        "study",
     ],
-    "Examples": ["examples/english_clone", "examples/english_german"],
+    "Examples": ["examples/english_clone", "examples/english_german", "examples/eight_languages"],
     "Reference": ["reference/commands", "reference/recipe", "reference/api"],
     "Project": ["benchmarks/README", "architecture", "contributing", "changelog"],
 }

@@ -31,6 +31,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("run",),
+    ("study",),
     ("benchmark",),
     ("cli",),
     ("tools",),

@@ -106,9 +106,13 @@ def prepare() -> None:
 
 def main() -> int:
     """Runs the whole demo in the current directory."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prepare", action="store_true", help="only prepare the data, for study.yaml")
+    options = parser.parse_args()
     start_s = time.monotonic()
     prepare()
+    if options.prepare:
+        return 0
     recipes = {
         name: [word for file in ("base.yaml", *files) for word in ("--config", str(HERE / file))]
         for name, files in RUNS.items()

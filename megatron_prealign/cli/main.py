@@ -36,6 +36,7 @@ COMMANDS = {
     ),
     "generate": ("megatron_prealign.tools.generate", "generate text with a trained model"),
     "evaluate": ("megatron_prealign.tools.evaluate", "evaluate trained runs and write report.json and report.html"),
+    "study": ("megatron_prealign.tools.study", "train, resume and tabulate a matrix of runs and seeds"),
     "benchmark": (
         "megatron_prealign.tools.benchmark",
         "benchmark kernels, phases, preprocessing and conversion on this machine",

@@ -63,7 +63,8 @@ def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
+    """Settings of all figures, inside the `with` block."""
     import matplotlib
 
     settings = {
@@ -92,9 +93,10 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(
+def new_figure(
     panels: int, *, columns: int = MAX_COLUMNS, panel_width: float = 4.4, height: float = 3.2
 ) -> tuple[Any, list[Any]]:
+    """Returns a figure and the axes of its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -108,7 +110,8 @@ def _figure(
     return figure, axes[:panels]
 
 
-def _run_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def run_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns colour and marker of each run."""
     styles = {}
     for index, name in enumerate(names):
         turn, colour = divmod(index, len(RUN_COLOURS))
@@ -116,7 +119,8 @@ def _run_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _legend(figure: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def add_legend(figure: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adds a legend above the panels: label -> style of its line."""
     from matplotlib.lines import Line2D
 
     # matplotlib hides labels that start with an underscore.
@@ -135,13 +139,14 @@ def _alignment_ends(axis: Any, runs: Runs, styles: Mapping[str, Mapping[str, Any
     return found
 
 
-def _tokens_axis(axis: Any) -> None:
+def tokens_axis(axis: Any) -> None:
+    """Labels an x axis of tokens."""
     axis.xaxis.set_major_formatter(short_count)
     axis.set_xlabel("tokens seen")
     axis.set_xlim(left=0)
 
 
-def _fit_late_values(axis: Any, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
+def fit_late_values(axis: Any, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
     """Fits the y range to the values after the first tenth, so that high initial values do not flatten the rest."""
     end = max((x for curve in curves for x, _ in curve), default=0.0)
     late = [y for curve in curves for x, y in curve if x >= end / 10]
@@ -157,23 +162,23 @@ def _loss_points(record: RunRecord, measurement: Measurement, language: str) -> 
 
 
 def _draw_loss_panels(axes: Sequence[Any], runs: Runs, languages: Sequence[str]) -> bool:
-    styles = _run_styles(list(runs))
+    styles = run_styles(list(runs))
     aligned = False
     for axis, language in zip(axes, languages, strict=True):
         curves = [_loss_points(record, measurement, language) for record, measurement in runs.values()]
         for name, curve in zip(runs, curves, strict=True):
             if curve:
                 axis.plot(*zip(*curve, strict=True), **styles[name])
-        _fit_late_values(axis, curves)
+        fit_late_values(axis, curves)
         aligned = _alignment_ends(axis, runs, styles) or aligned
         axis.set_title(shorten(f"Validation loss: {language}", MAX_TITLE_LENGTH))
         axis.set_ylabel("nats per token")
-        _tokens_axis(axis)
+        tokens_axis(axis)
     return aligned
 
 
 def _draw_by_layer(axis: Any, runs: Runs) -> bool:
-    styles = _run_styles(list(runs))
+    styles = run_styles(list(runs))
     depth, held_out = 0, False
     for name, (_, measurement) in runs.items():
         p_at_1 = mean_over_pairs(measurement.word_retrieval_p_at_1)
@@ -197,7 +202,7 @@ def _draw_by_layer(axis: Any, runs: Runs) -> bool:
 def _entries(
     runs: Runs, *, aligned: bool = False, held_out: bool = False, others: bool = False
 ) -> dict[str, dict[str, Any]]:
-    entries = _run_styles(list(runs))
+    entries = run_styles(list(runs))
     if aligned:
         entries["end of alignment"] = {"color": MUTED, "linestyle": ":", "linewidth": 1.0}
     if held_out:
@@ -222,13 +227,13 @@ def draw_main(runs: Runs) -> Any | None:
     panels = len(languages) + _has_retrieval(runs) + 2 * watched
     if not panels:
         return None
-    with _style():
-        figure, axes = _figure(panels, columns=3)
+    with plot_style():
+        figure, axes = new_figure(panels, columns=3)
         aligned = _draw_loss_panels(axes[: len(languages)], runs, languages)
         held_out = _has_retrieval(runs) and _draw_by_layer(axes[len(languages)], runs)
         if watched:
             aligned = _draw_watch_panels(axes[-2], axes[-1], runs) or aligned
-        _legend(figure, _entries(runs, aligned=aligned, held_out=held_out, others=watched))
+        add_legend(figure, _entries(runs, aligned=aligned, held_out=held_out, others=watched))
     return figure
 
 
@@ -237,10 +242,10 @@ def draw_validation_loss(runs: Runs) -> Any | None:
     languages = _languages(runs)
     if not languages:
         return None
-    with _style():
-        figure, axes = _figure(len(languages))
+    with plot_style():
+        figure, axes = new_figure(len(languages))
         aligned = _draw_loss_panels(axes, runs, languages)
-        _legend(figure, _entries(runs, aligned=aligned))
+        add_legend(figure, _entries(runs, aligned=aligned))
     return figure
 
 
@@ -248,10 +253,10 @@ def draw_by_layer(runs: Runs) -> Any | None:
     """Draws P@1 by layer at the end of training, one line per run, dashed for held-out words; None without data."""
     if not _has_retrieval(runs):
         return None
-    with _style():
-        figure, (axis,) = _figure(1, panel_width=7.5)
+    with plot_style():
+        figure, (axis,) = new_figure(1, panel_width=7.5)
         held_out = _draw_by_layer(axis, runs)
-        _legend(figure, _entries(runs, held_out=held_out))
+        add_legend(figure, _entries(runs, held_out=held_out))
     return figure
 
 
@@ -266,15 +271,15 @@ def draw_retrieval_over_tokens(runs: Runs) -> Any | None:
             curves[name] = measured
     if not curves:
         return None
-    with _style():
-        figure, axes = _figure(len(curves))
+    with plot_style():
+        figure, axes = new_figure(len(curves))
         depth = _depth(curves.values())
         for axis, (name, curve) in zip(axes, curves.items(), strict=True):
             _draw_layers(axis, curve, depth, runs[name][0].alignment_end_tokens)
             axis.set_title(shorten(name, MAX_TITLE_LENGTH))
             axis.set_ylabel("P@1")
             axis.set_ylim(-0.03, 1.03)
-        _legend(figure, _layer_entries(depth))
+        add_legend(figure, _layer_entries(depth))
     return figure
 
 
@@ -300,7 +305,7 @@ def _draw_layers(axis: Any, curve: LayerCurve, depth: int, alignment_end: int | 
             axis.plot(*zip(*line, strict=True), color=_layer_colour(layer, depth), marker="o", markersize=3)
     if alignment_end:
         axis.axvline(alignment_end, color=MUTED, linestyle=":", linewidth=1.0)
-    _tokens_axis(axis)
+    tokens_axis(axis)
 
 
 def _share_y_range(axes: Sequence[Any]) -> None:
@@ -322,7 +327,7 @@ def _watched_words(runs: Runs) -> str:
 
 def _draw_watch_panels(retrieval: Any, cosines: Any, runs: Runs) -> bool:
     """Draws P@1 in one panel and both cosines in the other; returns whether any run has an alignment phase."""
-    styles = _run_styles(list(runs))
+    styles = run_styles(list(runs))
     for name in _watched(runs):
         for axis, metric, line in (
             (retrieval, "p_at_1", "-"),
@@ -340,7 +345,7 @@ def _draw_watch_panels(retrieval: Any, cosines: Any, runs: Runs) -> bool:
     cosines.set_title(f"Cosine of {_watched_words(runs)}")
     cosines.set_ylabel("cosine, mean over layers")
     for axis in (retrieval, cosines):
-        _tokens_axis(axis)
+        tokens_axis(axis)
     return any(aligned)
 
 
@@ -348,10 +353,10 @@ def draw_watch(runs: Runs) -> Any | None:
     """Draws the alignment watch over tokens, mean over layers, one line per run; None if no run has one."""
     if not _watched(runs):
         return None
-    with _style():
-        figure, axes = _figure(2, panel_width=5.2)
+    with plot_style():
+        figure, axes = new_figure(2, panel_width=5.2)
         aligned = _draw_watch_panels(axes[0], axes[1], runs)
-        _legend(figure, _entries(runs, aligned=aligned, others=True))
+        add_legend(figure, _entries(runs, aligned=aligned, others=True))
     return figure
 
 
@@ -360,8 +365,8 @@ def draw_watch_by_layer(runs: Runs) -> Any | None:
     watched = _watched(runs)
     if not watched:
         return None
-    with _style():
-        figure, axes = _figure(2 * len(watched), columns=2, height=2.8)
+    with plot_style():
+        figure, axes = new_figure(2 * len(watched), columns=2, height=2.8)
         curves = {}
         for name in watched:
             points = runs[name][0].watch
@@ -390,7 +395,7 @@ def draw_watch_by_layer(runs: Runs) -> Any | None:
             left.set_ylim(-0.03, 1.03)
             right.set_ylabel("cosine margin over other pairs")
         _share_y_range(axes[1::2])
-        _legend(figure, _layer_entries(depth))
+        add_legend(figure, _layer_entries(depth))
     return figure
 
 
@@ -414,22 +419,22 @@ def draw_training_loss(runs: Runs) -> Any | None:
     panels = [curves for curves in (language_model, alignment) if any(curves.values())]
     if not panels:
         return None
-    with _style():
-        figure, axes = _figure(len(panels), panel_width=5.2)
-        styles = _run_styles(list(runs))
+    with plot_style():
+        figure, axes = new_figure(len(panels), panel_width=5.2)
+        styles = run_styles(list(runs))
         for axis, curves in zip(axes, panels, strict=True):
             for name, curve in curves.items():
                 if curve:
                     axis.plot(*zip(*curve, strict=True), **{**styles[name], "marker": "", "linewidth": 1.4})
             if curves is language_model:
-                _fit_late_values(axis, list(curves.values()))
+                fit_late_values(axis, list(curves.values()))
                 axis.set_title("Training loss")
-                _tokens_axis(axis)
+                tokens_axis(axis)
             else:
                 axis.set_title("Alignment loss, mean over aligned layers")
                 axis.set_xlabel("step of the alignment phase")
             axis.set_ylabel("nats per token" if curves is language_model else "nats per pair")
-        _legend(figure, {name: {"color": style["color"]} for name, style in styles.items()})
+        add_legend(figure, {name: {"color": style["color"]} for name, style in styles.items()})
     return figure
 
 
@@ -439,7 +444,7 @@ def to_svg(figure: Any, prefix: str) -> str:
     Its colours become CSS variables (`css_variables`) that follow the light or dark mode of the page.
     """
     buffer = StringIO()
-    with _style():
+    with plot_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -476,5 +481,5 @@ def css_variables() -> dict[str, tuple[str, str]]:
 
 def save_png(figure: Any, path: Path) -> None:
     """Writes the figure as PNG on a white background, wide enough for a README."""
-    with _style():
+    with plot_style():
         figure.savefig(path, format="png", dpi=144, facecolor="white")

@@ -1,0 +1,142 @@
+"""Definition of a study: a YAML file that names recipes, runs and seeds. Imports no torch."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
+from megatron_prealign.recipe.checks import RecipeValueError
+from megatron_prealign.recipe.document import check_document
+
+LEAST_SEEDS = 2
+"""Fewest seeds that have a standard deviation."""
+
+Value = int | float | bool | str | list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """A run of the study, trained once per seed."""
+
+    name: str
+    """Name in tables and paths."""
+    recipes: list[str] = field(default_factory=list)
+    """Recipes on top of those in `base`, in order."""
+    set: dict[str, Value] = field(default_factory=dict)
+    """Fields of the recipe, by dotted name, on top of all recipes; null removes a section."""
+    control: str | None = None
+    """Name of the run with a shuffled dictionary that this one is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickStudy:
+    """What `--quick` changes."""
+
+    seeds: list[int] = field(default_factory=list)
+    """Seeds instead of those of the study."""
+    runs: list[str] = field(default_factory=list)
+    """Names of the runs to keep; empty keeps all."""
+    set: dict[str, Value] = field(default_factory=dict)
+    """Fields of all recipes, by dotted name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A matrix of runs and seeds."""
+
+    output: str
+    """Directory of recipes, runs, tables and plots."""
+    base: list[str]
+    """Recipes that all runs have in common."""
+    seeds: list[int]
+    """Values of training.seed, at least two."""
+    runs: list[StudyRun]
+    """Runs; the others are compared with the first."""
+    vary: list[str] = field(default_factory=list)
+    """Dotted names of fields of data, tokenizer, dictionary or token budget in which runs may differ, for studies of
+    just these fields. Runs that differ in others are refused."""
+    processes: int | None = None
+    """Runs that train at once, in one process of one thread each; null means one per core."""
+    quick: QuickStudy = field(default_factory=QuickStudy)
+    """What --quick changes; its results go to a directory of their own, OUTPUT-quick."""
+
+    def run(self, name: str) -> StudyRun:
+        """The run of this name."""
+        return next(run for run in self.runs if run.name == name)
+
+
+def load_study(path: str, *, quick: bool = False) -> Study:
+    """Reads and checks a study.
+
+    Args:
+        quick: Apply the section `quick`.
+
+    Raises:
+        UserError: The file is missing, or a field is unknown, missing, of another type or inconsistent.
+    """
+    try:
+        text = read_utf8(Path(path))
+        check_document(text, Study)
+        values = load_yaml(text)
+    except (YamlError, RecipeValueError) as error:
+        raise UserError(f"study {path}: {error}") from error
+    try:
+        study = _from_values(values or {})
+        study = _made_quick(study) if quick else study
+        _check(study)
+    except RecipeValueError as error:
+        raise UserError(f"study {path}: {error}") from error
+    return study
+
+
+def _from_values(values: dict[str, Any]) -> Study:
+    required = ("output", "base", "seeds", "runs")
+    missing = [name for name in required if values.get(name) is None]
+    if missing:
+        raise RecipeValueError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required but not set")
+    sections = {"quick": QuickStudy(**_given(values.get("quick") or {}, QuickStudy))}
+    runs = [StudyRun(**_given(run, StudyRun)) for run in values["runs"]]
+    return Study(**{**_given(values, Study), **sections, "runs": runs})
+
+
+def _given(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Values that are set; null means the default."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def _made_quick(study: Study) -> Study:
+    quick = study.quick
+    unknown = [name for name in quick.runs if name not in [run.name for run in study.runs]]
+    if unknown:
+        raise RecipeValueError(f"quick.runs has {', '.join(unknown)}, expected names of runs")
+    kept = [run for run in study.runs if not quick.runs or run.name in quick.runs]
+    return replace(
+        study,
+        output=f"{study.output.rstrip('/')}-quick",
+        seeds=quick.seeds or study.seeds,
+        runs=[replace(run, set={**run.set, **quick.set}) for run in kept],
+    )
+
+
+def _check(study: Study) -> None:
+    for name, values in (("seeds", [str(seed) for seed in study.seeds]), ("runs", [run.name for run in study.runs])):
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise RecipeValueError(f"{name} has {', '.join(repeated)} more than once, expected each once")
+    if len(study.seeds) < LEAST_SEEDS:
+        raise RecipeValueError(
+            f"seeds has {len(study.seeds)}, expected at least {LEAST_SEEDS}, since tables have a standard deviation"
+        )
+    if study.processes is not None and study.processes < 1:
+        raise RecipeValueError(f"processes is {study.processes}, expected null or a positive number")
+    names = [run.name for run in study.runs]
+    for number, run in enumerate(study.runs):
+        if not run.name.replace("_", "a").replace("-", "a").isalnum() or not run.name.isascii():
+            raise RecipeValueError(f"runs[{number}].name is {run.name}, expected letters, digits, - and _")
+        if run.control is not None and (run.control not in names or run.control == run.name):
+            raise RecipeValueError(f"runs[{number}].control is {run.control}, expected the name of another run")
+        for field_name in ("training.seed", "logging.run_dir", "checkpoint.directory"):
+            if field_name in run.set:
+                raise RecipeValueError(f"runs[{number}].set has {field_name}, which the study sets for each seed")

@@ -1,0 +1,153 @@
+"""The jobs of a study: one ordinary recipe per run and seed, checked to be comparable. Imports no torch."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prealign.dictionary.table import load_table
+from megatron_prealign.errors import UserError
+from megatron_prealign.files.atomic import write_atomically
+from megatron_prealign.recipe import Recipe
+from megatron_prealign.recipe.load import load_recipe, save_recipe
+from megatron_prealign.study.definition import Study, StudyRun
+
+# Prefixes of the fields that must agree for losses to compare.
+_COMPARED = (
+    "data.",
+    "model.",
+    "dictionary.held_out_fraction",
+    "training.train_tokens",
+    "training.train_iters",
+    "training.global_batch_size",
+    "training.eval_samples",
+    "training.retrieval_words",
+)
+# Differ by definition.
+_PAIR_MAY_DIFFER = ("dictionary.table", "dictionary.evaluation_table", "logging.", "training.seed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with one seed."""
+
+    run: str
+    seed: int
+    recipe: Recipe
+    recipe_file: Path
+    directory: Path
+    """The run directory."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}_seed{self.seed}"
+
+
+def build_jobs(study: Study) -> list[Job]:
+    """Returns the jobs of a study, all runs of the first seed first.
+
+    Raises:
+        UserError: A recipe is invalid; runs differ in data, tokenizer or budget; a shuffled dictionary table is not
+            named as a control, a control is none, or it differs from its run in more than the table.
+    """
+    jobs = [_job(study, run, seed) for seed in study.seeds for run in study.runs]
+    first = {job.run: job for job in reversed(jobs)}
+    _check_comparable(study, [first[run.name] for run in study.runs])
+    _check_controls(study, {name: job.recipe for name, job in first.items()})
+    return jobs
+
+
+def write_recipes(jobs: Sequence[Job]) -> None:
+    """Writes the recipe of each job, which `pretrain --config FILE` trains alone.
+
+    Raises:
+        UserError: A recipe has changed since its run started.
+    """
+    for job in jobs:
+        started = job.directory.is_dir() and any(job.directory.iterdir())
+        if job.recipe_file.exists() and started and load_recipe(["--config", str(job.recipe_file)]) != job.recipe:
+            raise UserError(
+                f"{job.recipe_file}: the recipe of {job.name} has changed since its run started; remove "
+                f"{job.directory}, or set another output in the study"
+            )
+        job.recipe_file.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(job.recipe_file) as path:
+            save_recipe(job.recipe, path)
+
+
+def _job(study: Study, run: StudyRun, seed: int) -> Job:
+    output = Path(study.output)
+    name = f"{run.name}_seed{seed}"
+    directory = output / "runs" / name
+    arguments = [word for file in [*study.base, *run.recipes] for word in ("--config", file)]
+    for field, value in run.set.items():
+        arguments += [f"--{field}", json.dumps(value) if not isinstance(value, str) else value]
+    arguments += ["--training.seed", str(seed), "--logging.run_dir", str(directory)]
+    try:
+        recipe = load_recipe(arguments)
+    except UserError as error:
+        raise UserError(f"run {run.name}: {error}") from error
+    return Job(run.name, seed, recipe, output / "recipes" / f"{name}.yaml", directory)
+
+
+def _check_comparable(study: Study, jobs: Sequence[Job]) -> None:
+    values = {job.run: dict(_flat(asdict(job.recipe))) for job in jobs}
+    first, *others = study.runs
+    for run in others:
+        for field in sorted(values[first.name].keys() | values[run.name].keys()):
+            allowed = any(field == name or field.startswith(f"{name}.") for name in study.vary)
+            if allowed or not field.startswith(_COMPARED):
+                continue
+            expected, got = values[first.name].get(field), values[run.name].get(field)
+            if got != expected:
+                raise UserError(
+                    f"run {run.name}: {field} is {json.dumps(got)}, expected {json.dumps(expected)} as in "
+                    f"{first.name}, so that the runs compare; add {field} to vary if the study is about it"
+                )
+
+
+def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
+    controls = {run.control for run in study.runs}
+    shuffled = {name: _is_shuffled(recipe) for name, recipe in recipes.items()}
+    for run in study.runs:
+        if shuffled[run.name] and run.name not in controls:
+            raise UserError(
+                f"run {run.name} trains with a shuffled dictionary, but no run names it as its control; set control: "
+                f"{run.name} in the run with the true pairs, or use the original table"
+            )
+        if run.control is None:
+            continue
+        if not shuffled[run.control]:
+            raise UserError(
+                f"run {run.name}: control {run.control} does not train with a shuffled dictionary; make its table with "
+                "megatron-prealign dictionary shuffle"
+            )
+        pair, control = (dict(_flat(asdict(recipes[name]))) for name in (run.name, run.control))
+        for field in sorted(pair.keys() | control.keys()):
+            if pair.get(field) != control.get(field) and not field.startswith(_PAIR_MAY_DIFFER):
+                raise UserError(
+                    f"run {run.control}: {field} is {json.dumps(control.get(field))}, expected "
+                    f"{json.dumps(pair.get(field))} as in {run.name}, whose control it is"
+                )
+        original = recipes[run.name].dictionary
+        section = recipes[run.control].dictionary
+        if original is not None and section is not None and section.evaluation_table != original.table:
+            raise UserError(
+                f"run {run.control}: dictionary.evaluation_table is {section.evaluation_table or 'null'}, expected "
+                f"{original.table}, the table of {run.name}, so that both measure the same pairs"
+            )
+
+
+def _is_shuffled(recipe: Recipe) -> bool:
+    trains = recipe.alignment is not None or recipe.code_switch is not None
+    return trains and recipe.dictionary is not None and load_table(recipe.dictionary.table).shuffled is not None
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, value

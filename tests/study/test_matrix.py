@@ -1,0 +1,107 @@
+"""Jobs of a study: ordinary recipes, refused where their results would not compare."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.messages import user_error
+from support.tiny import Tiny
+
+from megatron_prealign.cli import main
+from megatron_prealign.recipe import load_recipe
+from megatron_prealign.study.definition import Study, StudyRun
+from megatron_prealign.study.matrix import build_jobs, write_recipes
+
+
+@pytest.fixture(scope="module")
+def control(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("control") / "shuffled.safetensors"
+    assert main(["dictionary", "shuffle", "--table", tiny.table, "--output", str(path)]) == 0
+    return str(path)
+
+
+def study_of(tiny: Tiny, directory: Path, runs: list[StudyRun], **fields: Any) -> Study:
+    base = directory / "base.yaml"
+    base.write_text(yaml.safe_dump(tiny.values(directory / "unused")), encoding="utf-8")
+    return Study(output=str(directory / "study"), base=[str(base)], seeds=[1, 2], runs=runs, **fields)
+
+
+def shuffled(tiny: Tiny, control: str, **fields: Any) -> StudyRun:
+    return StudyRun(
+        name="shuffled", set={"dictionary.table": control, "dictionary.evaluation_table": tiny.table, **fields}
+    )
+
+
+def test_a_recipe_per_run_and_seed_that_trains_alone(tiny: Tiny, tmp_path: Path) -> None:
+    runs = [StudyRun(name="joint", set={"alignment": None, "code_switch": None}), StudyRun(name="aligned")]
+    jobs = build_jobs(study_of(tiny, tmp_path, runs))
+    assert [(job.run, job.seed, job.name) for job in jobs] == [
+        ("joint", 1, "joint_seed1"),
+        ("aligned", 1, "aligned_seed1"),
+        ("joint", 2, "joint_seed2"),
+        ("aligned", 2, "aligned_seed2"),
+    ]
+    write_recipes(jobs)
+    for job in jobs:
+        recipe = load_recipe(["--config", str(job.recipe_file)])
+        assert recipe == job.recipe
+        assert (recipe.training.seed, recipe.logging.run_dir) == (job.seed, str(job.directory))
+        assert (recipe.alignment is None) == (job.run == "joint")
+
+
+def test_a_recipe_that_changes_under_its_run(tiny: Tiny, tmp_path: Path) -> None:
+    jobs = build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a")]))
+    write_recipes(jobs)
+    changed = build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"optimizer.lr": 5e-4})]))
+    # Not started: the new recipe replaces the old one.
+    write_recipes(changed)
+    changed[0].directory.mkdir(parents=True)
+    (changed[0].directory / "metrics.jsonl").touch()
+    write_recipes(changed)
+    with user_error(str(jobs[0].recipe_file), "a_seed1 has changed", str(jobs[0].directory)):
+        write_recipes(jobs)
+    assert load_recipe(["--config", str(jobs[0].recipe_file)]).optimizer.lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "vary"),
+    [
+        ("training.train_iters", 7, "training.train_iters"),
+        ("data.seq_length", 16, "data"),
+        ("model.num_layers", 2, "model.num_layers"),
+        ("training.eval_samples", 3, "training"),
+    ],
+)
+def test_runs_that_do_not_compare(tiny: Tiny, tmp_path: Path, field: str, value: Any, vary: str) -> None:
+    runs = [StudyRun(name="joint"), StudyRun(name="other", set={field: value})]
+    with user_error("run other", f"{field} is {value}", "as in joint", f"add {field} to vary"):
+        build_jobs(study_of(tiny, tmp_path, runs))
+    assert len(build_jobs(study_of(tiny, tmp_path, runs, vary=[vary]))) == 4
+
+
+def test_a_control_with_its_pair(tiny: Tiny, tmp_path: Path, control: str) -> None:
+    runs = [StudyRun(name="true", control="shuffled"), shuffled(tiny, control)]
+    assert len(build_jobs(study_of(tiny, tmp_path, runs))) == 4
+
+
+def test_controls_that_control_nothing(tiny: Tiny, tmp_path: Path, control: str) -> None:
+    with user_error("run shuffled", "no run names it as its control", "control: shuffled"):
+        build_jobs(study_of(tiny, tmp_path, [StudyRun(name="true"), shuffled(tiny, control)]))
+    with user_error("run true", "control other does not train with a shuffled dictionary", "dictionary shuffle"):
+        build_jobs(study_of(tiny, tmp_path, [StudyRun(name="true", control="other"), StudyRun(name="other")]))
+    # Without alignment and code-switching, the table is only measured.
+    joint = shuffled(tiny, control, alignment=None, code_switch=None)
+    with user_error("run true", "does not train with a shuffled dictionary"):
+        build_jobs(study_of(tiny, tmp_path, [StudyRun(name="true", control="shuffled"), joint]))
+    runs = [StudyRun(name="true", control="shuffled"), shuffled(tiny, control, **{"optimizer.lr": 5e-4})]
+    with user_error("run shuffled", "optimizer.lr is 0.0005", "expected 0.001 as in true"):
+        build_jobs(study_of(tiny, tmp_path, runs))
+    runs[1] = StudyRun(name="shuffled", set={"dictionary.table": control})
+    with user_error("run shuffled", "dictionary.evaluation_table is null", tiny.table):
+        build_jobs(study_of(tiny, tmp_path, runs))
+
+
+def test_an_error_in_a_recipe_names_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    with user_error("run a: ", "optimizer.lrr"):
+        build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"optimizer.lrr": 1.0})]))

@@ -1,0 +1,74 @@
+"""`megatron-prealign study`, end to end: trains, resumes, tabulates, survives a run that fails."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.messages import assert_facts, assert_refused
+from support.tiny import Tiny
+
+from megatron_prealign.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def write_study(tiny: Tiny, directory: Path, **changes: Any) -> str:
+    base = tiny.values(directory / "unused")
+    base["training"].update(train_iters=2, retrieval_words=50, eval_samples=2)
+    base["alignment"]["train_iters"] = 2
+    base["parallel"] = {"device": "cpu"}
+    (directory / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    study = {
+        "output": str(directory / "study"),
+        "base": [str(directory / "base.yaml")],
+        "seeds": [1, 2],
+        "runs": [{"name": "joint", "set": {"alignment": None}}, {"name": "aligned"}],
+        "quick": {"runs": ["joint", "aligned"]},
+        **changes,
+    }
+    path = directory / "study.yaml"
+    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    return str(path)
+
+
+def test_a_failed_run_does_not_end_the_others_and_is_resumed(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tiny, tmp_path)
+    # A file where a run directory belongs: this run cannot start.
+    obstacle = tmp_path / "study" / "runs" / "aligned_seed2"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("in the way")
+    status = main(["study", "--config", config])
+    captured = capsys.readouterr()
+    assert_refused(status, captured.err, "1 run failed", "aligned_seed2", "aligned_seed2.log", "study --config")
+    assert_facts(captured.out, "aligned_seed2: failed with status 2", "Not in the tables: aligned_seed2: not complete")
+    assert_facts(captured.out, "| joint |", "± ", "(1 seed)")
+
+    obstacle.unlink()
+    assert main(["study", "--config", config, "--status"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(row[0], row[1]) for row in rows[1:5]] == [
+        ("joint_seed1", "complete"),
+        ("aligned_seed1", "complete"),
+        ("joint_seed2", "complete"),
+        ("aligned_seed2", "waiting"),
+    ]
+    assert rows[5][:3] == ["3", "of", "4"]
+
+    assert main(["study", "--config", config]) == 0
+    printed = capsys.readouterr().out
+    assert_facts(printed, "3 of 4 runs are complete", "aligned_seed2: trained in", "wrote ", "results.csv")
+    assert "joint_seed1: $" not in printed
+    output = tmp_path / "study"
+    assert (output / "results.md").read_text(encoding="utf-8") in printed
+    assert (output / "results.png").stat().st_size > 1000
+    with (output / "results.csv").open(encoding="utf-8", newline="") as file:
+        values = {tuple(row[:5]): float(row[5]) for row in list(csv.reader(file))[1:]}
+    losses = {key[:2]: value for key, value in values.items() if key[2:4] == ("validation_loss", "en")}
+    assert sorted(losses) == [("aligned", "1"), ("aligned", "2"), ("joint", "1"), ("joint", "2")]
+    # Untrained models are near the logarithm of the vocabulary, and seeds differ.
+    assert len(set(losses.values())) == 4 and all(6.5 < loss < 7.2 for loss in losses.values())
+    assert {key[2] for key in values} >= {"tokens", "seconds", "memory_gb", "word_retrieval_p_at_1"}

@@ -1,0 +1,70 @@
+"""`megatron-prealign study`: trains, resumes and tabulates a matrix of runs and seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_prealign.cli.options import parse_options
+from megatron_prealign.errors import UserError
+from megatron_prealign.recipe.describe import PathText
+from megatron_prealign.text import align, closing, command, plural
+
+if TYPE_CHECKING:
+    from megatron_prealign.study.matrix import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Trains every run of a study with every seed, and writes results.csv, results.md and plots.
+
+    Rerun the same command to resume. A run that fails does not end the others.
+    """
+
+    config: PathText
+    """Study in YAML: recipes, runs, seeds, output directory."""
+    quick: bool = False
+    """Apply the study's section `quick`: fewer seeds, runs or tokens, in an output directory of their own."""
+    status: bool = False
+    """Print how far each run is, and exit."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `megatron-prealign study` with the arguments `argv`."""
+    options = parse_options(StudyOptions, "study", argv)
+    from megatron_prealign.study.definition import load_study
+    from megatron_prealign.study.matrix import build_jobs, write_recipes
+
+    study = load_study(options.config, quick=options.quick)
+    jobs = build_jobs(study)
+    if options.status:
+        _print_status(jobs)
+        return 0
+    from megatron_prealign.files.directories import check_writable
+    from megatron_prealign.study.execution import train_all
+    from megatron_prealign.study.output import write_results
+
+    output = Path(study.output)
+    check_writable(output, f"output {output}")
+    write_recipes(jobs)
+    again = command("study", "--config", options.config, *(["--quick"] if options.quick else []))
+    try:
+        failed = train_all(jobs, study.processes, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the runs have saved checkpoints; continue with: {again}") from None
+    print(write_results(study, jobs, output), end="")
+    if failed:
+        logs = ", ".join(f"{job.name} ({job.directory.with_suffix('.log')})" for job in failed)
+        raise UserError(f"{plural(len(failed), 'run')} failed: {logs}; fix the cause and run {again}")
+    print(closing(f"wrote {output / 'results.csv'}, results.md and results.png from {plural(len(jobs), 'run')}"))
+    return 0
+
+
+def _print_status(jobs: Sequence["Job"]) -> None:
+    from megatron_prealign.study.execution import progress
+
+    each = [progress(job) for job in jobs]
+    rows = [["run", "state", "step", "tokens"]]
+    rows += [[one.job.name, one.state, f"{one.step:,}", f"{one.tokens:,}"] for one in each]
+    print("\n".join(align(rows)))
+    print(f"{sum(one.state == 'complete' for one in each)} of {plural(len(each), 'run')} complete")
