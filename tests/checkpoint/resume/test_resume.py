@@ -49,8 +49,10 @@ def uninterrupted(
     return trained
 
 
+# The first step of a phase has a fresh optimizer, but for its fp32 master weights, which only bf16 has.
 @pytest.mark.parametrize(
-    ("precision", "step"), slow_except([("fp32", 2), ("fp32", BORDER), ("bf16", 3), ("bf16", 8)], ("fp32", BORDER))
+    ("precision", "step"),
+    slow_except([("fp32", 2), ("fp32", BORDER), ("bf16", 3), ("bf16", BORDER), ("bf16", 8)], ("fp32", BORDER)),
 )
 def test_resumed_run_is_bit_equal(
     workers: WorkerPool, tiny: Tiny, tmp_path: Path, uninterrupted: Any, precision: str, step: int
