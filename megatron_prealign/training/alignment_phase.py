@@ -36,6 +36,9 @@ class AlignmentPhase(Phase):
     def total_iters(self, state: TrainState) -> int:
         return self._section.train_iters
 
+    def expected_step_tokens(self) -> float:
+        return self._section.lm_global_batch_size * self._recipe.data.seq_length + self._words.sampler.mean_tokens
+
     def schedule_settings(self, state: TrainState) -> ScheduleSettings:
         section = self._section
         return ScheduleSettings(

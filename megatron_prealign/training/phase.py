@@ -50,6 +50,10 @@ class Phase(ABC):
     def advance(self, state: TrainState) -> None:
         """Adds the samples and tokens of the step to the counters in `state`."""
 
+    def expected_step_tokens(self) -> float:
+        """Tokens of a step before the first one, of a phase that others follow."""
+        return 0.0
+
     def finish_step(self, state: TrainState) -> None:
         """Advances all counters in `state` by one step."""
         self.advance(state)

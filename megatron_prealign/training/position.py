@@ -22,9 +22,9 @@ def total_steps(phases: Sequence[Phase], state: TrainState) -> int:
     iters = phase.total_iters(state)
     total = state.step - state.phase_step + iters
     later = replace(state)
-    if state.phase_step:
-        per_step = (state.tokens - state.phase_start_tokens) / state.phase_step
-        later.tokens += round(per_step * (iters - state.phase_step))
+    done = state.phase_step
+    per_step = (state.tokens - state.phase_start_tokens) / done if done else phase.expected_step_tokens()
+    later.tokens += round(per_step * (iters - done))
     while later.phase + 1 < len(phases):
         later.next_phase()
         # The phase itself reports a budget that is too small, when it begins.

@@ -53,6 +53,7 @@ class Stage:
         self.phase = SimpleNamespace(
             name="language_model",
             total_iters=lambda state: 20,
+            expected_step_tokens=lambda: 0.0,
             is_over=lambda state: self.over,
             on_alignment_watch=lambda state, measured: self.received.append((state.step, measured)),
         )

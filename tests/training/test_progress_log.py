@@ -30,7 +30,11 @@ TOKENS_PER_STEP = 100
 def phase(name: str, iters: Callable[[TrainState], int]) -> Any:
     metrics = {"loss": 1.0, "lm_loss": 1.0}
     return SimpleNamespace(
-        name=name, total_iters=iters, metrics=lambda steps: dict(metrics), drain_waited_s=lambda: 0.0
+        name=name,
+        total_iters=iters,
+        expected_step_tokens=lambda: 0.0,
+        metrics=lambda steps: dict(metrics),
+        drain_waited_s=lambda: 0.0,
     )
 
 
@@ -145,6 +149,8 @@ def test_total_of_a_token_budget_is_projected() -> None:
     run = Run(4, 0)
     run.phases[1] = phase("language_model", rest)
     assert total_steps(run.phases, run.state) == 4 + 10
+    run.phases[0].expected_step_tokens = lambda: 125.0
+    assert total_steps(run.phases, run.state) == 4 + 5
     run.state = TrainState(step=2, phase_step=2, tokens=300)
     assert total_steps(run.phases, run.state) == 4 + 4
     assert position(run) == "step 2/8 (alignment 2/4)"  # type: ignore[arg-type]
