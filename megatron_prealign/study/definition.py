@@ -1,16 +1,17 @@
 """Definition of a study: a YAML file that names recipes, runs and seeds. Imports no torch."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe.checks import RecipeValueError
-from megatron_prealign.recipe.document import check_document
+from megatron_prealign.recipe.document import check_document, field_type
 
 LEAST_SEEDS = 2
 """Fewest seeds that have a standard deviation."""
+_SET_BY_STUDY = ("training.seed", "logging.run_dir", "checkpoint.directory")
 
 Value = int | float | bool | str | list[int] | None
 
@@ -36,7 +37,7 @@ class QuickStudy:
     seeds: list[int] = field(default_factory=list)
     """Seeds instead of those of the study."""
     runs: list[str] = field(default_factory=list)
-    """Names of the runs to keep; empty keeps all."""
+    """Names of the runs to keep; empty keeps all. A control that is left out is not compared with."""
     set: dict[str, Value] = field(default_factory=dict)
     """Fields of all recipes, by dotted name."""
 
@@ -83,11 +84,10 @@ def load_study(path: str, *, quick: bool = False) -> Study:
         raise UserError(f"study {path}: {error}") from error
     try:
         study = _from_values(values or {})
-        study = _made_quick(study) if quick else study
         _check(study)
     except RecipeValueError as error:
         raise UserError(f"study {path}: {error}") from error
-    return study
+    return _made_quick(study) if quick else study
 
 
 def _from_values(values: dict[str, Any]) -> Study:
@@ -95,48 +95,91 @@ def _from_values(values: dict[str, Any]) -> Study:
     missing = [name for name in required if values.get(name) is None]
     if missing:
         raise RecipeValueError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required but not set")
-    sections = {"quick": QuickStudy(**_given(values.get("quick") or {}, QuickStudy))}
-    runs = [StudyRun(**_given(run, StudyRun)) for run in values["runs"]]
+    sections = {"quick": QuickStudy(**_given(values.get("quick") or {}, QuickStudy, "quick."))}
+    runs = [StudyRun(**_given(run, StudyRun, f"runs[{number}].")) for number, run in enumerate(values["runs"])]
     return Study(**{**_given(values, Study), **sections, "runs": runs})
 
 
-def _given(values: dict[str, Any], kind: type) -> dict[str, Any]:
+def _given(values: dict[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:
     """Values that are set; null means the default."""
-    names = {each.name for each in fields(kind)}
-    return {name: value for name, value in values.items() if name in names and value is not None}
+    hints = get_type_hints(kind)
+    given = {name: value for name, value in values.items() if name in hints and value is not None}
+    for name, value in given.items():
+        if isinstance(value, list) and None in value:
+            raise RecipeValueError(f"{prefix}{name} has null, expected values only")
+        # A quoted number is a number, as in a recipe.
+        if hints[name] == list[int]:
+            given[name] = [int(each) for each in value]
+        elif hints[name] == int | None:
+            given[name] = int(value)
+    return given
 
 
 def _made_quick(study: Study) -> Study:
     quick = study.quick
-    unknown = [name for name in quick.runs if name not in [run.name for run in study.runs]]
-    if unknown:
-        raise RecipeValueError(f"quick.runs has {', '.join(unknown)}, expected names of runs")
     kept = [run for run in study.runs if not quick.runs or run.name in quick.runs]
+    names = [run.name for run in kept]
     return replace(
         study,
         output=f"{study.output.rstrip('/')}-quick",
         seeds=quick.seeds or study.seeds,
-        runs=[replace(run, set={**run.set, **quick.set}) for run in kept],
+        runs=[
+            replace(run, set={**run.set, **quick.set}, control=run.control if run.control in names else None)
+            for run in kept
+        ],
     )
 
 
 def _check(study: Study) -> None:
-    for name, values in (("seeds", [str(seed) for seed in study.seeds]), ("runs", [run.name for run in study.runs])):
-        repeated = sorted({value for value in values if values.count(value) > 1})
-        if repeated:
-            raise RecipeValueError(f"{name} has {', '.join(repeated)} more than once, expected each once")
-    if len(study.seeds) < LEAST_SEEDS:
-        raise RecipeValueError(
-            f"seeds has {len(study.seeds)}, expected at least {LEAST_SEEDS}, since tables have a standard deviation"
-        )
+    if not Path(study.output).name:
+        raise RecipeValueError(f"output is {study.output or 'empty'}, expected the path of a directory of its own")
     if study.processes is not None and study.processes < 1:
         raise RecipeValueError(f"processes is {study.processes}, expected null or a positive number")
+    _check_seeds("seeds", study.seeds)
+    if study.quick.seeds:
+        _check_seeds("quick.seeds", study.quick.seeds)
+    for name in study.vary:
+        if field_type(name) is None:
+            raise RecipeValueError(f"vary has {name}, expected names of fields or sections of a recipe")
+    _check_runs(study)
+    _check_set("quick.set", study.quick.set)
+
+
+def _check_seeds(name: str, seeds: list[int]) -> None:
+    _check_distinct(name, [str(seed) for seed in seeds])
+    if len(seeds) < LEAST_SEEDS:
+        raise RecipeValueError(
+            f"{name} has {len(seeds)}, expected at least {LEAST_SEEDS}, since tables have a standard deviation"
+        )
+
+
+def _check_runs(study: Study) -> None:
     names = [run.name for run in study.runs]
+    if not names:
+        raise RecipeValueError("runs is empty, expected at least one run")
+    _check_distinct("runs", names)
+    unknown = [name for name in study.quick.runs if name not in names]
+    if unknown:
+        raise RecipeValueError(f"quick.runs has {', '.join(unknown)}, expected names of runs")
     for number, run in enumerate(study.runs):
         if not run.name.replace("_", "a").replace("-", "a").isalnum() or not run.name.isascii():
             raise RecipeValueError(f"runs[{number}].name is {run.name}, expected letters, digits, - and _")
         if run.control is not None and (run.control not in names or run.control == run.name):
             raise RecipeValueError(f"runs[{number}].control is {run.control}, expected the name of another run")
-        for field_name in ("training.seed", "logging.run_dir", "checkpoint.directory"):
-            if field_name in run.set:
-                raise RecipeValueError(f"runs[{number}].set has {field_name}, which the study sets for each seed")
+        _check_set(f"runs[{number}].set", run.set)
+
+
+def _check_distinct(name: str, values: list[str]) -> None:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise RecipeValueError(f"{name} has {', '.join(repeated)} more than once, expected each once")
+
+
+def _check_set(name: str, values: dict[str, Value]) -> None:
+    for field_name in values:
+        if field_name in _SET_BY_STUDY:
+            raise RecipeValueError(f"{name} has {field_name}, which the study sets for each seed")
+        # Options of the command, such as --help, are no fields. A wrong name in a section is found with the recipe.
+        section = field_name.partition(".")[0]
+        if field_type(section) is None:
+            raise RecipeValueError(f"{name} has {field_name}, expected dotted names of fields of a recipe")

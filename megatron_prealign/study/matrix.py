@@ -9,7 +9,7 @@ from typing import Any
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
-from megatron_prealign.recipe import Recipe
+from megatron_prealign.recipe import Recipe, RecipeValueError
 from megatron_prealign.recipe.load import load_recipe, save_recipe
 from megatron_prealign.study.definition import Study, StudyRun
 
@@ -59,7 +59,7 @@ def build_jobs(study: Study) -> list[Job]:
 
 
 def write_recipes(jobs: Sequence[Job]) -> None:
-    """Writes the recipe of each job, which `pretrain --config FILE` trains alone.
+    """Writes the recipe of each job, which `pretrain --config FILE` trains alone. Checks all of them first.
 
     Raises:
         UserError: A recipe has changed since its run started.
@@ -71,6 +71,7 @@ def write_recipes(jobs: Sequence[Job]) -> None:
                 f"{job.recipe_file}: the recipe of {job.name} has changed since its run started; remove "
                 f"{job.directory}, or set another output in the study"
             )
+    for job in jobs:
         job.recipe_file.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(job.recipe_file) as path:
             save_recipe(job.recipe, path)
@@ -80,14 +81,23 @@ def _job(study: Study, run: StudyRun, seed: int) -> Job:
     output = Path(study.output)
     name = f"{run.name}_seed{seed}"
     directory = output / "runs" / name
-    arguments = [word for file in [*study.base, *run.recipes] for word in ("--config", file)]
+    # In one word each: a value may start with a minus sign.
+    arguments = [f"--config={file}" for file in [*study.base, *run.recipes]]
     for field, value in run.set.items():
-        arguments += [f"--{field}", json.dumps(value) if not isinstance(value, str) else value]
-    arguments += ["--training.seed", str(seed), "--logging.run_dir", str(directory)]
+        arguments.append(f"--{field}={value if isinstance(value, str) else json.dumps(value)}")
+    arguments += [f"--training.seed={seed}", f"--logging.run_dir={directory}"]
     try:
         recipe = load_recipe(arguments)
+        recipe.check_world_size(1)
     except UserError as error:
         raise UserError(f"run {run.name}: {error}") from error
+    except RecipeValueError as error:
+        raise UserError(f"run {run.name}: {error}; a study trains each run in one process") from error
+    if recipe.checkpoint.directory is not None:
+        raise UserError(
+            f"run {run.name}: checkpoint.directory is {recipe.checkpoint.directory}, expected null: runs that "
+            "share a directory would resume each other"
+        )
     return Job(run.name, seed, recipe, output / "recipes" / f"{name}.yaml", directory)
 
 
@@ -99,6 +109,9 @@ def _check_comparable(study: Study, jobs: Sequence[Job]) -> None:
             allowed = any(field == name or field.startswith(f"{name}.") for name in study.vary)
             if allowed or not field.startswith(_COMPARED):
                 continue
+            if field.startswith("dictionary.") and not (field in values[first.name] and field in values[run.name]):
+                # A run without a dictionary holds no words out.
+                continue
             expected, got = values[first.name].get(field), values[run.name].get(field)
             if got != expected:
                 raise UserError(
@@ -109,7 +122,15 @@ def _check_comparable(study: Study, jobs: Sequence[Job]) -> None:
 
 def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
     controls = {run.control for run in study.runs}
-    shuffled = {name: _is_shuffled(recipe) for name, recipe in recipes.items()}
+    # Many runs share few tables.
+    tables = {
+        recipe.dictionary.table for recipe in recipes.values() if recipe.dictionary is not None and _trains(recipe)
+    }
+    of_table = {table: load_table(table).shuffled is not None for table in sorted(tables)}
+    shuffled = {
+        name: recipe.dictionary is not None and of_table.get(recipe.dictionary.table, False) and _trains(recipe)
+        for name, recipe in recipes.items()
+    }
     for run in study.runs:
         if shuffled[run.name] and run.name not in controls:
             raise UserError(
@@ -139,9 +160,9 @@ def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
             )
 
 
-def _is_shuffled(recipe: Recipe) -> bool:
-    trains = recipe.alignment is not None or recipe.code_switch is not None
-    return trains and recipe.dictionary is not None and load_table(recipe.dictionary.table).shuffled is not None
+def _trains(recipe: Recipe) -> bool:
+    """Whether the run trains with the words of a dictionary; others only measure them."""
+    return recipe.alignment is not None or recipe.code_switch is not None
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

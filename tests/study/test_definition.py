@@ -1,5 +1,6 @@
 """The file of a study: what it may contain, and errors with their place."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert (aligned.recipes, aligned.set) == (["a.yaml"], {"optimizer.lr": 1e-3})
 
 
+def test_quoted_numbers_are_numbers(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, seeds=["1", "02"], processes="2"))
+    assert (study.seeds, study.processes) == ([1, 2], 2)
+
+
 def test_quick_changes_seeds_runs_fields_and_output(tmp_path: Path) -> None:
     quick = {"seeds": [5, 6, 7], "runs": ["aligned"], "set": {"training.train_iters": 9}}
     path = write(tmp_path, quick=quick)
@@ -53,6 +59,18 @@ def test_quick_changes_seeds_runs_fields_and_output(tmp_path: Path) -> None:
         ({"runs": [{"name": "a", "control": "b"}]}, ("runs[0].control is b", "another run")),
         ({"runs": [{"name": "a", "control": "a"}]}, ("runs[0].control is a", "another run")),
         ({"runs": [{"name": "a", "set": {"training.seed": 1}}]}, ("runs[0].set has training.seed",)),
+        ({"runs": [{"name": "a", "set": {"help": True}}]}, ("runs[0].set has help", "fields of a recipe")),
+        ({"seeds": [1, None]}, ("seeds has null",)),
+        ({"seeds": ["1", 1]}, ("seeds has 1 more than once",)),
+        ({"vary": [None]}, ("vary has null",)),
+        ({"quick": {"runs": [None]}}, ("quick.runs has null",)),
+        ({"runs": [{"name": "a", "recipes": [None]}]}, ("runs[0].recipes has null",)),
+        ({"runs": []}, ("runs is empty", "at least one")),
+        ({"output": ""}, ("output is empty", "directory of its own")),
+        ({"output": "/"}, ("output is /", "directory of its own")),
+        ({"vary": ["data.source"]}, ("vary has data.source", "names of fields")),
+        ({"quick": {"seeds": [1]}}, ("quick.seeds has 1, expected at least 2",)),
+        ({"quick": {"set": {"training.seed": 1}}}, ("quick.set has training.seed",)),
         ({"processes": 0}, ("processes is 0", "positive")),
         ({"output": None, "base": None}, ("output, base are required",)),
         ({"quick": {"runs": ["x"]}}, ("quick.runs has x", "names of runs")),
@@ -61,7 +79,25 @@ def test_quick_changes_seeds_runs_fields_and_output(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path, changes: dict[str, Any], facts: tuple[str, ...]) -> None:
     path = write(tmp_path, **changes)
     with user_error(f"study {path}", *facts):
-        load_study(path, quick="quick" in changes)
+        load_study(path)
+
+
+def test_quick_may_leave_a_control_out(tmp_path: Path) -> None:
+    runs = [{"name": "joint"}, {"name": "aligned", "control": "shuffled"}, {"name": "shuffled"}]
+    path = write(tmp_path, runs=runs, quick={"runs": ["joint", "aligned"]})
+    assert [run.control for run in load_study(path).runs] == [None, "shuffled", None]
+    assert [run.control for run in load_study(path, quick=True).runs] == [None, None]
+
+
+def test_studies_in_the_documentation_are_valid(tmp_path: Path) -> None:
+    """With --quick, too."""
+    root = Path(__file__).parents[2]
+    (block,) = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "study.md").read_text(encoding="utf-8"), re.DOTALL)
+    path = tmp_path / "study.yaml"
+    path.write_text(block, encoding="utf-8")
+    for file in (path, root / "examples" / "english_clone" / "study.yaml"):
+        assert len(load_study(str(file)).seeds) == 3
+        assert len(load_study(str(file), quick=True).seeds) == 2
 
 
 def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:

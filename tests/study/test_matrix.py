@@ -56,12 +56,13 @@ def test_a_recipe_that_changes_under_its_run(tiny: Tiny, tmp_path: Path) -> None
     changed = build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"optimizer.lr": 5e-4})]))
     # Not started: the new recipe replaces the old one.
     write_recipes(changed)
-    changed[0].directory.mkdir(parents=True)
-    (changed[0].directory / "metrics.jsonl").touch()
+    changed[1].directory.mkdir(parents=True)
+    (changed[1].directory / "metrics.jsonl").touch()
     write_recipes(changed)
-    with user_error(str(jobs[0].recipe_file), "a_seed1 has changed", str(jobs[0].directory)):
+    with user_error(str(jobs[1].recipe_file), "a_seed2 has changed", str(jobs[1].directory)):
         write_recipes(jobs)
-    assert load_recipe(["--config", str(jobs[0].recipe_file)]).optimizer.lr == 5e-4
+    # Not even that of the first run, which has not started.
+    assert [load_recipe(["--config", str(job.recipe_file)]).optimizer.lr for job in jobs] == [5e-4] * 2
 
 
 @pytest.mark.parametrize(
@@ -105,3 +106,32 @@ def test_controls_that_control_nothing(tiny: Tiny, tmp_path: Path, control: str)
 def test_an_error_in_a_recipe_names_the_run(tiny: Tiny, tmp_path: Path) -> None:
     with user_error("run a: ", "optimizer.lrr"):
         build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"optimizer.lrr": 1.0})]))
+
+
+def test_runs_with_and_without_a_dictionary_compare(tiny: Tiny, tmp_path: Path) -> None:
+    joint = StudyRun(name="joint", set={"alignment": None, "code_switch": None, "dictionary": None})
+    assert len(build_jobs(study_of(tiny, tmp_path, [joint, StudyRun(name="aligned")]))) == 4
+    runs = [StudyRun(name="aligned"), StudyRun(name="other", set={"dictionary.held_out_fraction": 0.25})]
+    with user_error("run other", "dictionary.held_out_fraction is 0.25", "as in aligned"):
+        build_jobs(study_of(tiny, tmp_path, runs))
+
+
+def test_runs_that_would_share_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "checkpoints.yaml"
+    recipe.write_text("checkpoint: {directory: shared}\n")
+    with user_error("run a: checkpoint.directory is shared", "expected null"):
+        build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", recipes=[str(recipe)])]))
+
+
+def test_runs_of_several_processes(tiny: Tiny, tmp_path: Path) -> None:
+    runs = [StudyRun(name="a", set={"parallel.pipeline_model_parallel_size": 2})]
+    with user_error("run a: ", "pipeline_model_parallel_size", "in one process"):
+        build_jobs(study_of(tiny, tmp_path, runs))
+
+
+def test_values_that_look_like_options(tiny: Tiny, tmp_path: Path) -> None:
+    """A negative number with an exponent is an option to argparse, and a path may start with a minus sign."""
+    with user_error("run a: ", "optimizer.lr is -1e-05"):
+        build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"optimizer.lr": -1e-05})]))
+    (job, _) = build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"data.cache": "-cache"})]))
+    assert job.recipe.data.cache == "-cache"
