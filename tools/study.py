@@ -11,6 +11,7 @@ from megatron_prealign.recipe.describe import PathText
 from megatron_prealign.text import align, closing, command, plural
 
 if TYPE_CHECKING:
+    from megatron_prealign.study.definition import Study
     from megatron_prealign.study.matrix import Job
 
 
@@ -41,22 +42,40 @@ def main(argv: Sequence[str]) -> int:
         _print_status(jobs)
         return 0
     from megatron_prealign.files.directories import check_writable
-    from megatron_prealign.study.execution import train_all
-    from megatron_prealign.study.output import write_results
+    from megatron_prealign.files.lock import LockHeldError, file_lock
 
     output = Path(study.output)
     check_writable(output, f"output {output}")
-    write_recipes(jobs)
-    again = command("study", "--config", options.config, *(["--quick"] if options.quick else []))
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        failed = train_all(jobs, study.processes, lambda line: print(line, flush=True))
+        with file_lock(output / ".study.lock", wait=False):
+            write_recipes(jobs)
+            again = command("study", "--config", options.config, *(["--quick"] if options.quick else []))
+            return _train(study, jobs, again)
+    except LockHeldError as error:
+        raise UserError(
+            f"output {output} is in use by another study ({error}); wait for it, stop it, or set another output"
+        ) from error
+
+
+def _train(study: "Study", jobs: Sequence["Job"], again: str) -> int:
+    from megatron_prealign.study.execution import train_all
+    from megatron_prealign.study.output import write_results
+
+    try:
+        unfinished = train_all(jobs, study.processes, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; the runs have saved checkpoints; continue with: {again}") from None
-    print(write_results(study, jobs, output), end="")
-    if failed:
-        logs = ", ".join(f"{job.name} ({job.directory.with_suffix('.log')})" for job in failed)
-        raise UserError(f"{plural(len(failed), 'run')} failed: {logs}; fix the cause and run {again}")
-    print(closing(f"wrote {output / 'results.csv'}, results.md and results.png from {plural(len(jobs), 'run')}"))
+        raise KeyboardInterrupt(
+            f"interrupted; runs resume from their last checkpoints; continue with: {again}"
+        ) from None
+    written = write_results(study, jobs, Path(study.output))
+    print(written.tables, end="")
+    if unfinished:
+        logs = ", ".join(f"{job.name} ({job.directory.with_suffix('.log')})" for job in unfinished)
+        raise UserError(f"{plural(len(unfinished), 'run')} not complete: {logs}; fix the cause and run {again}")
+    first, *others = written.files
+    names = " and ".join([", ".join(map(str, [first, *(path.name for path in others[:-1])])), others[-1].name])
+    print(closing(f"wrote {names} from {plural(written.jobs, 'run')}"))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -9,15 +10,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from megatron_prealign import interrupts
 from megatron_prealign.checkpoint.directory import latest_checkpoint
 from megatron_prealign.checkpoint.resume.changes import is_finished
 from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.errors import UserError
+from megatron_prealign.resources import available_cores
 from megatron_prealign.study.matrix import Job
-from megatron_prealign.text import duration
+from megatron_prealign.text import duration, plural
 from megatron_prealign.training.metrics_file import METRICS_FILE, MetricsFile
 
 _STOP_S = 120.0
@@ -61,21 +66,21 @@ def train_all(jobs: Sequence[Job], processes: int | None, say: Callable[[str], N
         say: Receives a line when a job starts and ends.
 
     Returns:
-        The jobs that failed.
+        The jobs that are not complete: failed, or stopped before their last step.
     """
     todo = [job for job in jobs if not is_complete(job)]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are complete")
     running = _Running(say)
-    pool = ThreadPoolExecutor(max(1, min(processes or os.cpu_count() or 1, len(todo) or 1)))
+    pool = ThreadPoolExecutor(max(1, min(processes or available_cores(), len(todo) or 1)))
     try:
-        statuses = list(pool.map(running.train, todo))
+        complete = list(pool.map(running.train, todo))
     except BaseException:
         running.stop()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    return [job for job, status in zip(todo, statuses, strict=True) if status]
+    return [job for job, done in zip(todo, complete, strict=True) if not done]
 
 
 class _Running:
@@ -83,19 +88,46 @@ class _Running:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._stopped = threading.Event()
+        self._processes: list[tuple[Job, subprocess.Popen[bytes]]] = []
+        self._stopped = False
+        # No process starts once `stop` has begun.
+        self._lock = threading.Lock()
 
-    def train(self, job: Job) -> int:
-        """Returns the exit status of the job."""
-        if self._stopped.is_set():
-            return 0
+    def train(self, job: Job) -> bool:
+        """Returns whether the job is complete."""
         log = job.directory.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_prealign", "pretrain", "--config", str(job.recipe_file)]
-        self._say(f"{job.name}: $ {shlex.join(['megatron-prealign', *command[3:]])} > {log}")
         started_s = time.monotonic()
-        with log.open("ab") as output:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as output:
+                begin = output.tell()
+                process = self._start(job, command, output)
+                if process is None:
+                    return False
+                self._say(f"{job.name}: $ {shlex.join(['megatron-prealign', *command[3:]])} >> {log}")
+                status = process.wait()
+        except OSError as error:
+            self._say(f"{job.name}: failed: {error}")
+            return False
+        if self._stopped:
+            return False
+        took = duration(time.monotonic() - started_s)
+        if status:
+            how = f"status {status}" if status > 0 else signal.Signals(-status).name
+            self._say(f"{job.name}: failed with {how} after {took}: {_last_line(log, begin)} ({log})")
+        elif not is_complete(job):
+            self._say(f"{job.name}: stopped before its last step after {took}: {_last_line(log, begin)} ({log})")
+            return False
+        else:
+            self._say(f"{job.name}: trained in {took}")
+        return not status
+
+    def _start(self, job: Job, command: Sequence[str], output: BinaryIO) -> "subprocess.Popen[bytes] | None":
+        """Starts a process; None after `stop`."""
+        with self._lock:
+            if self._stopped:
+                return None
             # A session of its own: Ctrl-C reaches the study alone, which then stops the runs.
             process = subprocess.Popen(
                 command,
@@ -105,35 +137,37 @@ class _Running:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-            self._processes.append(process)
-            if self._stopped.is_set():
-                process.terminate()
-            status = process.wait()
-        took = duration(time.monotonic() - started_s)
-        if self._stopped.is_set():
-            return status
-        if status:
-            self._say(f"{job.name}: failed with status {status} after {took}: {_last_line(log)} ({log})")
-        else:
-            self._say(f"{job.name}: trained in {took}")
-        return status
+            self._processes.append((job, process))
+            return process
 
     def stop(self) -> None:
-        """Asks all runs to save and waits for them."""
-        self._stopped.set()
-        for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
+        """Asks all runs to save and waits for them; kills those that need more than two minutes."""
+        with self._lock:
+            self._stopped = True
+            # Another Ctrl-C must not leave runs behind.
+            interrupts.ignore()
+        remaining = [(job, process) for job, process in self._processes if process.poll() is None]
+        for _, process in remaining:
+            process.terminate()
         deadline_s = time.monotonic() + _STOP_S
-        for process in self._processes:
+        if remaining:
+            # The terminal may be gone.
+            with suppress(OSError):
+                self._say(f"stopping {plural(len(remaining), 'run')}: they save, which may take {duration(_STOP_S)}")
+        for job, process in remaining:
             try:
                 process.wait(max(0.0, deadline_s - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                with suppress(OSError):
+                    self._say(f"{job.name}: killed, since it did not stop in {duration(_STOP_S)}")
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+def _last_line(log: Path, begin: int) -> str:
+    """Last error in what a process has appended to a log from the byte `begin` on, or its last line."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no output"])[-1]

@@ -1,6 +1,7 @@
 """Writes results.csv, results.md and results.png of a study."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prealign.files.atomic import write_all_atomically
@@ -11,11 +12,19 @@ from megatron_prealign.study.matrix import Job
 from megatron_prealign.study.results import collect, markdown, to_csv
 
 
-def write_results(study: Study, jobs: Sequence[Job], output: Path) -> str:
-    """Writes the results of the jobs that are complete to the directory `output`, all or none.
+@dataclass(frozen=True)
+class Written:
+    """What `write_results` has written."""
 
-    Returns:
-        The tables, in Markdown.
+    tables: str
+    """The tables, in Markdown."""
+    files: list[Path]
+    jobs: int
+    """Number of jobs in the tables."""
+
+
+def write_results(study: Study, jobs: Sequence[Job], output: Path) -> Written:
+    """Writes the results of the jobs that are complete to the directory `output`, all or none.
 
     Raises:
         UserError: `output` cannot be written to.
@@ -31,4 +40,4 @@ def write_results(study: Study, jobs: Sequence[Job], output: Path) -> str:
             from megatron_prealign.evaluation.plots import save_png
 
             save_png(figure, temporary[2])
-    return tables
+    return Written(tables, targets, len(jobs) - len(absent))

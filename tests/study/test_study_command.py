@@ -1,6 +1,10 @@
 """`megatron-prealign study`, end to end: trains, resumes, tabulates, survives a run that fails."""
 
 import csv
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from support.messages import assert_facts, assert_refused
 from support.tiny import Tiny
 
 from megatron_prealign.cli import main
+from megatron_prealign.files.lock import file_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -43,7 +48,7 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
     obstacle.write_text("in the way")
     status = main(["study", "--config", config])
     captured = capsys.readouterr()
-    assert_refused(status, captured.err, "1 run failed", "aligned_seed2", "aligned_seed2.log", "study --config")
+    assert_refused(status, captured.err, "1 run not complete", "aligned_seed2", "aligned_seed2.log", "study --config")
     assert_facts(captured.out, "aligned_seed2: failed with status 2", "Not in the tables: aligned_seed2: not complete")
     assert_facts(captured.out, "| joint |", "± ", "(1 seed)")
 
@@ -72,3 +77,34 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
     # Untrained models are near the logarithm of the vocabulary, and seeds differ.
     assert len(set(losses.values())) == 4 and all(6.5 < loss < 7.2 for loss in losses.values())
     assert {key[2] for key in values} >= {"tokens", "seconds", "memory_gb", "word_retrieval_p_at_1"}
+
+
+def test_two_studies_in_one_directory(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_study(tiny, tmp_path)
+    (tmp_path / "study").mkdir()
+    with file_lock(tmp_path / "study" / ".study.lock", wait=False):
+        status = main(["study", "--config", config])
+    assert_refused(status, capsys.readouterr().err, tmp_path / "study", "in use by another study", "process")
+    assert not list((tmp_path / "study").iterdir())
+
+
+def test_an_interrupted_study_lets_its_runs_save(tiny: Tiny, tmp_path: Path) -> None:
+    runs = [{"name": "joint", "set": {"alignment": None, "training.train_iters": 100_000}}]
+    config = write_study(tiny, tmp_path, runs=runs, quick={}, processes=1)
+    command = [sys.executable, "-m", "megatron_prealign", "study", "--config", config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as study:
+        metrics = tmp_path / "study" / "runs" / "joint_seed1" / "metrics.jsonl"
+        while not (metrics.exists() and '"train"' in metrics.read_text(encoding="utf-8")):
+            assert study.poll() is None
+            time.sleep(0.05)
+        study.send_signal(signal.SIGINT)
+        # Once it stops its runs, nothing hurries it.
+        assert study.stdout is not None
+        assert any("stopping 1 run" in line for line in study.stdout)
+        study.send_signal(signal.SIGINT)
+        _, errors = study.communicate()
+    assert study.returncode == 130
+    assert_facts(errors, "interrupted", "study --config")
+    assert list((metrics.parent / "checkpoints").glob("step_*"))
+    assert not (tmp_path / "study" / "runs" / "joint_seed2").exists()
+    assert not (tmp_path / "study" / ".study.lock").exists()

@@ -1,0 +1,93 @@
+"""Processes of a study: what is said of their ends, and how they are stopped. A shell script stands for `pretrain`."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.messages import assert_facts
+
+from megatron_prealign.study import execution
+from megatron_prealign.study.execution import _Running, train_all
+from megatron_prealign.study.matrix import Job
+
+SCRIPT = """#!/bin/sh
+case "${5##*/}" in
+  *crashes*) echo "Traceback"; echo "boom"; exit 1;;
+  *refuses*) echo "error: new"; echo "more"; exit 2;;
+  *dies*) kill -9 $$;;
+  *endless*) trap 'echo saved; exit 0' TERM; touch "$5.started"; while :; do sleep 0.02; done;;
+  *early*) ;;
+  *deaf*) trap '' TERM; touch "$5.started"; while :; do sleep 0.02; done;;
+  *) touch "$5.done";;
+esac
+"""
+
+
+@pytest.fixture(autouse=True)
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "script"
+    path.write_text(SCRIPT)
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    monkeypatch.setattr(execution, "is_complete", lambda job: Path(f"{job.recipe_file}.done").exists())
+
+
+def job_of(name: str, directory: Path) -> Job:
+    recipe: Any = None
+    return Job(name, 1, recipe, directory / f"{name}.yaml", directory / "runs" / f"{name}_seed1")
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not appear")
+
+
+def test_each_end_is_said_and_ends_no_other_run(tmp_path: Path) -> None:
+    jobs = [job_of(name, tmp_path) for name in ("unwritable", "early", "dies", "crashes", "refuses", "good")]
+    jobs[0].directory.with_suffix(".log").mkdir(parents=True)
+    # Of an earlier attempt.
+    jobs[3].directory.with_suffix(".log").write_text("error: old\n")
+    lines: list[str] = []
+    incomplete = train_all([*jobs], 2, lines.append)
+    assert incomplete == jobs[:-1]
+    ends = {job.run: [line for line in lines if line.startswith(f"{job.name}: ")][-1] for job in jobs}
+    assert_facts(ends["unwritable"], "failed", jobs[0].directory.with_suffix(".log"))
+    assert_facts(ends["early"], "stopped before its last step")
+    assert_facts(ends["dies"], "failed with SIGKILL")
+    assert_facts(ends["crashes"], "failed with status 1", "boom")
+    assert_facts(ends["refuses"], "failed with status 2", "error: new")
+    assert_facts(ends["good"], "trained in")
+
+
+@pytest.mark.parametrize(("name", "killed"), [("endless", False), ("deaf", True)])
+def test_stop_lets_runs_save_and_starts_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, killed: bool
+) -> None:
+    if killed:
+        monkeypatch.setattr(execution, "_STOP_S", 0.2)
+    lines: list[str] = []
+    running, job = _Running(lines.append), job_of(name, tmp_path)
+    outcome: list[bool] = []
+    thread = threading.Thread(target=lambda: outcome.append(running.train(job)))
+    thread.start()
+    wait_for(tmp_path / f"{name}.yaml.started")
+    running.stop()
+    thread.join()
+    assert outcome == [False]
+    ((_, process),) = running._processes
+    assert process.returncode == (-9 if killed else 0)
+    assert bool([line for line in lines if line.startswith(f"{job.name}: killed")]) == killed
+    assert ("saved" in job.directory.with_suffix(".log").read_text()) == (not killed)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    assert not running.train(job_of("good", tmp_path))
