@@ -2,14 +2,16 @@
 
 import logging
 
+from megatron_prealign.evaluation.plots import layer_names
 from megatron_prealign.evaluation.retrieval import Retrieval
 from megatron_prealign.recipe import ALIGNMENT, Recipe
+from megatron_prealign.runtime.log import warn_on_rank_zero
 
 logger = logging.getLogger(__name__)
 
 LOST = 0.5
 """Fraction of P@1 that is lost when a warning is due. In runs like the demo's, blocks end at P@1 0.29 to 0.48 without a
-guard and at 0.87 or more with one."""
+guard and at 0.85 or more with one."""
 # P@1 below this at the end of the alignment phase is too little to lose.
 _LEAST = 0.1
 
@@ -52,12 +54,14 @@ class ErasureWarning:
         _, before, now, layer, direction = min(kept)
         guard = recipe.alignment_guard
         advice = "alignment_guard keeps it" if guard is None else "lower alignment_guard.interval or optimizer.lr"
-        logger.warning(
-            "WARNING: at %s word retrieval %s at layer %d has fallen to P@1 %.2f, from %.2f at the end of the "
+        warn_on_rank_zero(
+            logger,
+            "WARNING: at %s word retrieval %s at layer %s has fallen to P@1 %.2f, from %.2f at the end of the "
             "alignment phase; %s (docs/alignment.md)",
             where,
             direction,
-            layer,
+            # The embedding output is emb and the output embedding out, as in the report.
+            layer_names(len(aligned[direction]["p_at_1"]))[layer],
             now,
             before,
             advice,

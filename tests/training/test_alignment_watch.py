@@ -21,6 +21,7 @@ from support.workers import WorkerError, WorkerPool
 
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.evaluation import watch as module
+from megatron_prealign.evaluation.erasure import ErasureWarning
 from megatron_prealign.evaluation.retrieval_metrics import METRICS
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import WordPairs
@@ -223,7 +224,15 @@ def test_alignment_that_training_erases_is_warned_of_once(
     monkeypatch.setitem(BY_LAYER, "en-de", [0.41, 0.29])
     steps_through(watch, stage, 15)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert_facts(warning, "step 12/", "en-de at layer 1", "P@1 0.29", "from 0.60", advice)
+    assert_facts(warning, "step 12/", "en-de at layer out", "P@1 0.29", "from 0.60", advice)
+
+
+def test_one_rank_warns_of_erasure(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    warning, recipe = ErasureWarning(), SimpleNamespace(alignment_guard=None)
+    warning.check(recipe, "alignment", "step 1", {"en-de": {"p_at_1": [1.0]}})
+    warning.check(recipe, "language_model", "step 2", {"en-de": {"p_at_1": [0.0]}})
+    assert not caplog.records
 
 
 def test_values_before_training_of_other_words_are_not_compared(
