@@ -17,7 +17,10 @@ _TORCH_ALLOCATION = re.compile(
     r"can't allocate memory: (you tried to allocate \d+ bytes)|(Storage size calculation .*)"
 )
 # Message of torch's caching allocator (c10/cuda/CUDACachingAllocator.cpp).
-_GPU_ALLOCATION = re.compile(r"CUDA out of memory\. T(ried to allocate [^ ]+ \w+)\. (GPU .*? is free)\.")
+_GPU_ALLOCATION = re.compile(
+    r"CUDA out of memory\. Tried to allocate ([^ ]+ \w+)\. "
+    r"(GPU \d+) has a total capacity of (.*?) of which (.*?) is free\."
+)
 
 
 class UserError(Exception):
@@ -61,8 +64,9 @@ def memory_error(error: MemoryError | RuntimeError) -> UserError | None:
     reason = " ".join(str(error).split())
     if (found := _GPU_ALLOCATION.search(reason)) is not None:
         return UserError(
-            f"out of memory on {found[2]}: t{found[1]}; lower training.micro_batch_size or alignment.word_micro_batch_"
-            "size, set model.recompute_granularity: full, or use more GPUs (parallel)"
+            f"out of memory on {found[2]} ({found[3]}, {found[4]} free): tried to allocate {found[1]}; lower "
+            "training.micro_batch_size or alignment.word_micro_batch_size, set model.recompute_granularity: full, or "
+            "use more GPUs (parallel)"
         )
     if not isinstance(error, MemoryError):
         found = _TORCH_ALLOCATION.search(reason)

@@ -251,7 +251,7 @@ def test_gpu_memory_that_is_used_up_is_one_line(
     assert_refused(
         cli.main(["probe"]),
         capsys.readouterr().err,
-        "out of memory on GPU 1 has a total capacity of 139.72 GiB of which 12.00 MiB is free: tried to allocate 20.00",
+        "out of memory on GPU 1 (139.72 GiB, 12.00 MiB free): tried to allocate 20.00 MiB;",
         "training.micro_batch_size",
     )
 
