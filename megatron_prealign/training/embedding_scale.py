@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAMES = ("input", "output")
+# Rows per part: squares of all rows of a large vocabulary at once would take gigabytes at the peak of a run's memory.
+_ROWS = 4096
 
 
 class EmbeddingScale(Callback):
@@ -80,7 +82,8 @@ def embedding_rms(runtime: Runtime, chunks: Sequence[torch.nn.Module], vocab_siz
             if weight is not None:
                 first = runtime.tensor_rank * weight.shape[0]
                 real = weight.detach()[: max(vocab_size - first, 0)]
-                sums[0, place] += real.float().square().sum(dtype=torch.float64)
+                for part in real.split(_ROWS):
+                    sums[0, place] += part.float().square().sum(dtype=torch.float64)
                 sums[1, place] += real.numel()
     # Data-parallel replicas count equally often in both sums.
     dist.all_reduce(sums)
