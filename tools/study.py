@@ -43,7 +43,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from megatron_prealign.files.directories import check_writable
     from megatron_prealign.files.lock import LockHeldError, file_lock
+    from megatron_prealign.run.missing_files import check_inputs_exist
 
+    for job in jobs[: len(study.runs)]:
+        # Once per run, the seeds of which read the same.
+        check_inputs_exist(job.recipe)
     output = Path(study.output)
     check_writable(output, f"output {output}")
     output.mkdir(parents=True, exist_ok=True)

@@ -124,9 +124,12 @@ def markdown(study: Study, rows: Sequence[Row], absent: Mapping[str, str]) -> st
         f"Mean ± standard deviation over seeds {', '.join(map(str, study.seeds))}. Loss in nats per token; P@1 is the "
         "mean over layers.",
         _table(study, rows, languages),
-        f"Differences of loss from {first}, per seed:",
-        _differences(study, losses, languages, {run.name: first for run in study.runs[1:]}),
     ]
+    if len(study.runs) > 1:
+        parts += [
+            f"Differences of loss from {first}, per seed:",
+            _differences(study, losses, languages, {run.name: first for run in study.runs[1:]}),
+        ]
     controls = {run.name: run.control for run in study.runs if run.control is not None}
     if controls:
         parts += [

@@ -1,11 +1,12 @@
 """Jobs of a study: ordinary recipes, refused where their results would not compare."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support.messages import user_error
+from support.messages import assert_refused, user_error
 from support.tiny import Tiny
 
 from megatron_prealign.cli import main
@@ -114,6 +115,16 @@ def test_runs_with_and_without_a_dictionary_compare(tiny: Tiny, tmp_path: Path) 
     runs = [StudyRun(name="aligned"), StudyRun(name="other", set={"dictionary.held_out_fraction": 0.25})]
     with user_error("run other", "dictionary.held_out_fraction is 0.25", "as in aligned"):
         build_jobs(study_of(tiny, tmp_path, runs))
+
+
+def test_inputs_that_do_not_exist_start_no_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = StudyRun(name="b", set={"data.tokenizer": "no/tokenizer", "dictionary.evaluation_table": "no/table"})
+    study = study_of(tiny, tmp_path, [StudyRun(name="a"), missing], vary=["data"])
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asdict(study)), encoding="utf-8")
+    status = main(["study", "--config", str(path)])
+    assert_refused(status, capsys.readouterr().err, "no/tokenizer", "no/table")
+    assert not (tmp_path / "study").exists()
 
 
 def test_runs_that_would_share_checkpoints(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,11 @@ def test_tables() -> None:
     assert against_control["true"] == ["shuffled", "-0.900 ± 0.000"]
     assert list(against_control) == ["run", "---", "true"]
     assert "Not in the tables: shuffled_seed3: not complete." in text
+
+
+def test_a_study_of_one_run_has_no_differences() -> None:
+    text = markdown(replace(STUDY, runs=STUDY.runs[:1]), [row for row in rows() if row.run == "joint"], {})
+    assert "4.200 ± 0.200" in text and "Differences" not in text
 
 
 def test_a_metric_that_no_run_has_is_a_dash_and_never_zero() -> None:
