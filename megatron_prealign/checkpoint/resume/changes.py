@@ -47,7 +47,14 @@ _SCHEDULES = {
 
 
 # Start of the names of what the number of steps of training.train_tokens depends on; words are part of the tokens.
-_BUDGET = ("training.train_", "training.global_batch_size", "alignment", "dictionary")
+_BUDGET = (
+    "training.train_",
+    "training.global_batch_size",
+    "alignment.",
+    "alignment_guard",
+    "dictionary.table",
+    "dictionary.held_out",
+)
 
 
 def changed_fields(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[str, str]]:
@@ -98,7 +105,7 @@ def is_finished(recipe: Recipe, checkpoint: Path, summary: Mapping[str, Any]) ->
     if recipe.training.train_iters is not None:
         return state.phase_step >= recipe.training.train_iters
     # How many steps a budget of tokens has, the run has recorded.
-    changed = any(field.startswith(_BUDGET) for field in changed_fields(recipe, checkpoint))
+    changed = any(f"{field}.".startswith(_BUDGET) for field in changed_fields(recipe, checkpoint))
     return summary.get("phase_over", False) is True and not changed
 
 
