@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Memory of the container, in control groups of version 2 and 1.
+# The driver has a directory per GPU here.
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -58,3 +60,11 @@ def available_cores() -> int:
     """Number of CPU cores available to this process; in a container often fewer than the machine has."""
     # macOS has no sched_getaffinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    return [str(number) for number, _ in enumerate(_NVIDIA.glob("*"))]

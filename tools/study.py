@@ -63,11 +63,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(study: "Study", jobs: Sequence["Job"], again: str) -> int:
+    from megatron_prealign.resources import visible_gpus
     from megatron_prealign.study.execution import train_all
     from megatron_prealign.study.output import write_results
 
     try:
-        unfinished = train_all(jobs, study.processes, lambda line: print(line, flush=True))
+        gpus = visible_gpus() if any(job.recipe.parallel.device != "cpu" for job in jobs) else []
+        unfinished = train_all(jobs, study.processes, lambda line: print(line, flush=True), gpus=gpus)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; runs resume from their last checkpoints; continue with: {again}"

@@ -58,7 +58,8 @@ class Study:
     """Dotted names of fields of data, tokenizer, dictionary or token budget in which runs may differ, for studies of
     just these fields. Runs that differ in others are refused."""
     processes: int | None = None
-    """Runs that train at once, in one process of one thread each; null means one per core."""
+    """Runs that train at once, in one process of one thread each; null means one per GPU, or per core without
+    GPUs."""
     quick: QuickStudy = field(default_factory=QuickStudy)
     """What --quick changes; its results go to a directory of their own, OUTPUT-quick."""
 

@@ -58,12 +58,15 @@ def is_complete(job: Job) -> bool:
         return False
 
 
-def train_all(jobs: Sequence[Job], processes: int | None, say: Callable[[str], None]) -> list[Job]:
+def train_all(
+    jobs: Sequence[Job], processes: int | None, say: Callable[[str], None], *, gpus: Sequence[str] = ()
+) -> list[Job]:
     """Trains what is not complete; a job that fails does not end the others.
 
     Args:
-        processes: Jobs at once; None for one per core.
+        processes: Jobs at once; None for one per GPU, or per core without GPUs.
         say: Receives a line when a job starts and ends.
+        gpus: Ids of GPUs, each job uses one; empty on a CPU.
 
     Returns:
         The jobs that are not complete: failed, or stopped before their last step.
@@ -71,8 +74,9 @@ def train_all(jobs: Sequence[Job], processes: int | None, say: Callable[[str], N
     todo = [job for job in jobs if not is_complete(job)]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are complete")
-    running = _Running(say)
-    pool = ThreadPoolExecutor(max(1, min(processes or available_cores(), len(todo) or 1)))
+    workers = max(1, min(processes or len(gpus) or available_cores(), len(todo) or 1))
+    running = _Running(say, [gpus[worker % len(gpus)] for worker in range(workers)] if gpus else [])
+    pool = ThreadPoolExecutor(workers)
     try:
         complete = list(pool.map(running.train, todo))
     except BaseException:
@@ -86,8 +90,14 @@ def train_all(jobs: Sequence[Job], processes: int | None, say: Callable[[str], N
 class _Running:
     """Processes of the jobs."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], gpus: Sequence[str] = ()) -> None:
+        """
+        Args:
+            gpus: Ids of the GPUs, one per job that runs at once; empty on a CPU.
+        """
         self._say = say
+        # Appending and popping are atomic.
+        self._free_gpus = list(gpus)
         self._processes: list[tuple[Job, subprocess.Popen[bytes]]] = []
         self._stopped = False
         # No process starts once `stop` has begun.
@@ -98,11 +108,12 @@ class _Running:
         log = job.directory.with_suffix(".log")
         command = [sys.executable, "-m", "megatron_prealign", "pretrain", "--config", str(job.recipe_file)]
         started_s = time.monotonic()
+        gpu = self._free_gpus.pop() if self._free_gpus else None
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as output:
                 begin = output.tell()
-                process = self._start(job, command, output)
+                process = self._start(job, command, output, gpu)
                 if process is None:
                     return False
                 self._say(f"{job.name}: $ {shlex.join(['megatron-prealign', *command[3:]])} >> {log}")
@@ -110,6 +121,9 @@ class _Running:
         except OSError as error:
             self._say(f"{job.name}: failed: {error}")
             return False
+        finally:
+            if gpu is not None:
+                self._free_gpus.append(gpu)
         if self._stopped:
             return False
         took = duration(time.monotonic() - started_s)
@@ -123,8 +137,11 @@ class _Running:
             self._say(f"{job.name}: trained in {took}")
         return not status
 
-    def _start(self, job: Job, command: Sequence[str], output: BinaryIO) -> "subprocess.Popen[bytes] | None":
+    def _start(
+        self, job: Job, command: Sequence[str], output: BinaryIO, gpu: str | None
+    ) -> "subprocess.Popen[bytes] | None":
         """Starts a process; None after `stop`."""
+        device = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with self._lock:
             if self._stopped:
                 return None
@@ -134,7 +151,7 @@ class _Running:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **device},
                 start_new_session=True,
             )
             self._processes.append((job, process))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.messages import assert_facts
 
+from megatron_prealign import resources
 from megatron_prealign.study import execution
 from megatron_prealign.study.execution import _Running, train_all
 from megatron_prealign.study.matrix import Job
@@ -21,6 +22,8 @@ case "${5##*/}" in
   *dies*) kill -9 $$;;
   *endless*) trap 'echo saved; exit 0' TERM; touch "$5.started"; while :; do sleep 0.02; done;;
   *early*) ;;
+  *gpu*) echo "$CUDA_VISIBLE_DEVICES" > "$5.gpu"; all=${5##*of}; all=${all%.yaml}
+    while [ "$(ls "${5%/*}" | grep -c 'gpu$')" -lt "$all" ]; do sleep 0.02; done; touch "$5.done";;
   *deaf*) trap '' TERM; touch "$5.started"; while :; do sleep 0.02; done;;
   *) touch "$5.done";;
 esac
@@ -91,3 +94,31 @@ def test_stop_lets_runs_save_and_starts_no_other(
 
     monkeypatch.setattr(subprocess, "Popen", fail)
     assert not running.train(job_of("good", tmp_path))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, ["4", "7"]), (3, ["4", "4", "7"])])
+def test_runs_at_once_have_different_gpus(tmp_path: Path, count: int, expected: list[str]) -> None:
+    """Each run waits until all have started. More runs than GPUs share them."""
+    jobs = [job_of(f"gpu{number}of{count}", tmp_path) for number in range(count)]
+    assert train_all(jobs, count, lambda line: None, gpus=["4", "7"]) == []
+    assert sorted(Path(f"{job.recipe_file}.gpu").read_text().strip() for job in jobs) == expected
+
+
+def test_one_run_per_gpu_by_default(tmp_path: Path) -> None:
+    jobs = [job_of(f"gpu{number}of2", tmp_path) for number in range(4)]
+    assert train_all(jobs, None, lambda line: None, gpus=["4", "7"]) == []
+    assert {Path(f"{job.recipe_file}.gpu").read_text().strip() for job in jobs} == {"4", "7"}
+
+
+def test_gpus_are_found_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "gpus"
+    monkeypatch.setattr(resources, "_NVIDIA", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert resources.visible_gpus() == []
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (driver / name).mkdir(parents=True)
+    assert resources.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-abc")
+    assert resources.visible_gpus() == ["3", "GPU-abc"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert resources.visible_gpus() == []
