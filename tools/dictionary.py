@@ -142,6 +142,9 @@ class ShuffleOptions:
     """Table file to write. An existing table is overwritten, other files are not."""
     seed: int = 0
     """Seed of the shuffle; equal seeds give equal tables."""
+    share: float = 1.0
+    """Fraction of the words that get the translations of another word. Below 1 the table is no control but one with
+    noise, to measure how much the method tolerates."""
 
 
 def build(argv: Sequence[str]) -> int:
@@ -299,17 +302,20 @@ def shuffle(argv: Sequence[str]) -> int:
 
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}, expected a non-negative integer")
+    if not 0 < options.share <= 1:
+        raise UserError(f"--share is {options.share}, expected a number above 0 and at most 1")
     if os.path.realpath(options.output) == os.path.realpath(options.table):
         raise UserError(f"--output {options.output} would overwrite --table; choose another path")
     check_table_output(options.output)
-    table, report = shuffle_table(load_table(options.table), options.seed)
+    table, report = shuffle_table(load_table(options.table), options.seed, options.share)
     table.save(options.output)
     print(f"{plural(report.moved, 'word')} with the translations of another word")
     print(f"{report.equal_tokens:>7.1%}  of them with a first translation of as many tokens as the true one")
     print(f"{report.similar_counts:>7.1%}  of them with translations of a word at most twice or half as frequent")
     if report.kept:
         print(f"warning: {plural(report.kept, 'word')} with their own translations, since no similar word has others")
-    made = f"wrote {options.output}: control of {options.table}, seed {options.seed}"
+    what = "control of" if table.is_control else f"{options.share:.0%} noise in"
+    made = f"wrote {options.output}: {what} {options.table}, seed {options.seed}"
     print(closing(made, command("pretrain", "--config", "RECIPE", "--dictionary.table", options.output)))
     return 0
 

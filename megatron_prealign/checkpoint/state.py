@@ -17,6 +17,17 @@ STATE = "state.json"
 SHUFFLED_DICTIONARY = "shuffled_dictionary"
 """Key in `run` that only a run with a shuffled dictionary table has (`DictionaryTable.shuffled`)."""
 
+
+def is_control(run: Mapping[str, Any]) -> bool:
+    """Whether a run is a control, trained with a dictionary in which all translations are shuffled.
+
+    Args:
+        run: `resume.identity.resume_fingerprint`.
+    """
+    record = run.get(SHUFFLED_DICTIONARY)
+    return record is not None and "share" not in record
+
+
 _MODEL_FIELDS = {"vocab_size": int, "padded_vocab_size": int, "tokenizer_fingerprint": str, "model": dict}
 _FIELDS = {**_MODEL_FIELDS, "layout": dict}
 _WEIGHTS_FIELDS = {**_FIELDS, "source": dict}

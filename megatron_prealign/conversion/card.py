@@ -12,7 +12,7 @@ import yaml
 
 from megatron_prealign import __version__
 from megatron_prealign.checkpoint.commit import RECIPE_FILE
-from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, is_run
+from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY, is_control, is_run
 from megatron_prealign.conversion.families import FAMILIES
 from megatron_prealign.files.yaml_text import load_yaml, read_utf8
 from megatron_prealign.recipe import ModelSection
@@ -105,11 +105,13 @@ def _introduction(info: Mapping[str, Any], result: "ConvertResult") -> str:
             ", pretrained with code-switching: words of the input that a bilingual dictionary contains were replaced "
             "at random by their translations"
         )
-    if SHUFFLED_DICTIONARY in (info.get("run") or {}):
+    if is_control(info.get("run") or {}):
         text += (
             ". It is a control for comparisons: its dictionary was shuffled, so that every word had the translations "
             "of another word"
         )
+    elif shuffled := (info.get("run") or {}).get(SHUFFLED_DICTIONARY):
+        text += f". Its dictionary had noise: {shuffled['share']:.0%} of the words had the translations of another word"
     precision = f"The weights are {result.dtype}"
     if result.from_master_weights:
         precision += ", from the optimizer's fp32 master weights"

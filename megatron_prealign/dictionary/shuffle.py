@@ -49,8 +49,8 @@ class _Exchange(NamedTuple):
     """Group that each of them gets its translations from."""
 
 
-def shuffle_table(table: DictionaryTable, seed: int) -> tuple[DictionaryTable, ShuffleReport]:
-    """Returns the control of a table, which knows that it is one (`DictionaryTable.shuffled`).
+def shuffle_table(table: DictionaryTable, seed: int, share: float = 1.0) -> tuple[DictionaryTable, ShuffleReport]:
+    """Returns the control of a table, which knows that it is one (`DictionaryTable.shuffled`), or a noisy table.
 
     Each target language is shuffled on its own: its words are no translations of those of another one either. A word
     in a spelling that the other word does not have (capitalised, after a space) gets translations in the nearest one.
@@ -58,25 +58,35 @@ def shuffle_table(table: DictionaryTable, seed: int) -> tuple[DictionaryTable, S
     Args:
         table: The true pairs.
         seed: From 0; equal seeds give equal tables.
+        share: Fraction of the groups, above 0, whose translations are shuffled among each other. Below 1 the result is
+            no control but a table with this much noise.
 
     Raises:
         UserError: The table is itself shuffled, or no translation can move.
     """
     if table.shuffled:
         raise UserError(f"{table.path}: got a shuffled table, expected one with true pairs; shuffle its original")
-    exchanges = _exchanges(table, np.random.default_rng(seed))
-    report = _report(table, exchanges)
+    random = np.random.default_rng(seed)
+    chosen = np.ones(table.num_groups, dtype=bool) if share >= 1 else random.random(table.num_groups) < share
+    exchanges = _exchanges(table, random, chosen)
+    report = _report(table, exchanges, chosen)
     if not report.moved:
         raise UserError(
-            f"{table.path}: got {table.num_groups} groups, expected two or more words of a language with different "
-            "translations; add word lists"
+            f"{table.path}: got {int(chosen.sum())} groups to shuffle, expected two or more words of a language with "
+            "different translations; add word lists"
         )
     shuffled = _with_candidates(_with_words(table, exchanges), exchanges)
     record = {"seed": seed, "original": table.switching_fingerprint(), "kept": report.kept}
+    if share < 1:
+        record["share"] = share
     return replace(shuffled, build={**table.build, "shuffled": record}, path=None), report
 
 
-def _exchanges(table: DictionaryTable, random: np.random.Generator) -> list[_Exchange]:
+def _exchanges(table: DictionaryTable, random: np.random.Generator, chosen: NDArray[np.bool_]) -> list[_Exchange]:
+    """
+    Args:
+        chosen: Mask `[groups]` of those that exchange translations.
+    """
     texts = _casefolded(table)
     group_of_word = row_numbers(table.group_offsets)
     source_words = table.group_offsets[:-1]
@@ -105,7 +115,8 @@ def _exchanges(table: DictionaryTable, random: np.random.Generator) -> list[_Exc
 
         donors = groups.copy()
         for kind in np.unique(np.stack([source_language[groups], replaced]), axis=1).T.tolist():
-            members = order[(source_language[groups[order]] == kind[0]) & (replaced[order] == kind[1])]
+            alike = (source_language[groups[order]] == kind[0]) & (replaced[order] == kind[1])
+            members = order[alike & chosen[groups[order]]]
             donors[members] = _exchange(groups[members].tolist(), differs, random)
         for group, donor in zip(groups.tolist(), donors.tolist(), strict=True):
             taken[group].add(donor)
@@ -234,7 +245,7 @@ def _keys_in_spelling(table: DictionaryTable, keys: NDArray[np.int64], donors: N
     return found
 
 
-def _report(table: DictionaryTable, exchanges: list[_Exchange]) -> ShuffleReport:
+def _report(table: DictionaryTable, exchanges: list[_Exchange], chosen: NDArray[np.bool_]) -> ShuffleReport:
     tokens = np.diff(table.word_offsets)
     moved = kept = equal = similar = 0
     for language, groups, donors in exchanges:
@@ -246,7 +257,7 @@ def _report(table: DictionaryTable, exchanges: list[_Exchange]) -> ShuffleReport
         group, donor = groups[moves], donors[moves]
         # A word that does not occur is similar to one that occurs once.
         ratio = (table.group_count[group] + 1) / (table.group_count[donor] + 1)
-        moved, kept = moved + len(group), kept + int((~moves).sum())
+        moved, kept = moved + len(group), kept + int((~moves & chosen[groups]).sum())
         equal += int((length[group] == length[donor]).sum())
         similar += int(((ratio >= 0.5) & (ratio <= 2)).sum())
     return ShuffleReport(moved, kept, equal / max(moved, 1), similar / max(moved, 1))

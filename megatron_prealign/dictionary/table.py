@@ -124,9 +124,14 @@ class DictionaryTable:
 
     @property
     def shuffled(self) -> dict[str, Any] | None:
-        """Record of a control made by `shuffle_table`: `{"seed", "original", "kept"}`; None for a table of true
-        pairs."""
+        """Record of a table made by `shuffle_table`: `{"seed", "original", "kept"}`; None for a table of true pairs. A
+        table with noise has its `share` too."""
         return self.build.get("shuffled")
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the translations of all groups are shuffled."""
+        return self.shuffled is not None and "share" not in self.shuffled
 
     def text(self, word: int) -> str:
         """Returns the text of one word."""

@@ -16,7 +16,7 @@ from megatron_prealign.checkpoint.directory import resolve_checkpoint
 from megatron_prealign.checkpoint.resume.agree import require_intact
 from megatron_prealign.checkpoint.resume.identity import read_run
 from megatron_prealign.checkpoint.resume.load import load_weights
-from megatron_prealign.checkpoint.state import SHUFFLED_DICTIONARY
+from megatron_prealign.checkpoint.state import is_control
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.evaluator import Evaluator
 from megatron_prealign.evaluation.report import write_report
@@ -93,8 +93,8 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         evaluator = Evaluator(recipe, runtime, validation, build_sequence_format(recipe, vocabulary), dictionary)
         result = evaluator.measure(models)
         run = read_run(checkpoint)
-        state, is_control = run["train_state"], SHUFFLED_DICTIONARY in run["run"]
+        state = run["train_state"]
         measured = Measurement(
-            **result, tokens=state["tokens"], seconds=state["seconds"], shuffled_dictionary=is_control
+            **result, tokens=state["tokens"], seconds=state["seconds"], shuffled_dictionary=is_control(run["run"])
         )
         return measured, runtime.rank

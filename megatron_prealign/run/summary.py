@@ -202,8 +202,11 @@ def _source(each: SourcePasses) -> str:
 def _shuffled(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]:
     if recipe.dictionary is None or dictionary is None or dictionary.table.shuffled is None:
         return []
-    seed = dictionary.table.shuffled["seed"]
-    text = f"dictionary.table {recipe.dictionary.table} is a control with shuffled translations (seed {seed})"
+    table, seed = dictionary.table, dictionary.table.shuffled["seed"]
+    what = "is a control with shuffled translations"
+    if not table.is_control:
+        what = f"has noise: the translations of {dictionary.table.shuffled['share']:.0%} of its words are shuffled"
+    text = f"dictionary.table {recipe.dictionary.table} {what} (seed {seed})"
     if recipe.dictionary.evaluation_table is None:
         text += ", which evaluations measure too; set dictionary.evaluation_table to the table of true pairs"
     return [text]

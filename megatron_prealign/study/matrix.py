@@ -126,7 +126,7 @@ def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
     tables = {
         recipe.dictionary.table for recipe in recipes.values() if recipe.dictionary is not None and _trains(recipe)
     }
-    of_table = {table: load_table(table).shuffled is not None for table in sorted(tables)}
+    of_table = {table: load_table(table).is_control for table in sorted(tables)}
     shuffled = {
         name: recipe.dictionary is not None and of_table.get(recipe.dictionary.table, False) and _trains(recipe)
         for name, recipe in recipes.items()

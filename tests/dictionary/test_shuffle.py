@@ -180,6 +180,29 @@ def test_a_table_knows_that_it_is_shuffled(table: DictionaryTable, tmp_path: Pat
         shuffle_table(loaded, 4)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_noise_in_a_share_of_the_words(table: DictionaryTable, share: float) -> None:
+    noisy, report = shuffle_table(table, 3, share)
+    assert find_problem(noisy) is None
+    assert noisy.shuffled is not None and noisy.shuffled["share"] == share and not noisy.is_control
+    before, after = translations(table), translations(noisy)
+    assert before.keys() == after.keys()
+    changed = [word for word in before if before[word] != after[word]]
+    # 150 words, each chosen with this probability: within three standard deviations, less the few that cannot move.
+    deviation = 3 * np.sqrt(share * (1 - share) / len(before))
+    assert abs(len(changed) / len(before) - share) < deviation
+    # Translations are exchanged among the chosen words, so each is still used as often as before.
+    for language in table.languages:
+        uses = [
+            Counter(text for by_language in each.values() for text in by_language.get(language, ()))
+            for each in (before, after)
+        ]
+        assert uses[0] == uses[1]
+    assert len(changed) <= report.moved
+    control, _ = shuffle_table(table, 3)
+    assert control.is_control and not table.is_control
+
+
 def test_words_without_an_alternative_keep_their_translations(tokenizer: Tokenizer) -> None:
     def built(*pairs: list[str]) -> DictionaryTable:
         builder = GroupBuilder()
@@ -205,6 +228,11 @@ def test_the_command(table: DictionaryTable, tmp_path: Path, capsys: pytest.Capt
     content = path.read_bytes()
     assert_refused(main([*arguments[:4], "--output", str(path)]), capsys.readouterr().err, path, "--output")
     assert_refused(main([*arguments, "--seed", "-1"]), capsys.readouterr().err, "--seed is -1")
+    for share in ("0", "1.5"):
+        assert_refused(main([*arguments, "--share", share]), capsys.readouterr().err, f"--share is {float(share)}")
+    noisy = str(tmp_path / "noisy.safetensors")
+    assert main([*arguments[:5], noisy, "--share", "0.3"]) == 0
+    assert f"30% noise in {path}" in capsys.readouterr().out
     assert_refused(
         main([*arguments[:3], str(control), "--output", str(tmp_path / "c")]), capsys.readouterr().err, control
     )

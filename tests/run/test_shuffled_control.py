@@ -104,6 +104,14 @@ def test_a_control_without_its_true_table_is_measured_with_its_own_pairs(
         validate(recipe_of(missing, tmp_path))
 
 
+def test_noise_is_no_control(tiny: Tiny, tmp_path: Path) -> None:
+    noisy = str(tmp_path / "noisy.safetensors")
+    assert main(["dictionary", "shuffle", "--table", tiny.table, "--output", noisy, "--share", "0.25"]) == 0
+    text = validate(recipe_of(values_of(tiny, tmp_path, table=noisy), tmp_path))
+    assert_facts(text, f"{noisy} has noise: the translations of 25% of its words are shuffled (seed 0)")
+    assert "is a control" not in text
+
+
 def test_a_dictionary_that_is_drawn_less_than_once(tiny: Tiny, tmp_path: Path) -> None:
     """32 words a step; the table has about 300 groups of two languages."""
     values = values_of(tiny, tmp_path)
