@@ -28,6 +28,8 @@ class StudyOptions:
     """Apply the study's section `quick`: fewer seeds, runs or tokens, in an output directory of their own."""
     status: bool = False
     """Print how far each run is, and exit."""
+    tables: bool = False
+    """Write tables and plots of the runs that are complete, and exit; also while the study trains."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     jobs = build_jobs(study)
     if options.status:
         _print_status(jobs)
+        return 0
+    if options.tables:
+        _write_tables(study, jobs)
         return 0
     from megatron_prealign.files.directories import check_writable
     from megatron_prealign.files.lock import LockHeldError, file_lock
@@ -65,7 +70,6 @@ def main(argv: Sequence[str]) -> int:
 def _train(study: "Study", jobs: Sequence["Job"], again: str) -> int:
     from megatron_prealign.resources import visible_gpus
     from megatron_prealign.study.execution import train_all
-    from megatron_prealign.study.output import write_results
 
     try:
         gpus = visible_gpus() if any(job.recipe.parallel.device != "cpu" for job in jobs) else []
@@ -74,15 +78,21 @@ def _train(study: "Study", jobs: Sequence["Job"], again: str) -> int:
         raise KeyboardInterrupt(
             f"interrupted; runs resume from their last checkpoints; continue with: {again}"
         ) from None
-    written = write_results(study, jobs, Path(study.output))
-    print(written.tables, end="")
+    _write_tables(study, jobs)
     if unfinished:
         logs = ", ".join(f"{job.name} ({job.directory.with_suffix('.log')})" for job in unfinished)
         raise UserError(f"{plural(len(unfinished), 'run')} not complete: {logs}; fix the cause and run {again}")
+    return 0
+
+
+def _write_tables(study: "Study", jobs: Sequence["Job"]) -> None:
+    from megatron_prealign.study.output import write_results
+
+    written = write_results(study, jobs, Path(study.output))
+    print(written.tables, end="")
     first, *others = written.files
     names = " and ".join([", ".join(map(str, [first, *(path.name for path in others[:-1])])), others[-1].name])
     print(closing(f"wrote {names} from {plural(written.jobs, 'run')}"))
-    return 0
 
 
 def _print_status(jobs: Sequence["Job"]) -> None:

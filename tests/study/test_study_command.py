@@ -62,6 +62,10 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
         ("aligned_seed2", "waiting"),
     ]
     assert rows[5][:3] == ["3", "of", "4"]
+    assert main(["study", "--config", config, "--tables"]) == 0
+    printed = capsys.readouterr().out
+    assert_facts(printed, "aligned_seed2: not complete", "results.png from 3 runs")
+    assert (tmp_path / "study" / "results.md").read_text(encoding="utf-8") in printed
 
     assert main(["study", "--config", config]) == 0
     printed = capsys.readouterr().out
