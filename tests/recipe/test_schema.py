@@ -13,7 +13,8 @@ from megatron_prealign.recipe.describe import walk
 from megatron_prealign.recipe.recipe import Recipe
 from megatron_prealign.recipe.schema import recipe_schema
 
-EXAMPLES = sorted(Path("examples").glob("*/*.yaml"))
+# A study is no recipe.
+EXAMPLES = sorted(path for path in Path("examples").glob("*/*.yaml") if path.name != "study.yaml")
 
 
 @pytest.fixture(scope="module")

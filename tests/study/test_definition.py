@@ -100,6 +100,15 @@ def test_studies_in_the_documentation_are_valid(tmp_path: Path) -> None:
         assert len(load_study(str(file), quick=True).seeds) == 2
 
 
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*/study.yaml")), ids=str)
+def test_the_examples(path: Path, quick: bool) -> None:
+    study = load_study(str(path), quick=quick)
+    assert all(Path(file).is_file() for run in study.runs for file in [*study.base, *run.recipes])
+    # Their data is not there, so a run is a recipe only up to its control.
+    assert {run.control for run in study.runs} - {None} <= {run.name for run in study.runs}
+
+
 def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("runs: [\n")
