@@ -63,10 +63,6 @@ class Study:
     quick: QuickStudy = field(default_factory=QuickStudy)
     """What --quick changes; its results go to a directory of their own, OUTPUT-quick."""
 
-    def run(self, name: str) -> StudyRun:
-        """The run of this name."""
-        return next(run for run in self.runs if run.name == name)
-
 
 def load_study(path: str, *, quick: bool = False) -> Study:
     """Reads and checks a study.
