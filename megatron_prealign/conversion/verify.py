@@ -32,7 +32,15 @@ wrapped in a warm cloak. 12,345 times; größer, où, ¿quién?, Солнце, �
 """
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Fields that affect training or layout, not the computation.
-_NOT_COMPARED = {"init_method_std", "hidden_dropout", "attention_dropout", "vocab_size", "make_vocab_size_divisible_by"}
+_NOT_COMPARED = {
+    "init_method_std",
+    "embedding_std",
+    "equal_clone_embeddings",
+    "hidden_dropout",
+    "attention_dropout",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+}
 _MAX_SHOWN = 20
 
 

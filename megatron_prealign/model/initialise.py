@@ -25,7 +25,7 @@ def initialise(chunks: Sequence[GPTModel], model: ModelSection, *, vocab_size: i
     vocabulary are zero.
 
     The matrices that write to the residual stream have standard deviation `init_method_std / sqrt(2 * num_layers)`, as
-    in Megatron-Core.
+    in Megatron-Core. With `equal_clone_embeddings`, row i + vocab_size / 2 equals row i.
     """
     with torch.no_grad():
         for chunk in chunks:
@@ -50,14 +50,18 @@ def _draw(shard: ShardedTensor, model: ModelSection, vocab_size: int, seed: int)
     layer = shard.global_offset[:prepended]
     shape = list(shard.global_shape[prepended:])
     offset = shard.global_offset[prepended:]
-    if shard.key in VOCABULARY_WEIGHTS:
-        shape[0] = vocab_size
     std = model.init_method_std
+    is_vocabulary = shard.key in VOCABULARY_WEIGHTS
+    if is_vocabulary:
+        shape[0] = vocab_size
+        std = model.embedding_std or std
     if shard.key.endswith(RESIDUAL_WEIGHTS):
         std /= math.sqrt(2 * model.num_layers)
     key_hash = hashlib.sha256(f"{seed}/{shard.key}/{layer}".encode()).digest()
     generator = torch.Generator(device=shard.data.device).manual_seed(int.from_bytes(key_hash[:8], "little") >> 1)
     full = torch.normal(0.0, std, shape, generator=generator, device=shard.data.device)
+    if is_vocabulary and model.equal_clone_embeddings:
+        full[vocab_size // 2 :] = full[: vocab_size // 2]
     part = full[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
     shard.data.zero_()
     shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)

@@ -3,6 +3,7 @@ numbers, each with its line and the index in a list."""
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -74,6 +75,17 @@ def field_type(path: str) -> Any:
         if kind is None:
             return None
     return kind
+
+
+def field_default(path: str) -> Any:
+    """Default of the recipe's field at a dotted path such as `data.sources[0].weight`; `MISSING` if it is required, or
+    is none."""
+    parent, _, name = re.sub(r"\[\d+\]", "", path).rpartition(".")
+    section = section_of(field_type(parent)) if parent else Recipe
+    for each in fields(section) if section is not None else ():
+        if each.name == name:
+            return each.default if each.default_factory is MISSING else each.default_factory()
+    return MISSING
 
 
 def unknown_field(field: str, section: type) -> str:

@@ -73,6 +73,12 @@ class ModelSection:
     """Epsilon of RMSNorm and LayerNorm."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights."""
+    embedding_std: float | None = None
+    """Standard deviation of the initial input and output embeddings; null means init_method_std. Megatron-Core's
+    embedding_init_method_std sets the input embeddings only."""
+    equal_clone_embeddings: bool = False
+    """Start with equal embeddings of every token and its clone, input and output: perfect alignment at the start, which
+    studies compare with. Only with a clone tokenizer."""
     hidden_dropout: float = 0.0
     """Dropout probability on the residual stream."""
     attention_dropout: float = 0.0
@@ -106,6 +112,7 @@ class ModelSection:
             "max_position_embeddings",
             "vocab_size",
             "sliding_window",
+            "embedding_std",
         ):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name}", value, "null or a positive number")

@@ -8,10 +8,10 @@ from megatron_prealign.checkpoint.resume.identity import saved_coverage
 from megatron_prealign.checkpoint.resume.start import FRESH, StartPoint
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.dictionary.coverage import blend_coverage
-from megatron_prealign.errors import UserError
 from megatron_prealign.model.sizes import padded_vocab_size
 from megatron_prealign.recipe import CodeSwitchSection, Recipe
 from megatron_prealign.run.dictionary import DictionaryParts, SwitchingTable, open_dictionary
+from megatron_prealign.run.vocabulary import model_vocab_size
 from megatron_prealign.runtime.agreement import from_rank_zero, on_every_rank
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -49,12 +49,7 @@ def open_vocabulary(recipe: Recipe) -> Vocabulary:
         UserError: The tokenizer is missing or corrupt, or has more ids than the model.
     """
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    size = recipe.model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {size}, expected at least {tokenizer.vocab_size}, the number of ids of "
-            f"data.tokenizer {recipe.data.tokenizer}; raise it or omit it"
-        )
+    size = model_vocab_size(recipe, tokenizer)
     padded = padded_vocab_size(
         size, recipe.model.make_vocab_size_divisible_by, recipe.parallel.tensor_model_parallel_size
     )

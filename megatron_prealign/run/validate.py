@@ -21,6 +21,7 @@ from megatron_prealign.run.missing_files import check_inputs_exist
 from megatron_prealign.run.output_paths import check_output_paths
 from megatron_prealign.run.plan import SourceTokens
 from megatron_prealign.run.summary import measure_word_coverage, summarise
+from megatron_prealign.run.vocabulary import model_vocab_size
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.training.wandb import check_wandb
@@ -51,12 +52,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
                 f"{path}: preprocessed with another tokenizer ({sidecar.tokenizer.path}), expected data.tokenizer "
                 f"({recipe.data.tokenizer}); preprocess it again or fix data.tokenizer"
             )
-    vocab_size = recipe.model.vocab_size
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {vocab_size}, expected at least {tokenizer.vocab_size}, the number of ids of "
-            f"data.tokenizer {recipe.data.tokenizer}; raise it or omit it"
-        )
+    vocab_size = model_vocab_size(recipe, tokenizer)
     dictionary = open_dictionary(recipe, tokenizer.fingerprint)
     _check_keep_best(recipe, dictionary, sidecars)
     for source in recipe.data.sources:
@@ -69,7 +65,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     held_out = 0.0 if recipe.data.validation else recipe.data.validation_fraction
     summary = summarise(
         recipe,
-        vocab_size=recipe.model.vocab_size or tokenizer.vocab_size,
+        vocab_size=vocab_size,
         sources=[
             SourceTokens(each.path, each.language, each.weight, count_training_tokens(opened[each.path][0], held_out))
             for each in recipe.data.sources
@@ -124,7 +120,7 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     start = preview_start(recipe)
     if start.choice is None:
         return start
-    size = recipe.model.vocab_size or tokenizer.vocab_size
+    size = model_vocab_size(recipe, tokenizer)
     identity = model_identity(
         asdict(recipe.model), vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
     )

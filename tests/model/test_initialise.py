@@ -111,3 +111,27 @@ def test_seed_determines_the_weights(workers: WorkerPool, full: Weights) -> None
         assert torch.equal(tensor, again[name]), name
         if tensor.dim() == 2:
             assert not torch.equal(tensor, other[name]), name
+
+
+def test_embeddings_have_a_standard_deviation_of_their_own(workers: WorkerPool, full: Weights) -> None:
+    values = recipe_values("llama", {"embedding_std": 0.08})
+    weights = workers.run(1, initial_weights, values)[0][0]
+    for name, tensor in weights.items():
+        if name in (EMBEDDING, OUTPUT):
+            # The same draws, scaled: 0.02 is the default of init_method_std.
+            assert torch.allclose(tensor, full[name] * 4)
+        else:
+            assert torch.equal(tensor, full[name])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_clones_start_with_equal_embeddings(workers: WorkerPool, full: Weights, ranks: int) -> None:
+    values = recipe_values("llama", {"equal_clone_embeddings": True})
+    values["parallel"] = {"device": "cpu", "tensor_model_parallel_size": ranks}
+    shards = [chunks[0] for chunks in workers.run(ranks, initial_weights, values)]
+    half = VOCAB_SIZE // 2
+    for name in (EMBEDDING, OUTPUT):
+        rows = torch.cat([each[name] for each in shards])
+        assert torch.equal(rows[:half], full[name][:half])
+        assert torch.equal(rows[half:VOCAB_SIZE], full[name][:half])
+        assert torch.count_nonzero(rows[VOCAB_SIZE:]) == 0

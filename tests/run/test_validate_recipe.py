@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.messages import assert_facts, assert_refused
+from support.messages import assert_facts, assert_refused, user_error
 from support.sidecars import save_sidecar
 from support.tiny import VOCAB_SIZE, Tiny, recipe_of
 
@@ -26,6 +26,8 @@ from megatron_prealign.data.word_bitmap import words_path
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
 from megatron_prealign.recipe import recipe_to_dict
+from megatron_prealign.run.vocabulary import model_vocab_size
+from megatron_prealign.tokenizer.clone import CloneTokenizer
 from megatron_prealign.tokenizer.load import load_tokenizer
 
 WITHOUT_TORCH = """
@@ -260,6 +262,21 @@ def test_vocabulary_too_small(
     assert_invalid(values, tmp_path, capsys, size, f"at least {2 * VOCAB_SIZE}", tiny.tokenizer)
     values["model"]["vocab_size"] = 2 * VOCAB_SIZE
     assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+
+
+def test_equal_embeddings_of_clones_need_a_clone_tokenizer(
+    tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["model"]["equal_clone_embeddings"] = True
+    assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+    capsys.readouterr()
+    values["model"]["vocab_size"] = 2 * VOCAB_SIZE + 2
+    assert_invalid(values, tmp_path, capsys, f"model.vocab_size is {2 * VOCAB_SIZE + 2}", f"null or {2 * VOCAB_SIZE}")
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    assert isinstance(tokenizer, CloneTokenizer)
+    values["model"]["vocab_size"] = None
+    with user_error("model.equal_clone_embeddings is true", "no clone language", tiny.tokenizer):
+        model_vocab_size(recipe_of(values, tmp_path), tokenizer.base)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,20 @@ from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.files.yaml_text import YamlError, load_yaml, read_utf8
 from megatron_prealign.recipe import ALIGNMENT, LANGUAGE_MODEL, Recipe, recipe_to_dict
+from megatron_prealign.recipe.document import field_default
 
 _UNSET = object()
 _SAVED_OPTIMIZER = "no effect: the optimizer continues with the saved value"
+_INITIALISED = "no effect: the weights are initialised already"
 _OWN_CHECKPOINT = "no effect: the run has a checkpoint of its own"
 # Field -> effect of changing it, where that is not obvious.
 _EFFECTS = {
     "optimizer.adam_beta1": _SAVED_OPTIMIZER,
     "optimizer.adam_beta2": _SAVED_OPTIMIZER,
     "optimizer.adam_eps": _SAVED_OPTIMIZER,
-    "model.init_method_std": "no effect: the weights are initialised already",
+    "model.init_method_std": _INITIALISED,
+    "model.embedding_std": _INITIALISED,
+    "model.equal_clone_embeddings": _INITIALISED,
     "checkpoint.load": _OWN_CHECKPOINT,
     "checkpoint.load_parts": _OWN_CHECKPOINT,
     "dictionary.evaluation_table": "evaluations from now on measure its pairs",
@@ -127,6 +131,9 @@ def _differences(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str
     if isinstance(saved, dict) and isinstance(current, dict):
         for name in {**current, **saved}:
             inner = f"{path}.{name}" if path else str(name)
+            if name not in saved and current[name] == field_default(inner):
+                # The field is newer than the checkpoint.
+                continue
             yield from _differences(saved.get(name, _UNSET), current.get(name, _UNSET), inner)
     elif isinstance(saved, list) and isinstance(current, list) and any(isinstance(each, dict) for each in current):
         for number, (before, now) in enumerate(zip_longest(saved, current, fillvalue=_UNSET)):

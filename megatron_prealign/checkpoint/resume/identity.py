@@ -24,6 +24,8 @@ _FREE_MODEL_FIELDS = {
     "transformer_impl",
     "make_vocab_size_divisible_by",
     "init_method_std",
+    "embedding_std",
+    "equal_clone_embeddings",
     "recompute_granularity",
     "recompute_num_layers",
 }

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from support.messages import assert_facts
 from support.recipe_values import write_recipe
 from support.tiny import Tiny, recipe_of
@@ -32,6 +33,18 @@ def test_an_equal_recipe_has_no_changes(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("a: 1\na: 2\n")
     assert changed_fields(recipe, tmp_path) == {}
     assert changed_fields(recipe, tmp_path / "nowhere") == {}
+
+
+def test_a_field_newer_than_the_checkpoint_has_its_default(recipe: Recipe, tmp_path: Path) -> None:
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    # Has a default that is no constant, a constant, one in an item of a list, one of a whole section, and none.
+    for section, name in (("code_switch", "source_languages"), ("model", "rotary_base"), ("model", "hidden_size")):
+        del saved[section][name]
+    del saved["data"]["sources"][0]["weight"], saved["alignment_watch"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    assert list(changed_fields(recipe, tmp_path)) == ["model.hidden_size"]
+    changed = replace(recipe, model=replace(recipe.model, rotary_base=5.0))
+    assert changed_fields(changed, tmp_path)["model.rotary_base"] == ("not set", "5.0")
 
 
 def test_fields_of_every_depth(recipe: Recipe, tmp_path: Path) -> None:
