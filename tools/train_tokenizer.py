@@ -49,6 +49,8 @@ class TrainTokenizerOptions:
     clone_language: LanguageText | None = None
     """Add an artificial clone language with this code (English-Clone study); its ids are shifted by the size of the
     vocabulary."""
+    clone_shared_ids: int = 0
+    """Number of ids that both languages have in common: the bytes, then the most frequent parts of words."""
     text_key: list[str] = field(default_factory=lambda: ["text"])
     """Keys of the text in each JSON object or row, nested with dots (data.text). Several keys are joined by a line
     break."""
@@ -80,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         options.text_key,
         options.on_error,
         settings=settings,
+        clone_shared_ids=options.clone_shared_ids,
     )
     tokenizer = load_tokenizer(options.output)
     _print_languages(report)

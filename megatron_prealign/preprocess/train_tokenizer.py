@@ -15,7 +15,7 @@ from megatron_prealign.languages import check_language_code
 from megatron_prealign.preprocess.fertility import Fertility, MeasuredText, measure_fertility
 from megatron_prealign.preprocess.sampling import UNDETERMINED, Corpus, LanguageSampling, TextCount, plan_sampling
 from megatron_prealign.preprocess.tokenizer_trainers import EOD, insert_word_breaks, train_byte_bpe, train_sentencepiece
-from megatron_prealign.tokenizer.clone import save_clone_language
+from megatron_prealign.tokenizer.clone import CloneLanguage, save_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.tokenizer.segmenters import AUTO, Segmenter, open_segmenter, resolve_segmenter
 
@@ -104,6 +104,7 @@ def train_tokenizer(
     on_error: OnError = "stop",
     show_progress: bool = True,
     settings: TrainerSettings | None = None,
+    clone_shared_ids: int = 0,
 ) -> TrainingReport:
     """Writes the directory `output`, which `load_tokenizer` opens; `<eod>` is token 0.
 
@@ -121,6 +122,7 @@ def train_tokenizer(
         on_error: `stop` at the first bad document, or `skip` it.
         show_progress: whether to write progress to standard error.
         settings: further settings; None for the defaults.
+        clone_shared_ids: number of ids, the first ones, that the clone language has in common with the original.
 
     Raises:
         UserError: invalid options, inputs or documents, or too little text for `vocab_size` tokens.
@@ -135,6 +137,11 @@ def train_tokenizer(
         )
     if clone_language is not None:
         check_language_code(clone_language, "--clone-language")
+    if not 0 <= clone_shared_ids < vocab_size or (clone_shared_ids and clone_language is None):
+        raise UserError(
+            f"--clone-shared-ids is {clone_shared_ids}, expected a number from 0 to less than --vocab-size "
+            f"({vocab_size}), and --clone-language"
+        )
     target = Path(output)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target}: not a directory, expected the path of a new directory")
@@ -163,7 +170,7 @@ def train_tokenizer(
         directory.mkdir()
         _train(texts, directory, vocab_size, settings)
         if clone_language is not None:
-            save_clone_language(directory, clone_language)
+            save_clone(directory, CloneLanguage(clone_language, clone_shared_ids))
         tokenizer = load_tokenizer(directory)
         for language, language_report in report.languages.items():
             language_report.fertility = measure_fertility(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -21,31 +22,33 @@ CLONE_OPEN, CLONE_CLOSE = "⟦", "⟧"
 class CloneTokenizer(Tokenizer):
     """Extends a base tokenizer of V ids to 2V ids: id + V is the clone of id.
 
-    Both languages share the special tokens: their shifted ids are never produced, and also count as special.
+    Both languages share the special tokens: their shifted ids are never produced, and also count as special. They may
+    share the ids below `shared_ids`, too, as natural languages share parts of words: byte-level BPE has numbered bytes
+    first, then the most frequent parts.
     """
 
-    def __init__(self, base: Tokenizer, language: str) -> None:
+    def __init__(self, base: Tokenizer, language: str, shared_ids: int = 0) -> None:
         self.base = base
         self.language = language
+        self._shared = numpy.array(sorted(base.special_ids.union(range(shared_ids))))
         self.path = base.path
         self.vocab_size = 2 * base.vocab_size
         self.eod_id = base.eod_id
         self.library = base.library
         self.special_ids = base.special_ids | {index + base.vocab_size for index in base.special_ids}
-        content = f"{base.fingerprint}\nclone {language}"
+        content = f"{base.fingerprint}\nclone {language}" + (f" {shared_ids}" if shared_ids else "")
         self.fingerprint = "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
     def _shift(self, rows: list[list[int]], language: str | None) -> list[list[int]]:
         if language != self.language:
             return rows
-        special, offset = self.base.special_ids, self.base.vocab_size
-        return [[index if index in special else index + offset for index in row] for row in rows]
+        return [self._shift_array(numpy.array(row, dtype=numpy.int64), language).tolist() for row in rows]
 
     def _shift_array(self, ids: numpy.ndarray, language: str | None) -> numpy.ndarray:
         if language != self.language:
             return ids
-        special = numpy.isin(ids, list(self.base.special_ids))
-        return numpy.where(special, ids, ids + self.base.vocab_size).astype(ids.dtype)
+        shared = numpy.isin(ids, self._shared)
+        return numpy.where(shared, ids, ids + self.base.vocab_size).astype(ids.dtype)
 
     def encode(self, text: str, language: str | None = None) -> list[int]:
         return self._shift([self.base.encode(text)], language)[0]
@@ -97,22 +100,37 @@ class CloneTokenizer(Tokenizer):
         return numpy.tile(self.base.word_boundaries(), 2)
 
 
-def load_clone_language(path: Path) -> str:
-    """Reads the language from a `clone.json`.
+@dataclass(frozen=True)
+class CloneLanguage:
+    """Content of `clone.json`."""
+
+    language: str
+    """Code of the clone language."""
+    shared_ids: int = 0
+    """Ids below this one are the same in both languages."""
+
+
+def load_clone(path: Path) -> CloneLanguage:
+    """Reads a `clone.json`.
 
     Raises:
-        UserError: the file is not `{"language": "<code>"}`.
+        UserError: the file is not `{"language": "<code>"}`, with `"shared_ids": <number>` or without.
     """
+    expected = 'expected {"language": "en_clone"}'
     try:
         data = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise UserError(f'{path}: invalid JSON ({error}), expected {{"language": "en_clone"}}') from error
+        raise UserError(f"{path}: invalid JSON ({error}), {expected}") from error
     language = data.get("language") if isinstance(data, dict) else None
     if not isinstance(language, str) or not language:
-        raise UserError(f'{path}: language is missing, expected {{"language": "en_clone"}}')
-    return check_language_code(language, f"{path}: language")
+        raise UserError(f"{path}: language is missing, {expected}")
+    shared = data.get("shared_ids", 0)
+    if type(shared) is not int or shared < 0:
+        raise UserError(f"{path}: shared_ids is {shared}, expected a number of ids, or no field")
+    return CloneLanguage(check_language_code(language, f"{path}: language"), shared)
 
 
-def save_clone_language(directory: Path, language: str) -> None:
+def save_clone(directory: Path, clone: CloneLanguage) -> None:
     """Makes the tokenizer in `directory` a clone tokenizer by writing `clone.json`."""
-    (directory / CLONE_FILE).write_bytes(orjson.dumps({"language": language}) + b"\n")
+    content = {"language": clone.language, **({"shared_ids": clone.shared_ids} if clone.shared_ids else {})}
+    (directory / CLONE_FILE).write_bytes(orjson.dumps(content) + b"\n")

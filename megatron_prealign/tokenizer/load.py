@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_prealign.errors import UserError
 from megatron_prealign.tokenizer.base import Tokenizer, check_word_forms
-from megatron_prealign.tokenizer.clone import CLONE_FILE, CloneTokenizer, load_clone_language
+from megatron_prealign.tokenizer.clone import CLONE_FILE, CloneTokenizer, load_clone
 from megatron_prealign.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_prealign.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -29,7 +29,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     base = _load_base(path)
     check_word_forms(base)
     if path.is_dir() and (path / CLONE_FILE).exists():
-        return CloneTokenizer(base, load_clone_language(path / CLONE_FILE))
+        clone = load_clone(path / CLONE_FILE)
+        return CloneTokenizer(base, clone.language, clone.shared_ids)
     return base
 
 

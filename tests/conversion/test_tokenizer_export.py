@@ -28,7 +28,7 @@ from megatron_prealign.conversion.tokenizer import (
 )
 from megatron_prealign.preprocess.tokenizer_trainers import train_sentencepiece
 from megatron_prealign.preprocess.train_tokenizer import train_tokenizer
-from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer, save_clone_language
+from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneLanguage, CloneTokenizer, save_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -172,7 +172,7 @@ def test_no_family_uses_its_own_tokenizer_class(tmp_path: Path, family: str, tru
 @pytest.mark.parametrize("name", ["byte_bpe", "unigram", "bpe"])
 def test_cloned_ids_have_names_and_text(name: str, tmp_path: Path) -> None:
     path = MODELS[name](tmp_path / "tokenizer")
-    save_clone_language(path, "en_clone")
+    save_clone(path, CloneLanguage("en_clone"))
     mcore = load_tokenizer(path)
     assert isinstance(mcore, CloneTokenizer)
     hf = export(path, tmp_path / "out")
@@ -198,7 +198,7 @@ def test_added_tokens_after_the_vocabulary_keep_their_ids_in_a_clone(tmp_path: P
     data["added_tokens"].append(added)
     (path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     library = LibraryTokenizer.from_file(str(path / "tokenizer.json"))
-    save_clone_language(path, "en_clone")
+    save_clone(path, CloneLanguage("en_clone"))
     mcore, hf = load_tokenizer(path), export(path, tmp_path / "out")
     extra = library.token_to_id("<extra>")
     assert hf("a<extra>").input_ids[-1] == extra == mcore.base.vocab_size - 1  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from megatron_prealign.cli import main
 from megatron_prealign.corpus.read_errors import ReadError
 from megatron_prealign.preprocess.tokenizer_trainers import WORD_BREAK, insert_word_breaks, train_sentencepiece
 from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, parse_segmenters, train_tokenizer
-from megatron_prealign.tokenizer.clone import CloneTokenizer
+from megatron_prealign.tokenizer.clone import CLONE_FILE, CloneTokenizer, load_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
 
 TEXT = "The dog's owner counts apples.\n\nDer Hund und die Äpfel.\n\nСобака и яблоко.\n\n犬と林檎。\n\n" * 30
@@ -71,11 +71,12 @@ def test_training_twice_gives_the_same_bytes(corpus: Path, tmp_path: Path, kind:
 def test_command_with_clone(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     out = str(tmp_path / "tok")
     command = ["train-tokenizer", "--input", str(corpus), "--output", out, "--vocab-size", "296", "--kind", kind]
-    assert main([*command, "--clone-language", "en_clone"]) == 0
+    assert main([*command, "--clone-language", "en_clone", "--clone-shared-ids", "270"]) == 0
     assert_facts(capsys.readouterr().out, f"wrote {out}: 592 ids, end of document 0")
     tokenizer = load_tokenizer(out)
     assert isinstance(tokenizer, CloneTokenizer)
     assert tokenizer.language == "en_clone"
+    assert load_clone(tmp_path / "tok" / CLONE_FILE).shared_ids == 270
     assert main(command) == 2
     assert_facts(capsys.readouterr().err, f"output {out}: ", "not empty")
 
@@ -212,6 +213,7 @@ def test_read_errors_propagate_through_sentencepiece() -> None:
             ("--vocab-size is 270", "characters", "--character-coverage"),
         ),
         (["--vocab-size", "300", "--clone-language", ""], ("--clone-language is ''",)),
+        (["--vocab-size", "300", "--clone-shared-ids", "9"], ("--clone-shared-ids is 9", "and --clone-language")),
         (["--vocab-size", "300", "--text-size", "3"], ("unknown option --text-size",)),
         (["--vocab-size", "300", "--kind", "wordpiece"], ("--kind is wordpiece",)),
         (["--vocab-size", "300", "--temperature", "0"], ("temperature is 0.0, expected",)),

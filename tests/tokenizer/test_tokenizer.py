@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_prealign.tokenizer.base import Tokenizer
-from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneTokenizer
+from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneLanguage, CloneTokenizer, save_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
 from megatron_prealign.tokenizer.word_boundaries import bytes_flags, text_flags
 
@@ -297,6 +297,27 @@ def test_clone(tmp_path: Path) -> None:
     (directory / "clone.json").write_text("{}")
     with user_error(f"{directory / 'clone.json'}: ", "language is missing"):
         load_tokenizer(directory)
+    (directory / "clone.json").write_text('{"language": "en_clone", "shared_ids": "many"}')
+    with user_error(f"{directory / 'clone.json'}: ", "shared_ids is many"):
+        load_tokenizer(directory)
+
+
+def test_clone_that_shares_ids(tmp_path: Path) -> None:
+    directory = byte_level(tmp_path / "clone", add_prefix_space=False)
+    base = load_tokenizer(directory)
+    size, ids = base.vocab_size, base.encode("the dog ran")
+    first = sorted(ids)[1]
+    save_clone(directory, CloneLanguage("en_clone", first))
+    clone = load_tokenizer(directory)
+    shifted = [index if index < first else index + size for index in ids]
+    assert any(index >= size for index in shifted) and any(index < size for index in shifted)
+    assert clone.encode("the dog ran", "en_clone") == shifted
+    assert clone.encode_rows(["the dog ran"], "en_clone")[0].tolist() == shifted
+    engine = clone.fast_engine("en_clone")
+    assert engine is None or engine(["the dog ran"])[0].tolist() == shifted
+    assert clone.encode("the dog ran") == ids
+    # Data of one is not data of the other.
+    assert clone.fingerprint != CloneTokenizer(base, "en_clone").fingerprint
 
 
 def test_fingerprint_depends_only_on_what_affects_ids(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
