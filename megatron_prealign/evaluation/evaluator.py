@@ -1,4 +1,4 @@
-"""Evaluates a model: validation loss per language and word retrieval per layer."""
+"""Evaluates a model: validation loss per language, word and sentence retrieval per layer."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import measure_retrieval
 from megatron_prealign.evaluation.validation import validation_losses
-from megatron_prealign.evaluation.word_pairs import evaluated_pairs, metric_names
+from megatron_prealign.evaluation.word_pairs import SENTENCE_RETRIEVAL, WordPairs, evaluated_pairs, metric_names
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.training.metrics_log import MetricsLog
@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Metric of word retrieval -> which dictionary words it measures.
-_WORDS = {"word_retrieval_p_at_1": "trained", "word_retrieval_p_at_1_held_out": "held-out"}
+# Metric of retrieval -> its name in the log.
+_RETRIEVAL = {
+    "word_retrieval_p_at_1": "word retrieval P@1 of trained words",
+    "word_retrieval_p_at_1_held_out": "word retrieval P@1 of held-out words",
+    SENTENCE_RETRIEVAL: "sentence retrieval P@1",
+}
 
 
 class Evaluator:
-    """Evaluates a model as its recipe allows: loss on held-out text, word retrieval with a dictionary."""
+    """Evaluates a model as its recipe allows: loss on held-out text, word retrieval with a dictionary, sentence
+    retrieval with parallel text."""
 
     def __init__(
         self,
@@ -42,18 +47,20 @@ class Evaluator:
         validation: ValidationSamples,
         sequence_format: SequenceFormat,
         words: tuple[DictionaryTable, NDArray[np.bool_]] | None,
+        sentences: Sequence[WordPairs] = (),
     ) -> None:
         """
         Args:
             sequence_format: The format used in training.
             words: The word table and the groups held out from training, bool `[groups]`, which are measured separately;
                 None without a dictionary.
+            sentences: Sentence pairs of the parallel text.
         """
         self._recipe = recipe
         self._runtime = runtime
         self._validation = validation
         self._sequence_format = sequence_format
-        self._pairs = evaluated_pairs(recipe, words)
+        self._pairs = evaluated_pairs(recipe, words, sentences)
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +68,7 @@ class Evaluator:
         return metric_names(self._validation.languages, self._pairs)
 
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-        """Measures `validation_loss` per language and both retrieval metrics. Collective: call on all ranks."""
+        """Measures `validation_loss` per language and the retrieval metrics. Collective: call on all ranks."""
         for chunk in chunks:
             chunk.eval()
         result: dict[str, Any] = {
@@ -112,10 +119,10 @@ class Evaluate(PeriodicMeasurement):
         )
         losses = ", ".join(f"{language} {loss:.4f}" for language, loss in result["validation_loss"].items())
         logger.info("evaluation at %s: validation loss %s", position(trainer), losses or "none (no held-out text)")
-        for name, words in _WORDS.items():
+        for name, text in _RETRIEVAL.items():
             for pair, values in result[name].items():
                 by_layer = " ".join(f"{value:.2f}" for value in values)
-                logger.info("  word retrieval P@1 of %s words, %s, by layer: %s", words, pair, by_layer)
+                logger.info("  %s, %s, by layer: %s", text, pair, by_layer)
 
 
 def flatten_metrics(result: Mapping[str, Mapping[str, float | Sequence[float]]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Word retrieval: how well words find their translations, at every layer of a model."""
+"""Word and sentence retrieval: how well words or sentences find their translations, at every layer of a model."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ from megatron_prealign.runtime.distributed import Runtime
 from megatron_prealign.runtime.engine import gather_parameters
 from megatron_prealign.runtime.transfer import to_device
 
-_WORDS_PER_MICROBATCH = 256
+# Per data-parallel rank. The number of tokens limits microbatches of sentences; words have at most eight tokens.
+_WORDS_PER_MICROBATCH, _TOKENS_PER_MICROBATCH = 256, 2048
 
 # Direction such as "en-de" -> one of `METRICS` -> one value per layer.
 Retrieval = dict[str, dict[str, list[float]]]
@@ -83,8 +84,9 @@ def _representations(
         layer -> float32 `[part, hidden]`, and the index of each word in the concatenated parts of the stage's ranks.
     """
     layout = WordLayout.of(runtime, chunks)
+    most = min(_WORDS_PER_MICROBATCH, max(1, _TOKENS_PER_MICROBATCH // max(map(len, words))))
     # Words per microbatch over all data-parallel ranks.
-    microbatch_words = min(_WORDS_PER_MICROBATCH, -(-len(words) // runtime.data_size)) * runtime.data_size
+    microbatch_words = min(most, -(-len(words) // runtime.data_size)) * runtime.data_size
     microbatches = -(-len(words) // microbatch_words)
     ranks = runtime.groups.tp_dp_cp.size()
     slots = -(-len(words) // (ranks * microbatches)) * ranks * microbatches

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class EvaluationPoint:
     """Language pair -> P@1 (0 to 1) per layer, from the embedding output to the output embedding."""
     word_retrieval_p_at_1_held_out: dict[str, list[float]]
     """The same for held-out words, which are never trained on; empty if none are held out."""
+    sentence_retrieval_p_at_1: dict[str, list[float]] = field(default_factory=dict)
+    """The same for sentences of parallel text; empty without it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Measurement:
     """Tokens trained on, over all phases."""
     seconds: float
     """Wall-clock seconds of training, over all phases."""
+    sentence_retrieval_p_at_1: dict[str, list[float]] = field(default_factory=dict)
+    """P@1 of sentences of parallel text, as for words; empty without it."""
     shuffled_dictionary: bool = False
     """Whether the run is a control, trained with a shuffled dictionary."""
 
@@ -218,6 +222,7 @@ def _evaluation_point(values: Mapping[str, Any]) -> EvaluationPoint:
         validation_loss={language: _number(loss) for language, loss in (values.get("validation_loss") or {}).items()},
         word_retrieval_p_at_1=_by_pair(values.get("word_retrieval_p_at_1")),
         word_retrieval_p_at_1_held_out=_by_pair(values.get("word_retrieval_p_at_1_held_out")),
+        sentence_retrieval_p_at_1=_by_pair(values.get("sentence_retrieval_p_at_1")),
     )
 
 

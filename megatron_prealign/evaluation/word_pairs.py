@@ -12,11 +12,12 @@ from megatron_prealign.recipe import AlignmentWatchSection, Recipe
 
 # Longer words say little about the word space of a layer and would widen every batch of words.
 MAX_WORD_TOKENS = 8
+SENTENCE_RETRIEVAL = "sentence_retrieval_p_at_1"
 
 
 @dataclass(frozen=True, eq=False)
 class WordPairs:
-    """Words of two languages and the translation pairs among them.
+    """Words of two languages and the translation pairs among them; or sentences, which are measured like long words.
 
     Words with the same tokens are one word, because their states are identical.
 
@@ -59,13 +60,14 @@ class WordPairs:
 
 
 def evaluated_pairs(
-    recipe: Recipe, words: tuple[DictionaryTable, NDArray[np.bool_]] | None
+    recipe: Recipe, words: tuple[DictionaryTable, NDArray[np.bool_]] | None, sentences: Sequence[WordPairs] = ()
 ) -> dict[str, list[WordPairs]]:
-    """Metric of word retrieval -> word pairs that an evaluation measures it on.
+    """Metric of retrieval -> word or sentence pairs that an evaluation measures it on.
 
     Args:
         words: The word table and the groups held out from training, bool `[groups]`, which are measured separately;
             None without a dictionary.
+        sentences: Sentence pairs of data.parallel_text (`parallel_text.measured_pairs`).
     """
     pairs: dict[str, list[WordPairs]] = {"word_retrieval_p_at_1": [], "word_retrieval_p_at_1_held_out": []}
     if words is not None:
@@ -73,6 +75,7 @@ def evaluated_pairs(
         limit, max_tokens = recipe.training.retrieval_words, min(MAX_WORD_TOKENS, recipe.max_word_tokens)
         for name, groups in zip(pairs, (~held_out, held_out), strict=True):
             pairs[name] = word_pairs(table, groups, limit=limit, max_word_tokens=max_tokens)
+    pairs[SENTENCE_RETRIEVAL] = list(sentences)
     return pairs
 
 
@@ -95,7 +98,7 @@ def check_keep_best(recipe: Recipe, names: Sequence[str]) -> None:
     """
     name = recipe.checkpoint.keep_best
     if name is not None and name not in names:
-        valid = ", ".join(names) or "null, because the run has neither held-out text nor a dictionary"
+        valid = ", ".join(names) or "null: the run has neither held-out text, nor a dictionary, nor parallel text"
         raise UserError(f"checkpoint.keep_best is {name}, expected one of {valid}")
 
 

@@ -6,7 +6,7 @@ from megatron_prealign.recipe.alignment_watch import AlignmentWatchSection
 from megatron_prealign.recipe.checkpoint import CheckpointSection
 from megatron_prealign.recipe.checks import RecipeValueError
 from megatron_prealign.recipe.code_switch import CodeSwitchSection
-from megatron_prealign.recipe.data import DataSection, DataSource, ValidationSource
+from megatron_prealign.recipe.data import DataSection, DataSource, ParallelText, ValidationSource
 from megatron_prealign.recipe.dictionary import DictionarySection
 from megatron_prealign.recipe.load import load_recipe, recipe_to_dict, save_recipe
 from megatron_prealign.recipe.logging import LoggingSection
@@ -32,6 +32,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
+    "ParallelText",
     "Recipe",
     "RecipeValueError",
     "RopeScaling",

@@ -33,6 +33,18 @@ class ValidationSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelText:
+    """Two preprocessed datasets of translations: document i of one is the translation of document i of the other."""
+
+    source: str
+    """Path prefix of the dataset whose sentences query the other one."""
+    target: str
+    """Path prefix of the dataset of their translations, with the same number of documents."""
+    languages: list[str] | None = None
+    """Language codes of source and target; null takes them from the datasets."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """Training and validation data."""
 
@@ -47,6 +59,8 @@ class DataSection:
     out."""
     validation_fraction: float = 0.01
     """Fraction of each source's documents to hold out if validation is empty."""
+    parallel_text: list[ParallelText] = field(default_factory=list)
+    """Translated documents on which evaluations measure sentence retrieval, a list of {source, target, languages}."""
     eod_mask_loss: bool = False
     """Leave the token after each end-of-document token out of the loss."""
     reset_position_ids: bool = False
@@ -77,6 +91,23 @@ class DataSection:
         require(not both, "data.validation", both, "datasets that are not in data.sources, which are trained on")
         codes = [source.language for source in self.validation]
         require(len(codes) == len(set(codes)), "data.validation", codes, "no duplicate languages")
+        for number, text in enumerate(self.parallel_text):
+            self._check_parallel(text, f"data.parallel_text[{number}]")
+
+    @staticmethod
+    def _check_parallel(text: ParallelText, where: str) -> None:
+        require(text.source != text.target, f"{where}.target", text.target, "another dataset than source")
+        if text.languages is None:
+            return
+        codes = f"{where}.languages"
+        for code in text.languages:
+            require(is_language_code(code), codes, repr(code), languages.EXPECTED)
+        require(
+            len(set(text.languages)) == len(text.languages) == 2,
+            codes,
+            text.languages,
+            "two different languages, of source and target, or null",
+        )
 
     @property
     def languages(self) -> list[str]:

@@ -32,6 +32,9 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"data.sources[{number}].path", source.path
     for number, validation in enumerate(recipe.data.validation):
         yield f"data.validation[{number}].path", validation.path
+    for number, text in enumerate(recipe.data.parallel_text):
+        yield f"data.parallel_text[{number}].source", text.source
+        yield f"data.parallel_text[{number}].target", text.target
     if recipe.dictionary is not None:
         yield "dictionary.table", recipe.dictionary.table
         if recipe.dictionary.evaluation_table is not None:

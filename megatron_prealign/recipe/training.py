@@ -30,6 +30,8 @@ class TrainingSection:
     """Maximum number of validation samples (of data.seq_length tokens) per language."""
     retrieval_words: int = 1000
     """Maximum number of word pairs per language pair for word retrieval."""
+    retrieval_sentences: int = 500
+    """Maximum number of sentence pairs of each entry of data.parallel_text for sentence retrieval."""
     exit_after_minutes: float | None = None
     """Save a checkpoint and exit before this many minutes have passed; the same command resumes the run. null means no
     limit."""
@@ -37,7 +39,8 @@ class TrainingSection:
     """Optimizer steps between two Python garbage collections, run on all ranks at once; 0 leaves them to Python."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words"):
+        counts = ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words", "retrieval_sentences")
+        for name in counts:
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a positive number")
         for name in ("train_iters", "train_tokens", "eval_interval"):
             value = getattr(self, name)

@@ -19,13 +19,14 @@ from megatron_prealign.checkpoint.resume.load import load_weights
 from megatron_prealign.checkpoint.state import is_control
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.evaluator import Evaluator
+from megatron_prealign.evaluation.parallel_text import measured_pairs
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
 from megatron_prealign.run.dictionary import load_measured
-from megatron_prealign.run.inputs import Vocabulary, open_validation, open_vocabulary
+from megatron_prealign.run.inputs import Vocabulary, open_sentences, open_validation, open_vocabulary
 from megatron_prealign.run.pretrain import build_sequence_format, identity_of_model
 from megatron_prealign.runtime.agreement import on_every_rank
 from megatron_prealign.runtime.distributed import running
@@ -84,13 +85,21 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         vocabulary = on_every_rank("opening the tokenizer", lambda: open_vocabulary(recipe))
         dictionary = on_every_rank("opening the dictionary", lambda: _load_dictionary(recipe, vocabulary))
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
+        sentences = on_every_rank("opening the parallel text", lambda: open_sentences(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
         require_intact(checkpoint, recipe.checkpoint)
         identity = identity_of_model(recipe, vocabulary)
         on_every_rank("loading weights", lambda: load_weights(models, None, checkpoint, identity=identity))
         logger.info("evaluating %s", checkpoint)
-        evaluator = Evaluator(recipe, runtime, validation, build_sequence_format(recipe, vocabulary), dictionary)
+        evaluator = Evaluator(
+            recipe,
+            runtime,
+            validation,
+            build_sequence_format(recipe, vocabulary),
+            dictionary,
+            measured_pairs(sentences),
+        )
         result = evaluator.measure(models)
         run = read_run(checkpoint)
         state = run["train_state"]

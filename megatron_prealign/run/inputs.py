@@ -8,6 +8,7 @@ from megatron_prealign.checkpoint.resume.identity import saved_coverage
 from megatron_prealign.checkpoint.resume.start import FRESH, StartPoint
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.dictionary.coverage import blend_coverage
+from megatron_prealign.evaluation.parallel_text import SentencePairs, open_parallel_text
 from megatron_prealign.model.sizes import padded_vocab_size
 from megatron_prealign.recipe import CodeSwitchSection, Recipe
 from megatron_prealign.run.dictionary import DictionaryParts, SwitchingTable, open_dictionary
@@ -40,6 +41,8 @@ class RunInputs:
     """Language -> fraction of running words that the table covers; None unless the ratio is relative to words."""
     train: TrainSamples
     validation: ValidationSamples
+    sentences: list[SentencePairs]
+    """Of data.parallel_text."""
 
 
 def open_vocabulary(recipe: Recipe) -> Vocabulary:
@@ -71,6 +74,15 @@ def open_validation(recipe: Recipe, vocabulary: Vocabulary) -> ValidationSamples
     )
 
 
+def open_sentences(recipe: Recipe, vocabulary: Vocabulary) -> list[SentencePairs]:
+    """Opens the parallel text.
+
+    Raises:
+        UserError: A dataset is missing, corrupt or incompatible with the recipe, or two are not parallel.
+    """
+    return open_parallel_text(recipe, tokenizer_fingerprint=vocabulary.tokenizer.fingerprint)
+
+
 def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
     """Opens all inputs of a run. Collective: call on all ranks.
 
@@ -82,7 +94,9 @@ def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
     Raises:
         UserError: An input is missing, corrupt or incompatible with the others; raised on all ranks.
     """
-    vocabulary, dictionary, validation, plan = on_every_rank("opening the data", lambda: _open_files(recipe, start))
+    vocabulary, dictionary, validation, sentences, plan = on_every_rank(
+        "opening the data", lambda: _open_files(recipe, start)
+    )
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
     on_every_rank("building the sample index", lambda: is_builder and plan.write_index())
     train = on_every_rank("opening the sample index", plan.open)
@@ -93,18 +107,19 @@ def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
         coverage = from_rank_zero(
             "measuring dictionary coverage", lambda: _dictionary_coverage(recipe, section, switching, start)
         )
-    return RunInputs(vocabulary, dictionary, coverage, train, validation)
+    return RunInputs(vocabulary, dictionary, coverage, train, validation, sentences)
 
 
 def _open_files(
     recipe: Recipe, start: StartPoint
-) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, TrainPlan]:
+) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, list[SentencePairs], TrainPlan]:
     """Opens what every rank opens on its own."""
     vocabulary = open_vocabulary(recipe)
     dictionary = open_dictionary(recipe, vocabulary.tokenizer.fingerprint)
     validation = open_validation(recipe, vocabulary)
+    sentences = open_sentences(recipe, vocabulary)
     plan = open_plan(recipe, vocabulary, start)
-    return vocabulary, dictionary, validation, plan
+    return vocabulary, dictionary, validation, sentences, plan
 
 
 def _dictionary_coverage(

@@ -30,8 +30,10 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
     yield "data.tokenizer", recipe.data.tokenizer, os.path.exists(recipe.data.tokenizer)
     for name in ("sources", "validation"):
         for number, source in enumerate(getattr(recipe.data, name)):
-            found = bin_path(source.path).exists() or idx_path(source.path).exists()
-            yield f"data.{name}[{number}].path", source.path, found
+            yield f"data.{name}[{number}].path", source.path, _dataset_exists(source.path)
+    for number, text in enumerate(recipe.data.parallel_text):
+        yield f"data.parallel_text[{number}].source", text.source, _dataset_exists(text.source)
+        yield f"data.parallel_text[{number}].target", text.target, _dataset_exists(text.target)
     if recipe.dictionary is not None:
         for name in ("table", "evaluation_table"):
             path = getattr(recipe.dictionary, name)
@@ -39,3 +41,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
                 yield f"dictionary.{name}", path, os.path.exists(path)
     if recipe.checkpoint.load is not None:
         yield "checkpoint.load", recipe.checkpoint.load, os.path.exists(recipe.checkpoint.load)
+
+
+def _dataset_exists(prefix: str) -> bool:
+    return bin_path(prefix).exists() or idx_path(prefix).exists()

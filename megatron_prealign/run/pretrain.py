@@ -22,6 +22,7 @@ from megatron_prealign.conversion.config import huggingface_config
 from megatron_prealign.data.samples import SampleBatch
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.evaluator import Evaluate, Evaluator
+from megatron_prealign.evaluation.parallel_text import measured_pairs
 from megatron_prealign.evaluation.watch import AlignmentWatch
 from megatron_prealign.evaluation.word_pairs import check_keep_best
 from megatron_prealign.model.build import build_model
@@ -220,6 +221,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         inputs.validation,
         build_sequence_format(recipe, inputs.vocabulary),
         None if dictionary is None else dictionary.measured,
+        measured_pairs(inputs.sentences),
     )
     on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator.names))
     models = on_every_rank(
@@ -302,6 +304,7 @@ def log_summary(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> None:
         ],
         dictionary=inputs.dictionary,
         coverage=measure_word_coverage(recipe, inputs.dictionary, inputs.vocabulary.tokenizer),
+        sentences=inputs.sentences,
         world_size=runtime.world_size,
         on_cpu=runtime.device.type == "cpu",
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_prealign.checkpoint.directory import directory_bytes, step_directories
 from megatron_prealign.dictionary.word_coverage import word_coverage
+from megatron_prealign.evaluation.parallel_text import SentencePairs
 from megatron_prealign.model.sizes import count_model_parameters, count_stage_parameters, padded_vocab_size
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.resources import machine_memory
@@ -58,6 +59,7 @@ def summarise(
     sources: Sequence[SourceTokens],
     dictionary: DictionaryParts | None,
     coverage: Mapping[str, float] | None = None,
+    sentences: Sequence[SentencePairs] = (),
     world_size: int | None = None,
     on_cpu: bool = False,
 ) -> Summary:
@@ -67,6 +69,7 @@ def summarise(
         vocab_size: Number of ids of the model, without padding.
         sources: Sources of the training blend, in the recipe's order.
         coverage: Result of `measure_word_coverage`; None if it was not measured.
+        sentences: Parallel text of the recipe.
         world_size: Number of processes; None assumes the smallest number that the layout needs.
         on_cpu: Whether the processes keep their state in the memory of this machine.
     """
@@ -91,6 +94,7 @@ def summarise(
         ("training", _training(recipe, lengths)),
         *_dictionary(recipe, dictionary, coverage),
         *(("source", _source(each)) for each in read),
+        *(("sentences", _sentences(each)) for each in sentences),
         ("checkpoints", checkpoints),
         ("memory", _memory(memory)),
     ]
@@ -99,6 +103,7 @@ def summarise(
         *_few_passes(recipe, dictionary),
         *_little_coverage(recipe, dictionary, coverage),
         *_repeated(read),
+        *_no_sentences(sentences),
         *disk_warnings,
     ]
     return Summary(rows, [*warnings, *(_too_little_memory(memory, size) if on_cpu else [])])
@@ -197,6 +202,23 @@ def _source(each: SourcePasses) -> str:
         f"{each.source.path}: {each.source.language}, {each.source.tokens:,} training tokens, {each.share:.1%} of the "
         f"samples, {each.passes:,.2f} passes"
     )
+
+
+def _sentences(each: SentencePairs) -> str:
+    return (
+        f"{each.name}, {each.measured:,} of {plural(each.documents, 'pair')} of {each.field} measured, of at most "
+        f"{each.max_tokens} tokens a side"
+    )
+
+
+def _no_sentences(sentences: Sequence[SentencePairs]) -> list[str]:
+    return [
+        f"{each.field} ({each.name}): none of {plural(each.documents, 'pair')} of documents has 1 to {each.max_tokens} "
+        "tokens on both sides, so sentence retrieval is not measured; split the documents into sentences or short "
+        "paragraphs"
+        for each in sentences
+        if each.pairs is None
+    ]
 
 
 def _shuffled(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]:

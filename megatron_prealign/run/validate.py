@@ -1,6 +1,7 @@
 """Checks a recipe and its files without torch or a GPU: `pretrain --validate`, for example on a laptop before
 submitting the job."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from megatron_prealign.checkpoint.resume.changes import describe_changes, is_finished, nothing_to_do
@@ -14,6 +15,7 @@ from megatron_prealign.data.sidecar import Sidecar, load_sidecar
 from megatron_prealign.data.sources import count_training_tokens, held_out_documents
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.parallel_text import SentencePairs, measured_pairs, open_parallel_text
 from megatron_prealign.evaluation.word_pairs import check_keep_best, evaluated_pairs, metric_names
 from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
 from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
@@ -54,7 +56,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
             )
     vocab_size = model_vocab_size(recipe, tokenizer)
     dictionary = open_dictionary(recipe, tokenizer.fingerprint)
-    _check_keep_best(recipe, dictionary, sidecars)
+    sentences = open_parallel_text(recipe, tokenizer_fingerprint=tokenizer.fingerprint)
+    _check_keep_best(recipe, dictionary, sentences, sidecars)
     for source in recipe.data.sources:
         if sidecars[source.path].tokens <= recipe.data.seq_length:
             raise UserError(
@@ -72,6 +75,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
         ],
         dictionary=dictionary,
         coverage=measure_word_coverage(recipe, dictionary, tokenizer),
+        sentences=sentences,
         world_size=world_size,
         # With `auto`, the run may be on another machine, which has a GPU.
         on_cpu=recipe.parallel.device == "cpu",
@@ -93,7 +97,12 @@ def _resumed(recipe: Recipe, start: StartPoint) -> list[str]:
     return lines
 
 
-def _check_keep_best(recipe: Recipe, dictionary: DictionaryParts | None, sidecars: dict[str, Sidecar]) -> None:
+def _check_keep_best(
+    recipe: Recipe,
+    dictionary: DictionaryParts | None,
+    sentences: Sequence[SentencePairs],
+    sidecars: dict[str, Sidecar],
+) -> None:
     """Checks that checkpoint.keep_best names a metric that evaluations measure.
 
     Raises:
@@ -107,7 +116,8 @@ def _check_keep_best(recipe: Recipe, dictionary: DictionaryParts | None, sidecar
         for source in data.sources
         if held_out_documents(sidecars[source.path].documents, data.validation_fraction)
     }
-    pairs = evaluated_pairs(recipe, None if dictionary is None else dictionary.measured)
+    words = None if dictionary is None else dictionary.measured
+    pairs = evaluated_pairs(recipe, words, measured_pairs(sentences))
     check_keep_best(recipe, metric_names([each for each in data.languages if each in held_out], pairs))
 
 

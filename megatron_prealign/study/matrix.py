@@ -23,6 +23,7 @@ _COMPARED = (
     "training.global_batch_size",
     "training.eval_samples",
     "training.retrieval_words",
+    "training.retrieval_sentences",
 )
 # Differ by definition.
 _PAIR_MAY_DIFFER = ("dictionary.table", "dictionary.evaluation_table", "logging.", "training.seed")
