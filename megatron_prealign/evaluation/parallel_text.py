@@ -53,8 +53,8 @@ def open_parallel_text(recipe: Recipe, *, tokenizer_fingerprint: str) -> list[Se
     """Opens the parallel text of a recipe and selects the sentence pairs of each entry.
 
     These are the first `training.retrieval_sentences` pairs of documents of which neither is empty or longer than
-    `MAX_SENTENCE_TOKENS`, the model's positions or data.seq_length. The special tokens that `preprocess` added are left
-    out. A pair of the same tokens as another pair counts once.
+    `MAX_SENTENCE_TOKENS` or data.seq_length. The special tokens that `preprocess` added are left out. A pair of the
+    same tokens as another pair counts once.
 
     Args:
         tokenizer_fingerprint: Fingerprint of the run's tokenizer.
@@ -96,7 +96,8 @@ def _open(recipe: Recipe, entry: ParallelText, field: str, tokenizer_fingerprint
             "expected as many, document i of one being the translation of document i of the other; preprocess both "
             "from the same pairs (docs/alignment.md)"
         )
-    max_tokens = int(min(MAX_SENTENCE_TOKENS, recipe.data.seq_length, recipe.max_word_tokens))
+    # A model has at least data.seq_length positions.
+    max_tokens = min(MAX_SENTENCE_TOKENS, recipe.data.seq_length)
     pairs: dict[tuple[Sentence, Sentence], None] = {}
     for pair in _sentences(source, target, max_tokens):
         pairs[pair] = None

@@ -29,6 +29,8 @@ LAYER_COLOURS_DARK = (
     *("#ac2694", "#be3885", "#ce4b75", "#dd5e66", "#e97158"),
     *("#f3874a", "#fa9e3b", "#fdb52e", "#fcd025", "#f4ed27"),
 )
+# Of sentences; wider than the line that marks the end of alignment.
+_DOTTED = (0, (1, 1.6))
 MAX_POINTS = 400
 MAX_COLUMNS = 2
 MAX_LAYER_LABELS = 8
@@ -177,17 +179,22 @@ def _draw_loss_panels(axes: Sequence[Any], runs: Runs, languages: Sequence[str])
     return aligned
 
 
-def _draw_by_layer(axis: Any, runs: Runs) -> bool:
+def _draw_by_layer(axis: Any, runs: Runs) -> dict[str, Any]:
+    """Returns the legend entries of the lines that are not of trained words."""
     styles = run_styles(list(runs))
-    depth, held_out = 0, False
+    depth, entries = 0, {}
     for name, (_, measurement) in runs.items():
-        p_at_1 = mean_over_pairs(measurement.word_retrieval_p_at_1)
-        held_out_p_at_1 = mean_over_pairs(measurement.word_retrieval_p_at_1_held_out)
-        axis.plot(range(len(p_at_1)), p_at_1, **styles[name])
-        if held_out_p_at_1:
-            axis.plot(range(len(held_out_p_at_1)), held_out_p_at_1, linestyle="--", **{**styles[name], "marker": ""})
-            held_out = True
-        depth = max(depth, len(p_at_1))
+        for by_pair, label, line in (
+            (measurement.word_retrieval_p_at_1, None, {}),
+            (measurement.word_retrieval_p_at_1_held_out, "held-out words", {"linestyle": "--", "marker": ""}),
+            (measurement.sentence_retrieval_p_at_1, "sentences", {"linestyle": _DOTTED, "marker": ""}),
+        ):
+            p_at_1 = mean_over_pairs(by_pair)
+            if p_at_1:
+                axis.plot(range(len(p_at_1)), p_at_1, **{**styles[name], **line})
+                depth = max(depth, len(p_at_1))
+                if label is not None:
+                    entries[label] = {"color": MUTED, "linestyle": line["linestyle"]}
     names = layer_names(depth)
     step = math.ceil(depth / 14)
     ticks = sorted({*range(0, depth - 1, step), depth - 1})
@@ -195,18 +202,22 @@ def _draw_by_layer(axis: Any, runs: Runs) -> bool:
     axis.set_xlabel("layer")
     axis.set_ylabel("P@1")
     axis.set_ylim(-0.03, 1.03)
-    axis.set_title("Word retrieval by layer")
-    return held_out
+    axis.set_title("Retrieval by layer" if "sentences" in entries else "Word retrieval by layer")
+    return entries
 
 
 def _entries(
-    runs: Runs, *, aligned: bool = False, held_out: bool = False, others: bool = False
+    runs: Runs, by_layer: Mapping[str, Any] | None = None, *, aligned: bool = False, others: bool = False
 ) -> dict[str, dict[str, Any]]:
+    """Legend entries.
+
+    Args:
+        by_layer: Result of `_draw_by_layer`.
+    """
     entries = run_styles(list(runs))
     if aligned:
         entries["end of alignment"] = {"color": MUTED, "linestyle": ":", "linewidth": 1.0}
-    if held_out:
-        entries["held-out words"] = {"color": MUTED, "linestyle": "--"}
+    entries.update(by_layer or {})
     if others:
         entries["other word pairs"] = {"color": MUTED, "linestyle": "-."}
     return entries
@@ -217,7 +228,7 @@ def _languages(runs: Runs) -> list[str]:
 
 
 def _has_retrieval(runs: Runs) -> bool:
-    return any(measurement.word_retrieval_p_at_1 for _, measurement in runs.values())
+    return any(each.word_retrieval_p_at_1 or each.sentence_retrieval_p_at_1 for _, each in runs.values())
 
 
 def draw_main(runs: Runs) -> Any | None:
@@ -230,10 +241,10 @@ def draw_main(runs: Runs) -> Any | None:
     with plot_style():
         figure, axes = new_figure(panels, columns=3)
         aligned = _draw_loss_panels(axes[: len(languages)], runs, languages)
-        held_out = _has_retrieval(runs) and _draw_by_layer(axes[len(languages)], runs)
+        by_layer = _draw_by_layer(axes[len(languages)], runs) if _has_retrieval(runs) else {}
         if watched:
             aligned = _draw_watch_panels(axes[-2], axes[-1], runs) or aligned
-        add_legend(figure, _entries(runs, aligned=aligned, held_out=held_out, others=watched))
+        add_legend(figure, _entries(runs, by_layer, aligned=aligned, others=watched))
     return figure
 
 
@@ -250,13 +261,14 @@ def draw_validation_loss(runs: Runs) -> Any | None:
 
 
 def draw_by_layer(runs: Runs) -> Any | None:
-    """Draws P@1 by layer at the end of training, one line per run, dashed for held-out words; None without data."""
+    """Draws P@1 by layer at the end of training, one line per run, dashed for held-out words and dotted for sentences;
+    None without data."""
     if not _has_retrieval(runs):
         return None
     with plot_style():
         figure, (axis,) = new_figure(1, panel_width=7.5)
-        held_out = _draw_by_layer(axis, runs)
-        add_legend(figure, _entries(runs, held_out=held_out))
+        by_layer = _draw_by_layer(axis, runs)
+        add_legend(figure, _entries(runs, by_layer))
     return figure
 
 

@@ -44,6 +44,14 @@ DEFINITIONS = {
     "seconds": "Wall-clock seconds of training, over all phases.",
 }
 
+SENTENCE_DEFINITIONS = {
+    "sentence_retrieval_p_at_1": (
+        "Fraction of sentences of parallel text whose nearest neighbour by cosine, among the sentences of the other "
+        "language, is their translation. A sentence is the mean of its token states in context; 0 to 1, one value per "
+        "layer, averaged over language pairs."
+    ),
+}
+
 WATCH_DEFINITIONS = {
     "alignment_watch": (
         "Measured during training in both directions of every language pair: each word queries all words of the other "
@@ -77,7 +85,9 @@ def build_report(runs: Runs) -> dict[str, Any]:
         "recipe": last.recipe,
         "recipe_differences": recipe_differences({name: record.recipe for name, (record, _) in runs.items()}),
         "versions": last.versions,
-        "definitions": DEFINITIONS | (WATCH_DEFINITIONS if any(record.watch for record, _ in runs.values()) else {}),
+        "definitions": DEFINITIONS
+        | (SENTENCE_DEFINITIONS if any(each.sentence_retrieval_p_at_1 for _, each in runs.values()) else {})
+        | (WATCH_DEFINITIONS if any(record.watch for record, _ in runs.values()) else {}),
     }
     # The round trip through JSON makes the result equal to the file's content and turns YAML dates into text.
     plain: dict[str, Any] = json.loads(json.dumps(_finite(report), default=str))
@@ -125,7 +135,8 @@ def report_table(report: dict[str, Any]) -> str:
     languages = list(dict.fromkeys(language for run in runs.values() for language in run["validation_loss"]))
     header = ["run", *(f"loss {language}" for language in languages), "P@1 emb", "P@1 mean", "P@1 out"]
     held_out = any(run["word_retrieval_p_at_1_held_out"] for run in runs.values())
-    header += [*(["held-out mean"] if held_out else []), "tokens", "time"]
+    sentences = any(run["sentence_retrieval_p_at_1"] for run in runs.values())
+    header += [*(["held-out mean"] if held_out else []), *(["sentences mean"] if sentences else []), "tokens", "time"]
     rows = []
     for name, run in runs.items():
         p_at_1, held_out_p_at_1 = run["word_retrieval_p_at_1"], run["word_retrieval_p_at_1_held_out"]
@@ -137,6 +148,7 @@ def report_table(report: dict[str, Any]) -> str:
                 _decimal(mean(p_at_1), 2),
                 _decimal(p_at_1[-1] if p_at_1 else None, 2),
                 *([_decimal(mean(held_out_p_at_1), 2)] if held_out else []),
+                *([_decimal(mean(run["sentence_retrieval_p_at_1"]), 2)] if sentences else []),
                 plots.short_count(run["tokens"]),
                 duration(run["seconds"]),
             ]
@@ -207,6 +219,8 @@ def _run_entry(record: RunRecord, measurement: Measurement) -> dict[str, Any]:
         "word_retrieval_p_at_1_by_pair": measurement.word_retrieval_p_at_1,
         "word_retrieval_p_at_1_held_out": mean_over_pairs(measurement.word_retrieval_p_at_1_held_out),
         "word_retrieval_p_at_1_held_out_by_pair": measurement.word_retrieval_p_at_1_held_out,
+        "sentence_retrieval_p_at_1": mean_over_pairs(measurement.sentence_retrieval_p_at_1),
+        "sentence_retrieval_p_at_1_by_pair": measurement.sentence_retrieval_p_at_1,
         "after_alignment": (mean_over_pairs(aligned.word_retrieval_p_at_1) or None) if aligned else None,
         "shuffled_dictionary": measurement.shuffled_dictionary,
         "tokens": measurement.tokens,
@@ -227,6 +241,7 @@ def _history_entry(point: EvaluationPoint) -> dict[str, Any]:
         "validation_loss": point.validation_loss,
         "word_retrieval_p_at_1": mean_over_pairs(point.word_retrieval_p_at_1),
         "word_retrieval_p_at_1_held_out": mean_over_pairs(point.word_retrieval_p_at_1_held_out),
+        "sentence_retrieval_p_at_1": mean_over_pairs(point.sentence_retrieval_p_at_1),
     }
 
 

@@ -18,8 +18,9 @@ CAPTIONS = {
         "tokens; dotted lines mark the end of alignment phases.",
     ),
     "by-layer": (
-        "Word retrieval by layer, end of training",
-        "Fraction of words whose nearest neighbour in the other language is a translation. Dashed: held-out words.",
+        "Retrieval by layer, end of training",
+        "Fraction of words whose nearest neighbour in the other language is a translation. Dashed: held-out words. "
+        "Dotted: sentences of parallel text.",
     ),
     "over-tokens": (
         "Word retrieval during training",
@@ -66,7 +67,8 @@ def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         *(_figure(name, svg) for name, svg in figures.items()),
         _watch_table(report["runs"]),
         _layers_table(report["runs"]),
-        _pairs_table(report["runs"]),
+        _pairs_table(report["runs"], "word_retrieval_p_at_1", ""),
+        _pairs_table(report["runs"], "sentence_retrieval_p_at_1", " of sentences"),
         _recipe_differences_table(report),
         "<h2>Definitions</h2>",
         page.definitions({name.replace("_", " "): text for name, text in report["definitions"].items()}),
@@ -114,7 +116,9 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
     header = ["Run"]
     for language in languages:
         header += [f"loss {language}", f"perplexity {language}"]
-    header += ["P@1 emb", "P@1 mean", "P@1 out", *(["P@1 held-out mean"] if held_out else []), "tokens", "time"]
+    sentences = any(run["sentence_retrieval_p_at_1"] for run in runs.values())
+    header += ["P@1 emb", "P@1 mean", "P@1 out", *(["P@1 held-out mean"] if held_out else [])]
+    header += [*(["P@1 sentences mean"] if sentences else []), "tokens", "time"]
     rows = []
     for index, (name, run) in enumerate(runs.items()):
         cells = [_run_name(name, index)]
@@ -129,6 +133,8 @@ def _runs_table(runs: Mapping[str, Any]) -> str:
         cells += [page.decimal(p_at_1[-1] if p_at_1 else None, 2)]
         if held_out:
             cells.append(page.decimal(mean(run["word_retrieval_p_at_1_held_out"]), 2))
+        if sentences:
+            cells.append(page.decimal(mean(run["sentence_retrieval_p_at_1"]), 2))
         rows.append([*cells, short_count(run["tokens"]), duration(run["seconds"])])
     return page.table(header, rows)
 
@@ -188,7 +194,8 @@ def _watch_table(runs: Mapping[str, Any]) -> str:
 
 
 def _layers_table(runs: Mapping[str, Any]) -> str:
-    depth = max((len(run["word_retrieval_p_at_1"]) for run in runs.values()), default=0)
+    metrics = ("word_retrieval_p_at_1", "sentence_retrieval_p_at_1")
+    depth = max((len(run[metric]) for run in runs.values() for metric in metrics), default=0)
     if not depth:
         return ""
     rows = []
@@ -197,6 +204,7 @@ def _layers_table(runs: Mapping[str, Any]) -> str:
             ("after alignment", run["after_alignment"]),
             ("end of training", run["word_retrieval_p_at_1"]),
             ("end of training, held-out words", run["word_retrieval_p_at_1_held_out"]),
+            ("end of training, sentences", run["sentence_retrieval_p_at_1"]),
         ):
             if p_at_1:
                 cells = [page.decimal(value, 2) for value in p_at_1]
@@ -204,18 +212,19 @@ def _layers_table(runs: Mapping[str, Any]) -> str:
     return f"<h2>P@1 by layer</h2>\n{page.table(['Run', *layer_names(depth)], rows)}"
 
 
-def _pairs_table(runs: Mapping[str, Any]) -> str:
-    pairs = list(dict.fromkeys(pair for run in runs.values() for pair in run["word_retrieval_p_at_1_by_pair"]))
+def _pairs_table(runs: Mapping[str, Any], metric: str, what: str) -> str:
+    """P@1 of each language pair; nothing for a single one."""
+    pairs = list(dict.fromkeys(pair for run in runs.values() for pair in run[f"{metric}_by_pair"]))
     if len(pairs) < 2:
         return ""
     rows = [
         [
             _run_name(name, index),
-            *(page.decimal(mean(run["word_retrieval_p_at_1_by_pair"].get(pair, [])), 2) for pair in pairs),
+            *(page.decimal(mean(run[f"{metric}_by_pair"].get(pair, [])), 2) for pair in pairs),
         ]
         for index, (name, run) in enumerate(runs.items())
     ]
-    return f"<h2>P@1 by language pair, mean over layers</h2>\n{page.table(['Run', *pairs], rows)}"
+    return f"<h2>P@1{what} by language pair, mean over layers</h2>\n{page.table(['Run', *pairs], rows)}"
 
 
 def _recipe_differences_table(report: Mapping[str, Any]) -> str:

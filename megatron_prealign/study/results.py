@@ -16,6 +16,7 @@ from megatron_prealign.study.matrix import Job
 from megatron_prealign.training.metrics_file import METRICS_FILE, MetricsFile
 
 LOSS, P_AT_1, HELD_OUT = "validation_loss", "word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out"
+SENTENCES = "sentence_retrieval_p_at_1"
 SECONDS, MEMORY, TOKENS = "seconds", "memory_gb", "tokens"
 
 
@@ -29,7 +30,7 @@ class Row:
     name: str
     """Language, or language pair; empty for metrics of the whole run."""
     layer: str
-    """Layer of word retrieval: emb, 1 to L, out; empty for other metrics."""
+    """Layer of retrieval: emb, 1 to L, out; empty for other metrics."""
     value: float
 
 
@@ -73,7 +74,11 @@ def collect(jobs: Sequence[Job]) -> tuple[list[Row], dict[str, str]]:
 def _rows(job: Job, record: RunRecord, last: EvaluationPoint) -> Iterator[Row]:
     for language, loss in last.validation_loss.items():
         yield Row(job.run, job.seed, LOSS, language, "", loss)
-    for metric, by_pair in ((P_AT_1, last.word_retrieval_p_at_1), (HELD_OUT, last.word_retrieval_p_at_1_held_out)):
+    for metric, by_pair in (
+        (P_AT_1, last.word_retrieval_p_at_1),
+        (HELD_OUT, last.word_retrieval_p_at_1_held_out),
+        (SENTENCES, last.sentence_retrieval_p_at_1),
+    ):
         for pair, values in by_pair.items():
             for layer, value in zip(layer_names(len(values)), values, strict=True):
                 yield Row(job.run, job.seed, metric, pair, layer, value)
@@ -146,6 +151,7 @@ def _table(study: Study, rows: Sequence[Row], languages: Sequence[str]) -> str:
         *((f"loss {language}", LOSS, language) for language in languages),
         *((f"P@1 {pair}", P_AT_1, pair) for pair in _names(rows, P_AT_1)),
         *((f"held-out P@1 {pair}", HELD_OUT, pair) for pair in _names(rows, HELD_OUT)),
+        *((f"sentence P@1 {pair}", SENTENCES, pair) for pair in _names(rows, SENTENCES)),
         ("seconds", SECONDS, ""),
         ("memory, GB", MEMORY, ""),
     ]

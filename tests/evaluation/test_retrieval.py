@@ -142,7 +142,19 @@ def random_pairs() -> list[WordPairs]:
     return made
 
 
-def retrieval(values: dict[str, Any], microbatch: int) -> Any:
+def random_sentences() -> list[WordPairs]:
+    """23 pairs of sentences of 3 to 90 tokens; more than a row of packed words has, and two with equal tokens."""
+    random = np.random.default_rng(6)
+    pairs = []
+    for length in random.integers(3, 90, size=23):
+        source = random.integers(0, 40, size=length)
+        # Translations share most of their tokens, in another order.
+        target = random.permutation(np.where(random.random(length) < 0.6, source, random.integers(0, 40, size=length)))
+        pairs.append((tuple(source.tolist()), tuple(target.tolist())))
+    return [WordPairs.from_pairs(("en", "de"), [*pairs, (pairs[3][0], pairs[5][1])])]
+
+
+def retrieval(values: dict[str, Any], microbatch: int, sentences: bool = False) -> Any:
     """Runs in workers: `measure_retrieval` with small microbatches; with `overlap_param_gather`, while each rank lacks
     the parameters that others have updated."""
     from megatron_prealign.evaluation import retrieval as module
@@ -158,7 +170,8 @@ def retrieval(values: dict[str, Any], microbatch: int) -> Any:
                 forget_updates_of_others(chunk)
         for chunk in chunks:
             chunk.train()
-        measured = module.measure_retrieval(runtime, chunks, random_pairs(), num_layers=LAYERS)
+        pairs = random_sentences() if sentences else random_pairs()
+        measured = module.measure_retrieval(runtime, chunks, pairs, num_layers=LAYERS)
         assert all(chunk.training for chunk in chunks)
         chunks[0].eval()
         module.measure_retrieval(runtime, chunks, random_pairs(), num_layers=LAYERS)
@@ -169,7 +182,7 @@ def retrieval(values: dict[str, Any], microbatch: int) -> Any:
     return measured
 
 
-def by_hand(values: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+def by_hand(values: dict[str, Any], sentences: bool = False) -> dict[str, list[dict[str, float]]]:
     """Runs in a worker: each word alone through the model; direction -> plain metrics per layer."""
     _, _, (chunk,) = build(values)
     chunk.eval()
@@ -189,7 +202,7 @@ def by_hand(values: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
         return [each[:, 0].double().mean(0) for each in outputs] + [rows.double().mean(0)]
 
     metrics: dict[str, list[dict[str, float]]] = {}
-    for pair in random_pairs():
+    for pair in random_sentences() if sentences else random_pairs():
         sources, targets = [[states(word) for word in words] for words in (pair.source, pair.target)]
         for layer in range(LAYERS + 2):
             ways = plain_metrics([each[layer] for each in sources], [each[layer] for each in targets], pair.links)
@@ -258,3 +271,72 @@ def test_metrics_of_every_layer_and_direction(
             # Ranks of words are equal; cosines are of float32 states, rounded to six digits.
             tolerance = 5e-6 if "cosine" in metric else 1e-6
             assert by_layer == pytest.approx(wanted, abs=tolerance), (direction, metric)
+
+
+@pytest.fixture(scope="module")
+def expected_sentences(workers: WorkerPool) -> dict[str, list[dict[str, float]]]:
+    metrics = workers.run(1, by_hand, recipe_values("llama"), True)[0]
+    assert all(0 < layer["p_at_1"] < 1 for layer in metrics["en-de"])
+    return metrics
+
+
+SENTENCE_LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {}),
+    (2, {"pipeline_model_parallel_size": 2}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    slow_except(SENTENCE_LAYOUTS, SENTENCE_LAYOUTS[0], SENTENCE_LAYOUTS[1]),
+    ids=["one", "dp2", "pp2", "sp_tp2", "tp2_pp2"],
+)
+def test_sentences_of_every_layout(
+    workers: WorkerPool,
+    expected_sentences: dict[str, list[dict[str, float]]],
+    ranks: int,
+    parallel: dict[str, Any],
+) -> None:
+    values = recipe_values("llama", parallel={"device": "cpu", **parallel})
+    results = workers.run(ranks, retrieval, values, 256, True)
+    assert all(result == results[0] for result in results)
+    for direction, layers in expected_sentences.items():
+        for metric, by_layer in results[0][direction].items():
+            # As for words.
+            tolerance = 5e-6 if "cosine" in metric else 1e-6
+            assert by_layer == pytest.approx([layer[metric] for layer in layers], abs=tolerance), (direction, metric)
+
+
+def microbatch_shapes(values: dict[str, Any], tokens: list[int]) -> list[tuple[int, ...]]:
+    """Runs in a worker: `[words, longest]` of every microbatch of pairs of words of these numbers of tokens."""
+    from megatron_prealign.evaluation import retrieval as module
+
+    _, runtime, chunks = build(values)
+    shapes: list[tuple[int, ...]] = []
+    collect = module.collect_states
+
+    def recorded(runtime: Any, chunks: Any, layout: Any, batches: Any, **options: Any) -> Any:
+        shapes.extend(tuple(batch.word_tokens.shape) for batch in batches)
+        return collect(runtime, chunks, layout, batches, **options)
+
+    module.collect_states = recorded
+    random = np.random.default_rng(7)
+    words = [tuple(random.integers(0, 40, size=length).tolist()) for length in tokens]
+    try:
+        half = len(words) // 2
+        pairs = WordPairs.from_pairs(("en", "de"), zip(words[:half], words[half:], strict=True))
+        module.measure_retrieval(runtime, chunks, [pairs], num_layers=LAYERS)
+    finally:
+        module.collect_states = collect
+    return shapes
+
+
+def test_tokens_limit_a_microbatch(workers: WorkerPool) -> None:
+    """256 words of up to eight tokens, or as many sentences as have 2,048 tokens."""
+    values = recipe_values("llama")
+    assert workers.run(1, microbatch_shapes, values, [8] * 512)[0] == [(256, 8)] * 2
+    assert workers.run(1, microbatch_shapes, values, [128, *[9] * 29])[0] == [(15, 128)] * 2
+    assert workers.run(1, microbatch_shapes, values, [3000, 2])[0] == [(1, 3000)] * 2
