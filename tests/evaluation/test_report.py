@@ -323,6 +323,43 @@ def test_the_table_is_aligned_and_complete(runs: dict) -> None:
     assert_facts(lines[4], "loss en -0.500", "loss de -1.000", "P@1 mean +0.40")
 
 
+def test_sentence_retrieval_is_reported_if_measured(runs: dict, tmp_path: Path) -> None:
+    record, measurement = runs["aligned"]
+    by_pair = {"en-de": [0.2, 0.4, 0.9], "en-fr": [0.4, 0.6, 0.9]}
+    with_sentences = {**runs, "sentences": (record, replace(measurement, sentence_retrieval_p_at_1=by_pair))}
+    report = write_report(with_sentences, tmp_path)
+    entry = report["runs"]["sentences"]
+    assert entry["sentence_retrieval_p_at_1"] == pytest.approx([0.3, 0.5, 0.9], abs=1e-12)  # float rounding
+    assert entry["sentence_retrieval_p_at_1_by_pair"] == by_pair
+    header, _, *lines = report_table(report).splitlines()
+    assert "held-out mean sentences mean tokens" in " ".join(header.split())
+    assert [line.split()[7] for line in lines[:3]] == ["-", "-", "0.57"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert_facts(
+        page, "P@1 sentences mean", "sentences, end of training, sentences", "P@1 of sentences by language pair"
+    )
+    assert "sentence retrieval p at 1" in page
+    # The solid, the dashed and the dotted line have a legend; a report without sentences has no trace of them.
+    assert "Retrieval by layer</text>" in page and "sentences</text>" in page
+    without = build_report(runs)
+    assert "sentence_retrieval_p_at_1" not in without["definitions"]
+    assert "sentences" not in report_table(without)
+
+
+def test_sentences_without_a_dictionary_are_drawn(runs: dict) -> None:
+    record, measurement = runs["joint"]
+    bare = replace(measurement, word_retrieval_p_at_1={}, word_retrieval_p_at_1_held_out={})
+    assert plots.draw_by_layer({"joint": (record, bare)}) is None
+    figure = plots.draw_by_layer({"joint": (record, replace(bare, sentence_retrieval_p_at_1={"en-de": [0.5, 0.6]}))})
+    assert figure is not None
+    (axis,) = figure.axes
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[0.5, 0.6]]
+
+
+def test_evaluations_of_runs_before_sentence_retrieval_are_read(runs: dict) -> None:
+    assert all(point.sentence_retrieval_p_at_1 == {} for point in runs["aligned"][0].evaluations)
+
+
 def test_thinning_keeps_means_ends_and_the_limit() -> None:
     points = [(float(x), float(x % 2)) for x in range(10_000)]
     thinned = plots.thin(points, limit=100)

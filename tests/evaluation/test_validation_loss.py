@@ -81,14 +81,18 @@ def by_hand(values: dict[str, Any], directory: str) -> dict[str, Any]:
 def evaluation(values: dict[str, Any], directory: str) -> dict[str, Any]:
     """Runs in a worker: the evaluator's result and the state of the model afterwards."""
     from megatron_prealign.evaluation.evaluator import Evaluator
+    from megatron_prealign.evaluation.parallel_text import measured_pairs
+    from megatron_prealign.run.inputs import open_sentences, open_vocabulary
 
     recipe, runtime, chunks, samples, words, sequence_format = opened(values, directory)
     chunks[0].train()
-    evaluator = Evaluator(recipe, runtime, samples, sequence_format, words)
+    sentences = measured_pairs(open_sentences(recipe, open_vocabulary(recipe)))
+    evaluator = Evaluator(recipe, runtime, samples, sequence_format, words, sentences)
     first = evaluator.measure(chunks)
     return {
         "result": first,
         "again": evaluator.measure(chunks),
+        "names": evaluator.names,
         "training": chunks[0].training,
         "held_out": int(words[1].sum()) if words else 0,
     }
@@ -157,12 +161,15 @@ def test_evaluator_measures_everything_and_leaves_the_model_in_training(
     values = values_for(tiny, tmp_path)
     values["model"].update(hidden_dropout=0.5, attention_dropout=0.5)
     values["training"]["eval_samples"] = 4
+    values["data"]["parallel_text"] = [tiny.sentences()]
     evaluated = workers.run(1, evaluation, values, str(tmp_path))[0]
     result = evaluated["result"]
     assert set(result["validation_loss"]) == {"en", "en_clone"}
-    for name in ("word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out"):
+    retrieval = ("word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out", "sentence_retrieval_p_at_1")
+    for name in retrieval:
         assert list(result[name]) == ["en-en_clone"]
         assert len(result[name]["en-en_clone"]) == 6
+    assert [name for name in evaluated["names"] if "retrieval" in name] == [f"{each}/en-en_clone" for each in retrieval]
     # Without dropout, two evaluations are bit-identical.
     assert evaluated["again"] == result
     assert evaluated["training"]
@@ -176,3 +183,4 @@ def test_without_a_dictionary_there_is_no_retrieval(workers: WorkerPool, tiny: T
     values["data"]["validation_fraction"] = 0.0
     result = workers.run(1, evaluation, values, str(tmp_path))[0]["result"]
     assert result["word_retrieval_p_at_1"] == result["word_retrieval_p_at_1_held_out"] == {}
+    assert result["sentence_retrieval_p_at_1"] == {}

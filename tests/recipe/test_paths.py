@@ -16,6 +16,8 @@ from megatron_prealign.recipe.paths import check_relative_paths
         ("data.tokenizer", "tok"),
         ("data.sources[0].path", "en.idx"),
         ("data.validation[0].path", "valid.idx"),
+        ("data.parallel_text[0].source", "pairs_en.idx"),
+        ("data.parallel_text[0].target", "pairs_de.idx"),
         ("dictionary.table", "table.safetensors"),
         ("checkpoint.load", "base"),
     ],
@@ -27,6 +29,7 @@ def test_inputs_next_to_the_recipe_instead_of_the_current_directory(
     place.mkdir()
     elsewhere.mkdir()
     changes = {"data.validation": [{"path": "valid", "language": "en"}], "checkpoint.load": "base"}
+    changes["data.parallel_text"] = [{"source": "pairs_en", "target": "pairs_de"}]
     config = write_recipe(place, changes)
     recipe = load_recipe(["--config", config])
     monkeypatch.chdir(elsewhere)

@@ -19,6 +19,7 @@ from megatron_prealign.recipe import (
     ModelSection,
     OptimizerSection,
     ParallelSection,
+    ParallelText,
     RecipeValueError,
     TrainingSection,
     ValidationSource,
@@ -81,7 +82,7 @@ INVALID: list[tuple[str, str, Any, str]] = [
     ("optimizer", "adam_eps", 0.0, POSITIVE),
     *[
         ("training", field, 0, POSITIVE)
-        for field in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words")
+        for field in ("micro_batch_size", "global_batch_size", "eval_samples", "retrieval_words", "retrieval_sentences")
     ],
     ("training", "train_iters", 0, NULL_OR_POSITIVE),
     ("training", "eval_interval", 0, NULL_OR_POSITIVE),
@@ -264,6 +265,27 @@ def test_validation_languages_are_unique() -> None:
     twice = [ValidationSource(path="a", language="de"), ValidationSource(path="b", language="de")]
     with user_error("data.validation is ['de', 'de']", "duplicate languages", kind=RecipeValueError):
         build("data", validation=twice)
+
+
+@pytest.mark.parametrize(
+    ("languages", "facts"),
+    [
+        (["en"], ("['en']", "two different languages")),
+        (["en", "de", "fr"], ("['en', 'de', 'fr']", "two different languages")),
+        (["en", "en"], ("['en', 'en']", "two different languages")),
+        (["en", "d e"], ("'d e'", "data.parallel_text[1].languages")),
+    ],
+)
+def test_parallel_text_has_two_languages(languages: list[str], facts: tuple[str, ...]) -> None:
+    good = ParallelText(source="a", target="b", languages=["en", "de"])
+    with user_error("data.parallel_text[1].languages", *facts, kind=RecipeValueError):
+        build("data", parallel_text=[good, ParallelText(source="a", target="b", languages=languages)])
+
+
+def test_parallel_text_has_two_datasets() -> None:
+    with user_error("data.parallel_text[0].target is a", "another dataset", kind=RecipeValueError):
+        build("data", parallel_text=[ParallelText(source="a", target="a")])
+    assert build("data", parallel_text=[ParallelText(source="a", target="b")]).parallel_text[0].languages is None
 
 
 def test_languages_are_in_order_of_first_mention() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.messages import assert_refused
 from support.tiny import Tiny
-from support.whole_runs import run
+from support.whole_runs import records, run
 from support.workers import WorkerPool
 
 from megatron_prealign import cli
@@ -20,6 +20,7 @@ def trained(tiny: Tiny, workers: WorkerPool, tmp_path_factory: pytest.TempPathFa
     values = tiny.values(directory / "run")
     values["alignment"] = None
     values["training"].update(train_iters=3, eval_samples=4, retrieval_words=10)
+    values["data"]["parallel_text"] = [tiny.sentences()]
     run(workers, 1, values, directory)
     return directory / "run"
 
@@ -69,6 +70,18 @@ def measure(run_dir: str, output: str) -> dict[str, Any] | None:
     from megatron_prealign.run.evaluate import evaluate_runs
 
     return evaluate_runs({"a": Path(run_dir)}, Path(output), ParallelSection(device="cpu"), leave_process_group=True)
+
+
+def test_report_of_a_checkpoint_has_the_metrics_of_its_last_evaluation(
+    trained: Path, workers: WorkerPool, tmp_path: Path
+) -> None:
+    report = workers.run(1, measure, str(trained), str(tmp_path))[0]
+    *_, last = records(trained, "evaluation").values()
+    entry = report["runs"]["a"]
+    assert entry["validation_loss"] == last["validation_loss"]
+    for metric in ("word_retrieval_p_at_1", "sentence_retrieval_p_at_1"):
+        assert entry[f"{metric}_by_pair"] == last[metric] != {}
+        assert entry[metric] == entry["history"][-1][metric] == last[metric]["en-en_clone"]
 
 
 @pytest.mark.slow

@@ -92,15 +92,42 @@ def test_all_missing_inputs_are_named_at_once(
     facts = ["2 inputs", "data.tokenizer no/tokenizer", "data.sources[1].path no/data", "relative to the current"]
     assert_invalid(values, tmp_path, capsys, *facts)
     values["data"]["validation"] = [{"path": "no/held_out", "language": "en"}]
+    values["data"]["parallel_text"] = [{"source": "no/pairs_en", "target": "no/pairs_de"}]
     values["dictionary"]["table"] = "no/table"
     values["checkpoint"] = {"load": "no/checkpoint"}
-    facts[0] = "5 inputs"
+    facts[0] = "7 inputs"
+    facts += [f"data.parallel_text[0].{side} no/pairs_{code}" for side, code in (("source", "en"), ("target", "de"))]
     facts += ["data.validation[0].path no/held_out", "dictionary.table no/table", "checkpoint.load no/checkpoint"]
     assert_invalid(values, tmp_path, capsys, *facts)
     # The run itself says the same, before it creates anything.
     assert cli.main(["pretrain", "--config", write(values, tmp_path)]) == 2
     assert_facts(capsys.readouterr().err, *facts)
     assert not (tmp_path / "run").exists()
+
+
+def test_parallel_text(tiny: Tiny, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = tiny.sentences()
+    values["data"]["parallel_text"] = [entry]
+    values["training"]["retrieval_sentences"] = 20
+    values["checkpoint"] = {"keep_best": "sentence_retrieval_p_at_1/en-en_clone"}
+
+    def printed() -> str:
+        assert cli.main(["pretrain", "--config", write(values, tmp_path), "--validate"]) == 0
+        return capsys.readouterr().out
+
+    (line,) = [line for line in printed().splitlines() if line.startswith("sentences")]
+    assert_facts(line, "en-en_clone, 20 of 60 pairs of data.parallel_text[0]", "32 tokens")
+    assert "sentence retrieval is not measured" not in printed()
+    # Documents of many lines: none fits, so keep_best has nothing to go by.
+    whole = {"source": str(tiny.directory / "en"), "target": str(tiny.directory / "en_clone")}
+    values["data"]["parallel_text"] = [whole]
+    assert_invalid(values, tmp_path, capsys, "checkpoint.keep_best is sentence_retrieval_p_at_1/en-en_clone")
+    del values["checkpoint"]
+    text = printed()
+    assert_facts(text, "en-en_clone, 0 of 107 pairs")
+    assert_facts(text, "WARNING: data.parallel_text[0] (en-en_clone)", "none of 107 pairs", "1 to 32 tokens")
+    values["data"]["parallel_text"] = [{**entry, "target": whole["target"]}]
+    assert_invalid(values, tmp_path, capsys, "data.parallel_text[0]", "60 documents", "107", whole["target"])
 
 
 def test_validation_set_in_the_training_data(

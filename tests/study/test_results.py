@@ -2,14 +2,30 @@
 
 import csv
 import io
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_prealign.evaluation.run_record import load_run
 from megatron_prealign.study.definition import Study, StudyRun
-from megatron_prealign.study.results import HELD_OUT, LOSS, P_AT_1, Row, by_seed, difference, markdown, spread, to_csv
+from megatron_prealign.study.matrix import Job
+from megatron_prealign.study.results import (
+    HELD_OUT,
+    LOSS,
+    P_AT_1,
+    SENTENCES,
+    Row,
+    _rows,
+    by_seed,
+    difference,
+    markdown,
+    spread,
+    to_csv,
+)
 
 STUDY = Study(
     output="x",
@@ -98,3 +114,30 @@ def test_a_metric_that_no_run_has_is_a_dash_and_never_zero() -> None:
     column = [cell.strip() for cell in header.strip("|").split("|")].index("P@1 en-de") - 1
     cells = {run: cells[column] for run, cells in table(text, "Mean ±").items()}
     assert (cells["joint"], cells["true"]) == ("-", "0.500 (1 seed)")
+    assert "sentence P@1" not in text
+
+
+def test_sentence_retrieval_has_a_column() -> None:
+    given = [
+        *rows(),
+        *(Row("true", 1, SENTENCES, "en-de", layer, value) for layer, value in (("emb", 0.5), ("1", 0.7))),
+    ]
+    header = next(line for line in markdown(STUDY, given, {}).splitlines() if line.startswith("| run"))
+    column = [cell.strip() for cell in header.strip("|").split("|")].index("sentence P@1 en-de") - 1
+    assert table(markdown(STUDY, given, {}), "Mean ±")["true"][column] == "0.600 (1 seed)"
+
+
+def test_rows_of_a_run(tmp_path: Path) -> None:
+    metrics = {
+        LOSS: {"en": 4.0},
+        P_AT_1: {"en-de": [0.1, 0.2, 0.3]},
+        HELD_OUT: {},
+        SENTENCES: {"en-de": [0.4, 0.5, 0.6]},
+    }
+    line = {"kind": "evaluation", "phase": "language_model", "step": 1, "tokens": 5, "seconds": 2.0, **metrics}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    record = load_run(tmp_path)
+    found = list(_rows(Job("a", 1, None, tmp_path, tmp_path), record, record.evaluations[-1]))  # type: ignore[arg-type]
+    values = {(row.metric, row.name, row.layer): row.value for row in found}
+    assert values[SENTENCES, "en-de", "1"] == 0.5
+    assert [row.value for row in found if row.metric == P_AT_1] == [0.1, 0.2, 0.3]

@@ -49,7 +49,14 @@ def training_report(directory: Path) -> Path:
         held_out = {pair: [0.5 * p for p in values] for pair, values in last.word_retrieval_p_at_1.items()}
         measured[name] = (
             record,
-            Measurement(last.validation_loss, last.word_retrieval_p_at_1, held_out, 4000 - index, 60.0 + index),
+            Measurement(
+                last.validation_loss,
+                last.word_retrieval_p_at_1,
+                held_out,
+                4000 - index,
+                60.0 + index,
+                sentence_retrieval_p_at_1=held_out,
+            ),
         )
     write_report(measured, directory / "report")
     return directory / "report" / "report.html"

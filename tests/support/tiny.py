@@ -78,6 +78,18 @@ class Tiny:
             "logging": {"run_dir": str(run_dir), "log_interval": 1, "tensorboard": False},
         }
 
+    def sentences(self) -> dict[str, Any]:
+        """Entry of data.parallel_text: single lines of the corpus in both languages, written by the first call."""
+        prefixes = {language: str(self.directory / f"lines_{language}") for language in ("en", "en_clone")}
+        if not (self.directory / "lines_en_clone.json").exists():
+            corpus = (self.directory / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = [line for text in corpus for line in json.loads(text)["text"].splitlines() if " " in line.strip()]
+            path = self.directory / "lines.jsonl"
+            path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[:60]), encoding="utf-8")
+            for language, prefix in prefixes.items():
+                preprocess([str(path)], self.tokenizer, prefix, PreprocessSettings(language=language), False)
+        return {"source": prefixes["en"], "target": prefixes["en_clone"]}
+
 
 def recipe_of(values: dict[str, Any], directory: Path) -> Recipe:
     """Parses plain values in the same way as a user's YAML."""

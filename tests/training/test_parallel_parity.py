@@ -1,4 +1,4 @@
-"""The same run in every parallel layout: same losses, alignment losses per layer, word retrieval and weights."""
+"""The same run in every parallel layout: same losses, alignment losses per layer, retrieval and weights."""
 
 import copy
 import json
@@ -71,6 +71,7 @@ def values_for(tiny: Tiny, directory: Path, model: dict[str, Any], parallel: dic
     values["parallel"] = {"device": "cpu", **parallel}
     values["checkpoint"] = {"save_interval": SAVED_AT, "keep": 9}
     values["alignment_watch"] = WATCH
+    values["data"]["parallel_text"] = [tiny.sentences()]
     return values
 
 
@@ -115,9 +116,11 @@ def assert_same_run(directory: Path, reference_directory: Path, steps: int = 10)
     for step, line in records(reference_directory, "evaluation").items():
         evaluation = records(directory, "evaluation")[step]
         assert evaluation["validation_loss"] == pytest.approx(line["validation_loss"], rel=TOLERANCE)
-        # A near tie may be resolved differently: one word of fifty.
-        for pair, values in line["word_retrieval_p_at_1"].items():
-            assert evaluation["word_retrieval_p_at_1"][pair] == pytest.approx(values, abs=0.021)
+        # A near tie may be resolved differently: one word of fifty, one sentence of at least thirty.
+        for metric, tolerance in (("word_retrieval_p_at_1", 0.021), ("sentence_retrieval_p_at_1", 0.034)):
+            assert list(line[metric]) == ["en-en_clone"]
+            for pair, values in line[metric].items():
+                assert evaluation[metric][pair] == pytest.approx(values, abs=tolerance), metric
     scales, expected_scales = (records(each, "embeddings") for each in (directory, reference_directory))
     assert scales.keys() == expected_scales.keys() != set()
     for key, line in expected_scales.items():
