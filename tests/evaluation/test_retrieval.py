@@ -310,19 +310,19 @@ def test_sentences_of_every_layout(
             assert by_layer == pytest.approx([layer[metric] for layer in layers], abs=tolerance), (direction, metric)
 
 
-def microbatch_shapes(values: dict[str, Any], tokens: list[int]) -> list[tuple[int, ...]]:
+def microbatch_shapes(values: dict[str, Any], tokens: list[int], limit: int) -> list[tuple[int, ...]]:
     """Runs in a worker: `[words, longest]` of every microbatch of pairs of words of these numbers of tokens."""
     from megatron_prealign.evaluation import retrieval as module
 
     _, runtime, chunks = build(values)
     shapes: list[tuple[int, ...]] = []
-    collect = module.collect_states
+    collect, before = module.collect_states, module._TOKENS_PER_MICROBATCH
 
     def recorded(runtime: Any, chunks: Any, layout: Any, batches: Any, **options: Any) -> Any:
         shapes.extend(tuple(batch.word_tokens.shape) for batch in batches)
         return collect(runtime, chunks, layout, batches, **options)
 
-    module.collect_states = recorded
+    module.collect_states, module._TOKENS_PER_MICROBATCH = recorded, limit
     random = np.random.default_rng(7)
     words = [tuple(random.integers(0, 40, size=length).tolist()) for length in tokens]
     try:
@@ -330,13 +330,14 @@ def microbatch_shapes(values: dict[str, Any], tokens: list[int]) -> list[tuple[i
         pairs = WordPairs.from_pairs(("en", "de"), zip(words[:half], words[half:], strict=True))
         module.measure_retrieval(runtime, chunks, [pairs], num_layers=LAYERS)
     finally:
-        module.collect_states = collect
+        module.collect_states, module._TOKENS_PER_MICROBATCH = collect, before
     return shapes
 
 
 def test_tokens_limit_a_microbatch(workers: WorkerPool) -> None:
-    """256 words of up to eight tokens, or as many sentences as have 2,048 tokens."""
+    """256 words of up to eight tokens, or as many sentences as have that many tokens with padding."""
     values = recipe_values("llama")
-    assert workers.run(1, microbatch_shapes, values, [8] * 512)[0] == [(256, 8)] * 2
-    assert workers.run(1, microbatch_shapes, values, [128, *[9] * 29])[0] == [(15, 128)] * 2
-    assert workers.run(1, microbatch_shapes, values, [3000, 2])[0] == [(1, 3000)] * 2
+    assert workers.run(1, microbatch_shapes, values, [8] * 512, 8192)[0] == [(256, 8)] * 2
+    assert workers.run(1, microbatch_shapes, values, [128, *[9] * 29], 2048)[0] == [(15, 128)] * 2
+    assert workers.run(1, microbatch_shapes, values, [128, *[9] * 29], 8192)[0] == [(30, 128)]
+    assert workers.run(1, microbatch_shapes, values, [100, 2], 99)[0] == [(1, 100)] * 2
