@@ -11,6 +11,7 @@ from megatron_prealign.data.sidecar import Sidecar, sidecar_path
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.word_pairs import WordPairs
 from megatron_prealign.recipe import ParallelText, Recipe
+from megatron_prealign.text import plural
 
 MAX_SENTENCE_TOKENS = 128
 # Documents whose lengths are read at a time.
@@ -134,10 +135,11 @@ class _Side:
                 f"({recipe.data.tokenizer}); preprocess it again or fix data.tokenizer"
             )
         if self.sidecar.skipped_count:
+            skipped = plural(self.sidecar.skipped_count, "document")
             raise UserError(
-                f"{sidecar_path(prefix)}: {self.sidecar.skipped_count:,} documents were skipped, expected none in "
-                "parallel text: all documents after them would be paired with the wrong one; remove the pairs with an "
-                "empty or bad side from both inputs and preprocess both again (docs/alignment.md)"
+                f"{sidecar_path(prefix)}: preprocess skipped {skipped}, expected none in parallel text: all documents "
+                "after it would be paired with the wrong one; remove the pairs with an empty or bad side from both "
+                "inputs and preprocess both again (docs/alignment.md)"
             )
         index = self._dataset.index
         self._tokens = np.memmap(self._dataset.bin, index.dtype, "r") if index.tokens else np.empty(0, index.dtype)

@@ -119,7 +119,7 @@ def test_files_that_are_not_parallel(tmp_path: Path) -> None:
     with user_error(tmp_path / "nowhere.idx", "file not found"):
         opened(tmp_path, source=str(tmp_path / "nowhere"))
     save_sidecar(replace(load_sidecar(tmp_path / "de"), skipped_count=1), tmp_path / "de")
-    with user_error(tmp_path / "de.json", "1 documents were skipped", "paired with the wrong one"):
+    with user_error(tmp_path / "de.json", "skipped 1 document,", "paired with the wrong one"):
         opened(tmp_path)
     os.remove(tmp_path / "de.json")
     with user_error(tmp_path / "de.json", "file not found"):
@@ -162,5 +162,5 @@ def test_both_keys_of_one_file_stay_parallel(tiny: Tiny, tmp_path: Path) -> None
     (text,) = prepared(texts)
     decoded = [tuple(tokenizer.decode(sentence) for sentence in pair) for pair in pairs_of(text)]
     assert decoded == texts
-    with user_error(tmp_path / "de.json", "1 documents were skipped"):
+    with user_error(tmp_path / "de.json", "skipped 1 document,"):
         prepared([texts[0], (texts[1][0], " "), texts[2]])
