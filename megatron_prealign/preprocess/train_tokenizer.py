@@ -135,13 +135,7 @@ def train_tokenizer(
             f"--vocab-size is {vocab_size}, expected at least {least} (256 bytes and the special tokens) and at most "
             f"{LARGEST_VOCABULARY:,}"
         )
-    if clone_language is not None:
-        check_language_code(clone_language, "--clone-language")
-    if not 0 <= clone_shared_ids < vocab_size or (clone_shared_ids and clone_language is None):
-        raise UserError(
-            f"--clone-shared-ids is {clone_shared_ids}, expected a number from 0 to less than --vocab-size "
-            f"({vocab_size}), and --clone-language"
-        )
+    _check_clone(clone_language, clone_shared_ids, vocab_size)
     target = Path(output)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target}: not a directory, expected the path of a new directory")
@@ -178,6 +172,16 @@ def train_tokenizer(
             )
         _write_report(directory / REPORT_FILE, corpus, vocab_size, settings, report)
     return report
+
+
+def _check_clone(language: str | None, shared_ids: int, vocab_size: int) -> None:
+    if language is not None:
+        check_language_code(language, "--clone-language")
+    if not 0 <= shared_ids < vocab_size or (shared_ids and language is None):
+        raise UserError(
+            f"--clone-shared-ids is {shared_ids}, expected a number from 0 to less than --vocab-size ({vocab_size}), "
+            "and --clone-language"
+        )
 
 
 def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str, str]:
