@@ -1,4 +1,7 @@
-"""Ends the processes of a launcher that has died, which would otherwise train on as orphans and lock the run."""
+"""Ends the processes of a launcher that has died, which would otherwise train on as orphans and lock the run.
+
+A launcher is torchrun, or a study, which names itself in `STUDY_VARIABLE`.
+"""
 
 import contextlib
 import os
@@ -9,26 +12,34 @@ import time
 
 import megatron_prealign
 
+STUDY_VARIABLE = "MEGATRON_PREALIGN_STUDY"
+"""Environment variable of a run that a study started: the id of the study's process."""
 _INTERVAL_S = 1.0
 _launcher: int | None = None
 
 
 def watch_launcher(interval_s: float = _INTERVAL_S) -> None:
-    """Sends SIGTERM to this process when torchrun, which started it, has died.
+    """Sends SIGTERM to this process when torchrun or the study, which started it, has died.
 
     Training then saves a checkpoint and stops on all ranks as on any SIGTERM; anything else ends at once.
 
-    Does nothing in a process that torchrun did not start: the parent of such a process may end for good reasons
+    Does nothing in a process that neither of them started: the parent of such a process may end for good reasons
     (`nohup`, a closed shell). Polls instead of using Linux's PR_SET_PDEATHSIG, which reports the end of the parent's
     thread.
 
     A launcher that died before this call is noticed if it was alive when the package was imported. An orphan of an
-    earlier death looks like a child of its new parent, but it has no store to join the other processes with.
+    earlier death looks like a child of its new parent, but it has no store to join the other processes with. A study
+    is noticed whenever it died, by its id.
 
     Args:
         interval_s: Time between two checks.
     """
     global _launcher
+    # Removed, since processes that this one starts are not the study's.
+    study = os.environ.pop(STUDY_VARIABLE, None)
+    if study is not None and _launcher is None:
+        _start(int(study), f"the study (process {study}) has ended; stopping its run", interval_s)
+        return
     process, parent = megatron_prealign.STARTED
     if process != os.getpid():
         # A fork of the process that imported the package.
@@ -36,8 +47,13 @@ def watch_launcher(interval_s: float = _INTERVAL_S) -> None:
     # Process 1 is the launcher only in a container, which ends with it.
     if _launcher is not None or "TORCHELASTIC_RUN_ID" not in os.environ or parent == 1:
         return
-    _launcher = parent
-    threading.Thread(target=_watch, args=(parent, interval_s), name="launcher", daemon=True).start()
+    _start(parent, f"torchrun (process {parent}) has ended; stopping its ranks", interval_s)
+
+
+def _start(launcher: int, message: str, interval_s: float) -> None:
+    global _launcher
+    _launcher = launcher
+    threading.Thread(target=_watch, args=(launcher, message, interval_s), name="launcher", daemon=True).start()
 
 
 def launcher_has_ended() -> bool:
@@ -45,11 +61,11 @@ def launcher_has_ended() -> bool:
     return _launcher is not None and os.getppid() != _launcher
 
 
-def _watch(parent: int, interval_s: float) -> None:
+def _watch(parent: int, message: str, interval_s: float) -> None:
     while os.getppid() == parent:
         time.sleep(interval_s)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         # The launcher may have been the reader of this output.
         with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), f"torchrun (process {parent}) has ended; stopping its ranks\n".encode())
+            os.write(sys.stderr.fileno(), f"{message}\n".encode())
     os.kill(os.getpid(), signal.SIGTERM)

@@ -20,12 +20,15 @@ from megatron_prealign.checkpoint.directory import latest_checkpoint
 from megatron_prealign.checkpoint.resume.changes import is_finished
 from megatron_prealign.checkpoint.state import read_state
 from megatron_prealign.errors import UserError
+from megatron_prealign.files.lock import LOCK, LockHeldError, file_lock
 from megatron_prealign.resources import available_cores
+from megatron_prealign.runtime.launcher import STUDY_VARIABLE
 from megatron_prealign.study.matrix import Job
 from megatron_prealign.text import duration, plural
 from megatron_prealign.training.metrics_file import METRICS_FILE, MetricsFile
 
 _STOP_S = 120.0
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class _Running:
         gpu = self._free_gpus.pop() if self._free_gpus else None
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
+            self._wait_for_lock(job)
             with log.open("ab") as output:
                 begin = output.tell()
                 process = self._start(job, command, output, gpu)
@@ -137,11 +141,32 @@ class _Running:
             self._say(f"{job.name}: trained in {took}")
         return not status
 
+    def _wait_for_lock(self, job: Job) -> None:
+        """Waits while another process has the run directory locked, for at most two minutes.
+
+        The runs of a killed study save before they end. A run that still finds a lock says which process holds it.
+        """
+        deadline_s = time.monotonic() + _STOP_S
+        waiting = False
+        while not self._stopped and (job.directory / LOCK).exists():
+            try:
+                with file_lock(job.directory / LOCK, wait=False):
+                    return
+            except LockHeldError as error:
+                if time.monotonic() >= deadline_s:
+                    return
+                if not waiting:
+                    self._say(f"{job.name}: waiting for {job.directory}, in use by another run ({error})")
+                waiting = True
+                time.sleep(_POLL_S)
+
     def _start(
         self, job: Job, command: Sequence[str], output: BinaryIO, gpu: str | None
     ) -> "subprocess.Popen[bytes] | None":
         """Starts a process; None after `stop`."""
         device = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        # A killed study cannot stop its runs: they watch it.
+        watched = {STUDY_VARIABLE: str(os.getpid())}
         with self._lock:
             if self._stopped:
                 return None
@@ -151,7 +176,7 @@ class _Running:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **device},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **watched, **device},
                 start_new_session=True,
             )
             self._processes.append((job, process))

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_prealign.runtime.launcher import STUDY_VARIABLE
+
 # The launcher starts a rank that watches it and waits; the rank saves first if it handles SIGTERM.
 RANK = """
 import pathlib, signal, sys, time
@@ -43,14 +45,31 @@ if os.fork() == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()"
+STUDY = f"import os; os.environ[{STUDY_VARIABLE!r}] = str(os.getpid()); {LAUNCHER}"
+# What a run of a study starts is not watched, although it inherits the environment.
+HELPING_RUN = """
+import subprocess, sys
+from megatron_prealign.runtime.launcher import watch_launcher
+watch_launcher(interval_s=0.05)
+raise SystemExit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
+"""
+HELPER = """
+import time
+from megatron_prealign.runtime import launcher
+launcher.watch_launcher(interval_s=0.01)
+time.sleep(0.2)
+raise SystemExit(launcher._launcher is not None)
+"""
 
 
-def killed_launcher(directory: Path, script: str, kind: str = "ends", **environment: str) -> tuple[psutil.Process, int]:
+def killed_launcher(
+    directory: Path, script: str, kind: str = "ends", *, launched_by: str = LAUNCHER, **environment: str
+) -> tuple[psutil.Process, int]:
     """Kills the launcher of a rank that watches it; returns the rank and the id of the launcher."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     with (directory / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, "-c", script, str(directory), kind],
+            [sys.executable, "-c", launched_by, "-c", script, str(directory), kind],
             env=inherited | environment,
             stdout=log,
             stderr=log,
@@ -88,6 +107,22 @@ def test_a_launcher_that_died_before_it_was_watched(tmp_path: Path) -> None:
     rank.wait(timeout=20)
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert "torchrun" in line and str(launcher) in line
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("script", [RANK, SLOW_RANK], ids=["watched", "died early"])
+def test_a_run_ends_with_its_study(tmp_path: Path, script: str) -> None:
+    run, study = killed_launcher(tmp_path, script, "saves", launched_by=STUDY)
+    run.wait(timeout=20)
+    assert (tmp_path / "saved").exists() == (script is RANK)
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "study" in line and str(study) in line
+
+
+@pytest.mark.timeout(30)
+def test_processes_of_a_run_do_not_watch_the_study() -> None:
+    environment = os.environ | {STUDY_VARIABLE: str(os.getpid())}
+    assert subprocess.run([sys.executable, "-c", HELPING_RUN, HELPER], env=environment).returncode == 0
 
 
 @pytest.mark.timeout(30)

@@ -1,9 +1,11 @@
 """Processes of a study: what is said of their ends, and how they are stopped. A shell script stands for `pretrain`."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from support.messages import assert_facts
 
 from megatron_prealign import resources
+from megatron_prealign.files.lock import LOCK, file_lock
 from megatron_prealign.study import execution
 from megatron_prealign.study.execution import _Running, train_all
 from megatron_prealign.study.matrix import Job
@@ -102,6 +105,31 @@ def test_runs_at_once_have_different_gpus(tmp_path: Path, count: int, expected: 
     jobs = [job_of(f"gpu{number}of{count}", tmp_path) for number in range(count)]
     assert train_all(jobs, count, lambda line: None, gpus=["4", "7"]) == []
     assert sorted(Path(f"{job.recipe_file}.gpu").read_text().strip() for job in jobs) == expected
+
+
+def test_a_run_that_still_saves_is_waited_for(tmp_path: Path) -> None:
+    """Two processes must not train the same run."""
+    job = job_of("good", tmp_path)
+    job.directory.mkdir(parents=True)
+    lines: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with file_lock(job.directory / LOCK, wait=False):
+            trained = pool.submit(train_all, [job], 1, lines.append)
+            while not lines:
+                time.sleep(0.01)
+            assert not trained.done()
+            assert not Path(f"{job.recipe_file}.done").exists()
+        assert trained.result() == []
+    assert_facts(lines[0], f"{job.name}: waiting for {job.directory}", f"process {os.getpid()}")
+
+
+def test_a_run_that_never_releases_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started nevertheless, and says itself which process it is."""
+    monkeypatch.setattr(execution, "_STOP_S", 0.0)
+    job = job_of("good", tmp_path)
+    job.directory.mkdir(parents=True)
+    with file_lock(job.directory / LOCK, wait=False):
+        assert train_all([job], 1, lambda line: None) == []
 
 
 def test_one_run_per_gpu_by_default(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from support.messages import assert_facts, assert_refused
@@ -112,3 +113,20 @@ def test_an_interrupted_study_lets_its_runs_save(tiny: Tiny, tmp_path: Path) -> 
     assert list((metrics.parent / "checkpoints").glob("step_*"))
     assert not (tmp_path / "study" / "runs" / "joint_seed2").exists()
     assert not (tmp_path / "study" / ".study.lock").exists()
+
+
+def test_the_runs_of_a_killed_study_save_and_end(tiny: Tiny, tmp_path: Path) -> None:
+    runs = [{"name": "joint", "set": {"alignment": None, "training.train_iters": 100_000}}]
+    config = write_study(tiny, tmp_path, runs=runs, quick={}, processes=1)
+    with subprocess.Popen([sys.executable, "-m", "megatron_prealign", "study", "--config", config]) as study:
+        directory = tmp_path / "study" / "runs" / "joint_seed1"
+        metrics = directory / "metrics.jsonl"
+        while not (metrics.exists() and '"train"' in metrics.read_text(encoding="utf-8")):
+            assert study.poll() is None
+            time.sleep(0.05)
+        (run,) = psutil.Process(study.pid).children()
+        study.kill()
+    run.wait(timeout=120)
+    assert list((directory / "checkpoints").glob("step_*"))
+    assert not (directory / ".run.lock").exists()
+    assert f"the study (process {study.pid}) has ended" in directory.with_suffix(".log").read_text(encoding="utf-8")
