@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.resume.changes import differences
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
-from megatron_prealign.recipe import Recipe, RecipeValueError
+from megatron_prealign.recipe import Recipe, RecipeValueError, recipe_to_dict
 from megatron_prealign.recipe.load import load_recipe, save_recipe
 from megatron_prealign.study.definition import Study, StudyRun
 
@@ -27,6 +28,20 @@ _COMPARED = (
 )
 # Differ by definition.
 _PAIR_MAY_DIFFER = ("dictionary.table", "dictionary.evaluation_table", "logging.", "training.seed")
+# Prefixes of the fields that change neither what a run trains nor what it measures. Stricter than resuming, which
+# allows whatever neither repeats nor skips data: seeds that differ in more than the seed have no common mean.
+_MAY_CHANGE = (
+    "logging.",
+    "checkpoint.save_interval",
+    "checkpoint.async_save",
+    "checkpoint.timeout_minutes",
+    "checkpoint.keep",
+    "checkpoint.on_damage",
+    "checkpoint.verify",
+    "training.exit_after_minutes",
+    "training.garbage_collection_interval",
+    "parallel.distributed_timeout_minutes",
+)
 
 
 @dataclass(frozen=True)
@@ -63,19 +78,26 @@ def write_recipes(jobs: Sequence[Job]) -> None:
     """Writes the recipe of each job, which `pretrain --config FILE` trains alone. Checks all of them first.
 
     Raises:
-        UserError: A recipe has changed since its run started.
+        UserError: A field that changes the results has changed since its run started.
     """
     for job in jobs:
-        started = job.directory.is_dir() and any(job.directory.iterdir())
-        if job.recipe_file.exists() and started and load_recipe(["--config", str(job.recipe_file)]) != job.recipe:
-            raise UserError(
-                f"{job.recipe_file}: the recipe of {job.name} has changed since its run started; remove "
-                f"{job.directory}, or set another output in the study"
-            )
+        if job.recipe_file.exists() and job.directory.is_dir() and any(job.directory.iterdir()):
+            _check_unchanged(job)
     for job in jobs:
         job.recipe_file.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(job.recipe_file) as path:
             save_recipe(job.recipe, path)
+
+
+def _check_unchanged(job: Job) -> None:
+    started = load_recipe(["--config", str(job.recipe_file)])
+    changed = differences(recipe_to_dict(started), recipe_to_dict(job.recipe))
+    shown = [f"{name} {before} -> {now}" for name, (before, now) in changed.items() if not name.startswith(_MAY_CHANGE)]
+    if shown:
+        raise UserError(
+            f"{job.recipe_file}: the recipe of {job.name} has changed since its run started ({', '.join(shown)}); "
+            f"restore it, remove {job.directory} to train the run again, or set another output in the study"
+        )
 
 
 def _job(study: Study, run: StudyRun, seed: int) -> Job:

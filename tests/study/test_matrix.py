@@ -60,10 +60,35 @@ def test_a_recipe_that_changes_under_its_run(tiny: Tiny, tmp_path: Path) -> None
     changed[1].directory.mkdir(parents=True)
     (changed[1].directory / "metrics.jsonl").touch()
     write_recipes(changed)
-    with user_error(str(jobs[1].recipe_file), "a_seed2 has changed", str(jobs[1].directory)):
+    changes = "optimizer.lr 0.0005 -> 0.001"
+    with user_error(str(jobs[1].recipe_file), "a_seed2 has changed", changes, str(jobs[1].directory)):
         write_recipes(jobs)
     # Not even that of the first run, which has not started.
     assert [load_recipe(["--config", str(job.recipe_file)]).optimizer.lr for job in jobs] == [5e-4] * 2
+
+
+def test_fields_that_change_no_result_may_change_under_a_run(tiny: Tiny, tmp_path: Path) -> None:
+    jobs = build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a")]))
+    write_recipes(jobs)
+    for job in jobs:
+        job.directory.mkdir(parents=True)
+        (job.directory / "metrics.jsonl").touch()
+    free: dict[str, Any] = {
+        "logging.log_interval": 7,
+        "logging.tensorboard": False,
+        "checkpoint.keep": 5,
+        "checkpoint.save_interval": 3,
+        "training.exit_after_minutes": 9.0,
+    }
+    write_recipes(build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set=free)])))
+    written = load_recipe(["--config", str(jobs[0].recipe_file)])
+    assert (written.logging.log_interval, written.checkpoint.keep) == (7, 5)
+    # What a run may resume with is not always what it may be compared with.
+    with user_error("training.eval_interval", "a_seed1") as caught:
+        write_recipes(
+            build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={**free, "training.eval_interval": 1})]))
+        )
+    assert "logging" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

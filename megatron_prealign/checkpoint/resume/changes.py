@@ -70,7 +70,16 @@ def changed_fields(recipe: Recipe, checkpoint: Path) -> dict[str, tuple[str, str
         saved = load_yaml(read_utf8(checkpoint / RECIPE_FILE))
     except (OSError, YamlError):
         return {}
-    return {name: (_shown(before), _shown(now)) for name, before, now in _differences(saved, recipe_to_dict(recipe))}
+    return differences(saved, recipe_to_dict(recipe))
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Returns dotted name -> (saved value, current value), as text, of each field that differs between two recipes.
+
+    Args:
+        saved, current: Results of `recipe_to_dict`; `current` determines the order.
+    """
+    return {name: (_shown(before), _shown(now)) for name, before, now in _differences(saved, current)}
 
 
 def effect(field: str, phase: str, *, has_guard: bool) -> str:
