@@ -1,5 +1,6 @@
 """Definition of a study: a YAML file that names recipes, runs and seeds. Imports no torch."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,6 +12,7 @@ from megatron_prealign.recipe.document import check_document, field_type
 
 LEAST_SEEDS = 2
 """Fewest seeds that have a standard deviation."""
+LONGEST_SWEEP_NAME = 60
 _SET_BY_STUDY = ("training.seed", "logging.run_dir", "checkpoint.directory")
 
 Value = int | float | bool | str | list[int] | None
@@ -28,6 +30,8 @@ class StudyRun:
     """Fields of the recipe, by dotted name, on top of all recipes; null removes a section."""
     control: str | None = None
     """Name of the run with a shuffled dictionary that this one is compared with."""
+    at: dict[str, float] = field(default_factory=dict)
+    """Points of this run in sweeps: name of the sweep -> value on its axis. The runs of a sweep make one curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,14 @@ class Study:
     GPUs."""
     quick: QuickStudy = field(default_factory=QuickStudy)
     """What --quick changes; its results go to a directory of their own, OUTPUT-quick."""
+
+    @property
+    def sweeps(self) -> dict[str, list[StudyRun]]:
+        """Name of each sweep -> its runs in the order of their values."""
+        names = dict.fromkeys(name for run in self.runs for name in run.at)
+        return {
+            name: sorted((run for run in self.runs if name in run.at), key=lambda run: run.at[name]) for name in names
+        }
 
 
 def load_study(path: str, *, quick: bool = False) -> Study:
@@ -109,19 +121,36 @@ def _given(values: dict[str, Any], kind: type, prefix: str = "") -> dict[str, An
             given[name] = [int(each) for each in value]
         elif hints[name] == int | None:
             given[name] = int(value)
+        elif hints[name] == dict[str, float]:
+            empty = [key for key, each in value.items() if each is None]
+            if empty:
+                raise RecipeValueError(f"{prefix}{name}.{empty[0]} is null, expected a number")
+            given[name] = {key: float(each) for key, each in value.items()}
     return given
+
+
+def sweep_file(name: str) -> str:
+    """Stem of the file of a sweep's plot: its name in lower case, with hyphens for all but letters and digits."""
+    return "sweep-" + re.sub(r"[\W_]+", "-", name.lower()).strip("-")
 
 
 def _made_quick(study: Study) -> Study:
     quick = study.quick
     kept = [run for run in study.runs if not quick.runs or run.name in quick.runs]
     names = [run.name for run in kept]
+    # A sweep with a single run left has no curve.
+    sweeps = {sweep for sweep in study.sweeps if sum(sweep in run.at for run in kept) > 1}
     return replace(
         study,
         output=f"{study.output.rstrip('/')}-quick",
         seeds=quick.seeds or study.seeds,
         runs=[
-            replace(run, set={**run.set, **quick.set}, control=run.control if run.control in names else None)
+            replace(
+                run,
+                set={**run.set, **quick.set},
+                control=run.control if run.control in names else None,
+                at={sweep: value for sweep, value in run.at.items() if sweep in sweeps},
+            )
             for run in kept
         ],
     )
@@ -139,6 +168,7 @@ def _check(study: Study) -> None:
         if field_type(name) is None:
             raise RecipeValueError(f"vary has {name}, expected names of fields or sections of a recipe")
     _check_runs(study)
+    _check_sweeps(study)
     _check_set("quick.set", study.quick.set)
 
 
@@ -164,6 +194,37 @@ def _check_runs(study: Study) -> None:
         if run.control is not None and (run.control not in names or run.control == run.name):
             raise RecipeValueError(f"runs[{number}].control is {run.control}, expected the name of another run")
         _check_set(f"runs[{number}].set", run.set)
+
+
+def _check_sweeps(study: Study) -> None:
+    files: dict[str, str] = {}
+    for name, runs in study.sweeps.items():
+        if sweep_file(name) == "sweep-" or len(name) > LONGEST_SWEEP_NAME or not name.isprintable():
+            raise RecipeValueError(
+                f"run {runs[0].name}: at has the sweep {name[:LONGEST_SWEEP_NAME]!r}, expected a name of at most "
+                f"{LONGEST_SWEEP_NAME} characters with a letter or digit"
+            )
+        for run, following in zip(runs, runs[1:], strict=False):
+            if run.at[name] == following.at[name]:
+                raise RecipeValueError(
+                    f"runs {run.name} and {following.name} are both at {number(run.at[name])} in the sweep {name}, "
+                    "expected different values"
+                )
+        if len(runs) < 2:
+            raise RecipeValueError(
+                f"run {runs[0].name} is the only one at the sweep {name}, expected at least two runs at different "
+                "values"
+            )
+        other = files.setdefault(sweep_file(name), name)
+        if other != name:
+            raise RecipeValueError(
+                f"the sweeps {other} and {name} would share the plot {sweep_file(name)}.png; rename one of them"
+            )
+
+
+def number(value: float) -> str:
+    """Text of a value on the axis of a sweep."""
+    return f"{value:.10g}"
 
 
 def _check_distinct(name: str, values: list[str]) -> None:

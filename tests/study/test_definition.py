@@ -1,5 +1,6 @@
 """The file of a study: what it may contain, and errors with their place."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from support.messages import user_error
 
-from megatron_prealign.study.definition import load_study
+from megatron_prealign.study.definition import load_study, sweep_file
 
 STUDY: dict[str, Any] = {
     "output": "runs/x",
@@ -22,6 +23,11 @@ def write(directory: Path, **changes: Any) -> str:
     path = directory / "study.yaml"
     path.write_text(yaml.safe_dump({**STUDY, **changes}), encoding="utf-8")
     return str(path)
+
+
+def sweep(**at: dict[str, Any]) -> dict[str, Any]:
+    """Change of a study: a run per name, with its points in sweeps."""
+    return {"runs": [{"name": name, "at": values} for name, values in at.items()]}
 
 
 def test_what_a_file_says(tmp_path: Path) -> None:
@@ -74,12 +80,50 @@ def test_quick_changes_seeds_runs_fields_and_output(tmp_path: Path) -> None:
         ({"processes": 0}, ("processes is 0", "positive")),
         ({"output": None, "base": None}, ("output, base are required",)),
         ({"quick": {"runs": ["x"]}}, ("quick.runs has x", "names of runs")),
+        (sweep(a={"lr": 1}), ("run a", "the sweep lr", "at least two")),
+        (sweep(a={"lr": 1}, b={"lr": 1.0}), ("runs a and b", "both at 1", "the sweep lr")),
+        (sweep(a={"lr": 1, "LR": 2}, b={"LR": 3, "lr": 4}), ("LR and lr", "sweep-lr.png")),
+        (sweep(a={"?": 1}, b={"?": 2}), ("run a", "'?'", "letter or digit")),
+        (sweep(a={"x" * 61: 1}, b={"x" * 61: 2}), ("run a", "60 characters")),
+        (sweep(a={"x\ny": 1}, b={"x\ny": 2}), ("run a", r"'x\ny'")),
+        (sweep(a={"lr": None}, b={"lr": 2}), ("runs[0].at.lr is null", "a number")),
+        (sweep(a={"lr": "high"}, b={"lr": 2}), ("runs[0].at", "high")),
+        (sweep(a={"lr": math.inf}, b={"lr": 2}), ("runs[0].at.lr", "finite")),
     ],
 )
 def test_errors(tmp_path: Path, changes: dict[str, Any], facts: tuple[str, ...]) -> None:
     path = write(tmp_path, **changes)
     with user_error(f"study {path}", *facts):
         load_study(path)
+
+
+def test_sweeps_are_ordered_by_value(tmp_path: Path) -> None:
+    path = write(tmp_path, **sweep(a={"lr": 3, "guard": 10}, b={"lr": "1e-3"}, c={"guard": 2, "lr": 0.5}))
+    sweeps = load_study(path).sweeps
+    assert {name: [(run.name, run.at[name]) for run in runs] for name, runs in sweeps.items()} == {
+        "lr": [("b", 0.001), ("c", 0.5), ("a", 3.0)],
+        "guard": [("c", 2.0), ("a", 10.0)],
+    }
+    assert load_study(write(tmp_path)).sweeps == {}
+
+
+def test_quick_may_leave_a_sweep_with_one_run(tmp_path: Path) -> None:
+    runs = sweep(a={"lr": 3, "guard": 10}, b={"lr": 1}, c={"guard": 2})
+    path = write(tmp_path, **runs, quick={"runs": ["a", "c"]})
+    assert list(load_study(path, quick=True).sweeps) == ["guard"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("guard interval", "sweep-guard-interval"),
+        ("LR (x10)", "sweep-lr-x10"),
+        ("学習率", "sweep-学習率"),
+        ("a/../b", "sweep-a-b"),
+    ],
+)
+def test_files_of_sweeps(name: str, file: str) -> None:
+    assert sweep_file(name) == file
 
 
 def test_quick_may_leave_a_control_out(tmp_path: Path) -> None:
