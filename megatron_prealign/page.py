@@ -1,5 +1,7 @@
 """Self-contained HTML pages without scripts: the layout, colours, tables and figures of all reports."""
 
+import base64
+import struct
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -23,7 +25,7 @@ h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem }
 p { max-width: 46rem; margin: .5rem 0 } .lead { font-size: 1.08rem }
 .note, figcaption { color: var(--muted); font-size: .9rem } figcaption { max-width: 46rem }
-.scroll { overflow-x: auto }
+.scroll { overflow-x: auto } img { display: block; background: #ffffff }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .8rem .4rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top;
   white-space: nowrap }
@@ -37,7 +39,14 @@ dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 46rem }
 """.strip()
 
 
-def render(title: str, body: str, *, style: str = "", colours: Mapping[str, tuple[str, str]] | None = None) -> str:
+def render(
+    title: str,
+    body: str,
+    *,
+    style: str = "",
+    colours: Mapping[str, tuple[str, str]] | None = None,
+    images: bool = False,
+) -> str:
     """Renders a complete HTML page.
 
     Args:
@@ -45,12 +54,14 @@ def render(title: str, body: str, *, style: str = "", colours: Mapping[str, tupl
         body: HTML.
         style: CSS in addition to the common style.
         colours: CSS variable -> (light mode, dark mode), in addition to the common colours.
+        images: Whether the body contains `image`; otherwise the page forbids all images.
     """
+    policy = f"default-src 'none'; style-src 'unsafe-inline'{'; img-src data:' if images else ''}"
     variables = {**_COLOURS, **(colours or {})}
     light, dark = ("; ".join(f"{name}: {pair[mode]}" for name, pair in variables.items()) for mode in (0, 1))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n"
         f":root {{ color-scheme: light dark; {light} }}\n"
@@ -88,6 +99,27 @@ def figure(title: str, svg: str, caption: str, *, level: int, narrow: bool = Fal
     labelled = svg.replace("<svg ", f'<svg aria-label="{title}" ', 1)
     plot = f'<div class="scroll">{labelled}</div>'
     return f"<h{level}>{title}</h{level}>\n<figure{kind}>\n{plot}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def image(title: str, png: bytes, caption: str, *, level: int, dpi: int) -> str:
+    """Renders a PNG inside the page, with title and caption, in the size of its text; narrow screens scroll.
+
+    Args:
+        title: Plain text.
+        png: Content of the file.
+        caption: HTML.
+        level: Heading level of the title: 2 for h2.
+        dpi: Resolution that the image was drawn with.
+    """
+    # Width and height are in the first chunk of every PNG. A pixel of CSS is 1/96 inch.
+    width, height = (round(pixels * 96 / dpi) for pixels in struct.unpack(">II", png[16:24]))
+    name, data = escape(title), base64.b64encode(png).decode("ascii")
+    size = f'width="{width}" height="{height}"'
+    plot = f'<img role="img" alt="{name}" aria-label="{name}" {size} src="data:image/png;base64,{data}">'
+    return (
+        f'<h{level}>{name}</h{level}>\n<figure>\n<div class="scroll">{plot}</div>\n'
+        f"<figcaption>{caption}</figcaption>\n</figure>"
+    )
 
 
 def definitions(items: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_prealign import page
 from megatron_prealign.evaluation.run_record import ALIGNMENT, Measurement, RunRecord
@@ -31,6 +31,7 @@ LAYER_COLOURS_DARK = (
 )
 # Of sentences; wider than the line that marks the end of alignment.
 _DOTTED = (0, (1, 1.6))
+PNG_DPI = 144
 MAX_POINTS = 400
 MAX_COLUMNS = 2
 MAX_LAYER_LABELS = 8
@@ -148,10 +149,10 @@ def tokens_axis(axis: Any) -> None:
     axis.set_xlim(left=0)
 
 
-def fit_late_values(axis: Any, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """Fits the y range to the values after the first tenth, so that high initial values do not flatten the rest."""
+def fit_late_values(axis: Any, curves: Sequence[Sequence[tuple[float, float]]], *, after: float = 0.1) -> None:
+    """Fits the y range to the values after a fraction of the x axis: high initial values would flatten the rest."""
     end = max((x for curve in curves for x, _ in curve), default=0.0)
-    late = [y for curve in curves for x, y in curve if x >= end / 10]
+    late = [y for curve in curves for x, y in curve if x >= after * end]
     if len(late) > 1 and max(late) > min(late):
         margin = 0.06 * (max(late) - min(late))
         axis.set_ylim(min(late) - margin, max(late) + margin)
@@ -491,7 +492,7 @@ def css_variables() -> dict[str, tuple[str, str]]:
     }
 
 
-def save_png(figure: Any, path: Path) -> None:
+def save_png(figure: Any, path: Path | BinaryIO) -> None:
     """Writes the figure as PNG on a white background, wide enough for a README."""
     with plot_style():
-        figure.savefig(path, format="png", dpi=144, facecolor="white")
+        figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white")

@@ -33,6 +33,8 @@ class TrainPoint:
     lm_loss: float | None
     alignment_loss: tuple[float, ...]
     """Contrastive loss per layer, NaN for layers that are not aligned; empty if no step had words."""
+    memory_gb: float | None
+    """Peak memory of the process so far, in GB; None if it was not logged."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def _train_point(values: Mapping[str, Any]) -> TrainPoint:
         loss=_number(values["loss"]),
         lm_loss=_optional(values.get("lm_loss")),
         alignment_loss=tuple(_number(loss) for loss in values.get("alignment_loss") or ()),
+        memory_gb=_optional(values.get("memory_gb")),
     )
 
 
