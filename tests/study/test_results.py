@@ -6,26 +6,29 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_prealign.evaluation.run_record import load_run
 from megatron_prealign.study.definition import Study, StudyRun
-from megatron_prealign.study.matrix import Job
 from megatron_prealign.study.results import (
     HELD_OUT,
     LOSS,
     P_AT_1,
     SENTENCES,
     Row,
-    _rows,
+    Spread,
     by_seed,
     difference,
-    markdown,
+    mean_over_names,
+    ratio,
+    rows_of,
     spread,
     to_csv,
 )
+from megatron_prealign.study.tables import Table, result_tables, to_markdown
 
 STUDY = Study(
     output="x",
@@ -44,35 +47,48 @@ def rows() -> list[Row]:
     ]
 
 
-def table(text: str, title: str) -> dict[str, list[str]]:
-    """First cell -> other cells, of the first table after `title`."""
-    lines = text[text.index(title) :].splitlines()
-    begin = next(number for number, line in enumerate(lines) if line.startswith("|"))
-    found = {}
-    for line in lines[begin:]:
-        if not line.startswith("|"):
-            break
-        first, *rest = (cell.strip() for cell in line.strip("|").split("|"))
-        found[first] = rest
-    return found
+def cells(table: Table) -> dict[str, list[str]]:
+    """First cell -> other cells."""
+    return {first: rest for first, *rest in table.rows}
 
 
 def test_sample_standard_deviation() -> None:
     measured = spread([4.0, 4.2, 4.4])
     assert (measured.mean, measured.seeds) == (pytest.approx(4.2), 3)
     assert measured.deviation == pytest.approx(0.2)
-    assert str(measured) == "4.200 ± 0.200"
+    assert measured.text(of=3) == "4.200 ± 0.200"
     single = spread([4.0])
-    assert math.isnan(single.deviation) and str(single) == "4.000 (1 seed)"
+    assert math.isnan(single.deviation)
 
 
-def test_differences_are_of_the_same_seed() -> None:
+@pytest.mark.parametrize(
+    ("mean", "deviation", "seeds", "options", "expected"),
+    [
+        (4.345, 0.011, 2, {}, "4.345 ± 0.011 (2 of 3 seeds)"),
+        (4.345, 0.011, 3, {}, "4.345 ± 0.011"),
+        (4.345, math.nan, 1, {}, "4.345 (1 of 3 seeds)"),
+        (1048576.0, 1234.0, 3, {"digits": 0}, "1,048,576 ± 1,234"),
+        (-0.0001, 0.2, 3, {"signed": True}, "+0.000 ± 0.200"),
+        (-0.25, 0.2, 2, {"signed": True, "digits": 2}, "-0.25 ± 0.20 (2 of 3 seeds)"),
+    ],
+)
+def test_a_cell_says_which_seeds_are_missing(
+    mean: float, deviation: float, seeds: int, options: Any, expected: str
+) -> None:
+    assert Spread(mean, deviation, seeds).text(3, **options) == expected
+
+
+def test_differences_and_ratios_are_of_the_same_seed() -> None:
     measured = difference({1: 3.0, 2: 3.4, 3: 3.5}, {3: 4.4, 1: 4.0})
     assert measured is not None
     # -1.0 and -0.9, whatever seed 2 did.
     assert (measured.mean, measured.seeds) == (pytest.approx(-0.95), 2)
     assert measured.deviation == pytest.approx(0.05 * math.sqrt(2))
     assert difference({1: 3.0}, {2: 4.0}) is None
+    quotient = ratio({1: 3.0, 2: 5.0, 3: 8.0}, {1: 2.0, 2: 0.0, 3: 4.0})
+    assert quotient is not None
+    assert (quotient.mean, quotient.seeds) == (1.75, 2)
+    assert ratio({1: 3.0}, {1: 0.0}) is None
 
 
 def test_layers_are_averaged_and_what_is_not_finite_is_left_out() -> None:
@@ -88,43 +104,43 @@ def test_layers_are_averaged_and_what_is_not_finite_is_left_out() -> None:
     ]
 
 
+def test_a_mean_over_pairs_needs_all_of_them() -> None:
+    given = [Row("a", seed, P_AT_1, pair, "emb", value) for seed, pair, value in ((1, "x", 0.2), (1, "y", 0.4))]
+    given += [Row("a", 2, P_AT_1, "x", "emb", 0.2), Row("b", 1, P_AT_1, "y", "emb", 0.6)]
+    assert mean_over_names(given, P_AT_1) == {"a": {1: pytest.approx(0.3)}}
+    assert mean_over_names(given, P_AT_1, ["y"]) == {"a": {1: 0.4}, "b": {1: 0.6}}
+    assert mean_over_names([], P_AT_1) == {}
+
+
 def test_tables() -> None:
-    text = markdown(STUDY, rows(), {"shuffled_seed3": "not complete"})
-    assert table(text, "Mean ±")["joint"][0] == "4.200 ± 0.200"
-    assert table(text, "Mean ±")["shuffled"][0] == "4.100 ± 0.283"
-    against_first = table(text, "Differences of loss from joint")
-    assert against_first["true"] == ["joint", "-0.900 ± 0.100"]
-    assert against_first["shuffled"] == ["joint", "+0.000 ± 0.141"]
-    assert "joint" not in against_first
-    against_control = table(text, "from the control")
-    assert against_control["true"] == ["shuffled", "-0.900 ± 0.000"]
-    assert list(against_control) == ["run", "---", "true"]
-    assert "Not in the tables: shuffled_seed3: not complete." in text
+    main, against_first, against_control = result_tables(STUDY, rows())
+    assert cells(main)["joint"] == ["4.200 ± 0.200"]
+    assert cells(main)["shuffled"] == ["4.100 ± 0.283 (2 of 3 seeds)"]
+    assert cells(against_first) == {
+        "true": ["joint", "-0.900 ± 0.100"],
+        "shuffled": ["joint", "+0.000 ± 0.141 (2 of 3 seeds)"],
+    }
+    assert cells(against_control) == {"true": ["shuffled", "-0.900 ± 0.000 (2 of 3 seeds)"]}
 
 
 def test_a_study_of_one_run_has_no_differences() -> None:
-    text = markdown(replace(STUDY, runs=STUDY.runs[:1]), [row for row in rows() if row.run == "joint"], {})
-    assert "4.200 ± 0.200" in text and "Differences" not in text
+    (table,) = result_tables(replace(STUDY, runs=STUDY.runs[:1]), [row for row in rows() if row.run == "joint"])
+    assert table.rows == [["joint", "4.200 ± 0.200"]]
 
 
 def test_a_metric_that_no_run_has_is_a_dash_and_never_zero() -> None:
-    given: list[Any] = [*rows(), Row("true", 1, P_AT_1, "en-de", "emb", 0.5)]
-    text = markdown(STUDY, given, {})
-    header, *_ = [line for line in text.splitlines() if line.startswith("| run")]
-    column = [cell.strip() for cell in header.strip("|").split("|")].index("P@1 en-de") - 1
-    cells = {run: cells[column] for run, cells in table(text, "Mean ±").items()}
-    assert (cells["joint"], cells["true"]) == ("-", "0.500 (1 seed)")
-    assert "sentence P@1" not in text
+    main, *_ = result_tables(STUDY, [*rows(), Row("true", 1, P_AT_1, "en-de", "emb", 0.5)])
+    column = main.header.index("P@1 en-de") - 1
+    found = {run: row[column] for run, row in cells(main).items()}
+    assert found == {"joint": "-", "true": "0.500 (1 of 3 seeds)", "shuffled": "-"}
 
 
 def test_sentence_retrieval_has_a_column() -> None:
-    given = [
-        *rows(),
-        *(Row("true", 1, SENTENCES, "en-de", layer, value) for layer, value in (("emb", 0.5), ("1", 0.7))),
-    ]
-    header = next(line for line in markdown(STUDY, given, {}).splitlines() if line.startswith("| run"))
-    column = [cell.strip() for cell in header.strip("|").split("|")].index("sentence P@1 en-de") - 1
-    assert table(markdown(STUDY, given, {}), "Mean ±")["true"][column] == "0.600 (1 seed)"
+    values = [Row("true", 1, SENTENCES, "en-de", layer, value) for layer, value in (("emb", 0.5), ("1", 0.7))]
+    main, *_ = result_tables(STUDY, [*rows(), *values])
+    assert cells(main)["true"][main.header.index("sentence P@1 en-de") - 1] == "0.600 (1 of 3 seeds)"
+    main, *_ = result_tables(STUDY, rows())
+    assert not any("sentence" in title for title in main.header)
 
 
 def test_rows_of_a_run(tmp_path: Path) -> None:
@@ -136,8 +152,18 @@ def test_rows_of_a_run(tmp_path: Path) -> None:
     }
     line = {"kind": "evaluation", "phase": "language_model", "step": 1, "tokens": 5, "seconds": 2.0, **metrics}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-    record = load_run(tmp_path)
-    found = list(_rows(Job("a", 1, None, tmp_path, tmp_path), record, record.evaluations[-1]))  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(run="a", seed=1)
+    found = list(rows_of(job, load_run(tmp_path).evaluations[-1]))
     values = {(row.metric, row.name, row.layer): row.value for row in found}
     assert values[SENTENCES, "en-de", "1"] == 0.5
     assert [row.value for row in found if row.metric == P_AT_1] == [0.1, 0.2, 0.3]
+
+
+def test_markdown() -> None:
+    table = Table("Title", "Caption.", ["a|b", "c"], [["1", "2|3"]])
+    text = to_markdown([table], {"x_seed1": "not complete", "y": "other", "x_seed2": "not complete"})
+    assert text == (
+        "## Title\n\nCaption.\n\n| a\\|b | c |\n| --- | --- |\n| 1 | 2\\|3 |\n\n"
+        "Not in the tables: x_seed1, x_seed2: not complete; y: other.\n"
+    )
+    assert "Not in the tables" not in to_markdown([table], {})

@@ -51,7 +51,7 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
     captured = capsys.readouterr()
     assert_refused(status, captured.err, "1 run not complete", "aligned_seed2", "aligned_seed2.log", "study --config")
     assert_facts(captured.out, "aligned_seed2: failed with status 2", "Not in the tables: aligned_seed2: not complete")
-    assert_facts(captured.out, "| joint |", "± ", "(1 seed)")
+    assert_facts(captured.out, "| joint |", "± ", "(1 of 2 seeds)")
 
     obstacle.unlink()
     assert main(["study", "--config", config, "--status"]) == 0
@@ -65,7 +65,7 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
     assert rows[5][:3] == ["3", "of", "4"]
     assert main(["study", "--config", config, "--tables"]) == 0
     printed = capsys.readouterr().out
-    assert_facts(printed, "aligned_seed2: not complete", "results.png from 3 runs")
+    assert_facts(printed, "aligned_seed2: not complete", "results.html", "4 plots from 3 runs")
     assert (tmp_path / "study" / "results.md").read_text(encoding="utf-8") in printed
 
     assert main(["study", "--config", config]) == 0
@@ -74,7 +74,9 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
     assert "joint_seed1: $" not in printed
     output = tmp_path / "study"
     assert (output / "results.md").read_text(encoding="utf-8") in printed
-    assert (output / "results.png").stat().st_size > 1000
+    assert (output / "plots" / "loss-over-tokens.png").stat().st_size > 1000
+    page = (output / "results.html").read_text(encoding="utf-8")
+    assert_facts(page, f"megatron-prealign study --config {config}", output / "recipes" / "joint_seed1.yaml")
     with (output / "results.csv").open(encoding="utf-8", newline="") as file:
         values = {tuple(row[:5]): float(row[5]) for row in list(csv.reader(file))[1:]}
     losses = {key[:2]: value for key, value in values.items() if key[2:4] == ("validation_loss", "en")}
@@ -82,6 +84,11 @@ def test_a_failed_run_does_not_end_the_others_and_is_resumed(
     # Untrained models are near the logarithm of the vocabulary, and seeds differ.
     assert len(set(losses.values())) == 4 and all(6.5 < loss < 7.2 for loss in losses.values())
     assert {key[2] for key in values} >= {"tokens", "seconds", "memory_gb", "word_retrieval_p_at_1"}
+    parts = [name for name in {key[2] for key in values} if name.startswith("tokens_")]
+    for seed in ("1", "2"):
+        assert values["aligned", seed, "tokens_alignment_words", "", ""] > 0
+        whole = values["aligned", seed, "tokens", "", ""]
+        assert sum(values.get(("aligned", seed, name, "", ""), 0) for name in parts) == whole
 
 
 def test_two_studies_in_one_directory(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

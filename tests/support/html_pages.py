@@ -1,4 +1,4 @@
-"""The three HTML pages of the package with recorded inputs; every name that a user chooses is hostile or very long."""
+"""The HTML pages of the package with recorded inputs; every name that a user chooses is hostile or very long."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,6 +13,12 @@ from megatron_prealign.dictionary.report_page import render_page as render_dicti
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
 from megatron_prealign.recipe import CodeSwitchSection
+from megatron_prealign.study.cost import Cost
+from megatron_prealign.study.definition import Study, StudyRun
+from megatron_prealign.study.matrix import Job
+from megatron_prealign.study.output import write_results
+from megatron_prealign.study.page import Origin
+from megatron_prealign.study.records import JobRecord, StudyRecords
 
 LAYERS = 6
 
@@ -186,8 +192,35 @@ def switching_preview(directory: Path) -> Path:
     return path
 
 
+def study_results(directory: Path) -> Path:
+    """`results.html` of a study of three runs, a sweep among them, of which one seed is not complete."""
+    sweep = f"{NAMES.words[0][:40]} | sweep"
+    runs = [
+        StudyRun(name="joint", at={sweep: 0.001}),
+        StudyRun(name="aligned", control="shuffled", at={sweep: 0.1}),
+        StudyRun(name="shuffled_with_a_name_of_more_than_forty_characters"),
+        StudyRun(name="shuffled"),
+    ]
+    study = Study(output=str(directory / "study"), base=[NAMES.path], seeds=[1, 2], runs=runs)
+    recipe: Any = None
+    jobs = [
+        Job(run.name, seed, recipe, Path(f"{NAMES.path}.yaml"), directory / f"{run.name}_{seed}")
+        for seed in study.seeds
+        for run in runs
+    ]
+    cost = Cost({"seconds": 60.0, "tokens": 4000.0}, {"memory_gb": NAMES.document})
+    complete = [
+        JobRecord(job, load_run(_write_run(job.directory, number % 2)), cost) for number, job in enumerate(jobs[:-1])
+    ]
+    records = StudyRecords(study, jobs, complete, {jobs[-1].name: f"error: {NAMES.document}"})
+    origin = Origin(f"megatron-prealign study --config {NAMES.path}", NAMES.path, f"base: [{NAMES.document}]\n")
+    write_results(records, directory / "study", origin)
+    return directory / "study" / "results.html"
+
+
 PAGES: dict[str, Callable[[Path], Path]] = {
     "training report": training_report,
     "dictionary report": dictionary_report,
     "code-switching preview": switching_preview,
+    "study": study_results,
 }

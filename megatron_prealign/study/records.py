@@ -1,0 +1,68 @@
+"""What the complete runs of a study have recorded, each read once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.run_record import RunRecord, load_run
+from megatron_prealign.study.cost import Cost, cost_rows, read_cost
+from megatron_prealign.study.definition import Study
+from megatron_prealign.study.execution import is_complete
+from megatron_prealign.study.matrix import Job
+from megatron_prealign.study.results import Row, rows_of
+from megatron_prealign.training.metrics_file import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A complete job with at least one evaluation."""
+
+    job: Job
+    record: RunRecord
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class StudyRecords:
+    """All that the tables, plots and the page of a study are made of."""
+
+    study: Study
+    jobs: Sequence[Job]
+    """All jobs of the study."""
+    complete: Sequence[JobRecord]
+    absent: Mapping[str, str]
+    """Name of each other job -> why it has no results."""
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Rows of results.csv: the last evaluation and the cost of each complete job."""
+        return [
+            row
+            for each in self.complete
+            for row in (*rows_of(each.job, each.record.evaluations[-1]), *cost_rows(each.job, each.cost))
+        ]
+
+    def of_run(self, name: str) -> list[RunRecord]:
+        """Records of the complete jobs of a run, one per seed."""
+        return [each.record for each in self.complete if each.job.run == name]
+
+
+def read_records(study: Study, jobs: Sequence[Job]) -> StudyRecords:
+    """Reads the metrics and the last checkpoint's counters of every complete job."""
+    complete: list[JobRecord] = []
+    absent: dict[str, str] = {}
+    for job in jobs:
+        if not is_complete(job):
+            absent[job.name] = "not complete"
+            continue
+        try:
+            record = load_run(job.directory)
+        except UserError as error:
+            absent[job.name] = str(error)
+            continue
+        if not record.evaluations:
+            absent[job.name] = f"no evaluation in {job.directory / METRICS_FILE}"
+            continue
+        complete.append(JobRecord(job, record, read_cost(job, record)))
+    return StudyRecords(study, jobs, complete, absent)

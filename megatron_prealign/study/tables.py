@@ -1,0 +1,126 @@
+"""Tables of a study, which results.md and results.html both show."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_prealign.study.definition import Study
+from megatron_prealign.study.results import (
+    HELD_OUT,
+    LOSS,
+    P_AT_1,
+    SENTENCES,
+    Row,
+    SeedValues,
+    by_seed,
+    difference,
+    names_of,
+    spread,
+)
+
+Values = Mapping[tuple[str, str], SeedValues]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in plain text."""
+
+    title: str
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def result_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
+    """Losses and word retrieval of the runs, and the differences of loss from the first run and from the controls."""
+    first = study.runs[0].name
+    losses = by_seed(rows, LOSS)
+    languages = names_of(rows, LOSS)
+    tables = [_main(study, rows, languages)]
+    if len(study.runs) > 1:
+        caption = f"Differences of loss from {first}, taken seed by seed."
+        others = {run.name: first for run in study.runs[1:]}
+        tables.append(_differences(study, losses, languages, others, f"Loss against {first}", caption))
+    controls = {run.name: run.control for run in study.runs if run.control is not None}
+    if controls:
+        caption = (
+            "Differences of loss from the control with a shuffled dictionary, taken seed by seed: what true pairs add."
+        )
+        tables.append(_differences(study, losses, languages, controls, "Loss against the control", caption))
+    return tables
+
+
+def to_markdown(tables: Iterable[Table], absent: Mapping[str, str]) -> str:
+    """Text of results.md.
+
+    Args:
+        absent: Job name -> reason, of the jobs that are in no table.
+    """
+    parts = []
+    for table in tables:
+        lines = [_line(table.header), _line(["---"] * len(table.header)), *map(_line, table.rows)]
+        parts += [f"## {table.title}", table.caption, "\n".join(lines)]
+    if absent:
+        parts.append(not_in_tables(absent))
+    return "\n\n".join(parts) + "\n"
+
+
+def not_in_tables(absent: Mapping[str, str]) -> str:
+    """Sentence about the jobs that are in no table."""
+    jobs: dict[str, list[str]] = {}
+    for name, reason in absent.items():
+        jobs.setdefault(reason, []).append(name)
+    return "Not in the tables: " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in jobs.items()) + "."
+
+
+def difference_cell(study: Study, values: SeedValues, other: SeedValues) -> str:
+    """Mean and deviation of the differences, with a sign; a dash without a common seed."""
+    found = difference(values, other)
+    return "-" if found is None else found.text(len(study.seeds), signed=True)
+
+
+def cell(study: Study, values: SeedValues | None) -> str:
+    """Mean and deviation; a dash without values."""
+    return spread(list(values.values())).text(len(study.seeds)) if values else "-"
+
+
+def _main(study: Study, rows: Sequence[Row], languages: Sequence[str]) -> Table:
+    columns = [
+        *((f"loss {language}", LOSS, language) for language in languages),
+        *((f"P@1 {pair}", P_AT_1, pair) for pair in names_of(rows, P_AT_1)),
+        *((f"held-out P@1 {pair}", HELD_OUT, pair) for pair in names_of(rows, HELD_OUT)),
+        *((f"sentence P@1 {pair}", SENTENCES, pair) for pair in names_of(rows, SENTENCES)),
+    ]
+    values = {metric: by_seed(rows, metric) for _, metric, _ in columns}
+    lines = [
+        [run.name, *(cell(study, values[metric].get((run.name, name))) for _, metric, name in columns)]
+        for run in study.runs
+    ]
+    caption = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, study.seeds))}, last evaluation. Loss in nats per "
+        "token; P@1 is the mean over layers."
+    )
+    return Table("Runs", caption, ["run", *(title for title, _, _ in columns)], lines)
+
+
+def _differences(
+    study: Study, losses: Values, languages: Sequence[str], others: Mapping[str, str], title: str, caption: str
+) -> Table:
+    lines = [
+        [
+            run.name,
+            others[run.name],
+            *(
+                difference_cell(
+                    study, losses.get((run.name, language), {}), losses.get((others[run.name], language), {})
+                )
+                for language in languages
+            ),
+        ]
+        for run in study.runs
+        if run.name in others
+    ]
+    return Table(title, caption, ["run", "against", *languages], lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"
