@@ -193,7 +193,8 @@ def _draw(
             axis.set_title(shorten(title.format(panel), MAX_TITLE_LENGTH))
             axis.set_ylabel(label)
             tokens_axis(axis)
-        add_legend(figure, {name: styles[name] for name, by_name in curves.items() if by_name})
+        shown = [name for name, by_name in curves.items() if by_name]
+        add_legend(figure, {f"{name}{records.missing_seeds(name)}": styles[name] for name in shown})
     return figure
 
 

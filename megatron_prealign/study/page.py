@@ -77,12 +77,11 @@ def _recipes(records: StudyRecords) -> str:
         [
             escape(job.name),
             escape(str(job.recipe_file)),
-            escape(str(job.directory)),
             escape(records.absent.get(job.name, "complete")),
         ]
         for job in records.jobs
     ]
-    return f"<h2>Recipes</h2>\n{page.table(['Run', 'recipe', 'directory', 'state'], rows, text=True)}"
+    return f"<h2>Recipes</h2>\n{page.table(['Run', 'recipe', 'state'], rows, text=True)}"
 
 
 def _origin(origin: Origin) -> str:

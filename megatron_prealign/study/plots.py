@@ -1,7 +1,7 @@
 """The plots of a study: names of files, titles and captions."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,12 @@ class Plot:
 
 def draw_plots(records: StudyRecords) -> list[Plot]:
     """Draws all plots that the complete jobs have data for."""
+    study = records.study
     plots = []
     for name, title, caption, figure, sweep in _figures(records):
         if figure is not None:
+            drawn = study.runs if sweep is None else study.sweeps[sweep]
+            caption += _missing_seeds(records, [run.name for run in drawn])
             buffer = io.BytesIO()
             save_png(figure, buffer)
             plots.append(Plot(name, title, caption, buffer.getvalue(), sweep))
@@ -84,6 +87,12 @@ def _figures(records: StudyRecords) -> Iterator[tuple[str, str, str, Any, str | 
     for name in study.sweeps:
         caption = f"Mean over seeds, with bars of one standard deviation. Grey: {study.runs[0].name}."
         yield sweep_file(name), f"Loss and word retrieval over {name}", caption, draw_sweep(study, name, rows), name
+
+
+def _missing_seeds(records: StudyRecords, runs: Sequence[str]) -> str:
+    """Sentence about the runs that lack seeds, with a space before it; empty if none does."""
+    found = [f"{run}{missing}" for run in runs if (missing := records.missing_seeds(run))]
+    return f" Not all seeds: {', '.join(found)}." if found else ""
 
 
 def _watched_words(records: StudyRecords) -> str:

@@ -43,6 +43,11 @@ class StudyRecords:
             for row in (*rows_of(each.job, each.record.evaluations[-1]), *cost_rows(each.job, each.cost))
         ]
 
+    def missing_seeds(self, run: str) -> str:
+        """How many seeds of a run are complete, such as ` (2 of 3 seeds)`; empty if all or none are."""
+        complete, seeds = len(self.of_run(run)), len(self.study.seeds)
+        return f" ({complete} of {seeds} seeds)" if 0 < complete < seeds else ""
+
     def of_run(self, name: str) -> list[RunRecord]:
         """Records of the complete jobs of a run, one per seed."""
         return [each.record for each in self.complete if each.job.run == name]

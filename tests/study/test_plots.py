@@ -8,6 +8,7 @@ from matplotlib.text import Annotation, Text
 from support.study_records import evaluation, many_runs, records_of, study_of
 
 from megatron_prealign.study import plots
+from megatron_prealign.study.curves import draw_losses
 from megatron_prealign.study.definition import StudyRun
 from megatron_prealign.study.results import P_AT_1, Row
 from megatron_prealign.study.trade_off import draw_trade_off, target_pairs
@@ -65,6 +66,22 @@ def test_plots_without_data_are_left_out(tmp_path: Path) -> None:
     records = records_of(study_of(tmp_path, [StudyRun(name="a")]), {("a", 1): [evaluation(9, {"en": 1.0})]})
     (plot,) = plots.draw_plots(records)
     assert (plot.name, plot.sweep, plot.png[:4]) == ("loss-over-tokens", None, b"\x89PNG")
+
+
+def test_missing_seeds_are_marked(tmp_path: Path) -> None:
+    runs = [StudyRun(name="a", at={"x": 1.0}), StudyRun(name="b", at={"x": 2.0}), StudyRun(name="c")]
+    metrics = {key: [evaluation(9, {"en": 1.0})] for key in (("a", 1), ("a", 2), ("b", 2), ("c", 1))}
+    records = records_of(study_of(tmp_path, runs), metrics)
+    loss, sweep = plots.draw_plots(records)
+    assert loss.caption.endswith("Not all seeds: b (1 of 2 seeds), c (1 of 2 seeds).")
+    assert sweep.caption.endswith("Not all seeds: b (1 of 2 seeds).")
+    figure = draw_losses(records)
+    assert figure is not None
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["a", "b (1 of 2 seeds)", "c (1 of 2 seeds)"]
+    complete = records_of(study_of(tmp_path, [StudyRun(name="a")]), {key: metrics[key] for key in (("a", 1), ("a", 2))})
+    assert "seeds:" not in plots.draw_plots(complete)[0].caption
 
 
 @pytest.mark.parametrize(
