@@ -1,4 +1,4 @@
-"""Data of ablations.yaml: dictionaries with noise, clone text in another word order, clones that share part of the
+"""Data of study_ablations.yaml: dictionaries with noise, clone text in another word order, clones that share part of the
 vocabulary. Steps whose output exists are skipped."""
 
 import argparse

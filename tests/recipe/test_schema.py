@@ -14,7 +14,7 @@ from megatron_prealign.recipe.recipe import Recipe
 from megatron_prealign.recipe.schema import recipe_schema
 
 # A study is no recipe.
-EXAMPLES = sorted(path for path in Path("examples").glob("*/*.yaml") if path.name != "study.yaml")
+EXAMPLES = sorted(path for path in Path("examples").glob("*/*.yaml") if not path.name.startswith("study"))
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def test_studies_in_the_documentation_are_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("path", sorted(Path("examples").glob("*/study.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*/study*.yaml")), ids=str)
 def test_the_examples(path: Path, quick: bool) -> None:
     study = load_study(str(path), quick=quick)
     assert all(Path(file).is_file() for run in study.runs for file in [*study.base, *run.recipes])
