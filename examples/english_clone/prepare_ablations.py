@@ -1,5 +1,7 @@
-"""Data of study_ablations.yaml: dictionaries with noise, clone text in another word order, clones that share part of the
-vocabulary. Steps whose output exists are skipped."""
+"""Data of study_ablations.yaml: dictionaries with noise, clone text in another word order, clones that share ids.
+
+Steps whose output exists are skipped.
+"""
 
 import argparse
 import json
