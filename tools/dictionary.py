@@ -1,4 +1,4 @@
-"""`megatron-prealign dictionary`: builds, merges, shuffles, evaluates and previews word-translation tables."""
+"""`megatron-prealign dictionary`: makes word lists and word-translation tables, evaluates and previews them."""
 
 import os
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from megatron_prealign.dictionary.formats.base import FileFormat
 from megatron_prealign.errors import UserError
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.text import closing, command, next_line, plural
+from megatron_prealign.tools.dictionary_induce import induce
 from megatron_prealign.tools.dictionary_preview import preview
 from megatron_prealign.tools.dictionary_report import no_keys_message, report
 
@@ -370,6 +371,7 @@ def _print_coverage(table: "DictionaryTable", corpora: "Sequence[Coverage]") -> 
 
 
 ACTIONS: Actions = {
+    "induce": (induce, "make a word list from parallel text"),
     "build": (build, "build a table from word lists"),
     "merge": (merge, "merge tables of the same tokenizer"),
     "shuffle": (shuffle, "write the control of a table, with the translations of other words"),

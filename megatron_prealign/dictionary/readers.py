@@ -22,6 +22,7 @@ from megatron_prealign.dictionary.formats.base import (
 )
 from megatron_prealign.errors import UserError
 from megatron_prealign.languages import is_language_code
+from megatron_prealign.text import plural
 
 __all__ = ["DictionaryInput", "FileInfo", "OnError", "ReadErrors", "parse_input", "read_entries"]
 
@@ -94,11 +95,10 @@ def parse_input(
     Raises:
         UserError: neither `text` nor the default specifies languages.
     """
-    path, colon, suffix = text.rpartition(":")
-    if colon and LANGUAGES_PATTERN.fullmatch(suffix) and not Path(text).exists():
+    path, suffix = _split_languages(text)
+    if suffix is not None:
         languages = parse_languages(suffix, f"--input {text}")
     else:
-        path = text
         if default_languages is None:
             file = text.partition(":")[0]
             raise UserError(
@@ -107,6 +107,30 @@ def parse_input(
             )
         languages = parse_languages(default_languages, "--languages")
     return DictionaryInput(path=Path(path), languages=languages, format=format, licence=licence, weights=weights)
+
+
+def parse_bitext(text: str) -> DictionaryInput:
+    """Parses `FILE:en-de`, a file of parallel text.
+
+    Raises:
+        UserError: `text` does not specify two languages.
+    """
+    path, suffix = _split_languages(text)
+    languages = () if suffix is None else parse_languages(suffix, f"--bitext {text}")
+    if len(languages) != 2:
+        raise UserError(
+            f"--bitext {text}: got {plural(len(languages), 'language')}, expected the two of the columns as "
+            f"FILE:SOURCE-TARGET such as {path}:en-de"
+        )
+    return DictionaryInput(path=Path(path), languages=languages)
+
+
+def _split_languages(text: str) -> tuple[str, str | None]:
+    """Splits `FILE:en-de` at its last colon; None if there are no languages, or the colon belongs to a file's name."""
+    path, colon, suffix = text.rpartition(":")
+    if colon and LANGUAGES_PATTERN.fullmatch(suffix) and not Path(text).exists():
+        return path, suffix
+    return text, None
 
 
 def detect_file(path: Path) -> str:

@@ -19,7 +19,7 @@ from megatron_prealign.tokenizer.base import Tokenizer
 # Language -> case-folded word -> occurrences.
 WordCounts = Mapping[str, Mapping[str, int]]
 
-_ASCII_WORD = re.compile("[a-z]+")
+_ASCII_WORD = re.compile("[A-Za-z]+")
 
 
 class DistinctWords(NamedTuple):
@@ -69,7 +69,11 @@ _LETTERS_ONLY = _LettersOnly()
 
 def letter_runs(text: str) -> list[str]:
     """Returns the case-folded runs of letters of `text`, the form in which list and corpus words are compared."""
-    text = text.casefold()
+    return letter_runs_as_written(text.casefold())
+
+
+def letter_runs_as_written(text: str) -> list[str]:
+    """Returns the runs of letters and combining marks of `text`, with their capitals."""
     return _ASCII_WORD.findall(text) if text.isascii() else text.translate(_LETTERS_ONLY).split()
 
 

@@ -17,7 +17,7 @@ from megatron_prealign.preprocess.sampling import UNDETERMINED, Corpus, Language
 from megatron_prealign.preprocess.tokenizer_trainers import EOD, insert_word_breaks, train_byte_bpe, train_sentencepiece
 from megatron_prealign.tokenizer.clone import CloneLanguage, save_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
-from megatron_prealign.tokenizer.segmenters import AUTO, Segmenter, open_segmenter, resolve_segmenter
+from megatron_prealign.tokenizer.segmenters import Segmenter, open_segmenter, parse_segmenters
 
 Kind = Literal["byte-bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
 
@@ -182,38 +182,6 @@ def _check_clone(language: str | None, shared_ids: int, vocab_size: int) -> None
             f"--clone-shared-ids is {shared_ids}, expected a number from 0 to less than --vocab-size ({vocab_size}), "
             "and --clone-language"
         )
-
-
-def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str, str]:
-    """Parses `LANGUAGE=NAME` and `auto` to language -> segmenter; a named segmenter takes precedence over `auto`.
-
-    Raises:
-        UserError: the text does not have this form, no input has the language, or it is given twice.
-    """
-    named: dict[str, str] = {}
-    for text in texts:
-        language, equals, name = text.partition("=")
-        if text == AUTO:
-            continue
-        if not equals or not language or not name:
-            raise UserError(f"--segmenter {text}: expected LANGUAGE=NAME such as ja=sudachi, or auto")
-        if language not in languages:
-            raise UserError(
-                f"--segmenter {text}: no input has language {language}, expected one of {', '.join(languages)}; set "
-                "the "
-                f"language of an input with FILE:{language}"
-            )
-        if language in named:
-            raise UserError(
-                f"--segmenter {text}: {language} already has segmenter {named[language]}; use one per language"
-            )
-        named[language] = name
-    segmenters = {}
-    for language in languages:
-        resolved = resolve_segmenter(named.get(language, AUTO if AUTO in texts else None), language)
-        if resolved is not None:
-            segmenters[language] = resolved
-    return segmenters
 
 
 def _training_texts(

@@ -110,6 +110,37 @@ def resolve_segmenter(name: str | None, language: str) -> str | None:
     return BY_LANGUAGE.get(language.replace("-", "_").partition("_")[0].lower())
 
 
+def parse_segmenters(texts: Sequence[str], languages: Sequence[str]) -> dict[str, str]:
+    """Parses `LANGUAGE=NAME` and `auto` to language -> segmenter; a named segmenter takes precedence over `auto`.
+
+    Raises:
+        UserError: the text does not have this form, no input has the language, or it is given twice.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        language, equals, name = text.partition("=")
+        if text == AUTO:
+            continue
+        if not equals or not language or not name:
+            raise UserError(f"--segmenter {text}: expected LANGUAGE=NAME such as ja=sudachi, or auto")
+        if language not in languages:
+            raise UserError(
+                f"--segmenter {text}: no input has language {language}, expected one of {', '.join(languages)}; "
+                "correct it, or the language given after the colon of an input"
+            )
+        if language in named:
+            raise UserError(
+                f"--segmenter {text}: {language} already has segmenter {named[language]}; use one per language"
+            )
+        named[language] = name
+    segmenters = {}
+    for language in languages:
+        resolved = resolve_segmenter(named.get(language, AUTO if AUTO in texts else None), language)
+        if resolved is not None:
+            segmenters[language] = resolved
+    return segmenters
+
+
 def open_segmenter(name: str, language: str) -> Segmenter:
     """Creates a segmenter: one of `BUILT_IN`, or `module:Class` for a custom class.
 

@@ -14,7 +14,7 @@ from support.word_cutters import WORDS
 from megatron_prealign.cli import main
 from megatron_prealign.corpus.read_errors import ReadError
 from megatron_prealign.preprocess.tokenizer_trainers import WORD_BREAK, insert_word_breaks, train_sentencepiece
-from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, parse_segmenters, train_tokenizer
+from megatron_prealign.preprocess.train_tokenizer import TrainerSettings, train_tokenizer
 from megatron_prealign.tokenizer.clone import CLONE_FILE, CloneTokenizer, load_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
 
@@ -120,14 +120,6 @@ def test_word_breaks_are_only_inserted_between_letters() -> None:
 
     assert insert_word_breaks(f"ab, 1c{WORD_BREAK} d", EveryCharacter(), "x", "f:1") == f"a{WORD_BREAK}b, 1c d"
     assert insert_word_breaks("", EveryCharacter(), "x", "f:1") == ""
-
-
-def test_segmenters_of_languages() -> None:
-    languages = ["de", "zh", "ja_JP"]
-    assert parse_segmenters([], languages) == {}
-    assert parse_segmenters(["auto"], languages) == {"zh": "jieba", "ja_JP": "sudachi"}
-    assert parse_segmenters(["zh=icu", "auto"], languages) == {"zh": "icu", "ja_JP": "sudachi"}
-    assert parse_segmenters(["de=auto", "zh=auto", "ja_JP=a.b:C=D"], languages) == {"zh": "jieba", "ja_JP": "a.b:C=D"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,7 @@ from megatron_prealign.tokenizer.segmenters import (
     BUILT_IN,
     checked_word_starts,
     open_segmenter,
+    parse_segmenters,
     resolve_segmenter,
     split_text,
 )
@@ -291,3 +292,11 @@ def test_a_clone_has_the_same_bits(directory: Path, tmp_path: Path) -> None:
         preprocess([directory / "a.jsonl"], tmp_path / "tok", tmp_path / language, settings, show_progress=False)
     assert (tmp_path / "zh.words").read_bytes() == (tmp_path / "zh_clone.words").read_bytes()
     assert (tmp_path / "zh.bin").read_bytes() != (tmp_path / "zh_clone.bin").read_bytes()
+
+
+def test_segmenters_of_languages() -> None:
+    languages = ["de", "zh", "ja_JP"]
+    assert parse_segmenters([], languages) == {}
+    assert parse_segmenters(["auto"], languages) == {"zh": "jieba", "ja_JP": "sudachi"}
+    assert parse_segmenters(["zh=icu", "auto"], languages) == {"zh": "icu", "ja_JP": "sudachi"}
+    assert parse_segmenters(["de=auto", "zh=auto", "ja_JP=a.b:C=D"], languages) == {"zh": "jieba", "ja_JP": "a.b:C=D"}

@@ -148,9 +148,7 @@ def compression_of(path: Path) -> str:
         with path.open("rb") as stream:
             start = stream.read(4)
     except OSError as error:
-        raise UserError(
-            f"cannot open dictionary file {path}: {error.strerror}; check the path and its permissions"
-        ) from error
+        raise UserError(f"cannot open {path}: {error.strerror}; check the path and its permissions") from error
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
 
 
@@ -213,7 +211,7 @@ def read_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
         if len(pending) > MAX_LINE_BYTES:
             raise UserError(
                 f"{path}:{number}: got a line of more than {MAX_LINE_BYTES >> 20} MiB, expected one entry per line; "
-                "check that the file is a word list"
+                "check that the file is a text of such lines"
             )
 
 
