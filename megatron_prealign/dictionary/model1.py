@@ -91,9 +91,9 @@ class Translations(NamedTuple):
 class Model1:
     """The pairs of words of a bitext, and the training of both directions.
 
-    Memory is 20 bytes for each pair of words that occur together (24 while they are collected), and 8 bytes for each
-    distinct word of a sentence. The index of the pair of every link, 4 bytes each, is stored in a temporary file, which
-    is read once per iteration.
+    Memory is 20 bytes for each pair of words that occur together (about 30 while they are collected), and 8 bytes for
+    each distinct word of a sentence. The index of the pair of every link, 4 bytes each, is stored in a temporary file,
+    which is read once per iteration.
     """
 
     def __init__(self, source: Sentences, target: Sentences, scratch: Path, block_links: int = BLOCK_LINKS) -> None:
@@ -161,12 +161,12 @@ class Model1:
         merged = np.zeros(0, dtype=np.int64)
         waiting: list[NDArray[np.int64]] = []
         for block in self._blocks():
-            waiting.append(np.unique(self._keys(block)))
+            waiting.append(_distinct(self._keys(block)))
             # Each merge handles at most twice as many keys as have come since the last: the cost of all is that of one.
             if sum(map(len, waiting)) > max(len(merged) // 2, BLOCK_LINKS):
-                merged = np.unique(np.concatenate([merged, *waiting]))
+                merged = _distinct(np.concatenate([merged, *waiting]))
                 waiting.clear()
-        return np.unique(np.concatenate([merged, *waiting])) if waiting else merged
+        return _distinct(np.concatenate([merged, *waiting])) if waiting else merged
 
     def _split_keys(self, keys: NDArray[np.int64]) -> Iterator[NDArray[np.int32]]:
         """Yields source and target word of each pair `[U]`."""
@@ -244,6 +244,18 @@ class Model1:
         count = np.minimum(forward_count, backward_count[rows])
         kept = (probability >= min_probability) & (count >= min_count)
         return Translations(self.source[rows[kept]], self.target[rows[kept]], probability[kept], count[kept])
+
+
+def _distinct(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the distinct keys, sorted; sorts `keys` itself.
+
+    np.unique of numpy 2.4 fills a hash table instead: 2.3 s for 2 million random keys, here 0.04 s.
+    """
+    keys.sort()
+    different = np.empty(len(keys), dtype=bool)
+    different[:1] = True
+    np.not_equal(keys[1:], keys[:-1], out=different[1:])
+    return keys[different]
 
 
 def _rows(number: int) -> Iterator[slice]:

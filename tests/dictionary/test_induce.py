@@ -75,17 +75,27 @@ def test_thresholds_are_those_of_the_settings(tmp_path: Path) -> None:
 
 def test_forms_are_written_as_they_occur(tmp_path: Path) -> None:
     """Usual forms are paired; others by their capitals; a form that occurs once is left out."""
-    pairs = [("house", "Haus")] * 9 + [("House", "Haus")] * 3 + [("HOUSE", "HAUS")] * 2 + [("hOuse", "haus")]
-    pairs += [("go", "gehen")] * 7 + [("Go", "Gehen")] * 2 + [("GO", "gehen")] * 2
+    pairs = [("house", "Haus")] * 9 + [("House", "Haus")] * 3 + [("HOUSE", "HAUS")] * 2
+    pairs += [("go", "gehen")] * 7 + [("Go", "Gehen")] * 2 + [("GO", "gehen"), ("GO", "GEHEN")]
+    pairs += [("one", "ein")] * 5 + [("ONE", "EIN"), ("one", "EIN")]
     bitext = read(f"{write_tsv(tmp_path / 'a.tsv', pairs)}:en-de")
     induced = induce(bitext, InduceSettings(), tmp_path)
     assert pairs_of(induced) == [
         *[("house", "Haus"), ("House", "Haus"), ("HOUSE", "HAUS")],
-        # GEHEN does not occur: the table has capitals of its own.
+        # GEHEN occurs once: the table has capitals of its own.
         *[("go", "gehen"), ("Go", "Gehen")],
+        # ONE occurs once.
+        ("one", "ein"),
     ]
     weights = [pair.weight for pair in induced.pairs]
-    assert len(set(weights[:3])) == len(set(weights[3:])) == 1
+    assert len(set(weights[:3])) == len(set(weights[3:5])) == 1
+
+
+def test_rare_words_are_in_no_pair(tmp_path: Path) -> None:
+    """Together they occur often enough, and translate each other."""
+    pairs = [("dog", "Hund")] * 5 + [(f"rare{letter}", f"selten{letter}") for letter in "abcdefgh"]
+    bitext = read(f"{write_tsv(tmp_path / 'a.tsv', pairs)}:en-de")
+    assert pairs_of(induce(bitext, InduceSettings(), tmp_path)) == [("dog", "Hund")]
 
 
 def test_pairs_are_in_descending_count(tmp_path: Path) -> None:

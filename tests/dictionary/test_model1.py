@@ -121,6 +121,11 @@ def test_translations_reach_both_thresholds(tmp_path: Path) -> None:
     assert kept.sum() < min((everything.expected >= 5.0).sum(), (everything.probability >= 0.02).sum())
     for values, others in zip(everything, some, strict=True):
         assert np.array_equal(values[kept], others)
+    # Whichever direction expects fewer: their counts differ, so some of these thresholds divide them.
+    for min_count in np.arange(0.5, 6, 0.5).tolist():
+        with Model1(*sides, tmp_path) as model:
+            found = model.translations(3, min_count, 1e-9)
+        assert len(found.source) == (everything.expected >= min_count).sum()
 
 
 def test_sentences_are_cut_into_blocks_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
