@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.data.indexed import bin_path, check_indexed
+from megatron_prealign.data.indexed import Index, bin_path, check_indexed
 from megatron_prealign.data.sidecar import load_sidecar
 from megatron_prealign.data.word_bitmap import check_words, words_path
 from megatron_prealign.dictionary.ragged import offsets_of
@@ -200,8 +200,27 @@ def read_sample(
         UserError: the dataset is corrupt, or has an id that is not below `vocab_size`.
     """
     index = check_indexed(prefix)
+    return read_documents(prefix, index, _draw(index.lengths, max_tokens), max_tokens, segmenter, vocab_size)
+
+
+def read_documents(
+    prefix: str | Path,
+    index: Index,
+    documents: NDArray[np.int64],
+    max_tokens: int,
+    segmenter: str | None,
+    vocab_size: int,
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.bool_] | None]:
+    """Reads the first `max_tokens` tokens of some documents of a dataset; returns what `read_sample` returns.
+
+    Args:
+        index: index of the dataset.
+        documents: integers `[N]`, at least one.
+
+    Raises:
+        UserError: the dataset has an id that is not below `vocab_size`, or no marks of its segmenter.
+    """
     lengths = index.lengths
-    documents = _draw(lengths, max_tokens)
     tokens = np.memmap(bin_path(prefix), index.dtype, "r")
     first = np.asarray(index.pointers)[documents] // index.dtype.itemsize
     spans = list(zip(first.tolist(), (first + lengths[documents]).tolist(), strict=True))

@@ -33,14 +33,18 @@ class DistinctWords(NamedTuple):
     """Sequence of every running word `[N]`."""
 
 
+def token_positions(words: Words) -> NDArray[np.int64]:
+    """Position of every token of the running words, word by word `[sum of lengths]`."""
+    offsets = offsets_of(words.length)
+    return np.arange(offsets[-1]) + np.repeat(words.start - offsets[:-1], words.length)
+
+
 def distinct_words(tokens: NDArray[Any], words: Words) -> DistinctWords:
     """Groups running words with the same tokens.
 
     Sequences are compared by 64-bit hash; a collision among a million words happens once in 37 million corpora.
     """
-    offsets = offsets_of(words.length)
-    index = np.arange(offsets[-1]) + np.repeat(words.start - offsets[:-1], words.length)
-    hashes = hash_rows(tokens[index], offsets)
+    hashes = hash_rows(tokens[token_positions(words)], offsets_of(words.length))
     _, first, number, count = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     order = np.lexsort((first, -count))
     rank = np.empty(len(order), dtype=np.int64)
@@ -75,6 +79,12 @@ def letter_runs(text: str) -> list[str]:
 def letter_runs_as_written(text: str) -> list[str]:
     """Returns the runs of letters and combining marks of `text`, with their capitals."""
     return _ASCII_WORD.findall(text) if text.isascii() else text.translate(_LETTERS_ONLY).split()
+
+
+def comparable(text: str) -> str:
+    """The runs of letters of a word as one text, in which a word of a table equals its occurrences; empty without
+    letters."""
+    return " ".join(letter_runs(text))
 
 
 def count_words(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prealign.dictionary.running_words import count_words, letter_runs
+from megatron_prealign.dictionary.running_words import comparable, count_words
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.recipe import DataSource
 from megatron_prealign.tokenizer.base import Tokenizer
@@ -42,7 +42,7 @@ def word_coverage(
     """
     known: dict[str, set[str]] = {}
     for word in words.tolist():
-        known.setdefault(table.languages[table.word_language[word]], set()).add(" ".join(letter_runs(table.text(word))))
+        known.setdefault(table.languages[table.word_language[word]], set()).add(comparable(table.text(word)))
     number = Counter(source.language for source in sources)
     totals: Counter[str] = Counter()
     reached: Counter[str] = Counter()

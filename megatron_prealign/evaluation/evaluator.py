@@ -1,4 +1,4 @@
-"""Evaluates a model: validation loss per language, word and sentence retrieval per layer."""
+"""Evaluates a model: validation loss per language and class of word, word and sentence retrieval per layer."""
 
 import logging
 import math
@@ -17,6 +17,7 @@ from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.evaluation.periodic import PeriodicMeasurement
 from megatron_prealign.evaluation.retrieval import measure_retrieval
 from megatron_prealign.evaluation.validation import validation_losses
+from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, WordClasses
 from megatron_prealign.evaluation.word_pairs import SENTENCE_RETRIEVAL, WordPairs, evaluated_pairs, metric_names
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.runtime.distributed import Runtime
@@ -48,6 +49,7 @@ class Evaluator:
         sequence_format: SequenceFormat,
         words: tuple[DictionaryTable, NDArray[np.bool_]] | None,
         sentences: Sequence[WordPairs] = (),
+        classes: WordClasses | None = None,
     ) -> None:
         """
         Args:
@@ -55,31 +57,34 @@ class Evaluator:
             words: The word table and the groups held out from training, bool `[groups]`, which are measured separately;
                 None without a dictionary.
             sentences: Sentence pairs of the parallel text.
+            classes: Classes of the labels of `validation`; None measures no loss by class of word.
         """
         self._recipe = recipe
         self._runtime = runtime
         self._validation = validation
         self._sequence_format = sequence_format
         self._pairs = evaluated_pairs(recipe, words, sentences)
+        self._classes = classes or WordClasses()
 
     @property
     def names(self) -> list[str]:
         """Names of the metrics that `flatten_metrics` returns."""
-        return metric_names(self._validation.languages, self._pairs)
+        return metric_names(self._validation.languages, self._pairs, self._classes)
 
     def measure(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-        """Measures `validation_loss` per language and the retrieval metrics. Collective: call on all ranks."""
+        """Measures `validation_loss` per language, `validation_loss_words` per language and class, and the retrieval
+        metrics. Collective: call on all ranks."""
         for chunk in chunks:
             chunk.eval()
-        result: dict[str, Any] = {
-            "validation_loss": validation_losses(
-                self._runtime,
-                chunks,
-                self._validation,
-                micro_batch_size=self._recipe.training.micro_batch_size,
-                sequence_format=self._sequence_format,
-            )
-        }
+        losses = validation_losses(
+            self._runtime,
+            chunks,
+            self._validation,
+            micro_batch_size=self._recipe.training.micro_batch_size,
+            sequence_format=self._sequence_format,
+            classes=self._classes,
+        )
+        result: dict[str, Any] = {"validation_loss": losses.mean, "validation_loss_words": losses.by_class}
         for name, pairs in self._pairs.items():
             retrieval = measure_retrieval(self._runtime, chunks, pairs, num_layers=self._recipe.model.num_layers)
             result[name] = {pair.name: retrieval[pair.name]["p_at_1"] for pair in pairs}
@@ -119,16 +124,25 @@ class Evaluate(PeriodicMeasurement):
         )
         losses = ", ".join(f"{language} {loss:.4f}" for language, loss in result["validation_loss"].items())
         logger.info("evaluation at %s: validation loss %s", position(trainer), losses or "none (no held-out text)")
+        for language, by_class in result["validation_loss_words"].items():
+            parts = ", ".join(f"{CLASS_TEXTS[name]} {loss:.4f}" for name, loss in by_class.items())
+            logger.info("  loss of %s: %s", language, parts)
         for name, text in _RETRIEVAL.items():
             for pair, values in result[name].items():
                 by_layer = " ".join(f"{value:.2f}" for value in values)
                 logger.info("  %s, %s, by layer: %s", text, pair, by_layer)
 
 
-def flatten_metrics(result: Mapping[str, Mapping[str, float | Sequence[float]]]) -> dict[str, float]:
-    """Flattens an evaluation to names such as `validation_loss/en`; metrics per layer are averaged over the layers."""
-    return {
-        f"{metric}/{name}": math.fsum(value) / len(value) if isinstance(value, Sequence) else value
-        for metric, by_name in result.items()
-        for name, value in by_name.items()
-    }
+def flatten_metrics(
+    result: Mapping[str, Mapping[str, float | Sequence[float] | Mapping[str, float]]],
+) -> dict[str, float]:
+    """Flattens an evaluation to names such as `validation_loss/en` and `validation_loss_words/en/trained`; metrics per
+    layer are averaged over the layers."""
+    flat: dict[str, float] = {}
+    for metric, by_name in result.items():
+        for name, value in by_name.items():
+            if isinstance(value, Mapping):
+                flat.update({f"{metric}/{name}/{part}": each for part, each in value.items()})
+            else:
+                flat[f"{metric}/{name}"] = math.fsum(value) / len(value) if isinstance(value, Sequence) else value
+    return flat

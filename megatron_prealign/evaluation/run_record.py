@@ -53,6 +53,9 @@ class EvaluationPoint:
     """The same for held-out words, which are never trained on; empty if none are held out."""
     sentence_retrieval_p_at_1: dict[str, list[float]] = field(default_factory=dict)
     """The same for sentences of parallel text; empty without it."""
+    validation_loss_words: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Language -> class of word (one of `word_classes.CLASSES`) -> loss in nats per token; empty without a
+    dictionary."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Measurement:
     """P@1 of sentences of parallel text, as for words; empty without it."""
     shuffled_dictionary: bool = False
     """Whether the run is a control, trained with a shuffled dictionary."""
+    validation_loss_words: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Language -> class of word (one of `word_classes.CLASSES`) -> loss in nats per token; empty without a
+    dictionary."""
+    word_shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Language -> class of word -> fraction of the tokens that `validation_loss` is measured on."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,10 @@ def _evaluation_point(values: Mapping[str, Any]) -> EvaluationPoint:
         word_retrieval_p_at_1=_by_pair(values.get("word_retrieval_p_at_1")),
         word_retrieval_p_at_1_held_out=_by_pair(values.get("word_retrieval_p_at_1_held_out")),
         sentence_retrieval_p_at_1=_by_pair(values.get("sentence_retrieval_p_at_1")),
+        validation_loss_words={
+            language: {name: _number(loss) for name, loss in by_class.items()}
+            for language, by_class in (values.get("validation_loss_words") or {}).items()
+        },
     )
 
 

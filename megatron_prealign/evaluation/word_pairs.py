@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_prealign.dictionary.table import DictionaryTable
 from megatron_prealign.errors import UserError
+from megatron_prealign.evaluation.word_classes import WordClasses
 from megatron_prealign.recipe import AlignmentWatchSection, Recipe
 
 # Longer words say little about the word space of a layer and would widen every batch of words.
@@ -79,15 +80,20 @@ def evaluated_pairs(
     return pairs
 
 
-def metric_names(languages: Sequence[str], pairs: Mapping[str, list[WordPairs]]) -> list[str]:
+def metric_names(languages: Sequence[str], pairs: Mapping[str, list[WordPairs]], classes: WordClasses) -> list[str]:
     """Names of the metrics of an evaluation, such as `validation_loss/en`.
 
     Args:
         languages: Languages with held-out text.
         pairs: Result of `evaluated_pairs`.
+        classes: Classes of the tokens of the held-out text.
     """
+    losses = [
+        *(f"validation_loss/{each}" for each in languages),
+        *(f"validation_loss_words/{each}" for each in classes.names),
+    ]
     by_pair = [f"{metric}/{pair.name}" for metric, of_metric in pairs.items() for pair in of_metric]
-    return [*(f"validation_loss/{language}" for language in languages), *by_pair]
+    return [*losses, *by_pair]
 
 
 def check_keep_best(recipe: Recipe, names: Sequence[str]) -> None:

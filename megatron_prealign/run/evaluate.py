@@ -22,6 +22,7 @@ from megatron_prealign.evaluation.evaluator import Evaluator
 from megatron_prealign.evaluation.parallel_text import measured_pairs
 from megatron_prealign.evaluation.report import write_report
 from megatron_prealign.evaluation.run_record import Measurement, load_run
+from megatron_prealign.evaluation.word_classes import word_classes
 from megatron_prealign.model.build import build_model
 from megatron_prealign.recipe import ParallelSection, Recipe, load_recipe
 from megatron_prealign.recipe.load import as_user_error
@@ -85,6 +86,9 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
         vocabulary = on_every_rank("opening the tokenizer", lambda: open_vocabulary(recipe))
         dictionary = on_every_rank("opening the dictionary", lambda: _load_dictionary(recipe, vocabulary))
         validation = on_every_rank("opening the data", lambda: open_validation(recipe, vocabulary))
+        classes = on_every_rank(
+            "classifying the validation data", lambda: word_classes(recipe, dictionary, vocabulary.tokenizer)
+        )
         sentences = on_every_rank("opening the parallel text", lambda: open_sentences(recipe, vocabulary))
         build = partial(build_model, recipe, runtime, vocab_size=vocabulary.size)
         models = on_every_rank("building the model", build)
@@ -99,11 +103,16 @@ def _measure(checkpoint: Path, recipe: Recipe, *, leave_process_group: bool) -> 
             build_sequence_format(recipe, vocabulary),
             dictionary,
             measured_pairs(sentences),
+            classes,
         )
         result = evaluator.measure(models)
         run = read_run(checkpoint)
         state = run["train_state"]
         measured = Measurement(
-            **result, tokens=state["tokens"], seconds=state["seconds"], shuffled_dictionary=is_control(run["run"])
+            **result,
+            tokens=state["tokens"],
+            seconds=state["seconds"],
+            shuffled_dictionary=is_control(run["run"]),
+            word_shares={language: classes.shares(language) for language in classes.labels},
         )
         return measured, runtime.rank

@@ -9,6 +9,7 @@ from megatron_prealign.checkpoint.resume.start import FRESH, StartPoint
 from megatron_prealign.data.samples import TrainPlan, TrainSamples, ValidationSamples
 from megatron_prealign.dictionary.coverage import blend_coverage
 from megatron_prealign.evaluation.parallel_text import SentencePairs, open_parallel_text
+from megatron_prealign.evaluation.word_classes import WordClasses, word_classes
 from megatron_prealign.model.sizes import padded_vocab_size
 from megatron_prealign.recipe import CodeSwitchSection, Recipe
 from megatron_prealign.run.dictionary import DictionaryParts, SwitchingTable, open_dictionary
@@ -43,6 +44,8 @@ class RunInputs:
     validation: ValidationSamples
     sentences: list[SentencePairs]
     """Of data.parallel_text."""
+    classes: WordClasses
+    """Of the tokens of the validation data."""
 
 
 def open_vocabulary(recipe: Recipe) -> Vocabulary:
@@ -94,7 +97,7 @@ def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
     Raises:
         UserError: An input is missing, corrupt or incompatible with the others; raised on all ranks.
     """
-    vocabulary, dictionary, validation, sentences, plan = on_every_rank(
+    vocabulary, dictionary, validation, sentences, classes, plan = on_every_rank(
         "opening the data", lambda: _open_files(recipe, start)
     )
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -107,19 +110,20 @@ def open_inputs(recipe: Recipe, start: StartPoint = FRESH) -> RunInputs:
         coverage = from_rank_zero(
             "measuring dictionary coverage", lambda: _dictionary_coverage(recipe, section, switching, start)
         )
-    return RunInputs(vocabulary, dictionary, coverage, train, validation, sentences)
+    return RunInputs(vocabulary, dictionary, coverage, train, validation, sentences, classes)
 
 
 def _open_files(
     recipe: Recipe, start: StartPoint
-) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, list[SentencePairs], TrainPlan]:
+) -> tuple[Vocabulary, DictionaryParts | None, ValidationSamples, list[SentencePairs], WordClasses, TrainPlan]:
     """Opens what every rank opens on its own."""
     vocabulary = open_vocabulary(recipe)
     dictionary = open_dictionary(recipe, vocabulary.tokenizer.fingerprint)
     validation = open_validation(recipe, vocabulary)
     sentences = open_sentences(recipe, vocabulary)
+    classes = word_classes(recipe, None if dictionary is None else dictionary.measured, vocabulary.tokenizer)
     plan = open_plan(recipe, vocabulary, start)
-    return vocabulary, dictionary, validation, sentences, plan
+    return vocabulary, dictionary, validation, sentences, classes, plan
 
 
 def _dictionary_coverage(

@@ -222,6 +222,7 @@ def _pretrain(recipe: Recipe, runtime: Runtime, callbacks: Sequence[Callback], s
         build_sequence_format(recipe, inputs.vocabulary),
         None if dictionary is None else dictionary.measured,
         measured_pairs(inputs.sentences),
+        inputs.classes,
     )
     on_every_rank("checking checkpoint.keep_best", lambda: check_keep_best(recipe, evaluator.names))
     models = on_every_rank(
@@ -305,6 +306,7 @@ def log_summary(recipe: Recipe, runtime: Runtime, inputs: RunInputs) -> None:
         dictionary=inputs.dictionary,
         coverage=measure_word_coverage(recipe, inputs.dictionary, inputs.vocabulary.tokenizer),
         sentences=inputs.sentences,
+        classes=inputs.classes,
         world_size=runtime.world_size,
         on_cpu=runtime.device.type == "cpu",
     )

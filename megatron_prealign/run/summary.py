@@ -10,6 +10,7 @@ import numpy as np
 from megatron_prealign.checkpoint.directory import directory_bytes, step_directories
 from megatron_prealign.dictionary.word_coverage import word_coverage
 from megatron_prealign.evaluation.parallel_text import SentencePairs
+from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, WordClasses
 from megatron_prealign.model.sizes import count_model_parameters, count_stage_parameters, padded_vocab_size
 from megatron_prealign.recipe import Recipe
 from megatron_prealign.resources import machine_memory
@@ -60,6 +61,7 @@ def summarise(
     dictionary: DictionaryParts | None,
     coverage: Mapping[str, float] | None = None,
     sentences: Sequence[SentencePairs] = (),
+    classes: WordClasses | None = None,
     world_size: int | None = None,
     on_cpu: bool = False,
 ) -> Summary:
@@ -70,6 +72,7 @@ def summarise(
         sources: Sources of the training blend, in the recipe's order.
         coverage: Result of `measure_word_coverage`; None if it was not measured.
         sentences: Parallel text of the recipe.
+        classes: Classes of the tokens of the validation data; None leaves them out.
         world_size: Number of processes; None assumes the smallest number that the layout needs.
         on_cpu: Whether the processes keep their state in the memory of this machine.
     """
@@ -94,6 +97,7 @@ def summarise(
         ("training", _training(recipe, lengths)),
         *_dictionary(recipe, dictionary, coverage),
         *(("source", _source(each)) for each in read),
+        *_held_out_text(classes),
         *(("sentences", _sentences(each)) for each in sentences),
         ("checkpoints", checkpoints),
         ("memory", _memory(memory)),
@@ -209,6 +213,17 @@ def _sentences(each: SentencePairs) -> str:
         f"{each.name}, {each.measured:,} of {plural(each.documents, 'pair')} of {each.field} measured, of at most "
         f"{each.max_tokens} tokens a side"
     )
+
+
+def _held_out_text(classes: WordClasses | None) -> list[tuple[str, str]]:
+    """Tokens of the held-out text by class of word, one row per language."""
+    if classes is None:
+        return []
+    rows = []
+    for language, labels in classes.labels.items():
+        shares = ", ".join(f"{CLASS_TEXTS[name]} {share:.1%}" for name, share in classes.shares(language).items())
+        rows.append(("validation", f"{language}, {plural(len(labels), 'token')}: {shares}"))
+    return rows
 
 
 def _no_sentences(sentences: Sequence[SentencePairs]) -> list[str]:

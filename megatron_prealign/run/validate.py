@@ -16,6 +16,7 @@ from megatron_prealign.data.sources import count_training_tokens, held_out_docum
 from megatron_prealign.data.word_bitmap import check_words
 from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.parallel_text import SentencePairs, measured_pairs, open_parallel_text
+from megatron_prealign.evaluation.word_classes import WordClasses, word_classes
 from megatron_prealign.evaluation.word_pairs import check_keep_best, evaluated_pairs, metric_names
 from megatron_prealign.recipe import DataSource, Recipe, ValidationSource
 from megatron_prealign.run.dictionary import DictionaryParts, open_dictionary
@@ -57,7 +58,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
     vocab_size = model_vocab_size(recipe, tokenizer)
     dictionary = open_dictionary(recipe, tokenizer.fingerprint)
     sentences = open_parallel_text(recipe, tokenizer_fingerprint=tokenizer.fingerprint)
-    _check_keep_best(recipe, dictionary, sentences, sidecars)
+    classes = word_classes(recipe, None if dictionary is None else dictionary.measured, tokenizer)
+    _check_keep_best(recipe, dictionary, sentences, classes, sidecars)
     for source in recipe.data.sources:
         if sidecars[source.path].tokens <= recipe.data.seq_length:
             raise UserError(
@@ -76,6 +78,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
         dictionary=dictionary,
         coverage=measure_word_coverage(recipe, dictionary, tokenizer),
         sentences=sentences,
+        classes=classes,
         world_size=world_size,
         # With `auto`, the run may be on another machine, which has a GPU.
         on_cpu=recipe.parallel.device == "cpu",
@@ -101,6 +104,7 @@ def _check_keep_best(
     recipe: Recipe,
     dictionary: DictionaryParts | None,
     sentences: Sequence[SentencePairs],
+    classes: WordClasses,
     sidecars: dict[str, Sidecar],
 ) -> None:
     """Checks that checkpoint.keep_best names a metric that evaluations measure.
@@ -118,7 +122,7 @@ def _check_keep_best(
     }
     words = None if dictionary is None else dictionary.measured
     pairs = evaluated_pairs(recipe, words, measured_pairs(sentences))
-    check_keep_best(recipe, metric_names([each for each in data.languages if each in held_out], pairs))
+    check_keep_best(recipe, metric_names([each for each in data.languages if each in held_out], pairs, classes))
 
 
 def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> StartPoint:

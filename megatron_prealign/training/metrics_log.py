@@ -96,7 +96,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         for tag, value in (
             _by_layer(f"{metric}/{name}", measured)
             if isinstance(measured, Sequence)
-            else [(f"{metric}/{name}", measured)]
+            else _flat(f"{metric}/{name}", measured)
         )
     }
 

@@ -107,9 +107,12 @@ def test_scalars_of_training() -> None:
 
 def test_scalars_of_other_records() -> None:
     place = {"phase": "language_model", "step": 3, "tokens": 70, "seconds": 1.5}
-    evaluation = {"validation_loss": {"de": 2.0}, "word_retrieval_p_at_1": {"en-de": [0.5, 0.25]}}
+    by_class = {"validation_loss_words": {"de": {"trained": 1.5, "other": 3.0}}}
+    evaluation = {"validation_loss": {"de": 2.0}, **by_class, "word_retrieval_p_at_1": {"en-de": [0.5, 0.25]}}
     assert scalars({"kind": "evaluation", **place, **evaluation}) == {
         "validation_loss/de": 2.0,
+        "validation_loss_words/de/trained": 1.5,
+        "validation_loss_words/de/other": 3.0,
         "word_retrieval_p_at_1/en-de/0": 0.5,
         "word_retrieval_p_at_1/en-de/1": 0.25,
         "word_retrieval_p_at_1/en-de/mean": 0.375,
