@@ -13,6 +13,7 @@ from megatron_prealign.evaluation.plots import Runs, mean_over_pairs
 from megatron_prealign.evaluation.report_page import render_page
 from megatron_prealign.evaluation.retrieval_metrics import mean
 from megatron_prealign.evaluation.run_record import EvaluationPoint, Measurement, RunRecord
+from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, CLASSES, share_text
 from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.files.directories import writing
 from megatron_prealign.text import align, duration
@@ -42,6 +43,16 @@ DEFINITIONS = {
     "shuffled_dictionary": "Whether the run was trained with a shuffled dictionary, as a control.",
     "tokens": "Tokens trained on, over all phases.",
     "seconds": "Wall-clock seconds of training, over all phases.",
+}
+
+WORD_CLASS_DEFINITIONS = {
+    "validation_loss_words": (
+        "The validation loss of the tokens of three classes: words of the dictionary, in any case (trained); words of "
+        "which all entries are held out from training (held-out); all other tokens, such as punctuation and spaces. "
+        "The classes depend on the text, the table and dictionary.held_out_fraction alone, so runs with the same table "
+        "are measured on the same tokens."
+    ),
+    "word_shares": "Fraction of the tokens of each class; the validation loss is the mean weighted by it.",
 }
 
 SENTENCE_DEFINITIONS = {
@@ -86,6 +97,7 @@ def build_report(runs: Runs) -> dict[str, Any]:
         "recipe_differences": recipe_differences({name: record.recipe for name, (record, _) in runs.items()}),
         "versions": last.versions,
         "definitions": DEFINITIONS
+        | (WORD_CLASS_DEFINITIONS if any(each.validation_loss_words for _, each in runs.values()) else {})
         | (SENTENCE_DEFINITIONS if any(each.sentence_retrieval_p_at_1 for _, each in runs.values()) else {})
         | (WATCH_DEFINITIONS if any(record.watch for record, _ in runs.values()) else {}),
     }
@@ -155,6 +167,7 @@ def report_table(report: dict[str, Any]) -> str:
         )
     lines = align([header, *rows])
     lines.insert(1, "-" * len(lines[0]))
+    lines += _word_class_table(runs)
     first = next(iter(runs))
     for name, change in report["differences"].items():
         parts = [f"loss {lang} {_signed(delta, 3)}" for lang, delta in change["validation_loss"].items()]
@@ -163,6 +176,25 @@ def report_table(report: dict[str, Any]) -> str:
         lines.append(f"{name} vs. {first}: {', '.join(parts) or 'no metric in common'}")
     lines += [f"{name}: {CONTROL}" for name, run in runs.items() if run["shuffled_dictionary"]]
     return "\n".join(lines)
+
+
+def _word_class_table(runs: Mapping[str, Any]) -> list[str]:
+    """Lines with the losses by class of word, one per run and language; none without them."""
+    rows = [
+        [
+            name,
+            language,
+            *(_decimal(by_class.get(each), 3) for each in CLASSES),
+            share_text(run["word_shares"].get(language, {})),
+        ]
+        for name, run in runs.items()
+        for language, by_class in run["validation_loss_words"].items()
+    ]
+    if not rows:
+        return []
+    header = ["loss by class of word", "language", *(CLASS_TEXTS[each] for each in CLASSES), "share of the tokens"]
+    lines = align([header, *rows])
+    return ["", lines[0], "-" * len(lines[0]), *lines[1:], ""]
 
 
 def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -184,6 +216,15 @@ def differences(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
         own_mean, base_mean = mean(p_at_1), mean(base_p_at_1)
         result[name] = {
             "validation_loss": loss,
+            "validation_loss_words": {
+                language: {
+                    each: value - base["validation_loss_words"][language][each]
+                    for each, value in by_class.items()
+                    if each in base["validation_loss_words"][language]
+                }
+                for language, by_class in run["validation_loss_words"].items()
+                if language in base["validation_loss_words"]
+            },
             "perplexity_ratio": {language: _exponential(delta) for language, delta in loss.items()},
             # A comparison per layer is meaningful only between models of the same depth.
             "word_retrieval_p_at_1": (
@@ -215,6 +256,8 @@ def _run_entry(record: RunRecord, measurement: Measurement) -> dict[str, Any]:
     return {
         "path": str(record.path),
         "validation_loss": measurement.validation_loss,
+        "validation_loss_words": measurement.validation_loss_words,
+        "word_shares": measurement.word_shares,
         "word_retrieval_p_at_1": mean_over_pairs(measurement.word_retrieval_p_at_1),
         "word_retrieval_p_at_1_by_pair": measurement.word_retrieval_p_at_1,
         "word_retrieval_p_at_1_held_out": mean_over_pairs(measurement.word_retrieval_p_at_1_held_out),
@@ -239,6 +282,7 @@ def _history_entry(point: EvaluationPoint) -> dict[str, Any]:
         "tokens": point.tokens,
         "seconds": point.seconds,
         "validation_loss": point.validation_loss,
+        "validation_loss_words": point.validation_loss_words,
         "word_retrieval_p_at_1": mean_over_pairs(point.word_retrieval_p_at_1),
         "word_retrieval_p_at_1_held_out": mean_over_pairs(point.word_retrieval_p_at_1_held_out),
         "sentence_retrieval_p_at_1": mean_over_pairs(point.sentence_retrieval_p_at_1),

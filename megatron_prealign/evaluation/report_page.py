@@ -9,6 +9,7 @@ from typing import Any
 from megatron_prealign import page
 from megatron_prealign.evaluation.plots import css_variables, layer_names, short_count
 from megatron_prealign.evaluation.retrieval_metrics import mean
+from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, CLASSES, share_text
 from megatron_prealign.text import duration
 
 CAPTIONS = {
@@ -64,6 +65,7 @@ def render_page(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         "<h2>Runs</h2>",
         _runs_table(report["runs"]),
         _differences_table(report),
+        _word_classes_table(report),
         *(_figure(name, svg) for name, svg in figures.items()),
         _watch_table(report["runs"]),
         _layers_table(report["runs"]),
@@ -167,6 +169,27 @@ def _differences_table(report: Mapping[str, Any]) -> str:
         cells.append(("-" if change["seconds"] < 0 else "+") + duration(abs(change["seconds"])))
         rows.append(cells)
     return f"<h2>Differences from {escape(names[0])}</h2>\n{page.table(header, rows)}"
+
+
+def _word_classes_table(report: Mapping[str, Any]) -> str:
+    """Losses by class of word, with the differences from the first run."""
+    header = ["Run", *(CLASS_TEXTS[each] for each in CLASSES), "share of the tokens"]
+    rows = []
+    for index, (name, run) in enumerate(report["runs"].items()):
+        change = report["differences"].get(name, {}).get("validation_loss_words", {})
+        for language, by_class in run["validation_loss_words"].items():
+            cells = [page.decimal(by_class.get(each), 3) for each in CLASSES]
+            deltas = [change.get(language, {}).get(each) for each in CLASSES]
+            cells = [
+                cell if delta is None else f"{cell} ({_difference(delta, 3, lower_is_better=True)})"
+                for cell, delta in zip(cells, deltas, strict=True)
+            ]
+            shares = share_text(run["word_shares"].get(language, {}))
+            rows.append([f"{_run_name(name, index)}, {escape(language)}", *cells, shares])
+    if not rows:
+        return ""
+    against = f" (difference from {escape(next(iter(report['runs'])))})" if len(report["runs"]) > 1 else ""
+    return f"<h2>Loss by class of word{against}</h2>\n{page.table(header, rows)}"
 
 
 def _figure(name: str, svg: str) -> str:

@@ -31,6 +31,11 @@ NO_LABEL = -1
 _LOOKAHEAD = 64
 
 
+def share_text(shares: Mapping[str, float]) -> str:
+    """Shares of the classes as percentages, in their order, such as `72.8% / 1.1% / 26.1%`; a dash without any."""
+    return " / ".join(f"{shares.get(name, 0.0):.1%}" for name in CLASSES) if shares else "-"
+
+
 @dataclass(frozen=True, eq=False)
 class WordClasses:
     """Class of every label of the validation samples of each language that has words in the table."""

@@ -79,6 +79,13 @@ def test_report_of_a_checkpoint_has_the_metrics_of_its_last_evaluation(
     *_, last = records(trained, "evaluation").values()
     entry = report["runs"]["a"]
     assert entry["validation_loss"] == last["validation_loss"]
+    assert entry["validation_loss_words"] == last["validation_loss_words"]
+    assert entry["history"][-1]["validation_loss_words"] == last["validation_loss_words"]
+    for language, loss in entry["validation_loss"].items():
+        by_class, shares = entry["validation_loss_words"][language], entry["word_shares"][language]
+        assert set(by_class) == set(shares) > {"trained", "other"} - {"held_out"}
+        # Sums in float64 and in float32.
+        assert sum(by_class[name] * share for name, share in shares.items()) == pytest.approx(loss, rel=1e-5)
     for metric in ("word_retrieval_p_at_1", "sentence_retrieval_p_at_1"):
         assert entry[f"{metric}_by_pair"] == last[metric] != {}
         assert entry[metric] == entry["history"][-1][metric] == last[metric]["en-en_clone"]

@@ -62,6 +62,8 @@ def training_report(directory: Path) -> Path:
                 4000 - index,
                 60.0 + index,
                 sentence_retrieval_p_at_1=held_out,
+                validation_loss_words=last.validation_loss_words,
+                word_shares={NAMES.languages[0]: {"trained": 0.75, "other": 0.25}},
             ),
         )
     write_report(measured, directory / "report")
@@ -87,6 +89,10 @@ def _write_run(directory: Path, index: int) -> Path:
         lines.append({"kind": "train", **common, **train, **losses, "memory_gb": 0.5})
         evaluation = {
             "validation_loss": {source: loss, target: loss + 0.5},
+            "validation_loss_words": {
+                target: {"trained": loss, "held_out": loss + 1.0, "other": loss + 2.0},
+                source: {"trained": loss, "other": loss - 1.0},
+            },
             "word_retrieval_p_at_1": dict.fromkeys(pairs, by_layer),
             "word_retrieval_p_at_1_held_out": {},
         }
