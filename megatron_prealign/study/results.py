@@ -11,6 +11,7 @@ from megatron_prealign.evaluation.plots import layer_names
 from megatron_prealign.evaluation.run_record import EvaluationPoint
 from megatron_prealign.study.matrix import Job
 
+LOSS_WORDS = "validation_loss_words"
 LOSS, P_AT_1, HELD_OUT = "validation_loss", "word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out"
 SENTENCES = "sentence_retrieval_p_at_1"
 
@@ -28,7 +29,7 @@ class Row:
     name: str
     """Language, or language pair; empty for metrics of the whole run."""
     layer: str
-    """Layer of retrieval: emb, 1 to L, out; empty for other metrics."""
+    """Layer of retrieval: emb, 1 to L, out; class of word of a loss by class; empty for other metrics."""
     value: float
 
 
@@ -67,6 +68,9 @@ def rows_of(job: Job, last: EvaluationPoint) -> Iterator[Row]:
     """
     for language, loss in last.validation_loss.items():
         yield Row(job.run, job.seed, LOSS, language, "", loss)
+    for language, by_class in last.validation_loss_words.items():
+        for name, loss in by_class.items():
+            yield Row(job.run, job.seed, LOSS_WORDS, language, name, loss)
     for metric, by_pair in (
         (P_AT_1, last.word_retrieval_p_at_1),
         (HELD_OUT, last.word_retrieval_p_at_1_held_out),
@@ -99,6 +103,15 @@ def by_seed(rows: Iterable[Row], metric: str) -> dict[tuple[str, str], dict[int,
         if row.metric == metric and math.isfinite(row.value):
             collected.setdefault((row.run, row.name), {}).setdefault(row.seed, []).append(row.value)
     return {key: {seed: statistics.fmean(values) for seed, values in seeds.items()} for key, seeds in collected.items()}
+
+
+def loss_by_class(rows: Iterable[Row]) -> dict[tuple[str, tuple[str, str]], dict[int, float]]:
+    """(run, (language, class of word)) -> seed -> loss."""
+    collected: dict[tuple[str, tuple[str, str]], dict[int, float]] = {}
+    for row in rows:
+        if row.metric == LOSS_WORDS and math.isfinite(row.value):
+            collected.setdefault((row.run, (row.name, row.layer)), {})[row.seed] = row.value
+    return collected
 
 
 def mean_over_names(

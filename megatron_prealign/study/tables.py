@@ -3,16 +3,19 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, CLASSES
 from megatron_prealign.study.definition import Study
 from megatron_prealign.study.results import (
     HELD_OUT,
     LOSS,
+    LOSS_WORDS,
     P_AT_1,
     SENTENCES,
     Row,
     SeedValues,
     by_seed,
     difference,
+    loss_by_class,
     names_of,
     spread,
 )
@@ -31,7 +34,8 @@ class Table:
 
 
 def result_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
-    """Losses and word retrieval of the runs, and the differences of loss from the first run and from the controls."""
+    """Losses and word retrieval of the runs, the differences of loss from the first run and from the controls, and the
+    same of the losses by class of word."""
     first = study.runs[0].name
     losses = by_seed(rows, LOSS)
     languages = names_of(rows, LOSS)
@@ -46,6 +50,35 @@ def result_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
             "Differences of loss from the control with a shuffled dictionary, taken seed by seed: what true pairs add."
         )
         tables.append(_differences(study, losses, languages, controls, "Loss against the control", caption))
+    return [*tables, *_by_class(study, rows, controls)]
+
+
+def _by_class(study: Study, rows: Sequence[Row], controls: Mapping[str, str]) -> list[Table]:
+    """Losses by class of word, and their differences from the first run and from the controls; none without them."""
+    found = loss_by_class(rows)
+    columns = {
+        (language, name): f"{language}, {CLASS_TEXTS[name]}"
+        for language in names_of(rows, LOSS_WORDS)
+        for name in CLASSES
+        if any(column == (language, name) for _, column in found)
+    }
+    if not columns:
+        return []
+    losses = {(run, columns[column]): values for (run, column), values in found.items()}
+    titles, title, first = list(columns.values()), "Loss by class of word", study.runs[0].name
+    lines = [[run.name, *(cell(study, losses.get((run.name, each))) for each in titles)] for run in study.runs]
+    caption = (
+        "Loss of the tokens of words of the dictionary that training may use, of words held out of training, and of "
+        "all other tokens, in nats per token. The log of a run has the share of each class."
+    )
+    tables = [Table(title, caption, ["run", *titles], lines)]
+    if len(study.runs) > 1:
+        others = {run.name: first for run in study.runs[1:]}
+        caption = f"Differences from {first}, taken seed by seed."
+        tables.append(_differences(study, losses, titles, others, f"{title} against {first}", caption))
+    if controls:
+        caption = "Differences from the control with a shuffled dictionary, taken seed by seed."
+        tables.append(_differences(study, losses, titles, controls, f"{title} against the control", caption))
     return tables
 
 

@@ -16,12 +16,14 @@ from megatron_prealign.study.definition import Study, StudyRun
 from megatron_prealign.study.results import (
     HELD_OUT,
     LOSS,
+    LOSS_WORDS,
     P_AT_1,
     SENTENCES,
     Row,
     Spread,
     by_seed,
     difference,
+    loss_by_class,
     mean_over_names,
     ratio,
     rows_of,
@@ -167,3 +169,40 @@ def test_markdown() -> None:
         "Not in the tables: x_seed1, x_seed2: not complete; y: other.\n"
     )
     assert "Not in the tables" not in to_markdown([table], {})
+
+
+def test_losses_by_class_of_word(tmp_path: Path) -> None:
+    by_class = {
+        "joint": {"trained": 4.0, "held_out": 6.0, "other": 3.0},
+        "true": {"trained": 3.5, "held_out": 5.75, "other": 3.0},
+        # No held-out word in this text.
+        "shuffled": {"trained": 4.25, "other": 3.0},
+    }
+    given = rows()
+    for run, losses in by_class.items():
+        for seed in STUDY.seeds:
+            line = {
+                **dict.fromkeys(("step", "tokens", "seconds"), 1),
+                "kind": "evaluation",
+                "phase": "language_model",
+                "validation_loss": {},
+                "validation_loss_words": {"en": losses},
+            }
+            directory = tmp_path / f"{run}_{seed}"
+            directory.mkdir()
+            (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            job: Any = SimpleNamespace(run=run, seed=seed)
+            given += rows_of(job, load_run(directory).evaluations[-1])
+    assert Row("true", 2, LOSS_WORDS, "en", "trained", 3.5) in given
+    assert loss_by_class(given)["true", ("en", "held_out")] == {1: 5.75, 2: 5.75, 3: 5.75}
+    *_, main, against_first, against_control = result_tables(STUDY, given)
+    assert main.title == "Loss by class of word"
+    assert main.header == ["run", "en, trained words", "en, held-out words", "en, other tokens"]
+    assert cells(main)["true"] == ["3.500 ± 0.000", "5.750 ± 0.000", "3.000 ± 0.000"]
+    assert cells(main)["shuffled"] == ["4.250 ± 0.000", "-", "3.000 ± 0.000"]
+    assert against_first.title == "Loss by class of word against joint"
+    assert cells(against_first)["true"] == ["joint", "-0.500 ± 0.000", "-0.250 ± 0.000", "+0.000 ± 0.000"]
+    assert against_control.title == "Loss by class of word against the control"
+    assert cells(against_control) == {"true": ["shuffled", "-0.750 ± 0.000", "-", "+0.000 ± 0.000"]}
+    # The losses of all tokens stay as they are.
+    assert result_tables(STUDY, given)[:3] == result_tables(STUDY, rows())
