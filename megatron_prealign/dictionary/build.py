@@ -201,7 +201,7 @@ def build_table(
     report.encoder = " and ".join(lexicon.encoders)
     keys = _usable_keys(keys, lexicon, settings, report.rules)
     keys = _unique_keys(keys, groups, lexicon, report.rules)
-    report.rules[build_report.KEYLESS] += len(groups.source) - len(np.unique(keys.group))
+    report.rules[build_report.KEYLESS] += int((np.bincount(keys.group, minlength=len(groups.source)) == 0).sum())
     table = _assemble(groups, plain, keys, lexicon, tokenizer, word_boundary)
     build = {"settings": asdict(settings), "rules": dict(report.rules), "lines_skipped": report.errors.count}
     return replace(table, sources=tuple(sources), build=build)
