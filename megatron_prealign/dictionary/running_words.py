@@ -55,7 +55,7 @@ def distinct_words(tokens: NDArray[Any], words: Words) -> DistinctWords:
 def word_texts(tokenizer: Tokenizer, tokens: NDArray[Any], words: Words, chosen: NDArray[np.int64]) -> list[str]:
     """Decodes the `chosen` running words, without leading space."""
     bounds = zip(words.start[chosen].tolist(), words.length[chosen].tolist(), strict=True)
-    return [tokenizer.decode(tokens[start : start + length].tolist()).strip() for start, length in bounds]
+    return [tokenizer.decode_word(tokens[start : start + length].tolist()).strip() for start, length in bounds]
 
 
 class _LettersOnly(dict[int, str]):

@@ -107,6 +107,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes `ids`; special tokens appear by name."""
 
+    def decode_word(self, ids: Sequence[int]) -> str:
+        """Decodes the ids of one word, to be compared with words of a list; clone tokenizers add no brackets."""
+        return self.decode(ids)
+
     @abstractmethod
     def word_boundaries(self) -> numpy.ndarray:
         """uint8 [vocab_size]: bit 0, a word boundary before the token; bit 1, a word boundary after it.

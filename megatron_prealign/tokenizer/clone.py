@@ -96,6 +96,10 @@ class CloneTokenizer(Tokenizer):
             parts.append(CLONE_OPEN + text + CLONE_CLOSE if cloned else text)
         return "".join(parts)
 
+    def decode_word(self, ids: Sequence[int]) -> str:
+        # A word may mix cloned and shared ids: brackets inside would split it.
+        return self.base.decode_word([int(index) % self.base.vocab_size for index in ids])
+
     def word_boundaries(self) -> numpy.ndarray:
         return numpy.tile(self.base.word_boundaries(), 2)
 

@@ -10,6 +10,8 @@ from support.messages import user_error
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from megatron_prealign.dictionary.coverage import Words
+from megatron_prealign.dictionary.running_words import word_texts
 from megatron_prealign.tokenizer.base import Tokenizer
 from megatron_prealign.tokenizer.clone import CLONE_CLOSE, CLONE_OPEN, CloneLanguage, CloneTokenizer, save_clone
 from megatron_prealign.tokenizer.load import load_tokenizer
@@ -316,6 +318,10 @@ def test_clone_that_shares_ids(tmp_path: Path) -> None:
     engine = clone.fast_engine("en_clone")
     assert engine is None or engine(["the dog ran"])[0].tolist() == shifted
     assert clone.encode("the dog ran") == ids
+    # Words are compared as text: brackets would split a word with ids of both kinds.
+    assert CLONE_OPEN in clone.decode(shifted) and clone.decode_word(shifted) == "the dog ran"
+    words = Words(numpy.zeros(1, dtype=numpy.int64), numpy.array([len(shifted)]), numpy.ones(1, dtype=bool))
+    assert word_texts(clone, numpy.array(shifted), words, numpy.zeros(1, dtype=numpy.int64)) == ["the dog ran"]
     # Data of one is not data of the other.
     assert clone.fingerprint != CloneTokenizer(base, "en_clone").fingerprint
 
