@@ -147,15 +147,19 @@ def draw_trained_and_held_out(records: StudyRecords) -> Any | None:
 
 def draw_by_layer(records: StudyRecords) -> Any | None:
     """Draws P@1 over tokens, a panel per layer; None without word retrieval."""
-    if uses_watch(records):
-        return _draw(records, watched_by_layer, title="Layer {}", label="P@1", decorate=_unit, columns=3)
-    return _draw(records, by_layer, title="Layer {}", label="P@1", decorate=_unit, columns=3)
+    measured = watched_by_layer if uses_watch(records) else by_layer
+    return _draw(records, measured, title="Layer {}", label="P@1", decorate=_unit, columns=3, most=MOST_LAYERS)
 
 
 def uses_watch(records: StudyRecords) -> bool:
-    """Whether the plot by layer draws the alignment watch: if all runs have one, and measured more often with it."""
-    all_records = [each.record for each in records.complete]
-    return bool(all_records) and all(len(each.watch) > len(each.evaluations) for each in all_records)
+    """Whether the plot by layer draws the alignment watch: if all runs with word retrieval have one, and measured more
+    often with it."""
+    measured = [
+        each.record
+        for each in records.complete
+        if each.record.watch or any(point.word_retrieval_p_at_1 for point in each.record.evaluations)
+    ]
+    return bool(measured) and all(len(each.watch) > len(each.evaluations) for each in measured)
 
 
 def _draw(
@@ -166,13 +170,20 @@ def _draw(
     label: str,
     decorate: Callable[..., None],
     columns: int,
+    most: int | None = None,
 ) -> Any | None:
-    """Draws a panel per series and a line per run, with a band of one standard deviation."""
+    """Draws a panel per series and a line per run, with a band of one standard deviation.
+
+    Args:
+        most: Maximum number of panels, at equal distances; None for all.
+    """
     curves = {
         run.name: mean_curves([measured(record) for record in records.of_run(run.name)]) for run in records.study.runs
     }
     deepest = sorted(curves.values(), key=len, reverse=True)
-    panels = _thinned(list(dict.fromkeys(name for by_name in deepest for name in by_name)))
+    panels = list(dict.fromkeys(name for by_name in deepest for name in by_name))
+    if most is not None:
+        panels = _thinned(panels, most)
     if not panels:
         return None
     styles = run_styles([run.name for run in records.study.runs])
@@ -198,9 +209,9 @@ def _draw(
     return figure
 
 
-def _thinned(panels: list[str]) -> list[str]:
-    """At most `MOST_LAYERS` panels, the first and the last among them."""
-    count = min(len(panels), MOST_LAYERS)
+def _thinned(panels: list[str], most: int) -> list[str]:
+    """At most `most` panels, the first and the last among them."""
+    count = min(len(panels), most)
     return [panels[round(index * (len(panels) - 1) / max(count - 1, 1))] for index in range(count)]
 
 

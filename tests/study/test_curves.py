@@ -68,6 +68,9 @@ def test_by_layer_from_the_watch_or_the_evaluations(tmp_path: Path) -> None:
     assert not curves.uses_watch(records)
     figure = curves.draw_by_layer(records)
     assert figure is not None and list(figure.axes[0].lines[0].get_ydata()) == [0.7]
+    # A run without a dictionary has no line either way.
+    records = records_of(study, {("a", 1): watched, ("b", 1): [evaluation(500, {"en": 1.0})]})
+    assert curves.uses_watch(records)
 
 
 def test_deep_models_show_some_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +78,14 @@ def test_deep_models_show_some_layers(tmp_path: Path, monkeypatch: pytest.Monkey
     figure = curves.draw_by_layer(many_runs(tmp_path, 2))
     assert LAYERS == 5 and figure is not None
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Layer emb", "Layer 2", "Layer out"]
+
+
+def test_every_language_has_a_panel(tmp_path: Path) -> None:
+    losses = {f"l{number}": float(number) for number in range(curves.MOST_LAYERS + 2)}
+    records = records_of(study_of(tmp_path, [StudyRun(name="a")]), {("a", 1): [evaluation(9, losses)]})
+    figure = curves.draw_losses(records)
+    assert figure is not None
+    assert [axis.get_title(loc="left").rpartition(" ")[2] for axis in figure.axes] == list(losses)
 
 
 def test_nothing_measured_is_no_plot(tmp_path: Path) -> None:
