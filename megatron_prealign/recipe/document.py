@@ -164,6 +164,7 @@ class _Document:
         elif node.id == "mapping":
             for key, item in entries(node):
                 self._check_number(key, path)
+                self._check_key(key, kind, path)
                 self._check_number(item, f"{path}.{key.value}")
                 if typing.get_origin(kind) is dict and item.tag != _NULL:
                     self._check_plain(item, typing.get_args(kind)[1], f"{path}.{key.value}")
@@ -173,6 +174,14 @@ class _Document:
             self._raise(node, f"{path} is {node.value[:60]!r}, expected text without NUL characters")
         if not _accepts(kind, construct(node)):
             self._fail(node, path, f"{expected_types(kind)}{_hint(node, kind)}")
+
+    def _check_key(self, key: Node, kind: Any, path: str) -> None:
+        """Checks a key of a mapping; null is none."""
+        keys = [typing.get_args(each)[0] for each in _choices(kind) if typing.get_origin(each) is dict]
+        value = construct(key)
+        if keys and (value is None or not any(_accepts(each, value) for each in keys)):
+            expected = " or ".join(map(expected_types, keys))
+            self._raise(key, f"{path} has the key {_shown(key)}, expected {expected}{_hint(key, keys[0])}")
 
     def _check_number(self, node: Node, path: str) -> None:
         if node.tag not in (_INT, _FLOAT):

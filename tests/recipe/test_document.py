@@ -86,6 +86,9 @@ def test_timeouts_fit_in_timers(tmp_path: Path, name: str) -> None:
         ("checkpoint: {keep: true}\n", ("checkpoint.keep is true", "an integer")),
         ("training: {precision: fp16}\n", ("training.precision is fp16", "'bf16', 'fp32'")),
         ("code_switch: {language_weights: [de]}\n", ("code_switch.language_weights is ['de']", "mapping")),
+        ("code_switch: {language_weights: {no: 1}}\n", ("language_weights has the key no", "reads as false", "quotes")),
+        ("code_switch: {language_weights: {null: 1}}\n", ("language_weights has the key null", "a string")),
+        ("alignment: {layers: {a: 1}}\n", ("alignment.layers has the key a", "an integer")),
     ],
 )
 def test_message_names_line_field_and_what_yaml_made_of_it(text: str, facts: tuple[str, ...]) -> None:

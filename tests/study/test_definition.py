@@ -107,6 +107,12 @@ def test_sweeps_are_ordered_by_value(tmp_path: Path) -> None:
     assert load_study(write(tmp_path)).sweeps == {}
 
 
+def test_a_sweep_without_a_name(tmp_path: Path) -> None:
+    path = write(tmp_path, **sweep(a={"lr": 3, None: 1}, b={"lr": 1}))
+    with user_error(f"study {path}", "runs[0].at has the key null", "a string"):
+        load_study(path)
+
+
 def test_quick_may_leave_a_sweep_with_one_run(tmp_path: Path) -> None:
     runs = sweep(a={"lr": 3, "guard": 10}, b={"lr": 1}, c={"guard": 2})
     path = write(tmp_path, **runs, quick={"runs": ["a", "c"]})
