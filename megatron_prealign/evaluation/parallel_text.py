@@ -89,7 +89,8 @@ def _open(recipe: Recipe, entry: ParallelText, field: str, tokenizer_fingerprint
             )
     if languages[0] == languages[1]:
         raise UserError(
-            f"{field}: {source.prefix} and {target.prefix} are both of language {languages[0]}, expected two languages"
+            f"{field}: {source.prefix} and {target.prefix} are both of language {languages[0]}, expected two "
+            "languages; correct a path, or preprocess one dataset again with its --language"
         )
     if source.documents != target.documents:
         raise UserError(
