@@ -17,12 +17,15 @@ SHARED_IDS = (512, 1024)
 
 def reorder(source: Path, target: Path) -> None:
     """Writes the text of `source` with every group of `GROUP` words of a line reversed."""
-    with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as output:
+    # Renamed when complete, because an existing file is not written again.
+    temporary = target.with_name(f".{target.name}.tmp")
+    with source.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as output:
         for line in lines:
             document = json.loads(line)
             rows = (row.split(" ") for row in document["text"].split("\n"))
             text = "\n".join(" ".join(_reversed_groups(words)) for words in rows)
             output.write(json.dumps({**document, "text": text}, ensure_ascii=False) + "\n")
+    temporary.replace(target)
 
 
 def _reversed_groups(words: list[str]) -> list[str]:
