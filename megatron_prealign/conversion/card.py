@@ -249,9 +249,9 @@ def _metrics(info: Mapping[str, Any], history: History | None) -> str:
     if not parts:
         return ""
     return (
-        "## Metrics\n\nLosses are in nats per token of this tokenizer. Word retrieval (P@1) is the fraction of words "
-        "whose nearest neighbour is their translation, averaged over the layers.\n\n" + "\n".join(parts)
-    )
+        "## Metrics\n\nLosses are in nats per token of this tokenizer. Word and sentence retrieval (P@1) is the "
+        "fraction of words or sentences whose nearest neighbour is their translation, averaged over the layers.\n\n"
+    ) + "\n".join(parts)
 
 
 def _evaluations(evaluations: Sequence[Evaluation]) -> str:

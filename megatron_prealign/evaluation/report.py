@@ -49,8 +49,8 @@ WORD_CLASS_DEFINITIONS = {
     "validation_loss_words": (
         "The validation loss of the tokens of three classes: words of the dictionary, in any case (trained); words of "
         "which all entries are held out from training (held-out); all other tokens, such as punctuation and spaces. "
-        "The classes depend on the text, the table and dictionary.held_out_fraction alone, so runs with the same table "
-        "are measured on the same tokens."
+        "The classes depend on the text, the table and dictionary.held_out_fraction alone: only runs with the same "
+        "three are measured on the same tokens."
     ),
     "word_shares": "Fraction of the tokens of each class; the validation loss is the mean weighted by it.",
 }

@@ -21,6 +21,8 @@ from megatron_prealign.study.results import (
 )
 
 Values = Mapping[tuple[str, str], SeedValues]
+# A study may vary them.
+_SAME_CLASSES = "Only runs with the same held-out text, table and dictionary.held_out_fraction have the same classes."
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ def _by_class(study: Study, rows: Sequence[Row], controls: Mapping[str, str]) ->
     lines = [[run.name, *(cell(study, losses.get((run.name, each))) for each in titles)] for run in study.runs]
     caption = (
         "Loss of the tokens of words of the dictionary that training may use, of words held out of training, and of "
-        "all other tokens, in nats per token. The log of a run has the share of each class."
+        f"all other tokens, in nats per token. The log of a run has the share of each class. {_SAME_CLASSES}"
     )
     tables = [Table(title, caption, ["run", *titles], lines)]
     if len(study.runs) > 1:
         others = {run.name: first for run in study.runs[1:]}
-        caption = f"Differences from {first}, taken seed by seed."
+        caption = f"Differences from {first}, taken seed by seed. {_SAME_CLASSES}"
         tables.append(_differences(study, losses, titles, others, f"{title} against {first}", caption))
     if controls:
         caption = "Differences from the control with a shuffled dictionary, taken seed by seed."
