@@ -24,7 +24,8 @@ Retrieval = dict[str, dict[str, list[float]]]
 def measure_retrieval(
     runtime: Runtime, chunks: Sequence[torch.nn.Module], pairs: Sequence[WordPairs], *, num_layers: int
 ) -> Retrieval:
-    """Computes `measure_words` for every language pair, in both directions, at every layer.
+    """Computes `measure_words` for every language pair, in both directions, at every layer. A direction that is that of
+    one pair and the reverse of another is measured on the former.
 
     The layers are the embedding output, every block (the last one after the final norm) and the output embedding. The
     ranks of a pipeline stage divide its layers and pairs among themselves; each value is computed by one rank, so all
@@ -49,13 +50,17 @@ def measure_retrieval(
     dist.all_reduce(result)
     # [pairs, 2, metrics, layers]
     values = result.permute(0, 2, 3, 1).tolist()
+    places = {
+        direction: (number, way) for number, pair in enumerate(pairs) for way, direction in enumerate(pair.directions)
+    }
+    # The reverse of another entry's pairs may be other sentences.
+    places |= {pair.name: (number, 0) for number, pair in enumerate(pairs)}
     return {
         direction: {
             metric: [round(value, 6) for value in by_layer]
             for metric, by_layer in zip(METRICS, values[number][way], strict=True)
         }
-        for number, pair in enumerate(pairs)
-        for way, direction in enumerate(pair.directions)
+        for direction, (number, way) in places.items()
     }
 
 

@@ -341,3 +341,24 @@ def test_tokens_limit_a_microbatch(workers: WorkerPool) -> None:
     assert workers.run(1, microbatch_shapes, values, [128, *[9] * 29], 2048)[0] == [(15, 128)] * 2
     assert workers.run(1, microbatch_shapes, values, [128, *[9] * 29], 8192)[0] == [(30, 128)]
     assert workers.run(1, microbatch_shapes, values, [100, 2], 99)[0] == [(1, 100)] * 2
+
+
+def entries_in_both_directions(values: dict[str, Any]) -> tuple[Any, Any]:
+    """Runs in a worker: two lists of different pairs in opposite directions, measured together and one by one."""
+    from megatron_prealign.evaluation import retrieval as module
+
+    _, runtime, chunks = build(values)
+    first, second = random_sentences()[0], random_pairs()[0]
+    both = [first, WordPairs(("de", "en"), second.target, second.source, second.links[:, ::-1].copy())]
+    alone = {
+        pair.name: module.measure_retrieval(runtime, chunks, [pair], num_layers=LAYERS)[pair.name] for pair in both
+    }
+    return module.measure_retrieval(runtime, chunks, both, num_layers=LAYERS), alone
+
+
+def test_each_direction_is_measured_on_its_own_entry(workers: WorkerPool) -> None:
+    together, alone = workers.run(1, entries_in_both_directions, recipe_values("llama"))[0]
+    assert alone["en-de"]["p_at_1"] != alone["de-en"]["p_at_1"]
+    assert {name: each["p_at_1"] for name, each in together.items()} == {
+        name: pytest.approx(each["p_at_1"], abs=1e-6) for name, each in alone.items()
+    }
