@@ -30,6 +30,9 @@ class StudyRun:
     """Fields of the recipe, by dotted name, on top of all recipes; null removes a section."""
     control: str | None = None
     """Name of the run with a shuffled dictionary that this one is compared with."""
+    against: str | None = None
+    """Name of the run that differences are taken from; null means the first. For runs on other data, or of another
+    size, than the first."""
     at: dict[str, float] = field(default_factory=dict)
     """Points of this run in sweeps: name of the sweep -> value on its axis. The runs of a sweep make one curve."""
 
@@ -57,7 +60,7 @@ class Study:
     seeds: list[int]
     """Values of training.seed, at least two."""
     runs: list[StudyRun]
-    """Runs; the others are compared with the first."""
+    """Runs; the others are compared with the first, or with the one that they name."""
     vary: list[str] = field(default_factory=list)
     """Dotted names of fields of data, tokenizer, dictionary or token budget in which runs may differ, for studies of
     just these fields. Runs that differ in others are refused."""
@@ -66,6 +69,11 @@ class Study:
     GPUs."""
     quick: QuickStudy = field(default_factory=QuickStudy)
     """What --quick changes; its results go to a directory of their own, OUTPUT-quick."""
+
+    @property
+    def baselines(self) -> dict[str, str]:
+        """Name of each run but the first -> name of the run that its differences are taken from."""
+        return {run.name: run.against or self.runs[0].name for run in self.runs[1:]}
 
     @property
     def sweeps(self) -> dict[str, list[StudyRun]]:
@@ -149,6 +157,7 @@ def _made_quick(study: Study) -> Study:
                 run,
                 set={**run.set, **quick.set},
                 control=run.control if run.control in names else None,
+                against=run.against if run.against in names else None,
                 at={sweep: value for sweep, value in run.at.items() if sweep in sweeps},
             )
             for run in kept
@@ -193,6 +202,9 @@ def _check_runs(study: Study) -> None:
             raise RecipeValueError(f"runs[{number}].name is {run.name}, expected letters, digits, - and _")
         if run.control is not None and (run.control not in names or run.control == run.name):
             raise RecipeValueError(f"runs[{number}].control is {run.control}, expected the name of another run")
+        if run.against is not None and (run.against not in names or run.against == run.name or number == 0):
+            expected = "null, because it is the first run" if number == 0 else "the name of another run"
+            raise RecipeValueError(f"runs[{number}].against is {run.against}, expected {expected}")
         _check_set(f"runs[{number}].set", run.set)
 
 

@@ -126,20 +126,19 @@ def _job(study: Study, run: StudyRun, seed: int) -> Job:
 
 def _check_comparable(study: Study, jobs: Sequence[Job]) -> None:
     values = {job.run: dict(_flat(asdict(job.recipe))) for job in jobs}
-    first, *others = study.runs
-    for run in others:
-        for field in sorted(values[first.name].keys() | values[run.name].keys()):
-            allowed = any(field == name or field.startswith(f"{name}.") for name in study.vary)
+    for name, baseline in study.baselines.items():
+        for field in sorted(values[baseline].keys() | values[name].keys()):
+            allowed = any(field == each or field.startswith(f"{each}.") for each in study.vary)
             if allowed or not field.startswith(_COMPARED):
                 continue
-            if field.startswith("dictionary.") and not (field in values[first.name] and field in values[run.name]):
+            if field.startswith("dictionary.") and not (field in values[baseline] and field in values[name]):
                 # A run without a dictionary holds no words out.
                 continue
-            expected, got = values[first.name].get(field), values[run.name].get(field)
+            expected, got = values[baseline].get(field), values[name].get(field)
             if got != expected:
                 raise UserError(
-                    f"run {run.name}: {field} is {json.dumps(got)}, expected {json.dumps(expected)} as in "
-                    f"{first.name}, so that the runs compare; add {field} to vary if the study is about it"
+                    f"run {name}: {field} is {json.dumps(got)}, expected {json.dumps(expected)} as in "
+                    f"{baseline}, so that the runs compare; add {field} to vary if the study is about it"
                 )
 
 

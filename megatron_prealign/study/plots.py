@@ -11,6 +11,7 @@ from megatron_prealign.study import curves
 from megatron_prealign.study.definition import sweep_file
 from megatron_prealign.study.records import StudyRecords
 from megatron_prealign.study.sweeps import draw_sweep
+from megatron_prealign.study.tables import baseline_name
 from megatron_prealign.study.trade_off import draw_trade_off
 
 DIRECTORY = "plots"
@@ -85,7 +86,8 @@ def _figures(records: StudyRecords) -> Iterator[tuple[str, str, str, Any, str | 
         None,
     )
     for name in study.sweeps:
-        caption = f"Mean over seeds, with bars of one standard deviation. Grey: {study.runs[0].name}."
+        baseline = baseline_name(study, [run.name for run in study.sweeps[name]])
+        caption = f"Mean over seeds, with bars of one standard deviation. Grey: {baseline}."
         yield sweep_file(name), f"Loss and word retrieval over {name}", caption, draw_sweep(study, name, rows), name
 
 

@@ -1,11 +1,11 @@
 """Sweeps of a study: a table and a plot of loss and word retrieval over the value that the runs differ in."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_prealign.evaluation.plots import MUTED, RUN_COLOURS, add_legend, new_figure, plot_style
-from megatron_prealign.study.definition import Study, StudyRun, number
+from megatron_prealign.study.definition import Study, number
 from megatron_prealign.study.results import (
     HELD_OUT,
     LOSS,
@@ -17,7 +17,7 @@ from megatron_prealign.study.results import (
     names_of,
     spread,
 )
-from megatron_prealign.study.tables import Table, cell, difference_cell
+from megatron_prealign.study.tables import Table, baseline_name, cell, difference_cell
 from megatron_prealign.text import shorten
 
 _LOG_SPAN = 20
@@ -33,7 +33,8 @@ _HELD_OUT = {"color": RUN_COLOURS[1], "marker": "s", "linestyle": "--"}
 
 def sweep_table(study: Study, name: str, rows: Sequence[Row]) -> Table:
     """Table of a sweep, ordered by value: losses, word retrieval, and differences of loss."""
-    first, languages = study.runs[0].name, names_of(rows, LOSS)
+    languages = names_of(rows, LOSS)
+    baseline = baseline_name(study, [run.name for run in study.sweeps[name]])
     losses = by_seed(rows, LOSS)
     retrieval = {
         title: values
@@ -42,14 +43,14 @@ def sweep_table(study: Study, name: str, rows: Sequence[Row]) -> Table:
     }
     controls = {run.name: run.control for run in study.sweeps[name] if run.control is not None}
     header = ["value", "run", *(f"loss {language}" for language in languages), *retrieval]
-    header += [f"{language} against {first}" for language in languages]
+    header += [f"{language} against {baseline}" for language in languages]
     header += [f"{language} against control" for language in languages] if controls else []
     lines = []
     for run in study.sweeps[name]:
         own = [losses.get((run.name, language), {}) for language in languages]
         line = [number(run.at[name]), run.name, *(cell(study, values) for values in own)]
         line += [cell(study, values.get(run.name)) for values in retrieval.values()]
-        for other in (first, *([controls.get(run.name)] if controls else [])):
+        for other in (study.baselines.get(run.name), *([controls.get(run.name)] if controls else [])):
             line += [
                 "-" if other in (None, run.name) else difference_cell(study, values, losses.get((other, language), {}))
                 for values, language in zip(own, languages, strict=True)
@@ -65,7 +66,8 @@ def sweep_table(study: Study, name: str, rows: Sequence[Row]) -> Table:
 def draw_sweep(study: Study, name: str, rows: Sequence[Row]) -> Any | None:
     """Draws a panel of loss per language and one of P@1 over the value of a sweep; None if no run has results.
 
-    Points have a bar of one standard deviation; the first run is a horizontal line.
+    Points have a bar of one standard deviation. The run that differences are taken from is a horizontal line; runs with
+    baselines of their own have a curve of these.
     """
     runs, losses = study.sweeps[name], by_seed(rows, LOSS)
     languages = [each for each in names_of(rows, LOSS) if any((run.name, each) in losses for run in runs)]
@@ -73,7 +75,7 @@ def draw_sweep(study: Study, name: str, rows: Sequence[Row]) -> Any | None:
     measured = any(run.name in values for values in retrieval for run in runs)
     if not languages and not measured:
         return None
-    first = study.runs[0].name
+    baseline = baseline_name(study, [run.name for run in runs])
     with plot_style():
         panels = len(languages) + measured
         columns = min(panels, 2 if panels == 4 else 3)
@@ -82,41 +84,58 @@ def draw_sweep(study: Study, name: str, rows: Sequence[Row]) -> Any | None:
         room = 0.9 * (_WIDTHS[columns] - 0.8)
         for axis, language in zip(axes, languages, strict=False):
             curve = {run.name: losses.get((run.name, language), {}) for run in runs}
-            _draw(axis, name, runs, curve, losses.get((first, language), {}), _TRAINED)
+            level = {run.name: losses.get((study.baselines.get(run.name, run.name), language), {}) for run in runs}
+            _draw(axis, study, name, curve, level, _TRAINED)
             axis.set_title(shorten(f"Validation loss: {language}", _TITLE_LENGTH))
             axis.set_ylabel("nats per token")
             _value_axis(axis, name, [run.at[name] for run in runs], room)
         entries: dict[str, dict[str, Any]] = {f"sweep: {name}": _TRAINED}
         if measured:
             for values, style in zip(retrieval, (_TRAINED, _HELD_OUT), strict=True):
-                _draw(axes[-1], name, runs, values, values.get(first, {}), style)
+                level = {run.name: values.get(study.baselines.get(run.name, run.name), {}) for run in runs}
+                _draw(axes[-1], study, name, values, level, style)
             axes[-1].set_title("Word retrieval")
             axes[-1].set_ylabel("P@1, mean over layers")
             axes[-1].set_ylim(-0.03, 1.03)
             _value_axis(axes[-1], name, [run.at[name] for run in runs], room)
             if any(run.name in retrieval[1] for run in runs):
                 entries["held-out words"] = _HELD_OUT
-        entries[first] = {"color": MUTED, "linestyle": "-", "linewidth": 1.2}
+        entries[baseline] = {"color": MUTED, "linestyle": "-", "linewidth": 1.2}
         add_legend(figure, entries)
     return figure
 
 
 def _draw(
-    axis: Any, name: str, runs: Sequence[StudyRun], values: Any, first: SeedValues, style: dict[str, Any]
+    axis: Any,
+    study: Study,
+    name: str,
+    values: Mapping[str, SeedValues],
+    levels: Mapping[str, SeedValues],
+    style: dict[str, Any],
 ) -> None:
-    """Draws a curve, and the level of the first run."""
-    points = [(run.at[name], spread(list(found.values()))) for run in runs if (found := values.get(run.name))]
-    if points:
-        bars = [point.deviation if point.seeds > 1 else 0.0 for _, point in points]
-        axis.errorbar(
-            [x for x, _ in points], [point.mean for _, point in points], bars, capsize=3, elinewidth=1.1, **style
-        )
-    if first:
-        level = spread(list(first.values()))
-        axis.axhline(level.mean, color=MUTED, linestyle=style["linestyle"], linewidth=1.2)
+    """Draws a curve, and the level of the baseline or a curve of the baselines."""
+    runs = study.sweeps[name]
+    _draw_curve(axis, [(run.at[name], values.get(run.name)) for run in runs], style)
+    grey = {"color": MUTED, "linestyle": style["linestyle"], "linewidth": 1.2}
+    if len({study.baselines.get(run.name, run.name) for run in runs}) > 1 and any(run.against for run in runs):
+        _draw_curve(axis, [(run.at[name], levels[run.name]) for run in runs], {**grey, "marker": style["marker"]})
+        return
+    found = next((levels[run.name] for run in runs if run.name in study.baselines), None)
+    if found:
+        level = spread(list(found.values()))
+        axis.axhline(level.mean, **grey)
         if level.seeds > 1:
             low, high = level.mean - level.deviation, level.mean + level.deviation
             axis.axhspan(low, high, color=MUTED, alpha=0.15, linewidth=0)
+
+
+def _draw_curve(axis: Any, points: Sequence[tuple[float, SeedValues | None]], style: dict[str, Any]) -> None:
+    found = [(x, spread(list(values.values()))) for x, values in points if values]
+    if found:
+        bars = [point.deviation if point.seeds > 1 else 0.0 for _, point in found]
+        axis.errorbar(
+            [x for x, _ in found], [point.mean for _, point in found], bars, capsize=3, elinewidth=1.1, **style
+        )
 
 
 def _value_axis(axis: Any, name: str, values: Sequence[float], width_in: float) -> None:

@@ -38,14 +38,13 @@ class Table:
 def result_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
     """Losses and word retrieval of the runs, the differences of loss from the first run and from the controls, and the
     same of the losses by class of word."""
-    first = study.runs[0].name
     losses = by_seed(rows, LOSS)
     languages = names_of(rows, LOSS)
     tables = [_main(study, rows, languages)]
+    baseline = baseline_name(study, study.baselines)
     if len(study.runs) > 1:
-        caption = f"Differences of loss from {first}, taken seed by seed."
-        others = {run.name: first for run in study.runs[1:]}
-        tables.append(_differences(study, losses, languages, others, f"Loss against {first}", caption))
+        caption = f"Differences of loss from {baseline}, taken seed by seed."
+        tables.append(_differences(study, losses, languages, study.baselines, f"Loss against {baseline}", caption))
     controls = {run.name: run.control for run in study.runs if run.control is not None}
     if controls:
         caption = (
@@ -67,7 +66,7 @@ def _by_class(study: Study, rows: Sequence[Row], controls: Mapping[str, str]) ->
     if not columns:
         return []
     losses = {(run, columns[column]): values for (run, column), values in found.items()}
-    titles, title, first = list(columns.values()), "Loss by class of word", study.runs[0].name
+    titles, title = list(columns.values()), "Loss by class of word"
     lines = [[run.name, *(cell(study, losses.get((run.name, each))) for each in titles)] for run in study.runs]
     caption = (
         "Loss of the tokens of words of the dictionary that training may use, of words held out of training, and of "
@@ -75,13 +74,19 @@ def _by_class(study: Study, rows: Sequence[Row], controls: Mapping[str, str]) ->
     )
     tables = [Table(title, caption, ["run", *titles], lines)]
     if len(study.runs) > 1:
-        others = {run.name: first for run in study.runs[1:]}
-        caption = f"Differences from {first}, taken seed by seed. {_SAME_CLASSES}"
-        tables.append(_differences(study, losses, titles, others, f"{title} against {first}", caption))
+        baseline = baseline_name(study, study.baselines)
+        caption = f"Differences from {baseline}, taken seed by seed. {_SAME_CLASSES}"
+        tables.append(_differences(study, losses, titles, study.baselines, f"{title} against {baseline}", caption))
     if controls:
         caption = "Differences from the control with a shuffled dictionary, taken seed by seed."
         tables.append(_differences(study, losses, titles, controls, f"{title} against the control", caption))
     return tables
+
+
+def baseline_name(study: Study, runs: Iterable[str]) -> str:
+    """What differences of these runs are taken from: the name of a run, if they have one in common."""
+    names = {study.baselines[run] for run in runs if run in study.baselines}
+    return names.pop() if len(names) == 1 else "the baseline"
 
 
 def to_markdown(tables: Iterable[Table], absent: Mapping[str, str]) -> str:

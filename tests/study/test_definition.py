@@ -64,6 +64,8 @@ def test_quick_changes_seeds_runs_fields_and_output(tmp_path: Path) -> None:
         ({"runs": [{"recipes": []}]}, ("runs[0].name", "required")),
         ({"runs": [{"name": "a", "control": "b"}]}, ("runs[0].control is b", "another run")),
         ({"runs": [{"name": "a", "control": "a"}]}, ("runs[0].control is a", "another run")),
+        ({"runs": [{"name": "a"}, {"name": "b", "against": "c"}]}, ("runs[1].against is c", "another run")),
+        ({"runs": [{"name": "a", "against": "b"}, {"name": "b"}]}, ("runs[0].against is b", "the first run")),
         ({"runs": [{"name": "a", "set": {"training.seed": 1}}]}, ("runs[0].set has training.seed",)),
         ({"runs": [{"name": "a", "set": {"help": True}}]}, ("runs[0].set has help", "fields of a recipe")),
         ({"seeds": [1, None]}, ("seeds has null",)),

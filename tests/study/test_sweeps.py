@@ -8,6 +8,7 @@ from support.study_records import evaluation, records_of, study_of
 from megatron_prealign.study.definition import StudyRun
 from megatron_prealign.study.records import StudyRecords
 from megatron_prealign.study.sweeps import draw_sweep, is_logarithmic, labelled_values, sweep_table
+from megatron_prealign.study.tables import result_tables
 
 RUNS = [
     StudyRun(name="joint"),
@@ -67,6 +68,28 @@ def test_plot_has_points_bars_and_the_first_run_as_a_line(tmp_path: Path) -> Non
     # Trained and held-out words, each with the level of the first run.
     assert len([line for line in retrieval.lines if len(line.get_xdata()) == 2 and line.get_marker() != "_"]) == 4
     assert draw_sweep(given.study, "interval", []) is None
+
+
+def test_runs_with_a_baseline_of_their_own(tmp_path: Path) -> None:
+    runs = [
+        StudyRun(name="joint"),
+        StudyRun(name="method", at={"share": 5}),
+        StudyRun(name="joint_1"),
+        StudyRun(name="method_1", against="joint_1", at={"share": 1}),
+    ]
+    losses = {"joint": 4.0, "method": 3.5, "joint_1": 5.0, "method_1": 4.8}
+    metrics = {(run, seed): [evaluation(9, {"en": loss})] for run, loss in losses.items() for seed in (1, 2)}
+    given = records_of(study_of(tmp_path, runs), metrics)
+    table = sweep_table(given.study, "share", given.rows)
+    assert table.header[-1] == "en against the baseline"
+    assert [(row[1], row[-1]) for row in table.rows] == [("method_1", "-0.200 ± 0.000"), ("method", "-0.500 ± 0.000")]
+    main, differences, *_ = result_tables(given.study, given.rows)
+    assert differences.title == "Loss against the baseline"
+    assert [row[:2] for row in differences.rows] == [["method", "joint"], ["joint_1", "joint"], ["method_1", "joint_1"]]
+    figure = draw_sweep(given.study, "share", given.rows)
+    assert figure is not None
+    curve, level = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() != "_")
+    assert (list(curve.get_ydata()), list(level.get_ydata())) == ([4.8, 3.5], [5.0, 4.0])
 
 
 @pytest.mark.parametrize(
