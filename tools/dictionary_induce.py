@@ -98,6 +98,7 @@ def _check_output(output: Path, inputs: "Sequence[DictionaryInput]") -> None:
     Raises:
         UserError: it cannot.
     """
+    from megatron_prealign.dictionary.bitext import bitext_languages
     from megatron_prealign.dictionary.formats.header import WEIGHT
     from megatron_prealign.files.directories import check_writable
 
@@ -109,9 +110,10 @@ def _check_output(output: Path, inputs: "Sequence[DictionaryInput]") -> None:
             with output.open("rb") as file:
                 start = file.readline(200)
         cells = start.decode("utf-8", "replace").rstrip("\n").split("\t")
-        if len(cells) != 3 or cells[-1] != WEIGHT:
+        if cells != [*bitext_languages(inputs), WEIGHT]:
             raise UserError(
-                f"--output {output}: exists and is not a list of dictionary induce; choose another path, or remove it"
+                f"--output {output}: exists and is no list of these languages by dictionary induce; choose another "
+                "path, or remove it"
             )
     check_writable(output.parent, f"--output {output}")
 

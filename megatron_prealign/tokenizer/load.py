@@ -30,6 +30,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     check_word_forms(base)
     if path.is_dir() and (path / CLONE_FILE).exists():
         clone = load_clone(path / CLONE_FILE)
+        if clone.shared_ids >= base.vocab_size:
+            raise UserError(
+                f"{path / CLONE_FILE}: shared_ids is {clone.shared_ids}, expected less than {base.vocab_size}, the "
+                "number of ids of the original; train the tokenizer again with another --clone-shared-ids"
+            )
         return CloneTokenizer(base, clone.language, clone.shared_ids)
     return base
 

@@ -217,8 +217,12 @@ def test_command_and_the_build_that_it_names(tokenizer, tmp_path, capsys) -> Non
         (["--bitext", "a.tsv:en-de", "--min-probability", "0"], ("--min-probability is 0.0", "above 0")),
         (["--bitext", "a.tsv:en-de", "--min-probability", "1.5"], ("--min-probability is 1.5", "at most 1")),
         (["--bitext", "a.tsv:en-de", "--output", "a.tsv"], ("--output a.tsv would overwrite an input",)),
-        (["--bitext", "a.tsv:en-de", "--output", "other.txt"], ("--output other.txt", "is not a list")),
-        (["--bitext", "a.tsv:en-de", "--output", "."], ("--output .", "is not a list")),
+        (["--bitext", "a.tsv:en-de", "--output", "other.txt"], ("--output other.txt", "is no list")),
+        (
+            ["--bitext", "a.tsv:en-de", "--output", "french.tsv"],
+            ("--output french.tsv", "is no list of these languages"),
+        ),
+        (["--bitext", "a.tsv:en-de", "--output", "."], ("--output .", "is no list")),
         (["--bitext", "a.tsv:en-zh"], ("zh is written without spaces", "--segmenter zh=jieba")),
         (["--bitext", "a.tsv:en-ja_JP"], ("ja_JP is written without spaces", "--segmenter ja_JP=sudachi")),
         (["--bitext", "a.tsv:en-de", "--segmenter", "zh=icu"], ("--segmenter zh=icu", "expected one of en, de")),
@@ -236,6 +240,7 @@ def test_errors(
     monkeypatch.chdir(tmp_path)
     write_tsv(Path("a.tsv"), sentences(20))
     Path("other.txt").write_text("a\tb\n")
+    Path("french.tsv").write_text("en\tfr\tweight\n")
     Path("empty.tsv").write_text("")
     Path("cut.gz").write_bytes(gzip.compress(Path("a.tsv").read_bytes())[:-9])
     before = sorted(tmp_path.iterdir())

@@ -302,6 +302,9 @@ def test_clone(tmp_path: Path) -> None:
     (directory / "clone.json").write_text('{"language": "en_clone", "shared_ids": "many"}')
     with user_error(f"{directory / 'clone.json'}: ", "shared_ids is many"):
         load_tokenizer(directory)
+    save_clone(directory, CloneLanguage("en_clone", size))
+    with user_error(f"{directory / 'clone.json'}: ", f"shared_ids is {size}", f"less than {size}"):
+        load_tokenizer(directory)
 
 
 def test_clone_that_shares_ids(tmp_path: Path) -> None:
