@@ -108,7 +108,12 @@ def test_a_checkpoint_has_its_metrics_and_the_best_one_is_kept(workers: WorkerPo
     measured = {f"validation_loss/{name}": loss for name, loss in evaluations[5].items()}
     assert measured.items() < fifth["metrics"].items()
     retrieval = ("word_retrieval_p_at_1/en-en_clone", "word_retrieval_p_at_1_held_out/en-en_clone")
-    assert fifth["metrics"].keys() == {*measured, *retrieval}
+    classes = {
+        f"validation_loss_words/{language}/{name}"
+        for language in ("en", "en_clone")
+        for name in ("trained", "held_out", "other")
+    }
+    assert fifth["metrics"].keys() == {*measured, *retrieval, *classes}
     assert fifth["kind"] == "run"
     assert fifth["versions"]["megatron-core"] != "not installed"
     assert fifth["saved_at"].endswith("+00:00")
