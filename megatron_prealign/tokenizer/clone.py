@@ -30,7 +30,7 @@ class CloneTokenizer(Tokenizer):
     def __init__(self, base: Tokenizer, language: str, shared_ids: int = 0) -> None:
         self.base = base
         self.language = language
-        self._shared = numpy.array(sorted(base.special_ids.union(range(shared_ids))))
+        self._shared = base.special_ids.union(range(shared_ids))
         self.path = base.path
         self.vocab_size = 2 * base.vocab_size
         self.eod_id = base.eod_id
@@ -42,12 +42,13 @@ class CloneTokenizer(Tokenizer):
     def _shift(self, rows: list[list[int]], language: str | None) -> list[list[int]]:
         if language != self.language:
             return rows
-        return [self._shift_array(numpy.array(row, dtype=numpy.int64), language).tolist() for row in rows]
+        shared, offset = self._shared, self.base.vocab_size
+        return [[index if index in shared else index + offset for index in row] for row in rows]
 
     def _shift_array(self, ids: numpy.ndarray, language: str | None) -> numpy.ndarray:
         if language != self.language:
             return ids
-        shared = numpy.isin(ids, self._shared)
+        shared = numpy.isin(ids, list(self._shared))
         return numpy.where(shared, ids, ids + self.base.vocab_size).astype(ids.dtype)
 
     def encode(self, text: str, language: str | None = None) -> list[int]:
