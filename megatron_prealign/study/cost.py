@@ -12,8 +12,8 @@ from megatron_prealign.evaluation.run_record import RunRecord
 from megatron_prealign.recipe import LANGUAGE_MODEL, Recipe
 from megatron_prealign.study.definition import Study
 from megatron_prealign.study.matrix import Job
-from megatron_prealign.study.results import Row, by_seed, ratio, spread
-from megatron_prealign.study.tables import Table
+from megatron_prealign.study.results import Row, by_seed, ratio
+from megatron_prealign.study.tables import Table, cell
 from megatron_prealign.training.metrics_file import METRICS_FILE
 
 SECONDS, MEMORY, TOKENS = "seconds", "memory_gb", "tokens"
@@ -126,12 +126,9 @@ def cost_table(study: Study, rows: Sequence[Row], unknown: Mapping[tuple[str, in
         for metric, (_, digits) in titles.items():
             own, other = (values[metric].get((name, ""), {}) for name in (run.name, first))
             quotient = ratio(own, other)
-            cells.append(spread(list(own.values())).text(seeds, digits) if own else "-")
+            cells.append(cell(study, own, digits))
             cells.append("-" if quotient is None else quotient.text(seeds, 2))
-        for metric in PARTS:
-            own = values[metric].get((run.name, ""), {})
-            cells.append(spread(list(own.values())).text(seeds, 0) if own else "-")
-        lines.append(cells)
+        lines.append([*cells, *(cell(study, values[metric].get((run.name, "")), 0) for metric in PARTS)])
     return Table(
         "Cost",
         " ".join([_CAPTION, *_reasons(unknown)]),

@@ -9,11 +9,11 @@ from dataclasses import astuple, dataclass, fields
 
 from megatron_prealign.evaluation.plots import layer_names
 from megatron_prealign.evaluation.run_record import EvaluationPoint
+from megatron_prealign.evaluation.word_pairs import SENTENCE_RETRIEVAL
 from megatron_prealign.study.matrix import Job
 
 LOSS_WORDS = "validation_loss_words"
 LOSS, P_AT_1, HELD_OUT = "validation_loss", "word_retrieval_p_at_1", "word_retrieval_p_at_1_held_out"
-SENTENCES = "sentence_retrieval_p_at_1"
 
 SeedValues = Mapping[int, float]
 """Seed -> value."""
@@ -74,7 +74,7 @@ def rows_of(job: Job, last: EvaluationPoint) -> Iterator[Row]:
     for metric, by_pair in (
         (P_AT_1, last.word_retrieval_p_at_1),
         (HELD_OUT, last.word_retrieval_p_at_1_held_out),
-        (SENTENCES, last.sentence_retrieval_p_at_1),
+        (SENTENCE_RETRIEVAL, last.sentence_retrieval_p_at_1),
     ):
         for pair, values in by_pair.items():
             for layer, value in zip(layer_names(len(values)), values, strict=True):

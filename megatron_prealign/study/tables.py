@@ -1,16 +1,16 @@
 """Tables of a study, which results.md and results.html both show."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, CLASSES
+from megatron_prealign.evaluation.word_pairs import SENTENCE_RETRIEVAL
 from megatron_prealign.study.definition import Study
 from megatron_prealign.study.results import (
     HELD_OUT,
     LOSS,
     LOSS_WORDS,
     P_AT_1,
-    SENTENCES,
     Row,
     SeedValues,
     by_seed,
@@ -40,21 +40,31 @@ def result_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
     same of the losses by class of word."""
     losses = by_seed(rows, LOSS)
     languages = names_of(rows, LOSS)
-    tables = [_main(study, rows, languages)]
+    return [
+        _main(study, rows, languages),
+        *_comparisons(study, losses, languages, "Loss"),
+        *_by_class(study, rows),
+    ]
+
+
+def _comparisons(study: Study, losses: Values, columns: Sequence[str], title: str, note: str = "") -> Iterator[Table]:
+    """Differences of losses from the baselines and from the controls, for runs that have some.
+
+    Args:
+        note: End of the captions, with a space before it.
+    """
     baseline = baseline_name(study, study.baselines)
-    if len(study.runs) > 1:
-        caption = f"Differences of loss from {baseline}, taken seed by seed."
-        tables.append(_differences(study, losses, languages, study.baselines, f"Loss against {baseline}", caption))
     controls = {run.name: run.control for run in study.runs if run.control is not None}
-    if controls:
-        caption = (
-            "Differences of loss from the control with a shuffled dictionary, taken seed by seed: what true pairs add."
-        )
-        tables.append(_differences(study, losses, languages, controls, "Loss against the control", caption))
-    return [*tables, *_by_class(study, rows, controls)]
+    for others, name, what in (
+        (study.baselines, baseline, f"{baseline}, taken seed by seed."),
+        (controls, "the control", "the control with a shuffled dictionary, taken seed by seed: what true pairs add."),
+    ):
+        if others:
+            caption = f"Differences of loss from {what}{note}"
+            yield _differences(study, losses, columns, others, f"{title} against {name}", caption)
 
 
-def _by_class(study: Study, rows: Sequence[Row], controls: Mapping[str, str]) -> list[Table]:
+def _by_class(study: Study, rows: Sequence[Row]) -> list[Table]:
     """Losses by class of word, and their differences from the first run and from the controls; none without them."""
     found = loss_by_class(rows)
     columns = {
@@ -72,15 +82,10 @@ def _by_class(study: Study, rows: Sequence[Row], controls: Mapping[str, str]) ->
         "Loss of the tokens of words of the dictionary that training may use, of words held out of training, and of "
         f"all other tokens, in nats per token. The log of a run has the share of each class. {_SAME_CLASSES}"
     )
-    tables = [Table(title, caption, ["run", *titles], lines)]
-    if len(study.runs) > 1:
-        baseline = baseline_name(study, study.baselines)
-        caption = f"Differences from {baseline}, taken seed by seed. {_SAME_CLASSES}"
-        tables.append(_differences(study, losses, titles, study.baselines, f"{title} against {baseline}", caption))
-    if controls:
-        caption = "Differences from the control with a shuffled dictionary, taken seed by seed."
-        tables.append(_differences(study, losses, titles, controls, f"{title} against the control", caption))
-    return tables
+    return [
+        Table(title, caption, ["run", *titles], lines),
+        *_comparisons(study, losses, titles, title, f" {_SAME_CLASSES}"),
+    ]
 
 
 def baseline_name(study: Study, runs: Iterable[str]) -> str:
@@ -118,9 +123,9 @@ def difference_cell(study: Study, values: SeedValues, other: SeedValues) -> str:
     return "-" if found is None else found.text(len(study.seeds), signed=True)
 
 
-def cell(study: Study, values: SeedValues | None) -> str:
+def cell(study: Study, values: SeedValues | None, digits: int = 3) -> str:
     """Mean and deviation; a dash without values."""
-    return spread(list(values.values())).text(len(study.seeds)) if values else "-"
+    return spread(list(values.values())).text(len(study.seeds), digits) if values else "-"
 
 
 def _main(study: Study, rows: Sequence[Row], languages: Sequence[str]) -> Table:
@@ -128,7 +133,7 @@ def _main(study: Study, rows: Sequence[Row], languages: Sequence[str]) -> Table:
         *((f"loss {language}", LOSS, language) for language in languages),
         *((f"P@1 {pair}", P_AT_1, pair) for pair in names_of(rows, P_AT_1)),
         *((f"held-out P@1 {pair}", HELD_OUT, pair) for pair in names_of(rows, HELD_OUT)),
-        *((f"sentence P@1 {pair}", SENTENCES, pair) for pair in names_of(rows, SENTENCES)),
+        *((f"sentence P@1 {pair}", SENTENCE_RETRIEVAL, pair) for pair in names_of(rows, SENTENCE_RETRIEVAL)),
     ]
     values = {metric: by_seed(rows, metric) for _, metric, _ in columns}
     lines = [

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from megatron_prealign.evaluation.run_record import load_run
+from megatron_prealign.evaluation.word_pairs import SENTENCE_RETRIEVAL
 from megatron_prealign.study.definition import Study, StudyRun
 from megatron_prealign.study.results import (
     HELD_OUT,
     LOSS,
     LOSS_WORDS,
     P_AT_1,
-    SENTENCES,
     Row,
     Spread,
     by_seed,
@@ -138,7 +138,7 @@ def test_a_metric_that_no_run_has_is_a_dash_and_never_zero() -> None:
 
 
 def test_sentence_retrieval_has_a_column() -> None:
-    values = [Row("true", 1, SENTENCES, "en-de", layer, value) for layer, value in (("emb", 0.5), ("1", 0.7))]
+    values = [Row("true", 1, SENTENCE_RETRIEVAL, "en-de", layer, value) for layer, value in (("emb", 0.5), ("1", 0.7))]
     main, *_ = result_tables(STUDY, [*rows(), *values])
     assert cells(main)["true"][main.header.index("sentence P@1 en-de") - 1] == "0.600 (1 of 3 seeds)"
     main, *_ = result_tables(STUDY, rows())
@@ -150,14 +150,14 @@ def test_rows_of_a_run(tmp_path: Path) -> None:
         LOSS: {"en": 4.0},
         P_AT_1: {"en-de": [0.1, 0.2, 0.3]},
         HELD_OUT: {},
-        SENTENCES: {"en-de": [0.4, 0.5, 0.6]},
+        SENTENCE_RETRIEVAL: {"en-de": [0.4, 0.5, 0.6]},
     }
     line = {"kind": "evaluation", "phase": "language_model", "step": 1, "tokens": 5, "seconds": 2.0, **metrics}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     job: Any = SimpleNamespace(run="a", seed=1)
     found = list(rows_of(job, load_run(tmp_path).evaluations[-1]))
     values = {(row.metric, row.name, row.layer): row.value for row in found}
-    assert values[SENTENCES, "en-de", "1"] == 0.5
+    assert values[SENTENCE_RETRIEVAL, "en-de", "1"] == 0.5
     assert [row.value for row in found if row.metric == P_AT_1] == [0.1, 0.2, 0.3]
 
 
