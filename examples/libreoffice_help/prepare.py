@@ -54,7 +54,10 @@ def write_text(directory: Path, data: Path, language: str) -> None:
     # The first ones are measured.
     random.Random(0).shuffle(pairs[True])
     rows = (json.dumps({"en": one, language: other}, ensure_ascii=False) + "\n" for one, other in pairs[True])
-    (data / "paragraphs.jsonl").write_text("".join(rows), encoding="utf-8")
+    # Complete under its name, by which the next start knows that all text is there.
+    partial = data / "paragraphs.jsonl.partial"
+    partial.write_text("".join(rows), encoding="utf-8")
+    partial.replace(data / "paragraphs.jsonl")
 
 
 def main() -> int:
