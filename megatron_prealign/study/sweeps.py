@@ -117,7 +117,7 @@ def _draw(
     runs = study.sweeps[name]
     _draw_curve(axis, [(run.at[name], values.get(run.name)) for run in runs], style)
     grey = {"color": MUTED, "linestyle": style["linestyle"], "linewidth": 1.2}
-    if len({study.baselines.get(run.name, run.name) for run in runs}) > 1 and any(run.against for run in runs):
+    if len({study.baselines[run.name] for run in runs if run.name in study.baselines}) > 1:
         _draw_curve(axis, [(run.at[name], levels[run.name]) for run in runs], {**grey, "marker": style["marker"]})
         return
     found = next((levels[run.name] for run in runs if run.name in study.baselines), None)
