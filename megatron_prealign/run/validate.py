@@ -66,7 +66,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> str:
                 f"{source.path}: got {sidecars[source.path].tokens} tokens, expected at least data.seq_length + 1 = "
                 f"{recipe.data.seq_length + 1} for one sample; add text, lower data.seq_length or remove the source"
             )
-    start = _check_start(recipe, tokenizer, sidecars)
+    start = _check_start(recipe, tokenizer, vocab_size, sidecars)
     held_out = 0.0 if recipe.data.validation else recipe.data.validation_fraction
     summary = summarise(
         recipe,
@@ -125,7 +125,7 @@ def _check_keep_best(
     check_keep_best(recipe, metric_names([each for each in data.languages if each in held_out], pairs, classes))
 
 
-def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidecar]) -> StartPoint:
+def _check_start(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int, sidecars: dict[str, Sidecar]) -> StartPoint:
     """Returns where the run would start, as far as the checkpoint and the sidecars show.
 
     Raises:
@@ -134,9 +134,11 @@ def _check_start(recipe: Recipe, tokenizer: Tokenizer, sidecars: dict[str, Sidec
     start = preview_start(recipe)
     if start.choice is None:
         return start
-    size = model_vocab_size(recipe, tokenizer)
     identity = model_identity(
-        asdict(recipe.model), vocab_size=size, padded_vocab_size=size, tokenizer_fingerprint=tokenizer.fingerprint
+        asdict(recipe.model),
+        vocab_size=vocab_size,
+        padded_vocab_size=vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
     )
     if start.summary is None:
         check_model(start.checkpoint, read_state(start.checkpoint), identity, advice=OTHER_WEIGHTS)
