@@ -131,7 +131,7 @@ def load_clone(path: Path) -> CloneLanguage:
         raise UserError(f"{path}: language is missing, {expected}")
     shared = data.get("shared_ids", 0)
     if type(shared) is not int or shared < 0:
-        raise UserError(f"{path}: shared_ids is {shared}, expected a number of ids, or no field")
+        raise UserError(f"{path}: shared_ids is {shared}, expected a number of ids; correct it or remove the field")
     return CloneLanguage(check_language_code(language, f"{path}: language"), shared)
 
 
