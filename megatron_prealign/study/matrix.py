@@ -74,6 +74,19 @@ def build_jobs(study: Study) -> list[Job]:
     return jobs
 
 
+def word_class_fields(recipe: Recipe) -> dict[str, Any]:
+    """Fields that the classes of words of the validation loss depend on: two runs compare by class if all are equal."""
+    section, data = recipe.dictionary, recipe.data
+    held_out: object = data.validation
+    if not data.validation:
+        # The last documents of each source are held out.
+        held_out = [[source.path for source in data.sources], data.validation_fraction]
+    return {
+        "dictionary": section and [section.evaluation_table or section.table, section.held_out_fraction],
+        "text": [data.tokenizer, data.seq_length, recipe.training.eval_samples, held_out],
+    }
+
+
 def write_recipes(jobs: Sequence[Job]) -> None:
     """Writes the recipe of each job, which `pretrain --config FILE` trains alone. Checks all of them first.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_prealign.files.atomic import write_all_atomically
 from megatron_prealign.files.directories import make_directories, remove_empty, writing
 from megatron_prealign.study.cost import cost_table
+from megatron_prealign.study.matrix import word_class_fields
 from megatron_prealign.study.page import Origin, render_page
 from megatron_prealign.study.plots import DIRECTORY, draw_plots, stale_files
 from megatron_prealign.study.records import StudyRecords
@@ -66,7 +67,7 @@ def study_tables(records: StudyRecords) -> list[Table]:
     study, rows = records.study, records.rows
     unknown = {(each.job.run, each.job.seed): each.cost.unknown for each in records.complete if each.cost.unknown}
     return [
-        *result_tables(study, rows),
+        *result_tables(study, rows, {job.run: word_class_fields(job.recipe) for job in records.jobs}),
         *(sweep_table(study, name, rows) for name in study.sweeps),
         cost_table(study, rows, unknown),
     ]

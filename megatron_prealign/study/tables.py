@@ -1,7 +1,8 @@
 """Tables of a study, which results.md and results.html both show."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prealign.evaluation.word_classes import CLASS_TEXTS, CLASSES
 from megatron_prealign.evaluation.word_pairs import SENTENCE_RETRIEVAL
@@ -21,8 +22,10 @@ from megatron_prealign.study.results import (
 )
 
 Values = Mapping[tuple[str, str], SeedValues]
-# A study may vary them.
-_SAME_CLASSES = "Only runs with the same held-out text, table and dictionary.held_out_fraction have the same classes."
+_SAME_CLASSES = (
+    "Runs compare only if they have the same held-out text, dictionary table and dictionary.held_out_fraction: others "
+    "have other words in each class."
+)
 
 
 @dataclass(frozen=True)
@@ -35,36 +38,57 @@ class Table:
     rows: list[list[str]]
 
 
-def result_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
+def result_tables(study: Study, rows: Sequence[Row], classes: Mapping[str, Any] | None = None) -> list[Table]:
     """Losses and word retrieval of the runs, the differences of loss from the first run and from the controls, and the
-    same of the losses by class of word."""
+    same of the losses by class of word.
+
+    Args:
+        classes: Run -> what its classes of words depend on, as of `matrix.word_class_fields`. Runs that differ in it
+            have no difference of losses by class. A run without one compares with others without one.
+    """
     losses = by_seed(rows, LOSS)
     languages = names_of(rows, LOSS)
     return [
         _main(study, rows, languages),
         *_comparisons(study, losses, languages, "Loss"),
-        *_by_class(study, rows),
+        *_by_class(study, rows, classes or {}),
     ]
 
 
-def _comparisons(study: Study, losses: Values, columns: Sequence[str], title: str, note: str = "") -> Iterator[Table]:
+def _comparisons(
+    study: Study,
+    losses: Values,
+    columns: Sequence[str],
+    title: str,
+    note: str = "",
+    *,
+    compares: Callable[[str, str], bool] = lambda run, other: True,
+) -> Iterator[Table]:
     """Differences of losses from the baselines and from the controls, for runs that have some.
 
     Args:
         note: End of the captions, with a space before it.
+        compares: Whether two runs may be compared; others have no row.
     """
-    baseline = baseline_name(study, study.baselines)
     controls = {run.name: run.control for run in study.runs if run.control is not None}
+    against_baseline, against_control = (
+        {run: other for run, other in others.items() if compares(run, other)} for others in (study.baselines, controls)
+    )
+    baseline = baseline_name(study, against_baseline)
     for others, name, what in (
-        (study.baselines, baseline, f"{baseline}, taken seed by seed."),
-        (controls, "the control", "the control with a shuffled dictionary, taken seed by seed: what true pairs add."),
+        (against_baseline, baseline, f"{baseline}, taken seed by seed."),
+        (
+            against_control,
+            "the control",
+            "the control with a shuffled dictionary, taken seed by seed: what true pairs add.",
+        ),
     ):
         if others:
             caption = f"Differences of loss from {what}{note}"
             yield _differences(study, losses, columns, others, f"{title} against {name}", caption)
 
 
-def _by_class(study: Study, rows: Sequence[Row]) -> list[Table]:
+def _by_class(study: Study, rows: Sequence[Row], classes: Mapping[str, Any]) -> list[Table]:
     """Losses by class of word, and their differences from the first run and from the controls; none without them."""
     found = loss_by_class(rows)
     columns = {
@@ -84,7 +108,14 @@ def _by_class(study: Study, rows: Sequence[Row]) -> list[Table]:
     )
     return [
         Table(title, caption, ["run", *titles], lines),
-        *_comparisons(study, losses, titles, title, f" {_SAME_CLASSES}"),
+        *_comparisons(
+            study,
+            losses,
+            titles,
+            title,
+            f" {_SAME_CLASSES}",
+            compares=lambda run, other: classes.get(run) == classes.get(other),
+        ),
     ]
 
 

@@ -12,7 +12,7 @@ from support.tiny import Tiny
 from megatron_prealign.cli import main
 from megatron_prealign.recipe import load_recipe
 from megatron_prealign.study.definition import Study, StudyRun
-from megatron_prealign.study.matrix import build_jobs, write_recipes
+from megatron_prealign.study.matrix import build_jobs, word_class_fields, write_recipes
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +171,23 @@ def test_values_that_look_like_options(tiny: Tiny, tmp_path: Path) -> None:
         build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"optimizer.lr": -1e-05})]))
     (job, _) = build_jobs(study_of(tiny, tmp_path, [StudyRun(name="a", set={"data.cache": "-cache"})]))
     assert job.recipe.data.cache == "-cache"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "same"),
+    [
+        ("dictionary.held_out_fraction", 0.5, False),
+        ("training.eval_samples", 3, False),
+        ("data.seq_length", 16, False),
+        ("optimizer.lr", 5e-4, True),
+    ],
+)
+def test_what_the_classes_of_words_depend_on(
+    tiny: Tiny, tmp_path: Path, control: str, field: str, value: Any, same: bool
+) -> None:
+    runs = [StudyRun(name="true", control="shuffled"), shuffled(tiny, control)]
+    runs.append(StudyRun(name="other", set={field: value}))
+    jobs = build_jobs(study_of(tiny, tmp_path, runs, vary=[field]))
+    true, control_of_true, other = (word_class_fields(job.recipe) for job in jobs[:3])
+    assert true == control_of_true
+    assert (other == true) == same

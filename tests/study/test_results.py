@@ -206,3 +206,9 @@ def test_losses_by_class_of_word(tmp_path: Path) -> None:
     assert cells(against_control) == {"true": ["shuffled", "-0.750 ± 0.000", "-", "+0.000 ± 0.000"]}
     # The losses of all tokens stay as they are.
     assert result_tables(STUDY, given)[:3] == result_tables(STUDY, rows())
+    # Other classes do not compare: no run has a difference from joint by class.
+    classes = {"joint": 0.05, "true": 0.5, "shuffled": 0.5}
+    *_, before, main, against_control = result_tables(STUDY, given, classes)
+    assert before.title == "Loss against the control"
+    assert cells(main)["true"] == ["3.500 ± 0.000", "5.750 ± 0.000", "3.000 ± 0.000"]
+    assert cells(against_control) == {"true": ["shuffled", "-0.750 ± 0.000", "-", "+0.000 ± 0.000"]}
