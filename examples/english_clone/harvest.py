@@ -17,7 +17,7 @@ import sysconfig
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def split(documents: dict[bytes, str], seed: int) -> tuple[list[str], list[str]]
     return train, validation
 
 
-def frequent_words(texts: Sequence[str], count: int) -> list[str]:
+def frequent_words(texts: Iterable[str], count: int) -> list[str]:
     """Returns the `count` most frequent words, split at spaces, with case and punctuation.
 
     The clone translates every English token except one, so any word of the text can be in its dictionary.
