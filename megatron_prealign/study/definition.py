@@ -13,6 +13,8 @@ from megatron_prealign.recipe.document import check_document, field_type
 LEAST_SEEDS = 2
 """Fewest seeds that have a standard deviation."""
 LONGEST_SWEEP_NAME = 60
+# File systems have names of at most 255 bytes, and the temporary name of a plot is longer than its name.
+_LONGEST_SWEEP_BYTES = 180
 _SET_BY_STUDY = ("training.seed", "logging.run_dir", "checkpoint.directory")
 
 Value = int | float | bool | str | list[int] | None
@@ -211,10 +213,11 @@ def _check_runs(study: Study) -> None:
 def _check_sweeps(study: Study) -> None:
     files: dict[str, str] = {}
     for name, runs in study.sweeps.items():
-        if sweep_file(name) == "sweep-" or len(name) > LONGEST_SWEEP_NAME or not name.isprintable():
+        too_long = len(name) > LONGEST_SWEEP_NAME or len(name.encode()) > _LONGEST_SWEEP_BYTES
+        if sweep_file(name) == "sweep-" or too_long or not name.isprintable():
             raise RecipeValueError(
                 f"run {runs[0].name}: at has the sweep {name[:LONGEST_SWEEP_NAME]!r}, expected a name of at most "
-                f"{LONGEST_SWEEP_NAME} characters with a letter or digit"
+                f"{LONGEST_SWEEP_NAME} characters ({_LONGEST_SWEEP_BYTES} bytes) with a letter or digit"
             )
         for run, following in zip(runs, runs[1:], strict=False):
             if run.at[name] == following.at[name]:

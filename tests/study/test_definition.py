@@ -87,6 +87,8 @@ def test_quick_changes_seeds_runs_fields_and_output(tmp_path: Path) -> None:
         (sweep(a={"lr": 1, "LR": 2}, b={"LR": 3, "lr": 4}), ("LR and lr", "sweep-lr.png")),
         (sweep(a={"?": 1}, b={"?": 2}), ("run a", "'?'", "letter or digit")),
         (sweep(a={"x" * 61: 1}, b={"x" * 61: 2}), ("run a", "60 characters")),
+        # Letters of four bytes, as of Old Persian.
+        (sweep(a={"\U000103a0" * 46: 1}, b={"\U000103a0" * 46: 2}), ("run a", "180 bytes")),
         (sweep(a={"x\ny": 1}, b={"x\ny": 2}), ("run a", r"'x\ny'")),
         (sweep(a={"lr": None}, b={"lr": 2}), ("runs[0].at.lr is null", "a number")),
         (sweep(a={"lr": "high"}, b={"lr": 2}), ("runs[0].at", "high")),
