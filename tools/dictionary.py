@@ -146,6 +146,9 @@ class ShuffleOptions:
     share: float = 1.0
     """Fraction of the words that get the translations of another word. Below 1 the table is no control but one with
     noise, to measure how much the method tolerates."""
+    held_out_fraction: float = 0.05
+    """dictionary.held_out_fraction of the runs: the words that it holds out get translations of each other, so that the
+    control does not train them either."""
 
 
 def build(argv: Sequence[str]) -> int:
@@ -305,10 +308,16 @@ def shuffle(argv: Sequence[str]) -> int:
         raise UserError(f"--seed is {options.seed}, expected a non-negative integer")
     if not 0 < options.share <= 1:
         raise UserError(f"--share is {options.share}, expected a number above 0 and at most 1")
+    if not 0 <= options.held_out_fraction < 1:
+        raise UserError(
+            f"--held-out-fraction is {options.held_out_fraction}, expected a number from 0 to below 1, as in the recipe"
+        )
     if os.path.realpath(options.output) == os.path.realpath(options.table):
         raise UserError(f"--output {options.output} would overwrite --table; choose another path")
     check_table_output(options.output)
-    table, report = shuffle_table(load_table(options.table), options.seed, options.share)
+    table, report = shuffle_table(
+        load_table(options.table), options.seed, options.share, held_out_fraction=options.held_out_fraction
+    )
     table.save(options.output)
     print(f"{plural(report.moved, 'word')} with the translations of another word")
     print(f"{report.equal_tokens:>7.1%}  of them with a first translation of as many tokens as the true one")

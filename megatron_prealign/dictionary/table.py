@@ -124,8 +124,8 @@ class DictionaryTable:
 
     @property
     def shuffled(self) -> dict[str, Any] | None:
-        """Record of a table made by `shuffle_table`: `{"seed", "original", "kept"}`; None for a table of true pairs. A
-        table with noise has its `share` too."""
+        """Record of a table made by `shuffle_table`: `{"seed", "original", "kept", "held_out_fraction"}`; None for a
+        table of true pairs. A table with noise has its `share` too; older tables have no `held_out_fraction`."""
         return self.build.get("shuffled")
 
     @property

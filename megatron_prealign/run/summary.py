@@ -246,7 +246,15 @@ def _shuffled(recipe: Recipe, dictionary: DictionaryParts | None) -> list[str]:
     text = f"dictionary.table {recipe.dictionary.table} {what} (seed {seed})"
     if recipe.dictionary.evaluation_table is None:
         text += ", which evaluations measure too; set dictionary.evaluation_table to the table of true pairs"
-    return [text]
+    warnings = [text]
+    made_for, fraction = dictionary.table.shuffled.get("held_out_fraction"), recipe.dictionary.held_out_fraction
+    if fraction and fraction != made_for:
+        warnings.append(
+            f"dictionary.held_out_fraction is {fraction:g}, expected {made_for or 0:g}, for which "
+            f"{recipe.dictionary.table} was shuffled: this run trains translations of held-out words as those of "
+            f"others; make the table with dictionary shuffle --held-out-fraction {fraction:g}"
+        )
+    return warnings
 
 
 def _repeated(read: Sequence[SourcePasses]) -> list[str]:

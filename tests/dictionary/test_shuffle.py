@@ -175,9 +175,31 @@ def test_a_table_knows_that_it_is_shuffled(table: DictionaryTable, tmp_path: Pat
     assert table.shuffled is None
     shuffle_table(table, 4)[0].save(tmp_path / "control.safetensors")
     loaded = load_table(tmp_path / "control.safetensors")
-    assert loaded.shuffled == {"seed": 4, "original": table.switching_fingerprint(), "kept": 0}
+    assert loaded.shuffled == {
+        "seed": 4,
+        "original": table.switching_fingerprint(),
+        "kept": 0,
+        "held_out_fraction": 0.0,
+    }
     with user_error("control.safetensors", "shuffled"):
         shuffle_table(loaded, 4)
+
+
+def test_held_out_words_exchange_among_each_other(table: DictionaryTable) -> None:
+    """A control that trains the translations of held-out words, as those of other words, is none for these words."""
+
+    def trained_translations(given: DictionaryTable) -> set[str]:
+        kept = ~table.held_out_groups(0.3)
+        groups = zip(translations(given).values(), kept.tolist(), strict=True)
+        return {text for by, keep in groups if keep for words in by.values() for text, _ in words}
+
+    true = translations(table)
+    shuffled, report = shuffle_table(table, 3, held_out_fraction=0.3)
+    assert find_problem(shuffled) is None
+    assert report.moved == sum(map(len, true.values())) and report.kept == 0
+    assert trained_translations(shuffled) == trained_translations(table)
+    assert all(found != words for found, words in zip(translations(shuffled).values(), true.values(), strict=True))
+    assert trained_translations(shuffle_table(table, 3)[0]) - trained_translations(table)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
@@ -224,10 +246,17 @@ def test_the_command(table: DictionaryTable, tmp_path: Path, capsys: pytest.Capt
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "7" in printed and str(control) in printed.splitlines()[-1]
-    assert load_table(control).switching_fingerprint() == shuffle_table(table, 7)[0].switching_fingerprint()
+    expected, _ = shuffle_table(table, 7, held_out_fraction=0.05)
+    assert load_table(control).switching_fingerprint() == expected.switching_fingerprint()
+    assert main([*arguments, "--held-out-fraction", "0.5"]) == 0
+    shuffled = load_table(control).shuffled
+    assert shuffled is not None and shuffled["held_out_fraction"] == 0.5
+    capsys.readouterr()
     content = path.read_bytes()
     assert_refused(main([*arguments[:4], "--output", str(path)]), capsys.readouterr().err, path, "--output")
     assert_refused(main([*arguments, "--seed", "-1"]), capsys.readouterr().err, "--seed is -1")
+    wrong = main([*arguments, "--held-out-fraction", "1"])
+    assert_refused(wrong, capsys.readouterr().err, "--held-out-fraction is 1", "below 1")
     for share in ("0", "1.5"):
         assert_refused(main([*arguments, "--share", share]), capsys.readouterr().err, f"--share is {float(share)}")
     noisy = str(tmp_path / "noisy.safetensors")

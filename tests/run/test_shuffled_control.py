@@ -104,6 +104,18 @@ def test_a_control_without_its_true_table_is_measured_with_its_own_pairs(
         validate(recipe_of(missing, tmp_path))
 
 
+def test_a_control_for_another_fraction_of_held_out_words(tiny: Tiny, tmp_path: Path, control: str) -> None:
+    def messages(**dictionary: Any) -> str:
+        values = values_of(tiny, tmp_path, table=control, evaluation_table=tiny.table, **dictionary)
+        return validate(recipe_of(values, tmp_path))
+
+    expected = "dictionary shuffle --held-out-fraction 0.2"
+    text = messages(held_out_fraction=0.2)
+    assert_facts(text, "dictionary.held_out_fraction is 0.2, expected 0.05", control, expected)
+    assert expected not in messages(held_out_fraction=0.05)
+    assert "shuffle --held-out-fraction" not in messages(held_out_fraction=0.0)
+
+
 def test_noise_is_no_control(tiny: Tiny, tmp_path: Path) -> None:
     noisy = str(tmp_path / "noisy.safetensors")
     assert main(["dictionary", "shuffle", "--table", tiny.table, "--output", noisy, "--share", "0.25"]) == 0
