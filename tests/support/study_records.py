@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_prealign.evaluation.run_record import load_run
@@ -21,7 +22,9 @@ def study_of(directory: Path, runs: Sequence[StudyRun], seeds: Sequence[int] = (
 
 
 def job_of(study: Study, run: str, seed: int) -> Job:
-    recipe: Any = None
+    # What the classes of words depend on; equal in all runs.
+    data = SimpleNamespace(tokenizer="tokenizer", seq_length=8, validation=["text"])
+    recipe: Any = SimpleNamespace(dictionary=None, data=data, training=SimpleNamespace(eval_samples=1))
     output = Path(study.output)
     name = f"{run}_seed{seed}"
     return Job(run, seed, recipe, output / "recipes" / f"{name}.yaml", output / "runs" / name)
