@@ -1,6 +1,6 @@
 """Tables of a study, which results.md and results.html both show."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def result_tables(study: Study, rows: Sequence[Row], classes: Mapping[str, Any] 
     return [
         _main(study, rows, languages),
         *_comparisons(study, losses, languages, "Loss"),
-        *_by_class(study, rows, classes or {}),
+        *_by_class(study, rows, classes),
     ]
 
 
@@ -61,18 +61,19 @@ def _comparisons(
     columns: Sequence[str],
     title: str,
     note: str = "",
-    *,
-    compares: Callable[[str, str], bool] = lambda run, other: True,
+    classes: Mapping[str, Any] | None = None,
 ) -> Iterator[Table]:
     """Differences of losses from the baselines and from the controls, for runs that have some.
 
     Args:
         note: End of the captions, with a space before it.
-        compares: Whether two runs may be compared; others have no row.
+        classes: Run -> what two runs must have in common to be compared; others have no row.
     """
+    same = classes or {}
     controls = {run.name: run.control for run in study.runs if run.control is not None}
     against_baseline, against_control = (
-        {run: other for run, other in others.items() if compares(run, other)} for others in (study.baselines, controls)
+        {run: other for run, other in others.items() if same.get(run) == same.get(other)}
+        for others in (study.baselines, controls)
     )
     baseline = baseline_name(study, against_baseline)
     for others, name, what in (
@@ -88,7 +89,7 @@ def _comparisons(
             yield _differences(study, losses, columns, others, f"{title} against {name}", caption)
 
 
-def _by_class(study: Study, rows: Sequence[Row], classes: Mapping[str, Any]) -> list[Table]:
+def _by_class(study: Study, rows: Sequence[Row], classes: Mapping[str, Any] | None) -> list[Table]:
     """Losses by class of word, and their differences from the first run and from the controls; none without them."""
     found = loss_by_class(rows)
     columns = {
@@ -108,14 +109,7 @@ def _by_class(study: Study, rows: Sequence[Row], classes: Mapping[str, Any]) -> 
     )
     return [
         Table(title, caption, ["run", *titles], lines),
-        *_comparisons(
-            study,
-            losses,
-            titles,
-            title,
-            f" {_SAME_CLASSES}",
-            compares=lambda run, other: classes.get(run) == classes.get(other),
-        ),
+        *_comparisons(study, losses, titles, title, f" {_SAME_CLASSES}", classes),
     ]
 
 
