@@ -10,6 +10,7 @@ from megatron_prealign.cli.actions import Actions, run_action
 from megatron_prealign.cli.options import parse_options
 from megatron_prealign.dictionary.formats.base import FileFormat
 from megatron_prealign.errors import UserError
+from megatron_prealign.recipe import DictionarySection
 from megatron_prealign.recipe.describe import LanguageText, PathText, PrefixText
 from megatron_prealign.text import closing, command, next_line, plural
 from megatron_prealign.tools.dictionary_induce import induce
@@ -146,7 +147,7 @@ class ShuffleOptions:
     share: float = 1.0
     """Fraction of the words that get the translations of another word. Below 1 the table is no control but one with
     noise, to measure how much the method tolerates."""
-    held_out_fraction: float = 0.05
+    held_out_fraction: float = DictionarySection.held_out_fraction
     """dictionary.held_out_fraction of the runs: the words that it holds out get translations of each other, so that the
     control does not train them either."""
 

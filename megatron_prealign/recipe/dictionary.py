@@ -26,3 +26,8 @@ class DictionarySection:
             self.held_out_fraction,
             "a number in [0, 1)",
         )
+
+    @property
+    def measured_table(self) -> str:
+        """Path of the table whose pairs evaluations measure."""
+        return self.evaluation_table or self.table

@@ -57,7 +57,7 @@ def load_measured(section: DictionarySection, tokenizer_fingerprint: str) -> Mea
     Raises:
         UserError: The table is missing, corrupt or built with another tokenizer.
     """
-    return _load(section.evaluation_table or section.table, section, tokenizer_fingerprint)
+    return _load(section.measured_table, section, tokenizer_fingerprint)
 
 
 def _load(path: str, section: DictionarySection, tokenizer_fingerprint: str) -> MeasuredTable:

@@ -82,7 +82,7 @@ def word_class_fields(recipe: Recipe) -> dict[str, Any]:
         # The last documents of each source are held out.
         held_out = [[source.path for source in data.sources], data.validation_fraction]
     return {
-        "dictionary": section and [section.evaluation_table or section.table, section.held_out_fraction],
+        "dictionary": section and [section.measured_table, section.held_out_fraction],
         "text": [data.tokenizer, data.seq_length, recipe.training.eval_samples, held_out],
     }
 

@@ -179,6 +179,8 @@ def test_values_that_look_like_options(tiny: Tiny, tmp_path: Path) -> None:
         ("dictionary.held_out_fraction", 0.5, False),
         ("training.eval_samples", 3, False),
         ("data.seq_length", 16, False),
+        # The last documents of the sources are held out.
+        ("data.validation_fraction", 0.2, False),
         ("optimizer.lr", 5e-4, True),
     ],
 )
