@@ -1,27 +1,20 @@
 """The harvest script on a small package made for the test."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.example_scripts import load_example
 from support.messages import assert_facts
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "english_clone" / "harvest.py"
 TOPICS = ["animals", "rivers", "mountains", "engines", "colours", "letters", "planets", "windows", "gardens", "bridges"]
 VERBS = ["follow", "describe", "carry", "remember", "measure", "collect", "explain", "compare"]
 
 
 @pytest.fixture(scope="module")
 def harvest() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("english_clone_harvest", SCRIPT)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_example("english_clone/harvest.py")
 
 
 def sentence(topic: str, verb: str) -> str:

@@ -1,13 +1,11 @@
 """The pages of LibreOffice's help: which paragraphs are text."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.example_scripts import load_example
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "libreoffice_help" / "pages.py"
 PAGE = (
     '<nav><p id="menu">Menu</p></nav><div id="DisplayArea"><h1 id="title">{0} <span hidden="true">Mac</span>'
     '<span>one</span></h1><br><p id="same">Calc</p><p>no id</p><p id="last">{0} <em>two</em>&amp;</p></div>'
@@ -17,12 +15,7 @@ PAGE = (
 
 @pytest.fixture(scope="module")
 def pages() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("libreoffice_help_pages", SCRIPT)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_example("libreoffice_help/pages.py")
 
 
 def write(root: Path, language: str, name: str, text: str) -> None:
