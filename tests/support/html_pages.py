@@ -19,6 +19,7 @@ from megatron_prealign.study.matrix import Job
 from megatron_prealign.study.output import write_results
 from megatron_prealign.study.page import Origin
 from megatron_prealign.study.records import JobRecord, StudyRecords
+from support.study_records import class_recipe
 
 LAYERS = 6
 
@@ -208,9 +209,8 @@ def study_results(directory: Path) -> Path:
         StudyRun(name="shuffled"),
     ]
     study = Study(output=str(directory / "study"), base=[NAMES.path], seeds=[1, 2], runs=runs)
-    recipe: Any = None
     jobs = [
-        Job(run.name, seed, recipe, Path(f"{NAMES.path}.yaml"), directory / f"{run.name}_{seed}")
+        Job(run.name, seed, class_recipe(), Path(f"{NAMES.path}.yaml"), directory / f"{run.name}_{seed}")
         for seed in study.seeds
         for run in runs
     ]

@@ -21,13 +21,16 @@ def study_of(directory: Path, runs: Sequence[StudyRun], seeds: Sequence[int] = (
     return Study(output=str(directory / "study"), base=["base.yaml"], seeds=list(seeds), runs=list(runs))
 
 
-def job_of(study: Study, run: str, seed: int) -> Job:
-    # What the classes of words depend on; equal in all runs.
+def class_recipe() -> Any:
+    """What the classes of words depend on; equal in all runs."""
     data = SimpleNamespace(tokenizer="tokenizer", seq_length=8, validation=["text"])
-    recipe: Any = SimpleNamespace(dictionary=None, data=data, training=SimpleNamespace(eval_samples=1))
+    return SimpleNamespace(dictionary=None, data=data, training=SimpleNamespace(eval_samples=1))
+
+
+def job_of(study: Study, run: str, seed: int) -> Job:
     output = Path(study.output)
     name = f"{run}_seed{seed}"
-    return Job(run, seed, recipe, output / "recipes" / f"{name}.yaml", output / "runs" / name)
+    return Job(run, seed, class_recipe(), output / "recipes" / f"{name}.yaml", output / "runs" / name)
 
 
 def evaluation(tokens: int, loss: Mapping[str, float], p_at_1: float | None = None, **fields: Any) -> dict[str, Any]:
