@@ -16,6 +16,8 @@ STUDY_VARIABLE = "MEGATRON_PREALIGN_STUDY"
 """Environment variable of a run that a study started: the id of the study's process."""
 _INTERVAL_S = 1.0
 _launcher: int | None = None
+_unreported = ""
+_reporting = threading.Lock()
 
 
 def watch_launcher(interval_s: float = _INTERVAL_S) -> None:
@@ -51,9 +53,11 @@ def watch_launcher(interval_s: float = _INTERVAL_S) -> None:
 
 
 def _start(launcher: int, message: str, interval_s: float) -> None:
-    global _launcher
+    global _launcher, _unreported
     _launcher = launcher
-    threading.Thread(target=_watch, args=(launcher, message, interval_s), name="launcher", daemon=True).start()
+    # One process of a host reports it.
+    _unreported = message if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+    threading.Thread(target=_watch, args=(launcher, interval_s), name="launcher", daemon=True).start()
 
 
 def launcher_has_ended() -> bool:
@@ -61,11 +65,24 @@ def launcher_has_ended() -> bool:
     return _launcher is not None and os.getppid() != _launcher
 
 
-def _watch(parent: int, message: str, interval_s: float) -> None:
-    while os.getppid() == parent:
-        time.sleep(interval_s)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def report_end() -> None:
+    """Prints that the watched launcher has died, once and in one process of a host; nothing if it lives.
+
+    The watch reports it too, but another rank may have noticed earlier and asked all ranks to stop.
+    """
+    global _unreported
+    if not launcher_has_ended():
+        return
+    with _reporting:
+        message, _unreported = _unreported, ""
+    if message:
         # The launcher may have been the reader of this output.
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{message}\n".encode())
+
+
+def _watch(parent: int, interval_s: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(interval_s)
+    report_end()
     os.kill(os.getpid(), signal.SIGTERM)

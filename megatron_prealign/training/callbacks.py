@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prealign import interrupts
+from megatron_prealign.runtime import launcher
 from megatron_prealign.text import duration
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class StopOnRequest(Callback):
             if (signalled or late) and not trainer.state.stop_requested:
                 trainer.state.stop_requested = True
                 reason = "signal" if signalled else "training.exit_after_minutes"
+                launcher.report_end()
                 logger.info("stop requested (%s): stopping after step %d", reason, trainer.state.step)
         flags = torch.tensor(
             [float(self._received > 0), float(self._is_late()), float(self._saves.failed)],

@@ -34,6 +34,18 @@ while os.getppid() == megatron_prealign.STARTED[1]:
 watch_launcher(interval_s=0.05)
 time.sleep(60)
 """
+# Another rank notices the launcher's death first.
+ASKED_RANK = """
+import pathlib, sys, time
+from megatron_prealign.runtime import launcher
+launcher.watch_launcher(interval_s=60)
+launcher.report_end()
+pathlib.Path(sys.argv[1], "watching").touch()
+while not launcher.launcher_has_ended():
+    time.sleep(0.01)
+launcher.report_end()
+launcher.report_end()
+"""
 # It imported the package before it started a rank by fork.
 FORKING_LAUNCHER = """
 import os, time
@@ -89,6 +101,14 @@ def test_a_rank_ends_with_its_launcher_and_may_save_first(tmp_path: Path, kind: 
     rank, launcher = killed_launcher(tmp_path, RANK, kind, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
     rank.wait(timeout=20)
     assert (tmp_path / "saved").exists() == (kind == "saves")
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "torchrun" in line and str(launcher) in line
+
+
+@pytest.mark.timeout(30)
+def test_a_rank_that_is_asked_before_its_watch_has_noticed_reports_it_once(tmp_path: Path) -> None:
+    rank, launcher = killed_launcher(tmp_path, ASKED_RANK, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
+    rank.wait(timeout=20)
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert "torchrun" in line and str(launcher) in line
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.messages import assert_facts
 from support.tiny import Tiny, recipe_of
 from support.whole_runs import records
 from support.workers import WorkerError, WorkerPool
 
+from megatron_prealign.runtime import launcher
 from megatron_prealign.training.callbacks import Callback, GarbageCollection, StopOnRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -98,6 +100,26 @@ def test_signal_handlers_are_restored_and_a_second_signal_is_reported(capfd: pyt
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_stop_that_another_rank_asked_for_reports_the_end_of_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, signalled: bool
+) -> None:
+    """Rank 1 may notice it first; the run may then end before the watch of rank 0 looks again."""
+    work: Any = SimpleNamespace(wait=lambda: None)
+    reports: list[bool] = []
+    trainer = trainer_at(5)
+    trainer.state.seconds, trainer.state.stop_requested = 1.0, False
+    trainer.runtime.device = "cpu"
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flags, async_op: work)
+    monkeypatch.setattr(launcher, "report_end", lambda: reports.append(trainer.state.stop_requested))
+    callback = StopOnRequest(NO_SAVES)
+    callback._pending = (work, torch.tensor([float(signalled), 0.0, 0.0]))
+    callback.on_step(trainer)
+    callback.on_step(trainer)
+    assert trainer.state.stop_requested == signalled
+    assert reports == [True] * signalled
 
 
 class Recorder(Callback):
