@@ -21,6 +21,13 @@ _GPU_ALLOCATION = re.compile(
     r"CUDA out of memory\. Tried to allocate ([^ ]+ \w+)\. "
     r"(GPU \d+) has a total capacity of (.*?) of which (.*?) is free\."
 )
+# The runtime, the driver and cuBLAS report it in words of their own, without sizes (C10_CUDA_CHECK in c10,
+# C10_CUDA_DRIVER_CHECK and TORCH_CUDABLAS_CHECK in the headers of torch 2.13).
+_GPU_REFUSAL = re.compile(r"CUDA (?:driver )?error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)")
+_GPU_ADVICE = (
+    "lower training.micro_batch_size or alignment.word_micro_batch_size, set model.recompute_granularity: full, or use "
+    "more GPUs (parallel)"
+)
 
 
 class UserError(Exception):
@@ -63,11 +70,10 @@ def memory_error(error: MemoryError | RuntimeError) -> UserError | None:
     """
     reason = " ".join(str(error).split())
     if (found := _GPU_ALLOCATION.search(reason)) is not None:
-        return UserError(
-            f"out of memory on {found[2]} ({found[3]}, {found[4]} free): tried to allocate {found[1]}; lower "
-            "training.micro_batch_size or alignment.word_micro_batch_size, set model.recompute_granularity: full, or "
-            "use more GPUs (parallel)"
-        )
+        size = f"{found[2]} ({found[3]}, {found[4]} free): tried to allocate {found[1]}"
+        return UserError(f"out of memory on {size}; {_GPU_ADVICE}")
+    if (found := _GPU_REFUSAL.search(reason)) is not None:
+        return UserError(f"out of memory on a GPU ({found[0]}); {_GPU_ADVICE}")
     if not isinstance(error, MemoryError):
         found = _TORCH_ALLOCATION.search(reason)
         if found is None:

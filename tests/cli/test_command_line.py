@@ -256,6 +256,27 @@ def test_gpu_memory_that_is_used_up_is_one_line(
     )
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_gpu_memory_that_the_driver_refuses_is_one_line(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise RuntimeError(f"{message}\nCUDA kernel errors might be asynchronously reported at some other API call")
+
+    with_command(monkeypatch, main)
+    error = message.split(" when")[0]
+    assert_refused(
+        cli.main(["probe"]), capsys.readouterr().err, f"out of memory on a GPU ({error});", "training.micro_batch_size"
+    )
+
+
 def test_internal_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(argv: Sequence[str]) -> int:
         raise RuntimeError("a bug")
