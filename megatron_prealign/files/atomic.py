@@ -28,12 +28,19 @@ def write_all_atomically(targets: Sequence[Path]) -> Iterator[list[Path]]:
     Files are renamed in the order of `targets`, so the last one should mark the group as complete. If there are several
     targets, an existing last one is removed before the first rename: whenever the process is killed, the last file is
     either missing or next to the files it belongs to.
+
+    Raises:
+        UserError: a target is a directory but not what replaces it; all targets stay as they were.
     """
     temporaries = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets]
     try:
         yield temporaries
         for temporary in temporaries:
             sync_tree(temporary)
+        for temporary, target in zip(temporaries, targets, strict=True):
+            # A rename would fail, and the last target would be gone.
+            if target.is_dir() and not target.is_symlink() and not temporary.is_dir():
+                raise UserError(f"cannot write {target}: it is a directory; remove it or choose another path")
         if len(targets) > 1:
             targets[-1].unlink(missing_ok=True)
             sync_directory(targets[-1].parent)

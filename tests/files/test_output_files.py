@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.messages import assert_refused
+from support.messages import assert_refused, user_error
 from support.tiny import Tiny
 
 from megatron_prealign import cli
@@ -25,6 +25,20 @@ def test_the_last_target_is_renamed_last(tmp_path: Path, monkeypatch: pytest.Mon
             path.write_text(name)
     assert renamed == ["first", "second", "last"]
     assert [(tmp_path / name).read_text() for name in renamed] == renamed
+
+
+@pytest.mark.parametrize("obstacle", ["first", "second", "last"])
+def test_a_directory_in_the_way_of_a_group_costs_no_file(tmp_path: Path, obstacle: str) -> None:
+    targets = [tmp_path / name for name in ("first", "second", "last")]
+    for target in targets:
+        target.write_text("old")
+    (tmp_path / obstacle).unlink()
+    (tmp_path / obstacle).mkdir()
+    with user_error(tmp_path / obstacle, "directory"), write_all_atomically(targets) as paths:
+        for path in paths:
+            path.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "last", "second"]
+    assert {target.read_text() for target in targets if target.is_file()} == {"old"}
 
 
 @pytest.mark.parametrize("command", ["preprocess", "train-tokenizer"])
