@@ -160,18 +160,16 @@ class _Document:
     def _check_plain(self, node: Node, kind: Any, path: str) -> None:
         if node.id == "sequence":
             for number, item in enumerate(node.value):
-                self._check_number(item, f"{path}[{number}]")
+                self._check_scalar(item, f"{path}[{number}]")
         elif node.id == "mapping":
             for key, item in entries(node):
-                self._check_number(key, path)
+                self._check_scalar(key, path)
                 self._check_key(key, kind, path)
-                self._check_number(item, f"{path}.{key.value}")
+                self._check_scalar(item, f"{path}.{key.value}")
                 if typing.get_origin(kind) is dict and item.tag != _NULL:
                     self._check_plain(item, typing.get_args(kind)[1], f"{path}.{key.value}")
         else:
-            self._check_number(node, path)
-        if node.id == "scalar" and "\0" in node.value:
-            self._raise(node, f"{path} is {node.value[:60]!r}, expected text without NUL characters")
+            self._check_scalar(node, path)
         if not _accepts(kind, construct(node)):
             self._fail(node, path, f"{expected_types(kind)}{_hint(node, kind)}")
 
@@ -183,7 +181,9 @@ class _Document:
             expected = " or ".join(map(expected_types, keys))
             self._raise(key, f"{path} has the key {_shown(key)}, expected {expected}{_hint(key, keys[0])}")
 
-    def _check_number(self, node: Node, path: str) -> None:
+    def _check_scalar(self, node: Node, path: str) -> None:
+        if node.id == "scalar" and "\0" in node.value:
+            self._raise(node, f"{path} is {node.value[:60]!r}, expected text without NUL characters")
         if node.tag not in (_INT, _FLOAT):
             return
         text, value = node.value, construct(node)

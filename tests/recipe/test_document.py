@@ -89,6 +89,9 @@ def test_timeouts_fit_in_timers(tmp_path: Path, name: str) -> None:
         ("code_switch: {language_weights: {no: 1}}\n", ("language_weights has the key no", "reads as false", "quotes")),
         ("code_switch: {language_weights: {null: 1}}\n", ("language_weights has the key null", "a string")),
         ("alignment: {layers: {a: 1}}\n", ("alignment.layers has the key a", "an integer")),
+        ('logging: {run_dir: "a\\0"}\n', ("logging.run_dir is 'a\\x00'", "NUL")),
+        ('code_switch: {source_languages: [de, "a\\0"]}\n', ("code_switch.source_languages[1] is 'a\\x00'", "NUL")),
+        ('code_switch: {language_weights: {"a\\0": 1}}\n', ("language_weights is 'a\\x00'", "NUL")),
     ],
 )
 def test_message_names_line_field_and_what_yaml_made_of_it(text: str, facts: tuple[str, ...]) -> None:
