@@ -136,11 +136,13 @@ def _run(arguments: Sequence[str]) -> int:
 def _report(error: UserError) -> int:
     """Prints the error and returns the exit status."""
     rank = os.environ.get("RANK", "0")
+    # A name or value in the message may contain line breaks.
+    message = " ".join(str(error).splitlines())
     if rank == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     elif not error.agreed:
         # Rank 0 does not print this error.
-        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        print(f"error: rank {rank}: {message}", file=sys.stderr)
     _report_to_torchrun(error)
     return error.exit_status
 

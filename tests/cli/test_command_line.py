@@ -154,7 +154,8 @@ def test_error_of_all_ranks_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, agreed: bool, printed: str
 ) -> None:
     def main(argv: Sequence[str]) -> int:
-        error = UserError("file is missing")
+        # Names in a message are as users wrote them.
+        error = UserError("file\nis missing")
         error.agreed = agreed
         raise error
 
