@@ -12,6 +12,7 @@ from megatron_prealign.recipe.document import check_document, field_type
 
 LEAST_SEEDS = 2
 """Fewest seeds that have a standard deviation."""
+LONGEST_RUN_NAME = 100
 LONGEST_SWEEP_NAME = 60
 # File systems have names of at most 255 bytes, and the temporary name of a plot is longer than its name.
 _LONGEST_SWEEP_BYTES = 180
@@ -200,8 +201,11 @@ def _check_runs(study: Study) -> None:
     if unknown:
         raise RecipeValueError(f"quick.runs has {', '.join(unknown)}, expected names of runs")
     for number, run in enumerate(study.runs):
-        if not run.name.replace("_", "a").replace("-", "a").isalnum() or not run.name.isascii():
-            raise RecipeValueError(f"runs[{number}].name is {run.name}, expected letters, digits, - and _")
+        if not re.fullmatch(rf"[A-Za-z0-9_-]{{1,{LONGEST_RUN_NAME}}}", run.name):
+            raise RecipeValueError(
+                f"runs[{number}].name is {run.name[: LONGEST_RUN_NAME + 1] or 'empty'}, expected 1 to "
+                f"{LONGEST_RUN_NAME} letters, digits, - and _"
+            )
         if run.control is not None and (run.control not in names or run.control == run.name):
             raise RecipeValueError(f"runs[{number}].control is {run.control}, expected the name of another run")
         if run.against is not None and (run.against not in names or run.against == run.name or number == 0):
