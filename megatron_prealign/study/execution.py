@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +18,7 @@ from megatron_prealign import interrupts
 from megatron_prealign.checkpoint.directory import latest_checkpoint
 from megatron_prealign.checkpoint.resume.changes import is_finished
 from megatron_prealign.checkpoint.state import read_state
+from megatron_prealign.checkpoint.train_state import TrainState
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.lock import LOCK, LockHeldError, file_lock
 from megatron_prealign.resources import available_cores
@@ -44,8 +44,11 @@ class Progress:
 
 def progress(job: Job) -> Progress:
     """Reads how far a job is from its checkpoints and metrics."""
-    last = next(iter(deque(MetricsFile(job.directory / METRICS_FILE).read("train"), maxlen=1)), None)
-    step, tokens = (0, 0) if last is None else (int(last["step"]), int(last["tokens"]))
+    step = tokens = 0
+    for record in MetricsFile(job.directory / METRICS_FILE).read("train"):
+        # A line of another version or program may lack them; the tables say which it is.
+        with suppress(KeyError, TypeError, ValueError):
+            step, tokens = int(record["step"]), int(record["tokens"])
     if is_complete(job):
         return Progress(job, "complete", step, tokens)
     return Progress(job, "started" if step else "waiting", step, tokens)
@@ -53,12 +56,20 @@ def progress(job: Job) -> Progress:
 
 def is_complete(job: Job) -> bool:
     """Whether the newest checkpoint is that of the last step."""
+    return last_step(job) is not None
+
+
+def last_step(job: Job) -> int | None:
+    """The last step of a complete job; None if the newest checkpoint is not that of the last step."""
     checkpoint = latest_checkpoint(job.recipe.checkpoint_dir)
+    if checkpoint is None:
+        return None
     try:
-        return checkpoint is not None and is_finished(job.recipe, checkpoint, read_state(checkpoint))
+        state = read_state(checkpoint)
+        return TrainState.from_dict(state["train_state"]).step if is_finished(job.recipe, checkpoint, state) else None
     except (UserError, KeyError, TypeError, ValueError):
         # A damaged checkpoint is the run's own affair: it starts again and says what it finds.
-        return False
+        return None
 
 
 def train_all(

@@ -8,7 +8,7 @@ from megatron_prealign.errors import UserError
 from megatron_prealign.evaluation.run_record import RunRecord, load_run
 from megatron_prealign.study.cost import Cost, cost_rows, read_cost
 from megatron_prealign.study.definition import Study
-from megatron_prealign.study.execution import is_complete
+from megatron_prealign.study.execution import last_step
 from megatron_prealign.study.matrix import Job
 from megatron_prealign.study.results import Row, rows_of
 from megatron_prealign.training.metrics_file import METRICS_FILE
@@ -58,7 +58,8 @@ def read_records(study: Study, jobs: Sequence[Job]) -> StudyRecords:
     complete: list[JobRecord] = []
     absent: dict[str, str] = {}
     for job in jobs:
-        if not is_complete(job):
+        step = last_step(job)
+        if step is None:
             absent[job.name] = "not complete"
             continue
         try:
@@ -68,6 +69,13 @@ def read_records(study: Study, jobs: Sequence[Job]) -> StudyRecords:
             continue
         if not record.evaluations:
             absent[job.name] = f"no evaluation in {job.directory / METRICS_FILE}"
+            continue
+        if record.evaluations[-1].step != step:
+            # Lost with a full disk, or an incomplete line: an earlier one is not the end of training.
+            absent[job.name] = (
+                f"no evaluation of the last step, {step:,}, in {job.directory / METRICS_FILE}; remove the run "
+                "directory to train the run again"
+            )
             continue
         complete.append(JobRecord(job, record, read_cost(job, record)))
     return StudyRecords(study, jobs, complete, absent)

@@ -15,7 +15,7 @@ from support.messages import assert_facts
 from megatron_prealign import resources
 from megatron_prealign.files.lock import LOCK, file_lock
 from megatron_prealign.study import execution
-from megatron_prealign.study.execution import _Running, train_all
+from megatron_prealign.study.execution import _Running, progress, train_all
 from megatron_prealign.study.matrix import Job
 
 SCRIPT = """#!/bin/sh
@@ -150,3 +150,17 @@ def test_gpus_are_found_without_torch(tmp_path: Path, monkeypatch: pytest.Monkey
     assert resources.visible_gpus() == ["3", "GPU-abc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert resources.visible_gpus() == []
+
+
+def test_progress_is_that_of_the_last_step_that_can_be_read(tmp_path: Path) -> None:
+    job = job_of("a", tmp_path)
+    assert (progress(job).state, progress(job).step) == ("waiting", 0)
+    job.directory.mkdir(parents=True)
+    lines = (
+        '{"kind": "train", "step": 7, "tokens": 70}',
+        '{"kind": "train"}',
+        '{"kind": "train", "step": null, "tokens": 8}',
+    )
+    (job.directory / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tra']), encoding="utf-8")
+    found = progress(job)
+    assert (found.state, found.step, found.tokens) == ("started", 7, 70)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from support.messages import user_error
+from support.messages import assert_facts, user_error
 from support.study_records import evaluation, job_of, many_runs, records_of, study_of, write_metrics
 
 from megatron_prealign.study import records as records_module
@@ -78,7 +78,7 @@ def test_every_run_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     jobs = [job_of(study, run.name, seed) for seed in study.seeds for run in study.runs]
     for job in jobs[:3]:
         write_metrics(job.directory, [evaluation(9, {"en": 1.0})] if job.run != "c" else [])
-    monkeypatch.setattr(records_module, "is_complete", lambda job: job.seed == 1 or job.run == "a")
+    monkeypatch.setattr(records_module, "last_step", lambda job: 0 if job.seed == 1 or job.run == "a" else None)
     monkeypatch.setattr(records_module, "read_cost", lambda job, record: records_module.Cost({}, {}))
     read: list[Path] = []
     load = records_module.load_run
@@ -89,3 +89,19 @@ def test_every_run_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [each.job.name for each in records.complete] == ["a_seed1", "b_seed1"]
     assert records.absent["b_seed2"] == "not complete"
     assert "no evaluation" in records.absent["c_seed1"] and "does not exist" in records.absent["a_seed2"]
+
+
+def test_an_earlier_evaluation_is_not_taken_for_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(tmp_path, [StudyRun(name="a")])
+    jobs = [job_of(study, "a", seed) for seed in study.seeds]
+    points = [evaluation(tokens, {"en": 1.0}) for tokens in (10, 20)]
+    write_metrics(jobs[0].directory, points)
+    write_metrics(jobs[1].directory, points)
+    # The machine lost its power while it wrote the last line.
+    metrics = jobs[1].directory / "metrics.jsonl"
+    metrics.write_text(metrics.read_text(encoding="utf-8")[:-5], encoding="utf-8")
+    monkeypatch.setattr(records_module, "last_step", lambda job: points[1]["step"])
+    monkeypatch.setattr(records_module, "read_cost", lambda job, record: records_module.Cost({}, {}))
+    records = read_records(study, jobs)
+    assert [each.job.name for each in records.complete] == ["a_seed1"]
+    assert_facts(records.absent["a_seed2"], "last step, 2,", metrics)
