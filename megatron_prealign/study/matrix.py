@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.resume.changes import differences
 from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.errors import UserError
@@ -94,21 +95,22 @@ def write_recipes(jobs: Sequence[Job]) -> None:
         UserError: A field that changes the results has changed since its run started.
     """
     for job in jobs:
-        if job.recipe_file.exists() and job.directory.is_dir() and any(job.directory.iterdir()):
-            _check_unchanged(job)
+        # Without the recipe of the study, that of the run itself, which is equal.
+        started = next((file for file in (job.recipe_file, job.directory / RECIPE_FILE) if file.exists()), None)
+        if started is not None and job.directory.is_dir() and any(job.directory.iterdir()):
+            _check_unchanged(job, started)
     for job in jobs:
         job.recipe_file.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(job.recipe_file) as path:
             save_recipe(job.recipe, path)
 
 
-def _check_unchanged(job: Job) -> None:
-    started = load_recipe(["--config", str(job.recipe_file)])
-    changed = differences(recipe_to_dict(started), recipe_to_dict(job.recipe))
+def _check_unchanged(job: Job, started: Path) -> None:
+    changed = differences(recipe_to_dict(load_recipe(["--config", str(started)])), recipe_to_dict(job.recipe))
     shown = [f"{name} {before} -> {now}" for name, (before, now) in changed.items() if not name.startswith(_MAY_CHANGE)]
     if shown:
         raise UserError(
-            f"{job.recipe_file}: the recipe of {job.name} has changed since its run started ({', '.join(shown)}); "
+            f"{started}: the recipe of {job.name} has changed since its run started ({', '.join(shown)}); "
             f"restore it, remove {job.directory} to train the run again, or set another output in the study"
         )
 
@@ -161,9 +163,9 @@ def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
     tables = {
         recipe.dictionary.table for recipe in recipes.values() if recipe.dictionary is not None and _trains(recipe)
     }
-    of_table = {table: load_table(table).is_control for table in sorted(tables)}
+    of_table = {table: load_table(table) for table in sorted(tables)}
     shuffled = {
-        name: recipe.dictionary is not None and of_table.get(recipe.dictionary.table, False) and _trains(recipe)
+        name: recipe.dictionary is not None and _trains(recipe) and of_table[recipe.dictionary.table].is_control
         for name, recipe in recipes.items()
     }
     for run in study.runs:
@@ -193,6 +195,14 @@ def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
                 f"run {run.control}: dictionary.evaluation_table is {section.evaluation_table or 'null'}, expected "
                 f"{original.table}, the table of {run.name}, so that both measure the same pairs"
             )
+        if original is not None and section is not None:
+            record = of_table[section.table].shuffled
+            if record is not None and record["original"] != of_table[original.table].switching_fingerprint():
+                raise UserError(
+                    f"run {run.control}: dictionary.table {section.table} was shuffled from another table than "
+                    f"{original.table} of {run.name}; make it again with megatron-prealign dictionary shuffle --table "
+                    f"{original.table} --output {section.table}"
+                )
 
 
 def _trains(recipe: Recipe) -> bool:

@@ -4,12 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from support.messages import assert_refused, user_error
 from support.tiny import Tiny
 
 from megatron_prealign.cli import main
+from megatron_prealign.dictionary.table import load_table
 from megatron_prealign.recipe import load_recipe
 from megatron_prealign.study.definition import Study, StudyRun
 from megatron_prealign.study.matrix import build_jobs, word_class_fields, write_recipes
@@ -65,6 +67,11 @@ def test_a_recipe_that_changes_under_its_run(tiny: Tiny, tmp_path: Path) -> None
         write_recipes(jobs)
     # Not even that of the first run, which has not started.
     assert [load_recipe(["--config", str(job.recipe_file)]).optimizer.lr for job in jobs] == [5e-4] * 2
+    # Without the recipes of the study, the run has its own.
+    own = changed[1].directory / "recipe.yaml"
+    changed[1].recipe_file.rename(own)
+    with user_error(str(own), "a_seed2 has changed", changes, str(jobs[1].directory)):
+        write_recipes(jobs)
 
 
 def test_fields_that_change_no_result_may_change_under_a_run(tiny: Tiny, tmp_path: Path) -> None:
@@ -126,6 +133,18 @@ def test_controls_that_control_nothing(tiny: Tiny, tmp_path: Path, control: str)
         build_jobs(study_of(tiny, tmp_path, runs))
     runs[1] = StudyRun(name="shuffled", set={"dictionary.table": control})
     with user_error("run shuffled", "dictionary.evaluation_table is null", tiny.table):
+        build_jobs(study_of(tiny, tmp_path, runs))
+
+
+def test_a_control_of_another_table(tiny: Tiny, tmp_path: Path, control: str) -> None:
+    rebuilt = str(tmp_path / "table.safetensors")
+    table = load_table(tiny.table)
+    table.with_keys(np.arange(table.num_keys - 1)).save(rebuilt)
+    runs = [
+        StudyRun(name="true", set={"dictionary.table": rebuilt}, control="shuffled"),
+        shuffled(tiny, control, **{"dictionary.evaluation_table": rebuilt}),
+    ]
+    with user_error("run shuffled", control, "another table", f"--table {rebuilt} --output {control}"):
         build_jobs(study_of(tiny, tmp_path, runs))
 
 
