@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_prealign.dictionary.ragged import offsets_of, row_indices, row_numbers
 from megatron_prealign.dictionary.table import FORM_CASE, FORM_WORD_INITIAL, DictionaryTable
 from megatron_prealign.errors import UserError
+from megatron_prealign.text import plural
 
 # Places that translations move in the order of similar words; more would give rare words translations of frequent ones.
 _WINDOW = 32
@@ -77,8 +78,8 @@ def shuffle_table(
     report = _report(table, exchanges, chosen)
     if not report.moved:
         raise UserError(
-            f"{table.path}: got {int(chosen.sum())} groups to shuffle, expected two or more words of a language with "
-            "different translations; add word lists"
+            f"{table.path}: got {plural(int(chosen.sum()), 'group')} to shuffle, expected two or more words of a "
+            f"language with different translations; {'raise --share or ' if share < 1 else ''}add word lists"
         )
     shuffled = _with_candidates(_with_words(table, exchanges), exchanges)
     record = {

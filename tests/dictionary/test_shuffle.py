@@ -16,6 +16,7 @@ from megatron_prealign.dictionary.build_report import BuildReport
 from megatron_prealign.dictionary.groups import GroupBuilder
 from megatron_prealign.dictionary.shuffle import shuffle_table
 from megatron_prealign.dictionary.table import FORM_CASE, FORM_WORD_INITIAL, DictionaryTable, find_problem, load_table
+from megatron_prealign.text import plural
 from megatron_prealign.tokenizer.base import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -232,8 +233,11 @@ def test_words_without_an_alternative_keep_their_translations(tokenizer: Tokeniz
         return build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
 
     for pairs in ([["red", "rot"]], [["red", "rot"], ["ruby", "rot"]], [["red", "rot"], ["Red", "Haus"]]):
-        with user_error(f"{len(pairs)} groups", "two or more words"):
+        with user_error(f"got {plural(len(pairs), 'group')} to", "two or more words") as caught:
             shuffle_table(built(*pairs), 0)
+        assert "--share" not in str(caught.value)
+    with user_error("got 0 groups", "raise --share"):
+        shuffle_table(built(["red", "rot"], ["house", "Haus"]), 0, 1e-9)
     shuffled, report = shuffle_table(built(["red", "rot"], ["ruby", "rot"], ["house", "Haus"]), 0)
     assert (report.moved, report.kept) == (2, 1)
     assert find_problem(shuffled) is None
