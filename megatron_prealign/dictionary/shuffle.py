@@ -181,7 +181,21 @@ def _exchange(groups: list[int], differs: Callable[[int, int], bool], random: np
             if differs(group, donors[other]) and differs(groups[other], donors[place]):
                 donors[place], donors[other] = donors[other], donors[place]
                 break
-    return [donor if differs(group, donor) else group for group, donor in zip(groups, donors, strict=True)]
+    _keep(groups, donors, differs)
+    return donors
+
+
+def _keep(groups: list[int], donors: list[int], differs: Callable[[int, int], bool]) -> None:
+    """Gives groups without a donor that differs their own translations; who had these gets what that group had."""
+    holders = {donor: place for place, donor in enumerate(donors)}
+    for start in range(len(groups)):
+        place = start
+        # The one who had them may now have none that differ: it keeps its own, too.
+        while donors[place] != groups[place] and not differs(groups[place], donors[place]):
+            holder = holders[groups[place]]
+            donors[holder], donors[place] = donors[place], groups[place]
+            holders[donors[holder]] = holder
+            place = holder
 
 
 def _nearest(place: int, count: int) -> Iterator[int]:

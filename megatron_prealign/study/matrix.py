@@ -1,17 +1,17 @@
 """The jobs of a study: one ordinary recipe per run and seed, checked to be comparable. Imports no torch."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_prealign.checkpoint.commit import RECIPE_FILE
 from megatron_prealign.checkpoint.resume.changes import differences
-from megatron_prealign.dictionary.table import load_table
+from megatron_prealign.dictionary.table import DictionaryTable, load_table
 from megatron_prealign.errors import UserError
 from megatron_prealign.files.atomic import write_atomically
-from megatron_prealign.recipe import Recipe, RecipeValueError, recipe_to_dict
+from megatron_prealign.recipe import DictionarySection, Recipe, RecipeValueError, recipe_to_dict
 from megatron_prealign.recipe.load import load_recipe, save_recipe
 from megatron_prealign.study.definition import Study, StudyRun
 
@@ -188,21 +188,43 @@ def _check_controls(study: Study, recipes: dict[str, Recipe]) -> None:
                     f"run {run.control}: {field} is {json.dumps(control.get(field))}, expected "
                     f"{json.dumps(pair.get(field))} as in {run.name}, whose control it is"
                 )
-        original = recipes[run.name].dictionary
-        section = recipes[run.control].dictionary
-        if original is not None and section is not None and section.evaluation_table != original.table:
-            raise UserError(
-                f"run {run.control}: dictionary.evaluation_table is {section.evaluation_table or 'null'}, expected "
-                f"{original.table}, the table of {run.name}, so that both measure the same pairs"
-            )
+        original, section = recipes[run.name].dictionary, recipes[run.control].dictionary
         if original is not None and section is not None:
-            record = of_table[section.table].shuffled
-            if record is not None and record["original"] != of_table[original.table].switching_fingerprint():
-                raise UserError(
-                    f"run {run.control}: dictionary.table {section.table} was shuffled from another table than "
-                    f"{original.table} of {run.name}; make it again with megatron-prealign dictionary shuffle --table "
-                    f"{original.table} --output {section.table}"
-                )
+            _check_control_table(run, section, original.table, of_table)
+
+
+def _check_control_table(
+    run: StudyRun, section: DictionarySection, original: str, tables: Mapping[str, DictionaryTable]
+) -> None:
+    """
+    Args:
+        section: Of the control of `run`.
+        original: Table of `run`.
+    """
+    if section.evaluation_table != original:
+        raise UserError(
+            f"run {run.control}: dictionary.evaluation_table is {section.evaluation_table or 'null'}, expected "
+            f"{original}, the table of {run.name}, so that both measure the same pairs"
+        )
+    fraction = section.held_out_fraction
+    record = tables[section.table].shuffled
+    assert record is not None
+    again = (
+        f"make it again with megatron-prealign dictionary shuffle --table {original} --held-out-fraction {fraction:g} "
+        f"--output {section.table}"
+    )
+    if record["original"] != tables[original].switching_fingerprint():
+        raise UserError(
+            f"run {run.control}: dictionary.table {section.table} was shuffled from another table than {original} of "
+            f"{run.name}; {again}"
+        )
+    made_for = record.get("held_out_fraction", 0)
+    # Otherwise the control trains translations of held-out words.
+    if fraction and made_for != fraction:
+        raise UserError(
+            f"run {run.control}: dictionary.table {section.table} was shuffled for a held_out_fraction of "
+            f"{made_for:g}, expected {fraction:g}, that of the run; {again}"
+        )
 
 
 def _trains(recipe: Recipe) -> bool:

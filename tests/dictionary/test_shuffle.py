@@ -243,6 +243,24 @@ def test_words_without_an_alternative_keep_their_translations(tokenizer: Tokeniz
     assert find_problem(shuffled) is None
 
 
+def test_every_list_of_translations_is_given_to_one_word(tokenizer: Tokenizer) -> None:
+    """Also if words keep theirs, since few translations differ."""
+    kept = []
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        builder = GroupBuilder()
+        for _ in range(12):
+            source, common = word(random, "e"), ("rot", "grau", "blau")[random.choice(3, p=[0.6, 0.2, 0.2])]
+            add_entries(builder, [[source, common], [source, word(random, "d")]], ("en", "de"))
+        original = build_table(builder.build(), tokenizer, BuildSettings(), BuildReport())
+        shuffled, report = shuffle_table(original, seed)
+        before, after = translations(original), translations(shuffled)
+        assert Counter(given["de"] for given in after.values()) == Counter(true["de"] for true in before.values())
+        assert report.kept == sum(before[word] == after[word] for word in before)
+        kept.append(report.kept)
+    assert 0 in kept and max(kept) > 1
+
+
 def test_the_command(table: DictionaryTable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, control = tmp_path / "table.safetensors", tmp_path / "control.safetensors"
     table.save(path)

@@ -144,8 +144,19 @@ def test_a_control_of_another_table(tiny: Tiny, tmp_path: Path, control: str) ->
         StudyRun(name="true", set={"dictionary.table": rebuilt}, control="shuffled"),
         shuffled(tiny, control, **{"dictionary.evaluation_table": rebuilt}),
     ]
-    with user_error("run shuffled", control, "another table", f"--table {rebuilt} --output {control}"):
+    with user_error("run shuffled", control, "another table", f"--table {rebuilt} ", f"--output {control}"):
         build_jobs(study_of(tiny, tmp_path, runs))
+
+
+def test_a_control_for_other_held_out_words(tiny: Tiny, tmp_path: Path, control: str) -> None:
+    """The default of the command and of recipes is 0.05."""
+    fraction = {"dictionary.held_out_fraction": 0.1}
+    runs = [StudyRun(name="true", set=fraction, control="shuffled"), shuffled(tiny, control, **fraction)]
+    with user_error("run shuffled", control, "of 0.05, expected 0.1", "--held-out-fraction 0.1"):
+        build_jobs(study_of(tiny, tmp_path, runs))
+    fraction["dictionary.held_out_fraction"] = 0
+    runs = [StudyRun(name="true", set=fraction, control="shuffled"), shuffled(tiny, control, **fraction)]
+    assert len(build_jobs(study_of(tiny, tmp_path, runs))) == 4
 
 
 def test_an_error_in_a_recipe_names_the_run(tiny: Tiny, tmp_path: Path) -> None:
