@@ -105,14 +105,6 @@ def test_a_rank_ends_with_its_launcher_and_may_save_first(tmp_path: Path, kind: 
     assert "torchrun" in line and str(launcher) in line
 
 
-@pytest.mark.timeout(30)
-def test_a_rank_that_is_asked_before_its_watch_has_noticed_reports_it_once(tmp_path: Path) -> None:
-    rank, launcher = killed_launcher(tmp_path, ASKED_RANK, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
-    rank.wait(timeout=20)
-    (line,) = (tmp_path / "log").read_text().splitlines()
-    assert "torchrun" in line and str(launcher) in line
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(30)
 def test_one_rank_of_a_host_reports_it(tmp_path: Path) -> None:
@@ -122,8 +114,9 @@ def test_one_rank_of_a_host_reports_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_launcher_that_died_before_it_was_watched(tmp_path: Path) -> None:
-    rank, launcher = killed_launcher(tmp_path, SLOW_RANK, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
+@pytest.mark.parametrize("script", [SLOW_RANK, ASKED_RANK], ids=["died before it was watched", "asked by another rank"])
+def test_an_end_that_the_watch_does_not_see_first_is_reported_once(tmp_path: Path, script: str) -> None:
+    rank, launcher = killed_launcher(tmp_path, script, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="0")
     rank.wait(timeout=20)
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert "torchrun" in line and str(launcher) in line
